@@ -1,0 +1,50 @@
+"""Every error that a user can meet.
+
+SdloraError
+├── ConfigError        a setting is unknown, of the wrong type, out of range, or in conflict with another
+├── DataError          the image folder or a caption is missing or unreadable
+├── ModelError         the base is missing, incomplete or of another kind
+├── AdapterError       a LoRA file is damaged, of another kind or for another family
+├── RunError           a run folder is missing, taken or incomplete
+└── TrainingDiverged   the run itself failed: non-finite numbers, dead modules
+"""
+
+
+class SdloraError(Exception):
+    """Base of all errors; the message is one line that names the remedy."""
+
+    exit_code = 2
+
+
+class ConfigError(SdloraError):
+    """One or more settings are wrong.
+
+    Args:
+        problems: One line for each mistake, all of those found.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class DataError(SdloraError):
+    """The image folder cannot be used as asked."""
+
+
+class ModelError(SdloraError):
+    """The base cannot be used as asked."""
+
+
+class AdapterError(SdloraError):
+    """A LoRA file, or an adapter in memory, cannot be used as asked."""
+
+
+class RunError(SdloraError):
+    """A run folder cannot be used as asked."""
+
+
+class TrainingDiverged(SdloraError):
+    """Training produced numbers that no later step can repair."""
+
+    exit_code = 1

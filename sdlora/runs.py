@@ -1,0 +1,263 @@
+"""The run folder: its paths, its events, and atomic writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sdlora.config import RunConfig, read_config
+from sdlora.errors import RunError
+
+
+def write_file(
+    path: Path, write: Callable[[Path], object], verify: Callable[[Path], object] | None = None
+) -> Path:
+    """Writes a file so that it is either complete or not there.
+
+    Args:
+        path: Where the file shall be.
+        write: Writes the content to the temporary path that it is given (same folder).
+        verify: Re-opens the temporary file and raises if it is not right.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        if verify is not None:
+            verify(temporary)
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes UTF-8 text atomically."""
+    return write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Writes JSON atomically, readable by people."""
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+class RunFolder:
+    """What a run has written; the only place that knows the paths inside.
+
+    Args:
+        path: The folder; it need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
+    @classmethod
+    def create(cls, path: str | Path, config: RunConfig, environment: Mapping[str, Any]) -> RunFolder:
+        """Makes a new run folder.
+
+        Raises:
+            RunError: If a run is already there, or the place is not writable.
+        """
+        run = cls(path)
+        run.check_free()
+        try:
+            write_json(run.environment_file, dict(environment))
+            run.write_config(config)
+        except OSError as error:
+            raise RunError(
+                f"the run folder {path} cannot be written: {error.strerror}; give another --out"
+            ) from None
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """Opens an existing run.
+
+        Raises:
+            RunError: If the folder is missing or holds no run.
+        """
+        run = cls(path)
+        if not run.path.is_dir():
+            raise RunError(f"run folder {path} does not exist; give the folder that `sdlora train` printed")
+        if not run.config_file.is_file():
+            raise RunError(f"{path} holds no run (no config.json); give the folder that `sdlora train` printed")
+        return run
+
+    def check_free(self) -> None:
+        """Refuses a folder that already holds a run.
+
+        Raises:
+            RunError: If it does, or if it is a file.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"--out {self.path} is a file; give a folder")
+        if self.config_file.exists():
+            raise RunError(
+                f"--out {self.path} already holds a run; give another folder, or `sdlora resume {self.path}`"
+            )
+
+    def check_writable(self) -> None:
+        """Finds the nearest existing parent and asks whether it can be written.
+
+        Raises:
+            RunError: If not.
+        """
+        parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise RunError(f"--out {self.path} cannot be written ({parent} is not writable); give another folder")
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.path.absolute().name
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.json"
+
+    @property
+    def environment_file(self) -> Path:
+        """Versions, device and dtypes."""
+        return self.path / "environment.json"
+
+    @property
+    def events_file(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "events.jsonl"
+
+    @property
+    def adapters(self) -> Path:
+        """Saved adapters, to use."""
+        return self.path / "adapters"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Saved states, to continue."""
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Grids and single pictures."""
+        return self.path / "samples"
+
+    @property
+    def loss_curve(self) -> Path:
+        """The picture of the losses."""
+        return self.path / "loss.png"
+
+    @property
+    def model_card(self) -> Path:
+        """The card beside the final adapter, as Hugging Face reads it."""
+        return self.adapters / "README.md"
+
+    @property
+    def adapter(self) -> Path:
+        """The final adapter in diffusers' format, else the newest saved one.
+
+        Raises:
+            RunError: If none has been saved yet.
+        """
+        final = self.final_adapter()
+        if final.is_file():
+            return final
+        kohya = self.final_adapter("kohya")
+        if kohya.is_file():
+            return kohya
+        steps = self.saved_steps()
+        if not steps:
+            raise RunError(f"run {self.path} has saved no adapter yet; `sdlora resume {self.path}` goes on")
+        return self.step_adapter(steps[-1])
+
+    def final_adapter(self, dialect: str = "diffusers") -> Path:
+        """Where the final file of a dialect is, or will be."""
+        return self.adapters / ("final.safetensors" if dialect == "diffusers" else f"final.{dialect}.safetensors")
+
+    def step_adapter(self, step: int) -> Path:
+        """Where the adapter saved at a step is, or will be."""
+        return self.adapters / f"step-{step:06d}.safetensors"
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the state of a step is, or will be."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def sample_folder(self, step: int) -> Path:
+        """Where the samples of a step are, or will be."""
+        return self.samples / f"step-{step:06d}"
+
+    def saved_steps(self) -> list[int]:
+        """Steps whose adapter is saved, in order."""
+        return sorted(int(file.stem[5:]) for file in self.adapters.glob("step-[0-9]*.safetensors"))
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps whose state is complete, in order."""
+        return sorted(int(folder.name[5:]) for folder in self.checkpoints.glob("step-[0-9]*") if folder.is_dir())
+
+    def remove_checkpoints(self, keep: int) -> None:
+        """Deletes all but the newest states."""
+        for step in self.checkpoint_steps()[:-keep]:
+            shutil.rmtree(self.checkpoint(step), ignore_errors=True)
+
+    def read_config(self) -> RunConfig:
+        """The resolved configuration of the run."""
+        try:
+            return read_config(self.config_file)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.config_file} cannot be read: {error}") from None
+
+    def write_config(self, config: RunConfig) -> None:
+        """Writes the resolved configuration; a run exists from here on."""
+        write_json(self.config_file, config.model_dump(mode="json"))
+
+    def read_environment(self) -> dict[str, Any]:
+        """Versions, device and dtypes of the run."""
+        value = json.loads(self.environment_file.read_text(encoding="utf-8"))
+        return dict(value)
+
+    def append(self, event: str, step: int, **values: Any) -> dict[str, Any]:
+        """Adds an event and gives it back."""
+        record = {"event": event, "step": step, "time": round(time.time(), 3), **values}
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.events_file.open("a", encoding="utf-8", newline="\n") as handle:
+            handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+        return record
+
+    def events(self, *names: str) -> Iterator[dict[str, Any]]:
+        """The events in order, or only those of the given names; a line cut short by a crash is skipped."""
+        if not self.events_file.is_file():
+            return
+        for line in self.events_file.read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):
+                record = json.loads(line)
+                if not names or record["event"] in names:
+                    yield record
+
+    def cut_events(self, step: int) -> None:
+        """Drops the events after a step, since they will happen again."""
+        kept = [event for event in self.events() if event["step"] <= step and event["event"] != "done"]
+        write_text(self.events_file, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept))
+
+    def is_finished(self, steps: int) -> bool:
+        """Whether the run has ended at this number of steps."""
+        return any(event["step"] >= steps for event in self.events("done"))
+
+
+def next_free_run(name: str, parent: Path = Path("runs")) -> Path:
+    """`runs/NAME`, or `runs/NAME-2` and so on when that is taken."""
+    candidate, number = parent / name, 2
+    while RunFolder(candidate).config_file.exists():
+        candidate, number = parent / f"{name}-{number}", number + 1
+    return candidate
