@@ -1,0 +1,1 @@
+"""The noise schedule and the training objective, as pure functions of tensors."""

@@ -1,0 +1,136 @@
+"""The forward process of a base: from its scheduler's configuration to signal and noise at each timestep.
+
+B batch, C channels, H W latent size, T timesteps of the schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdlora.errors import ModelError
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The variance-preserving forward process q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I).
+
+    Ho et al. 2020 (2006.11239), equation 4.
+
+    Args:
+        alphas_cumprod: ᾱ, shape (T,), float64 while it is built, kept in float32.
+        prediction_type: What the UNet answers: epsilon, v_prediction or sample.
+    """
+
+    alphas_cumprod: Tensor
+    prediction_type: str
+
+    @property
+    def num_timesteps(self) -> int:
+        """T."""
+        return int(self.alphas_cumprod.shape[0])
+
+    def signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ_t and √(1 - ᾱ_t), each of shape (B, 1, 1, 1)."""
+        alpha_bar = self.alphas_cumprod[timesteps.cpu()].to(timesteps.device)
+        return alpha_bar.sqrt().view(-1, 1, 1, 1), (1 - alpha_bar).sqrt().view(-1, 1, 1, 1)
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """ᾱ_t / (1 - ᾱ_t), shape (B,); 0 at the last step of a zero-terminal-SNR schedule."""
+        alpha_bar = self.alphas_cumprod[timesteps.cpu()].to(timesteps.device)
+        return alpha_bar / (1 - alpha_bar)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε (2006.11239, equation 4); all of shape (B, C, H, W)."""
+        signal, sigma = self.signal_and_noise(timesteps)
+        return signal * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the UNet should answer, shape (B, C, H, W).
+
+        epsilon: ε (2006.11239, equation 14). v_prediction: v = √ᾱ_t ε - √(1 - ᾱ_t) x_0
+        (Salimans & Ho 2022, 2202.00512, appendix D). sample: x_0.
+        """
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return latents
+        signal, sigma = self.signal_and_noise(timesteps)
+        return signal * noise - sigma * latents
+
+    def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """The Min-SNR-γ weight in the form that fits the target, shape (B,).
+
+        Hang et al. 2023 (2303.09556), section 3.4: min(SNR, γ) for x_0 targets, divided by SNR for
+        ε targets and by SNR + 1 for v targets. Written so that it stays finite at SNR = 0 and ∞.
+        """
+        snr = self.snr(timesteps)
+        if self.prediction_type == "epsilon":
+            return (gamma / snr).clamp(max=1)
+        clipped = snr.clamp(max=gamma)
+        return clipped if self.prediction_type == "sample" else clipped / (snr + 1)
+
+
+def schedule_from_config(config: Mapping[str, Any], prediction_type: str | None = None) -> NoiseSchedule:
+    """Builds the training schedule from a diffusers `scheduler_config.json`.
+
+    The betas decide, not the scheduler's class: an Euler scheduler, as single files bring it, has
+    an `add_noise` that is not variance preserving.
+
+    Args:
+        config: The scheduler's configuration.
+        prediction_type: Replaces the configuration's own.
+
+    Raises:
+        ModelError: If the beta schedule is not known.
+    """
+    betas = betas_from_config(config)
+    if config.get("rescale_betas_zero_snr"):
+        betas = rescale_to_zero_terminal_snr(betas)
+    alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()
+    return NoiseSchedule(alphas_cumprod, prediction_type or config.get("prediction_type") or "epsilon")
+
+
+def betas_from_config(config: Mapping[str, Any]) -> Tensor:
+    """β_1 … β_T in float64, shape (T,)."""
+    if config.get("trained_betas") is not None:
+        return torch.tensor(config["trained_betas"], dtype=torch.float64)
+    count = int(config.get("num_train_timesteps", 1000))
+    start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+    kind = config.get("beta_schedule", "linear")
+    if kind == "linear":
+        return torch.linspace(start, end, count, dtype=torch.float64)
+    if kind == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
+    if kind == "squaredcos_cap_v2":
+        return _cosine_betas(count)
+    raise ModelError(
+        f"beta_schedule = {kind!r} in the base's scheduler_config.json is not known; "
+        "linear, scaled_linear and squaredcos_cap_v2 are"
+    )
+
+
+def _cosine_betas(count: int) -> Tensor:
+    """Nichol & Dhariwal 2021 (2102.09672), equation 17, with β capped at 0.999."""
+
+    def alpha_bar(time: float) -> float:
+        return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    betas = [min(1 - alpha_bar((i + 1) / count) / alpha_bar(i / count), 0.999) for i in range(count)]
+    return torch.tensor(betas, dtype=torch.float64)
+
+
+def rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Shifts and scales √ᾱ so that the last step is pure noise.
+
+    Lin et al. 2023 (2305.08891), algorithm 1.
+    """
+    root = torch.cumprod(1 - betas, dim=0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alpha_bar = root**2
+    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
