@@ -1,0 +1,505 @@
+"""Trains the built-in base: a tokenizer, then the text encoder alone, then text encoder and UNet together.
+
+B batch, C latent channels, H latent size, L tokens, D text width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sdlora.builtin.captions import (
+    CONCEPTS_FILE,
+    TEXT_LENGTH,
+    Picture,
+    all_pictures,
+    draw_caption,
+    draw_picture,
+    make_tokenizer,
+    read_concepts,
+)
+from sdlora.builtin.icons import (
+    BASE_HANDS,
+    PICTURE_PX,
+    Icons,
+    compose,
+    drawing_px,
+    fetch_icons,
+    load_icons,
+    to_array,
+)
+from sdlora.builtin.state import (
+    TrainingState,
+    append_line,
+    learning_rate,
+    read_facts,
+    step_generators,
+    step_seed,
+    write_tensors,
+)
+from sdlora.errors import ModelError, SdloraError
+
+SHIPPED = Path(__file__).with_name("base")
+BETAS = (0.9, 0.99)
+ENCODE_BATCH = 48
+TEXT_SEED_OFFSET = 500_000  # the two phases draw from different streams
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights; kept beside them, and a run continues only with an equal one.
+
+    `steps` alone may change on the way: the learning rate follows from the step and the total.
+    """
+
+    steps: int = 10_000
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warmup: int = 200
+    decay_share: float = 0.5
+    average_decay: float = 0.999
+    text_steps: int = 500
+    text_batch_size: int = 128
+    text_width: int = 192
+    text_layers: int = 3
+    widths: tuple[int, ...] = (64, 96, 192)
+    seed: int = 0
+
+    def may_continue(self, other: Recipe) -> bool:
+        """Whether a run of `other` can go on under this recipe."""
+        return {**vars(self), "steps": 0} == {**vars(other), "steps": 0}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where things are: the vector packages, the VAE, the concept file, and the folder that is written."""
+
+    out: Path
+    icons: Path
+    vae: Path = SHIPPED / "vae"
+    concepts: Path = CONCEPTS_FILE
+    device: str = "cpu"
+    threads: int = 0
+    save_every: int = 250
+    log_every: int = 25
+
+
+@dataclass
+class Parts:
+    """The parts of the pipeline while they are in training, and the pictures they are taught."""
+
+    tokenizer: Any
+    text_encoder: nn.Module
+    unet: nn.Module
+    vae: nn.Module
+    schedule: Any
+    pictures: dict[Picture, Tensor]
+    scaling_factor: float
+    device: torch.device
+    token_rows: dict[str, Tensor] = field(default_factory=dict)
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """Token numbers, (B, L)."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self.token_rows]
+        if new:
+            encoded = self.tokenizer(new, padding="max_length", max_length=TEXT_LENGTH, truncation=True)
+            self.token_rows.update(zip(new, torch.tensor(encoded["input_ids"]), strict=True))
+        return torch.stack([self.token_rows[caption] for caption in captions]).to(self.device)
+
+    def latents(self, pictures: Sequence[Picture]) -> Tensor:
+        """Scaled latents, (B, C, H, H)."""
+        chosen = torch.stack([self.pictures[picture] for picture in pictures])
+        return chosen.to(self.device).float() * self.scaling_factor
+
+
+def make_text_encoder(tokenizer: Any, recipe: Recipe) -> Any:
+    """A small CLIP text encoder for `tokenizer`."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    end = tokenizer.eos_token_id
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.text_width,
+        intermediate_size=4 * recipe.text_width,
+        num_hidden_layers=recipe.text_layers,
+        num_attention_heads=4,
+        max_position_embeddings=TEXT_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end,
+        pad_token_id=end,
+        hidden_act="quick_gelu",
+    )
+    return CLIPTextModel(config)
+
+
+def make_unet(channels: int, size: int, recipe: Recipe) -> Any:
+    """A UNet shaped as that of SD 1.x, with attention in every level: adapters reach the finest one too."""
+    from diffusers import UNet2DConditionModel
+
+    levels = len(recipe.widths)
+    return UNet2DConditionModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=recipe.widths,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        layers_per_block=1,
+        cross_attention_dim=recipe.text_width,
+        attention_head_dim=2,
+        norm_num_groups=16,
+    )
+
+
+def make_schedule() -> Any:
+    """The noise schedule of SD 1.x, with v-prediction (2202.00512)."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        prediction_type="v_prediction",
+        clip_sample=False,
+        steps_offset=1,
+    )
+
+
+@torch.no_grad()
+def encode_pictures(
+    vae: Any, icons: dict[str, Icons], pictures: Sequence[Picture], device: torch.device
+) -> Tensor:
+    """Latents of the pictures, unscaled and in fp16, (N, C, H, H)."""
+    drawings: dict[tuple[str, str], Any] = {}
+    rows = []
+    for start in range(0, len(pictures), ENCODE_BATCH):
+        batch = []
+        for picture in pictures[start : start + ENCODE_BATCH]:
+            key = (picture.hand, picture.concept)
+            if key not in drawings:
+                drawings[key] = icons[picture.hand].render(picture.concept, drawing_px(PICTURE_PX))
+            batch.append(to_array(compose(drawings[key], picture.ground)))
+        pixels = torch.from_numpy(np.stack(batch)).to(device)
+        rows.append(vae.encode(pixels).latent_dist.mean.half().cpu())
+    return torch.cat(rows)
+
+
+def load_pictures(place: Place, vae: Any, concepts: list[str], device: torch.device) -> dict[Picture, Tensor]:
+    """The latents of all pictures, from the cache in `place.out` where that was made of the same things."""
+    pictures, file = all_pictures(concepts), place.out / "latents.safetensors"
+    weights = sorted(place.vae.glob("*.safetensors"))
+    digest = hashlib.sha256(repr([str(picture) for picture in pictures]).encode())
+    for weight in weights:
+        digest.update(weight.read_bytes())
+    key = digest.hexdigest()
+    if not file.is_file() or read_facts(file).get("key") != key:
+        icons = {hand: load_icons(hand, place.icons) for hand in BASE_HANDS}
+        write_tensors(file, {"latents": encode_pictures(vae, icons, pictures, device)}, {"key": key})
+    return dict(zip(pictures, load_file(file)["latents"], strict=True))
+
+
+def load_vae(folder: Path) -> Any:
+    """The VAE of a diffusers folder.
+
+    Raises:
+        ModelError: There is none.
+    """
+    from diffusers import AutoencoderKL
+
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} holds no VAE; make one: python -m sdlora.builtin.make_vae")
+    return AutoencoderKL.from_pretrained(folder).float().eval().requires_grad_(False)
+
+
+def prepare(place: Place, recipe: Recipe) -> Parts:
+    """Makes or loads everything that training needs, weights freshly drawn from the recipe's seed."""
+    device = torch.device(place.device)
+    concepts = read_concepts(place.concepts)
+    names = load_icons(BASE_HANDS[0], place.icons).names()
+    tokenizer = make_tokenizer(place.out / "tokenizer", concepts, names)
+    vae = load_vae(place.vae).to(device)
+    pictures = load_pictures(place, vae, concepts, device)
+    example = next(iter(pictures.values()))
+    torch.manual_seed(recipe.seed)
+    text_encoder = make_text_encoder(tokenizer, recipe).to(device)
+    unet = make_unet(len(example), example.shape[-1], recipe).to(device)
+    if device.type == "cpu":  # plain attention is faster than SDPA's backward at these sizes
+        from diffusers.models.attention_processor import AttnProcessor
+
+        unet.set_attn_processor(AttnProcessor())
+    whites = [latents.float() for picture, latents in pictures.items() if picture.ground == "white"]
+    scaling_factor = 1 / torch.stack(whites).std().item()
+    return Parts(tokenizer, text_encoder, unet, vae, make_schedule(), pictures, scaling_factor, device)
+
+
+def draw_concepts(concepts: list[str], step: int, batch_size: int, seed: int) -> list[str]:
+    """The concepts of one step: a new order every epoch, so that all are seen equally often."""
+    chosen = []
+    for index in range(step * batch_size, (step + 1) * batch_size):
+        epoch, position = divmod(index, len(concepts))
+        order = random.Random(step_seed(seed, epoch)).sample(range(len(concepts)), len(concepts))
+        chosen.append(concepts[order[position]])
+    return chosen
+
+
+def draw_timesteps(count: int, generator: torch.Generator) -> Tensor:
+    """Half spread evenly over all timesteps, half around 700, where it is decided what the picture shows."""
+    even = (torch.arange(count) + torch.rand(count, generator=generator)) / count * 1000
+    high = 700 + 170 * torch.randn(count, generator=generator)
+    return torch.where(torch.rand(count, generator=generator) < 0.5, even, high).clamp(0, 999).long()
+
+
+def draw_batch(
+    parts: Parts, concepts: list[str], rng: random.Random, drop: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Latents (B, C, H, H) and tokens (B, L) for some concepts, in drawn hands and on drawn grounds."""
+    pictures = [draw_picture(rng, concept) for concept in concepts]
+    captions = [draw_caption(rng, picture, drop) for picture in pictures]
+    return parts.latents(pictures), parts.tokens(captions)
+
+
+class LayoutHead(nn.Module):
+    """Guesses a coarse picture from the mean text state, and is thrown away.
+
+    Cross-attention that attends evenly passes on exactly this mean, so what the head can read there
+    the UNet can read from its first step.
+    """
+
+    def __init__(self, width: int, channels: int, size: int = 8) -> None:
+        super().__init__()
+        self.shape = (channels, size, size)
+        self.linear = nn.Linear(width, channels * size * size)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Text states (B, L, D) -> coarse latents (B, C, 8, 8)."""
+        guess: Tensor = self.linear(states.mean(dim=1))
+        return guess.unflatten(1, self.shape)
+
+
+def text_loss(parts: Parts, head: LayoutHead, concepts: list[str], rng: random.Random) -> Tensor:
+    """Mean squared error of the coarse latents guessed from the captions."""
+    latents, tokens = draw_batch(parts, concepts, rng, drop=False)
+    with torch.autocast(parts.device.type, dtype=torch.bfloat16):
+        guess = head(parts.text_encoder(tokens)[0])
+    return F.mse_loss(guess.float(), F.adaptive_avg_pool2d(latents, head.shape[-1]))
+
+
+def unet_loss(parts: Parts, concepts: list[str], rng: random.Random, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the predicted velocity (2202.00512, appendix D)."""
+    latents, tokens = draw_batch(parts, concepts, rng)
+    noise = torch.randn(latents.shape, generator=generator).to(parts.device)
+    timesteps = draw_timesteps(len(latents), generator).to(parts.device)
+    noisy = parts.schedule.add_noise(latents, noise, timesteps)
+    target = parts.schedule.get_velocity(latents, noise, timesteps)
+    with torch.autocast(parts.device.type, dtype=torch.bfloat16):
+        predicted = parts.unet(noisy, timesteps, parts.text_encoder(tokens)[0]).sample
+    return F.mse_loss(predicted.float(), target)
+
+
+@dataclass
+class Phase:
+    """One stretch of training: what it trains, for how long, and on which loss."""
+
+    name: str
+    state: TrainingState
+    steps: int
+    batch_size: int
+    peak_rate: float
+    loss: Callable[[int, list[str]], Tensor]
+
+
+def run_phase(
+    phase: Phase, place: Place, recipe: Recipe, concepts: list[str], stop_after: int | None = None
+) -> bool:
+    """Trains to the phase's last step, continuing from its state file; False where `stop_after` ended it."""
+    file, state = place.out / f"{phase.name}.safetensors", phase.state
+    if file.is_file():
+        state.load(file)
+    running, started, done = 0.0, time.monotonic(), 0
+    while state.step < phase.steps and (stop_after is None or done < stop_after):
+        step = state.step
+        rate = learning_rate(step, phase.steps, phase.peak_rate, recipe.warmup, recipe.decay_share)
+        loss = phase.loss(step, draw_concepts(concepts, step, phase.batch_size, recipe.seed))
+        state.update(loss, rate)
+        done += 1
+        running += (loss.item() - running) / min(done, 100)
+        if state.step % place.log_every == 0:
+            seconds = round((time.monotonic() - started) / done, 3)
+            facts = {"phase": phase.name, "step": state.step, "loss": round(running, 4), "rate": rate}
+            clock = {"seconds_per_step": seconds, "time": round(time.time())}
+            append_line(place.out / "log.jsonl", {**facts, **clock})
+        if state.step % place.save_every == 0:
+            state.save(file)
+    if done:
+        state.save(file)
+    return state.step >= phase.steps
+
+
+def text_phase(parts: Parts, recipe: Recipe) -> Phase:
+    """The text encoder learns alone what each caption looks like, coarsely."""
+    channels = next(iter(parts.pictures.values())).shape[0]
+    head = LayoutHead(recipe.text_width, channels).to(parts.device)
+    state = TrainingState({"text_encoder": parts.text_encoder, "head": head}, BETAS, recipe.average_decay)
+
+    def loss(step: int, concepts: list[str]) -> Tensor:
+        return text_loss(parts, head, concepts, step_generators(recipe.seed, TEXT_SEED_OFFSET + step)[0])
+
+    return Phase("text", state, recipe.text_steps, recipe.text_batch_size, recipe.learning_rate, loss)
+
+
+def joint_phase(parts: Parts, recipe: Recipe) -> Phase:
+    """Text encoder and UNet learn together to denoise."""
+    modules = {"text_encoder": parts.text_encoder, "unet": parts.unet}
+    state = TrainingState(modules, BETAS, recipe.average_decay)
+
+    def loss(step: int, concepts: list[str]) -> Tensor:
+        return unet_loss(parts, concepts, *step_generators(recipe.seed, step))
+
+    return Phase("joint", state, recipe.steps, recipe.batch_size, recipe.learning_rate, loss)
+
+
+def save_base(parts: Parts, folder: Path) -> None:
+    """Writes an ordinary diffusers folder: UNet and VAE in fp16, the text encoder in fp32.
+
+    transformers loads a file's own dtype and diffusers fp32; an fp16 text encoder would not match its UNet.
+    """
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    parts.vae.register_to_config(scaling_factor=parts.scaling_factor)
+    scheduler = DDIMScheduler.from_config(parts.schedule.config, set_alpha_to_one=False)
+    pipeline = StableDiffusionPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=parts.unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(partial)
+    for name in ("unet", "vae"):
+        to_half(partial / name / "diffusion_pytorch_model.safetensors")
+    (partial / "text_encoder" / "model.safetensors").chmod(0o644)
+    for config in partial.rglob("*.json"):
+        drop_key(config, "_name_or_path")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def to_half(file: Path) -> None:
+    """Rewrites a safetensors file in fp16."""
+    write_tensors(file, {name: tensor.half() for name, tensor in load_file(file).items()}, {"format": "pt"})
+
+
+def drop_key(file: Path, key: str) -> None:
+    """Removes a top-level key from a JSON file that has it."""
+    contents = json.loads(file.read_text(encoding="utf-8"))
+    if key in contents:
+        del contents[key]
+        file.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
+def remember_recipe(place: Place, recipe: Recipe) -> None:
+    """Writes the recipe beside the state, or refuses to continue a run of another one.
+
+    Raises:
+        ModelError: `place.out` holds a run of another recipe.
+    """
+    file = place.out / "recipe.json"
+    if file.is_file():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if not recipe.may_continue(Recipe(**{**kept, "widths": tuple(kept["widths"])})):
+            raise ModelError(f"{place.out} holds a run of another recipe; choose another --out")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(vars(recipe), indent=2) + "\n", encoding="utf-8")
+
+
+def make_base(place: Place, recipe: Recipe, stop_after: int | None = None) -> Path | None:
+    """Trains a base, or continues, and writes it to `place.out / "base"`.
+
+    Args:
+        place: Where things are.
+        recipe: What is trained.
+        stop_after: Ends the run after so many steps of a phase, to be continued by another call.
+
+    Returns:
+        The diffusers folder; None where `stop_after` ended the run before the text encoder was ready.
+    """
+    if place.threads:
+        torch.set_num_threads(place.threads)
+    remember_recipe(place, recipe)
+    concepts = read_concepts(place.concepts)
+    parts = prepare(place, recipe)
+    text = text_phase(parts, recipe)
+    if not run_phase(text, place, recipe, concepts, stop_after):
+        return None
+    joint = joint_phase(parts, recipe)
+    run_phase(joint, place, recipe, concepts, stop_after)
+    joint.state.swap_average()
+    folder = place.out / "base"
+    save_base(parts, folder)
+    joint.state.swap_average()
+    return folder
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[Place, Recipe, bool]:
+    """The command line."""
+    default = Recipe()
+    parser = argparse.ArgumentParser(prog="python -m sdlora.builtin.make_base", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the state, the log and the base")
+    parser.add_argument("--icons", type=Path, help="folder of the vector packages; left out: npm pack")
+    parser.add_argument("--vae", type=Path, default=SHIPPED / "vae", help="diffusers folder of the VAE")
+    parser.add_argument("--concepts", type=Path, default=CONCEPTS_FILE, help="file of concept names")
+    parser.add_argument("--steps", type=int, default=default.steps)
+    parser.add_argument("--batch-size", type=int, default=default.batch_size)
+    parser.add_argument("--learning-rate", type=float, default=default.learning_rate)
+    parser.add_argument("--text-steps", type=int, default=default.text_steps)
+    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument("--export", action="store_true", help="write the base from the state as it is")
+    given = parser.parse_args(arguments)
+    icons = given.icons or fetch_icons(BASE_HANDS, given.out / "icons")
+    place = Place(given.out, icons, given.vae, given.concepts, given.device, given.threads)
+    recipe = Recipe(
+        steps=given.steps,
+        batch_size=given.batch_size,
+        learning_rate=given.learning_rate,
+        text_steps=given.text_steps,
+        seed=given.seed,
+    )
+    return place, recipe, given.export
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; 2 for a mistake in what was asked."""
+    try:
+        place, recipe, export = parse(arguments)
+        folder = make_base(place, recipe, stop_after=0 if export else None)
+    except SdloraError as error:
+        print(error)
+        return error.exit_code
+    print(f"{folder} is written" if folder else "the text encoder is not ready; run without --export")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,165 @@
+"""Makes the two example datasets: concepts that the base knows, in hands that it has never seen."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from sdlora.builtin.captions import concept_to_words, read_concepts
+from sdlora.builtin.icons import HANDS, STYLE_HANDS, Icons, compose, drawing_px, fetch_icons, load_icons
+from sdlora.errors import DataError, SdloraError
+
+SQUARE = (160, 160)
+OBLONG = ((192, 128), (128, 192), (176, 128), (128, 176))
+OBLONG_EVERY = 11
+COLOURS = 64  # of the palette: flat drawings lose nothing the eye sees
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One example dataset: how many pictures, and what its licence asks to be said."""
+
+    hand: str
+    training: int
+    heldout: int
+    seed: int
+    source: str
+    notice: str
+
+
+CC_BY_SA = """\
+OpenMoji: the open-source emoji and icon project. Copyright OpenMoji contributors.
+
+The pictures in this folder are adapted from OpenMoji and are licensed, as OpenMoji is, under the
+Creative Commons Attribution-ShareAlike 4.0 International License (CC BY-SA 4.0).
+
+You are free to share and adapt them for any purpose, even commercially, as long as you give
+appropriate credit, link to the licence, say what you changed, and distribute what you make of them
+under the same licence.
+
+The full text of the licence: https://creativecommons.org/licenses/by-sa/4.0/legalcode
+
+The pictures come without any warranty.
+"""
+
+MIT = """\
+MIT License
+
+Copyright (c) Microsoft Corporation.
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction,
+including without limitation the rights to use, copy, modify, merge, publish, distribute,
+sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial
+portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES
+OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
+
+DATASETS: dict[str, Dataset] = {
+    "openmoji": Dataset("openmoji", 150, 40, 1, "https://openmoji.org", CC_BY_SA),
+    "fluent-mono": Dataset("fluent-mono", 100, 40, 2, "https://github.com/microsoft/fluentui-emoji", MIT),
+}
+
+
+def split_concepts(dataset: Dataset, concepts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The concepts of the training part and of the held-out part, both sorted.
+
+    Raises:
+        DataError: There are too few concepts for both.
+    """
+    wanted = dataset.training + dataset.heldout
+    if len(concepts) < wanted:
+        raise DataError(
+            f"{dataset.hand} needs {wanted} concepts and the base knows {len(concepts)}; name more"
+        )
+    chosen = random.Random(dataset.seed).sample(sorted(concepts), wanted)
+    return sorted(chosen[: dataset.training]), sorted(chosen[dataset.training :])
+
+
+def size_of(index: int) -> tuple[int, int]:
+    """Width and height of the picture at `index`: most are square, every eleventh is not."""
+    turn, rest = divmod(index, OBLONG_EVERY)
+    return OBLONG[turn % len(OBLONG)] if rest == OBLONG_EVERY - 1 else SQUARE
+
+
+def draw(icons: Icons, concept: str, size: tuple[int, int]) -> Image.Image:
+    """One picture of a concept, centred on white."""
+    return compose(icons.render(concept, drawing_px(min(size))), "white", size)
+
+
+def save_pictures(
+    icons: Icons, concepts: Sequence[str], sizes: Sequence[tuple[int, int]], folder: Path
+) -> None:
+    """Writes NAME.png and NAME.txt for each concept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for concept, size in zip(concepts, sizes, strict=True):
+        flat = draw(icons, concept, size).quantize(
+            COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
+        )
+        flat.save(folder / f"{concept}.png", optimize=True)
+        (folder / f"{concept}.txt").write_text(f"a {concept_to_words(concept)}\n", encoding="utf-8")
+
+
+def attribution(dataset: Dataset) -> str:
+    """What the folder says about where its pictures come from."""
+    hand = HANDS[dataset.hand]
+    return f"""# {hand.title}: {dataset.training} captioned pictures, {dataset.heldout} held out
+
+Drawings: {hand.title} by {hand.author}, <{dataset.source}>, taken from the npm package
+`{hand.package}` {hand.version}. Licence: {hand.licence}, see `LICENSE`.
+
+Changes: a selection; rendered to pixels on white, {SQUARE[0]} x {SQUARE[1]}, some on a wider or taller
+ground; colours reduced to a palette of {COLOURS}. The captions are the drawings' names.
+
+`heldout/` shows concepts that the pictures outside it do not. It is never trained on, and says whether
+a style was learned or the pictures were.
+
+Made by `python -m sdlora.builtin.make_datasets`.
+"""
+
+
+def make_dataset(name: str, out: Path, icons_folder: Path) -> Path:
+    """Makes one dataset in `out / name`, replacing what is there."""
+    dataset, folder = DATASETS[name], out / name
+    icons = load_icons(dataset.hand, icons_folder)
+    training, heldout = split_concepts(dataset, [concept for concept in read_concepts() if concept in icons])
+    shutil.rmtree(folder, ignore_errors=True)
+    save_pictures(icons, training, [size_of(index) for index in range(len(training))], folder)
+    save_pictures(icons, heldout, [SQUARE] * len(heldout), folder / "heldout")
+    (folder / "LICENSE").write_text(dataset.notice, encoding="utf-8")
+    (folder / "README.md").write_text(attribution(dataset), encoding="utf-8")
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; 2 for a mistake in what was asked."""
+    parser = argparse.ArgumentParser(prog="python -m sdlora.builtin.make_datasets", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("datasets"), help="gets a folder for each")
+    parser.add_argument("--icons", type=Path, help="folder of the vector packages; left out: npm pack")
+    given = parser.parse_args(arguments)
+    try:
+        icons = given.icons or fetch_icons(STYLE_HANDS, given.out / ".icons")
+        for name in DATASETS:
+            print(f"{make_dataset(name, given.out, icons)} is written")
+    except SdloraError as error:
+        print(error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,128 @@
+"""Keeps what a training run needs to continue at any step: tensors as safetensors, the rest as JSON."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sdlora.errors import ModelError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SEED_STRIDE = 1_000_003  # a prime: the streams of two seeds do not meet within a run
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of one step: a run that continues draws what it would have drawn."""
+    return seed * SEED_STRIDE + step
+
+
+def step_generators(seed: int, step: int) -> tuple[random.Random, torch.Generator]:
+    """Python's and torch's generator for one step."""
+    number = step_seed(seed, step)
+    return random.Random(number), torch.Generator().manual_seed(number)
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: int, decay_share: float) -> float:
+    """Linear warm-up, a plateau, then a linear decay to zero over the last `decay_share` of `total` steps."""
+    rising = min(1.0, (step + 1) / max(1, warmup))
+    falling = min(1.0, (total - step) / max(1.0, decay_share * total))
+    return peak * rising * max(0.0, falling)
+
+
+def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters of several modules, `module.parameter` -> parameter."""
+    return {
+        f"{name}.{key}": value for name, module in modules.items() for key, value in module.named_parameters()
+    }
+
+
+class TrainingState:
+    """The parameters in training, their AdamW moments and running average, and the number of steps done."""
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], betas: tuple[float, float], average_decay: float
+    ) -> None:
+        self.parameters = named_parameters(modules)
+        self.trainable = list(self.parameters.values())
+        self.average = [parameter.detach().clone() for parameter in self.trainable]
+        self.average_decay = average_decay
+        self.step = 0
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=0.0, betas=betas, weight_decay=0.01, fused=True)
+
+    def update(self, loss: Tensor, rate: float) -> None:
+        """One step of AdamW at learning rate `rate`, gradients clipped to norm 1; counts it and averages."""
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
+        self.optimizer.step()
+        decay = min(self.average_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.trainable], 1 - decay)
+        self.step += 1
+
+    @torch.no_grad()
+    def swap_average(self) -> None:
+        """Exchanges the parameters with their running average; a second call undoes the first."""
+        for parameter, average in zip(self.trainable, self.average, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+
+    def save(self, file: Path) -> None:
+        """Writes everything to `file` (safetensors), all or nothing; the step is in the file's metadata."""
+        tensors: dict[str, Tensor] = {}
+        for (name, parameter), average in zip(self.parameters.items(), self.average, strict=True):
+            tensors[f"parameter/{name}"] = parameter.detach()
+            tensors[f"average/{name}"] = average
+            for moment in MOMENTS:
+                if parameter in self.optimizer.state:
+                    tensors[f"{moment}/{name}"] = self.optimizer.state[parameter][moment]
+        write_tensors(file, tensors, {"step": str(self.step)})
+
+    def load(self, file: Path) -> None:
+        """Continues from what `save` wrote.
+
+        Raises:
+            ModelError: The file is of other modules.
+        """
+        tensors, facts = load_file(file), read_facts(file)
+        if not {f"parameter/{name}" for name in self.parameters} <= set(tensors):
+            raise ModelError(f"{file} holds the state of other modules; choose another --out")
+        self.step = int(facts["step"])
+        for (name, parameter), average in zip(self.parameters.items(), self.average, strict=True):
+            with torch.no_grad():
+                parameter.copy_(tensors[f"parameter/{name}"])
+                average.copy_(tensors[f"average/{name}"])
+            if f"{MOMENTS[0]}/{name}" in tensors:
+                moments = {m: tensors[f"{m}/{name}"].to(parameter.device).clone() for m in MOMENTS}
+                count = torch.tensor(float(self.step), device=parameter.device)
+                self.optimizer.state[parameter] = {"step": count, **moments}
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
+    """Writes a safetensors file with `facts` as its metadata, under a temporary name that is then renamed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(facts))
+    partial.chmod(0o644)
+    partial.replace(file)
+
+
+def read_facts(file: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, without its tensors."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        facts: dict[str, str] = json.loads(opened.read(length)).get("__metadata__", {})
+    return facts
+
+
+def append_line(file: Path, facts: Mapping[str, object]) -> None:
+    """Appends one JSON object to a log."""
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write(json.dumps(dict(facts)) + "\n")
