@@ -1,0 +1,1 @@
+"""The frozen base: what it is, whether it is whole, and how it is loaded and called."""
