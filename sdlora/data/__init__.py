@@ -1,0 +1,1 @@
+"""An image folder becomes batches."""

@@ -1,0 +1,122 @@
+"""The order of training: which samples each step has, and which of them are this process's."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from sdlora.config import DataSection
+from sdlora.data.buckets import BucketPlan, Crop
+from sdlora.data.records import ImageRecord, Size
+from sdlora.errors import DataError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One picture as one step sees it.
+
+    Attributes:
+        index: Its number in the run, counted over all steps before it; keys its random draws.
+        record: The picture.
+        crop: The variant drawn for this sample.
+        caption: The record's, or empty where it was dropped.
+    """
+
+    index: int
+    record: ImageRecord
+    crop: Crop
+    caption: str
+
+
+class BatchOrder:
+    """The samples of every step, a function of (seed, epoch, global batch) alone.
+
+    Within an epoch each picture appears exactly `repeats` times, no step mixes shapes, and a bucket's last
+    step may be short. Any step can be asked for; nothing is carried from one to the next.
+
+    Args:
+        records: The pictures to train on.
+        plan: Their crops.
+        settings: `caption_dropout` is used.
+        global_batch: Samples in a step, over all processes and micro-batches.
+        seed: Keys the order and the draws.
+
+    Raises:
+        DataError: If there are no pictures.
+    """
+
+    steps_per_epoch: int
+    samples_per_epoch: int
+
+    def __init__(
+        self,
+        records: Sequence[ImageRecord],
+        plan: BucketPlan,
+        settings: DataSection,
+        *,
+        global_batch: int,
+        seed: int,
+    ) -> None:
+        if not records:
+            raise DataError("there are no images to train on; give a folder with some")
+        assert global_batch >= 1
+        self._plan = plan
+        self._dropout = settings.caption_dropout
+        self._global_batch = global_batch
+        self._seed = seed
+        # The order must not depend on the order in which files were listed.
+        self._records = sorted(records, key=lambda record: (record.digest, record.name))
+        self._buckets: dict[Size, list[int]] = defaultdict(list)
+        for number, record in enumerate(self._records):
+            self._buckets[plan.bucket_of(record.name)] += [number] * record.repeats
+        self.steps_per_epoch = sum(-(-len(bucket) // global_batch) for bucket in self._buckets.values())
+        self.samples_per_epoch = sum(len(bucket) for bucket in self._buckets.values())
+        self._epoch = -1
+        self._steps: list[tuple[int, list[int]]] = []
+
+    def step(self, step: int) -> list[Sample]:
+        """The samples of an optimizer step, counted from 0; all of one shape."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._steps = epoch, self._order(epoch)
+        before, numbers = self._steps[place]
+        first = epoch * self.samples_per_epoch + before
+        return [self._draw(first + offset, self._records[number]) for offset, number in enumerate(numbers)]
+
+    def _order(self, epoch: int) -> list[tuple[int, list[int]]]:
+        """(samples of the epoch before this step, record numbers) for each step of an epoch."""
+        draws = random.Random(f"{self._seed}:order:{epoch}")
+        steps: list[list[int]] = []
+        for size in sorted(self._buckets):
+            numbers = list(self._buckets[size])
+            draws.shuffle(numbers)
+            steps += [numbers[i : i + self._global_batch] for i in range(0, len(numbers), self._global_batch)]
+        draws.shuffle(steps)
+        placed, before = [], 0
+        for numbers in steps:
+            placed.append((before, numbers))
+            before += len(numbers)
+        return placed
+
+    def _draw(self, index: int, record: ImageRecord) -> Sample:
+        """Crop and caption come from generators of their own, so that neither moves the other (R-04)."""
+        crop = random.Random(f"{self._seed}:variant:{index}").choice(self._plan.crops[record.name])
+        dropped = random.Random(f"{self._seed}:dropout:{index}").random() < self._dropout
+        return Sample(index, record, crop, "" if dropped else record.caption)
+
+
+def deal(samples: Sequence[T], *, batch_size: int, process_index: int, num_processes: int) -> list[list[T]]:
+    """This process's micro-batches of a step.
+
+    Every process gets the same number of them, so that all take part in each exchange of gradients; in a
+    short step some are smaller or empty.
+    """
+    own = list(samples[process_index::num_processes])
+    largest = -(-len(samples) // num_processes)
+    count = max(1, -(-largest // batch_size))
+    return [own[i * batch_size : (i + 1) * batch_size] for i in range(count)]

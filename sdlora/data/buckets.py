@@ -1,0 +1,179 @@
+"""Aspect-ratio buckets: sizes of about one area, and the crop that brings each picture into its own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from sdlora.config import DataSection
+from sdlora.data.records import ImageRecord, Size
+
+STEPS = (64, 32, 16, 8)
+MAX_LOSS = 0.08
+MAX_ASPECT = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Crop:
+    """How a picture becomes a sample: scale to `resized`, cut `size` at (left, top), then mirror.
+
+    Attributes:
+        resized: The whole picture after scaling.
+        left: Pixels cut at the left, before mirroring.
+        top: Pixels cut at the top.
+        size: The bucket.
+        flipped: Whether the result is mirrored.
+    """
+
+    resized: Size
+    left: int
+    top: int
+    size: Size
+    flipped: bool = False
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """The bucket and the crops of every picture.
+
+    Attributes:
+        resolution: Side of the square that gives the buckets their area, in pixels.
+        step: Sides of buckets are multiples of this, in pixels.
+        records: The pictures to train on.
+        crops: From a record's name to its fixed crops; mirrored ones follow when flips are on. Held-out
+            pictures have one centre crop.
+    """
+
+    resolution: int
+    step: int
+    records: tuple[ImageRecord, ...]
+    crops: Mapping[str, tuple[Crop, ...]]
+
+    def bucket_of(self, name: str) -> Size:
+        """The size at which a picture is trained."""
+        return self.crops[name][0].size
+
+    def table(self) -> list[tuple[Size, int, int]]:
+        """Rows (bucket, images, samples in an epoch) of the pictures to train on, by size."""
+        rows: dict[Size, tuple[int, int]] = {}
+        for record in self.records:
+            size = self.bucket_of(record.name)
+            images, samples = rows.get(size, (0, 0))
+            rows[size] = (images + 1, samples + record.repeats)
+        return [(size, *rows[size]) for size in sorted(rows)]
+
+    def lost_share(self, name: str) -> float:
+        """Share of a picture's area that its crop leaves out."""
+        crop = self.crops[name][0]
+        return 1.0 - crop.size.area / crop.resized.area
+
+    def upscale(self, record: ImageRecord) -> float:
+        """Factor by which a picture is scaled to cover its bucket; above 1 it is enlarged."""
+        return self.crops[record.name][0].resized.width / record.size.width
+
+    @property
+    def worst_loss(self) -> float:
+        """The largest share that a picture of aspect 1:2 to 2:1 can lose with these buckets."""
+        return worst_loss(self.resolution, self.step)
+
+
+def plan_buckets(
+    records: Sequence[ImageRecord],
+    resolution: int,
+    settings: DataSection,
+    *,
+    heldout: Sequence[ImageRecord] = (),
+    min_step: int = 8,
+    seed: int = 0,
+) -> BucketPlan:
+    """Gives each picture a bucket and its crops.
+
+    Args:
+        records: The pictures to train on.
+        resolution: Side in pixels of the square whose area the buckets have.
+        settings: `crop`, `crop_variants` and `flip` are used.
+        heldout: Pictures that get one centre crop.
+        min_step: What the sides must be a multiple of for the base, in pixels.
+        seed: Keys the random crops, together with each picture's digest.
+    """
+    step = choose_step(resolution, min_step)
+    buckets = list_buckets(resolution, step)
+    crops: dict[str, tuple[Crop, ...]] = {}
+    for record in heldout:
+        crops[record.name] = (_centre_crop(record.size, _choose_bucket(record.size, buckets, resolution)),)
+    for record in records:
+        centre = _centre_crop(record.size, _choose_bucket(record.size, buckets, resolution))
+        variants = (centre,) if settings.crop == "centre" else _random_crops(record, centre, settings, seed)
+        mirrored = tuple(replace(crop, flipped=True) for crop in variants) if settings.flip else ()
+        crops[record.name] = (*variants, *mirrored)
+    return BucketPlan(resolution, step, tuple(records), crops)
+
+
+def choose_step(resolution: int, min_step: int = 8) -> int:
+    """The largest of 64, 32, 16, 8 px (a multiple of `min_step`) with which no usual picture loses 8 %.
+
+    If none does, `min_step` itself is the best there is.
+    """
+    steps = [step for step in STEPS if step % min_step == 0]
+    return next((step for step in steps if worst_loss(resolution, step) < MAX_LOSS), min_step)
+
+
+def list_buckets(resolution: int, step: int) -> list[Size]:
+    """All buckets: for each side the other one that comes nearest to the area, both ways round."""
+    square = max(1, round(resolution / step)) * step
+    sizes = {Size(square, square)}
+    for multiple in range(1, int(2 * resolution / step) + 1):
+        long = multiple * step
+        short = max(1, round(resolution**2 / long / step)) * step
+        if short <= long <= MAX_ASPECT * short:
+            sizes |= {Size(long, short), Size(short, long)}
+    return sorted(sizes, key=lambda size: (size.aspect, size))
+
+
+def worst_loss(resolution: int, step: int) -> float:
+    """The largest share of area lost by a picture of aspect 1:2 to 2:1.
+
+    Between two neighbouring buckets the worst picture has the geometric mean of their aspects.
+    """
+    aspects = sorted({size.aspect for size in list_buckets(resolution, step)})
+    middles = [(low * high) ** 0.5 for low, high in pairwise(aspects)]
+    worst = [0.5, 2.0, *(aspect for aspect in middles if 0.5 <= aspect <= 2.0)]
+    return max(min(_loss(aspect, bucket) for bucket in aspects) for aspect in worst)
+
+
+def _loss(aspect: float, bucket: float) -> float:
+    return 1.0 - min(aspect / bucket, bucket / aspect)
+
+
+def _choose_bucket(size: Size, buckets: Iterable[Size], resolution: int) -> Size:
+    """The bucket that loses least; of two alike, the one nearer to the area."""
+    return min(
+        buckets,
+        key=lambda bucket: (
+            round(_loss(size.aspect, bucket.aspect), 9),
+            abs(bucket.area - resolution**2),
+            bucket,
+        ),
+    )
+
+
+def _centre_crop(size: Size, bucket: Size) -> Crop:
+    scale = max(bucket.width / size.width, bucket.height / size.height)
+    resized = Size(
+        max(bucket.width, round(size.width * scale)), max(bucket.height, round(size.height * scale))
+    )
+    return Crop(resized, (resized.width - bucket.width) // 2, (resized.height - bucket.height) // 2, bucket)
+
+
+def _random_crops(record: ImageRecord, centre: Crop, settings: DataSection, seed: int) -> tuple[Crop, ...]:
+    """Fixed crops at drawn offsets; those that coincide are kept once."""
+    draws = random.Random(f"{seed}:crop:{record.digest}")
+    spare_width = centre.resized.width - centre.size.width
+    spare_height = centre.resized.height - centre.size.height
+    crops = (
+        replace(centre, left=draws.randint(0, spare_width), top=draws.randint(0, spare_height))
+        for _ in range(settings.num_crops)
+    )
+    return tuple(dict.fromkeys(crops))

@@ -1,0 +1,234 @@
+"""Preflight: what is wrong or remarkable in an image folder, before a model is loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import PurePosixPath
+from typing import Protocol
+
+from PIL import Image, ImageDraw, ImageFont
+
+from sdlora.config import DataSection
+from sdlora.data.buckets import MAX_LOSS, BucketPlan
+from sdlora.data.captions import has_trigger
+from sdlora.data.images import crop_image, load_image
+from sdlora.data.records import DatasetIndex, Finding, ImageRecord, count_of, join_names
+
+LARGE_LOSS = 0.15
+LARGE_UPSCALE = 2.0
+SHEET_IMAGES, SHEET_COLUMNS, SHEET_CELL = 60, 10, 128
+
+
+class TokenCount(Protocol):
+    """How a tokenizer reads a caption: tokens used of the limit, its pieces, and the words cut off."""
+
+    @property
+    def used(self) -> int:
+        """Tokens of the whole caption."""
+
+    @property
+    def limit(self) -> int:
+        """Tokens that the base takes."""
+
+    @property
+    def pieces(self) -> Sequence[str]:
+        """The tokens as text."""
+
+    @property
+    def lost(self) -> str:
+        """The end of the caption that is cut off, or empty."""
+
+
+CountTokens = Callable[[str], TokenCount]
+
+
+def examine(
+    index: DatasetIndex, plan: BucketPlan, settings: DataSection, count_tokens: CountTokens | None
+) -> list[Finding]:
+    """All findings, errors first; a caller stops on errors.
+
+    Args:
+        index: The scanned folder; its own findings are included.
+        plan: The buckets.
+        settings: `trigger` is used.
+        count_tokens: The base's tokenizer, if there is a base.
+    """
+    findings = [*index.findings, *_examine_sizes(plan)]
+    if count_tokens is not None:
+        findings += _examine_tokens([*index.records, *index.heldout], settings.trigger, count_tokens)
+    if not index.records:
+        findings.append(
+            Finding("error", f"no image of {index.root} is left to train on; see the lines above")
+        )
+    order = ("error", "warning", "notice")
+    return sorted(findings, key=lambda finding: order.index(finding.severity))
+
+
+def summary(index: DatasetIndex, plan: BucketPlan, count_tokens: CountTokens | None) -> list[str]:
+    """The lines that preflight prints: images, captions, examples, buckets, the worst crops."""
+    return [
+        *_summarise_images(index),
+        *_summarise_examples(index, count_tokens),
+        *_summarise_buckets(plan),
+        *_summarise_worst(plan),
+    ]
+
+
+def contact_sheet(index: DatasetIndex, plan: BucketPlan, settings: DataSection) -> Image.Image:
+    """A picture of what the model will see: crops with the share that each lost, the worst first."""
+    records = sorted(index.records, key=lambda record: (-round(plan.lost_share(record.name), 3), record.name))
+    records = records[:SHEET_IMAGES]
+    columns = max(1, min(SHEET_COLUMNS, len(records)))
+    rows = max(1, -(-len(records) // columns))
+    line = 14
+    sheet = Image.new("RGB", (columns * (SHEET_CELL + 6), rows * (SHEET_CELL + 6 + 2 * line)), "white")
+    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for number, record in enumerate(records):
+        cell = crop_image(load_image(record.path, settings.background), plan.crops[record.name][0])
+        cell.thumbnail((SHEET_CELL, SHEET_CELL))
+        left = number % columns * (SHEET_CELL + 6) + 3
+        top = number // columns * (SHEET_CELL + 6 + 2 * line) + 3
+        sheet.paste(cell, (left + (SHEET_CELL - cell.width) // 2, top + (SHEET_CELL - cell.height) // 2))
+        label = PurePosixPath(record.name).name
+        label = label if len(label) <= 20 else f"{label[:12]}...{label[-5:]}"
+        figures = f"{plan.bucket_of(record.name)}  -{plan.lost_share(record.name):.0%}"
+        canvas.text((left, top + SHEET_CELL), label, "black", font)
+        canvas.text((left, top + SHEET_CELL + line), figures, "dimgrey", font)
+    return sheet
+
+
+def _examine_sizes(plan: BucketPlan) -> list[Finding]:
+    findings = []
+    if plan.worst_loss >= MAX_LOSS:
+        findings.append(
+            Finding(
+                "warning",
+                f"data.resolution = {plan.resolution} with buckets in steps of {plan.step} px can cut off "
+                f"{plan.worst_loss:.0%} of a picture between 1:2 and 2:1; a larger data.resolution cuts less",
+            )
+        )
+    lost = _rank((plan.lost_share(record.name), record.name) for record in plan.records)
+    lost = [(share, name) for share, name in lost if share > LARGE_LOSS]
+    if lost:
+        listed = join_names(f"{name} {share:.0%}" for share, name in lost)
+        message = (
+            f"{count_of(len(lost), 'image')} cut by more than {LARGE_LOSS:.0%} to fit a bucket: {listed}"
+        )
+        findings.append(Finding("warning", message, tuple(name for _, name in lost)))
+    scaled = _rank((plan.upscale(record), record.name) for record in plan.records)
+    small = [(factor, name) for factor, name in scaled if factor > LARGE_UPSCALE]
+    if small:
+        listed = join_names(f"{name} {factor:.1f} times" for factor, name in small)
+        message = f"{count_of(len(small), 'image')} enlarged more than twice and will be blurred: {listed}"
+        message += "; use larger files or a smaller data.resolution"
+        findings.append(Finding("warning", message, tuple(name for _, name in small)))
+    slightly = [(factor, name) for factor, name in scaled if 1.0 < factor <= LARGE_UPSCALE]
+    if slightly:
+        listed = join_names(f"{name} {factor:.2f} times" for factor, name in slightly)
+        message = f"{count_of(len(slightly), 'image')} enlarged: {listed}"
+        findings.append(Finding("notice", message, tuple(name for _, name in slightly)))
+    return findings
+
+
+def _rank(pairs: Iterable[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Largest first, then by name."""
+    return sorted(pairs, key=lambda pair: (-pair[0], pair[1]))
+
+
+def _examine_tokens(
+    records: Sequence[ImageRecord], trigger: str | None, count_tokens: CountTokens
+) -> list[Finding]:
+    """R-28: which captions are cut, which words are lost, and whether the trigger survives."""
+    counts = {
+        caption: count_tokens(caption) for caption in dict.fromkeys(record.caption for record in records)
+    }
+    cut = [record for record in records if counts[record.caption].lost]
+    findings = []
+    if cut:
+        listed = join_names(
+            f"{record.name} loses {_shorten(counts[record.caption].lost)!r}" for record in cut
+        )
+        limit = counts[cut[0].caption].limit
+        message = f"{count_of(len(cut), 'caption')} longer than {limit} tokens: {listed}; shorten them"
+        findings.append(Finding("warning", message, tuple(record.name for record in cut)))
+    if trigger:
+        robbed = tuple(
+            r.name for r in cut if not has_trigger(_kept(r.caption, counts[r.caption].lost), trigger)
+        )
+        if robbed:
+            message = f"the trigger {trigger!r} is cut off from {count_of(len(robbed), 'caption')}: "
+            message += f"{join_names(robbed)}; move it to the front"
+            findings.append(Finding("error", message, robbed))
+    return findings
+
+
+def _kept(caption: str, lost: str) -> str:
+    """The caption without the end that was cut off; tokenizers may have changed case and spaces."""
+    squeezed, tail = " ".join(caption.lower().split()), " ".join(lost.lower().split())
+    place = squeezed.rfind(tail)
+    if place < 0:
+        place = max(0, len(squeezed) - len(tail))
+    return squeezed[:place]
+
+
+def _shorten(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def _summarise_images(index: DatasetIndex) -> list[str]:
+    everything = [*index.records, *index.heldout]
+    sources = Counter(record.caption_source for record in everything if record.caption_source)
+    captioned = sum(number for source, number in sources.items() if source != "trigger")
+    places = ", ".join(f"{number} from {source}" for source, number in sources.most_common())
+    lines = [
+        f"{count_of(len(index.records), 'image')} to train on, {len(index.heldout)} held out: {index.root}",
+        f"{captioned} of {len(everything)} captioned" + (f" ({places})" if places else ""),
+    ]
+    repeats = Counter(record.repeats for record in index.records)
+    if set(repeats) - {1}:
+        parts = ", ".join(f"{images} x {times}" for times, images in sorted(repeats.items()))
+        samples = sum(record.repeats for record in index.records)
+        lines.append(f"repeats: {parts} = {samples} samples an epoch")
+    return lines
+
+
+def _summarise_examples(index: DatasetIndex, count_tokens: CountTokens | None) -> list[str]:
+    lines = []
+    chosen = [index.records[i * len(index.records) // 3] for i in range(min(3, len(index.records)))]
+    for record in dict.fromkeys(chosen):
+        if count_tokens is None:
+            lines.append(f"example {record.name}: {record.caption}")
+        else:
+            count = count_tokens(record.caption)
+            pieces = " | ".join(count.pieces)
+            lines.append(f"example {record.name}: {pieces} ({count.used} of {count.limit} tokens)")
+    return lines
+
+
+def _summarise_buckets(plan: BucketPlan) -> list[str]:
+    rows = plan.table()
+    lines = [
+        f"{count_of(len(rows), 'bucket')} of about {plan.resolution}x{plan.resolution}, step {plan.step} px"
+    ]
+    for size, images, samples in rows:
+        lines.append(
+            f"  {size!s:>9}  {count_of(images, 'image'):>11}  {count_of(samples, 'sample'):>12} an epoch"
+        )
+    return lines
+
+
+def _summarise_worst(plan: BucketPlan) -> list[str]:
+    lost = _rank((plan.lost_share(record.name), record.name) for record in plan.records)
+    scaled = _rank((plan.upscale(record), record.name) for record in plan.records)
+    if not lost:
+        return []
+    mean = sum(share for share, _ in lost) / len(lost)
+    worst = [f"{name} {share:.1%}" for share, name in lost[:3] if share > 0]
+    lines = [
+        f"area lost to cropping: {mean:.1%} on average" + (f"; most: {', '.join(worst)}" if worst else "")
+    ]
+    enlarged = [f"{name} {factor:.2f} times" for factor, name in scaled[:3] if factor > 1]
+    if enlarged:
+        lines.append(f"most enlarged: {', '.join(enlarged)}")
+    return lines

@@ -1,0 +1,176 @@
+"""Reads any picture as a viewer shows it, and cuts out what the model will see."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
+
+from sdlora.data.buckets import Crop
+from sdlora.data.records import Size
+from sdlora.errors import ConfigError, DataError
+
+IMAGE_SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".avif", ".ppm", ".pgm", ".tga"),
+)
+UNREAD_SUFFIXES = (
+    *(".heic", ".heif", ".jxl", ".svg", ".psd", ".eps"),
+    *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"),
+)
+ORIENTATION = 0x0112
+
+
+class UnreadableImageError(DataError):
+    """A picture that cannot be decoded; `reason` is the part of the message after the file's name."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} {reason}; replace or remove it")
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[UnreadableImageError], tuple[Path, str]]:
+        return type(self), (self.path, self.reason)
+
+
+def parse_colour(background: str) -> tuple[int, int, int]:
+    """The red, green and blue of a colour's name or #rrggbb.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    try:
+        red, green, blue = ImageColor.getrgb(background)[:3]
+    except ValueError:
+        raise ConfigError(
+            f"data.background = {background!r} is not a colour; use a name such as white, or #rrggbb"
+        ) from None
+    return red, green, blue
+
+
+def load_image(path: Path, background: str = "white") -> Image.Image:
+    """Reads a picture in RGB: first frame, EXIF orientation applied, transparency over a colour.
+
+    Raises:
+        DataError: If it is empty, cut short or not a picture; the message names the file.
+        ConfigError: If `background` is not a colour.
+    """
+    colour = parse_colour(background)
+    with _decoding(path), _open(path, _read(path)) as image:
+        image.load()
+        return _flatten(_transpose(image), colour)
+
+
+def measure_image(path: Path, data: bytes) -> tuple[Size, bool]:
+    """Decodes a whole file to see that it can be, and gives its size as shown and whether it moves.
+
+    Raises:
+        UnreadableImageError: If it is empty, cut short or not a picture.
+    """
+    with _decoding(path), _open(path, data) as image:
+        moves = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
+        if image.format == "JPEG":
+            # A reduced decode reads the whole stream all the same, at a third of the cost.
+            width, height = image.size
+            turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+            image.draft(None, (max(1, width // 8), max(1, height // 8)))
+            image.load()
+            return Size(height, width) if turned else Size(width, height), False
+        image.load()
+        return Size(*_transpose(image).size), moves
+
+
+def crop_image(image: Image.Image, crop: Crop) -> Image.Image:
+    """Scales a picture to cover its bucket, cuts the bucket out, and mirrors it if the crop says so."""
+    resized = (crop.resized.width, crop.resized.height)
+    if image.size != resized:
+        image = image.resize(resized, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    image = image.crop((crop.left, crop.top, crop.left + crop.size.width, crop.top + crop.size.height))
+    return ImageOps.mirror(image) if crop.flipped else image
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UnreadableImageError(path, f"cannot be read ({error.strerror})") from None
+
+
+def _open(path: Path, data: bytes) -> Image.Image:
+    if not data:
+        raise UnreadableImageError(path, "is empty (0 bytes)")
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise UnreadableImageError(path, f"is not a picture (it starts with {data[:12]!r})") from None
+
+
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """Turns what decoders raise into one error that names the file, and keeps Pillow's warnings quiet."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\..*")
+            yield
+    except Image.DecompressionBombError:
+        raise UnreadableImageError(path, "has too many pixels (over 178 million); scale it down") from None
+    except (OSError, EOFError, SyntaxError, ValueError, IndexError, struct.error, zlib.error) as error:
+        cut = isinstance(error, EOFError) or "truncated" in str(error)
+        reason = "is cut short" if cut else "cannot be decoded"
+        raise UnreadableImageError(path, f"{reason} ({error})") from None
+
+
+def _transpose(image: Image.Image) -> Image.Image:
+    with suppress(Exception):  # A damaged EXIF block must not cost the picture.
+        return ImageOps.exif_transpose(image)
+    return image
+
+
+def _flatten(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """Any mode becomes RGB."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _reduce_depth(image).convert("RGB")
+    has_alpha = image.has_transparency_data
+    profile = image.info.get("icc_profile")
+    if has_alpha:
+        image = image.convert("RGBA")
+    elif image.mode not in ("RGB", "CMYK"):
+        image = image.convert("RGB")
+    if profile:
+        image = _convert_to_srgb(image, profile)
+    if not has_alpha:
+        return image.convert("RGB")
+    ground = Image.new("RGBA", image.size, (*colour, 255))
+    return Image.alpha_composite(ground, image).convert("RGB")
+
+
+def _reduce_depth(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and float grey become 8-bit; Pillow's own conversion clips them to white."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        top = 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
+    else:
+        top = 65535.0 if values.max(initial=0) <= 65535 else float(2**31 - 1)
+    return Image.fromarray(np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8))
+
+
+def _convert_to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Applies a colour profile (print colours, wide-gamut photographs) as viewers do."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space.strip() != ("CMYK" if image.mode == "CMYK" else "RGB"):
+            return image
+        if "srgb" in ImageCms.getProfileDescription(source).lower():
+            return image
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+    return converted if converted is not None else image

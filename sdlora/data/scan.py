@@ -1,0 +1,152 @@
+"""Scans an image folder: which files are pictures, what they show, which are held out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sdlora.config import DataSection
+from sdlora.data.captions import PLACEHOLDER, Caption, find_captions, place_trigger
+from sdlora.data.folders import Listing, check_folder, describe_nothing, list_files, read_repeats
+from sdlora.data.heldout import hold_out_share, is_below, is_heldout, locate_heldout
+from sdlora.data.images import UnreadableImageError, measure_image, parse_colour
+from sdlora.data.records import DatasetIndex, Finding, ImageRecord, Size
+from sdlora.data.reports import (
+    report_captions,
+    report_files,
+    report_frames,
+    report_left_out,
+    report_records,
+    report_unreadable,
+)
+from sdlora.errors import DataError
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What decoding a file gave: `reason` says why it cannot be used."""
+
+    digest: str
+    size: Size
+    moves: bool = False
+    reason: str = ""
+
+
+def scan_dataset(
+    root: str | Path, settings: DataSection, seed: int = 0, *, progress: Progress | None = None
+) -> DatasetIndex:
+    """Reads every picture and caption below a folder.
+
+    Mistakes in single files are findings of the index; `sdlora.data.doctor.examine` gives them all.
+
+    Args:
+        root: The image folder; classes and `N_name` folders inside it are found.
+        settings: `trigger`, `heldout`, `allow_missing_captions`, `on_bad_image`, `background`.
+        seed: Decides, with the pictures' digests, which share is held out.
+        progress: Called with (pictures read, pictures in all).
+
+    Raises:
+        DataError: If the folder is missing or holds no picture to train on.
+        ConfigError: If `data.background` is not a colour.
+    """
+    root = Path(root).expanduser()
+    check_folder(root)
+    parse_colour(settings.background)
+    listing = list_files(root)
+    images = listing.images
+    inside, outside = locate_heldout(root, images, settings.heldout)
+    training_names = [name for name in images if not is_below(name, inside) and not is_heldout(name)]
+    heldout_names = [name for name in images if is_below(name, inside)]
+    if not training_names:
+        raise DataError(describe_nothing(root, listing))
+
+    records, findings = _read_records(root, listing, [*training_names, *heldout_names], settings, progress)
+    training = [record for record in records if not is_below(record.name, inside)]
+    heldout = [record for record in records if is_below(record.name, inside)]
+    if outside is not None:
+        heldout, noticed = _read_outside(outside, {record.name for record in training}, settings)
+        findings += noticed
+    elif inside is None:
+        training, heldout = hold_out_share(training, settings.heldout, seed)
+    findings += report_left_out([n for n in images if is_heldout(n) and not is_below(n, inside)])
+    findings += report_records(training, heldout)
+    return DatasetIndex(
+        root,
+        tuple(sorted(training, key=lambda record: record.name)),
+        tuple(replace(record, repeats=1) for record in sorted(heldout, key=lambda record: record.name)),
+        tuple(findings),
+    )
+
+
+def _read_records(
+    root: Path, listing: Listing, names: Sequence[str], settings: DataSection, progress: Progress | None
+) -> tuple[list[ImageRecord], list[Finding]]:
+    """Decodes the named pictures and finds their captions."""
+    captions, findings = find_captions(root, listing.files, listing.images)
+    measured = dict(zip(names, _measure_all([root / name for name in names], progress), strict=True))
+    good = [name for name in names if not measured[name].reason]
+    findings += report_files(listing)
+    findings += report_unreadable({name: m.reason for name, m in measured.items() if m.reason}, settings)
+    findings += report_frames([name for name in good if measured[name].moves])
+    findings += report_captions(root, good, captions, settings)
+    records = []
+    for name in good:
+        caption, source = _final_caption(captions.get(name), settings.trigger)
+        digest, size = measured[name].digest, measured[name].size
+        repeats = read_repeats(root, name)
+        records.append(ImageRecord(root / name, name, digest, size, caption, source, repeats))
+    return records, findings
+
+
+def _read_outside(
+    folder: Path, taken: set[str], settings: DataSection
+) -> tuple[list[ImageRecord], list[Finding]]:
+    """Held-out pictures from a folder elsewhere; their names start with that folder's."""
+    listing = list_files(folder)
+    if not listing.images:
+        raise DataError(
+            f"data.heldout = {settings.heldout} has no images; give another folder, a share, or 0"
+        )
+    records, findings = _read_records(folder, listing, listing.images, settings, None)
+    prefix = f"{folder.resolve().name}/"
+    while any(prefix + record.name in taken for record in records):
+        prefix = f"_{prefix}"
+    return [replace(record, name=prefix + record.name) for record in records], findings
+
+
+def _final_caption(caption: Caption | None, trigger: str | None) -> tuple[str, str]:
+    if caption is None:
+        return (trigger, "trigger") if trigger else ("", "")
+    if not trigger and PLACEHOLDER in caption.text:
+        return caption.text, caption.source  # Reported as an error.
+    return place_trigger(caption.text, trigger), caption.source
+
+
+def _measure_all(paths: Sequence[Path], progress: Progress | None) -> list[_Measured]:
+    results: list[_Measured] = []
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        warnings.filterwarnings("ignore", module=r"PIL\..*")
+        for number, result in enumerate(pool.map(_measure, paths), 1):
+            results.append(result)
+            if progress is not None:
+                progress(number, len(paths))
+    return results
+
+
+def _measure(path: Path) -> _Measured:
+    """Reads a file once: digest, size, and whether it can be decoded to its end."""
+    try:
+        data = path.read_bytes()
+        size, moves = measure_image(path, data)
+    except UnreadableImageError as error:
+        return _Measured("", Size(1, 1), reason=error.reason)
+    except OSError as error:
+        return _Measured("", Size(1, 1), reason=f"cannot be read ({error.strerror})")
+    return _Measured(hashlib.sha256(data).hexdigest(), size, moves)
