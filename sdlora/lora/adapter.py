@@ -1,0 +1,179 @@
+"""A low-rank adapter as plain data: named (down, up) pairs with rank, alpha and family.
+
+R rank; `in` and `out` are the features or channels of the adapted layer, kh and kw its kernel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from sdlora.errors import AdapterError
+from sdlora.lora.layers import LoraConv2d, LoraLinear, pair_shapes
+
+
+@dataclass(slots=True)
+class LowRank:
+    """The two factors of one module's change: `up @ down`, times the adapter's scale."""
+
+    down: Tensor
+    """(R, in), or (R, in, kh, kw) for a convolution."""
+    up: Tensor
+    """(out, R), or (out, R, 1, 1) for a convolution."""
+
+    @property
+    def rank(self) -> int:
+        """R of this module."""
+        return int(self.down.shape[0])
+
+    def norm_squared(self) -> float:
+        """The squared Frobenius norm of `up @ down`, without forming the product."""
+        down, up = self.down.detach().double().flatten(1), self.up.detach().double().flatten(1)
+        return max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0)
+
+    def minus(self, other: LowRank) -> LowRank:
+        """A pair whose product is the difference of the two products; exactly zero for equal pairs."""
+        down, up = self.down.detach().double().flatten(1), self.up.detach().double().flatten(1)
+        other_down = other.down.detach().double().flatten(1).to(down.device)
+        other_up = other.up.detach().double().flatten(1).to(up.device)
+        rank = max(self.rank, other.rank)
+        down, other_down = _pad(down, 0, rank), _pad(other_down, 0, rank)
+        up, other_up = _pad(up, 1, rank), _pad(other_up, 1, rank)
+        return LowRank(torch.cat([down, down - other_down]), torch.cat([up - other_up, other_up], dim=1))
+
+
+@dataclass
+class Adapter:
+    """What a LoRA file holds, and what is trained.
+
+    One scale serves all modules. Files whose modules differ in rank or alpha are read with the scale
+    already folded into `up`, so that `alpha == rank`.
+    """
+
+    modules: dict[str, LowRank]
+    """By module name in the UNet; those of text encoders start with `text_encoder.` or `text_encoder_2.`."""
+    rank: int
+    """The rank of all modules, or the largest where they differ."""
+    alpha: float
+    family: str = ""
+    parent: str | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+    """The metadata of the file."""
+
+    @property
+    def scale(self) -> float:
+        """The factor on every product: alpha / rank."""
+        return self.alpha / self.rank
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest dtype of its tensors."""
+        dtypes = {tensor.dtype for tensor in self.parameters()}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements in all pairs."""
+        return sum(tensor.numel() for tensor in self.parameters())
+
+    def parameters(self) -> list[Tensor]:
+        """All tensors, module by module, down before up."""
+        return [tensor for pair in self.modules.values() for tensor in (pair.down, pair.up)]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
+        """A copy that shares nothing with this one and needs no gradient."""
+        modules = {
+            name: LowRank(
+                pair.down.detach().to(device, dtype, copy=True), pair.up.detach().to(device, dtype, copy=True)
+            )
+            for name, pair in self.modules.items()
+        }
+        return replace(self, modules=modules, notes=dict(self.notes))
+
+    def trainable(self, device: torch.device | str | None = None) -> Adapter:
+        """A copy in fp32 whose tensors are parameters that an optimizer can change (R-06)."""
+        copy = self.to(device, torch.float32)
+        copy.modules = {
+            name: LowRank(nn.Parameter(pair.down), nn.Parameter(pair.up))
+            for name, pair in copy.modules.items()
+        }
+        return copy
+
+
+def create_adapter(
+    model: nn.Module, names: Sequence[str], rank: int, alpha: float, *, seed: int, family: str = ""
+) -> Adapter:
+    """A fresh trainable adapter that does not change the model's output yet.
+
+    `down` is drawn from N(0, 1 / rank) (standard deviation 1 / rank): the first AdamW steps move every
+    element of `up` by the learning rate whatever its size, so that the change of the output, a sum over R
+    terms, does not grow with the rank. `up` is zero. The draw depends on the seed and the module's name
+    alone, so that neither the order of the modules nor the ambient generator matters.
+
+    Args:
+        model: The network that holds the modules; only their sizes and device are read.
+        names: Module names, from `match_targets`.
+        rank: R for all modules.
+        alpha: The scale is `alpha / rank`.
+        seed: The run's seed.
+        family: The base's family, kept in the file.
+    """
+    modules: dict[str, LowRank] = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        if isinstance(layer, LoraLinear | LoraConv2d):
+            layer = layer.base
+        down_shape, up_shape = pair_shapes(layer, rank)
+        digest = hashlib.sha256(f"{seed}/adapter/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        down = torch.randn(down_shape, generator=generator, dtype=torch.float32) / rank
+        device = next(layer.parameters()).device
+        modules[name] = LowRank(
+            nn.Parameter(down.to(device)), nn.Parameter(torch.zeros(up_shape, device=device))
+        )
+    return Adapter(modules, rank, float(alpha), family)
+
+
+def check_base(adapter: Adapter, *, family: str, name: str, digest: str = "", source: str = "") -> str | None:
+    """Compares the base that an adapter was trained on with the one it shall be used on (R-41).
+
+    Args:
+        adapter: As read from a file.
+        family: The family of the base in use.
+        name: What the base in use is called.
+        digest: The hash of its weights, where known.
+        source: What to call the adapter in messages, such as its file.
+
+    Returns:
+        A line to warn with if it is another base of the same family, else None.
+
+    Raises:
+        AdapterError: If it is another family.
+    """
+    title = source or "the LoRA"
+    trained_on = (
+        adapter.notes.get("sdlora.base_name") or adapter.notes.get("ss_sd_model_name") or "another base"
+    )
+    if adapter.family and family and adapter.family != family:
+        raise AdapterError(
+            f"{title} is for family {adapter.family} (trained on {trained_on}), but base {name} is {family}; "
+            f"give a base of family {adapter.family} with --base"
+        )
+    known = adapter.notes.get("sdlora.base_digest")
+    if known and digest and known != digest:
+        return (
+            f"{title} was trained on {trained_on}, not on {name}; "
+            "the same family, so it works, but the look may differ"
+        )
+    return None
+
+
+def _pad(matrix: Tensor, dim: int, size: int) -> Tensor:
+    """Appends zeros along a dimension up to a size."""
+    shape = list(matrix.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([matrix, matrix.new_zeros(shape)], dim=dim) if shape[dim] > 0 else matrix

@@ -1,0 +1,206 @@
+"""Which layers of a network carry adapters, and putting adapters on and taking them off."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+
+from torch import nn
+
+from sdlora.errors import AdapterError, ConfigError
+from sdlora.lora.adapter import Adapter
+from sdlora.lora.layers import (
+    LoraConv2d,
+    LoraLayer,
+    LoraLinear,
+    StackEntry,
+    can_carry,
+    pair_shapes,
+    wrap_layer,
+)
+
+TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": ("*attn[12].to_[qkv]", "*attn[12].to_out.0"),
+    "feed_forward": ("*ff.net.0.proj", "*ff.net.2"),
+    "projections": ("*attentions.*.proj_in", "*attentions.*.proj_out"),
+    "convolutions": (
+        "*resnets.*.conv[12]",
+        "*resnets.*.conv_shortcut",
+        "*downsamplers.*.conv",
+        "*upsamplers.*.conv",
+    ),
+}
+"""Named targets: each stands for patterns on module names."""
+
+
+def carrier_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer that can carry a pair, by name, as the base has it (wrapped or not)."""
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[0] in layers:
+            continue
+        if isinstance(module, LoraLinear | LoraConv2d):
+            layers[name] = module.base
+        elif can_carry(module):
+            layers[name] = module
+    return layers
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The layers that are wrapped, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLinear | LoraConv2d)}
+
+
+def match_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """The names of the target modules, in the order of the network.
+
+    Args:
+        model: The network; it may lie on the meta device.
+        targets: Names from `TARGETS`, or patterns such as `*.attn2.to_v`.
+
+    Raises:
+        ConfigError: With one line for each pattern that matches nothing.
+    """
+    layers = list(carrier_layers(model))
+    problems: list[str] = []
+    chosen: set[str] = set()
+    for target in targets:
+        patterns = TARGETS.get(target, (target,))
+        found = {name for name in layers if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+        if not found:
+            reason, remedy = _explain(model, layers, target)
+            problems.append(f"lora.targets = {list(targets)!r}: {target!r} {reason}; {remedy}")
+        chosen |= found
+    if problems:
+        raise ConfigError(*problems)
+    return [name for name in layers if name in chosen]
+
+
+def _explain(model: nn.Module, layers: Sequence[str], target: str) -> tuple[str, str]:
+    """Why a target matches nothing, and what was probably meant."""
+    others = [name for name, _ in model.named_modules() if name and fnmatch.fnmatchcase(name, target)]
+    reason = f"matches only {others[0]}, no Linear or Conv2d" if others else "matches no Linear or Conv2d"
+    presets = difflib.get_close_matches(target, list(TARGETS), 1, 0.6)
+    endings = [name for name in layers if fnmatch.fnmatchcase(name, f"*.{target}")]
+    nearest = difflib.get_close_matches(target.strip("*."), layers, 2, 0.3)
+    if presets:
+        return reason, f"did you mean {presets[0]}?"
+    if endings:
+        return reason, f"did you mean '*.{target}'?"
+    if nearest:
+        return reason, f"the nearest modules are {', '.join(nearest)}"
+    return reason, f"use {', '.join(TARGETS)} or a pattern such as *.attn2.to_v"
+
+
+def count_parameters(model: nn.Module, names: Sequence[str], rank: int) -> int:
+    """Elements that an adapter on these modules has; works on the meta device."""
+    layers = carrier_layers(model)
+    return sum(prod(shape) for name in names for shape in pair_shapes(layers[name], rank))
+
+
+def attach(model: nn.Module, names: Sequence[str]) -> None:
+    """Wraps the named layers, those that are not yet; the output does not change.
+
+    Raises:
+        AdapterError: If a name is no Linear or Conv2d of the model.
+    """
+    layers = carrier_layers(model)
+    if missing := [name for name in names if name not in layers]:
+        raise AdapterError(
+            f"{len(missing)} of {len(names)} modules are not in this base ({_some(missing)}); "
+            "the LoRA is for another family, or the base is"
+        )
+    wrapped = lora_layers(model)
+    for name in names:
+        if name not in wrapped:
+            _replace(model, name, wrap_layer(layers[name]))
+
+
+def mount(model: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Puts adapters on a network in place of all those mounted before; nothing changes if one does not fit.
+
+    Args:
+        model: The network; layers that are not wrapped yet are.
+        adapters: (adapter, strength) in the order of the stack. None at all leaves the base.
+
+    Raises:
+        AdapterError: If an adapter names modules, or has shapes, that this network does not have.
+    """
+    layers = carrier_layers(model)
+    stacks: dict[str, list[StackEntry]] = {}
+    for adapter, strength in adapters:
+        _check_fit(adapter, layers)
+        for name, pair in adapter.modules.items():
+            down, up = pair.down, pair.up
+            if not down.requires_grad:
+                device = next(layers[name].parameters()).device
+                down, up = down.to(device), up.to(device)
+            stacks.setdefault(name, []).append(StackEntry(down, up, strength * adapter.scale))
+    attach(model, list(stacks))
+    for name, layer in lora_layers(model).items():
+        layer.stack = tuple(stacks.get(name, ()))
+
+
+def detach(model: nn.Module) -> None:
+    """Puts the original modules back."""
+    for name, layer in lora_layers(model).items():
+        _replace(model, name, layer.base)
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether any layer is wrapped."""
+    return bool(lora_layers(model))
+
+
+@contextmanager
+def mounted(model: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[None]:
+    """Mounts adapters for a while; afterwards wrapped layers and stacks are as they were."""
+    before = {name: layer.stack for name, layer in lora_layers(model).items()}
+    try:
+        mount(model, adapters)
+        yield
+    finally:
+        for name, layer in lora_layers(model).items():
+            if name in before:
+                layer.stack = before[name]
+            else:
+                _replace(model, name, layer.base)
+
+
+def _check_fit(adapter: Adapter, layers: dict[str, nn.Module]) -> None:
+    """Refuses an adapter for another network."""
+    trained_on = adapter.notes.get("sdlora.base_name") or adapter.notes.get("ss_sd_model_name")
+    origin = f" (it was trained on {trained_on})" if trained_on else ""
+    texts = [name for name in adapter.modules if name.startswith(("text_encoder.", "text_encoder_2."))]
+    if texts:
+        raise AdapterError(
+            f"the LoRA changes {len(texts)} modules of the text encoder, which sdlora cannot use yet; "
+            "load it with diffusers, or train one for the UNet alone"
+        )
+    missing = [name for name in adapter.modules if name not in layers]
+    if missing:
+        raise AdapterError(
+            f"the LoRA does not fit this base: {len(missing)} of its {len(adapter.modules)} modules are not "
+            f"there, such as {_some(missing)}; use a base of the family it was trained on{origin}"
+        )
+    for name, pair in adapter.modules.items():
+        down, up = pair_shapes(layers[name], pair.rank)
+        if tuple(pair.down.shape) != down or tuple(pair.up.shape) != up:
+            raise AdapterError(
+                f"the LoRA does not fit this base: {name} maps {pair.down.shape[1]} to {pair.up.shape[0]} "
+                f"features in the LoRA and {down[1]} to {up[0]} in the base; "
+                f"use a base of the family it was trained on{origin}"
+            )
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _some(names: Sequence[str], count: int = 3) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
