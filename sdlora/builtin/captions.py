@@ -21,6 +21,7 @@ HAND_SHARE = {"noto": 0.75, "fluent-flat": 0.25}
 WHITE_SHARE = 0.6
 EMPTY_SHARE = 0.1
 SHADED_SHARE = 0.2
+AN_SHARE = 0.3  # of the names that begin with a vowel; the other captions keep to "a NAME"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,11 @@ def draw_caption(rng: random.Random, picture: Picture, drop: bool = True) -> str
 
     With `drop`, one in ten is empty, for classifier-free guidance (2207.12598).
     """
-    caption = rng.choice(PHRASES).format(concept_to_words(picture.concept))
+    name = concept_to_words(picture.concept)
+    phrase = rng.choice(PHRASES)
+    if name[0] in "aeiou" and rng.random() < AN_SHARE:
+        phrase = phrase.replace("a {}", "an {}")
+    caption = phrase.format(name)
     if picture.ground != "white":
         caption += f" on a {picture.ground} background"
     if picture.hand == "fluent-flat":
@@ -117,7 +122,7 @@ def make_tokenizer(folder: Path, concepts: list[str], other_names: list[str]) ->
 
     grounds = [f"a picture of a thing on a {ground} background" for ground in GROUNDS]
     hands = ["flat drawing, shaded drawing"]
-    names = [concept_to_words(name) for name in concepts * 10 + other_names]
+    names = [concept_to_words(name) for name in concepts * 10 + other_names] + ["an"] * 100
     merges = learn_merges(names + (grounds + hands) * 200)
     letters = byte_letters()
     tokens = letters + [letter + "</w>" for letter in letters] + [merge.replace(" ", "") for merge in merges]

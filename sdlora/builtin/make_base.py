@@ -105,7 +105,7 @@ class Parts:
     tokenizer: Any
     text_encoder: nn.Module
     unet: nn.Module
-    vae: nn.Module
+    vae: Any
     schedule: Any
     pictures: dict[Picture, Tensor]
     scaling_factor: float
@@ -288,7 +288,7 @@ class LayoutHead(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """Text states (B, L, D) -> coarse latents (B, C, 8, 8)."""
         guess: Tensor = self.linear(states.mean(dim=1))
-        return guess.unflatten(1, self.shape)
+        return guess.view(-1, *self.shape)
 
 
 def text_loss(parts: Parts, head: LayoutHead, concepts: list[str], rng: random.Random) -> Tensor:

@@ -100,7 +100,8 @@ class TrainingState:
                 parameter.copy_(tensors[f"parameter/{name}"])
                 average.copy_(tensors[f"average/{name}"])
             if f"{MOMENTS[0]}/{name}" in tensors:
-                moments = {m: tensors[f"{m}/{name}"].to(parameter.device).clone() for m in MOMENTS}
+                # the fused optimizer wants its moments laid out in memory as their parameter is
+                moments = {m: torch.empty_like(parameter).copy_(tensors[f"{m}/{name}"]) for m in MOMENTS}
                 count = torch.tensor(float(self.step), device=parameter.device)
                 self.optimizer.state[parameter] = {"step": count, **moments}
 

@@ -1,0 +1,183 @@
+"""Trains the VAE of the built-in base: pictures of 128 px to 16 x 16 latents of 8 channels, and back."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from sdlora.builtin.captions import CONCEPTS_FILE, read_concepts
+from sdlora.builtin.icons import GROUNDS, HANDS, PICTURE_PX, Icons, compose, fetch_icons, load_icons, to_array
+from sdlora.builtin.make_base import drop_key, to_half
+from sdlora.builtin.state import TrainingState, append_line, learning_rate, step_generators
+from sdlora.errors import SdloraError
+
+BETAS = (0.9, 0.99)
+CROP_PX = 64
+CROP_GRID_PX = 8
+EDGE_WEIGHT = 1.0
+SQUARE_WEIGHT = 2.0
+KL_WEIGHT = 4e-4
+SAVE_EVERY = 250
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights."""
+
+    steps: int = 4000
+    batch_size: int = 32
+    learning_rate: float = 1.2e-3
+    warmup: int = 150
+    decay_share: float = 0.6
+    average_decay: float = 0.998
+    widths: tuple[int, ...] = (32, 64, 128, 128)
+    channels: int = 8
+    seed: int = 0
+
+
+def make_vae(recipe: Recipe) -> Any:
+    """An untrained VAE with factor 8."""
+    from diffusers import AutoencoderKL
+
+    levels = len(recipe.widths)
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=recipe.widths,
+        layers_per_block=1,
+        latent_channels=recipe.channels,
+        norm_num_groups=8,
+        sample_size=PICTURE_PX,
+        mid_block_add_attention=False,
+    )
+
+
+def draw_crop(drawings: Sequence[Image.Image], rng: random.Random) -> np.ndarray:
+    """A crop of a drawing at a drawn size, on a drawn ground; float32 (3, 64, 64)."""
+    drawing = rng.choice(drawings)
+    size_px = round(PICTURE_PX * rng.uniform(0.8, 1.0))
+    ground = "white" if rng.random() < 0.5 else rng.choice(list(GROUNDS))
+    picture = compose(drawing.resize((size_px, size_px), Image.Resampling.LANCZOS), ground)
+    left, top = (rng.randrange(0, PICTURE_PX - CROP_PX + 1, CROP_GRID_PX) for _ in range(2))
+    return to_array(picture.crop((left, top, left + CROP_PX, top + CROP_PX)))
+
+
+def draw_batch(
+    recipe: Recipe, drawings: Sequence[Image.Image], step: int, device: str
+) -> tuple[Tensor, torch.Generator]:
+    """The crops of one step, (B, 3, 64, 64), and the generator of its noise."""
+    rng, generator = step_generators(recipe.seed, step)
+    crops = np.stack([draw_crop(drawings, rng) for _ in range(recipe.batch_size)])
+    return torch.from_numpy(crops).to(device, memory_format=torch.channels_last), generator
+
+
+def edge_error(redrawn: Tensor, pixels: Tensor) -> Tensor:
+    """Mean absolute error of the differences between neighbouring pixels: it keeps outlines sharp."""
+    return F.l1_loss(redrawn.diff(dim=-1), pixels.diff(dim=-1)) + F.l1_loss(
+        redrawn.diff(dim=-2), pixels.diff(dim=-2)
+    )
+
+
+def vae_loss(vae: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Absolute, squared and edge error of the redrawn pixels, and a little KL divergence (1312.6114)."""
+    with torch.autocast(pixels.device.type, dtype=torch.bfloat16):
+        posterior = vae.encode(pixels).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(pixels.device)
+        redrawn = vae.decode(posterior.mean + posterior.std * noise).sample
+    redrawn = redrawn.float()
+    divergence = posterior.kl().float().mean() / posterior.mean[0].numel()
+    loss: Tensor = F.l1_loss(redrawn, pixels) + EDGE_WEIGHT * edge_error(redrawn, pixels)
+    loss += SQUARE_WEIGHT * F.mse_loss(redrawn, pixels) + KL_WEIGHT * divergence
+    return loss
+
+
+def render_all(icons: Sequence[Icons], concepts: Sequence[str]) -> list[Image.Image]:
+    """Every drawing of the concepts; hands that lack one are passed over."""
+    return [hand.render(name, PICTURE_PX) for hand in icons for name in concepts if name in hand]
+
+
+def train(
+    recipe: Recipe, out: Path, drawings: Sequence[Image.Image], device: str, stop_after: int | None = None
+) -> Any:
+    """Trains the VAE, or continues from the state in `out`; returns it with its averaged weights.
+
+    Args:
+        recipe: What is trained.
+        out: Folder of the state and the log.
+        drawings: All drawings, with a transparent ground.
+        device: A torch device.
+        stop_after: Ends the run after so many steps, to be continued by another call.
+    """
+    torch.manual_seed(recipe.seed)
+    vae = make_vae(recipe).to(device, memory_format=torch.channels_last)
+    state, file = TrainingState({"vae": vae}, BETAS, recipe.average_decay), out / "vae.safetensors"
+    if file.is_file():
+        state.load(file)
+    end = recipe.steps if stop_after is None else min(recipe.steps, state.step + stop_after)
+    while state.step < end:
+        loss = vae_loss(vae, *draw_batch(recipe, drawings, state.step, device))
+        rate = learning_rate(
+            state.step, recipe.steps, recipe.learning_rate, recipe.warmup, recipe.decay_share
+        )
+        state.update(loss, rate)
+        if state.step % SAVE_EVERY == 0 or state.step == end:
+            state.save(file)
+            facts = {"phase": "vae", "step": state.step, "loss": round(loss.item(), 4), "rate": rate}
+            append_line(out / "log.jsonl", {**facts, "time": round(time.time())})
+    state.swap_average()
+    return vae
+
+
+def save_vae(vae: Any, folder: Path) -> None:
+    """Writes a diffusers folder in fp16, all or nothing."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    vae.to(memory_format=torch.contiguous_format).save_pretrained(partial)
+    to_half(partial / "diffusion_pytorch_model.safetensors")
+    drop_key(partial / "config.json", "_name_or_path")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; 2 for a mistake in what was asked."""
+    default = Recipe()
+    parser = argparse.ArgumentParser(prog="python -m sdlora.builtin.make_vae", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the state, the log and the VAE")
+    parser.add_argument("--icons", type=Path, help="folder of the vector packages; left out: npm pack")
+    parser.add_argument("--concepts", type=Path, default=CONCEPTS_FILE, help="file of concept names")
+    parser.add_argument("--steps", type=int, default=default.steps)
+    parser.add_argument("--batch-size", type=int, default=default.batch_size)
+    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args(arguments)
+    recipe = Recipe(steps=given.steps, batch_size=given.batch_size, seed=given.seed)
+    try:
+        folder = given.icons or fetch_icons(tuple(HANDS), given.out / "icons")
+        icons = [load_icons(hand, folder) for hand in HANDS]
+        drawings = render_all(icons, read_concepts(given.concepts))
+        vae = train(recipe, given.out, drawings, given.device)
+    except SdloraError as error:
+        print(error)
+        return error.exit_code
+    save_vae(vae, given.out / "vae")
+    print(f"{given.out / 'vae'} is written")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,134 @@
+"""The base's own training: it stops and goes on to the same weights, exports, and can be measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdlora.builtin.captions import read_concepts
+from sdlora.builtin.make_base import Place, Recipe, draw_concepts, draw_timesteps, make_base
+from sdlora.builtin.measure import draw_all, load_pipeline, make_sheet, measure, sample
+from sdlora.builtin.state import learning_rate, read_facts
+from sdlora.errors import ModelError
+
+RECIPE = Recipe(
+    steps=2,
+    batch_size=2,
+    warmup=1,
+    text_steps=2,
+    text_batch_size=4,
+    text_width=16,
+    text_layers=1,
+    widths=(16, 16),
+)
+
+
+@pytest.fixture(scope="module")
+def place(
+    tmp_path_factory: pytest.TempPathFactory, tiny_icons: Path, tiny_concepts: Path, tiny_vae: Path
+) -> Place:
+    """Where the straight run of two steps is."""
+    return Place(tmp_path_factory.mktemp("straight"), tiny_icons, tiny_vae, tiny_concepts, log_every=1)
+
+
+@pytest.fixture(scope="module")
+def base(place: Place) -> Path:
+    """A base trained without a stop."""
+    folder = make_base(place, RECIPE)
+    assert folder is not None
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a diffusers folder."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return {f"{file.parent.name}.{name}": value for file in files for name, value in load_file(file).items()}
+
+
+def test_stopping_changes_nothing(base: Path, place: Place, tmp_path: Path) -> None:
+    """A run that is stopped after every step ends in the weights of a run that is not."""
+    stopped = replace(place, out=tmp_path)
+    assert make_base(stopped, RECIPE, stop_after=1) is None
+    for _ in range(3):
+        folder = make_base(stopped, RECIPE, stop_after=1)
+    assert folder is not None
+    assert read_facts(tmp_path / "joint.safetensors")["step"] == "2"
+    one, other = weights(base), weights(folder)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_moves_text_encoder_and_unet(base: Path, place: Place, tmp_path: Path) -> None:
+    """Both parts learn; the VAE is only stored in fp16."""
+    untrained = make_base(replace(place, out=tmp_path), replace(RECIPE, steps=0, text_steps=0))
+    assert untrained is not None
+    before, after = weights(untrained), weights(base)
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"text_encoder", "unet"}
+    assert {value.dtype for name, value in after.items() if not name.startswith("text")} == {torch.float16}
+
+
+def test_another_recipe_is_refused(place: Place, base: Path) -> None:
+    """A folder with a run of another recipe is not continued; more steps are no other recipe."""
+    assert base.is_dir()
+    with pytest.raises(ModelError, match="another recipe"):
+        make_base(place, replace(RECIPE, learning_rate=2e-3))
+    assert RECIPE.may_continue(replace(RECIPE, steps=3))
+
+
+def test_a_missing_vae_is_named(place: Place, tmp_path: Path) -> None:
+    """A VAE folder that holds none is one line that says how to make one."""
+    with pytest.raises(ModelError, match="make_vae"):
+        make_base(replace(place, out=tmp_path, vae=tmp_path), RECIPE)
+
+
+def test_a_base_is_measured(base: Path, place: Place) -> None:
+    """Recognition counts the concepts asked for, PSNR names each style hand, the sheet is a picture."""
+    pipeline = load_pipeline(base, "cpu")
+    figures = measure(pipeline, place.icons, read_concepts(place.concepts), count=4)
+    assert figures["recognition"]["asked"] == 4
+    assert 0 <= figures["recognition"]["top1"] <= figures["recognition"]["top5"] <= 4
+    assert set(figures["vae_psnr_db"]) == {"openmoji", "fluent-mono"}
+    assert make_sheet(sample(pipeline, ["a moon"] * 2, 0)).size == (256, 128)
+
+
+def test_measuring_needs_a_base(tmp_path: Path) -> None:
+    """A folder that holds no base is one line."""
+    with pytest.raises(ModelError, match=r"model_index\.json"):
+        load_pipeline(tmp_path, "cpu")
+
+
+def test_every_concept_is_drawn_by_every_hand(tiny_icons: Path) -> None:
+    """The drawings to compare with are all hands times all concepts."""
+    from sdlora.builtin.icons import load_icons
+
+    icons = {hand: load_icons(hand, tiny_icons) for hand in ("noto", "fluent-flat")}
+    names, pictures = draw_all(icons, ["owl", "moon"], 32)
+    assert names == ["owl", "moon"] * 2
+    assert {picture.size for picture in pictures} == {(32, 32)}
+
+
+def test_concepts_are_seen_equally_often() -> None:
+    """An epoch shows each concept once, whatever the batch size."""
+    concepts = list("abcde")
+    seen = [concept for step in range(5) for concept in draw_concepts(concepts, step, 3, seed=0)]
+    assert {concept: seen.count(concept) for concept in concepts} == dict.fromkeys(concepts, 3)
+
+
+def test_timesteps_lean_to_high_noise() -> None:
+    """All timesteps lie in the schedule, and more of them in its noisier half."""
+    timesteps = draw_timesteps(4000, torch.Generator().manual_seed(0))
+    assert timesteps.min() >= 0
+    assert timesteps.max() <= 999
+    assert 0.6 < (timesteps >= 500).float().mean() < 0.8
+
+
+def test_the_learning_rate_ends_at_zero() -> None:
+    """It rises, stays, and falls to almost nothing at the last step of any total."""
+    assert learning_rate(0, 100, 1.0, 10, 0.5) == pytest.approx(0.1)
+    assert learning_rate(30, 100, 1.0, 10, 0.5) == 1
+    assert learning_rate(99, 100, 1.0, 10, 0.5) == pytest.approx(0.02)
