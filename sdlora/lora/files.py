@@ -68,6 +68,30 @@ class AdapterInfo:
         """The largest rank."""
         return max(self.ranks)
 
+    def lines(self) -> list[str]:
+        """For people; what the run says of itself comes last."""
+        ranks = ", ".join(f"{rank} ({count} modules)" for rank, count in self.ranks.items())
+        alphas = ", ".join(f"{alpha:g}" for alpha in self.alphas)
+        trained = f"; trained with alpha {self.trained_alpha}" if self.trained_alpha else ""
+        targets = ", ".join(f"{kind} {count}" for kind, count in self.targets.items())
+        about = {
+            "file": f"{self.path} ({self.size_bytes / 1e6:.2f} MB, {', '.join(self.dtypes)})",
+            "dialect": self.dialect,
+            "family": self.family or "unknown",
+            "rank": ranks,
+            "alpha": alphas + trained,
+            "targets": f"{targets} ({self.num_parameters:,} parameters)",
+        }
+        lines = [f"{key:<9} {value}" for key, value in about.items()]
+        width = max((len(key) for key in self.metadata), default=0)
+        return lines + [f"  {key:<{width}}  {_shorten(text)}" for key, text in sorted(self.metadata.items())]
+
+
+def _shorten(text: str, length: int = 200) -> str:
+    """One line of a text."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[:length]}…"
+
 
 def save_adapter(
     path: str | Path,

@@ -1,0 +1,112 @@
+"""What a LoRA file says about the run that made it, in the keys that other tools read (R-42).
+
+`ss_*` is read by kohya's tools, A1111 and its forks and Civitai; `modelspec.*` by newer managers of models;
+`sdlora.*` is our own. What describes the tensors (rank, alpha, hash) is added when the file is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+_PREDICTIONS = {"v_prediction": "v"}
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run in plain values; nothing here may be private (no paths)."""
+
+    title: str
+    base_name: str
+    base_digest: str
+    family: str
+    kohya_version: str
+    """`sd_v1`, `sd_v2`, `sd_v2_v`, `sdxl_base_v1-0`."""
+    kohya_v2: bool
+    architecture: str
+    """Of the base, as modelspec has it: `stable-diffusion-v1`."""
+    prediction_type: str
+    trigger: str | None
+    rank: int
+    alpha: float
+    targets: Sequence[str]
+    steps: int
+    images_seen: int
+    num_images: int
+    dataset_digest: str
+    resolution: int
+    batch_size: int
+    """Global."""
+    learning_rate: float
+    optimizer: str
+    schedule: str
+    precision: str
+    seed: int
+    date: str
+    """When the run was started, ISO 8601; never the time of the export."""
+    captions: Sequence[str] | None = None
+    """All captions, only by consent (`export.include_captions`)."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Package to version."""
+
+
+def run_metadata(facts: RunFacts) -> dict[str, str]:
+    """The metadata of a file; all values are text, as safetensors asks."""
+    started = datetime.fromisoformat(facts.date)
+    texts: dict[str, object] = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{facts.architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": facts.title,
+        "modelspec.date": started.replace(microsecond=0).isoformat(),
+        "modelspec.resolution": f"{facts.resolution}x{facts.resolution}",
+        "modelspec.prediction_type": _PREDICTIONS.get(facts.prediction_type, facts.prediction_type),
+        "ss_output_name": facts.title,
+        "ss_v2": facts.kohya_v2,
+        "ss_base_model_version": facts.kohya_version,
+        "ss_sd_model_name": facts.base_name,
+        "ss_new_sd_model_hash": facts.base_digest,
+        "ss_training_started_at": started.timestamp(),
+        "ss_steps": facts.steps,
+        "ss_max_train_steps": facts.steps,
+        "ss_num_train_images": facts.num_images,
+        "ss_num_reg_images": 0,
+        "ss_total_batch_size": facts.batch_size,
+        "ss_resolution": f"({facts.resolution}, {facts.resolution})",
+        "ss_learning_rate": facts.learning_rate,
+        "ss_unet_lr": facts.learning_rate,
+        "ss_optimizer": facts.optimizer,
+        "ss_lr_scheduler": facts.schedule,
+        "ss_mixed_precision": facts.precision,
+        "ss_seed": facts.seed,
+        "ss_tag_frequency": json.dumps(tag_frequency(facts), ensure_ascii=False),
+        "ss_dataset_dirs": json.dumps({"images": {"n_repeats": 1, "img_count": facts.num_images}}),
+        "sdlora.family": facts.family,
+        "sdlora.base_name": facts.base_name,
+        "sdlora.base_digest": facts.base_digest,
+        "sdlora.prediction_type": facts.prediction_type,
+        "sdlora.trained_rank": facts.rank,
+        "sdlora.trained_alpha": f"{facts.alpha:g}",
+        "sdlora.targets": json.dumps(list(facts.targets)),
+        "sdlora.steps": facts.steps,
+        "sdlora.images_seen": facts.images_seen,
+        "sdlora.resolution": facts.resolution,
+        "sdlora.dataset_digest": facts.dataset_digest,
+        "sdlora.versions": json.dumps(dict(facts.versions), sort_keys=True),
+    }
+    if facts.trigger:
+        texts |= {"modelspec.trigger_phrase": facts.trigger, "sdlora.trigger": facts.trigger}
+    if facts.captions is not None:
+        texts["sdlora.captions"] = json.dumps(list(facts.captions), ensure_ascii=False)
+    return {key: str(value) for key, value in texts.items()}
+
+
+def tag_frequency(facts: RunFacts) -> dict[str, dict[str, int]]:
+    """How often each tag occurs; without consent to show captions, the trigger alone."""
+    if facts.captions is None:
+        return {"images": {facts.trigger: facts.num_images}} if facts.trigger else {}
+    tags = (tag.strip() for caption in facts.captions for tag in caption.split(","))
+    return {"images": dict(sorted(Counter(tag for tag in tags if tag).items()))}
