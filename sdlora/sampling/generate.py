@@ -1,0 +1,239 @@
+"""Pictures for prompts, seeds and strengths, made by the stock diffusers pipeline with our UNet in it.
+
+B batch, C channels, h w latent size, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sdlora.errors import ConfigError
+from sdlora.lora.adapter import Adapter
+from sdlora.lora.attach import mounted
+from sdlora.models.info import BaseInfo
+from sdlora.models.load import StableDiffusionPipeline
+from sdlora.models.quiet import quiet
+from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.sampling.pictures import Picture, SampleSettings
+from sdlora.sampling.schedulers import make_scheduler
+from sdlora.sampling.state import undisturbed
+
+PLACEHOLDER = re.compile(r"\{[^{}]*\}")
+LATENT_UNIT_PX = 8
+BLANK = "#e6e6e6"
+
+__all__ = [
+    "Picture",
+    "SampleSettings",
+    "check_prompts",
+    "encode_prompts",
+    "generate",
+    "resolve_settings",
+    "strength_columns",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of the grid: the same noise and prompt in every column."""
+
+    prompt: str
+    seed: int
+
+
+@torch.no_grad()
+def generate(
+    base: StableDiffusion,
+    adapter: Adapter | None,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    strengths: Sequence[float],
+    settings: SampleSettings = SampleSettings(),  # noqa: B008
+    *,
+    text: Mapping[str, Tensor] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> list[Picture]:
+    """Makes a picture for each prompt and seed, by the base and by each strength of the adapter.
+
+    Adapters are mounted, never fused (R-38). Afterwards the base, what was mounted on it, gradients,
+    train mode and all random states are as they were (R-10).
+
+    Args:
+        prompts: With `{trigger}` already replaced.
+        seeds: A seed gives the same noise with every prompt and strength.
+        strengths: Columns after the base, which is always the first.
+        text: Prompt to hidden states (L, D), from `encode_prompts`; what is missing is encoded here.
+        progress: Called with the number of pictures finished so far.
+
+    Returns:
+        Row by row of the grid: prompt, then seed, then strength.
+
+    Raises:
+        ConfigError: If a prompt, the size or the scheduler cannot be used.
+    """
+    settings = resolve_settings(base.info, settings)
+    check_prompts(prompts)
+    hidden = {**encode_prompts(base, [p for p in prompts if p not in (text or {})], settings, text)}
+    rows = [Row(prompt, seed) for prompt in prompts for seed in seeds]
+    columns = strength_columns(adapter, strengths)
+    pictures: dict[float, list[Picture]] = {strength: [] for strength in columns}
+    with undisturbed(base.unet), torch.autocast(base.device.type, enabled=False):
+        pipeline = _pipeline(base, settings)
+        for strength in columns:
+            stack = [(adapter, strength)] if adapter is not None and strength != 0 else []
+            with mounted(base.unet, stack):
+                for batch in _batches(rows, settings.batch_size):
+                    latents = _denoise(base, pipeline, batch, hidden, settings)
+                    for row, image, withheld in zip(batch, *_show(base, pipeline, latents), strict=True):
+                        pictures[strength].append(
+                            Picture(image, row.prompt, row.seed, strength, withheld, settings)
+                        )
+                    if progress is not None:
+                        progress(sum(map(len, pictures.values())))
+    return [picture for row in zip(*pictures.values(), strict=True) for picture in row]
+
+
+def strength_columns(adapter: Adapter | None, strengths: Sequence[float]) -> list[float]:
+    """The columns of a grid: 0 for the base, then each other strength once."""
+    return list(dict.fromkeys([0.0, *(float(strength) for strength in strengths)])) if adapter else [0.0]
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Refuses what cannot be a prompt.
+
+    Raises:
+        ConfigError: With one line for each prompt that is empty or has a placeholder left in it (R-30).
+    """
+    problems = [] if prompts else ["sample.prompts is empty; give at least one prompt"]
+    for prompt in prompts:
+        left = PLACEHOLDER.search(prompt)
+        if not prompt.strip():
+            problems.append("sample.prompts holds an empty prompt; write what the picture should show")
+        elif left and left.group() == "{trigger}":
+            problems.append(
+                f"prompt {prompt!r} has {{trigger}} in it but no trigger is set; set data.trigger"
+            )
+        elif left:
+            problems.append(f"prompt {prompt!r} has the placeholder {left.group()} left in it; replace it")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def resolve_settings(info: BaseInfo, settings: SampleSettings) -> SampleSettings:
+    """Fills in the base's own choices and checks the rest against it.
+
+    Raises:
+        ConfigError: With one line for each setting that does not fit.
+    """
+    scheduler = type(make_scheduler(info, settings.scheduler)).__name__
+    sides = {"width": settings.width or info.resolution, "height": settings.height or info.resolution}
+    problems = [
+        f"sample.{name} = {side} must be a multiple of {info.min_step} pixels; "
+        f"use {max(1, round(side / info.min_step)) * info.min_step}"
+        for name, side in sides.items()
+        if side < info.min_step or side % info.min_step
+    ]
+    if not 1 <= settings.steps <= info.num_train_timesteps:
+        problems.append(
+            f"sample.steps = {settings.steps} must be 1 to {info.num_train_timesteps} (the base's timesteps)"
+        )
+    if problems:
+        raise ConfigError(*problems)
+    guidance = info.guidance if settings.guidance is None else settings.guidance
+    return replace(settings, guidance=guidance, scheduler=scheduler, **sides)
+
+
+def encode_prompts(
+    base: StableDiffusion,
+    prompts: Sequence[str],
+    settings: SampleSettings,
+    known: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Hidden states (L, D) of prompts and of the negative prompt, for `generate` to use later.
+
+    Args:
+        known: States encoded before; they are part of the answer.
+    """
+    states = dict(known or {})
+    for prompt in (*prompts, settings.negative_prompt):
+        if prompt not in states:
+            states[prompt] = base.encode_captions([prompt])[0]
+    return states
+
+
+def _pipeline(base: StableDiffusion, settings: SampleSettings) -> StableDiffusionPipeline:
+    """The stock pipeline around our UNet; text and pictures are encoded and decoded by the base."""
+    with quiet():
+        pipeline = StableDiffusionPipeline(
+            vae=None,
+            text_encoder=None,
+            tokenizer=None,
+            unet=base.unet,
+            scheduler=make_scheduler(base.info, settings.scheduler),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _denoise(
+    base: StableDiffusion,
+    pipeline: StableDiffusionPipeline,
+    batch: Sequence[Row],
+    hidden: Mapping[str, Tensor],
+    settings: SampleSettings,
+) -> Tensor:
+    """Latents (B, C, h, w) of one batch."""
+    assert settings.width is not None
+    assert settings.height is not None
+    assert settings.guidance is not None
+    info, device, dtype = base.info, base.device, base.dtype
+    width, height = settings.width // info.vae_factor, settings.height // info.vae_factor
+    generators = [torch.Generator().manual_seed(row.seed) for row in batch]
+    shape = (1, info.latent_channels, height, width)
+    noise = torch.cat([torch.randn(shape, generator=generator, dtype=dtype) for generator in generators])
+    guided = settings.guidance > 1
+    negative = hidden[settings.negative_prompt].expand(len(batch), -1, -1)
+    # A few schedulers draw from the ambient generator.
+    torch.manual_seed(batch[0].seed)
+    # Without a VAE the pipeline counts 8 pixels for each latent.
+    with quiet():
+        latents: Tensor = pipeline(
+            prompt_embeds=torch.stack([hidden[row.prompt] for row in batch]).to(device, dtype),
+            negative_prompt_embeds=negative.to(device, dtype) if guided else None,
+            latents=noise.to(device),
+            generator=generators,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            width=width * LATENT_UNIT_PX,
+            height=height * LATENT_UNIT_PX,
+            output_type="latent",
+            return_dict=False,
+        )[0]
+    return latents
+
+
+def _show(
+    base: StableDiffusion, pipeline: StableDiffusionPipeline, latents: Tensor
+) -> tuple[list[Image.Image], list[bool]]:
+    """Pictures, and which of them a safety checker withholds; those are blank."""
+    images = pipeline.image_processor.postprocess(base.decode_latents(latents), output_type="pil")
+    withheld = list(base.withhold(images)) if base.withhold is not None else [False] * len(images)
+    shown = [
+        Image.new("RGB", image.size, BLANK) if hidden else image
+        for image, hidden in zip(images, withheld, strict=True)
+    ]
+    return shown, withheld

@@ -1,0 +1,137 @@
+"""A generated picture, what it was made with, and its PNG file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from sdlora.runs import write_file
+
+SAMPLERS = {
+    "DDIMScheduler": "DDIM",
+    "DDPMScheduler": "DDPM",
+    "PNDMScheduler": "PLMS",
+    "LMSDiscreteScheduler": "LMS",
+    "EulerDiscreteScheduler": "Euler",
+    "EulerAncestralDiscreteScheduler": "Euler a",
+    "HeunDiscreteScheduler": "Heun",
+    "KDPM2DiscreteScheduler": "DPM2",
+    "KDPM2AncestralDiscreteScheduler": "DPM2 a",
+    "DPMSolverMultistepScheduler": "DPM++ 2M",
+    "DPMSolverSinglestepScheduler": "DPM++ 2S",
+    "DPMSolverSDEScheduler": "DPM++ SDE",
+    "UniPCMultistepScheduler": "UniPC",
+    "LCMScheduler": "LCM",
+}
+"""What A1111 calls diffusers' schedulers."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSettings:
+    """How pictures are made; what is left out is the base's own choice.
+
+    Args:
+        guidance: 0 and 1 switch classifier-free guidance off.
+        scheduler: A diffusers scheduler class, such as `DDIMScheduler`.
+        width: In pixels, as height.
+        batch_size: Pictures denoised at once.
+    """
+
+    steps: int = 25
+    guidance: float | None = None
+    scheduler: str | None = None
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    batch_size: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One picture of a grid.
+
+    Args:
+        strength: 0 is the base.
+        withheld: A safety checker kept the picture back; `image` is blank.
+        settings: As resolved against the base.
+        adapter: What to call the adapter in a grid that compares several.
+    """
+
+    image: Image.Image
+    prompt: str
+    seed: int
+    strength: float
+    withheld: bool = False
+    settings: SampleSettings = SampleSettings()
+    adapter: str = ""
+
+
+def parameters_text(picture: Picture, metadata: Mapping[str, Any]) -> str:
+    """The settings as A1111 writes them, so that its "PNG Info" and other viewers read them."""
+    settings = picture.settings
+    fields = {
+        "Steps": settings.steps,
+        "Sampler": SAMPLERS.get(settings.scheduler or "", settings.scheduler),
+        "CFG scale": f"{settings.guidance:g}" if settings.guidance is not None else None,
+        "Seed": picture.seed,
+        "Size": f"{picture.image.width}x{picture.image.height}",
+        "Model": metadata.get("base"),
+    }
+    lora = picture.adapter or metadata.get("adapter")
+    tag = f" <lora:{lora}:{picture.strength:g}>" if lora and picture.strength else ""
+    lines = [picture.prompt + tag]
+    if settings.negative_prompt:
+        lines.append(f"Negative prompt: {settings.negative_prompt}")
+    lines.append(", ".join(f"{name}: {value}" for name, value in fields.items() if value is not None))
+    return "\n".join(lines)
+
+
+def save_pictures(
+    folder: Path, pictures: Sequence[Picture], grid: Image.Image, metadata: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes `00.png` and so on, row by row of the grid, and `grid.png`.
+
+    Args:
+        metadata: Goes into each file's `sdlora` text; `base` and `adapter` (names) also into `parameters`.
+
+    Returns:
+        The path of `grid.png`.
+    """
+    metadata = dict(metadata or {})
+    digits = max(2, len(str(len(pictures) - 1)))
+    for number, picture in enumerate(pictures):
+        values = {
+            **metadata,
+            "prompt": picture.prompt,
+            "seed": picture.seed,
+            "strength": picture.strength,
+            "withheld": picture.withheld,
+            **({"adapter": picture.adapter} if picture.adapter else {}),
+            **asdict(picture.settings),
+        }
+        texts = {"parameters": parameters_text(picture, metadata), "sdlora": _json(values)}
+        _write_png(folder / f"{number:0{digits}d}.png", picture.image, texts)
+    return _write_png(folder / "grid.png", grid, {"sdlora": _json(metadata)} if metadata else {})
+
+
+def _write_png(path: Path, image: Image.Image, texts: Mapping[str, str]) -> Path:
+    info = PngInfo()
+    for key, text in texts.items():
+        # Latin-1 goes into tEXt, which every reader knows; the rest needs iTXt.
+        info.add_text(key, text)
+    return write_file(path, lambda file: image.save(file, "PNG", pnginfo=info), _verify_png)
+
+
+def _verify_png(path: Path) -> None:
+    with Image.open(path) as image:
+        image.verify()
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False, default=str)
