@@ -20,6 +20,10 @@ from sdlora.models.info import BaseInfo
 from sdlora.models.tokens import TokenCount, count_tokens
 
 
+# A decoder needs gigabytes for each megapixel: small pictures are decoded together, large ones one by one.
+DECODE_AT_ONCE_PX = 512 * 512
+
+
 @dataclass(eq=False)
 class StableDiffusion:
     """A loaded base: everything in eval mode and without gradients.
@@ -98,7 +102,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Pictures from latents, one at a time, with the VAE on the UNet's device only meanwhile (R-18).
+        """Pictures from latents, with the VAE on the UNet's device only meanwhile (R-18).
 
         Args:
             latents: (B, C, h, w) as the UNet works with them.
@@ -107,16 +111,16 @@ class StableDiffusion:
             (B, 3, H, W) in about [-1, 1], float32, on the CPU.
         """
         home = self.vae.device
+        side_px = self.info.vae_factor
+        at_once = max(1, DECODE_AT_ONCE_PX // (latents.shape[2] * latents.shape[3] * side_px**2))
         shift, scale = self._latent_units()
         try:
             self.vae.to(self.device)
-            rows = [
-                self.vae.decode(row[None].to(self.device, self.vae.dtype) / scale + shift, return_dict=False)[
-                    0
-                ]
-                for row in latents
+            pictures = [
+                self.vae.decode(part.to(self.device, self.vae.dtype) / scale + shift, return_dict=False)[0]
+                for part in latents.split(at_once)
             ]
-            return torch.cat([row.float().cpu() for row in rows])
+            return torch.cat([part.float().cpu() for part in pictures])
         finally:
             self.vae.to(home)
 
