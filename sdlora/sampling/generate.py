@@ -146,7 +146,9 @@ def resolve_settings(info: BaseInfo, settings: SampleSettings) -> SampleSettings
     if problems:
         raise ConfigError(*problems)
     guidance = info.guidance if settings.guidance is None else settings.guidance
-    return replace(settings, guidance=guidance, scheduler=scheduler, **sides)
+    return replace(
+        settings, guidance=guidance, scheduler=scheduler, width=sides["width"], height=sides["height"]
+    )
 
 
 def encode_prompts(

@@ -14,6 +14,7 @@ __all__ = ["make_grid", "save_pictures"]
 
 PAPER, INK, SOFT, RULE, EMPTY = "#ffffff", "#1c1c1e", "#7c7c82", "#e3e3e6", "#f1f1f3"
 MAX_CELL_PX = 512
+BASE = ("", 0.0)
 WITHHELD = "withheld by the safety checker"
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -30,6 +31,11 @@ class Layout:
     def text(self) -> int:
         """Font size of prompts and headings."""
         return max(12, min(22, round(min(self.width, self.height) / 18)))
+
+    @property
+    def title(self) -> int:
+        """Font size of the title."""
+        return round(self.text * 1.3)
 
     @property
     def small(self) -> int:
@@ -69,9 +75,7 @@ def make_grid(pictures: Sequence[Picture], *, title: str = "") -> Image.Image:
         pictures: From `generate`; those of several adapters may be joined. What is missing stays empty.
         title: Written above, on one line.
     """
-    columns = sorted({_column(p) for p in pictures}, key=lambda column: column != ("", 0.0))
-    columns = list(dict.fromkeys(_column(p) for p in pictures if _column(p) in columns))
-    columns.sort(key=lambda column: column[1] != 0)
+    columns = sorted(dict.fromkeys(map(_column, pictures)), key=lambda column: column != BASE)
     groups: dict[str, list[int]] = {}
     for picture in pictures:
         seeds = groups.setdefault(picture.prompt, [])
@@ -84,7 +88,7 @@ def make_grid(pictures: Sequence[Picture], *, title: str = "") -> Image.Image:
 
 def _column(picture: Picture) -> tuple[str, float]:
     """What a column is for; the base is one column, whichever adapter it stands beside."""
-    return (picture.adapter, picture.strength) if picture.strength else ("", 0.0)
+    return (picture.adapter, picture.strength) if picture.strength else BASE
 
 
 def _layout(pictures: Sequence[Picture]) -> Layout:
@@ -107,8 +111,8 @@ class _Sheet:
     def draw(self) -> Image.Image:
         measure = self.layout
         left = measure.margin + measure.words + measure.gap
-        top = measure.margin + (round(measure.line * 1.5) if self.title else 0)
-        body = top + measure.line + measure.gutter
+        top = measure.margin + (round(measure.title * 2) if self.title else 0)
+        body = top + measure.line * (1 + self._has_names) + measure.gutter
         heights = [
             len(seeds) * (measure.height + measure.gutter) - measure.gutter for seeds in self.groups.values()
         ]
@@ -117,7 +121,7 @@ class _Sheet:
         sheet = Image.new("RGB", (width, height), PAPER)
         pen = ImageDraw.Draw(sheet)
         if self.title:
-            font = _font(measure.text)
+            font = _font(measure.title)
             pen.text(
                 (measure.margin, measure.margin),
                 _shorten(self.title, font, width - 2 * measure.margin),
@@ -140,11 +144,15 @@ class _Sheet:
 
     def _heading(self, pen: ImageDraw.ImageDraw, column: tuple[str, float], x: int, y: int) -> None:
         adapter, strength = column
-        label = f"strength {strength:g}" if strength else "base"
         font = _font(self.layout.text)
-        pen.text(
-            (x, y), _shorten(f"{adapter} · {label}" if adapter else label, font, self.layout.width), INK, font
-        )
+        lines = [adapter] * self._has_names + [f"strength {strength:g}" if strength else "base"]
+        for number, line in enumerate(lines):
+            place = (x, y + number * self.layout.line)
+            pen.text(place, _shorten(line, font, self.layout.width), INK, font)
+
+    @property
+    def _has_names(self) -> bool:
+        return any(adapter for adapter, _ in self.columns)
 
     def _prompt(self, pen: ImageDraw.ImageDraw, prompt: str, y: int, height: int) -> None:
         measure, font = self.layout, _font(self.layout.text)
@@ -159,8 +167,10 @@ class _Sheet:
             pen.text((measure.margin, foot), f"seed {seed}", SOFT, _font(measure.small), anchor="ld")
 
     def _row(self, sheet: Image.Image, prompt: str, seed: int, x: int, y: int) -> None:
-        measure = self.layout
+        measure, pen = self.layout, ImageDraw.Draw(sheet)
         for column in self.columns:
+            # A hairline around each, or white pictures would melt into the paper.
+            pen.rectangle((x - 1, y - 1, x + measure.width, y + measure.height), None, RULE)
             picture = self.cells.get((*column, prompt, seed))
             if picture is None or picture.withheld:
                 self._blank(sheet, x, y, WITHHELD if picture else "")
@@ -172,14 +182,13 @@ class _Sheet:
 
     def _blank(self, sheet: Image.Image, x: int, y: int, label: str) -> None:
         """A cell without a picture; a withheld one says so (R-47)."""
-        measure, font = self.layout, _font(self.layout.small)
+        measure, font = self.layout, _font(self.layout.text)
         pen = ImageDraw.Draw(sheet)
-        pen.rectangle((x, y, x + measure.width - 1, y + measure.height - 1), EMPTY, RULE)
+        pen.rectangle((x, y, x + measure.width - 1, y + measure.height - 1), EMPTY)
         lines = _wrap(label, font, measure.width - 4 * measure.gutter, 4)
-        step = round(measure.small * 1.4)
-        first = y + measure.height // 2 - step * (len(lines) - 1) / 2
+        first = y + (measure.height - measure.line * (len(lines) - 1)) / 2
         for number, line in enumerate(lines):
-            pen.text((x + measure.width / 2, first + number * step), line, SOFT, font, anchor="mm")
+            pen.text((x + measure.width / 2, first + number * measure.line), line, SOFT, font, anchor="mm")
 
 
 @cache
