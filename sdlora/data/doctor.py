@@ -92,7 +92,8 @@ def contact_sheet(index: DatasetIndex, plan: BucketPlan, settings: DataSection) 
         sheet.paste(cell, (left + (SHEET_CELL - cell.width) // 2, top + (SHEET_CELL - cell.height) // 2))
         label = PurePosixPath(record.name).name
         label = label if len(label) <= 20 else f"{label[:12]}...{label[-5:]}"
-        figures = f"{plan.bucket_of(record.name)}  -{plan.lost_share(record.name):.0%}"
+        lost = plan.lost_share(record.name)
+        figures = f"{plan.bucket_of(record.name)}" + (f"  -{lost:.0%}" if lost > 0.005 else "")
         canvas.text((left, top + SHEET_CELL), label, "black", font)
         canvas.text((left, top + SHEET_CELL + line), figures, "dimgrey", font)
     return sheet

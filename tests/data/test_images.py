@@ -1,0 +1,237 @@
+"""Every picture loads as a viewer shows it, or is named (R-14)."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+
+from sdlora.data.buckets import Crop
+from sdlora.data.images import UnreadableImageError, crop_image, load_image, measure_image, parse_colour
+from sdlora.data.records import Size
+from sdlora.data.tensors import image_to_tensor
+from sdlora.errors import ConfigError, DataError
+
+STORED = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def make_corners(width: int = 48, height: int = 32) -> Image.Image:
+    """A picture with another colour in each quarter."""
+    image = Image.new("RGB", (width, height))
+    for place, colour in enumerate(("red", "lime", "blue", "yellow")):
+        left, top = place % 2 * width // 2, place // 2 * height // 2
+        image.paste(colour, (left, top, left + width // 2, top + height // 2))
+    return image
+
+
+def difference(one: Image.Image, other: Image.Image) -> float:
+    """Mean absolute difference of two pictures of one size."""
+    assert one.size == other.size
+    return float(np.abs(np.asarray(one, np.float32) - np.asarray(other, np.float32)).mean())
+
+
+def write_png(path: Path, width: int, height: int, depth: int, kind: int, rows: bytes) -> Path:
+    """Writes a PNG by hand, for kinds that Pillow does not write."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return path
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: str) -> None:
+    """R-14: all eight EXIF orientations load upright, and the measured size is the one shown."""
+    shown = make_corners()
+    method = STORED[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"{orientation}.{suffix}"
+    (shown if method is None else shown.transpose(method)).save(path, exif=exif, quality=95)
+    loaded = load_image(path)
+    assert difference(loaded, shown) < 12
+    assert measure_image(path, path.read_bytes()) == (Size(48, 32), False)
+
+
+@pytest.mark.parametrize("background", ["white", "black", "#336699"])
+def test_hidden_pixels_do_not_show(tmp_path: Path, background: str) -> None:
+    """R-14: a transparent RGBA picture with coloured hidden pixels becomes the background colour."""
+    image = Image.new("RGBA", (16, 16), (255, 0, 255, 0))
+    image.paste((0, 128, 0, 255), (0, 0, 8, 16))
+    image.save(tmp_path / "a.png")
+    loaded = load_image(tmp_path / "a.png", background)
+    assert loaded.mode == "RGB"
+    assert loaded.getpixel((2, 2)) == (0, 128, 0)
+    assert loaded.getpixel((12, 12)) == parse_colour(background)
+
+
+def test_half_transparent_is_blended(tmp_path: Path) -> None:
+    """R-14: partial alpha mixes with the background."""
+    Image.new("RGBA", (4, 4), (255, 0, 0, 128)).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png", "white").getpixel((0, 0)) == (255, 127, 127)
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_palette_with_transparency(tmp_path: Path, as_bytes: bool) -> None:
+    """R-14: P + tRNS, with one transparent index and with an alpha for each index."""
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([255, 0, 255, 0, 0, 255])
+    image.paste(1, (0, 0, 4, 8))
+    image.save(tmp_path / "a.png", transparency=bytes([0, 255]) if as_bytes else 0)
+    loaded = load_image(tmp_path / "a.png", "white")
+    assert loaded.getpixel((1, 1)) == (0, 0, 255)
+    assert loaded.getpixel((6, 1)) == (255, 255, 255)
+
+
+def test_grey_with_alpha_and_keyed_colour(tmp_path: Path) -> None:
+    """R-14: LA, and RGB or L with a transparent colour."""
+    Image.new("LA", (4, 4), (10, 0)).save(tmp_path / "la.png")
+    Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "rgb.png", transparency=(9, 8, 7))
+    Image.new("L", (4, 4), 30).save(tmp_path / "l.png", transparency=30)
+    for name in ("la.png", "rgb.png", "l.png"):
+        assert load_image(tmp_path / name, "lime").getpixel((0, 0)) == (0, 255, 0), name
+
+
+def test_cmyk(tmp_path: Path) -> None:
+    """R-14: a CMYK JPEG keeps its colours, neither inverted nor dark."""
+    make_corners().convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    assert difference(load_image(tmp_path / "a.jpg"), make_corners()) < 8
+
+
+def test_sixteen_bits(tmp_path: Path) -> None:
+    """R-14: 16-bit grey and colour keep their range instead of clipping to white."""
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    expected = np.rint(values / 257)
+    Image.fromarray(values).save(tmp_path / "grey.png")
+    Image.fromarray(values).save(tmp_path / "grey.tif")
+    rows = b"".join(b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in values)
+    write_png(tmp_path / "colour.png", 8, 8, 16, 2, rows)
+    for name in ("grey.png", "grey.tif", "colour.png"):
+        loaded = np.asarray(load_image(tmp_path / name), np.float32)
+        assert loaded.shape == (8, 8, 3)
+        assert np.abs(loaded - expected[..., None]).max() <= 1, name
+
+
+def test_other_modes(tmp_path: Path) -> None:
+    """R-14: one-bit, float and 32-bit pictures load too."""
+    Image.new("1", (4, 4), 1).save(tmp_path / "bit.png")
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(np.full((4, 4), 32768, np.int32)).save(tmp_path / "int.tif")
+    assert load_image(tmp_path / "bit.png").getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(tmp_path / "float.tif").getpixel((0, 0)) == (128, 128, 128)
+    assert load_image(tmp_path / "int.tif").getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_first_frame_of_an_animation(tmp_path: Path, suffix: str) -> None:
+    """R-14: animations give their first frame and are known to move."""
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
+    path = tmp_path / f"a.{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=50, lossless=True)
+    assert load_image(path).getpixel((4, 4)) == (255, 0, 0)
+    assert measure_image(path, path.read_bytes()) == (Size(8, 8), True)
+
+
+def test_colour_profile_is_applied(tmp_path: Path) -> None:
+    """R-14: a profile that exchanges red and green is honoured, as viewers do; a damaged one is not fatal."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = profile.replace(b"rXYZ", b"tmp_", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"tmp_", b"gXYZ", 1)
+    swapped = swapped.replace("sRGB".encode("utf-16-be"), "odd ".encode("utf-16-be"))
+    for name, icc in (("plain", profile), ("swapped", swapped), ("damaged", b"nonsense")):
+        Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / f"{name}.png", icc_profile=icc)
+    assert load_image(tmp_path / "plain.png").getpixel((0, 0)) == (255, 0, 0)
+    assert load_image(tmp_path / "damaged.png").getpixel((0, 0)) == (255, 0, 0)
+    red, green, _ = load_image(tmp_path / "swapped.png").getpixel((0, 0))
+    assert green > 240
+    assert red < 15
+
+
+def write_bad_files(folder: Path) -> dict[str, str]:
+    """Files that are no pictures, and what the error must say."""
+    noise = Image.effect_noise((200, 200), 80).convert("RGB")
+    for name in ("cut.jpg", "cut.png", "cut.webp"):
+        noise.save(folder / name)
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) * 2 // 3])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("hello there", encoding="utf-8")
+    write_png(folder / "bomb.png", 20000, 20000, 8, 2, b"")
+    return {
+        "cut.jpg": "is cut short",
+        "cut.png": "",
+        "cut.webp": "",
+        "empty.png": "is empty",
+        "text.png": "is not a picture",
+        "bomb.png": "too many pixels",
+    }
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    """R-14: truncated, empty, text and oversized files raise one line with the file's name."""
+    for name, reason in write_bad_files(tmp_path).items():
+        path = tmp_path / name
+        with pytest.raises(DataError) as loading:
+            load_image(path)
+        with pytest.raises(UnreadableImageError) as measuring:
+            measure_image(path, path.read_bytes())
+        for caught in (loading, measuring):
+            assert str(path) in str(caught.value)
+            assert reason in str(caught.value)
+            assert "\n" not in str(caught.value)
+        assert str(pickle.loads(pickle.dumps(measuring.value))) == str(measuring.value)
+    with pytest.raises(DataError, match=r"gone\.png cannot be read"):
+        load_image(tmp_path / "gone.png")
+
+
+def test_wide_panorama(tmp_path: Path) -> None:
+    """R-14: a 40,000 pixel panorama loads."""
+    Image.new("RGB", (40000, 20), "red").save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png").size == (40000, 20)
+
+
+def test_unknown_background(tmp_path: Path) -> None:
+    """R-35: a colour that is none is named with its key."""
+    with pytest.raises(ConfigError, match=r"data\.background = 'whit' is not a colour"):
+        load_image(tmp_path / "a.png", "whit")
+
+
+def test_crop_and_flip() -> None:
+    """R-15: the crop takes the window it names, and mirrors afterwards."""
+    image = make_corners(64, 32)
+    crop = Crop(Size(64, 32), 32, 0, Size(32, 32))
+    assert crop_image(image, crop).getpixel((2, 2)) == (0, 255, 0)
+    assert crop_image(image, crop).size == (32, 32)
+    wide = Crop(Size(64, 32), 24, 0, Size(32, 32))
+    mirrored = Crop(Size(64, 32), 24, 0, Size(32, 32), flipped=True)
+    assert crop_image(image, wide).getpixel((0, 0)) == (255, 0, 0)
+    assert crop_image(image, mirrored).getpixel((31, 0)) == (255, 0, 0)
+    assert crop_image(image, Crop(Size(32, 16), 0, 0, Size(16, 16))).size == (16, 16)
+
+
+def test_tensor_range() -> None:
+    """R-20: pixels reach the VAE as float32 (3, H, W) in [-1, 1]."""
+    image = Image.new("RGB", (6, 4), (0, 255, 51))
+    tensor = image_to_tensor(image)
+    assert tensor.shape == (3, 4, 6)
+    assert tensor.dtype == torch.float32
+    assert tensor.is_contiguous()
+    assert torch.allclose(tensor[:, 0, 0], torch.tensor([-1.0, 1.0, -0.6]))
