@@ -85,7 +85,9 @@ class LoraSection(Section):
 
     rank: int = _field(16, "use 4 to 32 for a style", ge=1)
     alpha: float | None = _field(None, "leave it out to use the rank", gt=0)
-    targets: Texts = _field(["attention"], "use attention, or name patterns such as *.attn2.to_v", min_length=1)
+    targets: Texts = _field(
+        ["attention"], "use attention, or name patterns such as *.attn2.to_v", min_length=1
+    )
     init_from: str | None = None
 
     @property
@@ -309,7 +311,12 @@ def _describe(item: dict[str, Any]) -> str:
     section = RunConfig.model_fields.get(path[0])
     model = section.annotation if section else None
     extra: dict[str, Any] = {}
-    if isinstance(model, type) and issubclass(model, Section) and len(path) > 1 and path[1] in model.model_fields:
+    if (
+        isinstance(model, type)
+        and issubclass(model, Section)
+        and len(path) > 1
+        and path[1] in model.model_fields
+    ):
         raw = model.model_fields[path[1]].json_schema_extra
         extra = raw if isinstance(raw, dict) else {}
     remedy = f"; {extra['remedy']}" if extra.get("remedy") else ""
@@ -356,4 +363,6 @@ def _nearest(path: list[str]) -> str:
     own = sorted(key for key in keys if key.startswith(f"{path[0]}."))
     guess = same or difflib.get_close_matches(".".join(path), own, 1, 0.5)
     guess = guess or difflib.get_close_matches(".".join(path), sorted(keys), 1, 0.5)
-    return f"did you mean {guess[0]}?" if guess else f"[{path[0]}] has {', '.join(k.split('.')[1] for k in own)}"
+    return (
+        f"did you mean {guess[0]}?" if guess else f"[{path[0]}] has {', '.join(k.split('.')[1] for k in own)}"
+    )

@@ -6,7 +6,8 @@ SdloraError
 ├── ModelError         the base is missing, incomplete or of another kind
 ├── AdapterError       a LoRA file is damaged, of another kind or for another family
 ├── RunError           a run folder is missing, taken or incomplete
-└── TrainingDiverged   the run itself failed: non-finite numbers, dead modules
+├── TrainingDiverged   the run itself failed: non-finite numbers, dead modules
+└── RunStopped         a signal stopped the run; its state is saved
 """
 
 
@@ -48,3 +49,16 @@ class TrainingDiverged(SdloraError):
     """Training produced numbers that no later step can repair."""
 
     exit_code = 1
+
+
+class RunStopped(SdloraError):
+    """A signal stopped the run after its state was saved.
+
+    Args:
+        message: How to go on.
+        signal_number: The signal; the exit code is 128 plus it (130, 143).
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

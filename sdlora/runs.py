@@ -93,7 +93,9 @@ class RunFolder:
         if not run.path.is_dir():
             raise RunError(f"run folder {path} does not exist; give the folder that `sdlora train` printed")
         if not run.config_file.is_file():
-            raise RunError(f"{path} holds no run (no config.json); give the folder that `sdlora train` printed")
+            raise RunError(
+                f"{path} holds no run (no config.json); give the folder that `sdlora train` printed"
+            )
         return run
 
     def check_free(self) -> None:
@@ -117,7 +119,9 @@ class RunFolder:
         """
         parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise RunError(f"--out {self.path} cannot be written ({parent} is not writable); give another folder")
+            raise RunError(
+                f"--out {self.path} cannot be written ({parent} is not writable); give another folder"
+            )
 
     @property
     def name(self) -> str:
@@ -160,6 +164,11 @@ class RunFolder:
         return self.path / "loss.png"
 
     @property
+    def evaluation_file(self) -> Path:
+        """What `sdlora evaluate` measured."""
+        return self.path / "evaluation.json"
+
+    @property
     def model_card(self) -> Path:
         """The card beside the final adapter, as Hugging Face reads it."""
         return self.adapters / "README.md"
@@ -184,11 +193,25 @@ class RunFolder:
 
     def final_adapter(self, dialect: str = "diffusers") -> Path:
         """Where the final file of a dialect is, or will be."""
-        return self.adapters / ("final.safetensors" if dialect == "diffusers" else f"final.{dialect}.safetensors")
+        return self.adapters / (
+            "final.safetensors" if dialect == "diffusers" else f"final.{dialect}.safetensors"
+        )
 
     def step_adapter(self, step: int) -> Path:
         """Where the adapter saved at a step is, or will be."""
         return self.adapters / f"step-{step:06d}.safetensors"
+
+    def saved_adapter(self, step: int) -> Path:
+        """The adapter saved at a step.
+
+        Raises:
+            RunError: If none was saved then; names the steps that have one.
+        """
+        file = self.step_adapter(step)
+        if not file.is_file():
+            steps = ", ".join(map(str, self.saved_steps())) or "none"
+            raise RunError(f"--step {step}: run {self.path} saved no adapter at that step; saved are {steps}")
+        return file
 
     def checkpoint(self, step: int) -> Path:
         """Where the state of a step is, or will be."""
@@ -204,7 +227,9 @@ class RunFolder:
 
     def checkpoint_steps(self) -> list[int]:
         """Steps whose state is complete, in order."""
-        return sorted(int(folder.name[5:]) for folder in self.checkpoints.glob("step-[0-9]*") if folder.is_dir())
+        return sorted(
+            int(folder.name[5:]) for folder in self.checkpoints.glob("step-[0-9]*") if folder.is_dir()
+        )
 
     def remove_checkpoints(self, keep: int) -> None:
         """Deletes all but the newest states."""
@@ -255,9 +280,9 @@ class RunFolder:
         return any(event["step"] >= steps for event in self.events("done"))
 
 
-def next_free_run(name: str, parent: Path = Path("runs")) -> Path:
-    """`runs/NAME`, or `runs/NAME-2` and so on when that is taken."""
-    candidate, number = parent / name, 2
-    while RunFolder(candidate).config_file.exists():
-        candidate, number = parent / f"{name}-{number}", number + 1
+def next_free_folder(path: Path) -> Path:
+    """The path, or with `-2` and so on behind when that is taken."""
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
     return candidate

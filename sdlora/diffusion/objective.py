@@ -58,9 +58,7 @@ def keyed_generator(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 
-def draw(
-    objective: Objective, posteriors: Sequence[tuple[Tensor, Tensor]], seeds: Sequence[int]
-) -> Draws:
+def draw(objective: Objective, posteriors: Sequence[tuple[Tensor, Tensor]], seeds: Sequence[int]) -> Draws:
     """Draws latents, timesteps and noise, each sample from its own generator.
 
     Args:

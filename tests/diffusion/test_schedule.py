@@ -13,7 +13,12 @@ CONFIGS = [
     {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
     {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
     {"beta_schedule": "squaredcos_cap_v2"},
-    {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "rescale_betas_zero_snr": True},
+    {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "rescale_betas_zero_snr": True,
+    },
 ]
 
 
@@ -27,7 +32,10 @@ def test_equals_diffusers(config, prediction_type):
     latents, noise = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([0, 500, 999])
     torch.testing.assert_close(
-        ours.add_noise(latents, noise, timesteps), theirs.add_noise(latents, noise, timesteps), rtol=1e-4, atol=1e-5
+        ours.add_noise(latents, noise, timesteps),
+        theirs.add_noise(latents, noise, timesteps),
+        rtol=1e-4,
+        atol=1e-5,
     )
     if prediction_type == "v_prediction":
         velocity = theirs.get_velocity(latents, noise, timesteps)

@@ -1,0 +1,60 @@
+"""sdlora trains style LoRAs for Stable Diffusion from an image folder."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdlora.config import RunConfig, load_config
+    from sdlora.errors import SdloraError
+    from sdlora.evaluation.evaluate import evaluate
+    from sdlora.export import export
+    from sdlora.lora.adapter import Adapter
+    from sdlora.lora.files import inspect_adapter, load_adapter, save_adapter
+    from sdlora.runs import RunFolder
+    from sdlora.sampling.session import sample
+    from sdlora.training.train import resume, train
+
+__version__ = version("sdlora")
+
+# Imported at first use: torch and diffusers take seconds, and `sdlora --help` needs neither.
+_PUBLIC = {
+    "Adapter": "sdlora.lora.adapter",
+    "RunConfig": "sdlora.config",
+    "RunFolder": "sdlora.runs",
+    "SdloraError": "sdlora.errors",
+    "evaluate": "sdlora.evaluation.evaluate",
+    "export": "sdlora.export",
+    "inspect_adapter": "sdlora.lora.files",
+    "load_adapter": "sdlora.lora.files",
+    "load_config": "sdlora.config",
+    "resume": "sdlora.training.train",
+    "sample": "sdlora.sampling.session",
+    "save_adapter": "sdlora.lora.files",
+    "train": "sdlora.training.train",
+}
+
+__all__ = [
+    "Adapter",
+    "RunConfig",
+    "RunFolder",
+    "SdloraError",
+    "__version__",
+    "evaluate",
+    "export",
+    "inspect_adapter",
+    "load_adapter",
+    "load_config",
+    "resume",
+    "sample",
+    "save_adapter",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'sdlora' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

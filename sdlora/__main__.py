@@ -1,0 +1,5 @@
+"""`python -m sdlora` is `sdlora`."""
+
+from sdlora.cli import main
+
+main()

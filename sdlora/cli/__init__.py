@@ -1,0 +1,59 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from sdlora.cli import files, look, train
+from sdlora.errors import SdloraError
+
+app = typer.Typer(
+    name="sdlora",
+    help="Train style LoRAs for Stable Diffusion from an image folder.",
+    epilog="Every command: --help. A mistake is one line and exit code 2; add --debug for the trace.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"sdlora {version('sdlora')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
+    ),
+) -> None: ...
+
+
+train.register(app)
+look.register(app)
+files.register(app)
+
+
+def main() -> None:
+    """Runs a command; the exit code says how it went."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    try:
+        app([argument for argument in arguments if argument != "--debug"], prog_name="sdlora")
+    except SdloraError as error:
+        if debug:
+            raise
+        for line in str(error).splitlines():
+            typer.echo(f"sdlora: {line}", err=True)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        typer.echo("sdlora: stopped", err=True)
+        raise SystemExit(130) from None

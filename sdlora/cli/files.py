@@ -1,0 +1,68 @@
+"""`sdlora export`, `sdlora info` and `sdlora cache`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verbs."""
+    app.command()(export)
+    app.command()(info)
+    app.command()(cache)
+
+
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN|LORA", help="A run folder, or a LoRA file of any dialect.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="The file to write.")] = None,
+    format: Annotated[str, typer.Option(help="diffusers, or kohya for A1111, Forge, ComfyUI.")] = "diffusers",
+    precision: Annotated[str, typer.Option(help="fp16, bf16 or fp32.")] = "fp16",
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload a run's adapters and card.")
+    ] = None,
+) -> None:
+    """Write a LoRA in another dialect or precision, or upload it."""
+    from sdlora.config import load_config
+    from sdlora.errors import ConfigError
+
+    load_config(None, {"export.formats": [format], "export.precision": precision})
+    if out is None and push_to_hub is None:
+        raise ConfigError("sdlora export needs --out FILE or --push-to-hub REPO")
+    from sdlora.export import export as write
+    from sdlora.export import push_run
+
+    if out is not None:
+        report = write(source, out, dialect=format, precision=precision)
+        for line in report.lines():
+            typer.echo(line)
+    if push_to_hub is not None:
+        typer.echo(f"uploaded  {push_run(source, push_to_hub)}")
+
+
+def info(file: Annotated[Path, typer.Argument(help="A LoRA file of any dialect, or a run folder.")]) -> None:
+    """Say what a LoRA file is: family, rank, alpha, targets, metadata."""
+    from sdlora.lora.files import inspect_adapter
+    from sdlora.runs import RunFolder
+
+    path = RunFolder.open(file).adapter if file.is_dir() else file
+    for line in inspect_adapter(path).lines():
+        typer.echo(line)
+
+
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete what is cached.")] = False,
+) -> None:
+    """Show where latents and text states are cached, and how much."""
+    from sdlora.data.cache import cache_folder, clear_cache, measure_cache
+
+    folder = cache_folder()
+    typer.echo(f"cache     {folder}")
+    for kind, files, size in measure_cache(folder):
+        typer.echo(f"{kind:<9} {files} files, {size / 1e6:.1f} MB")
+    if clear:
+        typer.echo(f"cleared   {clear_cache(folder) / 1e6:.1f} MB")

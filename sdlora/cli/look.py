@@ -1,0 +1,118 @@
+"""`sdlora sample`, `sdlora evaluate` and `sdlora doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verbs."""
+    app.command()(sample)
+    app.command()(evaluate)
+    app.command()(doctor)
+
+
+def sample(
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RUN|LORA]...", help="Runs or LoRA files; none: the base alone."),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base.  [default: the run's, or builtin]")] = None,
+    step: Annotated[int | None, typer.Option(help="The adapter that a run saved at this step.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line.")] = None,
+    strengths: Annotated[str | None, typer.Option(help="Columns beside the base, such as 0.5,1.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, such as 0,1.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the pictures should not show.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="A diffusers scheduler, such as DDIMScheduler.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder for grid.png and the single pictures.")] = None,
+) -> None:
+    """Make a grid: prompts and seeds down, the base and the strengths across."""
+    from sdlora.cli.values import parse_numbers, parse_size, read_prompts
+    from sdlora.config import load_config
+
+    given = {
+        "prompts": [*(prompt or []), *(read_prompts(prompts) if prompts else [])] or None,
+        "strengths": parse_numbers(strengths, float, "--strengths"),
+        "seeds": parse_numbers(seeds, int, "--seeds"),
+        "negative_prompt": negative_prompt,
+        "steps": steps,
+        "guidance": guidance,
+        "scheduler": scheduler,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    load_config(None, {f"sample.{name}": value for name, value in changes.items() if name != "prompts"})
+    pixels = parse_size(size)
+    from sdlora.sampling.session import sample as make_samples
+    from sdlora.training.console import Report
+
+    report = Report()
+    subjects: list[Path | None] = [*sources] if sources else [None]
+    for source in subjects:
+        folder = out / source.stem if out and source and len(subjects) > 1 else out
+        with report.progress("sampling", 1) as meter:
+            grid = make_samples(
+                source,
+                base=base,
+                step=step,
+                out=folder,
+                size=pixels,
+                progress=meter.show,
+                warn=report.warn,
+                **changes,
+            )
+        typer.echo(f"grid      {grid}")
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+) -> None:
+    """Measure a run: held-out loss, and how far its samples are from the held-out pictures."""
+    from sdlora.runs import RunFolder
+
+    RunFolder.open(run)
+    from sdlora.evaluation.evaluate import evaluate as measure
+    from sdlora.training.console import Report
+
+    report = Report()
+    with report.progress("evaluating", 1) as meter:
+        result = measure(run, progress=meter.show)
+    for line in result.lines():
+        typer.echo(line)
+
+
+def doctor(
+    images: Annotated[Path, typer.Argument(help="A folder of pictures.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[section.key=value]...", help="Settings, such as data.trigger=x."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base whose tokenizer and size count.  [default: builtin]")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file; presets are in configs/.")] = None,
+    contact_sheet: Annotated[
+        Path | None, typer.Option(help="Write a picture of what the model will see.")
+    ] = None,
+) -> None:
+    """Check an image folder without training; exit code 1 if something must be mended."""
+    from sdlora.config import load_config
+
+    settings = load_config(config, overrides or [], images=images)
+    if base is not None:
+        settings = settings.replace(base={"source": base})
+    from sdlora.training.preflight import check_folder
+
+    checkup = check_folder(settings, contact_sheet)
+    for line in checkup.lines():
+        typer.echo(line)
+    if checkup.has_errors:
+        raise typer.Exit(1)

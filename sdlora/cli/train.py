@@ -1,0 +1,71 @@
+"""`sdlora train` and `sdlora resume`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings, such as lora.rank=8.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verbs."""
+    app.command()(train)
+    app.command()(resume)
+
+
+def train(
+    images: Annotated[Path, typer.Argument(help="A folder of captioned pictures.")],
+    overrides: Overrides = None,
+    base: Annotated[
+        str | None, typer.Option(help="builtin, a diffusers folder or a hub id.  [default: builtin]")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file; presets are in configs/.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder.  [default: runs/ and the image folder's name]")
+    ] = None,
+    trigger: Annotated[str | None, typer.Option(help="Words that call the style.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+) -> None:
+    """Train a style LoRA on an image folder."""
+    from sdlora.config import load_config
+    from sdlora.runs import RunFolder
+
+    # Settings and folder are checked before torch is imported.
+    settings = load_config(config, overrides or [], images=images)
+    if out is not None:
+        RunFolder(out).check_free()
+    from sdlora.training.train import train as start
+
+    run = start(images, base=base, out=out, trigger=trigger, config=settings, dry_run=dry_run)
+    if not dry_run:
+        _print_result(run)
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    overrides: Overrides = None,
+) -> None:
+    """Go on with a run that was stopped, or make a finished one longer."""
+    from sdlora.config import load_config
+    from sdlora.runs import RunFolder
+
+    RunFolder.open(run)
+    load_config(None, overrides or [])
+    from sdlora.training.train import resume as go_on
+
+    _print_result(go_on(run, overrides or []))
+
+
+def _print_result(run: RunFolder) -> None:  # type: ignore[name-defined]  # noqa: F821
+    grids = sorted(run.samples.glob("*/grid.png"))
+    typer.echo(f"adapter   {run.adapter}")
+    if grids:
+        typer.echo(f"grid      {grids[-1]}")
+    if run.loss_curve.is_file():
+        typer.echo(f"losses    {run.loss_curve}")
+    typer.echo(f'load it   pipe.load_lora_weights("{run.adapter}")')

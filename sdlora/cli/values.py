@@ -1,0 +1,54 @@
+"""Reads the values of options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from sdlora.errors import ConfigError
+
+Number = TypeVar("Number", int, float)
+
+
+def parse_numbers(text: str | None, kind: type[Number], option: str) -> list[Number] | None:
+    """`0.5,1` becomes [0.5, 1.0].
+
+    Raises:
+        ConfigError: If it is no list of numbers.
+    """
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} {text} must be numbers with commas between them, such as 0,1") from None
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """`768x512` becomes (768, 512).
+
+    Raises:
+        ConfigError: If it is no size.
+    """
+    if text is None:
+        return None
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise ConfigError(f"--size {text} must be WIDTHxHEIGHT, such as 768x512")
+    return int(width), int(height)
+
+
+def read_prompts(file: Path) -> list[str]:
+    """A prompt on each line; empty lines and those that start with # are left out.
+
+    Raises:
+        ConfigError: If the file cannot be read or holds none.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts {file} cannot be read: {error}") from None
+    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise ConfigError(f"--prompts {file} holds no prompt; write one on each line")
+    return prompts

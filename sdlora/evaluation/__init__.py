@@ -1,0 +1,1 @@
+"""Judging an adapter: the held-out loss."""

@@ -1,0 +1,48 @@
+"""The loss curve of a run as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from sdlora.runs import RunFolder, write_file
+
+SPLITS = {"heldout": ("held-out pictures", "tab:red", "o-"), "train": ("training pictures", "tab:blue", "s-")}
+
+
+def draw_loss_curve(run: RunFolder) -> Path:
+    """Draws the training loss, its running mean, and the held-out loss over the steps.
+
+    The two are not on one scale: the training loss is of random timesteps, the held-out loss of
+    fixed ones. So each has its own panel.
+
+    Returns:
+        The picture's path.
+    """
+    steps = [event for event in run.events("step") if isinstance(event["loss"], float | int)]
+    figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    numbers = [event["step"] for event in steps]
+    left.plot(numbers, [event["loss"] for event in steps], color="0.8", linewidth=0.7, label="each step")
+    left.plot(numbers, [event["loss_ema"] for event in steps], color="tab:blue", label="running mean")
+    left.set(title="training loss", xlabel="step", ylabel="loss")
+    for split, (label, colour, style) in SPLITS.items():
+        measured = [event for event in run.events("heldout") if event["split"] == split]
+        if measured:
+            values = [event["loss"] for event in measured]
+            label = f"{label}: {values[0]:.4f} to {values[-1]:.4f}"
+            right.plot([e["step"] for e in measured], values, style, color=colour, markersize=4, label=label)
+    right.set(title="loss at fixed noise", xlabel="step")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
+    figure.suptitle(run.name, fontsize=10)
+    # Without the library's version in it, the same run gives the same bytes.
+    metadata = {"Software": None}
+    return write_file(
+        run.loss_curve,
+        lambda path: FigureCanvasAgg(figure).print_png(str(path), metadata=metadata),
+    )

@@ -1,0 +1,221 @@
+"""Sampling as people ask for it: prompts × strengths × seeds into a folder with a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdlora.config import RunConfig, SampleSection, load_config
+from sdlora.errors import ConfigError
+from sdlora.lora.adapter import Adapter, check_base
+from sdlora.lora.files import load_adapter
+from sdlora.models.dtypes import DTYPES
+from sdlora.models.info import BaseInfo, inspect_base
+from sdlora.models.load import load_base
+from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.runs import RunFolder, next_free_folder
+from sdlora.sampling.generate import SampleSettings, generate
+from sdlora.sampling.grid import make_grid, save_pictures
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What to sample.
+
+    Args:
+        prompts: With placeholders already replaced.
+        seeds: One picture for each prompt and seed.
+        strengths: Columns beside the base.
+        settings: How.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    strengths: tuple[float, ...]
+    settings: SampleSettings
+
+
+def make_request(sample: SampleSection, info: BaseInfo, size: tuple[int, int]) -> SampleRequest:
+    """What the settings ask for; the guidance is the base's own unless they say one.
+
+    Args:
+        sample: The settings.
+        info: The base.
+        size: Width and height in pixels.
+    """
+    return SampleRequest(
+        tuple(sample.prompts),
+        tuple(sample.seeds),
+        tuple(sample.strengths),
+        SampleSettings(
+            steps=sample.steps,
+            guidance=info.guidance if sample.guidance is None else sample.guidance,
+            scheduler=sample.scheduler,
+            negative_prompt=sample.negative_prompt,
+            width=size[0],
+            height=size[1],
+            batch_size=sample.batch_size,
+        ),
+    )
+
+
+def request_of_run(config: RunConfig, info: BaseInfo) -> SampleRequest:
+    """What a run's resolved configuration asks for, at its training resolution."""
+    side = config.data.resolution or info.resolution
+    return make_request(config.sample, info, (side, side))
+
+
+def sample(
+    source: str | Path | RunFolder | None = None,
+    *,
+    base: str | None = None,
+    step: int | None = None,
+    out: str | Path | None = None,
+    size: tuple[int, int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    warn: Callable[[str], None] | None = None,
+    **changes: Any,
+) -> Path:
+    """Makes a grid of a run, a LoRA file, or the base alone.
+
+    Args:
+        source: A run folder or a LoRA file; None shows the base.
+        base: The base; that of the run, or the one the file names, if not given.
+        step: The adapter that a run saved at this step; the final one if not given.
+        out: The folder for the pictures; `samples/NAME` if not given.
+        size: Width and height in pixels; those of the training if not given.
+        progress: Told (finished, total) pictures.
+        warn: Told what deserves attention, such as another base of the same family.
+        changes: Keys of the section `sample`: prompts, seeds, strengths, steps, guidance …
+
+    Returns:
+        The path of the grid.
+
+    Raises:
+        SdloraError: If something asked for is not there or does not fit.
+    """
+    subject = _find_subject(source, base, step)
+    config = subject.config.replace(sample=changes) if changes else subject.config
+    if not config.sample.prompts:
+        raise ConfigError("there is no prompt; give --prompt TEXT, or a run folder that has its own")
+    folder = Path(out) if out is not None else next_free_folder(Path("samples") / subject.name)
+    if (folder / "grid.png").exists():
+        raise ConfigError(f"--out {folder} already holds a grid; give another folder")
+    info = inspect_base(config.base)
+    if subject.adapter is not None:
+        line = check_base(
+            subject.adapter, family=info.family, name=info.name, digest=info.digest, source=str(subject.file)
+        )
+        if line and warn:
+            warn(line)
+    side = config.data.resolution or info.resolution
+    request = make_request(_place_trigger(config, subject.adapter), info, size or (side, side))
+    device = choose_device()
+    loaded = load_base(info, dtype=subject.dtype or choose_dtype(device), device=device)
+    return sample_to_folder(loaded, subject.adapter, request, folder, title=subject.title, progress=progress)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What `sample` shows: an adapter or none, with the settings that come with it."""
+
+    name: str
+    title: str
+    config: RunConfig
+    file: Path | None = None
+    adapter: Adapter | None = None
+    dtype: torch.dtype | None = None
+
+
+def _find_subject(source: str | Path | RunFolder | None, base: str | None, step: int | None) -> _Subject:
+    if isinstance(source, RunFolder) or (source is not None and Path(source).is_dir()):
+        run = source if isinstance(source, RunFolder) else RunFolder.open(source)
+        config = run.read_config()
+        file = run.adapter if step is None else run.saved_adapter(step)
+        dtype = DTYPES[run.read_environment()["base_dtype"]]
+        title = run.name if step is None else f"{run.name}, step {step}"
+        subject = _Subject(run.name, title, config, file, load_adapter(file), dtype)
+    elif source is not None:
+        if step is not None:
+            raise ConfigError(f"--step {step} needs a run folder; {source} is a file")
+        file = Path(source)
+        adapter = load_adapter(file)
+        config = load_config()
+        trained_on = adapter.notes.get("sdlora.base_name")
+        if base is None and trained_on and (trained_on == "builtin" or not Path(trained_on).exists()):
+            config = config.replace(base={"source": trained_on})
+        side = adapter.notes.get("sdlora.resolution", "")
+        config = config.replace(data={"resolution": int(side) if side.isdigit() else None})
+        subject = _Subject(file.stem, file.name, config, file, adapter)
+    else:
+        subject = _Subject("base", "base", load_config())
+    if base is None:
+        return subject
+    changed = subject.config.replace(base={"source": base, "revision": None})
+    return replace(subject, config=changed)
+
+
+def _place_trigger(config: RunConfig, adapter: Adapter | None) -> SampleSection:
+    """Replaces `{trigger}` by that of the run, or the one that the file names."""
+    trigger = config.data.trigger or (adapter.notes.get("modelspec.trigger_phrase") if adapter else None)
+    if not trigger:
+        return config.sample
+    prompts = [prompt.replace("{trigger}", trigger) for prompt in config.sample.prompts]
+    return config.sample.model_copy(update={"prompts": prompts})
+
+
+def choose_device() -> torch.device:
+    """The accelerator that torch finds, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def choose_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on a GPU that has it, else fp32."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def sample_to_folder(
+    base: StableDiffusion,
+    adapter: Adapter | None,
+    request: SampleRequest,
+    folder: Path,
+    *,
+    title: str = "",
+    text: Mapping[str, Tensor] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Makes the pictures and their grid.
+
+    Args:
+        base: The base, with or without adapters mounted; they stay as they are.
+        adapter: The adapter to show, or None for the base alone.
+        request: What to sample.
+        folder: Gets `grid.png` and the single pictures.
+        title: Written above the grid.
+        text: Text states by prompt, where the text encoder has left the device.
+        progress: Told (finished, total) pictures.
+
+    Returns:
+        The grid's path.
+    """
+    columns = len({0.0, *request.strengths}) if adapter is not None else 1
+    total = len(request.prompts) * len(request.seeds) * columns
+    pictures = generate(
+        base,
+        adapter,
+        request.prompts,
+        request.seeds,
+        request.strengths,
+        request.settings,
+        text=text,
+        progress=None if progress is None else lambda done: progress(done, total),
+    )
+    metadata = {"base": base.info.name, "adapter": title if adapter is not None else None}
+    return save_pictures(folder, pictures, make_grid(pictures, title=title), metadata)

@@ -1,0 +1,115 @@
+"""The state of a run, to continue: adapter, optimizer and counters, as safetensors and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sdlora.errors import RunError
+
+ADAPTER_FILE = "adapter.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+
+
+def save_checkpoint(
+    folder: Path, *, tensors: Mapping[str, Tensor], optimizer: Mapping[str, Any], state: Mapping[str, Any]
+) -> None:
+    """Writes a state as a whole: into a temporary folder, read back, then renamed.
+
+    Args:
+        folder: Where the state shall be.
+        tensors: The trained values, fp32.
+        optimizer: A torch optimizer's `state_dict()`.
+        state: Counters; JSON values.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        numbers, values = _split_tensors(dict(optimizer))
+        save_file(_detached(tensors), temporary / ADAPTER_FILE)
+        save_file(_detached(values), temporary / OPTIMIZER_FILE)
+        text = json.dumps({**state, "optimizer": numbers}, indent=1)
+        (temporary / STATE_FILE).write_text(text, encoding="utf-8")
+        for file in temporary.iterdir():
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
+        read_checkpoint(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except BaseException:
+        with suppress(OSError):
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Reads a state back: trained values, the optimizer's `state_dict()`, counters.
+
+    Raises:
+        RunError: If it is incomplete.
+    """
+    try:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / ADAPTER_FILE)
+        values = load_file(folder / OPTIMIZER_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RunError(f"checkpoint {folder} is not complete: {error}") from None
+    numbers = state.pop("optimizer")
+    return tensors, _join_tensors(numbers, values), state
+
+
+def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Some optimizers keep one table in the state of every parameter; a file holds no shared memory.
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _split_tensors(value: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
+    """Replaces each tensor in a nested value by a reference to its name."""
+    if isinstance(value, Tensor):
+        return {"__tensor__": path}, {path: value}
+    if isinstance(value, Mapping):
+        pairs = [
+            (key, *_split_tensors(item, f"{path}.{key}" if path else str(key))) for key, item in value.items()
+        ]
+        found = {name: tensor for _, _, tensors in pairs for name, tensor in tensors.items()}
+        return {"__map__": [[key, item] for key, item, _ in pairs]}, found
+    if isinstance(value, list | tuple):
+        items = [_split_tensors(item, f"{path}.{number}") for number, item in enumerate(value)]
+        found = {name: tensor for _, tensors in items for name, tensor in tensors.items()}
+        return [item for item, _ in items], found
+    return value, {}
+
+
+def _join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_join_tensors(item, tensors) for item in value]
+    if isinstance(value, dict) and "__tensor__" in value:
+        return tensors[value["__tensor__"]]
+    if isinstance(value, dict) and "__map__" in value:
+        return {key: _join_tensors(item, tensors) for key, item in value["__map__"]}
+    return value
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Gives an optimizer its state back.
+
+    Raises:
+        RunError: If the state is of another optimizer or another adapter.
+    """
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        raise RunError(f"the checkpoint does not fit train.optimizer: {error}") from None

@@ -1,0 +1,152 @@
+"""Accelerate's processes and device, and one source of truth for precision."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate.utils import LoggerType
+
+from sdlora.config import RunConfig
+from sdlora.errors import ConfigError
+from sdlora.models.dtypes import DTYPES
+
+PACKAGES = ("sdlora", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pillow")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Effective dtypes.
+
+    Args:
+        compute: fp32, bf16 or fp16: what the UNet's arithmetic is done in.
+        base: What the UNet's frozen weights are stored in.
+    """
+
+    compute: str
+    base: str
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """As torch names it."""
+        return DTYPES[self.compute]
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """As torch names it."""
+        return DTYPES[self.base]
+
+
+def choose_precision(config: RunConfig, device: torch.device, environment: Mapping[str, str]) -> Precision:
+    """Settles precision from the settings, the launcher and the device.
+
+    Args:
+        config: `train.precision` and `base.dtype`.
+        device: Where training runs.
+        environment: Environment variables; `accelerate launch` exports its own precision there, and
+            always exports `no` when it was not asked for one.
+
+    Raises:
+        ConfigError: If the launcher disagrees, or the device cannot.
+    """
+    asked: str = config.train.precision
+    launched = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched != "no":
+        if asked not in ("auto", launched):
+            raise ConfigError(
+                f"train.precision = {asked} but the launcher says --mixed_precision {launched} "
+                "(ACCELERATE_MIXED_PRECISION); give one of them, or the same to both"
+            )
+        asked = launched
+    if asked == "auto":
+        asked = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if asked not in DTYPES:
+        raise ConfigError(
+            f"--mixed_precision {asked} is not supported; use train.precision=bf16, fp16 or fp32"
+        )
+    if asked == "fp16" and device.type == "cpu":
+        raise ConfigError("train.precision = fp16 needs a GPU (this is the cpu); use bf16 or fp32")
+    return Precision(asked, asked if config.base.dtype == "auto" else config.base.dtype)
+
+
+def make_accelerator(config: RunConfig, project: str) -> tuple[Accelerator, Precision]:
+    """Starts Accelerate: processes, device, trackers.
+
+    Raises:
+        ConfigError: If precision or a tracker cannot be had.
+    """
+    check_trackers(config.train.trackers)
+    # A second run in one Python process may use another precision.
+    AcceleratorState._reset_state(reset_partial_state=False)
+    precision = choose_precision(config, Accelerator(mixed_precision="no").device, os.environ)
+    AcceleratorState._reset_state(reset_partial_state=False)
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(precision.compute, precision.compute),
+        log_with=list(config.train.trackers) or None,
+        project_dir=project,
+    )
+    return accelerator, precision
+
+
+def check_trackers(trackers: list[str]) -> None:
+    """Refuses unknown trackers and those whose package is missing.
+
+    Raises:
+        ConfigError: Naming it and what to install.
+    """
+    known = {str(kind.value): kind for kind in LoggerType if kind != LoggerType.ALL}
+    from_package = {name: getattr(LOGGER_TYPE_TO_CLASS[name], "name", name) for name in LOGGER_TYPE_TO_CLASS}
+    for tracker in trackers:
+        if tracker not in known:
+            raise ConfigError(f"train.trackers has {tracker!r}; known are {', '.join(sorted(known))}")
+        if not _is_installed(tracker):
+            name = from_package.get(tracker, tracker)
+            hint = "pip install 'sdlora[tensorboard]'" if tracker == "tensorboard" else f"pip install {name}"
+            raise ConfigError(f"train.trackers has {tracker!r} but its package is not installed; {hint}")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        version({"comet_ml": "comet_ml"}.get(package, package))
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def describe_environment(accelerator: Accelerator, precision: Precision, **values: Any) -> dict[str, Any]:
+    """Versions, device and dtypes, as `environment.json` keeps them."""
+    device = accelerator.device
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "device": str(device),
+        "device_name": name,
+        "num_processes": accelerator.num_processes,
+        "num_threads": torch.get_num_threads(),
+        "compute_dtype": precision.compute,
+        "base_dtype": precision.base,
+        "adapter_dtype": "fp32",
+        "autocast": precision.compute != precision.base,
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "versions": {package: _version(package) for package in PACKAGES},
+        **values,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,110 @@
+"""Latents and text states by picture and caption: from the cache, or from the encoders.
+
+C channels, H W latent size, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from sdlora.config import DataSection
+from sdlora.data.buckets import Crop
+from sdlora.data.cache import TensorCache, latent_key, text_key
+from sdlora.data.images import crop_image, load_image
+from sdlora.data.records import ImageRecord
+from sdlora.data.tensors import image_to_tensor
+from sdlora.errors import ModelError
+from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.training.console import Report
+
+View = tuple[ImageRecord, Crop]
+
+
+class Encodings:
+    """What the UNet trains on.
+
+    Everything is encoded alone, never in a batch: the same picture or caption gives the same bits
+    whatever stands beside it, so that a cached, an uncached and a later run agree.
+
+    Args:
+        base: Encodes what is not known yet.
+        cache: Where encodings are kept; None encodes anew at each use.
+        settings: Alpha colour.
+    """
+
+    def __init__(self, base: StableDiffusion, cache: TensorCache | None, settings: DataSection) -> None:
+        self.base = base
+        self.cache = cache
+        self.background = settings.background
+
+    def prepare(
+        self, views: Iterable[View], captions: Iterable[str], share: tuple[int, int], report: Report
+    ) -> None:
+        """Encodes what the cache lacks.
+
+        Args:
+            views: Pictures in all their crops.
+            captions: All captions in use.
+            share: This process encodes every n-th of what is missing: (process index, number).
+            report: Shows progress.
+        """
+        if self.cache is None:
+            return
+        texts = [
+            caption for caption in dict.fromkeys(captions) if not self.cache.contains(self._text_key(caption))
+        ]
+        missing = {key: view for view in views if not self.cache.contains(key := self._latent_key(*view))}
+        jobs: list[str | View] = [*texts, *missing.values()]
+        jobs = jobs[share[0] :: share[1]]
+        if not jobs:
+            return
+        with report.progress("encoding", len(jobs)) as meter:
+            for job in jobs:
+                self.hidden(job) if isinstance(job, str) else self.posterior(*job)
+                meter.advance()
+
+    def posterior(self, record: ImageRecord, crop: Crop) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's posterior, each (C, H, W) on the CPU.
+
+        Raises:
+            ModelError: If the latents are not finite, naming the picture.
+        """
+        key = self._latent_key(record, crop)
+        known = self.cache.get(key) if self.cache else None
+        if known is None:
+            image = crop_image(load_image(record.path, self.background), crop)
+            try:
+                mean, std = self.base.encode_images(image_to_tensor(image)[None])
+            except ModelError as error:
+                raise ModelError(f"{record.name}: {error}") from None
+            known = {"mean": mean[0].cpu(), "std": std[0].cpu()}
+            if self.cache:
+                self.cache.put(key, known)
+        return known["mean"], known["std"]
+
+    def hidden(self, caption: str) -> Tensor:
+        """A caption's text states, (L, D) on the CPU."""
+        key = self._text_key(caption)
+        known = self.cache.get(key) if self.cache else None
+        if known is None:
+            with torch.no_grad():
+                known = {"hidden": self.base.encode_captions([caption])[0].float().cpu()}
+            if self.cache:
+                self.cache.put(key, known)
+        return known["hidden"]
+
+    def _latent_key(self, record: ImageRecord, crop: Crop) -> str:
+        return latent_key(
+            record,
+            crop,
+            vae_digest=self.base.info.vae_digest,
+            background=self.background,
+            dtype=str(self.base.vae.dtype),
+        )
+
+    def _text_key(self, caption: str) -> str:
+        dtype = str(self.base.text_encoder.dtype)
+        return text_key(caption, encoder_digest=self.base.info.text_digest, dtype=dtype)

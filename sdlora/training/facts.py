@@ -1,0 +1,45 @@
+"""What the files of a run say about it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from sdlora.lora.metadata import RunFacts
+from sdlora.runs import RunFolder
+from sdlora.training.plan import RunPlan
+
+
+def describe_run(run: RunFolder, plan: RunPlan, *, step: int, images_seen: int) -> RunFacts:
+    """The run in plain values, at a step; nothing private unless `export.include_captions` allows it."""
+    config, info = plan.config, plan.info
+    environment = run.read_environment()
+    started = next((event["time"] for event in run.events("plan")), 0.0)
+    captions = [record.caption for record in plan.index.records] if config.export.include_captions else None
+    return RunFacts(
+        title=run.name,
+        base_name=info.name,
+        base_digest=info.digest,
+        family=info.family,
+        kohya_version=info.traits.kohya_version,
+        kohya_v2=info.traits.kohya_v2,
+        architecture=info.traits.architecture,
+        prediction_type=plan.config.objective.prediction_type or info.prediction_type,
+        trigger=config.data.trigger,
+        rank=config.lora.rank,
+        alpha=config.lora.trained_alpha,
+        targets=config.lora.targets,
+        steps=step,
+        images_seen=images_seen,
+        num_images=plan.num_images,
+        dataset_digest=plan.index.digest,
+        resolution=config.data.resolution or info.resolution,
+        batch_size=plan.global_batch,
+        learning_rate=config.train.learning_rate,
+        optimizer=config.train.optimizer,
+        schedule=config.train.schedule,
+        precision=environment["compute_dtype"],
+        seed=config.train.seed,
+        date=datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        captions=captions,
+        versions=environment["versions"],
+    )

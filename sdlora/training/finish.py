@@ -1,0 +1,80 @@
+"""The end of a run: files for other programs, the proof that they load, the card, the loss curve."""
+
+from __future__ import annotations
+
+import shutil
+
+from sdlora.errors import AdapterError
+from sdlora.export import export_adapter, postflight
+from sdlora.lora.card import write_model_card
+from sdlora.lora.metadata import run_metadata
+from sdlora.report.curve import draw_loss_curve
+from sdlora.training.facts import describe_run
+from sdlora.training.loop import Trainer
+
+
+def finish(trainer: Trainer) -> None:
+    """Exports every dialect, loads each file back, and says what was learnt.
+
+    Raises:
+        AdapterError: If a file does not do in a fresh pipeline what was trained; the run is not done.
+    """
+    if trainer.accelerator.is_main_process:
+        export_final(trainer)
+        draw_loss_curve(trainer.run)
+        trainer.report.say(*describe_losses(trainer))
+        trainer.event("done", loss_ema=trainer.loss_ema, skipped=trainer.guard.skipped)
+    trainer.accelerator.wait_for_everyone()
+
+
+def export_final(trainer: Trainer) -> None:
+    """Writes `final.*` and the card, then proves that the files load."""
+    run, plan, adapter = trainer.run, trainer.plan, trainer.adapter
+    facts = describe_run(run, plan, step=trainer.step, images_seen=trainer.images_seen)
+    metadata, settings = run_metadata(facts), plan.config.export
+    paths = []
+    for dialect in dict.fromkeys(settings.formats):
+        report = export_adapter(
+            adapter,
+            run.final_adapter(dialect),
+            dialect=dialect,
+            precision=settings.precision,
+            metadata=metadata,
+        )
+        paths.append(report.path)
+        trainer.report.say(f"export    {report}")
+        trainer.event("exported", path=str(report.path.relative_to(run.path)), precision=report.precision)
+    try:
+        for proof in postflight(paths, adapter, trainer.prepared.base.unet, plan.info):
+            trainer.report.say(f"postflight {proof}")
+    except AdapterError as error:
+        trainer.event("failed", message=str(error))
+        raise
+    trainer.event("postflight", files=[path.name for path in paths])
+    grids = sorted(run.samples.glob("step-*/grid.png"))
+    if grids:
+        shutil.copyfile(grids[-1], run.adapters / "grid.png")
+    write_model_card(
+        run.model_card,
+        facts,
+        prompts=plan.config.sample.prompts,
+        grid="grid.png" if grids else None,
+        weights=run.adapter.name,
+    )
+
+
+def describe_losses(trainer: Trainer) -> list[str]:
+    """First and last loss at fixed noise, for each split."""
+    lines = []
+    for split, title in (("train", "training pictures"), ("heldout", "held-out pictures")):
+        measured = [event for event in trainer.run.events("heldout") if event["split"] == split]
+        if measured:
+            first, last = measured[0], measured[-1]
+            change = last["loss"] / first["loss"] - 1
+            lines.append(
+                f"loss      {title} ({last['images']}): {first['loss']:.4f} at step {first['step']}, "
+                f"{last['loss']:.4f} at step {last['step']} ({change:+.1%})"
+            )
+    if trainer.guard.skipped:
+        lines.append(f"skipped   {trainer.guard.skipped} of {trainer.plan.steps} steps were not finite")
+    return lines

@@ -1,0 +1,320 @@
+"""The plan of a run: every number that follows from the settings, before a weight is loaded."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sdlora.config import RunConfig
+from sdlora.data.batches import BatchOrder
+from sdlora.data.buckets import BucketPlan, plan_buckets
+from sdlora.data.doctor import examine, summary
+from sdlora.data.records import DatasetIndex, Finding, ImageRecord
+from sdlora.data.scan import scan_dataset
+from sdlora.diffusion.schedule import schedule_from_config
+from sdlora.errors import ConfigError, DataError, RunError
+from sdlora.lora.attach import count_parameters, match_targets
+from sdlora.models.info import BaseInfo, inspect_base
+from sdlora.models.load import empty_unet
+from sdlora.models.tokens import count_tokens, load_tokenizer
+from sdlora.training.optimizer import find_optimizer, num_warmup_steps
+
+NUM_PROMPTS = 4
+BUILTIN_BATCH_SIZE = 4
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run before it starts.
+
+    Args:
+        config: With every default resolved.
+        info: The base.
+        index: The pictures.
+        buckets: Their buckets and crops.
+        order: The samples of every step.
+        targets: The UNet's modules that get an adapter.
+        num_trainable: Parameters of the adapter.
+        num_base: Parameters of the UNet.
+        num_processes: Processes of the run.
+        findings: What preflight noticed; errors have already stopped the run.
+        data_lines: What preflight prints about the pictures.
+    """
+
+    config: RunConfig
+    info: BaseInfo
+    index: DatasetIndex
+    buckets: BucketPlan
+    order: BatchOrder
+    targets: list[str]
+    num_trainable: int
+    num_base: int
+    num_processes: int
+    findings: list[Finding]
+    data_lines: list[str]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        assert self.config.train.steps
+        return self.config.train.steps
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of a full step."""
+        return global_batch(self.config, self.num_processes)
+
+    def due_steps(self, every: int | None) -> list[int]:
+        """The steps at which something is due: each `every`, and the last; none for 0."""
+        if not every:
+            return []
+        return sorted({*range(every, self.steps + 1, every), self.steps})
+
+    @property
+    def save_steps(self) -> list[int]:
+        """Steps that save an adapter and a checkpoint; the last always does."""
+        return self.due_steps(self.config.train.save_every) or [self.steps]
+
+    @property
+    def sample_steps(self) -> list[int]:
+        """Steps that make a grid."""
+        return self.due_steps(self.config.train.sample_every)
+
+    @property
+    def evaluate_steps(self) -> list[int]:
+        """Steps that measure the held-out loss, from 0."""
+        due = self.due_steps(self.config.train.evaluate_every)
+        return [0, *due] if due else []
+
+    @property
+    def num_images(self) -> int:
+        """Pictures to train on."""
+        return len(self.index.records)
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Pictures times their repeats."""
+        return sum(record.repeats for record in self.index.records)
+
+    @property
+    def images_seen(self) -> int:
+        """Samples of the whole run; short steps count what they hold."""
+        epochs, rest = divmod(self.steps, self.order.steps_per_epoch)
+        return epochs * self.images_per_epoch + sum(len(self.order.step(step)) for step in range(rest))
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Size of one exported file, its header left out."""
+        return self.num_trainable * (4 if self.config.export.precision == "fp32" else 2)
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the run will write, samples left out: adapters, and states of weights and two moments."""
+        adapters = len({*self.save_steps, *self.sample_steps}) + len(self.config.export.formats)
+        states = min(self.config.train.keep_checkpoints + 1, len(self.save_steps) + 1)
+        return adapters * self.adapter_bytes + states * 12 * self.num_trainable
+
+    def lines(self) -> list[str]:
+        """What is printed first."""
+        train, lora, info = self.config.train, self.config.lora, self.info
+        share = self.num_trainable / self.num_base
+        warmup = num_warmup_steps(train.warmup, self.steps)
+        epochs = self.steps / self.order.steps_per_epoch
+        accumulation = f" x {train.accumulate} accumulated" if train.accumulate > 1 else ""
+        processes = f" x {self.num_processes} processes" if self.num_processes > 1 else ""
+        return [
+            f"base      {info.name} ({info.family}, {info.prediction_type}, {info.resolution} px, "
+            f"{self.num_base / 1e6:.1f} M in the UNet)",
+            *self.data_lines,
+            f"adapter   rank {lora.rank}, alpha {lora.trained_alpha:g}, scale {lora.trained_alpha / lora.rank:g}; "
+            f"{len(self.targets)} modules, {self.num_trainable / 1e6:.2f} M trainable ({share:.2%} of the UNet), "
+            f"file {self.adapter_bytes / 1e6:.1f} MB",
+            f"steps     {self.steps} of batch {train.batch_size}{accumulation}{processes} = global batch "
+            f"{self.global_batch}; {self.order.steps_per_epoch} an epoch, {epochs:.1f} epochs, "
+            f"{self.images_seen} images seen",
+            f"rate      {train.learning_rate:g}, {train.schedule} after {warmup} warm-up steps, {train.optimizer}",
+            f"every     save {_points(self.save_steps)}; samples {_points(self.sample_steps)}; "
+            f"held-out loss {_points(self.evaluate_steps)}",
+            f"disk      up to {self.disk_bytes / 1e6:.0f} MB and the samples",
+        ]
+
+    def as_event(self) -> dict[str, Any]:
+        """The numbers, for `events.jsonl`."""
+        return {
+            "steps": self.steps,
+            "steps_per_epoch": self.order.steps_per_epoch,
+            "global_batch": self.global_batch,
+            "images": self.num_images,
+            "images_per_epoch": self.images_per_epoch,
+            "images_seen": self.images_seen,
+            "heldout_images": len(self.index.heldout),
+            "buckets": {f"{size.width}x{size.height}": count for size, count in bucket_counts(self).items()},
+            "warmup_steps": num_warmup_steps(self.config.train.warmup, self.steps),
+            "save_steps": self.save_steps,
+            "sample_steps": self.sample_steps,
+            "evaluate_steps": self.evaluate_steps,
+            "modules": len(self.targets),
+            "trainable_parameters": self.num_trainable,
+            "base_parameters": self.num_base,
+            "adapter_bytes": self.adapter_bytes,
+            "disk_bytes": self.disk_bytes,
+            "dataset_digest": self.index.digest,
+            "base_digest": self.info.digest,
+        }
+
+
+def bucket_counts(plan: RunPlan) -> dict[Any, int]:
+    """Training pictures in each bucket."""
+    counts: dict[Any, int] = {}
+    for record in plan.index.records:
+        size = plan.buckets.bucket_of(record.name)
+        counts[size] = counts.get(size, 0) + 1
+    return counts
+
+
+def _points(steps: Sequence[int]) -> str:
+    if not steps:
+        return "off"
+    if len(steps) <= 3:
+        return "at " + ", ".join(map(str, steps))
+    return f"at {steps[0]}, {steps[1]} … {steps[-1]}"
+
+
+def global_batch(config: RunConfig, num_processes: int) -> int:
+    """batch_size × accumulate × num_processes."""
+    return (config.train.batch_size or 1) * config.train.accumulate * num_processes
+
+
+def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
+    """Reads every picture and caption and the base's description; loads no weights.
+
+    Raises:
+        SdloraError: For anything that is wrong with the pictures, the base or the settings.
+    """
+    find_optimizer(config.train)
+    info = inspect_base(config.base)
+    _check_objective(config, info)
+    index = scan_dataset(config.images, config.data, config.train.seed)
+    config = _resolve(config, info, index, num_processes)
+    assert config.data.resolution
+    buckets = plan_buckets(
+        (*index.records, *index.heldout),
+        config.data.resolution,
+        config.data,
+        min_step=info.min_step,
+        seed=config.train.seed,
+    )
+    count = partial(count_tokens, load_tokenizer(info), info.text_length)
+    findings = examine(index, buckets, config.data, count)
+    errors = [finding.message for finding in findings if finding.severity == "error"]
+    if errors:
+        raise DataError("\n".join(errors))
+    unet = empty_unet(info)
+    targets = match_targets(unet, config.lora.targets)
+    return RunPlan(
+        config=config,
+        info=info,
+        index=index,
+        buckets=buckets,
+        order=BatchOrder(
+            index.records,
+            buckets,
+            config.data,
+            global_batch=global_batch(config, num_processes),
+            seed=config.train.seed,
+        ),
+        targets=targets,
+        num_trainable=count_parameters(unet, targets, config.lora.rank),
+        num_base=sum(parameter.numel() for parameter in unet.parameters()),
+        num_processes=num_processes,
+        findings=findings,
+        data_lines=summary(index, buckets, count),
+    )
+
+
+def _check_objective(config: RunConfig, info: BaseInfo) -> None:
+    asked = config.objective.prediction_type
+    if asked and asked != info.prediction_type and not config.objective.force_prediction_type:
+        raise ConfigError(
+            f"objective.prediction_type = {asked} but the base {info.name} predicts {info.prediction_type}; "
+            "leave it out, or set objective.force_prediction_type=true"
+        )
+    num_timesteps = schedule_from_config(info.scheduler_config).num_timesteps
+    if config.objective.timestep_range[0] >= num_timesteps:
+        raise ConfigError(
+            f"objective.timestep_range = {list(config.objective.timestep_range)} lies behind the base's "
+            f"{num_timesteps} timesteps"
+        )
+
+
+def _resolve(config: RunConfig, info: BaseInfo, index: DatasetIndex, num_processes: int) -> RunConfig:
+    """Fills in every default that depends on the base or the pictures."""
+    train = config.train
+    batch_size = train.batch_size or (BUILTIN_BATCH_SIZE if info.is_builtin else 1)
+    count = sum(record.repeats for record in index.records)
+    steps = train.steps or _default_steps(count, batch_size * train.accumulate * num_processes)
+    tenth = max(1, round(steps / 10))
+    cadence = {
+        name: tenth if getattr(train, name) is None else getattr(train, name)
+        for name in ("save_every", "sample_every", "evaluate_every")
+    }
+    trigger = config.data.trigger
+    prompts = config.sample.prompts or default_prompts(index)
+    prompts = [prompt.replace("{trigger}", trigger) if trigger else prompt for prompt in prompts]
+    resolution = config.data.resolution or info.resolution
+    if resolution % info.min_step:
+        raise ConfigError(
+            f"data.resolution = {resolution} must be a multiple of {info.min_step} for the base {info.name}"
+        )
+    return config.replace(
+        data={"resolution": resolution},
+        lora={"alpha": config.lora.trained_alpha},
+        train={"steps": steps, "batch_size": batch_size, **cadence},
+        sample={
+            "prompts": prompts,
+            "guidance": info.guidance if config.sample.guidance is None else config.sample.guidance,
+        },
+    )
+
+
+def _default_steps(num_images: int, batch: int) -> int:
+    return min(3000, max(100, round(80 * num_images / batch)))
+
+
+def default_prompts(index: DatasetIndex) -> list[str]:
+    """A few captions of the training pictures and a few of the held-out ones, spread evenly."""
+    prompts: list[str] = []
+    for records in (index.records, index.heldout):
+        captions = list(dict.fromkeys(record.caption for record in records if record.caption))
+        prompts += [captions[i] for i in _spread(len(captions), NUM_PROMPTS)]
+    return list(dict.fromkeys(prompts))
+
+
+def spread_records(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
+    """So many records, evenly spaced."""
+    return [records[i] for i in _spread(len(records), count)]
+
+
+def _spread(length: int, count: int) -> list[int]:
+    if length <= count:
+        return list(range(length))
+    return [round(i * (length - 1) / (count - 1)) for i in range(count)] if count > 1 else [0]
+
+
+def check_disk(plan: RunPlan, folder: Path) -> None:
+    """Compares what the run will write with the free space.
+
+    Raises:
+        RunError: If it does not fit.
+    """
+    parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(parent).free
+    if plan.disk_bytes > free:
+        raise RunError(
+            f"the run will write up to {plan.disk_bytes / 1e6:.0f} MB but {parent} has {free / 1e6:.0f} MB free; "
+            "give another --out, or a larger train.save_every"
+        )

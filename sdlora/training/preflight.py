@@ -1,0 +1,71 @@
+"""`sdlora doctor`: everything that can be known about an image folder without a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from sdlora.config import RunConfig
+from sdlora.data.buckets import plan_buckets
+from sdlora.data.doctor import contact_sheet, examine, summary
+from sdlora.data.records import Finding
+from sdlora.data.scan import scan_dataset
+from sdlora.models.info import inspect_base
+from sdlora.models.tokens import count_tokens, load_tokenizer
+from sdlora.runs import write_file
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """What the doctor found.
+
+    Args:
+        summary: Pictures, captions, buckets.
+        findings: Errors, warnings, notices.
+        sheet: Where the contact sheet was written, if it was asked for.
+    """
+
+    summary: list[str]
+    findings: list[Finding]
+    sheet: Path | None = None
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether training would refuse the folder."""
+        return any(finding.severity == "error" for finding in self.findings)
+
+    def lines(self) -> list[str]:
+        """As printed."""
+        lines = [*self.summary, *(f"{finding.severity}: {finding.message}" for finding in self.findings)]
+        if self.sheet is not None:
+            lines.append(f"contact sheet: {self.sheet}")
+        return [*lines, "not ready to train" if self.has_errors else "ready to train"]
+
+
+def check_folder(config: RunConfig, sheet: Path | None = None) -> Checkup:
+    """Examines the image folder as `train` would.
+
+    Args:
+        config: `images`, `base` and `data` are used.
+        sheet: Where to draw what the model will see.
+
+    Raises:
+        SdloraError: If there are no images at all, or the base is not there.
+    """
+    info = inspect_base(config.base)
+    index = scan_dataset(config.images, config.data, config.train.seed)
+    resolution = config.data.resolution or info.resolution
+    buckets = plan_buckets(
+        (*index.records, *index.heldout),
+        resolution,
+        config.data,
+        min_step=info.min_step,
+        seed=config.train.seed,
+    )
+    count = partial(count_tokens, load_tokenizer(info), info.text_length)
+    findings = examine(index, buckets, config.data, count)
+    if sheet is not None:
+        drawing = contact_sheet(index, buckets, config.data)
+        write_file(sheet, lambda path: drawing.save(path, format="PNG"))
+    return Checkup(summary(index, buckets, count), findings, sheet)

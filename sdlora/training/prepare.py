@@ -1,0 +1,139 @@
+"""From a plan to everything the loop needs: base, encodings, adapter, held-out pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from sdlora.config import RunConfig
+from sdlora.data.cache import TensorCache, cache_folder
+from sdlora.data.records import ImageRecord
+from sdlora.diffusion.objective import Objective
+from sdlora.diffusion.schedule import schedule_from_config
+from sdlora.errors import ConfigError
+from sdlora.evaluation.heldout import HeldoutItem
+from sdlora.lora.adapter import Adapter, create_adapter
+from sdlora.lora.attach import mount
+from sdlora.lora.files import load_adapter
+from sdlora.models.load import load_base
+from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.training.console import Report
+from sdlora.training.device import Precision
+from sdlora.training.encodings import Encodings
+from sdlora.training.plan import RunPlan, spread_records
+
+NUM_HELDOUT = 64
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything the loop needs.
+
+    Args:
+        base: The UNet on the device with the adapter mounted.
+        adapter: The trainable adapter.
+        objective: The loss's settings.
+        encodings: Latents and text states.
+        splits: Pictures of the held-out loss: `train`, and `heldout` if there are any.
+        prompt_states: Text states of the sample prompts and the negative prompt.
+    """
+
+    base: StableDiffusion
+    adapter: Adapter
+    objective: Objective
+    encodings: Encodings
+    splits: Mapping[str, list[HeldoutItem]]
+    prompt_states: Mapping[str, Tensor]
+
+
+def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, report: Report) -> Prepared:
+    """Loads the base, encodes, lets the encoders leave the device, and mounts a fresh adapter."""
+    config = plan.config
+    base = load_base(plan.info, dtype=precision.base_dtype, device=accelerator.device)
+    encodings = Encodings(base, _open_cache(config), config.data)
+    heldout = spread_records(plan.index.heldout, NUM_HELDOUT)
+    train = spread_records(
+        plan.index.records, len(heldout) or min(NUM_HELDOUT, max(2, plan.num_images // 10))
+    )
+    _encode(plan, encodings, accelerator, report)
+    prompts = dict.fromkeys([*config.sample.prompts, config.sample.negative_prompt])
+    prompt_states = {prompt: encodings.hidden(prompt) for prompt in prompts}
+    splits = {
+        split: [_heldout_item(plan, encodings, record) for record in records]
+        for split, records in (("train", train), ("heldout", heldout))
+        if records
+    }
+    if encodings.cache is not None:
+        base.encoders_to("cpu")
+    if config.train.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+        # diffusers checkpoints only in train mode; the frozen UNet has nothing else that this changes.
+        base.unet.train()
+    adapter = _make_adapter(plan, base)
+    mount(base.unet, [(adapter, 1.0)])
+    objective = Objective(
+        schedule_from_config(plan.info.scheduler_config, config.objective.prediction_type),
+        config.objective.min_snr_gamma,
+        config.objective.noise_offset,
+        config.objective.timestep_range,
+    )
+    return Prepared(base, adapter, objective, encodings, splits, prompt_states)
+
+
+def _open_cache(config: RunConfig) -> TensorCache | None:
+    return None if config.data.cache is False else TensorCache(cache_folder())
+
+
+def _encode(plan: RunPlan, encodings: Encodings, accelerator: Accelerator, report: Report) -> None:
+    """Fills the cache, each process its share."""
+    config = plan.config
+    views = [
+        (record, crop)
+        for record in plan.index.records
+        for crop in dict.fromkeys(plan.buckets.crops[record.name])
+    ]
+    views += [
+        (record, plan.buckets.crops[record.name][0]) for record in (*plan.index.heldout, *plan.index.records)
+    ]
+    captions = [record.caption for record in (*plan.index.records, *plan.index.heldout)]
+    captions += ["", *config.sample.prompts, config.sample.negative_prompt]
+    share = (accelerator.process_index, accelerator.num_processes)
+    encodings.prepare(dict.fromkeys(views), captions, share, report)
+    accelerator.wait_for_everyone()
+
+
+def _heldout_item(plan: RunPlan, encodings: Encodings, record: ImageRecord) -> HeldoutItem:
+    mean, _ = encodings.posterior(record, plan.buckets.crops[record.name][0])
+    return HeldoutItem(record.digest, mean, encodings.hidden(record.caption))
+
+
+def _make_adapter(plan: RunPlan, base: StableDiffusion) -> Adapter:
+    """A fresh adapter, or one that starts from a file."""
+    lora = plan.config.lora
+    adapter = create_adapter(
+        base.unet,
+        plan.targets,
+        lora.rank,
+        lora.trained_alpha,
+        seed=plan.config.train.seed,
+        family=plan.info.family,
+    )
+    if lora.init_from is None:
+        return adapter
+    start = load_adapter(lora.init_from)
+    key = f"lora.init_from = {lora.init_from}"
+    if set(start.modules) != set(adapter.modules):
+        raise ConfigError(
+            f"{key} adapts other modules ({len(start.modules)}, not {len(adapter.modules)}); set lora.targets"
+        )
+    if start.rank != lora.rank:
+        raise ConfigError(
+            f"{key} has rank {start.rank} but lora.rank = {lora.rank}; set lora.rank={start.rank}"
+        )
+    for name, pair in adapter.modules.items():
+        pair.down.data.copy_(start.modules[name].down)
+        pair.up.data.copy_(start.modules[name].up * (start.scale / adapter.scale))
+    return adapter

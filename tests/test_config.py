@@ -1,0 +1,173 @@
+"""Settings: strict, complete, and wrong ones named with the remedy (R-35)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sdlora.config import RunConfig, Section, load_config, parse_override, read_config
+from sdlora.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def problems(*overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides)
+    return list(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("lora.rank=0", "lora.rank = 0 must be at least 1; use 4 to 32 for a style"),
+        ("lora.rank=many", "lora.rank = 'many' must be a whole number; use 4 to 32 for a style"),
+        ("lora.rnk=3", "lora.rnk is not a setting; did you mean lora.rank?"),
+        ("lroa.rank=3", "lroa is not a setting; did you mean the section [lora]?"),
+        ("train.rank=4", "train.rank is not a setting; did you mean lora.rank?"),
+        ("rank=4", "rank: give settings as section.key=value, such as lora.rank=8"),
+        ("train.learning_rate=-1", "train.learning_rate = -1 must be above 0; use 1e-5 to 1e-3 on SD 1.5"),
+        ("train.precision=fp8", "train.precision = 'fp8' must be one of"),
+        ("data.cache=maybe", "data.cache = 'maybe' must be true or false"),
+        ("data.crop_variants=3", "data.crop_variants = 3 needs data.crop = random"),
+        ("data.heldout=1.5", "data.heldout = 1.5 must be a share below 1"),
+        ("sample.prompts=[' ']", "sample.prompts holds an empty prompt"),
+        (
+            "sample.prompts=a {trigger}",
+            "sample.prompts has {trigger} in 'a {trigger}' but data.trigger is not set",
+        ),
+        ("objective.timestep_range=[9, 3]", "objective.timestep_range = [9, 3] must be"),
+        ("objective.force_prediction_type=true", "needs objective.prediction_type"),
+    ],
+)
+def test_one_clear_line(override, line):
+    """R-35, R-30: what, the value seen, the key as the user spells it, what to do."""
+    [problem] = problems(override)
+    assert line in problem
+
+
+def test_all_mistakes_at_once():
+    """R-35: every mistake has its line."""
+    found = problems("lora.rank=0", "train.stpes=3", "sample.steps=none", "nonsense")
+    assert len(found) == 1
+    assert "'nonsense' is not a setting" in found[0]
+    found = problems("lora.rank=0", "train.stpes=3", "sample.steps=none", "export.formats=onnx")
+    assert [line.split(" ")[0] for line in sorted(found)] == [
+        "export.formats",
+        "lora.rank",
+        "sample.steps",
+        "train.stpes",
+    ]
+
+
+def test_overrides_are_toml_else_text():
+    """Values keep the types they look like; later ones win."""
+    config = load_config(
+        None,
+        [
+            "train.learning_rate=1e-4",
+            "lora.targets=*.to_v",
+            "sample.seeds=[3, 4]",
+            "data.flip=true",
+            "lora.rank=4",
+            "lora.rank=8",
+        ],
+    )
+    assert config.train.learning_rate == 1e-4
+    assert config.lora.targets == ["*.to_v"]
+    assert config.sample.seeds == [3, 4]
+    assert config.data.flip is True
+    assert config.lora.rank == 8
+    assert parse_override("data.trigger=a b") == ("data.trigger", "a b")
+    assert load_config(None, ["train.optimizer_args.weight_decay=0.5"]).train.optimizer_args == {
+        "weight_decay": 0.5
+    }
+
+
+def test_a_file_says_only_what_differs(tmp_path):
+    """A TOML file, then overrides."""
+    file = tmp_path / "mine.toml"
+    file.write_text("[lora]\nrank = 4\n[train]\nsteps = 7\n", encoding="utf-8")
+    config = load_config(file, {"train.steps": 9})
+    assert (config.lora.rank, config.train.steps) == (4, 9)
+    assert config.replace(lora={"alpha": 2}).lora.trained_alpha == 2
+    assert config.lora.trained_alpha == 4
+
+
+@pytest.mark.parametrize("content", [None, "rank = = 3", b"\xff\xfe\x00"])
+def test_unreadable_files(tmp_path, content):
+    """A config that is missing or is not TOML is one line."""
+    file = tmp_path / "bad.toml"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=r"config file .*bad\.toml") as caught:
+        load_config(file)
+    assert len(caught.value.problems) == 1
+
+
+def test_resolved_configuration_survives_json(tmp_path):
+    """The run keeps the configuration whole."""
+    config = load_config(
+        None, ["data.heldout=0.2", "data.trigger=woodcut", "sample.strengths=0.5"], images="x"
+    )
+    file = tmp_path / "config.json"
+    file.write_text(config.model_dump_json(), encoding="utf-8")
+    assert read_config(file) == config
+
+
+def test_presets_are_valid_and_short():
+    """A file in configs/ says what differs from the defaults, and nothing else."""
+    presets = sorted(CONFIGS.glob("*.toml"))
+    assert {preset.stem for preset in presets} >= {"openmoji", "fluent-mono", "sd15", "sdxl"}
+    for preset in presets:
+        config, default = load_config(preset), RunConfig()
+        text = preset.read_text(encoding="utf-8")
+        assert text.count("#") >= 2, f"{preset.name} says why"
+        for name in RunConfig.model_fields:
+            section = getattr(config, name)
+            if isinstance(section, Section):
+                for key in section.model_fields_set:
+                    assert getattr(section, key) != getattr(getattr(default, name), key), (
+                        f"{preset.name}: {name}.{key}"
+                    )
+
+
+def test_the_keys_are_pinned():
+    """One way in: a new setting is a decision, made here too."""
+    keys = {
+        "base": "dtype revision source vae",
+        "data": "allow_missing_captions background cache caption_dropout crop crop_variants flip heldout "
+        "on_bad_image resolution trigger",
+        "lora": "alpha init_from rank targets",
+        "objective": "force_prediction_type min_snr_gamma noise_offset prediction_type timestep_range",
+        "train": "accumulate batch_size evaluate_every grad_clip gradient_checkpointing keep_checkpoints "
+        "learning_rate max_skipped_steps optimizer optimizer_args precision sample_every save_every schedule seed "
+        "steps trackers warmup",
+        "sample": "batch_size guidance negative_prompt prompts scheduler seeds steps strengths",
+        "export": "formats include_captions precision",
+    }
+    found = {
+        name: " ".join(sorted(type(getattr(RunConfig(), name)).model_fields))
+        for name in RunConfig.model_fields
+        if name != "images"
+    }
+    assert found == keys
+
+
+def test_checked_before_anything_heavy():
+    """R-35: a wrong setting is refused in under two seconds, without torch."""
+    code = (
+        "import sys; sys.argv = ['sdlora', 'train', 'nowhere', 'lora.rnk=3']\n"
+        "from sdlora.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert stop.code == 2, stop.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    started = time.process_time()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.process_time() - started < 2
+    assert result.stderr == "sdlora: lora.rnk is not a setting; did you mean lora.rank?\n"

@@ -1,0 +1,120 @@
+"""The house: who may import whom, and which library stays in which folder (DESIGN 3)."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGE = REPOSITORY / "sdlora"
+COLUMNS = {"data", "lora", "models", "diffusion", "report"}
+# Each unit may import the units at its own level's right-hand side; columns never import each other.
+GROUND = {"errors", "config", "runs"}
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "runs": {"errors", "config"},
+    **dict.fromkeys(COLUMNS, GROUND),
+    "sampling": GROUND | COLUMNS,
+    "export": GROUND | COLUMNS | {"sampling"},
+    "evaluation": GROUND | COLUMNS | {"sampling", "export"},
+    "training": GROUND | COLUMNS | {"sampling", "export", "evaluation"},
+    "cli": GROUND | COLUMNS | {"sampling", "export", "evaluation", "training"},
+}
+LIBRARIES = {
+    "diffusers": {"models", "sampling"},
+    "transformers": {"models", "evaluation"},
+    "accelerate": {"training"},
+    "peft": set(),
+}
+WITHOUT_TORCH = {"errors", "config", "runs", "report"}
+PICKLES = {"pickle", "torch.load", "torch.save"}
+
+
+def unit_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0].removesuffix(".py")
+
+
+def source_files() -> list[Path]:
+    outside = {"builtin", "__init__", "__main__"}
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if unit_of(path) not in outside]
+
+
+def imports_of(tree: ast.AST) -> list[tuple[str, ast.stmt]]:
+    found: list[tuple[str, ast.stmt]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "absolute imports only"
+            found.append((str(node.module), node))
+    return found
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    """The layer table holds, libraries stay in their folders, and only cli/ imports lazily."""
+    unit = unit_of(path)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = set(map(id, tree.body))
+    for name, node in imports_of(tree):
+        parts = name.split(".")
+        if parts[0] == "sdlora" and len(parts) > 1:
+            target = parts[1]
+            assert target == unit or target in ALLOWED[unit], f"{unit} imports {name}"
+        assert unit in LIBRARIES.get(parts[0], {unit}), f"{parts[0]} in {unit}"
+        assert not (parts[0] == "torch" and unit in WITHOUT_TORCH), f"torch in {unit}"
+        is_lazy = id(node) not in top and not _is_guarded(tree, node)
+        assert unit == "cli" or not is_lazy, f"lazy import of {name}"
+
+
+def _is_guarded(tree: ast.Module, node: ast.stmt) -> bool:
+    """A top-level `try`, `with` or `if TYPE_CHECKING` around an import is no lazy import."""
+    return any(
+        node in ast.walk(block) for block in tree.body if isinstance(block, ast.If | ast.Try | ast.With)
+    )
+
+
+def test_no_pickles():
+    """R-44: state is safetensors and JSON; code from a hub is never trusted."""
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 50
+    for path in files:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        names = {name for name, _ in imports_of(tree)}
+        assert not (calls | names) & PICKLES, path
+        keywords = {k.arg for node in ast.walk(tree) if isinstance(node, ast.Call) for k in node.keywords}
+        assert "trust_remote_code" not in keywords, path
+
+
+def test_no_python_outside():
+    """A Python file in datasets/ would shadow the package of that name."""
+    for folder in ("datasets", "configs"):
+        assert not list((REPOSITORY / folder).rglob("*.py"))
+
+
+def test_public_names_are_there():
+    """What `sdlora.__all__` lists can be imported, and nothing else is promised."""
+    import sdlora
+
+    assert sorted(sdlora.__all__) == sdlora.__all__
+    for name in sdlora.__all__:
+        assert getattr(sdlora, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        sdlora.trian  # noqa: B018
+
+
+def test_light_modules_import_no_torch():
+    """R-35: settings are checked, help is printed and events are read without torch."""
+    code = (
+        "import sys, sdlora, sdlora.config, sdlora.runs, sdlora.errors, sdlora.cli\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

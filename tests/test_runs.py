@@ -1,0 +1,118 @@
+"""The run folder: complete files or none, and events that can be read back (R-23)."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from sdlora.config import RunConfig
+from sdlora.errors import RunError
+from sdlora.runs import RunFolder, next_free_folder, write_file, write_json, write_text
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    """R-23: temporary file, verify, rename; a failure at any point keeps the old file and no rest."""
+    path = write_text(tmp_path / "a.txt", "old")
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    def refuse(temporary):
+        raise ValueError("not what was written")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_file(path, fail)
+    with pytest.raises(ValueError, match="not what"):
+        write_file(path, lambda temporary: temporary.write_text("new"), refuse)
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_run_is_never_overwritten(tmp_path):
+    """A folder that holds a run is refused, with the way on."""
+    run = RunFolder.create(tmp_path / "run", RunConfig(), {"device": "cpu"})
+    with pytest.raises(RunError, match="already holds a run; give another folder, or `sdlora resume"):
+        RunFolder.create(run.path, RunConfig(), {})
+    assert run.read_config() == RunConfig()
+    assert run.read_environment() == {"device": "cpu"}
+
+
+def test_wrong_folders(tmp_path):
+    """`resume` on a folder that is no run, or is not there."""
+    with pytest.raises(RunError, match="does not exist"):
+        RunFolder.open(tmp_path / "none")
+    with pytest.raises(RunError, match=r"holds no run \(no config\.json\)"):
+        RunFolder.open(tmp_path)
+    file = write_text(tmp_path / "file", "")
+    with pytest.raises(RunError, match="is a file; give a folder"):
+        RunFolder(file).check_free()
+    with pytest.raises(RunError, match="has saved no adapter yet"):
+        _ = RunFolder(tmp_path).adapter
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_place_that_cannot_be_written(tmp_path):
+    """One line, before anything starts."""
+    tmp_path.chmod(0o500)
+    with pytest.raises(RunError, match="is not writable"):
+        RunFolder(tmp_path / "run").check_writable()
+
+
+def test_a_place_below_a_file_cannot_be_written(tmp_path):
+    """Nor can a folder be made below a file, by anyone."""
+    file = write_text(tmp_path / "file", "")
+    with pytest.raises(RunError, match="cannot be written"):
+        RunFolder(file / "run").check_writable()
+
+
+def test_events_are_one_object_a_line(tmp_path):
+    """R-45: read back in order, by name; a line that a crash cut short is skipped."""
+    run = RunFolder(tmp_path / "run")
+    run.append("plan", 0, steps=3)
+    for step in (1, 2, 3):
+        run.append("step", step, loss=0.5)
+    with run.events_file.open("a") as handle:
+        handle.write('{"event": "step", "st')
+    assert [event["step"] for event in run.events("step")] == [1, 2, 3]
+    assert all({"event", "step", "time"} <= set(event) for event in run.events())
+    run.cut_events(2)
+    assert [(event["event"], event["step"]) for event in run.events()] == [
+        ("plan", 0),
+        ("step", 1),
+        ("step", 2),
+    ]
+
+
+def test_paths_and_steps(tmp_path):
+    """The layout of DESIGN 2, and the newest adapter of an unfinished run."""
+    run = RunFolder(tmp_path / "run")
+    for step in (20, 100):
+        write_text(run.step_adapter(step), "x")
+        write_text(run.checkpoint(step) / "state.json", "{}")
+    assert run.saved_steps() == run.checkpoint_steps() == [20, 100]
+    assert run.adapter == run.path / "adapters" / "step-000100.safetensors"
+    assert run.saved_adapter(20) == run.path / "adapters" / "step-000020.safetensors"
+    with pytest.raises(RunError, match="saved no adapter at that step; saved are 20, 100"):
+        run.saved_adapter(30)
+    run.remove_checkpoints(keep=1)
+    assert run.checkpoint_steps() == [100]
+    write_text(run.final_adapter(), "x")
+    assert run.adapter.name == "final.safetensors"
+    assert run.final_adapter("kohya").name == "final.kohya.safetensors"
+    assert run.sample_folder(7).name == "step-000007"
+
+
+def test_a_free_name(tmp_path):
+    """runs/NAME, or runs/NAME-2 when that is taken."""
+    assert next_free_folder(tmp_path / "a") == tmp_path / "a"
+    (tmp_path / "a").mkdir()
+    assert next_free_folder(tmp_path / "a") == tmp_path / "a-2"
+
+
+def test_text_is_utf8(tmp_path):
+    """R-29: every file names its encoding."""
+    path = write_json(tmp_path / "設定 🎨.json", {"trigger": "水彩"})
+    assert json.loads(path.read_bytes().decode("utf-8")) == {"trigger": "水彩"}
