@@ -1,0 +1,326 @@
+"""A real run at small size: what it trains, writes, shows and survives."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import socket
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sdlora
+from sdlora.errors import TrainingDiverged
+from sdlora.lora.attach import lora_layers
+from sdlora.lora.files import load_adapter
+from sdlora.training.train import train
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """R-39: with local paths nothing opens a socket."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def run(make_images, small, tmp_path, no_network):
+    """One whole run with everything switched on."""
+    config = small(
+        make_images(sizes=((64, 64),) * 5 + ((96, 64),) * 3),
+        train__steps=6,
+        train__save_every=3,
+        train__sample_every=3,
+        train__evaluate_every=3,
+        data__heldout=0.25,
+    )
+    return train(config.images, config=config, out=tmp_path / "run", quiet=True)
+
+
+def test_a_whole_run(run, capsys):
+    """R-16, R-27, R-39, R-42, R-45: the folder holds what was planned, and nothing else."""
+    files = sorted(str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file())
+    states = [
+        f"checkpoints/step-00000{n}/{name}"
+        for n in (3, 6)
+        for name in ("adapter.safetensors", "optimizer.safetensors", "state.json")
+    ]
+    pictures = [f"samples/step-00000{n}/{name}" for n in (3, 6) for name in ("00.png", "01.png", "grid.png")]
+    assert files == sorted(
+        [
+            "adapters/README.md",
+            "adapters/final.kohya.safetensors",
+            "adapters/final.safetensors",
+            "adapters/grid.png",
+            "adapters/step-000003.safetensors",
+            "adapters/step-000006.safetensors",
+            "config.json",
+            "environment.json",
+            "events.jsonl",
+            "loss.png",
+            *states,
+            *pictures,
+        ]
+    )
+    [plan] = run.events("plan")
+    steps = list(run.events("step"))
+    assert [event["step"] for event in steps] == list(range(1, plan["steps"] + 1))
+    assert steps[-1]["images_seen"] == plan["images_seen"]
+    assert [e["step"] for e in run.events("saved")] == plan["save_steps"] == [3, 6]
+    assert [e["step"] for e in run.events("samples")] == plan["sample_steps"] == [3, 6]
+    assert sorted({e["step"] for e in run.events("heldout")}) == plan["evaluate_steps"] == [0, 3, 6]
+    assert {e["split"] for e in run.events("heldout")} == {"train", "heldout"}
+    for key in (
+        "loss",
+        "loss_ema",
+        "learning_rate",
+        "grad_norm",
+        "images_seen",
+        "steps_per_second",
+        "memory_mb",
+    ):
+        assert all(math.isfinite(event[key]) for event in steps), key
+    assert [event["event"] for event in run.events()][-1] == "done"
+    environment = run.read_environment()
+    assert environment["compute_dtype"] == environment["base_dtype"] == environment["adapter_dtype"] == "fp32"
+    with Image.open(run.loss_curve) as curve:
+        assert min(curve.size) > 200
+
+
+def test_samples_equal_the_verb(run, tmp_path):
+    """R-10: the grid made at step k equals, pixel for pixel, the one `sample` makes from the file of step k."""
+    grid = sdlora.sample(run, step=3, out=tmp_path / "again")
+    for name in ("grid.png", "00.png", "01.png"):
+        one = np.asarray(Image.open(run.sample_folder(3) / name))
+        assert np.array_equal(one, np.asarray(Image.open(grid.parent / name))), name
+    base, style = (np.asarray(Image.open(grid.parent / name)) for name in ("00.png", "01.png"))
+    assert not np.array_equal(base, style)
+
+
+def test_files_say_what_they_are(run):
+    """R-42: the same run gives the same bytes; dates are the run's own."""
+    saved, final = load_adapter(run.step_adapter(6)), load_adapter(run.adapter)
+    for name, pair in final.modules.items():
+        assert torch.equal(pair.up, saved.modules[name].up)
+    assert final.notes["sdlora.base_name"] == "builtin"
+    assert final.notes["ss_steps"] == "6"
+    text = json.dumps(final.notes)
+    assert str(run.path.parent) not in text
+    assert "a circle number" not in text
+
+
+def test_sampling_does_not_disturb(make_images, small, make_trainer, snapshot, tmp_path):
+    """R-04, R-10: with samples and evaluations in between, the same run to the bit; ambient state is ignored."""
+    images = make_images()
+    plain = make_trainer(small(images), tmp_path / "plain")
+    plain.train()
+    torch.manual_seed(123), random.seed(5), np.random.seed(6)
+    busy = make_trainer(
+        small(images, train__sample_every=1, train__evaluate_every=1, train__save_every=1), tmp_path / "busy"
+    )
+    busy.train()
+    assert [r.loss for r in plain.results] == [r.loss for r in busy.results]
+    for name, tensor in snapshot(plain).items():
+        assert torch.equal(tensor, snapshot(busy)[name]), name
+
+
+def test_only_the_adapter_learns(make_images, small, make_trainer, tmp_path):
+    """R-06, R-09: down and up are fp32 and move; not a bit of the base does."""
+    trainer = make_trainer(small(make_images()), tmp_path / "run")
+    unet = trainer.prepared.base.unet
+    before = {name: parameter.clone() for name, parameter in unet.named_parameters()}
+    start = {name: tensor.clone() for name, tensor in trainer._named_tensors().items()}
+    trainer.train()
+    assert len(before) > 100
+    assert all(torch.equal(parameter, before[name]) for name, parameter in unet.named_parameters())
+    assert not any(parameter.requires_grad for parameter in unet.parameters())
+    for name, tensor in trainer._named_tensors().items():
+        assert tensor.dtype == torch.float32
+        assert not torch.equal(tensor, start[name]), name
+
+
+def test_seeds(make_images, small, make_trainer, snapshot, tmp_path):
+    """R-43: the same seed gives the same run to the bit; another seed another."""
+    images = make_images()
+    one, same, other = (
+        make_trainer(small(images, train__steps=2, train__seed=seed), tmp_path / name)
+        for name, seed in (("one", 0), ("same", 0), ("other", 1))
+    )
+    for trainer in (one, same, other):
+        trainer.train()
+    first, second, third = (snapshot(trainer) for trainer in (one, same, other))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert not any(
+        torch.equal(tensor, third[name]) for name, tensor in first.items() if name.endswith(".down")
+    )
+
+
+def test_cached_equals_uncached(make_images, small, make_trainer, snapshot, tmp_path):
+    """R-20: the cache changes nothing; with it the encoders leave the device, and a second run encodes nothing."""
+    images = make_images()
+    cached = make_trainer(small(images), tmp_path / "cached")
+    fresh = make_trainer(small(images, data__cache=False), tmp_path / "fresh")
+    assert cached.prepared.encodings.cache is not None
+    assert fresh.prepared.encodings.cache is None
+    for trainer in (cached, fresh):
+        trainer.train()
+    for name, tensor in snapshot(cached).items():
+        torch.testing.assert_close(tensor, snapshot(fresh)[name], rtol=0, atol=1e-7)
+
+    again = make_trainer(small(images), tmp_path / "again")
+    # Whatever still asked the encoders for something would fail now.
+    again.prepared.base.encoders_to("meta")
+    again.train()
+    assert [r.loss for r in again.results] == [r.loss for r in cached.results]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("base_dtype", ["auto", "fp32"])
+def test_precisions(make_images, small, make_trainer, tmp_path, precision, base_dtype):
+    """R-11: each runs three steps here, with fp32 adapters; fp16 is in the tests for a GPU."""
+    config = small(make_images(), train__steps=3, train__precision=precision, base__dtype=base_dtype)
+    trainer = make_trainer(config, tmp_path / "run")
+    trainer.train()
+    assert all(math.isfinite(result.loss) and result.updated for result in trainer.results)
+    stored = next(trainer.prepared.base.unet.parameters()).dtype
+    assert stored == (torch.bfloat16 if (precision, base_dtype) == ("bf16", "auto") else torch.float32)
+    assert all(tensor.dtype == torch.float32 for tensor in trainer.parameters)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_precisions_on_a_gpu(make_images, small, make_trainer, tmp_path, precision):
+    """R-11: each runs three steps on CUDA."""
+    trainer = make_trainer(small(make_images(), train__steps=3, train__precision=precision), tmp_path / "run")
+    trainer.train()
+    assert trainer.accelerator.device.type == "cuda"
+    assert any(result.updated for result in trainer.results)
+    assert all(
+        tensor.dtype == torch.float32 and torch.isfinite(tensor).all() for tensor in trainer.parameters
+    )
+
+
+def test_gradient_checkpointing_changes_nothing(make_images, small, make_trainer, snapshot, tmp_path):
+    """R-09: the same gradients with and without."""
+    images = make_images()
+    plain = make_trainer(small(images, train__steps=2), tmp_path / "plain")
+    saving = make_trainer(
+        small(images, train__steps=2, train__gradient_checkpointing=True), tmp_path / "saving"
+    )
+    for trainer in (plain, saving):
+        trainer.train()
+    assert [r.grad_norm for r in plain.results] == pytest.approx(
+        [r.grad_norm for r in saving.results], rel=1e-5
+    )
+    for name, tensor in snapshot(plain).items():
+        torch.testing.assert_close(tensor, snapshot(saving)[name], rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_equals_a_larger_batch(make_images, small, make_trainer, tmp_path):
+    """R-16: the step is the unit; micro-batches are only how it is worked out."""
+    images = make_images(sizes=((64, 64),) * 7)
+    large = make_trainer(small(images, train__batch_size=4), tmp_path / "large")
+    small_ones = make_trainer(small(images, train__batch_size=1, train__accumulate=4), tmp_path / "small")
+    for trainer in (large, small_ones):
+        trainer.train()
+    assert [r.loss for r in large.results] == pytest.approx([r.loss for r in small_ones.results], rel=1e-5)
+    assert [r.grad_norm for r in large.results] == pytest.approx(
+        [r.grad_norm for r in small_ones.results], rel=1e-4
+    )
+
+
+def test_clipping_clips(make_images, small, make_trainer, tmp_path):
+    """The gradient that the optimizer sees has the norm asked for; 0 switches clipping off."""
+    images = make_images()
+    for limit, expected in ((1e-4, 1e-4), (0.0, None)):
+        trainer = make_trainer(small(images, train__grad_clip=limit), tmp_path / str(limit))
+        samples = trainer.plan.order.step(0)
+        trainer._accumulate(samples)
+        before = trainer._clip()
+        norm = float(torch.stack([p.grad.norm() for p in trainer.parameters if p.grad is not None]).norm())
+        assert norm == pytest.approx(expected or before, rel=1e-3)
+        assert before > 1e-3
+
+
+def test_numbers_that_are_not_finite_stop_the_run(make_images, small, make_trainer, tmp_path):
+    """R-06: a run whose base gives NaN skips, counts, and stops by name; no file is written."""
+    trainer = make_trainer(small(make_images(), train__max_skipped_steps=3, train__steps=9), tmp_path / "run")
+    layer = next(iter(lora_layers(trainer.prepared.base.unet).values()))
+    layer.base.weight.data.fill_(math.nan)
+    before = [tensor.clone() for tensor in trainer.parameters]
+    with pytest.raises(TrainingDiverged, match="not finite at step 3, for 3 steps in a row"):
+        trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+    assert len(list(trainer.run.events("warning"))) == 2
+    assert trainer.run.saved_steps() == []
+
+
+def test_a_dead_module_stops_the_run(make_images, small, make_trainer, tmp_path):
+    """R-09: a module that cannot receive a gradient is named after the first step."""
+    trainer = make_trainer(small(make_images()), tmp_path / "run")
+    name, pair = next(iter(trainer.adapter.modules.items()))
+    pair.down.data.zero_()
+    with pytest.raises(TrainingDiverged, match=f"1 modules did not change in the first step: {name}"):
+        trainer.train()
+
+
+def test_a_single_token_is_no_reason_to_stop(make_images, small, make_trainer, tmp_path):
+    """R-09: at 32 px the deepest self-attention sees one token; its queries and keys are excused."""
+    trainer = make_trainer(small(make_images(), data__resolution=32, train__steps=1), tmp_path / "run")
+    trainer.train()
+    assert trainer.step == 1
+
+
+def test_heldout_loss_is_a_function_of_the_weights(make_images, small, make_trainer, tmp_path):
+    """R-12: equal twice, whatever was drawn in between; other weights give another number."""
+    config = small(make_images(sizes=((64, 64),) * 8), data__heldout=0.25)
+    trainer = make_trainer(config, tmp_path / "run")
+    first = trainer.evaluate("heldout")
+    torch.rand(3)
+    assert trainer.evaluate("heldout") == first
+    trainer.train()
+    assert trainer.evaluate("heldout") != first
+    assert first.num_images == 2
+    assert len(first.by_band) == 5
+
+
+def test_trackers(make_images, small, tmp_path):
+    """R-45: TensorBoard gets the numbers and the grid, when asked."""
+    config = small(
+        make_images(), train__trackers="tensorboard", train__sample_every=4, train__evaluate_every=4
+    )
+    run = train(config.images, config=config, out=tmp_path / "run", quiet=True)
+    written = b"".join(file.read_bytes() for file in run.path.rglob("events.out.tfevents*"))
+    for tag in (b"loss_ema", b"learning_rate", b"samples"):
+        assert tag in written
+
+
+def test_a_failing_tracker_cannot_stop_the_run(make_images, small, make_trainer, tmp_path):
+    """R-45: it is a warning."""
+    trainer = make_trainer(small(make_images(), train__trackers="tensorboard"), tmp_path / "run")
+    trainer.accelerator.init_trackers("sdlora")
+    trainer.accelerator.trackers[0].writer.close()
+    trainer.accelerator.trackers[0].writer = None
+    trainer.train()
+    assert trainer.step == 4
+    assert any("a tracker failed" in event["message"] for event in trainer.run.events("warning"))
+
+
+def test_starting_from_a_file(make_images, small, make_trainer, tmp_path):
+    """lora.init_from has an effect: the first loss is that of the file's adapter."""
+    images = make_images()
+    first = make_trainer(small(images, data__heldout=0.25, lora__alpha=8), tmp_path / "first")
+    first.train()
+    file = first.run.saved_adapter(4)
+    second = make_trainer(small(images, data__heldout=0.25, lora__init_from=str(file)), tmp_path / "second")
+    for split in ("train", "heldout"):
+        assert second.evaluate(split).loss == pytest.approx(first.evaluate(split).loss, rel=1e-3)
+    with pytest.raises(sdlora.SdloraError, match=r"has rank 2 but lora\.rank = 3; set lora\.rank=2"):
+        make_trainer(small(images, lora__init_from=str(file), lora__rank=3), tmp_path / "third")

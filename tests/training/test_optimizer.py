@@ -1,0 +1,88 @@
+"""The learning rate is a pure function of the step; optimizers come by import path (R-08)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sdlora.config import TrainSection
+from sdlora.data.batches import deal
+from sdlora.errors import ConfigError
+from sdlora.training.optimizer import build_optimizer, learning_rate, num_warmup_steps
+
+
+def settings(**values) -> TrainSection:
+    return TrainSection(**{"learning_rate": 0.1, "warmup": 0.1, **values})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", lambda progress: 1.0),
+        ("linear", lambda progress: 1 - progress),
+        ("cosine", lambda progress: (1 + math.cos(math.pi * progress)) / 2),
+    ],
+)
+def test_schedules_by_hand(schedule, expected):
+    """R-08: a linear rise over the warm-up, then the schedule; the last step is where it says."""
+    steps = 50
+    rates = [learning_rate(step, settings(schedule=schedule), steps) for step in range(steps)]
+    assert rates[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
+    for step in range(5, steps):
+        assert rates[step] == pytest.approx(0.1 * expected((step - 5) / 45))
+    assert all(rate > 0 for rate in rates)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_processes_and_accumulation_do_not_move_it(num_processes, accumulate):
+    """R-08: the rate at step k depends on k alone; micro-batches and processes are no steps."""
+    global_batch = 2 * accumulate * num_processes
+    logged = []
+    for step in range(20):
+        micro_batches = deal(
+            list(range(global_batch)), batch_size=2, process_index=0, num_processes=num_processes
+        )
+        assert len(micro_batches) == accumulate
+        logged.append(learning_rate(step, settings(schedule="cosine"), 20))
+    assert logged == [learning_rate(step, settings(schedule="cosine"), 20) for step in range(20)]
+    assert logged[-1] < 0.01 * logged[2]
+
+
+def test_warmup_is_a_share_or_a_number():
+    """DESIGN 2: a share of the steps below 1, else a number of steps."""
+    assert num_warmup_steps(0.05, 200) == 10
+    assert num_warmup_steps(7, 200) == 7
+    assert num_warmup_steps(300, 200) == 200
+    assert num_warmup_steps(0, 200) == 0
+
+
+def test_any_optimizer_by_import_path():
+    """Prodigy, 8-bit AdamW or Lion need no code of ours: a class and its arguments."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = build_optimizer(
+        settings(optimizer="torch.optim.SGD", optimizer_args={"momentum": 0.5}), [parameter]
+    )
+    assert type(optimizer) is torch.optim.SGD
+    assert optimizer.param_groups[0]["momentum"] == 0.5
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert type(build_optimizer(settings(), [parameter])) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"optimizer": "adamx"}, "train.optimizer = 'adamx' is not known; use adamw or an import path"),
+        ({"optimizer": "torch.optim.Adamx"}, "torch.optim has no Adamx"),
+        ({"optimizer": "nowhere.Lion"}, "cannot be imported .*pip install nowhere"),
+        ({"optimizer": "torch.nn.Linear"}, "is not a torch optimizer"),
+        ({"optimizer_args": {"lr": 1}}, "set train.learning_rate instead"),
+        ({"optimizer_args": {"betaz": 1}}, "train.optimizer_args = .*betaz.* is refused by adamw"),
+    ],
+)
+def test_wrong_optimizers(values, line):
+    """One line that names the setting."""
+    with pytest.raises(ConfigError, match=line):
+        build_optimizer(settings(**values), [torch.nn.Parameter(torch.ones(1))])
