@@ -90,8 +90,9 @@ def test_table_counts_images_and_samples(make_records) -> None:
 def test_random_crops_are_fixed(make_records) -> None:
     """R-04, R-20: random crops are drawn from (seed, digest), lie inside, and do not depend on the rest."""
     settings = DataSection(crop="random", crop_variants=6)
-    records = make_records((300, 190), (512, 512), (2000, 300))
+    records = make_records((300, 190), (512, 512), (2000, 300), (2000, 300))
     plan = plan_buckets(records, 256, settings, seed=5)
+    assert plan.crops["002.png"] != plan.crops["003.png"]
     assert plan.crops == plan_buckets(records, 256, settings, seed=5).crops
     assert plan.crops["000.png"] == plan_buckets(records[:1], 256, settings, seed=5).crops["000.png"]
     assert plan.crops["002.png"] != plan_buckets(records, 256, settings, seed=6).crops["002.png"]

@@ -186,7 +186,9 @@ def test_accents_stored_apart(tmp_path: Path, write_image) -> None:
     [
         ("a cat", "sks", "sks, a cat"),
         ("a cat in SKS style", "sks", "a cat in SKS style"),
-        ("asksing", "sks", "sks, asksing"),
+        ("sksing", "sks", "sks, sksing"),
+        ("a mask of masks", "sks", "sks, a mask of masks"),
+        ("he asks", "sks", "sks, he asks"),
         ("a {trigger} cat", "sks", "a sks cat"),
         ("", "sks", "sks"),
         ("a cat, blue  ink", "blue ink", "a cat, blue  ink"),

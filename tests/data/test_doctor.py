@@ -59,6 +59,7 @@ def test_errors_come_first_on_one_line(tmp_path: Path, write_image) -> None:
     write_image("a.png", size=(8, 8), caption="x")
     write_image("b.png")
     (tmp_path / "c.png").write_bytes(b"")
+    (tmp_path / "old.txt").write_text("x", encoding="utf-8")
     found = examine(*prepare(tmp_path), None)
     severities = [finding.severity for finding in found]
     assert severities == sorted(severities, key=("error", "warning", "notice").index)

@@ -265,6 +265,7 @@ def test_heldout_copies_stay_together(tmp_path: Path, write_image) -> None:
         shutil.copy(tmp_path / f"{number}.txt", tmp_path / f"copy {number}.txt")
     index = scan(tmp_path, heldout=0.5)
     assert not {r.digest for r in index.records} & {r.digest for r in index.heldout}
+    assert (len(index.records), len(index.heldout)) == (6, 6)
     write_image("single/x.png", caption="x")
     assert scan(tmp_path / "single", heldout=0.5).heldout == ()
 
