@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -131,7 +132,8 @@ def resolve_settings(info: BaseInfo, settings: SampleSettings) -> SampleSettings
     Raises:
         ConfigError: With one line for each setting that does not fit.
     """
-    scheduler = type(make_scheduler(info, settings.scheduler)).__name__
+    scheduler = make_scheduler(info, settings.scheduler)
+    name = type(scheduler).__name__
     sides = {"width": settings.width or info.resolution, "height": settings.height or info.resolution}
     problems = [
         f"sample.{name} = {side} must be a multiple of {info.min_step} pixels; "
@@ -143,12 +145,23 @@ def resolve_settings(info: BaseInfo, settings: SampleSettings) -> SampleSettings
         problems.append(
             f"sample.steps = {settings.steps} must be 1 to {info.num_train_timesteps} (the base's timesteps)"
         )
+    elif not _can_step(scheduler, settings.steps):
+        problems.append(f"sample.steps = {settings.steps} is too few for {name}; use 20 to 50")
     if problems:
         raise ConfigError(*problems)
     guidance = info.guidance if settings.guidance is None else settings.guidance
-    return replace(
-        settings, guidance=guidance, scheduler=scheduler, width=sides["width"], height=sides["height"]
-    )
+    width, height = sides["width"], sides["height"]
+    return replace(settings, guidance=guidance, scheduler=name, width=width, height=height)
+
+
+def _can_step(scheduler: Any, steps: int) -> bool:
+    """Whether a scheduler has timesteps for so few; PNDM, the one of SD 1.5, wants four."""
+    try:
+        with quiet():
+            scheduler.set_timesteps(steps)
+    except (ValueError, IndexError):
+        return False
+    return True
 
 
 def encode_prompts(

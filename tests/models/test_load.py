@@ -1,0 +1,179 @@
+"""Loading: dtypes, freezing, silence, and no network."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
+
+from sdlora.config import BaseSection
+from sdlora.errors import ModelError
+from sdlora.models import load
+from sdlora.models.dtypes import DTYPES
+from sdlora.models.hub import BUILTIN
+from sdlora.models.info import BaseInfo, inspect_base
+from sdlora.models.load import (
+    attention_kernel,
+    empty_unet,
+    load_base,
+    load_stock_pipeline,
+    vae_dtype,
+)
+from sdlora.models.quiet import quiet
+from sdlora.models.stable_diffusion import StableDiffusion
+
+CopyBase = Callable[..., Path]
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_unet_is_stored_as_asked_and_everything_is_frozen(info: BaseInfo, name: str) -> None:
+    """R-11: fp32, bf16, fp16 of the UNet; VAE and text encoder fp32 on the CPU; eval, no gradients."""
+    base = load_base(info, dtype=DTYPES[name], device="cpu")
+    assert {p.dtype for p in base.unet.parameters()} == {DTYPES[name]}
+    assert {p.dtype for p in (*base.vae.parameters(), *base.text_encoder.parameters())} == {torch.float32}
+    assert base.dtypes == {
+        "unet": str(DTYPES[name]).removeprefix("torch."),
+        "vae": "float32",
+        "text_encoder": "float32",
+    }
+    for part in (base.unet, base.vae, base.text_encoder):
+        assert not any(parameter.requires_grad for parameter in part.parameters())
+        assert not any(module.training for module in part.modules())
+
+
+def test_vae_precision_follows_its_configuration(info: BaseInfo, copy_base: CopyBase) -> None:
+    """R-22: bf16 only on CUDA, beside a bf16 UNet, for a VAE that does not ask for upcasting."""
+    free = inspect_base(BaseSection(source=str(copy_base(vae__config={"force_upcast": False}))))
+    upcast = inspect_base(BaseSection(source=str(copy_base("up", vae__config={"force_upcast": True}))))
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert vae_dtype(free, bf16, "cuda:0") == bf16
+    assert vae_dtype(upcast, bf16, "cuda:0") == fp32
+    assert vae_dtype(free, torch.float16, "cuda") == fp32
+    assert vae_dtype(free, bf16, "cpu") == fp32
+
+
+def test_loading_prints_nothing() -> None:
+    """R-27: importing and loading the built-in base is silent, also as a stock pipeline."""
+    code = (
+        "import torch; from sdlora.config import BaseSection; from sdlora.models.load import *;"
+        "info = inspect_base(BaseSection()); load_base(info, dtype=torch.float32, device='cpu');"
+        "empty_unet(info); load_stock_pipeline(info); load_stock_pipeline(info, unet_only=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == ""
+    assert done.stderr == ""
+
+
+def test_silence_ends() -> None:
+    """Other code in the process keeps its own log levels and progress bars; errors pass at all times."""
+    loggers = [logging.getLogger("diffusers"), logging.getLogger("transformers")]
+    levels = [logger.level for logger in loggers]
+    bars = diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
+    seen = []
+
+    def fail_quietly() -> None:
+        with quiet():
+            seen.extend(logger.level for logger in loggers)
+            seen.append(transformers_logging.is_progress_bar_enabled())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_quietly()
+    assert seen == [logging.ERROR, logging.ERROR, False]
+    assert [logger.level for logger in loggers] == levels
+    after = diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
+    assert after == bars
+
+
+def test_local_bases_open_no_socket(copy_base: CopyBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R-39: neither inspecting nor loading, as our base or as a stock pipeline."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for source in ("builtin", str(copy_base())):
+        info = inspect_base(BaseSection(source=source))
+        base = load_base(info, dtype=torch.float32, device="cpu")
+        base.encode_captions(["a cat"])
+        load_stock_pipeline(info)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_missing_tensors_are_an_error(copy_base: CopyBase, part: str) -> None:
+    """R-25: weights that the configuration asks for and the file lacks are never left at random."""
+    folder = copy_base()
+    file = next((folder / part).glob("*.safetensors"))
+    state = load_file(file)
+    gone = sorted(state)[-1]
+    del state[gone]
+    file.unlink()
+    save_file(state, file, {"format": "pt"})
+    info = inspect_base(BaseSection(source=str(folder)))
+    with pytest.raises(ModelError, match="lacks 1 weights") as error:
+        load_base(info, dtype=torch.float32, device="cpu")
+    assert gone in str(error.value)
+
+
+def test_pickles_and_foreign_code_are_out_of_reach() -> None:
+    """R-44: safetensors only; the flag that runs a model's own code is nowhere passed."""
+    assert load.SAFE["use_safetensors"] is True
+    sources = [file.read_text(encoding="utf-8") for file in Path(load.__file__).parent.glob("*.py")]
+    assert len(sources) > 5
+    assert not any("trust_remote_code=" in text or "torch.load" in text for text in sources)
+    assert sum("from_pretrained(" in text for text in sources) == 2
+
+
+def test_empty_unet_has_every_module_and_no_weights(info: BaseInfo, base: StableDiffusion) -> None:
+    """R-16: a dry run counts parameters before weights are loaded."""
+    unet = empty_unet(info)
+    assert {p.device.type for p in unet.parameters()} == {"meta"}
+    assert [name for name, _ in unet.named_modules()] == [name for name, _ in base.unet.named_modules()]
+    assert sum(p.numel() for p in unet.parameters()) == info.num_parameters
+
+
+def test_attention_kernel_is_named(info: BaseInfo) -> None:
+    """R-46: SDPA by default; another processor is called by its name."""
+    base = load_base(info, dtype=torch.float32, device="cpu")
+    assert attention_kernel(base.unet) == "SDPA"
+    base.unet.set_attn_processor(AttnProcessor())
+    assert attention_kernel(base.unet) == "AttnProcessor"
+
+
+def test_separate_vae_is_the_one_in_use(copy_base: CopyBase) -> None:
+    """R-40: base.vae replaces the base's own, in the stock pipeline too."""
+    other = copy_base("other", vae__config={"scaling_factor": 0.5})
+    info = inspect_base(BaseSection(vae=str(other / "vae")))
+    assert load_base(info, dtype=torch.float32, device="cpu").vae.config.scaling_factor == 0.5
+    assert load_stock_pipeline(info).vae.config.scaling_factor == 0.5
+
+
+def test_shipped_base_is_an_ordinary_folder() -> None:
+    """R-40: plain names, safetensors and text only, no picture of where it was made."""
+    kinds = {file.suffix for file in BUILTIN.rglob("*") if file.is_file()}
+    assert kinds <= {".json", ".safetensors", ".txt"}
+
+
+@pytest.mark.gpu
+def test_parts_are_where_they_were_sent(info: BaseInfo) -> None:
+    """R-20: the encoders leave the device, the UNet stays; decoding brings the VAE back only meanwhile."""
+    base = load_base(info, dtype=torch.bfloat16, device="cuda")
+    base.encoders_to("cpu")
+    assert (base.device.type, base.vae.device.type, base.text_encoder.device.type) == ("cuda", "cpu", "cpu")
+    latents = torch.randn(2, info.latent_channels, 16, 16, device="cuda", dtype=torch.bfloat16)
+    assert base.decode_latents(latents).device.type == "cpu"
+    assert base.vae.device.type == "cpu"

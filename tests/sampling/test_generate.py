@@ -1,0 +1,322 @@
+"""Generation: equal to stock diffusers, repeatable, and without a trace."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdlora.config import BaseSection
+from sdlora.errors import ConfigError
+from sdlora.lora.adapter import Adapter, create_adapter
+from sdlora.lora.attach import detach, is_attached, lora_layers, match_targets, mount
+from sdlora.lora.files import load_adapter, save_adapter
+from sdlora.models.hub import BUILTIN
+from sdlora.models.info import BaseInfo, inspect_base
+from sdlora.models.load import load_base, load_stock_pipeline
+from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.sampling.generate import (
+    Picture,
+    SampleSettings,
+    check_prompts,
+    encode_prompts,
+    generate,
+    resolve_settings,
+    strength_columns,
+)
+
+# diffusers' schedulers speak to numpy in an old way.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+
+PROMPTS = ["a tractor", "a red apple on a blue background"]
+QUICK = SampleSettings(steps=3, width=64, height=64)
+
+
+def pixels(images: Sequence[Picture | Image.Image]) -> np.ndarray[Any, Any]:
+    """(N, H, W, 3) as signed integers."""
+    return np.stack([np.asarray(i.image if isinstance(i, Picture) else i, dtype=np.int32) for i in images])
+
+
+def stock_images(
+    pipeline: Any, rows: Sequence[tuple[str, int]], settings: SampleSettings
+) -> np.ndarray[Any, Any]:
+    """The same pictures by a plain diffusers call."""
+    return pixels(
+        pipeline(
+            [prompt for prompt, _ in rows],
+            negative_prompt=[settings.negative_prompt] * len(rows),
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            width=settings.width,
+            height=settings.height,
+            generator=[torch.Generator().manual_seed(seed) for _, seed in rows],
+        ).images
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SampleSettings(steps=3),
+        SampleSettings(steps=3, guidance=1.0, width=96, height=120),
+        SampleSettings(steps=4, guidance=5.0, negative_prompt="a blue background", width=72, height=64),
+        replace(QUICK, scheduler="EulerAncestralDiscreteScheduler"),
+        replace(QUICK, scheduler="DPMSolverMultistepScheduler"),
+        replace(QUICK, scheduler="DDPM", guidance=0),
+        SampleSettings(steps=5, scheduler="PNDMScheduler", width=64, height=64),
+    ],
+    ids=lambda settings: f"{settings.scheduler or 'own'}-{settings.guidance}",
+)
+def test_base_equals_stock_diffusers_to_the_pixel(
+    base: StableDiffusion, stock: Any, settings: SampleSettings
+) -> None:
+    """R-10: same seed, scheduler, guidance, size and negative prompt; sdlora adds and takes nothing."""
+    seeds = [3, 7]
+    resolved = resolve_settings(base.info, settings)
+    own = stock.scheduler
+    try:
+        stock.scheduler = getattr(diffusers, resolved.scheduler or "").from_config(own.config)
+        expected = stock_images(stock, [(p, s) for p in PROMPTS for s in seeds], resolved)
+    finally:
+        stock.scheduler = own
+    pictures = generate(base, None, PROMPTS, seeds, [], settings)
+    assert np.array_equal(pixels(pictures), expected)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_prediction_type_is_the_base_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """R-32, R-39: read from the folder's scheduler, equal to stock diffusers, and without a socket."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a socket was opened")
+
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for part in BUILTIN.iterdir():
+        if part.name != "scheduler":
+            (tmp_path / part.name).symlink_to(part)
+    (tmp_path / "scheduler").mkdir()
+    config = json.loads((BUILTIN / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    edited = json.dumps({**config, "prediction_type": kind, "beta_end": 0.02})
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(edited, encoding="utf-8")
+    info = inspect_base(BaseSection(source=str(tmp_path)))
+    settings = replace(QUICK, guidance=2.0)
+    pictures = generate(load_base(info, dtype=torch.float32, device="cpu"), None, PROMPTS, [0], [], settings)
+    rows = [(prompt, 0) for prompt in PROMPTS]
+    expected = stock_images(load_stock_pipeline(info), rows, resolve_settings(info, settings))
+    assert np.array_equal(pixels(pictures), expected)
+
+
+def test_adapter_equals_stock_diffusers(
+    base: StableDiffusion, adapter: Adapter, info: BaseInfo, tmp_path: Path
+) -> None:
+    """R-01, R-37: the file in a stock pipeline gives our picture at strengths 1 and 0.5, within 2 of 255.
+
+    Not to the bit: peft multiplies the scale at another place, one rounding in float32.
+    """
+    file = save_adapter(tmp_path / "style.safetensors", adapter, dialect="diffusers", metadata={})
+    pictures = generate(base, load_adapter(file), PROMPTS, [0], [1.0, 0.5], QUICK)
+    pipeline = load_stock_pipeline(info)
+    pipeline.load_lora_weights(str(file), adapter_name="style")
+    pipeline.unet.eval()
+    rows = [(prompt, 0) for prompt in PROMPTS]
+    for strength in (1.0, 0.5):
+        pipeline.set_adapters(["style"], [strength])
+        expected = stock_images(pipeline, rows, resolve_settings(info, QUICK))
+        ours = pixels([picture for picture in pictures if picture.strength == strength])
+        assert np.abs(ours - expected).max() <= 2
+    plain = pixels([picture for picture in pictures if picture.strength == 0])
+    assert np.abs(ours - plain).max() > 50
+
+
+def test_twice_is_equal_to_the_pixel(base: StableDiffusion, adapter: Adapter) -> None:
+    """R-10: the ambient random state has no say; also for a scheduler that draws noise at each step."""
+    settings = replace(QUICK, scheduler="EulerAncestralDiscreteScheduler")
+    first = generate(base, adapter, PROMPTS, [0, 1], [1.0], settings)
+    torch.manual_seed(123)
+    torch.randn(5)
+    second = generate(base, adapter, PROMPTS, [0, 1], [1.0], settings)
+    assert np.array_equal(pixels(first), pixels(second))
+
+
+def test_seed_gives_the_same_noise_everywhere(base: StableDiffusion, adapter: Adapter) -> None:
+    """R-10: a picture is the same whatever else is asked for, one batch or many (up to rounding)."""
+    many = generate(base, adapter, PROMPTS, [5, 0], [1.0, 0.5], QUICK)
+    alone = generate(base, adapter, PROMPTS[1:], [0], [0.5], replace(QUICK, batch_size=1))
+    same = [p for p in many if (p.prompt, p.seed, p.strength) in {(PROMPTS[1], 0, 0.0), (PROMPTS[1], 0, 0.5)}]
+    assert [p.strength for p in alone] == [p.strength for p in same] == [0.0, 0.5]
+    assert np.abs(pixels(same) - pixels(alone)).max() <= 2
+
+
+def test_rows_and_columns(base: StableDiffusion, adapter: Adapter) -> None:
+    """R-13: prompt, then seed, then strength, the base always first and once; settings are resolved."""
+    done: list[int] = []
+    pictures = generate(base, adapter, PROMPTS, [1, 0], [0.5, 0, 0.5, 1], QUICK, progress=done.append)
+    assert [(p.prompt, p.seed, p.strength) for p in pictures] == [
+        (prompt, seed, strength) for prompt in PROMPTS for seed in (1, 0) for strength in (0.0, 0.5, 1.0)
+    ]
+    assert done == [4, 8, 12]
+    assert strength_columns(None, [0.5]) == [0.0]
+    settings = resolve_settings(base.info, SampleSettings())
+    assert (settings.width, settings.height) == (base.info.resolution,) * 2
+    assert pictures[0].settings == replace(settings, steps=3, width=64, height=64)
+    assert settings.guidance == base.info.guidance
+    assert settings.scheduler == base.info.scheduler_config["_class_name"]
+
+
+def test_nothing_is_left_behind(info: BaseInfo, adapter: Adapter) -> None:
+    """R-04, R-10: random states, train mode of each module, mounted stacks, gradients."""
+    base = load_base(info, dtype=torch.float32, device="cpu")
+    names = match_targets(base.unet, ["*.attn2.to_v"])
+    trained = create_adapter(base.unet, names, 2, 2, seed=0, family="sd1")
+    mount(base.unet, [(trained, 1.0)])
+    for parameter in trained.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    base.unet.train()
+    base.unet.mid_block.eval()
+    modes = [module.training for module in base.unet.modules()]
+    stacks = {name: layer.stack for name, layer in lora_layers(base.unet).items()}
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    generate(base, adapter, PROMPTS[:1], [0], [1.0], replace(QUICK, scheduler="DDPM"))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), states[2], strict=True))
+    assert [module.training for module in base.unet.modules()] == modes
+    after = {name: layer.stack for name, layer in lora_layers(base.unet).items()}
+    assert list(after) == list(stacks)
+    assert all(a is b for name in stacks for a, b in zip(after[name], stacks[name], strict=True))
+    assert all(
+        parameter.grad is not None and (parameter.grad == 1).all() for parameter in trained.parameters()
+    )
+
+
+def test_state_is_put_back_after_a_failure(info: BaseInfo, adapter: Adapter) -> None:
+    """R-18: whatever stops sampling (memory, Ctrl-C) passes on, and training can go on."""
+    base = load_base(info, dtype=torch.float32, device="cpu")
+    base.unet.train()
+    state = torch.get_rng_state()
+
+    def stop(_: int) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(base, adapter, PROMPTS[:1], [0], [1.0], QUICK, progress=stop)
+    assert base.unet.training
+    assert not is_attached(base.unet)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_base_column_hides_what_is_mounted(info: BaseInfo, adapter: Adapter) -> None:
+    """R-10: in training the trainable adapter is on the UNet; the base column is the base all the same."""
+    base = load_base(info, dtype=torch.float32, device="cpu")
+    plain = generate(base, None, PROMPTS[:1], [0], [], QUICK)
+    mount(base.unet, [(adapter, 1.0)])
+    assert is_attached(base.unet)
+    assert np.array_equal(pixels(generate(base, None, PROMPTS[:1], [0], [], QUICK)), pixels(plain))
+
+
+def test_never_fuses(info: BaseInfo, adapter: Adapter) -> None:
+    """R-38: base weights and outputs are bit-identical after sampling and unloading."""
+    base = load_base(info, dtype=torch.bfloat16, device="cpu")
+    weights = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
+    x = torch.randn(1, info.latent_channels, 16, 16)
+    hidden = base.encode_captions(["a cat"])
+    before = base.denoise(x, torch.tensor([500]), hidden)
+    for _ in range(3):
+        generate(base, adapter, PROMPTS[:1], [0], [0.7], QUICK)
+    detach(base.unet)
+    after = base.unet.state_dict()
+    assert list(after) == list(weights)
+    assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
+    assert torch.equal(base.denoise(x, torch.tensor([500]), hidden), before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "targets"),
+    [(torch.bfloat16, "attention"), (torch.bfloat16, "*conv_in"), (torch.float16, "attention")],
+)
+def test_half_precision_bases_sample(info: BaseInfo, dtype: torch.dtype, targets: str) -> None:
+    """R-11: an fp32 adapter on a half precision UNet with an fp32 VAE, the first layer included."""
+    base = load_base(info, dtype=dtype, device="cpu")
+    adapter = create_adapter(base.unet, match_targets(base.unet, [targets]), 2, 2, seed=0, family="sd1")
+    pictures = generate(base, adapter, PROMPTS[:1], [0], [1.0], QUICK)
+    reference = generate(
+        load_base(info, dtype=torch.float32, device="cpu"), None, PROMPTS[:1], [0], [], QUICK
+    )
+    assert np.abs(pixels(pictures[1:]) - pixels(reference)).mean() < 6
+
+
+def test_states_encoded_before_give_the_same_pictures(base: StableDiffusion, adapter: Adapter) -> None:
+    """R-10: in training the text encoder has left; its states, negative prompt included, are handed over."""
+    settings = replace(QUICK, negative_prompt="a cat")
+    text = encode_prompts(base, PROMPTS, settings)
+    assert set(text) == {*PROMPTS, "a cat"}
+    assert text["a cat"].shape == (base.info.text_length, base.info.unet_config["cross_attention_dim"])
+    before = generate(base, adapter, PROMPTS, [0], [1.0], settings)
+    blind = replace(base, text_encoder=None)
+    assert np.array_equal(
+        pixels(generate(blind, adapter, PROMPTS, [0], [1.0], settings, text=text)), pixels(before)
+    )
+
+
+def test_withheld_pictures_are_blank_and_say_so(base: StableDiffusion) -> None:
+    """R-47: what a safety checker keeps back is marked, never a black square."""
+    careful = replace(base, withhold=lambda images: [number == 1 for number in range(len(images))])
+    pictures = generate(careful, None, PROMPTS, [0], [], QUICK)
+    assert [picture.withheld for picture in pictures] == [False, True]
+    assert pictures[1].image.getcolors() == [(pictures[1].image.width * pictures[1].image.height, (230,) * 3)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "sample.prompts is empty"),
+        (["a cat", "  "], "holds an empty prompt"),
+        (["a cat, {trigger}"], r"has \{trigger\} in it but no trigger is set"),
+        (["a {animal}"], r"has the placeholder \{animal\} left in it"),
+    ],
+)
+def test_bad_prompts(base: StableDiffusion, prompts: list[str], message: str) -> None:
+    """R-30: empty, or with a placeholder left in it: one line, exit 2, before anything is computed."""
+    with pytest.raises(ConfigError, match=message) as error:
+        generate(base, None, prompts, [0], [])
+    assert len(error.value.problems) == 1
+
+
+def test_good_prompts_pass() -> None:
+    """R-30: other brackets are a matter of taste."""
+    check_prompts(["a cat (sitting:1.2) [sleeping]", "größe, 猫"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (SampleSettings(width=130), r"sample.width = 130 must be a multiple of 8 pixels; use 128"),
+        (SampleSettings(height=4), r"sample.height = 4 must be a multiple of 8 pixels; use 8"),
+        (SampleSettings(steps=3, scheduler="PNDM"), "sample.steps = 3 is too few for PNDMScheduler"),
+        (SampleSettings(steps=5000), r"sample.steps = 5000 must be 1 to 1000"),
+        (
+            SampleSettings(scheduler="DDIMSchedular"),
+            r"'DDIMSchedular' is no scheduler .* did you mean DDIMScheduler\?",
+        ),
+        (SampleSettings(scheduler="FlowMatchEulerDiscreteScheduler"), "is no scheduler that fits"),
+    ],
+)
+def test_bad_settings(base: StableDiffusion, settings: SampleSettings, message: str) -> None:
+    """R-35: each names the key, the value and the remedy."""
+    with pytest.raises(ConfigError, match=message):
+        generate(base, None, PROMPTS, [0], [], settings)

@@ -1,0 +1,45 @@
+"""Schedulers by name, with the base's own schedule."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+
+from sdlora.errors import ConfigError
+from sdlora.models.info import BaseInfo
+from sdlora.sampling.schedulers import SCHEDULERS, make_scheduler
+
+# diffusers' schedulers speak to numpy in an old way.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+
+OPTIONAL = {"DPMSolverSDEScheduler": "torchsde", "LMSDiscreteScheduler": "scipy"}
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name not in OPTIONAL])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_every_scheduler_takes_the_base_s_schedule(info: BaseInfo, name: str, kind: str) -> None:
+    """R-32: betas and prediction type are the base's, whatever the scheduler."""
+    config = {**info.scheduler_config, "prediction_type": kind, "beta_end": 0.02}
+    scheduler = make_scheduler(replace(info, scheduler_config=config), name)
+    assert type(scheduler).__name__ == name
+    assert scheduler.config.prediction_type == kind
+    assert scheduler.config.beta_end == 0.02
+    assert scheduler.config.beta_schedule == info.scheduler_config["beta_schedule"]
+
+
+def test_names_may_be_short(info: BaseInfo) -> None:
+    """R-35: with or without the ending, in any case; the base's own if none is given."""
+    assert type(make_scheduler(info, "ddim")).__name__ == "DDIMScheduler"
+    assert type(make_scheduler(info)).__name__ == info.scheduler_config["_class_name"]
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_missing_package_is_one_line(info: BaseInfo, name: str) -> None:
+    """R-27: a scheduler that needs another package works, or says which."""
+    if importlib.util.find_spec(OPTIONAL[name]):
+        assert type(make_scheduler(info, name)).__name__ == name
+        return
+    with pytest.raises(ConfigError, match=f"needs {OPTIONAL[name]}, which is not installed"):
+        make_scheduler(info, name)
