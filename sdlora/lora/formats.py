@@ -80,11 +80,9 @@ def round_adapter(adapter: Adapter, precision: Precision = "fp16") -> tuple[Adap
 
 def relative_error(exact: Adapter, other: Adapter) -> float:
     """Norm of the difference of two changes over the norm of the first, all modules together."""
-    difference = sum(
-        (pair.minus(other.modules[name]).norm_squared()) * exact.scale**2
-        for name, pair in exact.modules.items()
-    )
-    norm = sum(pair.norm_squared() * exact.scale**2 for pair in exact.modules.values())
+    one, two = fold(exact), fold(other)
+    difference = sum(pair.minus(two.modules[name]).norm_squared() for name, pair in one.modules.items())
+    norm = sum(pair.norm_squared() for pair in one.modules.values())
     return math.sqrt(difference / norm) if norm > 0 else float(difference > 0)
 
 

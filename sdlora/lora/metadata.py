@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 
 _PREDICTIONS = {"v_prediction": "v"}
 
@@ -56,6 +56,8 @@ class RunFacts:
 def run_metadata(facts: RunFacts) -> dict[str, str]:
     """The metadata of a file; all values are text, as safetensors asks."""
     started = datetime.fromisoformat(facts.date)
+    # Without a zone the text would mean another moment on another machine.
+    started = started if started.tzinfo else started.replace(tzinfo=UTC)
     texts: dict[str, object] = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{facts.architecture}/lora",

@@ -1,0 +1,167 @@
+"""A real UNet at tiny size, and adapters on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+from sdlora.lora.adapter import Adapter, create_adapter
+from sdlora.lora.attach import match_targets
+from sdlora.lora.files import save_adapter
+
+TINY: Mapping[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "cross_attention_dim": 24,
+    "attention_head_dim": 8,
+    "norm_num_groups": 8,
+}
+
+SD15: Mapping[str, Any] = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+
+
+@pytest.fixture(scope="session")
+def make_unet() -> Callable[..., UNet2DConditionModel]:
+    """A tiny UNet, always with the same weights, frozen."""
+
+    def make(**changes: Any) -> UNet2DConditionModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            unet = UNet2DConditionModel(**{**TINY, **changes})
+        return unet.eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture
+def unet(make_unet: Callable[..., UNet2DConditionModel]) -> UNet2DConditionModel:
+    return make_unet()
+
+
+@pytest.fixture(scope="session")
+def sd15() -> UNet2DConditionModel:
+    """The architecture of Stable Diffusion 1.5, without weights."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**SD15)
+
+
+@pytest.fixture
+def run() -> Callable[..., torch.Tensor]:
+    """The output of a UNet for a fixed input."""
+
+    def run(unet: UNet2DConditionModel) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        latents = torch.randn(2, 4, 8, 8, generator=generator).to(unet.dtype)
+        hidden = torch.randn(2, 5, 24, generator=generator).to(unet.dtype)
+        return unet(latents, torch.tensor([300, 700]), encoder_hidden_states=hidden).sample
+
+    return run
+
+
+@pytest.fixture
+def make_adapter() -> Callable[..., Adapter]:
+    """An adapter that looks trained: `up` is not zero."""
+
+    def make(
+        unet: UNet2DConditionModel,
+        *,
+        rank: int = 4,
+        alpha: float = 2.0,
+        targets: Sequence[str] = ("attention",),
+        seed: int = 0,
+        size: float = 0.05,
+    ) -> Adapter:
+        adapter = create_adapter(unet, match_targets(unet, targets), rank, alpha, seed=seed, family="sd1")
+        generator = torch.Generator().manual_seed(seed + 100)
+        for pair in adapter.modules.values():
+            pair.up.data.normal_(std=size, generator=generator)
+        return adapter
+
+    return make
+
+
+@pytest.fixture
+def mixed_adapter(unet: UNet2DConditionModel, make_adapter: Callable[..., Adapter]) -> Adapter:
+    """Modules of three ranks, as a merge or a resize makes."""
+    adapter = make_adapter(unet, rank=6, alpha=6).to()
+    for number, pair in enumerate(adapter.modules.values()):
+        rank = (6, 3, 2)[number % 3]
+        pair.down, pair.up = pair.down[:rank].clone(), pair.up[:, :rank].clone()
+    return adapter
+
+
+@pytest.fixture
+def make_pipeline() -> Callable[..., StableDiffusionPipeline]:
+    """The stock pipeline around a UNet, as its loader of LoRA files needs it."""
+
+    def make(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+        return StableDiffusionPipeline(
+            vae=None,
+            text_encoder=None,
+            tokenizer=None,
+            unet=unet,
+            scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    return make
+
+
+@pytest.fixture
+def lora_file(tmp_path: Path, unet: UNet2DConditionModel, make_adapter: Callable[..., Adapter]) -> Path:
+    """A good LoRA file."""
+    return save_adapter(tmp_path / "style.safetensors", make_adapter(unet, alpha=4))
+
+
+@pytest.fixture(scope="session")
+def deltas() -> Callable[[Adapter], dict[str, torch.Tensor]]:
+    """The change of each module's weight, (out, in), in fp64."""
+
+    def change(adapter: Adapter) -> dict[str, torch.Tensor]:
+        return {
+            name: adapter.scale
+            * (pair.up.detach().double().flatten(1) @ pair.down.detach().double().flatten(1))
+            for name, pair in adapter.modules.items()
+        }
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def peft_deltas() -> Callable[[UNet2DConditionModel, str], dict[str, torch.Tensor]]:
+    """The change that PEFT's layers of an adapter make, (out, in), in fp64."""
+
+    def change(unet: UNet2DConditionModel, name: str) -> dict[str, torch.Tensor]:
+        return {
+            module_name: module.scaling[name]
+            * (
+                module.lora_B[name].weight.detach().double().flatten(1)
+                @ module.lora_A[name].weight.detach().double().flatten(1)
+            )
+            for module_name, module in unet.named_modules()
+            if name in getattr(module, "lora_A", {})
+        }
+
+    return change

@@ -1,0 +1,184 @@
+"""Choosing layers, putting adapters on and taking them off."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sdlora.errors import AdapterError, ConfigError
+from sdlora.lora.attach import (
+    TARGETS,
+    attach,
+    carrier_layers,
+    count_parameters,
+    detach,
+    is_attached,
+    lora_layers,
+    match_targets,
+    mount,
+    mounted,
+)
+
+
+def test_numbers_of_modules_of_sd15(sd15):
+    """R-07 R-16: attention is 128 modules, 199,296 parameters a rank; the whole transformer 192."""
+    attention = match_targets(sd15, ["attention"])
+    assert len(attention) == 128
+    assert count_parameters(sd15, attention, 1) == 199_296
+    assert count_parameters(sd15, attention, 8) == 8 * 199_296
+    assert len(match_targets(sd15, ["attention", "feed_forward", "projections"])) == 192
+    assert len(match_targets(sd15, ["convolutions"])) == 22 * 2 + 14 + 6
+    assert sd15.device.type == "meta"
+
+
+def test_patterns(unet):
+    """Targets are presets or patterns, united, in the order of the network."""
+    values = match_targets(unet, ["*.attn2.to_v"])
+    assert values
+    assert all(name.endswith("attn2.to_v") for name in values)
+    both = match_targets(unet, ["attention", "*.attn2.to_v"])
+    assert both == match_targets(unet, ["attention"])
+    assert match_targets(unet, ["conv_in", "time_embedding.linear_[12]"])[0] == "conv_in"
+    assert match_targets(unet, ["*"]) == list(carrier_layers(unet))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("atention", r"lora.targets = \['atention'\].*matches no Linear or Conv2d; did you mean attention\?"),
+        ("to_v", r"did you mean '\*.to_v'\?"),
+        ("*norm1", r"matches only .*norm1, no Linear or Conv2d"),
+        ("mid_blok.attentions.0.proj_in", r"the nearest modules are mid_block.attentions.0.proj_in"),
+    ],
+)
+def test_a_target_without_a_match_is_named(unet, target, message):
+    """R-35: a pattern that matches nothing is an error with the nearest name, exit code 2."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        match_targets(unet, [target])
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_all_wrong_targets_at_once(unet):
+    """R-35: one line for each."""
+    with pytest.raises(ConfigError) as caught:
+        match_targets(unet, ["atention", "attention", "*.nothing"])
+    assert len(caught.value.problems) == 2
+
+
+def test_targets_are_the_same_when_attached(unet):
+    """A wrapped network has the same modules as before, by the same names."""
+    before = match_targets(unet, list(TARGETS))
+    attach(unet, before)
+    assert match_targets(unet, list(TARGETS)) == before
+    attach(unet, before)
+    assert len(lora_layers(unet)) == len(before)
+    assert count_parameters(unet, before, 2) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_detach_gives_the_base_back(unet, run, make_adapter, dtype):
+    """R-38: after 20 switches and a detach, output, modules and keys are those of the base, to the bit."""
+    unet.to(dtype)
+    base, keys = run(unet), list(unet.state_dict())
+    modules = dict(unet.named_modules())
+    adapters = [make_adapter(unet, seed=seed, targets=list(TARGETS)) for seed in range(2)]
+    for switch in range(20):
+        mount(unet, [(adapters[switch % 2], 1.0), (adapters[0], -0.3)])
+    assert not torch.equal(run(unet), base)
+    detach(unet)
+    assert torch.equal(run(unet), base)
+    assert list(unet.state_dict()) == keys
+    assert dict(unet.named_modules()) == modules
+    assert not is_attached(unet)
+
+
+def test_mount_replaces(unet, run, make_adapter):
+    """Mounting is absolute: what was mounted before leaves no trace."""
+    small, large = make_adapter(unet, targets=["*.attn2.to_v"]), make_adapter(unet, targets=list(TARGETS))
+    mount(unet, [(small, 1.0)])
+    expected = run(unet)
+    mount(unet, [(large, 1.0)])
+    mount(unet, [(small, 1.0)])
+    assert torch.equal(run(unet), expected)
+
+
+def test_strength_and_scale_multiply(unet, run, make_adapter):
+    """R-37: strength 0.5 of an adapter is the same as half its alpha."""
+    adapter = make_adapter(unet, alpha=4)
+    mount(unet, [(adapter, 0.5)])
+    half = run(unet)
+    adapter.alpha = 2
+    mount(unet, [(adapter, 1.0)])
+    assert torch.equal(run(unet), half)
+
+
+def test_mounted_puts_everything_back(unet, run, make_adapter):
+    """R-10: after sampling, also one that fails, wrapped layers and stacks are as they were."""
+    base = run(unet)
+    trained, other = make_adapter(unet), make_adapter(unet, targets=list(TARGETS), seed=1)
+    with mounted(unet, [(other, 1.0)]):
+        assert is_attached(unet)
+    assert not is_attached(unet)
+    mount(unet, [(trained, 1.0)])
+    expected, layers = run(unet), lora_layers(unet)
+
+    def fail():
+        with mounted(unet, [(other, 1.0)]):
+            assert not torch.equal(run(unet), expected)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert torch.equal(run(unet), expected)
+    assert lora_layers(unet) == layers
+    with mounted(unet, []):
+        assert torch.equal(run(unet), base)
+    assert torch.equal(run(unet), expected)
+
+
+def test_another_family_does_not_fit(make_unet, make_adapter, run):
+    """R-41: other widths are one clear line, and nothing is mounted."""
+    unet, wider = make_unet(), make_unet(cross_attention_dim=32)
+    adapter = make_adapter(wider)
+    adapter.notes["sdlora.base_name"] = "some/base"
+    base, good = run(unet), make_adapter(unet)
+    with pytest.raises(
+        AdapterError, match=r"does not fit this base: .*attn2.to_k maps 32 to 32 .*24 to 32.*some/base"
+    ):
+        mount(unet, [(good, 1.0), (adapter, 1.0)])
+    assert not is_attached(unet)
+    assert torch.equal(run(unet), base)
+
+
+def test_other_modules_do_not_fit(unet, make_adapter):
+    """R-41: modules that are not there are counted and named."""
+    adapter = make_adapter(unet)
+    adapter.modules = {
+        name.replace("down_blocks.0", "down_blocks.7"): pair for name, pair in adapter.modules.items()
+    }
+    with pytest.raises(AdapterError, match=r"8 of its 32 modules are not there, such as down_blocks.7"):
+        mount(unet, [(adapter, 1.0)])
+    with pytest.raises(AdapterError, match="are not in this base"):
+        attach(unet, ["no.such.module"])
+
+
+def test_text_encoder_modules_are_not_dropped_silently(unet, make_adapter):
+    """R-34: an adapter for the text encoder is refused where it could only be half used."""
+    adapter = make_adapter(unet)
+    adapter.modules["text_encoder.text_model.encoder.layers.0.mlp.fc1"] = next(iter(adapter.modules.values()))
+    with pytest.raises(AdapterError, match="changes 1 modules of the text encoder"):
+        mount(unet, [(adapter, 1.0)])
+
+
+def test_any_network():
+    """The column knows nothing of UNets: it works on any module with Linear and Conv2d layers."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2), nn.Conv2d(4, 4, 1, groups=2))
+    assert list(carrier_layers(network)) == ["0", "2"]
+    before = copy.deepcopy(network)
+    attach(network, ["0", "2"])
+    x = torch.randn(1, 3, 3, 3)
+    assert torch.equal(network[:3](x), before[:3](x))

@@ -1,0 +1,153 @@
+"""The layer computes what PEFT's does, and leaves the base alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from sdlora.lora.adapter import create_adapter
+from sdlora.lora.attach import TARGETS, detach, lora_layers, match_targets, mount
+from sdlora.lora.layers import LoraConv2d, LoraLinear, StackEntry
+
+
+def add_peft(unet, adapter):
+    """The same adapter by PEFT, in a copy of the UNet."""
+    oracle = copy.deepcopy(unet)
+    names = list(adapter.modules)
+    oracle.add_adapter(
+        LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=names, lora_dropout=0.0)
+    )
+    modules = dict(oracle.named_modules())
+    for name, pair in adapter.modules.items():
+        modules[name].lora_A["default"].weight.data.copy_(pair.down.data)
+        modules[name].lora_B["default"].weight.data.copy_(pair.up.data)
+    return oracle, modules
+
+
+@pytest.mark.parametrize("targets", [["attention"], list(TARGETS)], ids=["attention", "all"])
+def test_peft_is_matched(unet, run, make_adapter, targets):
+    """R-01 R-09: outputs and gradients equal PEFT's, for Linear and Conv2d, with alpha != rank."""
+    adapter = make_adapter(unet, rank=4, alpha=3.0, targets=targets)
+    oracle, modules = add_peft(unet, adapter)
+    mount(unet, [(adapter, 1.0)])
+    kinds = {type(layer) for layer in lora_layers(unet).values()}
+    assert kinds == ({LoraLinear} if targets == ["attention"] else {LoraLinear, LoraConv2d})
+    ours, theirs = run(unet), run(oracle)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    ours.square().mean().backward()
+    theirs.square().mean().backward()
+    for name, pair in adapter.modules.items():
+        for tensor, parameter in (
+            (pair.down, modules[name].lora_A["default"].weight),
+            (pair.up, modules[name].lora_B["default"].weight),
+        ):
+            scale = float(parameter.grad.abs().max())
+            torch.testing.assert_close(tensor.grad, parameter.grad, rtol=1e-3, atol=1e-4 * scale, msg=name)
+
+
+def test_every_up_gets_a_gradient_and_moves(unet, run):
+    """R-09 R-06: from a fresh start each up-matrix gets a gradient and moves; nothing else does."""
+    before = copy.deepcopy(unet.state_dict())
+    adapter = create_adapter(unet, match_targets(unet, list(TARGETS)), 4, 4, seed=0)
+    mount(unet, [(adapter, 1.0)])
+    assert all(parameter.dtype == torch.float32 for parameter in adapter.parameters())
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
+    run(unet).square().mean().backward()
+    for name, pair in adapter.modules.items():
+        assert torch.isfinite(pair.up.grad).all(), name
+        assert pair.up.grad.abs().max() > 0, name
+    optimizer.step()
+    assert all(bool(pair.up.detach().any()) for pair in adapter.modules.values())
+    detach(unet)
+    after = unet.state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert all(parameter.grad is None for parameter in unet.parameters())
+
+
+def test_gradient_checkpointing_changes_no_gradient(make_unet, run, make_adapter):
+    """R-09: gradients with and without checkpointing are equal."""
+    gradients = []
+    for checkpointing in (False, True):
+        unet = make_unet()
+        adapter = make_adapter(unet)
+        mount(unet, [(adapter, 1.0)])
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        unet.train()
+        assert unet.is_gradient_checkpointing == checkpointing
+        run(unet).square().mean().backward()
+        gradients.append([tensor.grad for tensor in adapter.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_base(unet, run, make_adapter, dtype):
+    """R-06 R-11: on a bf16 or fp16 base the adapter stays fp32, trains, and the output is near fp32's."""
+    adapter = make_adapter(unet, targets=list(TARGETS))
+    mount(unet, [(adapter, 1.0)])
+    exact = run(unet).detach()
+    unet.to(dtype)
+    assert unet.dtype == dtype
+    output = run(unet)
+    assert output.dtype == dtype
+    assert (output.float() - exact).abs().max() < 0.05 * exact.abs().max()
+    output.float().square().mean().backward()
+    for tensor in adapter.parameters():
+        assert tensor.dtype == tensor.grad.dtype == torch.float32
+        assert torch.isfinite(tensor.grad).all()
+
+
+def test_autocast(unet, run, make_adapter):
+    """R-11: under autocast to bf16 an fp32 base and adapter give fp32 gradients."""
+    adapter = make_adapter(unet)
+    mount(unet, [(adapter, 1.0)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = run(unet).float().square().mean()
+    loss.backward()
+    assert all(tensor.grad.dtype == torch.float32 for tensor in adapter.parameters())
+
+
+def test_zero_strength_is_the_base(unet, run, make_adapter):
+    """R-37 R-38: an empty stack, or strength 0, gives the base's output to the bit."""
+    base = run(unet)
+    adapter = make_adapter(unet, targets=list(TARGETS))
+    mount(unet, [(adapter, 0.0)])
+    assert torch.equal(run(unet), base)
+    mount(unet, [])
+    assert torch.equal(run(unet), base)
+    mount(unet, [(adapter, 1.0)])
+    assert not torch.equal(run(unet), base)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolution_equals_a_changed_weight(stride):
+    """R-07: a kernel of 3 with stride and padding is the same as adding `up * down` to the weight."""
+    torch.manual_seed(0)
+    base = torch.nn.Conv2d(5, 7, 3, stride=stride, padding=1)
+    layer = LoraConv2d(base)
+    down, up, x = torch.randn(2, 5, 3, 3), torch.randn(7, 2, 1, 1), torch.randn(3, 5, 9, 9)
+    layer.stack = (StackEntry(down, up, 0.5),)
+    changed = copy.deepcopy(base)
+    changed.weight.data += 0.5 * torch.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
+    torch.testing.assert_close(layer(x), changed(x), rtol=1e-4, atol=1e-5)
+    assert layer.weight is base.weight
+    assert layer.bias is base.bias
+
+
+def test_adapters_add_up(unet, run, make_adapter):
+    """R-37: a stack is the sum: two adapters equal one with both changes in one."""
+    one, two = make_adapter(unet, seed=1, alpha=4), make_adapter(unet, seed=2, alpha=4)
+    mount(unet, [(one, 0.5), (two, -1.0)])
+    stacked = run(unet)
+    both = make_adapter(unet, rank=8, alpha=8)
+    for name, pair in both.modules.items():
+        a, b = one.modules[name], two.modules[name]
+        pair.down.data = torch.cat([a.down, b.down]).detach()
+        pair.up.data = torch.cat([0.5 * a.up, -b.up], dim=1).detach()
+    mount(unet, [(both, 1.0)])
+    torch.testing.assert_close(run(unet), stacked, rtol=1e-4, atol=1e-5)
