@@ -48,15 +48,16 @@ class ExportReport:
         """The precision of the file, which may be larger than asked (R-36)."""
         return self.rounding.used
 
-    def lines(self) -> list[str]:
-        """For people."""
+    def __str__(self) -> str:
         rounding = self.rounding
         error = f"relative error {rounding.relative_error:.1e}, newly zero {rounding.newly_zero_share:.2%}"
-        kept = rounding.used != rounding.asked
-        return [
-            f"wrote     {self.path} ({self.dialect}, {self.precision}, {self.size_bytes / 1e6:.2f} MB)",
-            f"rounding  {rounding.asked}: {error}{'; too much, so the file stays fp32' if kept else ''}",
-        ]
+        if rounding.used != rounding.asked:
+            error = f"{rounding.asked} would lose too much, {error}, so it stays {rounding.used}"
+        return f"{self.path} ({self.dialect}, {self.precision}, {self.size_bytes / 1e6:.2f} MB; {error})"
+
+    def lines(self) -> list[str]:
+        """For people."""
+        return [f"wrote     {self}"]
 
 
 def export_adapter(
@@ -85,16 +86,6 @@ def export_adapter(
     rounded, rounding = round_adapter(adapter, precision)
     file = save_adapter(path, rounded, dialect=dialect, metadata=metadata)
     return ExportReport(file, dialect, rounding, file.stat().st_size)
-
-
-def save_trained(
-    adapter: Adapter,
-    path: str | Path,
-    precision: Precision = "fp16",
-    metadata: Mapping[str, str] | None = None,
-) -> ExportReport:
-    """Saves an adapter during a run, to use: diffusers' format, folded and rounded like the final one."""
-    return export_adapter(adapter, path, precision=precision, metadata=metadata)
 
 
 def export(
@@ -133,10 +124,9 @@ class PostflightReport:
     effect: float
     """Largest absolute difference of the UNet's output from the base's."""
 
-    def line(self) -> str:
-        """For people."""
+    def __str__(self) -> str:
         return (
-            f"checked   {self.path.name} in a fresh diffusers pipeline: {self.num_modules} modules, output "
+            f"{self.path.name} in a fresh diffusers pipeline: {self.num_modules} modules, output "
             f"{self.effect:.2g} from the base's, {self.difference:.1g} from the trained model's"
         )
 
@@ -298,7 +288,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 def push_run(source: str | Path, repo_id: str, *, api: Any = None) -> str:
-    """Uploads a run's final files, model card and newest grid, or a single LoRA file.
+    """Uploads a run's final files, model card and grid, or a single LoRA file.
 
     Args:
         source: A run folder, or a LoRA file; a README.md beside it goes along.
@@ -318,7 +308,7 @@ def push_run(source: str | Path, repo_id: str, *, api: Any = None) -> str:
     for path in (run.final_adapter("kohya"), run.model_card):
         if path.is_file():
             files[path.name] = path
-    grids = sorted(run.samples.glob("step-*/grid.png"))
+    grids = [*sorted(run.samples.glob("step-*/grid.png")), *run.adapters.glob("grid.png")]
     if grids:
         files["grid.png"] = grids[-1]
     return push_to_hub(files, repo_id, api=api)
