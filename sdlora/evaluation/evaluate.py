@@ -94,9 +94,10 @@ def evaluate(
     device = choose_device()
     base = load_base(info, dtype=DTYPES[folder.read_environment()["base_dtype"]], device=device)
     plan = plan_buckets(
-        (*index.records, *index.heldout),
+        index.records,
         config.data.resolution or info.resolution,
         config.data,
+        heldout=index.heldout,
         min_step=info.min_step,
         seed=config.train.seed,
     )

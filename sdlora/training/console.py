@@ -50,12 +50,15 @@ class Report:
             TextColumn("ETA"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, speed_estimate_period=60) as progress:
+        progress = Progress(*columns, console=self.console, speed_estimate_period=60)
+        try:
             yield Meter(progress, progress.add_task(title, total=total, completed=done, note=""))
+        finally:
+            progress.stop()
 
 
 class Meter:
-    """One progress bar."""
+    """One progress bar; it appears with the first thing done, so that a mistake is no empty bar."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
@@ -63,8 +66,10 @@ class Meter:
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Counts what is done, and notes how it goes."""
+        self._progress.start()
         self._progress.update(self._task, advance=count, note=note)
 
     def show(self, done: int, total: int) -> None:
         """Sets what is done, and of how much."""
+        self._progress.start()
         self._progress.update(self._task, completed=done, total=total)

@@ -16,7 +16,7 @@ from sdlora.data.cache import TensorCache, latent_key, text_key
 from sdlora.data.images import crop_image, load_image
 from sdlora.data.records import ImageRecord
 from sdlora.data.tensors import image_to_tensor
-from sdlora.errors import ModelError
+from sdlora.errors import DataError, ModelError
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.training.console import Report
 
@@ -65,6 +65,10 @@ class Encodings:
             for job in jobs:
                 self.hidden(job) if isinstance(job, str) else self.posterior(*job)
                 meter.advance()
+        if self.cache.problem:
+            if share[1] > 1:
+                raise DataError(f"{self.cache.problem}; several processes need it: set SDLORA_CACHE")
+            report.warn(self.cache.problem)
 
     def posterior(self, record: ImageRecord, crop: Crop) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the VAE's posterior, each (C, H, W) on the CPU.

@@ -54,8 +54,8 @@ class LossGuard:
         self.skipped_in_row += 1
         if self.skipped_in_row >= self.max_skipped:
             raise TrainingDiverged(
-                f"loss {loss:g} or gradient norm {grad_norm:g} is not finite at step {step}, the "
-                f"{self.skipped_in_row}th step in a row (learning rate {learning_rate:g}, images "
+                f"loss {loss:g} or gradient norm {grad_norm:g} is not finite at step {step}, for "
+                f"{self.skipped_in_row} steps in a row (learning rate {learning_rate:g}, images "
                 f"{', '.join(images)}); lower train.learning_rate or use train.precision=bf16; {last_good}"
             )
         return False

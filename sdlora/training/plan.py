@@ -202,9 +202,10 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     config = _resolve(config, info, index, num_processes)
     assert config.data.resolution
     buckets = plan_buckets(
-        (*index.records, *index.heldout),
+        index.records,
         config.data.resolution,
         config.data,
+        heldout=index.heldout,
         min_step=info.min_step,
         seed=config.train.seed,
     )

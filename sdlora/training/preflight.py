@@ -57,9 +57,10 @@ def check_folder(config: RunConfig, sheet: Path | None = None) -> Checkup:
     index = scan_dataset(config.images, config.data, config.train.seed)
     resolution = config.data.resolution or info.resolution
     buckets = plan_buckets(
-        (*index.records, *index.heldout),
+        index.records,
         resolution,
         config.data,
+        heldout=index.heldout,
         min_step=info.min_step,
         seed=config.train.seed,
     )

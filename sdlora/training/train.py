@@ -18,7 +18,7 @@ from sdlora.training.device import Precision, describe_environment, make_acceler
 from sdlora.training.finish import finish
 from sdlora.training.loop import Trainer
 from sdlora.training.plan import RunPlan, check_disk, make_plan
-from sdlora.training.prepare import Prepared, prepare
+from sdlora.training.prepare import prepare
 
 RESUMABLE = {
     "train.steps",
@@ -178,7 +178,12 @@ def _run(
 ) -> RunFolder:
     set_seed(plan.config.train.seed)
     prepared = prepare(plan, accelerator, precision, report)
-    report.say(f"attention {attention_kernel(prepared.base.unet)}, text encoder and VAE {_dtypes(prepared)}")
+    kernel, dtypes = attention_kernel(prepared.base.unet), prepared.base.dtypes
+    autocast = "on" if precision.compute != precision.base else "off"
+    report.say(
+        f"attention {kernel}; UNet {dtypes['unet']}, VAE {dtypes['vae']}, "
+        f"text encoder {dtypes['text_encoder']}, autocast {autocast}"
+    )
     if plan.config.train.trackers:
         _start_trackers(accelerator, plan)
     trainer = Trainer(run, plan, prepared, accelerator, precision, report)
@@ -187,6 +192,7 @@ def _run(
         if accelerator.is_main_process:
             run.write_config(plan.config)
             run.cut_events(trainer.step)
+    trainer.event("prepared", attention=kernel, dtypes={**dtypes, "adapter": "float32"}, autocast=autocast)
     try:
         trainer.train()
     except TrainingDiverged as error:
@@ -196,11 +202,6 @@ def _run(
         accelerator.end_training()
     finish(trainer)
     return run
-
-
-def _dtypes(prepared: Prepared) -> str:
-    dtypes = prepared.base.dtypes
-    return f"{dtypes['text_encoder']} and {dtypes['vae']}"
 
 
 def _start_trackers(accelerator: Accelerator, plan: RunPlan) -> None:

@@ -16,6 +16,7 @@ import sdlora
 from sdlora.errors import TrainingDiverged
 from sdlora.lora.attach import lora_layers
 from sdlora.lora.files import load_adapter
+from sdlora.training.optimizer import learning_rate
 from sdlora.training.train import train
 
 
@@ -45,7 +46,7 @@ def run(make_images, small, tmp_path, no_network):
 
 
 def test_a_whole_run(run, capsys):
-    """R-16, R-27, R-39, R-42, R-45: the folder holds what was planned, and nothing else."""
+    """R-08, R-11, R-16, R-27, R-39, R-45, R-46: the folder holds what was planned, and nothing else."""
     files = sorted(str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file())
     states = [
         f"checkpoints/step-00000{n}/{name}"
@@ -88,6 +89,11 @@ def test_a_whole_run(run, capsys):
     ):
         assert all(math.isfinite(event[key]) for event in steps), key
     assert [event["event"] for event in run.events()][-1] == "done"
+    settings = run.read_config().train
+    assert [e["learning_rate"] for e in steps] == [learning_rate(n, settings, 6) for n in range(6)]
+    [prepared] = run.events("prepared")
+    assert prepared["attention"] == "SDPA"
+    assert prepared["dtypes"] == dict.fromkeys(("unet", "vae", "text_encoder", "adapter"), "float32")
     environment = run.read_environment()
     assert environment["compute_dtype"] == environment["base_dtype"] == environment["adapter_dtype"] == "fp32"
     with Image.open(run.loss_curve) as curve:

@@ -1,0 +1,356 @@
+"""Commands as people type them: one clear line and exit code 2 for a mistake, nothing written or lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from sdlora.cli import main
+from sdlora.lora.adapter import Adapter, LowRank
+from sdlora.lora.files import save_adapter
+from sdlora.runs import RunFolder
+
+QUICK = [
+    "data.resolution=64",
+    "lora.rank=2",
+    "train.batch_size=2",
+    "train.steps=2",
+    "train.save_every=0",
+    "train.sample_every=0",
+    "train.evaluate_every=0",
+    "sample.steps=2",
+    "sample.seeds=0",
+]
+
+
+@pytest.fixture
+def sdlora(capsys, monkeypatch, tmp_path):
+    """Runs a command in an empty folder: (exit code, what was printed, the lines of the error)."""
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.chdir(place)
+
+    def run(*arguments: object) -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["sdlora", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err.splitlines()
+
+    return run
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def small_run(sdlora, make_images, tmp_path):
+    """A finished run of two steps."""
+    code, _, errors = sdlora("train", make_images("drawings"), "--out", tmp_path / "run", *QUICK)
+    assert code == 0, errors
+    return RunFolder(tmp_path / "run")
+
+
+def make_lora(path: Path, family: str = "sd1", width: int = 4) -> Path:
+    pair = LowRank(torch.ones(1, width), torch.ones(width, 1))
+    module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    return save_adapter(path, Adapter({module: pair}, 1, 1.0, family))
+
+
+MISTAKES = {
+    "no folder": (["train", "nowhere"], "image folder nowhere does not exist"),
+    "empty folder": (["train", "{empty}"], "no images to train on in {empty}"),
+    "folder without images": (["train", "{texts}"], "no images"),
+    "captions missing": (["train", "{bare}"], "caption"),
+    "unknown key": (
+        ["train", "{images}", "lora.rnk=4"],
+        "lora.rnk is not a setting; did you mean lora.rank?",
+    ),
+    "wrong type": (["train", "{images}", "train.steps=soon"], "train.steps = 'soon' must be a whole number"),
+    "rank 0": (["train", "{images}", "lora.rank=0"], "lora.rank = 0 must be at least 1"),
+    "no such config": (
+        ["train", "{images}", "--config", "none.toml"],
+        "config file none.toml does not exist",
+    ),
+    "no such base": (["train", "{images}", "--base", "nobase"], "base.source = nobase does not exist"),
+    "a LoRA as base": (["train", "{images}", "--base", "{lora}"], "is a LoRA file, not a base"),
+    "a folder as base": (["train", "{images}", "--base", "{texts}"], "base.source = {texts}"),
+    "no such target": (["train", "{images}", "lora.targets=foo"], "lora.targets = ['foo']: 'foo' matches no"),
+    "a bad resolution": (
+        ["train", "{images}", "data.resolution=100"],
+        "data.resolution = 100 must be a multiple of 8",
+    ),
+    "no such tracker": (
+        ["train", "{images}", "train.trackers=wandbb"],
+        "train.trackers has 'wandbb'; known are",
+    ),
+    "fp16 on a CPU": (["train", "{images}", "train.precision=fp16"], "train.precision = fp16 needs a GPU"),
+    "a placeholder without a trigger": (
+        ["train", "{images}", "sample.prompts=a {{trigger}} cat"],
+        "sample.prompts has {{trigger}} in 'a {{trigger}} cat' but data.trigger is not set",
+    ),
+    "another prediction": (
+        ["train", "{images}", "objective.prediction_type=epsilon"],
+        "objective.prediction_type = epsilon but the base builtin predicts v_prediction",
+    ),
+    "out is a file": (["train", "{images}", "--out", "{text}"], "--out {text} is a file; give a folder"),
+    "out below a file": (["train", "{images}", "--out", "{text}/run"], "cannot be written"),
+    "resume of no run": (["resume", "{empty}"], "{empty} holds no run (no config.json)"),
+    "resume of nothing": (["resume", "nowhere"], "run folder nowhere does not exist"),
+    "sample of nothing": (["sample", "nowhere.safetensors", "--prompt", "a cat"], "nowhere.safetensors"),
+    "sample of a text": (["sample", "{text}", "--prompt", "a cat"], "{text}"),
+    "an empty prompt": (["sample", "--prompt", " "], "sample.prompts holds an empty prompt"),
+    "no prompt": (["sample"], "there is no prompt; give --prompt TEXT"),
+    "strengths that are none": (
+        ["sample", "--prompt", "x", "--strengths", "a,b"],
+        "--strengths a,b must be numbers",
+    ),
+    "a size that is none": (["sample", "--prompt", "x", "--size", "big"], "--size big must be WIDTHxHEIGHT"),
+    "no such scheduler": (["sample", "--prompt", "x", "--scheduler", "Eulr"], "sample.scheduler = 'Eulr'"),
+    "prompts that are none": (["sample", "--prompts", "{text}"], "holds no prompt"),
+    "a LoRA of another family": (["sample", "{lora2}", "--prompt", "x"], "is for family sd2"),
+    "a LoRA of another shape": (["sample", "{lora}", "--prompt", "x"], "down_blocks.0"),
+    "info of a truncated file": (["info", "{cut}"], "{cut} is incomplete"),
+    "info of a text": (["info", "{text}"], "{text}"),
+    "info of another kind": (["info", "{weights}"], "{weights}"),
+    "a pickle": (["info", "{pickle}"], "{pickle}"),
+    "export to nowhere": (["export", "{lora}"], "needs --out FILE or --push-to-hub REPO"),
+    "export to no dialect": (
+        ["export", "{lora}", "--format", "onnx", "--out", "x.safetensors"],
+        "export.formats",
+    ),
+    "export to no safetensors": (["export", "{lora}", "--out", "x.pt"], "must end in .safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(sdlora, make_images, tmp_path, name):
+    """R-25, R-26, R-30, R-35, R-40, R-41: what, the value seen, the remedy; exit 2; no file is left or changed."""
+    arguments, expected = MISTAKES[name]
+    places = {
+        kind: tmp_path / kind
+        for kind in ("empty", "texts", "bare", "text", "lora", "lora2", "cut", "weights", "pickle")
+    }
+    places["images"] = make_images("images")
+    for kind in ("empty", "texts", "bare"):
+        places[kind].mkdir()
+    (places["texts"] / "notes.md").write_text("# notes", encoding="utf-8")
+    Image.new("RGB", (64, 64)).save(places["bare"] / "a.png")
+    places["text"].write_text("# a comment\n", encoding="utf-8")
+    for kind in ("lora", "lora2", "cut", "weights"):
+        places[kind] = places[kind].with_suffix(".safetensors")
+    make_lora(places["lora"])
+    make_lora(places["lora2"], "sd2")
+    places["cut"].write_bytes(places["lora"].read_bytes()[:-9])
+    save_file({"decoder.conv_in.weight": torch.ones(2)}, places["weights"])
+    places["pickle"] = places["pickle"].with_suffix(".pt")
+    places["pickle"].write_bytes(b"PK\x03\x04")
+    before = files_below(tmp_path)
+
+    code, _, errors = sdlora(*(argument.format(**places) for argument in arguments))
+
+    assert code == 2, errors
+    assert len(errors) == 1, errors
+    assert errors[0].startswith("sdlora: ")
+    assert expected.format(**places) in errors[0]
+    assert files_below(tmp_path) == before
+
+
+def test_a_run_is_never_overwritten(sdlora, small_run, make_images):
+    """A folder that holds a run is refused; without --out a free name is taken."""
+    before = {path: path.read_bytes() for path in small_run.path.rglob("*") if path.is_file()}
+    code, _, errors = sdlora("train", make_images("more"), "--out", small_run.path, *QUICK)
+    assert (code, len(errors)) == (2, 1)
+    assert "already holds a run" in errors[0]
+    assert {path: path.read_bytes() for path in small_run.path.rglob("*") if path.is_file()} == before
+
+
+def test_default_names(sdlora, make_images):
+    """`runs/NAME` after the image folder, `runs/NAME-2` when that is taken; the built-in base is said."""
+    images = make_images("style")
+    code, printed, _ = sdlora("train", images, *QUICK)
+    assert code == 0
+    assert printed.startswith("device    ")
+    assert "no --base was given: training on the built-in base" in printed
+    assert "load it   pipe.load_lora_weights(" in printed
+    assert sdlora("train", images, *QUICK)[0] == 0
+    assert files_below(Path("runs"))[0] == "style"
+    assert (Path("runs") / "style-2" / "adapters" / "final.safetensors").is_file()
+
+
+def test_dry_run(sdlora, make_images):
+    """R-16: the plan is printed, no weight is loaded, nothing is written."""
+    code, printed, _ = sdlora("train", make_images("style", ((64, 64),) * 5), "--dry-run", *QUICK)
+    assert code == 0
+    for part in ("5 images", "2 of batch 2 = global batch 2", "modules", "rank 2", "disk"):
+        assert part in printed
+    assert printed.splitlines()[-1] == "dry run: nothing was loaded, nothing was written"
+    assert files_below(Path()) == []
+
+
+def test_sample_verb(sdlora, small_run, tmp_path):
+    """prompts × strengths × seeds, base first; --step; never over an older grid; the base alone."""
+    out = tmp_path / "grids"
+    code, _, errors = sdlora(
+        "sample",
+        small_run.path,
+        "--prompt",
+        "a red circle",
+        "--prompt",
+        "a dog",
+        "--strengths",
+        "0,0.5,1",
+        "--seeds",
+        "3",
+        "--steps",
+        2,
+        "--out",
+        out,
+        "--size",
+        "64x96",
+    )
+    assert code == 0, errors
+    assert files_below(out) == [*(f"{n:02d}.png" for n in range(6)), "grid.png"]
+    with Image.open(out / "05.png") as picture:
+        assert picture.size == (64, 96)
+        assert picture.text["parameters"].startswith("a dog")
+        assert "Seed: 3" in picture.text["parameters"]
+    code, _, errors = sdlora("sample", small_run.path, "--prompt", "x", "--out", out)
+    assert (code, errors[0].endswith("already holds a grid; give another folder")) == (2, True)
+    code, _, errors = sdlora("sample", small_run.path, "--step", 7)
+    assert (code, "saved are 2" in errors[0]) == (2, True)
+    code, _, errors = sdlora("sample", "--prompt", "a cat", "--seeds", "0", "--steps", 2, "--size", "64x64")
+    assert code == 0, errors
+    assert files_below(Path("samples/base")) == ["00.png", "grid.png"]
+    code, _, errors = sdlora("sample", small_run.adapter, "--prompt", "a cat", "--steps", 2, "--seeds", 0)
+    assert code == 0, errors
+    assert files_below(Path("samples/final")) == ["00.png", "01.png", "grid.png"]
+
+
+def test_export_info_cache_doctor(sdlora, small_run, make_images, tmp_path):
+    """The verbs that read and convert."""
+    out = tmp_path / "mine.safetensors"
+    code, printed, _ = sdlora("export", small_run.path, "--format", "kohya", "--out", out)
+    assert code == 0
+    assert "kohya" in printed
+    code, printed, _ = sdlora("info", out)
+    assert code == 0
+    for part in ("sd1", "kohya", "rank"):
+        assert part in printed
+    code, printed, _ = sdlora("cache", "--clear")
+    assert code == 0
+    assert "cleared" in printed
+    sheet = tmp_path / "sheet.png"
+    code, printed, _ = sdlora("doctor", make_images("folder"), "--contact-sheet", sheet)
+    assert code == 0
+    assert printed.splitlines()[-1] == "ready to train"
+    assert sheet.is_file()
+    bad = make_images("bad")
+    (bad / "broken.png").write_bytes(b"\x89PNG\r\n")
+    code, printed, _ = sdlora("doctor", bad)
+    assert code == 1
+    assert "broken.png" in printed
+
+
+def test_evaluate_verb(sdlora, make_images, tmp_path):
+    """Held-out loss and picture distance, base beside style; a run without held-out pictures says so."""
+    images = make_images("eight", ((64, 64),) * 8)
+    assert sdlora("train", images, "--out", tmp_path / "run", "data.heldout=0.25", *QUICK)[0] == 0
+    code, printed, errors = sdlora("evaluate", tmp_path / "run")
+    assert code == 0, errors
+    assert "held-out loss" in printed
+    assert "picture distance" in printed
+    assert RunFolder(tmp_path / "run").evaluation_file.is_file()
+
+
+def test_version_and_help(sdlora):
+    """`--version`, and `--help` for every verb."""
+    code, printed, _ = sdlora("--version")
+    assert (code, printed.split()[0]) == (0, "sdlora")
+    for verb in ("train", "resume", "sample", "evaluate", "doctor", "export", "info", "cache"):
+        code, printed, _ = sdlora(verb, "--help")
+        assert code == 0
+        assert "Usage" in printed
+
+
+def test_help_is_quick():
+    """`sdlora --help` takes under 0.3 s of processor time: nothing heavy is imported."""
+    code = "import sys; sys.argv = ['sdlora', '--help']; from sdlora.cli import main; main()"
+    times = []
+    for _ in range(3):
+        before = os.times()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        after = os.times()
+        times.append(
+            after.children_user + after.children_system - before.children_user - before.children_system
+        )
+    assert min(times) < 0.3
+
+
+def start_training(images: Path, out: Path, steps: int) -> subprocess.Popen[str]:
+    quick = [part for part in QUICK if not part.startswith(("train.steps", "train.save_every"))]
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "sdlora",
+            "train",
+            str(images),
+            "--out",
+            str(out),
+            *quick,
+            f"train.steps={steps}",
+            "train.save_every=2",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_checkpoint(run: RunFolder, process: subprocess.Popen[str]) -> None:
+    limit = time.monotonic() + 120
+    while not run.checkpoint_steps():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("how", ["interrupt", "kill"])
+def test_stopping_a_process(make_images, tmp_path, how):
+    """R-23: Ctrl-C saves and exits 130; kill -9 leaves the last complete checkpoint; both go on afterwards."""
+    run = RunFolder(tmp_path / "run")
+    process = start_training(make_images("drawings"), run.path, 10_000)
+    try:
+        wait_for_checkpoint(run, process)
+        process.send_signal(signal.SIGINT if how == "interrupt" else signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    steps = run.checkpoint_steps()
+    if how == "interrupt":
+        assert process.returncode == 130
+        assert errors.splitlines()[-1].startswith(
+            f"sdlora: stopped at step {steps[-1]} of 10000; `sdlora resume"
+        )
+        assert run.saved_steps()[-1] == steps[-1]
+    assert steps
+    from sdlora.training.train import resume
+
+    resume(run.path, {"train.steps": steps[-1] + 1}, quiet=True)
+    assert run.adapter.name == "final.safetensors"
+    assert [event["step"] for event in run.events("step")] == list(range(1, steps[-1] + 2))
