@@ -5,37 +5,31 @@ B batch, C channels, h w latent size, L tokens, D width.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from sdlora.errors import ConfigError
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mounted
-from sdlora.models.info import BaseInfo
 from sdlora.models.load import StableDiffusionPipeline
 from sdlora.models.quiet import quiet
 from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.sampling.checks import check_prompts, resolve_settings
 from sdlora.sampling.pictures import Picture, SampleSettings
 from sdlora.sampling.schedulers import make_scheduler
 from sdlora.sampling.state import undisturbed
 
-PLACEHOLDER = re.compile(r"\{[^{}]*\}")
 LATENT_UNIT_PX = 8
 BLANK = "#e6e6e6"
 
 __all__ = [
     "Picture",
     "SampleSettings",
-    "check_prompts",
     "encode_prompts",
     "generate",
-    "resolve_settings",
     "strength_columns",
 ]
 
@@ -80,14 +74,14 @@ def generate(
     """
     settings = resolve_settings(base.info, settings)
     check_prompts(prompts)
-    hidden = {**encode_prompts(base, [p for p in prompts if p not in (text or {})], settings, text)}
+    hidden = encode_prompts(base, prompts, settings, text)
     rows = [Row(prompt, seed) for prompt in prompts for seed in seeds]
     columns = strength_columns(adapter, strengths)
     pictures: dict[float, list[Picture]] = {strength: [] for strength in columns}
     with undisturbed(base.unet), torch.autocast(base.device.type, enabled=False):
         pipeline = _pipeline(base, settings)
         for strength in columns:
-            stack = [(adapter, strength)] if adapter is not None and strength != 0 else []
+            stack = [(adapter, strength)] if adapter is not None else []
             with mounted(base.unet, stack):
                 for batch in _batches(rows, settings.batch_size):
                     latents = _denoise(base, pipeline, batch, hidden, settings)
@@ -103,65 +97,6 @@ def generate(
 def strength_columns(adapter: Adapter | None, strengths: Sequence[float]) -> list[float]:
     """The columns of a grid: 0 for the base, then each other strength once."""
     return list(dict.fromkeys([0.0, *(float(strength) for strength in strengths)])) if adapter else [0.0]
-
-
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Refuses what cannot be a prompt.
-
-    Raises:
-        ConfigError: With one line for each prompt that is empty or has a placeholder left in it (R-30).
-    """
-    problems = [] if prompts else ["sample.prompts is empty; give at least one prompt"]
-    for prompt in prompts:
-        left = PLACEHOLDER.search(prompt)
-        if not prompt.strip():
-            problems.append("sample.prompts holds an empty prompt; write what the picture should show")
-        elif left and left.group() == "{trigger}":
-            problems.append(
-                f"prompt {prompt!r} has {{trigger}} in it but no trigger is set; set data.trigger"
-            )
-        elif left:
-            problems.append(f"prompt {prompt!r} has the placeholder {left.group()} left in it; replace it")
-    if problems:
-        raise ConfigError(*problems)
-
-
-def resolve_settings(info: BaseInfo, settings: SampleSettings) -> SampleSettings:
-    """Fills in the base's own choices and checks the rest against it.
-
-    Raises:
-        ConfigError: With one line for each setting that does not fit.
-    """
-    scheduler = make_scheduler(info, settings.scheduler)
-    name = type(scheduler).__name__
-    sides = {"width": settings.width or info.resolution, "height": settings.height or info.resolution}
-    problems = [
-        f"sample.{name} = {side} must be a multiple of {info.min_step} pixels; "
-        f"use {max(1, round(side / info.min_step)) * info.min_step}"
-        for name, side in sides.items()
-        if side < info.min_step or side % info.min_step
-    ]
-    if not 1 <= settings.steps <= info.num_train_timesteps:
-        problems.append(
-            f"sample.steps = {settings.steps} must be 1 to {info.num_train_timesteps} (the base's timesteps)"
-        )
-    elif not _can_step(scheduler, settings.steps):
-        problems.append(f"sample.steps = {settings.steps} is too few for {name}; use 20 to 50")
-    if problems:
-        raise ConfigError(*problems)
-    guidance = info.guidance if settings.guidance is None else settings.guidance
-    width, height = sides["width"], sides["height"]
-    return replace(settings, guidance=guidance, scheduler=name, width=width, height=height)
-
-
-def _can_step(scheduler: Any, steps: int) -> bool:
-    """Whether a scheduler has timesteps for so few; PNDM, the one of SD 1.5, wants four."""
-    try:
-        with quiet():
-            scheduler.set_timesteps(steps)
-    except (ValueError, IndexError):
-        return False
-    return True
 
 
 def encode_prompts(
