@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from sdlora.config import RunConfig, load_config
     from sdlora.errors import SdloraError
     from sdlora.evaluation.evaluate import evaluate
-    from sdlora.export import export
+    from sdlora.export import export_adapter
     from sdlora.lora.adapter import Adapter
     from sdlora.lora.files import inspect_adapter, load_adapter, save_adapter
     from sdlora.runs import RunFolder
@@ -26,7 +26,7 @@ _PUBLIC = {
     "RunFolder": "sdlora.runs",
     "SdloraError": "sdlora.errors",
     "evaluate": "sdlora.evaluation.evaluate",
-    "export": "sdlora.export",
+    "export_adapter": "sdlora.export",
     "inspect_adapter": "sdlora.lora.files",
     "load_adapter": "sdlora.lora.files",
     "load_config": "sdlora.config",
@@ -43,7 +43,7 @@ __all__ = [
     "SdloraError",
     "__version__",
     "evaluate",
-    "export",
+    "export_adapter",
     "inspect_adapter",
     "load_adapter",
     "load_config",

@@ -30,14 +30,14 @@ def export(
     from sdlora.config import load_config
     from sdlora.errors import ConfigError
 
-    load_config(None, {"export.formats": [format], "export.precision": precision})
+    settings = load_config(None, {"export.formats": [format], "export.precision": precision}).export
     if out is None and push_to_hub is None:
         raise ConfigError("sdlora export needs --out FILE or --push-to-hub REPO")
     from sdlora.export import export as write
     from sdlora.export import push_run
 
     if out is not None:
-        report = write(source, out, dialect=format, precision=precision)
+        report = write(source, out, dialect=settings.formats[0], precision=settings.precision)
         for line in report.lines():
             typer.echo(line)
     if push_to_hub is not None:
