@@ -1,4 +1,4 @@
-"""Fixtures that every test folder shares: one thread, no network, a cache of its own, small picture folders."""
+"""Fixtures that every test folder shares: one thread, no network, a cache of its own, small pictures."""
 
 from __future__ import annotations
 

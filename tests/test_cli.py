@@ -138,7 +138,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line(sdlora, make_images, tmp_path, name):
-    """R-25, R-26, R-30, R-35, R-40, R-41: what, the value seen, the remedy; exit 2; no file is left or changed."""
+    """R-25, R-26, R-30, R-35, R-40, R-41: what, the value, the remedy; exit 2; no file is left behind."""
     arguments, expected = MISTAKES[name]
     places = {
         kind: tmp_path / kind
@@ -268,11 +268,13 @@ def test_export_info_cache_doctor(sdlora, small_run, make_images, tmp_path):
 def test_evaluate_verb(sdlora, make_images, tmp_path):
     """Held-out loss and picture distance, base beside style; a run without held-out pictures says so."""
     images = make_images("eight", ((64, 64),) * 8)
-    assert sdlora("train", images, "--out", tmp_path / "run", "data.heldout=0.25", *QUICK)[0] == 0
+    arguments = ["--trigger", "dotty", "data.heldout=0.25", *QUICK]
+    assert sdlora("train", images, "--out", tmp_path / "run", *arguments)[0] == 0
     code, printed, errors = sdlora("evaluate", tmp_path / "run")
     assert code == 0, errors
     assert "held-out loss" in printed
     assert "picture distance" in printed
+    assert "without trigger" in printed
     assert RunFolder(tmp_path / "run").evaluation_file.is_file()
 
 
@@ -332,7 +334,7 @@ def wait_for_checkpoint(run: RunFolder, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize("how", ["interrupt", "kill"])
 def test_stopping_a_process(make_images, tmp_path, how):
-    """R-23: Ctrl-C saves and exits 130; kill -9 leaves the last complete checkpoint; both go on afterwards."""
+    """R-23: Ctrl-C saves and exits 130; kill -9 leaves the last checkpoint; both go on."""
     run = RunFolder(tmp_path / "run")
     process = start_training(make_images("drawings"), run.path, 10_000)
     try:

@@ -145,8 +145,8 @@ def test_the_keys_are_pinned():
         "lora": "alpha init_from rank targets",
         "objective": "force_prediction_type min_snr_gamma noise_offset prediction_type timestep_range",
         "train": "accumulate batch_size evaluate_every grad_clip gradient_checkpointing keep_checkpoints "
-        "learning_rate max_skipped_steps optimizer optimizer_args precision sample_every save_every schedule seed "
-        "steps trackers warmup",
+        "learning_rate max_skipped_steps optimizer optimizer_args precision sample_every save_every schedule "
+        "seed steps trackers warmup",
         "sample": "batch_size guidance negative_prompt prompts scheduler seeds steps strengths",
         "export": "formats include_captions precision",
     }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class Evaluation:
             and the held-out pictures, without the adapter.
         style_distance: And with it.
         style_wins: For how many pictures the style's sample is nearer than the base's.
+        untriggered_distance: And with the adapter, but the trigger taken out of the captions; None
+            without a trigger.
     """
 
     images: int
@@ -55,17 +57,31 @@ class Evaluation:
     base_distance: float
     style_distance: float
     style_wins: int
+    untriggered_distance: float | None = None
+
+    @property
+    def bleed(self) -> float | None:
+        """The share of the style's gain that is there without the trigger (R-30)."""
+        gain = self.base_distance - self.style_distance
+        if self.untriggered_distance is None or gain <= 0:
+            return None
+        return (self.base_distance - self.untriggered_distance) / gain
 
     def lines(self) -> list[str]:
         """As printed."""
         change = self.style_loss.loss / self.base_loss.loss - 1
         closer = self.style_distance / self.base_distance - 1
-        return [
-            f"held-out loss     base {self.base_loss.loss:.4f}, style {self.style_loss.loss:.4f} ({change:+.1%})",
-            f"picture distance  base {self.base_distance:.3f}, style {self.style_distance:.3f} ({closer:+.1%}), "
-            f"style nearer in {self.style_wins} of {self.images} (RMS of VAE latents, samples against "
-            "held-out pictures of the same caption)",
+        lines = [
+            f"held-out loss     base {self.base_loss.loss:.4f}, style {self.style_loss.loss:.4f} "
+            f"({change:+.1%}) on {self.images} pictures",
+            f"picture distance  base {self.base_distance:.3f}, style {self.style_distance:.3f} "
+            f"({closer:+.1%}); the style is nearer for {self.style_wins} of {self.images}",
+            "                  (root mean square of VAE latents, samples against held-out pictures)",
         ]
+        if self.untriggered_distance is not None:
+            share = "" if self.bleed is None else f": {self.bleed:.0%} of the style is there without it"
+            lines.append(f"without trigger   {self.untriggered_distance:.3f}{share}")
+        return lines
 
 
 def evaluate(
@@ -103,25 +119,36 @@ def evaluate(
     )
     drawings = [_as_seen(record, plan, config) for record in records]
     base_loss, style_loss = _losses(base, adapter, records, drawings)
-    samples = _samples(base, adapter, config, records, plan, seed, progress)
-    distances = {
-        strength: [
-            picture_distance(base, [sample], [drawing])
-            for sample, drawing in zip(samples[strength], drawings, strict=True)
-        ]
-        for strength in (0.0, 1.0)
-    }
+    trigger = config.data.trigger
+    total = len(records) * (3 if trigger else 2)
+    captions = [record.caption for record in records]
+    samples = _samples(base, adapter, config, records, captions, plan, seed)
+    plain, styled = (_distances(base, samples[strength], drawings) for strength in (0.0, 1.0))
+    if progress is not None:
+        progress(2 * len(records), total)
+    untriggered = None
+    if trigger:
+        bare = [remove_trigger(caption, trigger) for caption in captions]
+        without = _samples(base, adapter, config, records, bare, plan, seed)[1.0]
+        untriggered = _mean(_distances(base, without, drawings))
     result = Evaluation(
         images=len(records),
         base_loss=base_loss,
         style_loss=style_loss,
-        base_distance=_mean(distances[0.0]),
-        style_distance=_mean(distances[1.0]),
-        style_wins=sum(style < plain for plain, style in zip(distances[0.0], distances[1.0], strict=True)),
+        base_distance=_mean(plain),
+        style_distance=_mean(styled),
+        style_wins=sum(style < base for base, style in zip(plain, styled, strict=True)),
+        untriggered_distance=untriggered,
     )
-    values: dict[str, Any] = {**asdict(result), "adapter": folder.adapter.name, "seed": seed}
+    values = {**asdict(result), "bleed": result.bleed, "adapter": folder.adapter.name, "seed": seed}
     write_json(folder.evaluation_file, values)
     return result
+
+
+def remove_trigger(caption: str, trigger: str) -> str:
+    """The caption without its trigger, and without the comma that went with it."""
+    bare = re.sub(rf"\b{re.escape(trigger)}\b", "", caption, flags=re.IGNORECASE)
+    return re.sub(r"\s*,(?:\s*,)*\s*", ", ", bare).strip(" ,") or "a picture"
 
 
 def _as_seen(record: ImageRecord, plan: BucketPlan, config: RunConfig) -> Tensor:
@@ -149,9 +176,9 @@ def _samples(
     adapter: Adapter,
     config: RunConfig,
     records: Sequence[ImageRecord],
+    captions: Sequence[str],
     plan: BucketPlan,
     seed: int,
-    progress: Callable[[int, int], None] | None,
 ) -> dict[float, list[Tensor]]:
     """Samples of the captions, each in the size of its picture, for strengths 0 and 1."""
     groups: dict[Size, list[int]] = defaultdict(list)
@@ -160,14 +187,16 @@ def _samples(
     found: dict[tuple[float, int], Tensor] = {}
     for size, numbers in groups.items():
         request = make_request(config.sample, base.info, (size.width, size.height))
-        captions = [records[number].caption for number in numbers]
-        pictures = generate(base, adapter, captions, [seed], [1.0], request.settings)
+        prompts = [captions[number] for number in numbers]
+        pictures = generate(base, adapter, prompts, [seed], [1.0], request.settings)
         by_strength = {strength: [p for p in pictures if p.strength == strength] for strength in (0.0, 1.0)}
         for strength, made in by_strength.items():
             found |= {(strength, n): to_pixels(p.image) for n, p in zip(numbers, made, strict=True)}
-        if progress is not None:
-            progress(len(found), 2 * len(records))
     return {strength: [found[strength, n] for n in range(len(records))] for strength in (0.0, 1.0)}
+
+
+def _distances(base: StableDiffusion, samples: Sequence[Tensor], drawings: Sequence[Tensor]) -> list[float]:
+    return [picture_distance(base, [one], [other]) for one, other in zip(samples, drawings, strict=True)]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -19,7 +19,6 @@ from sdlora.errors import ModelError
 from sdlora.models.info import BaseInfo
 from sdlora.models.tokens import TokenCount, count_tokens
 
-
 # A decoder needs gigabytes for each megapixel: small pictures are decoded together, large ones one by one.
 DECODE_AT_ONCE_PX = 512 * 512
 

@@ -19,6 +19,7 @@ from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.runs import RunFolder, next_free_folder
+from sdlora.sampling.checks import check_prompts, resolve_settings
 from sdlora.sampling.generate import SampleSettings, generate
 from sdlora.sampling.grid import make_grid, save_pictures
 
@@ -115,9 +116,13 @@ def sample(
             warn(line)
     side = config.data.resolution or info.resolution
     request = make_request(_place_trigger(config, subject.adapter), info, size or (side, side))
+    check_prompts(request.prompts)
+    resolve_settings(info, request.settings)
     device = choose_device()
     loaded = load_base(info, dtype=subject.dtype or choose_dtype(device), device=device)
-    return sample_to_folder(loaded, subject.adapter, request, folder, title=subject.title, progress=progress)
+    return sample_to_folder(
+        loaded, subject.adapter, request, folder, name=subject.name, title=subject.title, progress=progress
+    )
 
 
 @dataclass(frozen=True)
@@ -187,6 +192,7 @@ def sample_to_folder(
     request: SampleRequest,
     folder: Path,
     *,
+    name: str = "",
     title: str = "",
     text: Mapping[str, Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -198,6 +204,7 @@ def sample_to_folder(
         adapter: The adapter to show, or None for the base alone.
         request: What to sample.
         folder: Gets `grid.png` and the single pictures.
+        name: What the adapter is called in the pictures' metadata.
         title: Written above the grid.
         text: Text states by prompt, where the text encoder has left the device.
         progress: Told (finished, total) pictures.
@@ -217,5 +224,5 @@ def sample_to_folder(
         text=text,
         progress=None if progress is None else lambda done: progress(done, total),
     )
-    metadata = {"base": base.info.name, "adapter": title if adapter is not None else None}
+    metadata = {"base": base.info.name, "adapter": name if adapter is not None else None}
     return save_pictures(folder, pictures, make_grid(pictures, title=title), metadata)

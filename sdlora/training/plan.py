@@ -124,19 +124,21 @@ class RunPlan:
         share = self.num_trainable / self.num_base
         warmup = num_warmup_steps(train.warmup, self.steps)
         epochs = self.steps / self.order.steps_per_epoch
+        scale = lora.trained_alpha / lora.rank
         accumulation = f" x {train.accumulate} accumulated" if train.accumulate > 1 else ""
         processes = f" x {self.num_processes} processes" if self.num_processes > 1 else ""
         return [
             f"base      {info.name} ({info.family}, {info.prediction_type}, {info.resolution} px, "
             f"{self.num_base / 1e6:.1f} M in the UNet)",
             *self.data_lines,
-            f"adapter   rank {lora.rank}, alpha {lora.trained_alpha:g}, scale {lora.trained_alpha / lora.rank:g}; "
-            f"{len(self.targets)} modules, {self.num_trainable / 1e6:.2f} M trainable ({share:.2%} of the UNet), "
-            f"file {self.adapter_bytes / 1e6:.1f} MB",
+            f"adapter   rank {lora.rank}, alpha {lora.trained_alpha:g}, scale {scale:g}; "
+            f"{len(self.targets)} modules, {self.num_trainable / 1e6:.2f} M trainable "
+            f"({share:.2%} of the UNet), file {self.adapter_bytes / 1e6:.1f} MB",
             f"steps     {self.steps} of batch {train.batch_size}{accumulation}{processes} = global batch "
             f"{self.global_batch}; {self.order.steps_per_epoch} an epoch, {epochs:.1f} epochs, "
             f"{self.images_seen} images seen",
-            f"rate      {train.learning_rate:g}, {train.schedule} after {warmup} warm-up steps, {train.optimizer}",
+            f"rate      {train.learning_rate:g}, {train.schedule} after {warmup} warm-up steps, "
+            f"{train.optimizer}",
             f"every     save {_points(self.save_steps)}; samples {_points(self.sample_steps)}; "
             f"held-out loss {_points(self.evaluate_steps)}",
             f"disk      up to {self.disk_bytes / 1e6:.0f} MB and the samples",
@@ -316,6 +318,6 @@ def check_disk(plan: RunPlan, folder: Path) -> None:
     free = shutil.disk_usage(parent).free
     if plan.disk_bytes > free:
         raise RunError(
-            f"the run will write up to {plan.disk_bytes / 1e6:.0f} MB but {parent} has {free / 1e6:.0f} MB free; "
-            "give another --out, or a larger train.save_every"
+            f"the run will write up to {plan.disk_bytes / 1e6:.0f} MB but {parent} has "
+            f"{free / 1e6:.0f} MB free; give another --out, or a larger train.save_every"
         )

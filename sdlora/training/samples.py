@@ -28,6 +28,7 @@ def sample_step(
                 load_adapter(run.step_adapter(step)),
                 request_of_run(plan.config, plan.info),
                 run.sample_folder(step),
+                name=run.name,
                 title=f"{run.name}, step {step}",
                 text=prepared.prompt_states,
                 progress=meter.show,

@@ -122,7 +122,8 @@ def _start(settings: RunConfig, run: RunFolder, quiet: bool) -> tuple[Accelerato
     accelerator, precision = make_accelerator(settings, str(run.path))
     report = Report(quiet=quiet or not accelerator.is_main_process)
     report.say(
-        f"device    {accelerator.device}, compute {precision.compute}, base stored in {precision.base}, adapter fp32"
+        f"device    {accelerator.device}, compute {precision.compute}, base stored in {precision.base}, "
+        "adapter fp32"
     )
     return accelerator, precision, report
 

@@ -7,6 +7,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from sdlora.config import BaseSection
+from sdlora.evaluation.evaluate import Evaluation, remove_trigger
+from sdlora.evaluation.heldout import HeldoutLoss
 from sdlora.evaluation.pictures import picture_distance, to_pixels
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
@@ -34,3 +36,27 @@ def test_order_of_distances(base):
     assert picture_distance(base, [draw(), draw()], [draw(1), draw(0, "blue")]) == pytest.approx(
         (moved + other) / 2
     )
+
+
+@pytest.mark.parametrize(
+    ("caption", "bare"),
+    [
+        ("woodcut, a cat", "a cat"),
+        ("a cat, Woodcut, night", "a cat, night"),
+        ("a woodcut", "a"),
+        ("woodcutter", "woodcutter"),
+        ("woodcut", "a picture"),
+    ],
+)
+def test_captions_without_the_trigger(caption, bare):
+    """R-30: what bleed is measured with."""
+    assert remove_trigger(caption, "woodcut") == bare
+
+
+def test_bleed():
+    """R-30: the share of the style's gain that is there without the trigger."""
+    loss = HeldoutLoss(1.0, {}, 4)
+    measured = Evaluation(4, loss, loss, 0.8, 0.4, 4, untriggered_distance=0.5)
+    assert measured.bleed == pytest.approx(0.75)
+    assert "75% of the style is there without it" in measured.lines()[-1]
+    assert Evaluation(4, loss, loss, 0.8, 0.4, 4).bleed is None

@@ -101,7 +101,7 @@ def test_a_whole_run(run, capsys):
 
 
 def test_samples_equal_the_verb(run, tmp_path):
-    """R-10: the grid made at step k equals, pixel for pixel, the one `sample` makes from the file of step k."""
+    """R-10: the grid made at step k equals, pixel for pixel, what `sample` makes from step k's file."""
     grid = sdlora.sample(run, step=3, out=tmp_path / "again")
     for name in ("grid.png", "00.png", "01.png"):
         one = np.asarray(Image.open(run.sample_folder(3) / name))
@@ -123,7 +123,7 @@ def test_files_say_what_they_are(run):
 
 
 def test_sampling_does_not_disturb(make_images, small, make_trainer, snapshot, tmp_path):
-    """R-04, R-10: with samples and evaluations in between, the same run to the bit; ambient state is ignored."""
+    """R-04, R-10: with samples and evaluations in between, the same run to the bit."""
     images = make_images()
     plain = make_trainer(small(images), tmp_path / "plain")
     plain.train()
@@ -169,7 +169,7 @@ def test_seeds(make_images, small, make_trainer, snapshot, tmp_path):
 
 
 def test_cached_equals_uncached(make_images, small, make_trainer, snapshot, tmp_path):
-    """R-20: the cache changes nothing; with it the encoders leave the device, and a second run encodes nothing."""
+    """R-20: the cache changes nothing, and a second run with it encodes nothing."""
     images = make_images()
     cached = make_trainer(small(images), tmp_path / "cached")
     fresh = make_trainer(small(images, data__cache=False), tmp_path / "fresh")

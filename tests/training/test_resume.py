@@ -25,7 +25,7 @@ CONFIG = {
 
 
 def run_to_end(make_trainer, config, folder, stops=()):
-    """Trains in as many sittings as there are stops, and one more; returns the last trainer and all results."""
+    """Trains in one sitting more than there are stops; returns the last trainer and all results."""
     results = []
     for stop_at in (*stops, None):
         trainer = make_trainer(config, folder)
