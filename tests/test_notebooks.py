@@ -1,0 +1,57 @@
+"""Notebooks run from beginning to end, with public names only."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+import sdlora
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+
+
+def execute(name: str) -> nbformat.NotebookNode:
+    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOKS)}})
+    client.execute()
+    return notebook
+
+
+def test_train_a_style(monkeypatch):
+    """The story from a folder to a pipeline, at fewer steps; each picture is there."""
+    monkeypatch.setenv("SDLORA_NOTEBOOK_STEPS", "4")
+    notebook = execute("train_a_style.ipynb")
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    errors = "".join(output.text for output in outputs if output.get("name") == "stderr")
+    assert "unexpected keys" not in errors
+    assert "missing keys" not in errors
+
+
+@pytest.mark.slow
+def test_is_rank_8_enough(monkeypatch, tmp_path):
+    """The table of ranks, at fewer steps and ranks."""
+    for name, value in {"RANKS": "[2, 4]", "RATES": "[1e-3]", "NOTEBOOK_STEPS": "3", "FIGURES": str(tmp_path)}.items():
+        monkeypatch.setenv(f"SDLORA_{name}", value)
+    execute("is_rank_8_enough.ipynb")
+    assert len((tmp_path / "rank.md").read_text(encoding="utf-8").splitlines()) == 4
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)
+def test_public_names_only(path):
+    """A notebook shows what users may rely on; and it is small."""
+    assert path.stat().st_size < 1_000_000
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    tree = ast.parse("\n".join(cells))
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sdlora"
+    }
+    assert used <= {*sdlora.__all__, "__file__"}
+    modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert not [name for name in modules if name and name.startswith("sdlora")]
