@@ -35,7 +35,12 @@ def test_train_a_style(monkeypatch):
 @pytest.mark.slow
 def test_is_rank_8_enough(monkeypatch, tmp_path):
     """The table of ranks, at fewer steps and ranks."""
-    for name, value in {"RANKS": "[2, 4]", "RATES": "[1e-3]", "NOTEBOOK_STEPS": "3", "FIGURES": str(tmp_path)}.items():
+    for name, value in {
+        "RANKS": "[2, 4]",
+        "RATES": "[1e-3]",
+        "NOTEBOOK_STEPS": "3",
+        "FIGURES": str(tmp_path),
+    }.items():
         monkeypatch.setenv(f"SDLORA_{name}", value)
     execute("is_rank_8_enough.ipynb")
     assert len((tmp_path / "rank.md").read_text(encoding="utf-8").splitlines()) == 4

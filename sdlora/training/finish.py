@@ -23,14 +23,14 @@ def finish(trainer: Trainer) -> None:
         export_final(trainer)
         draw_loss_curve(trainer.run)
         trainer.report.say(*describe_losses(trainer))
-        trainer.event("done", loss_ema=trainer.loss_ema, skipped=trainer.guard.skipped)
+        trainer.event("done", loss_ema=trainer.counters.loss_ema, skipped=trainer.counters.skipped)
     trainer.accelerator.wait_for_everyone()
 
 
 def export_final(trainer: Trainer) -> None:
     """Writes `final.*` and the card, then proves that the files load."""
-    run, plan, adapter = trainer.run, trainer.plan, trainer.adapter
-    facts = describe_run(run, plan, step=trainer.step, images_seen=trainer.images_seen)
+    run, plan, adapter = trainer.run, trainer.plan, trainer.learner.adapter
+    facts = describe_run(run, plan, step=trainer.step, images_seen=trainer.counters.images_seen)
     metadata, settings = run_metadata(facts), plan.config.export
     paths = []
     for dialect in dict.fromkeys(settings.formats):
@@ -75,6 +75,6 @@ def describe_losses(trainer: Trainer) -> list[str]:
                 f"loss      {title} ({last['images']}): {first['loss']:.4f} at step {first['step']}, "
                 f"{last['loss']:.4f} at step {last['step']} ({change:+.1%})"
             )
-    if trainer.guard.skipped:
-        lines.append(f"skipped   {trainer.guard.skipped} of {trainer.plan.steps} steps were not finite")
+    if trainer.counters.skipped:
+        lines.append(f"skipped   {trainer.counters.skipped} of {trainer.plan.steps} steps were not finite")
     return lines

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,54 +14,57 @@ from sdlora.lora.adapter import Adapter
 NUM_ZERO_LOSSES = 5
 
 
-class LossGuard:
-    """Counts bad steps, and stops when they come in a row.
+@dataclass
+class Counters:
+    """How far a run is; a checkpoint keeps it whole.
 
     Args:
-        max_skipped: So many skipped steps in a row are too many.
+        step: Optimizer steps done.
+        images_seen: Samples in them.
+        loss_ema: Running mean of the loss.
+        skipped: Steps whose update was skipped.
+        skipped_in_row: The newest of them without a good step in between.
+        zeros_in_row: The newest steps whose loss was exactly 0.
     """
 
-    def __init__(self, max_skipped: int) -> None:
-        self.max_skipped = max_skipped
-        self.skipped = 0
-        self.skipped_in_row = 0
-        self.zeros_in_row = 0
+    step: int = 0
+    images_seen: int = 0
+    loss_ema: float | None = None
+    skipped: int = 0
+    skipped_in_row: int = 0
+    zeros_in_row: int = 0
 
-    def check(
-        self,
-        step: int,
-        loss: float,
-        grad_norm: float,
-        learning_rate: float,
-        images: Sequence[str],
-        last_good: str,
-    ) -> bool:
-        """Whether the update of this step may be made.
-
-        Raises:
-            TrainingDiverged: After too many bad steps, or several losses of exactly 0.
-        """
+    def count(self, loss: float, *, is_good: bool) -> None:
+        """Notes how a step went."""
         self.zeros_in_row = self.zeros_in_row + 1 if loss == 0 else 0
-        if self.zeros_in_row >= NUM_ZERO_LOSSES:
-            raise TrainingDiverged(
-                f"the loss was exactly 0 for {NUM_ZERO_LOSSES} steps up to step {step}: nothing is learnt; "
-                "check the base and train.precision"
-            )
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self.skipped_in_row = 0
-            return True
-        self.skipped += 1
-        self.skipped_in_row += 1
-        if self.skipped_in_row >= self.max_skipped:
-            raise TrainingDiverged(
-                f"loss {loss:g} or gradient norm {grad_norm:g} is not finite at step {step}, for "
-                f"{self.skipped_in_row} steps in a row (learning rate {learning_rate:g}, images "
-                f"{', '.join(images)}); lower train.learning_rate or use train.precision=bf16; {last_good}"
-            )
-        return False
+        self.skipped_in_row = 0 if is_good else self.skipped_in_row + 1
+        self.skipped += not is_good
 
 
-def check_parameters(adapter: Adapter, step: int, last_good: str) -> None:
+def check_counters(counters: Counters, max_skipped: int, situation: str) -> None:
+    """Stops after too many bad steps in a row, or several losses of exactly 0.
+
+    Args:
+        counters: After the step was counted.
+        max_skipped: `train.max_skipped_steps`.
+        situation: What the step was, and where to go on from.
+
+    Raises:
+        TrainingDiverged: With both.
+    """
+    if counters.zeros_in_row >= NUM_ZERO_LOSSES:
+        raise TrainingDiverged(
+            f"the loss was exactly 0 for {NUM_ZERO_LOSSES} steps: nothing is learnt; "
+            f"check the base and train.precision ({situation})"
+        )
+    if counters.skipped_in_row >= max_skipped:
+        raise TrainingDiverged(
+            f"loss or gradient was not finite for {counters.skipped_in_row} steps in a row; "
+            f"lower train.learning_rate or use train.precision=bf16 ({situation})"
+        )
+
+
+def check_parameters(adapter: Adapter, situation: str) -> None:
     """Stops when a trained value is not finite.
 
     Raises:
@@ -74,9 +77,14 @@ def check_parameters(adapter: Adapter, step: int, last_good: str) -> None:
     ]
     if bad:
         raise TrainingDiverged(
-            f"{len(bad)} modules hold values that are not finite at step {step} ({', '.join(bad[:3])} …); "
-            f"lower train.learning_rate; {last_good}"
+            f"{len(bad)} modules hold values that are not finite, such as {bad[0]}; "
+            f"lower train.learning_rate ({situation})"
         )
+
+
+def copy_ups(adapter: Adapter) -> list[Tensor]:
+    """The up matrices as they are now."""
+    return [pair.up.detach().clone() for pair in adapter.modules.values()]
 
 
 def find_dead_modules(adapter: Adapter, ups_before: Sequence[Tensor]) -> list[str]:

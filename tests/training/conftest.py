@@ -18,6 +18,7 @@ from sdlora.training.device import describe_environment, make_accelerator
 from sdlora.training.loop import StepResult, Trainer
 from sdlora.training.plan import make_plan
 from sdlora.training.prepare import prepare
+from sdlora.training.resume import named_tensors
 
 SMALL = {
     "data.resolution": 64,
@@ -82,7 +83,7 @@ def make_trainer() -> Callable[..., WatchedTrainer]:
 
 def tensors_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     """A copy of the trained values."""
-    return {name: tensor.detach().clone() for name, tensor in trainer._named_tensors().items()}
+    return {name: tensor.detach().clone() for name, tensor in named_tensors(trainer.learner.adapter).items()}
 
 
 @pytest.fixture

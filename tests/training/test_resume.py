@@ -57,7 +57,8 @@ def test_stopped_equals_straight(make_images, small, make_trainer, snapshot, tmp
     assert [result.loss for result in straight_results] == [result.loss for result in stopped_results]
     assert straight_results == stopped_results
     assert (
-        len({draw.noise_seed for result in straight_results for draw in result.draws}) == straight.images_seen
+        len({draw.noise_seed for result in straight_results for draw in result.draws})
+        == straight.counters.images_seen
     )
     for name, tensor in snapshot(straight).items():
         assert torch.equal(tensor, snapshot(stopped)[name]), name
@@ -84,7 +85,7 @@ def test_each_epoch_sees_each_picture_once(make_images, small, make_trainer, tmp
         steps = results[epoch * per_epoch : (epoch + 1) * per_epoch]
         names = sorted(draw.image for result in steps for draw in result.draws)
         assert names == sorted(record.name for record in trainer.plan.index.records)
-    assert trainer.images_seen == trainer.plan.images_seen
+    assert trainer.counters.images_seen == trainer.plan.images_seen
 
 
 def test_the_newest_complete_state_is_taken(make_images, small, make_trainer, tmp_path):

@@ -1,0 +1,140 @@
+"""One optimizer step: draw, forward and backward by micro-batches, clip, update.
+
+B batch, C channels, H W latent size, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from sdlora.config import TrainSection
+from sdlora.data.batches import Sample, deal
+from sdlora.diffusion.objective import denoising_loss, derive_seed, draw
+from sdlora.training.device import Precision
+from sdlora.training.optimizer import build_optimizer
+from sdlora.training.prepare import Prepared
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One sample of a step, as it was drawn: the data's half of exact resume."""
+
+    index: int
+    image: str
+    caption: str
+    noise_seed: int
+    timestep: int
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What a step's backward passes left.
+
+    Args:
+        loss: Mean over the samples of the step, on all processes.
+        norm: Of the gradient, before clipping.
+        draws: This process's samples.
+    """
+
+    loss: float
+    norm: float
+    draws: tuple[Draw, ...]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether an update by it makes sense."""
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+
+class Learner:
+    """The trainable adapter and its optimizer, on one process or many."""
+
+    def __init__(
+        self, settings: TrainSection, prepared: Prepared, accelerator: Accelerator, precision: Precision
+    ) -> None:
+        self.settings = settings
+        self.prepared = prepared
+        self.accelerator = accelerator
+        self.precision = precision
+        self.adapter = prepared.adapter
+        # A list, made once: an iterator that is used up clips nothing.
+        self.parameters: list[Tensor] = self.adapter.parameters()
+        self.optimizer = accelerator.prepare_optimizer(build_optimizer(settings, self.parameters))
+
+    def accumulate(self, step: int, samples: list[Sample]) -> Gradient:
+        """Leaves the clipped gradient of the mean loss, summed over micro-batches and processes."""
+        total = torch.zeros((), device=self.accelerator.device)
+        draws: list[Draw] = []
+        micro_batches = deal(
+            samples,
+            batch_size=self.settings.batch_size or 1,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+        for micro_batch in filter(None, micro_batches):
+            losses, drawn = self._losses(step, micro_batch)
+            loss = losses.sum() / len(samples)
+            self.accelerator.backward(loss)
+            total += loss.detach()
+            draws += drawn
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.reduce(total, "sum")
+            self._sum_gradients()
+        return Gradient(float(total), self._clip(), tuple(draws))
+
+    def _losses(self, step: int, samples: list[Sample]) -> tuple[Tensor, list[Draw]]:
+        """The loss of each sample, (B,), and what was drawn for it."""
+        encodings, device = self.prepared.encodings, self.accelerator.device
+        seeds = [derive_seed("sample", self.settings.seed, step, sample.index) for sample in samples]
+        posteriors = [encodings.posterior(sample.record, sample.crop) for sample in samples]
+        drawn = draw(self.prepared.objective, posteriors, seeds)
+        hidden = torch.stack([encodings.hidden(sample.caption) for sample in samples]).to(device)
+        losses = denoising_loss(
+            lambda noisy, timesteps: self.denoise(noisy, timesteps, hidden),
+            self.prepared.objective,
+            drawn.to(device),
+        )
+        return losses, [
+            Draw(sample.index, sample.record.name, sample.caption, seed, int(timestep))
+            for sample, seed, timestep in zip(samples, seeds, drawn.timesteps, strict=True)
+        ]
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, hidden: Tensor) -> Tensor:
+        """The UNet's answer to noisy latents (B, C, H, W), timesteps (B,), text states (B, L, D)."""
+        with self._autocast():
+            return self.prepared.base.denoise(noisy, timesteps, hidden)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        # A base that is stored in the compute dtype needs no casts.
+        if self.precision.compute == self.precision.base:
+            return nullcontext()
+        context: AbstractContextManager[None] = self.accelerator.autocast()
+        return context
+
+    def _sum_gradients(self) -> None:
+        """One all-reduce of all gradients; a process without samples takes part with zeros."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        flat = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+        sizes = [parameter.numel() for parameter in self.parameters]
+        for parameter, part in zip(self.parameters, flat.split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def _clip(self) -> float:
+        """Clips the gradients in place; returns their norm before."""
+        limit = self.settings.grad_clip or math.inf
+        return float(self.accelerator.clip_grad_norm_(self.parameters, limit))
+
+    def update(self, rate: float, *, skip: bool) -> None:
+        """Changes the adapter by its gradient, and forgets the gradient."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        # A gradient scaler skips by itself, and must see what is not finite to lower its scale.
+        if not skip or self.accelerator.scaler is not None:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
