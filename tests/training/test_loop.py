@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 import sdlora
+from sdlora.data.images import load_image
+from sdlora.data.tensors import image_to_tensor
 from sdlora.errors import TrainingDiverged
 from sdlora.lora.attach import lora_layers
 from sdlora.lora.files import load_adapter
@@ -42,6 +44,9 @@ def run(make_images, small, tmp_path, no_network):
         train__sample_every=3,
         train__evaluate_every=3,
         data__heldout=0.25,
+        # Large steps: the file's rounding must be seen in the pixels.
+        train__learning_rate=0.03,
+        export__precision="bf16",
     )
     return train(config.images, config=config, out=tmp_path / "run", quiet=True)
 
@@ -180,6 +185,16 @@ def test_cached_equals_uncached(make_images, small, make_trainer, snapshot, tmp_
         trainer.train()
     for name, tensor in snapshot(cached).items():
         torch.testing.assert_close(tensor, snapshot(fresh)[name], rtol=0, atol=1e-7)
+
+    encodings, record = cached.prepared.encodings, cached.plan.index.records[0]
+    pixels = image_to_tensor(load_image(record.path))[None]
+    for kept, encoded in zip(
+        encodings.posterior(record, cached.plan.buckets.crops[record.name][0]),
+        fresh.prepared.base.encode_images(pixels),
+        strict=True,
+    ):
+        assert torch.equal(kept, encoded[0])
+        assert kept.min() < kept.max()
 
     again = make_trainer(small(images), tmp_path / "again")
     # Whatever still asked the encoders for something would fail now.
