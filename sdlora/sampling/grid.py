@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import ceil, log
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -14,6 +15,7 @@ __all__ = ["make_grid", "save_pictures"]
 
 PAPER, INK, SOFT, RULE, EMPTY = "#ffffff", "#1c1c1e", "#7c7c82", "#e3e3e6", "#f1f1f3"
 MAX_CELL_PX = 512
+MAX_PANELS, SCREEN = 4, 1.6
 BASE = ("", 0.0)
 WITHHELD = "withheld by the safety checker"
 
@@ -83,7 +85,40 @@ def make_grid(pictures: Sequence[Picture], *, title: str = "") -> Image.Image:
             seeds.append(picture.seed)
     cells = {(*_column(p), p.prompt, p.seed): p for p in reversed(pictures)}
     layout = _layout(pictures)
-    return _Sheet(layout, columns, groups, cells, title).draw()
+    return _join([_Sheet(layout, columns, part, cells) for part in _panels(layout, columns, groups)], title)
+
+
+def _panels(
+    layout: Layout, columns: Sequence[object], groups: dict[str, list[int]]
+) -> list[dict[str, list[int]]]:
+    """Many prompts with few columns stand in panels side by side, for a sheet that fits a screen."""
+    width = layout.margin * 2 + layout.words + layout.gap + len(columns) * (layout.width + layout.gutter)
+    height = sum(len(seeds) for seeds in groups.values()) * (layout.height + layout.gap)
+
+    def misfit(count: int) -> float:
+        return abs(log(count * width / (ceil(height / count) * SCREEN)))
+
+    count = min(range(1, min(MAX_PANELS, len(groups) // 2) + 1), key=misfit, default=1)
+    size = ceil(len(groups) / count)
+    prompts = list(groups)
+    return [{p: groups[p] for p in prompts[i : i + size]} for i in range(0, len(prompts), size)]
+
+
+def _join(sheets: Sequence[_Sheet], title: str) -> Image.Image:
+    """Panels beside each other, below the title."""
+    layout, panels = sheets[0].layout, [sheet.draw() for sheet in sheets]
+    top = round(layout.title * 2) if title else 0
+    width, height = sum(panel.width for panel in panels), top + max(panel.height for panel in panels)
+    paper = Image.new("RGB", (width, height), PAPER)
+    x = 0
+    for panel in panels:
+        paper.paste(panel, (x, top))
+        x += panel.width
+    if title:
+        font = _font(layout.title)
+        text = _shorten(title, font, width - 2 * layout.margin)
+        ImageDraw.Draw(paper).text((layout.margin, layout.margin), text, INK, font)
+    return paper
 
 
 def _column(picture: Picture) -> tuple[str, float]:
@@ -100,18 +135,17 @@ def _layout(pictures: Sequence[Picture]) -> Layout:
 
 @dataclass
 class _Sheet:
-    """A grid on its way to paper."""
+    """A panel of a grid on its way to paper."""
 
     layout: Layout
     columns: Sequence[tuple[str, float]]
     groups: dict[str, list[int]]
     cells: dict[tuple[str, float, str, int], Picture]
-    title: str
 
     def draw(self) -> Image.Image:
         measure = self.layout
         left = measure.margin + measure.words + measure.gap
-        top = measure.margin + (round(measure.title * 2) if self.title else 0)
+        top = measure.margin
         body = top + measure.line * (1 + self._has_names) + measure.gutter
         heights = [
             len(seeds) * (measure.height + measure.gutter) - measure.gutter for seeds in self.groups.values()
@@ -120,14 +154,6 @@ class _Sheet:
         height = body + sum(heights) + measure.gap * (len(heights) - 1) + measure.margin
         sheet = Image.new("RGB", (width, height), PAPER)
         pen = ImageDraw.Draw(sheet)
-        if self.title:
-            font = _font(measure.title)
-            pen.text(
-                (measure.margin, measure.margin),
-                _shorten(self.title, font, width - 2 * measure.margin),
-                INK,
-                font,
-            )
         for number, column in enumerate(self.columns):
             x = left + number * (measure.width + measure.gutter)
             self._heading(pen, column, x, top)

@@ -112,3 +112,20 @@ def test_same_pictures_give_the_same_grid() -> None:
     """R-10: to the pixel."""
     pictures = [picture(RED, "a red square", seed, strength) for seed in (0, 1) for strength in (0, 1)]
     assert make_grid(pictures, title="t").tobytes() == make_grid(pictures, title="t").tobytes()
+
+
+def test_many_prompts_stand_in_panels() -> None:
+    """R-13: eight prompts and two columns fit a screen; each row still has the base left of its strength."""
+    pictures = [
+        picture((number, 9, 9), f"prompt {number}", 0, strength) for number in range(8) for strength in (0, 1)
+    ]
+    grid = make_grid(pictures, title="a title")
+    assert 1 < grid.width / grid.height < 2.2
+    boxes = []
+    for number in range(8):
+        mask = (np.asarray(grid) == (number, 9, 9)).all(axis=2)
+        assert mask.sum() == 2 * 128 * 96
+        boxes.append((int(np.flatnonzero(mask.any(axis=0))[0]), int(np.flatnonzero(mask.any(axis=1))[0])))
+    assert boxes == sorted(boxes)
+    assert len({left for left, _ in boxes}) == 2
+    assert boxes[0][1] == boxes[4][1]
