@@ -121,8 +121,15 @@ MISTAKES = {
     "a size that is none": (["sample", "--prompt", "x", "--size", "big"], "--size big must be WIDTHxHEIGHT"),
     "no such scheduler": (["sample", "--prompt", "x", "--scheduler", "Eulr"], "sample.scheduler = 'Eulr'"),
     "prompts that are none": (["sample", "--prompts", "{text}"], "holds no prompt"),
-    "a LoRA of another family": (["sample", "{lora2}", "--prompt", "x"], "is for family sd2"),
-    "a LoRA of another shape": (["sample", "{lora}", "--prompt", "x"], "down_blocks.0"),
+    "a LoRA of another family": (
+        ["sample", "{lora2}", "--base", "builtin", "--prompt", "x"],
+        "is for family sd2",
+    ),
+    "a LoRA of another shape": (["sample", "{lora}", "--base", "builtin", "--prompt", "x"], "down_blocks.0"),
+    "a LoRA without a base": (
+        ["sample", "{lora}", "--prompt", "x"],
+        "{lora} does not name one); give --base",
+    ),
     "info of a truncated file": (["info", "{cut}"], "{cut} is incomplete"),
     "info of a text": (["info", "{text}"], "{text}"),
     "info of another kind": (["info", "{weights}"], "{weights}"),

@@ -32,7 +32,13 @@ def demo(tmp_path, monkeypatch):
         str(REPOSITORY / part) if part.startswith(("datasets/", "configs/")) else part
         for part in command.group(1).split()
     ]
-    few = ["train.steps=3", "train.sample_every=3", "sample.prompts=['a tractor', 'a cat']", "sample.steps=5"]
+    few = [
+        "train.steps=3",
+        "train.sample_every=3",
+        "train.evaluate_every=3",
+        "sample.prompts=['a tractor', 'a cat']",
+        "sample.steps=5",
+    ]
     monkeypatch.setattr(sys, "argv", ["sdlora", *arguments, *few])
     with pytest.raises(SystemExit) as stopped:
         main()

@@ -151,9 +151,8 @@ def _find_subject(source: str | Path | RunFolder | None, base: str | None, step:
         file = Path(source)
         adapter = load_adapter(file)
         config = load_config()
-        trained_on = adapter.notes.get("sdlora.base_name")
-        if base is None and trained_on and (trained_on == "builtin" or not Path(trained_on).exists()):
-            config = config.replace(base={"source": trained_on})
+        if base is None:
+            config = config.replace(base={"source": _base_of(file, adapter)})
         side = adapter.notes.get("sdlora.resolution", "")
         config = config.replace(data={"resolution": int(side) if side.isdigit() else None})
         subject = _Subject(file.stem, file.name, config, file, adapter)
@@ -163,6 +162,19 @@ def _find_subject(source: str | Path | RunFolder | None, base: str | None, step:
         return subject
     changed = subject.config.replace(base={"source": base, "revision": None})
     return replace(subject, config=changed)
+
+
+def _base_of(file: Path, adapter: Adapter) -> str:
+    """The base that a file names, if it is one that can be found by its name.
+
+    Raises:
+        ConfigError: If it names none, or a folder of the machine that it was trained on.
+    """
+    name = adapter.notes.get("sdlora.base_name")
+    if name == "builtin" or (name and name.count("/") == 1):
+        return name
+    trained_on = f" ({file} was trained on {name})" if name else f" ({file} does not name one)"
+    raise ConfigError(f"a LoRA file needs its base{trained_on}; give --base")
 
 
 def _place_trigger(config: RunConfig, adapter: Adapter | None) -> SampleSection:

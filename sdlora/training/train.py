@@ -65,7 +65,7 @@ def train(
     settings = config if isinstance(config, RunConfig) else load_config(config, overrides, images=images)
     direct = {"base": {"source": base}, "data": {"trigger": trigger}}
     given = {name: values for name, values in direct.items() if None not in values.values()}
-    settings = RunConfig.model_validate({**settings.model_dump(), "images": str(images)}).replace(**given)
+    settings = settings.replace(**given).model_copy(update={"images": str(images)})
     run = (
         RunFolder(out)
         if out is not None
@@ -82,7 +82,7 @@ def train(
         return run
     environment = describe_environment(accelerator, precision)
     if accelerator.is_main_process:
-        RunFolder.create(run.path, plan.config, environment)
+        RunFolder.create(run.path, with_absolute_paths(plan.config), environment)
         run.append("plan", 0, **plan.as_event())
         for finding in plan.findings:
             if finding.severity == "warning":
@@ -116,6 +116,17 @@ def resume(
     plan = make_plan(changed, accelerator.num_processes)
     check_disk(plan, run.path)
     return _run(run, plan, accelerator, precision, report, resuming=True)
+
+
+def with_absolute_paths(settings: RunConfig) -> RunConfig:
+    """The configuration as a run keeps it: it can be resumed and sampled from anywhere."""
+
+    def resolve(path: str | None) -> str | None:
+        return str(Path(path).resolve()) if path and path != "builtin" and Path(path).exists() else path
+
+    base = {"source": resolve(settings.base.source), "vae": resolve(settings.base.vae)}
+    changed = settings.replace(base=base, lora={"init_from": resolve(settings.lora.init_from)})
+    return changed.model_copy(update={"images": resolve(settings.images)})
 
 
 def _start(settings: RunConfig, run: RunFolder, quiet: bool) -> tuple[Accelerator, Precision, Report]:
@@ -190,6 +201,10 @@ def _run(
     trainer = Trainer(run, plan, prepared, accelerator, precision, report)
     if resuming:
         trainer.resume()
+        if trainer.step > plan.steps:
+            raise ConfigError(
+                f"train.steps = {plan.steps} but {run.path} is at step {trainer.step} already; give a larger one"
+            )
         if accelerator.is_main_process:
             run.write_config(plan.config)
             run.cut_events(trainer.step)
