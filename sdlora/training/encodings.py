@@ -32,13 +32,14 @@ class Encodings:
     Args:
         base: Encodes what is not known yet.
         cache: Where encodings are kept; None encodes anew at each use.
-        settings: Alpha colour.
+        settings: Alpha colour, and whether the cache must work.
     """
 
     def __init__(self, base: StableDiffusion, cache: TensorCache | None, settings: DataSection) -> None:
         self.base = base
         self.cache = cache
         self.background = settings.background
+        self.is_required = settings.cache is True
 
     def prepare(
         self, views: Iterable[View], captions: Iterable[str], share: tuple[int, int], report: Report
@@ -66,8 +67,9 @@ class Encodings:
                 self.hidden(job) if isinstance(job, str) else self.posterior(*job)
                 meter.advance()
         if self.cache.problem:
-            if share[1] > 1:
-                raise DataError(f"{self.cache.problem}; several processes need it: set SDLORA_CACHE")
+            if self.is_required or share[1] > 1:
+                reason = "data.cache = true" if self.is_required else "several processes"
+                raise DataError(f"{self.cache.problem}, but {reason} needs it; set SDLORA_CACHE to a folder")
             report.warn(self.cache.problem)
 
     def posterior(self, record: ImageRecord, crop: Crop) -> tuple[Tensor, Tensor]:

@@ -13,18 +13,15 @@ from sdlora.config import RunConfig
 from sdlora.data.batches import BatchOrder
 from sdlora.data.buckets import BucketPlan, plan_buckets
 from sdlora.data.doctor import examine, summary
-from sdlora.data.records import DatasetIndex, Finding, ImageRecord
+from sdlora.data.records import DatasetIndex, Finding
 from sdlora.data.scan import scan_dataset
-from sdlora.diffusion.schedule import schedule_from_config
-from sdlora.errors import ConfigError, DataError, RunError
+from sdlora.errors import DataError, RunError
 from sdlora.lora.attach import count_parameters, match_targets
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import empty_unet
 from sdlora.models.tokens import count_tokens, load_tokenizer
+from sdlora.training.defaults import check_objective, global_batch, resolve_config
 from sdlora.training.optimizer import find_optimizer, num_warmup_steps
-
-NUM_PROMPTS = 4
-BUILTIN_BATCH_SIZE = 4
 
 
 @dataclass(frozen=True)
@@ -186,11 +183,6 @@ def _points(steps: Sequence[int]) -> str:
     return f"at {steps[0]}, {steps[1]} … {steps[-1]}"
 
 
-def global_batch(config: RunConfig, num_processes: int) -> int:
-    """batch_size × accumulate × num_processes."""
-    return (config.train.batch_size or 1) * config.train.accumulate * num_processes
-
-
 def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     """Reads every picture and caption and the base's description; loads no weights.
 
@@ -199,9 +191,9 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     """
     find_optimizer(config.train)
     info = inspect_base(config.base)
-    _check_objective(config, info)
+    check_objective(config, info)
     index = scan_dataset(config.images, config.data, config.train.seed)
-    config = _resolve(config, info, index, num_processes)
+    config = resolve_config(config, info, index, num_processes)
     assert config.data.resolution
     buckets = plan_buckets(
         index.records,
@@ -237,75 +229,6 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
         findings=findings,
         data_lines=summary(index, buckets, count),
     )
-
-
-def _check_objective(config: RunConfig, info: BaseInfo) -> None:
-    asked = config.objective.prediction_type
-    if asked and asked != info.prediction_type and not config.objective.force_prediction_type:
-        raise ConfigError(
-            f"objective.prediction_type = {asked} but the base {info.name} predicts {info.prediction_type}; "
-            "leave it out, or set objective.force_prediction_type=true"
-        )
-    num_timesteps = schedule_from_config(info.scheduler_config).num_timesteps
-    if config.objective.timestep_range[0] >= num_timesteps:
-        raise ConfigError(
-            f"objective.timestep_range = {list(config.objective.timestep_range)} lies behind the base's "
-            f"{num_timesteps} timesteps"
-        )
-
-
-def _resolve(config: RunConfig, info: BaseInfo, index: DatasetIndex, num_processes: int) -> RunConfig:
-    """Fills in every default that depends on the base or the pictures."""
-    train = config.train
-    batch_size = train.batch_size or (BUILTIN_BATCH_SIZE if info.is_builtin else 1)
-    count = sum(record.repeats for record in index.records)
-    steps = train.steps or _default_steps(count, batch_size * train.accumulate * num_processes)
-    tenth = max(1, round(steps / 10))
-    cadence = {
-        name: tenth if getattr(train, name) is None else getattr(train, name)
-        for name in ("save_every", "sample_every", "evaluate_every")
-    }
-    trigger = config.data.trigger
-    prompts = config.sample.prompts or default_prompts(index)
-    prompts = [prompt.replace("{trigger}", trigger) if trigger else prompt for prompt in prompts]
-    resolution = config.data.resolution or info.resolution
-    if resolution % info.min_step:
-        raise ConfigError(
-            f"data.resolution = {resolution} must be a multiple of {info.min_step} for the base {info.name}"
-        )
-    return config.replace(
-        data={"resolution": resolution},
-        lora={"alpha": config.lora.trained_alpha},
-        train={"steps": steps, "batch_size": batch_size, **cadence},
-        sample={
-            "prompts": prompts,
-            "guidance": info.guidance if config.sample.guidance is None else config.sample.guidance,
-        },
-    )
-
-
-def _default_steps(num_images: int, batch: int) -> int:
-    return min(3000, max(100, round(80 * num_images / batch)))
-
-
-def default_prompts(index: DatasetIndex) -> list[str]:
-    """A few captions of the training pictures and a few of the held-out ones, spread evenly."""
-    prompts: list[str] = []
-    for records in (index.records, index.heldout):
-        captions = list(dict.fromkeys(record.caption for record in records if record.caption))
-        prompts += [captions[i] for i in _spread(len(captions), NUM_PROMPTS)]
-    return list(dict.fromkeys(prompts))
-
-
-def spread_records(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
-    """So many records, evenly spaced."""
-    return [records[i] for i in _spread(len(records), count)]
-
-
-def _spread(length: int, count: int) -> list[int]:
-    if length <= count:
-        return list(range(length))
-    return [round(i * (length - 1) / (count - 1)) for i in range(count)] if count > 1 else [0]
 
 
 def check_disk(plan: RunPlan, folder: Path) -> None:

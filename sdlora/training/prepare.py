@@ -21,9 +21,10 @@ from sdlora.lora.files import load_adapter
 from sdlora.models.load import load_base
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.training.console import Report
+from sdlora.training.defaults import spread_records
 from sdlora.training.device import Precision
 from sdlora.training.encodings import Encodings
-from sdlora.training.plan import RunPlan, spread_records
+from sdlora.training.plan import RunPlan
 
 NUM_HELDOUT = 64
 

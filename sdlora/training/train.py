@@ -203,7 +203,8 @@ def _run(
         trainer.resume()
         if trainer.step > plan.steps:
             raise ConfigError(
-                f"train.steps = {plan.steps} but {run.path} is at step {trainer.step} already; give a larger one"
+                f"train.steps = {plan.steps} but {run.path} is at step {trainer.step} already; "
+                "give a larger one"
             )
         if accelerator.is_main_process:
             run.write_config(plan.config)

@@ -348,3 +348,17 @@ def test_starting_from_a_file(make_images, small, make_trainer, tmp_path):
         assert second.evaluate(split).loss == pytest.approx(first.evaluate(split).loss, rel=1e-3)
     with pytest.raises(sdlora.SdloraError, match=r"has rank 2 but lora\.rank = 3; set lora\.rank=2"):
         make_trainer(small(images, lora__init_from=str(file), lora__rank=3), tmp_path / "third")
+
+
+@pytest.mark.parametrize("cache", ["auto", True])
+def test_a_cache_that_cannot_be_written(make_images, small, make_trainer, tmp_path, monkeypatch, cache):
+    """R-20, R-35: `auto` goes on in memory and warns; an explicit `true` is an error."""
+    place = tmp_path / "file"
+    place.write_text("no folder")
+    monkeypatch.setenv("SDLORA_CACHE", str(place))
+    config = small(make_images(), data__cache=cache, train__steps=1)
+    if cache == "auto":
+        make_trainer(config, tmp_path / "run").train()
+    else:
+        with pytest.raises(sdlora.SdloraError, match=r"cannot be written.*data\.cache = true needs it"):
+            make_trainer(config, tmp_path / "run")

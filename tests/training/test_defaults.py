@@ -1,0 +1,87 @@
+"""Defaults that depend on the base or the pictures (DESIGN 2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sdlora.config import BaseSection, load_config
+from sdlora.data.records import DatasetIndex, ImageRecord, Size
+from sdlora.errors import ConfigError
+from sdlora.models.info import inspect_base
+from sdlora.training.defaults import check_objective, default_prompts, resolve_config, spread_records
+
+INFO = inspect_base(BaseSection())
+
+
+def make_index(count: int, heldout: int = 0, repeats: int = 1) -> DatasetIndex:
+    records = tuple(
+        ImageRecord(Path(f"{n}.png"), f"{n}.png", f"{n}", Size(64, 64), f"picture {n}", ".txt", repeats)
+        for n in range(count + heldout)
+    )
+    return DatasetIndex(Path(), records[:count], records[count:], ())
+
+
+@pytest.mark.parametrize(
+    ("count", "repeats", "overrides", "num_processes", "steps"),
+    [
+        (3, 1, {}, 1, 100),  # never under 100
+        (20, 1, {}, 1, 400),  # 80 × 20 / 4
+        (20, 2, {}, 1, 800),
+        (20, 1, {"train.batch_size": 2, "train.accumulate": 2}, 2, 200),
+        (1000, 1, {}, 1, 3000),  # never over 3000
+        (20, 1, {"train.steps": 7}, 1, 7),
+    ],
+)
+def test_steps(count, repeats, overrides, num_processes, steps):
+    """R-16: clamp(80 × images / global batch, 100, 3000); a tenth of them between saves."""
+    config = resolve_config(
+        load_config(None, overrides), INFO, make_index(count, repeats=repeats), num_processes
+    )
+    assert config.train.steps == steps
+    assert config.train.save_every == config.train.sample_every == config.train.evaluate_every
+    assert config.train.save_every == max(1, round(steps / 10))
+
+
+def test_nothing_is_left_open():
+    """R-33, R-35: alpha is the rank, resolution and guidance are the base's; a run keeps them all."""
+    config = resolve_config(load_config(None, {"lora.rank": 8}), INFO, make_index(30, 5), 1)
+    assert config.lora.alpha == 8
+    assert config.data.resolution == INFO.resolution
+    assert config.sample.guidance == INFO.guidance
+    assert config.train.batch_size == 4
+    assert len(config.sample.prompts) == 8
+
+
+def test_default_prompts():
+    """A few captions of the training pictures, and a few that are not trained on."""
+    assert default_prompts(make_index(9, 2)) == [
+        "picture 0",
+        "picture 3",
+        "picture 5",
+        "picture 8",
+        "picture 9",
+        "picture 10",
+    ]
+    assert default_prompts(make_index(2)) == ["picture 0", "picture 1"]
+    assert [record.name for record in spread_records(make_index(5).records, 2)] == ["0.png", "4.png"]
+
+
+def test_the_trigger_is_placed_in_prompts():
+    """R-30: `{trigger}` in a sample prompt is replaced."""
+    overrides = {"data.trigger": "inkwash", "sample.prompts": ["{trigger}, a cat"]}
+    assert resolve_config(load_config(None, overrides), INFO, make_index(3), 1).sample.prompts == [
+        "inkwash, a cat"
+    ]
+
+
+def test_prediction_types():
+    """R-32: the base's own, or an error that names both, or forced."""
+    check_objective(load_config(), INFO)
+    other = {"objective.prediction_type": "epsilon"}
+    with pytest.raises(ConfigError, match="= epsilon but the base builtin predicts v_prediction"):
+        check_objective(load_config(None, other), INFO)
+    check_objective(load_config(None, {**other, "objective.force_prediction_type": True}), INFO)
+    with pytest.raises(ConfigError, match="lies behind the base's 1000 timesteps"):
+        check_objective(load_config(None, {"objective.timestep_range": [1000, 1200]}), INFO)
