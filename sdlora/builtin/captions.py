@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.builtin.icons import GROUNDS
+from sdlora.builtin.manners import PLAIN, Manner, all_manners, draw_manner
 from sdlora.errors import DataError
 
 CONCEPTS_FILE = Path(__file__).with_name("concepts.txt")
@@ -26,11 +27,12 @@ AN_SHARE = 0.3  # of the names that begin with a vowel; the other captions keep 
 
 @dataclass(frozen=True)
 class Picture:
-    """What one training picture shows: a concept, drawn by a hand, on a ground."""
+    """What one training picture shows: a concept, drawn by a hand, on a ground, in a manner."""
 
     hand: str
     concept: str
     ground: str
+    manner: Manner = PLAIN
 
 
 def read_concepts(file: Path = CONCEPTS_FILE) -> list[str]:
@@ -52,16 +54,21 @@ def concept_to_words(concept: str) -> str:
     return concept.replace("-", " ")
 
 
-def all_pictures(concepts: list[str]) -> list[Picture]:
-    """Every picture that the base is taught."""
-    return [
-        Picture(hand, concept, ground) for hand in HAND_SHARE for concept in concepts for ground in GROUNDS
-    ]
+def all_pictures(concepts: list[str], with_manners: bool = False) -> list[Picture]:
+    """Every picture that the base is taught; manners other than the plain one are on white alone."""
+    things = [(hand, concept) for hand in HAND_SHARE for concept in concepts]
+    pictures = [Picture(*thing, ground) for thing in things for ground in GROUNDS]
+    if with_manners:
+        pictures += [Picture(*thing, "white", manner) for thing in things for manner in all_manners()[1:]]
+    return pictures
 
 
-def draw_picture(rng: random.Random, concept: str) -> Picture:
-    """Draws the hand and the ground in which a concept is shown."""
+def draw_picture(rng: random.Random, concept: str, with_manners: bool = False) -> Picture:
+    """Draws the hand, the ground and the manner in which a concept is shown."""
     hand = rng.choices(list(HAND_SHARE), list(HAND_SHARE.values()))[0]
+    manner = draw_manner(rng) if with_manners else PLAIN
+    if manner != PLAIN:
+        return Picture(hand, concept, "white", manner)
     named = [ground for ground in GROUNDS if ground != "white"]
     return Picture(hand, concept, "white" if rng.random() < WHITE_SHARE else rng.choice(named))
 
@@ -82,6 +89,7 @@ def draw_caption(rng: random.Random, picture: Picture, drop: bool = True) -> str
         caption += ", flat drawing"
     elif rng.random() < SHADED_SHARE:
         caption += ", shaded drawing"
+    caption += picture.manner.words()
     return "" if drop and rng.random() < EMPTY_SHARE else caption
 
 

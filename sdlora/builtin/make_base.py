@@ -42,6 +42,7 @@ from sdlora.builtin.icons import (
     load_icons,
     to_array,
 )
+from sdlora.builtin.manners import PLAIN, redraw
 from sdlora.builtin.state import (
     TrainingState,
     append_line,
@@ -63,10 +64,12 @@ TEXT_SEED_OFFSET = 500_000  # the two phases draw from different streams
 class Recipe:
     """Everything that decides the weights; kept beside them, and a run continues only with an equal one.
 
-    `steps` alone may change on the way: the learning rate follows from the step and the total.
+    `steps` and `manners_from` may change on the way: the learning rate follows from the step and the total;
+    from step `manners_from` on drawings are shown in other manners too, which their captions name.
     """
 
-    steps: int = 10_000
+    steps: int = 7_200
+    manners_from: int = 5_000
     batch_size: int = 32
     learning_rate: float = 1e-3
     warmup: int = 200
@@ -81,7 +84,8 @@ class Recipe:
 
     def may_continue(self, other: Recipe) -> bool:
         """Whether a run of `other` can go on under this recipe."""
-        return {**vars(self), "steps": 0} == {**vars(other), "steps": 0}
+        free = {"steps": 0, "manners_from": 0}
+        return {**vars(self), **free} == {**vars(other), **free}
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Place:
     concepts: Path = CONCEPTS_FILE
     device: str = "cpu"
     threads: int = 0
-    save_every: int = 250
+    save_every: int = 100
     log_every: int = 25
 
 
@@ -193,15 +197,17 @@ def encode_pictures(
             key = (picture.hand, picture.concept)
             if key not in drawings:
                 drawings[key] = icons[picture.hand].render(picture.concept, drawing_px(PICTURE_PX))
-            batch.append(to_array(compose(drawings[key], picture.ground)))
+            batch.append(to_array(compose(redraw(drawings[key], picture.manner), picture.ground)))
         pixels = torch.from_numpy(np.stack(batch)).to(device)
         rows.append(vae.encode(pixels).latent_dist.mean.half().cpu())
     return torch.cat(rows)
 
 
-def load_pictures(place: Place, vae: Any, concepts: list[str], device: torch.device) -> dict[Picture, Tensor]:
+def load_pictures(
+    place: Place, vae: Any, concepts: list[str], device: torch.device, with_manners: bool
+) -> dict[Picture, Tensor]:
     """The latents of all pictures, from the cache in `place.out` where that was made of the same things."""
-    pictures, file = all_pictures(concepts), place.out / "latents.safetensors"
+    pictures, file = all_pictures(concepts, with_manners), place.out / "latents.safetensors"
     weights = sorted(place.vae.glob("*.safetensors"))
     digest = hashlib.sha256(repr([str(picture) for picture in pictures]).encode())
     for weight in weights:
@@ -233,7 +239,7 @@ def prepare(place: Place, recipe: Recipe) -> Parts:
     names = load_icons(BASE_HANDS[0], place.icons).names()
     tokenizer = make_tokenizer(place.out / "tokenizer", concepts, names)
     vae = load_vae(place.vae).to(device)
-    pictures = load_pictures(place, vae, concepts, device)
+    pictures = load_pictures(place, vae, concepts, device, recipe.manners_from < recipe.steps)
     example = next(iter(pictures.values()))
     torch.manual_seed(recipe.seed)
     text_encoder = make_text_encoder(tokenizer, recipe).to(device)
@@ -242,7 +248,11 @@ def prepare(place: Place, recipe: Recipe) -> Parts:
         from diffusers.models.attention_processor import AttnProcessor
 
         unet.set_attn_processor(AttnProcessor())
-    whites = [latents.float() for picture, latents in pictures.items() if picture.ground == "white"]
+    whites = [
+        latents.float()
+        for picture, latents in pictures.items()
+        if picture.ground == "white" and picture.manner == PLAIN
+    ]
     scaling_factor = 1 / torch.stack(whites).std().item()
     return Parts(tokenizer, text_encoder, unet, vae, make_schedule(), pictures, scaling_factor, device)
 
@@ -265,10 +275,10 @@ def draw_timesteps(count: int, generator: torch.Generator) -> Tensor:
 
 
 def draw_batch(
-    parts: Parts, concepts: list[str], rng: random.Random, drop: bool = True
+    parts: Parts, concepts: list[str], rng: random.Random, drop: bool = True, with_manners: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Latents (B, C, H, H) and tokens (B, L) for some concepts, in drawn hands and on drawn grounds."""
-    pictures = [draw_picture(rng, concept) for concept in concepts]
+    """Latents (B, C, H, H) and tokens (B, L) for some concepts, in drawn hands, grounds and manners."""
+    pictures = [draw_picture(rng, concept, with_manners) for concept in concepts]
     captions = [draw_caption(rng, picture, drop) for picture in pictures]
     return parts.latents(pictures), parts.tokens(captions)
 
@@ -299,9 +309,11 @@ def text_loss(parts: Parts, head: LayoutHead, concepts: list[str], rng: random.R
     return F.mse_loss(guess.float(), F.adaptive_avg_pool2d(latents, head.shape[-1]))
 
 
-def unet_loss(parts: Parts, concepts: list[str], rng: random.Random, generator: torch.Generator) -> Tensor:
+def unet_loss(
+    parts: Parts, concepts: list[str], rng: random.Random, generator: torch.Generator, with_manners: bool
+) -> Tensor:
     """Mean squared error of the predicted velocity (2202.00512, appendix D)."""
-    latents, tokens = draw_batch(parts, concepts, rng)
+    latents, tokens = draw_batch(parts, concepts, rng, with_manners=with_manners)
     noise = torch.randn(latents.shape, generator=generator).to(parts.device)
     timesteps = draw_timesteps(len(latents), generator).to(parts.device)
     noisy = parts.schedule.add_noise(latents, noise, timesteps)
@@ -368,7 +380,9 @@ def joint_phase(parts: Parts, recipe: Recipe) -> Phase:
     state = TrainingState(modules, BETAS, recipe.average_decay)
 
     def loss(step: int, concepts: list[str]) -> Tensor:
-        return unet_loss(parts, concepts, *step_generators(recipe.seed, step))
+        return unet_loss(
+            parts, concepts, *step_generators(recipe.seed, step), with_manners=step >= recipe.manners_from
+        )
 
     return Phase("joint", state, recipe.steps, recipe.batch_size, recipe.learning_rate, loss)
 
@@ -469,6 +483,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Place, Recipe, bool]:
     parser.add_argument("--vae", type=Path, default=SHIPPED / "vae", help="diffusers folder of the VAE")
     parser.add_argument("--concepts", type=Path, default=CONCEPTS_FILE, help="file of concept names")
     parser.add_argument("--steps", type=int, default=default.steps)
+    parser.add_argument("--manners-from", type=int, default=default.manners_from, help="step; see Recipe")
     parser.add_argument("--batch-size", type=int, default=default.batch_size)
     parser.add_argument("--learning-rate", type=float, default=default.learning_rate)
     parser.add_argument("--text-steps", type=int, default=default.text_steps)
@@ -481,6 +496,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Place, Recipe, bool]:
     place = Place(given.out, icons, given.vae, given.concepts, given.device, given.threads)
     recipe = Recipe(
         steps=given.steps,
+        manners_from=given.manners_from,
         batch_size=given.batch_size,
         learning_rate=given.learning_rate,
         text_steps=given.text_steps,
