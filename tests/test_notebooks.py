@@ -33,6 +33,16 @@ def test_train_a_style(monkeypatch):
 
 
 @pytest.mark.slow
+def test_is_it_learnt(monkeypatch, tmp_path):
+    """The table of presets, at fewer steps and seeds."""
+    for name, value in {"SEEDS": "[0]", "NOTEBOOK_STEPS": "3", "FIGURES": str(tmp_path)}.items():
+        monkeypatch.setenv(f"SDLORA_{name}", value)
+    execute("is_it_learnt.ipynb")
+    assert len((tmp_path / "presets.md").read_text(encoding="utf-8").splitlines()) == 4
+    assert {path.name for path in tmp_path.glob("*.png")} == {"openmoji.png", "fluent-mono.png"}
+
+
+@pytest.mark.slow
 def test_is_rank_8_enough(monkeypatch, tmp_path):
     """The table of ranks, at fewer steps and ranks."""
     for name, value in {
