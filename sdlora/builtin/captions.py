@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from sdlora.errors import DataError
 
 CONCEPTS_FILE = Path(__file__).with_name("concepts.txt")
 TEXT_LENGTH = 32
-VOCABULARY_SIZE = 2046  # and two marks: start and end of text
+NUM_MERGES = 1750  # with the letters and the two marks: 2,264 tokens at most
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 PHRASES = ("a {}", "a {}", "a {}", "a {}", "a {}", "a {}", "{}", "a picture of a {}")
@@ -100,48 +103,81 @@ def byte_letters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(rest))]
 
 
-def learn_merges(texts: list[str]) -> list[str]:
-    """Learns the merges of a byte-level BPE, `left right` each, from example texts."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+def split_words(texts: list[str]) -> Counter[tuple[str, ...]]:
+    """How often each word occurs, as letters of which the last is marked as the end."""
+    words = (word for text in texts for word in re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]+", text.lower()))
+    return Counter((*word[:-1], word[-1] + "</w>") for word in words)
 
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
-        initial_alphabet=byte_letters(),
-        end_of_word_suffix="</w>",
-        special_tokens=[],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+
+def merge_pair(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    """The word with each occurrence of the pair made one."""
+    merged: list[str] = []
+    for letter in word:
+        if merged and (merged[-1], letter) == pair:
+            merged[-1] += letter
+        else:
+            merged.append(letter)
+    return tuple(merged)
+
+
+def learn_merges(texts: list[str], count: int = NUM_MERGES) -> list[tuple[str, str]]:
+    """Learns byte pair encoding (1508.07909) from example texts: the pairs to merge, in their order.
+
+    The most frequent pair is merged first; of equals, the first in the alphabet, so that the same texts
+    always give the same tokenizer (the trainer of the tokenizers library breaks ties by chance).
+    """
+    words = [(word, times) for word, times in sorted(split_words(texts).items())]
+    pairs: Counter[tuple[str, str]] = Counter()
+    places: dict[tuple[str, str], set[int]] = {}
+    for index, (word, times) in enumerate(words):
+        for pair in pairwise(word):
+            pairs[pair] += times
+            places.setdefault(pair, set()).add(index)
+    merges: list[tuple[str, str]] = []
+    while pairs and len(merges) < count:
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for index in sorted(places.pop(best)):
+            word, times = words[index]
+            pairs.subtract({pair: times * number for pair, number in Counter(pairwise(word)).items()})
+            word = merge_pair(word, best)
+            words[index] = (word, times)
+            for pair in pairwise(word):
+                pairs[pair] += times
+                places.setdefault(pair, set()).add(index)
+        pairs = +pairs
+    return merges
+
+
+def write_vocabulary(folder: Path, concepts: list[str], other_names: list[str]) -> None:
+    """Writes `vocab.json` and `merges.txt`, learnt from the captions to come and from other names."""
+    grounds = [f"a picture of a thing on a {ground} background" for ground in GROUNDS]
+    names = [concept_to_words(name) for name in concepts * 10 + other_names] + ["an"] * 100
+    merges = learn_merges(names + [*grounds, "flat drawing, shaded drawing"] * 200)
+    letters = byte_letters()
+    tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
+    vocabulary = {token: index for index, token in enumerate([*dict.fromkeys(tokens), START, END])}
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
 
 
 def make_tokenizer(folder: Path, concepts: list[str], other_names: list[str]) -> Any:
-    """Writes a CLIP tokenizer for the captions into `folder` and returns it.
+    """The CLIP tokenizer of `folder`, made from the captions where the folder holds none yet.
 
     Args:
-        folder: Gets `vocab.json` and `merges.txt`.
+        folder: Holds, or gets, `vocab.json` and `merges.txt`; a run keeps the numbers it began with.
         concepts: Names whose words should each be one token, if the vocabulary allows.
         other_names: Further names: what a user may type of things that the base does not know.
     """
     from transformers import CLIPTokenizer
 
-    grounds = [f"a picture of a thing on a {ground} background" for ground in GROUNDS]
-    hands = ["flat drawing, shaded drawing"]
-    names = [concept_to_words(name) for name in concepts * 10 + other_names] + ["an"] * 100
-    merges = learn_merges(names + (grounds + hands) * 200)
-    letters = byte_letters()
-    tokens = letters + [letter + "</w>" for letter in letters] + [merge.replace(" ", "") for merge in merges]
-    vocabulary = {token: index for index, token in enumerate([*dict.fromkeys(tokens), START, END])}
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary_file, merges_file = folder / "vocab.json", folder / "merges.txt"
-    vocabulary_file.write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    merges_file.write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    if not (folder / "vocab.json").is_file():
+        write_vocabulary(folder, concepts, other_names)
     return CLIPTokenizer(
-        vocab=str(vocabulary_file),
-        merges=str(merges_file),
+        vocab=str(folder / "vocab.json"),
+        merges=str(folder / "merges.txt"),
         unk_token=END,
         bos_token=START,
         eos_token=END,

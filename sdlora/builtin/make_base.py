@@ -409,6 +409,8 @@ def save_base(parts: Parts, folder: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(partial)
+    # vocab.json and merges.txt: transformers 4 reads nothing else
+    parts.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))
     for name in ("unet", "vae"):
         to_half(partial / name / "diffusion_pytorch_model.safetensors")
     (partial / "text_encoder" / "model.safetensors").chmod(0o644)

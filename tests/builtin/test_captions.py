@@ -14,6 +14,7 @@ from sdlora.builtin.captions import (
     all_pictures,
     draw_caption,
     draw_picture,
+    learn_merges,
     make_tokenizer,
     read_concepts,
 )
@@ -71,3 +72,16 @@ def test_the_tokenizer_knows_the_words(tmp_path: Path) -> None:
     )
     padded = tokenizer([""], padding="max_length", max_length=TEXT_LENGTH)["input_ids"][0]
     assert len(padded) == TEXT_LENGTH == tokenizer.model_max_length
+
+
+def test_merges_are_learnt_by_frequency_then_alphabet() -> None:
+    """The most frequent pair comes first and ties are broken by name, whatever the order of the texts."""
+    merges = learn_merges(["low low", "lots"], count=4)
+    assert merges == [("l", "o"), ("lo", "w</w>"), ("lo", "t"), ("lot", "s</w>")]
+    assert learn_merges(["lots", "low low"], count=4) == merges
+
+
+def test_a_run_keeps_its_tokens(tmp_path: Path) -> None:
+    """A folder that holds a vocabulary keeps it: the text encoder knows words by their numbers."""
+    first = make_tokenizer(tmp_path, ["owl"], []).get_vocab()
+    assert make_tokenizer(tmp_path, ["pear"], []).get_vocab() == first
