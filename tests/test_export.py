@@ -172,9 +172,9 @@ def other_widths(state, metadata):
         (drop_module, r"1 trained modules are missing \(mid_block.*attn2.to_v\)"),
         (add_module, r"[Uu]nexpected|to_nothing"),
         (zero_module, r"1 modules change in another way than trained \(mid_block.*attn2.to_v\)"),
-        (change_alpha, r"56 modules change in another way .*down_blocks.* and 51 more\)"),
-        (zero_everything, r"56 modules change in another way .*the UNet's output is the base's"),
-        (rename_all, r"56 trained modules are missing .*the UNet's output is the base's"),
+        (change_alpha, r"80 modules change in another way .*down_blocks.* and 75 more\)"),
+        (zero_everything, r"80 modules change in another way .*the UNet's output is the base's"),
+        (rename_all, r"80 trained modules are missing .*the UNet's output is the base's"),
         (other_widths, r"it does not load"),
     ],
 )
