@@ -91,11 +91,11 @@ def test_folder_missing_or_a_file(tmp_path: Path, write_image) -> None:
 
 def test_no_images_tells_what_is_there(tmp_path: Path, write_image) -> None:
     """R-26: what was found, and the nearest folder that has images."""
-    write_image("work/photos/a.png")
-    notes = tmp_path / "work" / "notes" / "deep"
+    write_image("shoot/photos/a.png")
+    notes = tmp_path / "shoot" / "notes" / "deep"
     notes.mkdir(parents=True)
     with pytest.raises(
-        DataError, match=rf"it is empty.*nearest folder with images is {tmp_path}/work/photos"
+        DataError, match=rf"it is empty.*nearest folder with images is {tmp_path}/shoot/photos"
     ):
         scan(notes)
     (notes / "a.txt").write_text("x", encoding="utf-8")
