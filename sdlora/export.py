@@ -243,7 +243,7 @@ def _compare_modules(adapter: Adapter, unet: nn.Module) -> list[str]:
     if unexpected := sorted(set(loaded) - set(adapter.modules)):
         problems.append(f"{len(unexpected)} modules were not trained ({_some(unexpected)})")
     exact = {
-        name: LowRank(pair.down, pair.up.detach().double() * adapter.scale)
+        name: LowRank(pair.down, pair.up.detach().double() * adapter.scale_of(name))
         for name, pair in adapter.modules.items()
     }
     norms = {name: pair.norm_squared() for name, pair in exact.items()}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sdlora.errors import AdapterError
-from sdlora.lora.layers import LoraConv2d, LoraLinear, pair_shapes
+from sdlora.lora.layers import pair_shapes
+from sdlora.lora.modules import Model, carrier_layers
 
 
 @dataclass(slots=True)
@@ -50,8 +51,8 @@ class LowRank:
 class Adapter:
     """What a LoRA file holds, and what is trained.
 
-    One scale serves all modules. Files whose modules differ in rank or alpha are read with the scale
-    already folded into `up`, so that `alpha == rank`.
+    Files are read with the scale folded into `up`, so that `alpha == rank` and every scale is 1; while
+    training, modules may differ in rank, alpha and scale.
     """
 
     modules: dict[str, LowRank]
@@ -63,11 +64,17 @@ class Adapter:
     parent: str | None = None
     notes: dict[str, str] = field(default_factory=dict)
     """The metadata of the file."""
+    scales: dict[str, float] = field(default_factory=dict)
+    """The factor of modules where it is not `scale`."""
 
     @property
     def scale(self) -> float:
-        """The factor on every product: alpha / rank."""
+        """The factor on the products of most modules: alpha / rank."""
         return self.alpha / self.rank
+
+    def scale_of(self, name: str) -> float:
+        """The factor on the product of a module."""
+        return self.scales.get(name, self.scale)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,7 +99,7 @@ class Adapter:
             )
             for name, pair in self.modules.items()
         }
-        return replace(self, modules=modules, notes=dict(self.notes))
+        return replace(self, modules=modules, notes=dict(self.notes), scales=dict(self.scales))
 
     def trainable(self, device: torch.device | str | None = None) -> Adapter:
         """A copy in fp32 whose tensors are parameters that an optimizer can change (R-06)."""
@@ -105,7 +112,7 @@ class Adapter:
 
 
 def create_adapter(
-    model: nn.Module, names: Sequence[str], rank: int, alpha: float, *, seed: int, family: str = ""
+    model: Model, names: Sequence[str], rank: int, alpha: float, *, seed: int, family: str = ""
 ) -> Adapter:
     """A fresh trainable adapter that does not change the model's output yet.
 
@@ -115,18 +122,17 @@ def create_adapter(
     alone, so that neither the order of the modules nor the ambient generator matters.
 
     Args:
-        model: The network that holds the modules; only their sizes and device are read.
+        model: The network, or components by name; only the layers' sizes and device are read.
         names: Module names, from `match_targets`.
         rank: R for all modules.
         alpha: The scale is `alpha / rank`.
         seed: The run's seed.
         family: The base's family, kept in the file.
     """
+    layers = carrier_layers(model)
     modules: dict[str, LowRank] = {}
     for name in names:
-        layer = model.get_submodule(name)
-        if isinstance(layer, LoraLinear | LoraConv2d):
-            layer = layer.base
+        layer = layers[name]
         down_shape, up_shape = pair_shapes(layer, rank)
         digest = hashlib.sha256(f"{seed}/adapter/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

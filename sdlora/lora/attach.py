@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 
@@ -12,53 +12,43 @@ from torch import nn
 
 from sdlora.errors import AdapterError, ConfigError
 from sdlora.lora.adapter import Adapter
-from sdlora.lora.layers import (
-    LoraConv2d,
-    LoraLayer,
-    LoraLinear,
-    StackEntry,
-    can_carry,
-    pair_shapes,
-    wrap_layer,
+from sdlora.lora.layers import StackEntry, pair_shapes, wrap_layer
+from sdlora.lora.modules import Model, carrier_layers, components, lora_layers, named_modules, replace_modules
+from sdlora.lora.names import TEXT_ENCODERS
+
+_ATTENTION = ("*attn[12].to_[qkv]", "*attn[12].to_out.0")
+_FEED_FORWARD = ("*ff.net.0.proj", "*ff.net.2")
+_PROJECTIONS = ("*attentions.*.proj_in", "*attentions.*.proj_out")
+_CONVOLUTIONS = (
+    "*resnets.*.conv[12]",
+    "*resnets.*.conv_shortcut",
+    "*downsamplers.*.conv",
+    "*upsamplers.*.conv",
 )
-
 TARGETS: dict[str, tuple[str, ...]] = {
-    "attention": ("*attn[12].to_[qkv]", "*attn[12].to_out.0"),
-    "feed_forward": ("*ff.net.0.proj", "*ff.net.2"),
-    "projections": ("*attentions.*.proj_in", "*attentions.*.proj_out"),
-    "convolutions": (
-        "*resnets.*.conv[12]",
-        "*resnets.*.conv_shortcut",
-        "*downsamplers.*.conv",
-        "*upsamplers.*.conv",
-    ),
+    "attention": _ATTENTION,
+    "attention+feedforward": (*_ATTENTION, *_FEED_FORWARD),
+    "all-linear": (*_ATTENTION, *_FEED_FORWARD, *_PROJECTIONS),
+    "all": (*_ATTENTION, *_FEED_FORWARD, *_PROJECTIONS, *_CONVOLUTIONS, "*resnets.*.time_emb_proj"),
+    "style-only": tuple(f"up_blocks.0.attentions.1.{pattern}" for pattern in _ATTENTION),
+    "feed_forward": _FEED_FORWARD,
+    "projections": _PROJECTIONS,
+    "convolutions": _CONVOLUTIONS,
+    "text_attention": ("text_encoder*.self_attn.[qkv]_proj", "text_encoder*.self_attn.out_proj"),
+    "text_mlp": ("text_encoder*.mlp.fc[12]",),
 }
-"""Named targets: each stands for patterns on module names."""
+"""Named targets: each stands for patterns on module names.
+
+`all-linear` is what kohya's tools adapt by default, `all` what they adapt with `conv_dim`. `style-only` is
+the block of SDXL that carries style (B-LoRA, arXiv 2403.14572).
+"""
 
 
-def carrier_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every layer that can carry a pair, by name, as the base has it (wrapped or not)."""
-    layers: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if name.rpartition(".")[0] in layers:
-            continue
-        if isinstance(module, LoraLinear | LoraConv2d):
-            layers[name] = module.base
-        elif can_carry(module):
-            layers[name] = module
-    return layers
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """The layers that are wrapped, by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLinear | LoraConv2d)}
-
-
-def match_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
+def match_targets(model: Model, targets: Sequence[str]) -> list[str]:
     """The names of the target modules, in the order of the network.
 
     Args:
-        model: The network; it may lie on the meta device.
+        model: The network, or components by name; it may lie on the meta device.
         targets: Names from `TARGETS`, or patterns such as `*.attn2.to_v`.
 
     Raises:
@@ -79,10 +69,17 @@ def match_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
     return [name for name in layers if name in chosen]
 
 
-def _explain(model: nn.Module, layers: Sequence[str], target: str) -> tuple[str, str]:
+def _explain(model: Model, layers: Sequence[str], target: str) -> tuple[str, str]:
     """Why a target matches nothing, and what was probably meant."""
-    others = [name for name, _ in model.named_modules() if name and fnmatch.fnmatchcase(name, target)]
+    others = [name for name, _ in named_modules(model) if name and fnmatch.fnmatchcase(name, target)]
     reason = f"matches only {others[0]}, no Linear or Conv2d" if others else "matches no Linear or Conv2d"
+    if target.startswith("text_") and "text_encoder" not in components(model):
+        return reason, "it is for the text encoder, which is not adapted here; leave it out"
+    if target == "style-only":
+        return (
+            "is the style block of SDXL, up_blocks.0.attentions.1, which this base has not",
+            "use attention",
+        )
     presets = difflib.get_close_matches(target, list(TARGETS), 1, 0.6)
     endings = [name for name in layers if fnmatch.fnmatchcase(name, f"*.{target}")]
     nearest = difflib.get_close_matches(target.strip("*."), layers, 2, 0.3)
@@ -95,13 +92,13 @@ def _explain(model: nn.Module, layers: Sequence[str], target: str) -> tuple[str,
     return reason, f"use {', '.join(TARGETS)} or a pattern such as *.attn2.to_v"
 
 
-def count_parameters(model: nn.Module, names: Sequence[str], rank: int) -> int:
+def count_parameters(model: Model, names: Sequence[str], rank: int) -> int:
     """Elements that an adapter on these modules has; works on the meta device."""
     layers = carrier_layers(model)
     return sum(prod(shape) for name in names for shape in pair_shapes(layers[name], rank))
 
 
-def attach(model: nn.Module, names: Sequence[str]) -> None:
+def attach(model: Model, names: Sequence[str]) -> None:
     """Wraps the named layers, those that are not yet; the output does not change.
 
     Raises:
@@ -114,72 +111,70 @@ def attach(model: nn.Module, names: Sequence[str]) -> None:
             "the LoRA is for another family, or the base is"
         )
     wrapped = lora_layers(model)
-    for name in names:
-        if name not in wrapped:
-            _replace(model, name, wrap_layer(layers[name]))
+    replace_modules(model, {name: wrap_layer(layers[name]) for name in names if name not in wrapped})
 
 
-def mount(model: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> None:
+def mount(model: Model, adapters: Sequence[tuple[Adapter, float]]) -> None:
     """Puts adapters on a network in place of all those mounted before; nothing changes if one does not fit.
 
     Args:
-        model: The network; layers that are not wrapped yet are.
+        model: The network, or components by name; layers that are not wrapped yet are.
         adapters: (adapter, strength) in the order of the stack. None at all leaves the base.
 
     Raises:
         AdapterError: If an adapter names modules, or has shapes, that this network does not have.
     """
     layers = carrier_layers(model)
+    parts = list(components(model))
     stacks: dict[str, list[StackEntry]] = {}
     for adapter, strength in adapters:
-        _check_fit(adapter, layers)
+        _check_fit(adapter, layers, parts)
         for name, pair in adapter.modules.items():
             down, up = pair.down, pair.up
             if not down.requires_grad:
                 device = next(layers[name].parameters()).device
                 down, up = down.to(device), up.to(device)
-            stacks.setdefault(name, []).append(StackEntry(down, up, strength * adapter.scale))
+            stacks.setdefault(name, []).append(StackEntry(down, up, strength * adapter.scale_of(name)))
     attach(model, list(stacks))
     for name, layer in lora_layers(model).items():
         layer.stack = tuple(stacks.get(name, ()))
 
 
-def detach(model: nn.Module) -> None:
+def detach(model: Model) -> None:
     """Puts the original modules back."""
-    for name, layer in lora_layers(model).items():
-        _replace(model, name, layer.base)
+    replace_modules(model, {name: layer.base for name, layer in lora_layers(model).items()})
 
 
-def is_attached(model: nn.Module) -> bool:
+def is_attached(model: Model) -> bool:
     """Whether any layer is wrapped."""
     return bool(lora_layers(model))
 
 
 @contextmanager
-def mounted(model: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[None]:
+def mounted(model: Model, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[None]:
     """Mounts adapters for a while; afterwards wrapped layers and stacks are as they were."""
     before = {name: layer.stack for name, layer in lora_layers(model).items()}
     try:
         mount(model, adapters)
         yield
     finally:
-        for name, layer in lora_layers(model).items():
-            if name in before:
-                layer.stack = before[name]
-            else:
-                _replace(model, name, layer.base)
+        layers = lora_layers(model)
+        for name, stack in before.items():
+            layers[name].stack = stack
+        replace_modules(model, {name: layer.base for name, layer in layers.items() if name not in before})
 
 
-def _check_fit(adapter: Adapter, layers: dict[str, nn.Module]) -> None:
-    """Refuses an adapter for another network."""
+def _check_fit(adapter: Adapter, layers: Mapping[str, nn.Module], parts: Sequence[str]) -> None:
+    """Refuses an adapter for another network, or for more components than these."""
     trained_on = adapter.notes.get("sdlora.base_name") or adapter.notes.get("ss_sd_model_name")
     origin = f" (it was trained on {trained_on})" if trained_on else ""
-    texts = [name for name in adapter.modules if name.startswith(("text_encoder.", "text_encoder_2."))]
-    if texts:
-        raise AdapterError(
-            f"the LoRA changes {len(texts)} modules of the text encoder, which sdlora cannot use yet; "
-            "load it with diffusers, or train one for the UNet alone"
-        )
+    for component in (prefix.removesuffix(".") for prefix in TEXT_ENCODERS):
+        texts = [name for name in adapter.modules if name.startswith(f"{component}.")]
+        if texts and component not in parts:
+            raise AdapterError(
+                f"the LoRA changes {len(texts)} modules of {component}, but it is used on the "
+                f"{' and '.join(parts)} alone; load it with diffusers, or train one for the UNet alone"
+            )
     missing = [name for name in adapter.modules if name not in layers]
     if missing:
         raise AdapterError(
@@ -194,11 +189,6 @@ def _check_fit(adapter: Adapter, layers: dict[str, nn.Module]) -> None:
                 f"features in the LoRA and {down[1]} to {up[0]} in the base; "
                 f"use a base of the family it was trained on{origin}"
             )
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _some(names: Sequence[str], count: int = 3) -> str:

@@ -48,14 +48,16 @@ class Rounding:
 
 def fold(adapter: Adapter) -> Adapter:
     """The same change with the scale inside `up`, so that alpha == rank; the trained alpha is noted."""
-    if adapter.alpha == adapter.rank:
-        return adapter
+    if all(adapter.scale_of(name) == 1 for name in adapter.modules):
+        return replace(adapter, alpha=float(adapter.rank), scales={}) if adapter.scales else adapter
     modules = {
-        name: LowRank(pair.down.detach().float(), (pair.up.detach().double() * adapter.scale).float())
+        name: LowRank(
+            pair.down.detach().float(), (pair.up.detach().double() * adapter.scale_of(name)).float()
+        )
         for name, pair in adapter.modules.items()
     }
     notes = {"sdlora.trained_alpha": f"{adapter.alpha:g}", **adapter.notes}
-    return replace(adapter, modules=modules, alpha=float(adapter.rank), notes=notes)
+    return replace(adapter, modules=modules, alpha=float(adapter.rank), notes=notes, scales={})
 
 
 def round_adapter(adapter: Adapter, precision: Precision = "fp16") -> tuple[Adapter, Rounding]:

@@ -109,12 +109,17 @@ def split_key(key: str) -> tuple[str, Part] | None:
                 return kohya_to_module(name), parts[match[2]]
             name = re.sub(r"\.processor\.(to_(?:[qkv]|out))_lora$", r".\1", name)
             name = re.sub(r"(\.attn[12]\.to_out)$", r"\1.0", name)
-            return _with_text_model(clean_module(name)), parts[match[2]]
+            return with_text_model(clean_module(name)), parts[match[2]]
     return None
 
 
-def _with_text_model(name: str) -> str:
-    """Newer transformers leave out a level of CLIP's text encoder; all files have it."""
+def module_name(component: str, path: str) -> str:
+    """The adapter's name of a component's module: plain in the UNet, else with the component before it."""
+    return path if component == "unet" else with_text_model(f"{component}.{path}")
+
+
+def with_text_model(name: str) -> str:
+    """A text encoder's module with the level `text_model`: newer transformers leave it out, files have it."""
     for component in TEXT_ENCODERS:
         if name.startswith(f"{component}encoder."):
             return f"{component}text_model.{name.removeprefix(component)}"

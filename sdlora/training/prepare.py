@@ -136,5 +136,5 @@ def _make_adapter(plan: RunPlan, base: StableDiffusion) -> Adapter:
         )
     for name, pair in adapter.modules.items():
         pair.down.data.copy_(start.modules[name].down)
-        pair.up.data.copy_(start.modules[name].up * (start.scale / adapter.scale))
+        pair.up.data.copy_(start.modules[name].up * (start.scale_of(name) / adapter.scale_of(name)))
     return adapter

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora.lora.adapter import Adapter, create_adapter
 from sdlora.lora.attach import match_targets
@@ -56,6 +57,27 @@ def make_unet() -> Callable[..., UNet2DConditionModel]:
 @pytest.fixture
 def unet(make_unet: Callable[..., UNet2DConditionModel]) -> UNet2DConditionModel:
     return make_unet()
+
+
+@pytest.fixture
+def components(unet: UNet2DConditionModel) -> dict[str, torch.nn.Module]:
+    """A UNet and two text encoders, of the classes without and with the level `text_model`."""
+    config = CLIPTextConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=16,
+        max_position_embeddings=8,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        first, second = CLIPTextModel(config), CLIPTextModelWithProjection(config)
+    frozen = [module.eval().requires_grad_(False) for module in (first, second)]
+    return {"unet": unet, "text_encoder": frozen[0], "text_encoder_2": frozen[1]}
 
 
 @pytest.fixture(scope="session")

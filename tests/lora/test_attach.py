@@ -10,17 +10,16 @@ from torch import nn
 
 from sdlora.errors import AdapterError, ConfigError
 from sdlora.lora.attach import (
-    TARGETS,
     attach,
-    carrier_layers,
     count_parameters,
     detach,
     is_attached,
-    lora_layers,
     match_targets,
     mount,
     mounted,
 )
+from sdlora.lora.formats import fold
+from sdlora.lora.modules import carrier_layers, lora_layers
 
 
 def test_numbers_of_modules_of_sd15(sd15):
@@ -29,7 +28,9 @@ def test_numbers_of_modules_of_sd15(sd15):
     assert len(attention) == 128
     assert count_parameters(sd15, attention, 1) == 199_296
     assert count_parameters(sd15, attention, 8) == 8 * 199_296
-    assert len(match_targets(sd15, ["attention", "feed_forward", "projections"])) == 192
+    assert len(match_targets(sd15, ["attention+feedforward"])) == 160
+    assert len(match_targets(sd15, ["all-linear"])) == 192
+    assert len(match_targets(sd15, ["all"])) == 278
     assert len(match_targets(sd15, ["convolutions"])) == 22 * 2 + 14 + 6
     assert sd15.device.type == "meta"
 
@@ -62,6 +63,13 @@ def test_a_target_without_a_match_is_named(unet, target, message):
     assert "\n" not in str(caught.value)
 
 
+def test_style_only_needs_sdxl(unet, sd15):
+    """The block that B-LoRA trains is not in SD 1.x: refused for what it is."""
+    for model in (unet, sd15):
+        with pytest.raises(ConfigError, match=r"'style-only' needs SDXL's style block up_blocks.0"):
+            match_targets(model, ["style-only"])
+
+
 def test_all_wrong_targets_at_once(unet):
     """R-35: one line for each."""
     with pytest.raises(ConfigError) as caught:
@@ -71,9 +79,9 @@ def test_all_wrong_targets_at_once(unet):
 
 def test_targets_are_the_same_when_attached(unet):
     """A wrapped network has the same modules as before, by the same names."""
-    before = match_targets(unet, list(TARGETS))
+    before = match_targets(unet, ["all"])
     attach(unet, before)
-    assert match_targets(unet, list(TARGETS)) == before
+    assert match_targets(unet, ["all"]) == before
     attach(unet, before)
     assert len(lora_layers(unet)) == len(before)
     assert count_parameters(unet, before, 2) > 0
@@ -85,7 +93,7 @@ def test_detach_gives_the_base_back(unet, run, make_adapter, dtype):
     unet.to(dtype)
     base, keys = run(unet), list(unet.state_dict())
     modules = dict(unet.named_modules())
-    adapters = [make_adapter(unet, seed=seed, targets=list(TARGETS)) for seed in range(2)]
+    adapters = [make_adapter(unet, seed=seed, targets=["all"]) for seed in range(2)]
     for switch in range(20):
         mount(unet, [(adapters[switch % 2], 1.0), (adapters[0], -0.3)])
     assert not torch.equal(run(unet), base)
@@ -98,7 +106,7 @@ def test_detach_gives_the_base_back(unet, run, make_adapter, dtype):
 
 def test_mount_replaces(unet, run, make_adapter):
     """Mounting is absolute: what was mounted before leaves no trace."""
-    small, large = make_adapter(unet, targets=["*.attn2.to_v"]), make_adapter(unet, targets=list(TARGETS))
+    small, large = make_adapter(unet, targets=["*.attn2.to_v"]), make_adapter(unet, targets=["all"])
     mount(unet, [(small, 1.0)])
     expected = run(unet)
     mount(unet, [(large, 1.0)])
@@ -119,7 +127,7 @@ def test_strength_and_scale_multiply(unet, run, make_adapter):
 def test_mounted_puts_everything_back(unet, run, make_adapter):
     """R-10: after sampling, also one that fails, wrapped layers and stacks are as they were."""
     base = run(unet)
-    trained, other = make_adapter(unet), make_adapter(unet, targets=list(TARGETS), seed=1)
+    trained, other = make_adapter(unet), make_adapter(unet, targets=["all"], seed=1)
     with mounted(unet, [(other, 1.0)]):
         assert is_attached(unet)
     assert not is_attached(unet)
@@ -166,12 +174,75 @@ def test_other_modules_do_not_fit(unet, make_adapter):
         attach(unet, ["no.such.module"])
 
 
-def test_text_encoder_modules_are_not_dropped_silently(unet, make_adapter):
-    """R-34: an adapter for the text encoder is refused where it could only be half used."""
-    adapter = make_adapter(unet)
-    adapter.modules["text_encoder.text_model.encoder.layers.0.mlp.fc1"] = next(iter(adapter.modules.values()))
-    with pytest.raises(AdapterError, match="changes 1 modules of the text encoder"):
+def test_text_encoder_modules_are_not_dropped_silently(unet, components, make_adapter):
+    """R-34: an adapter for text encoders is refused where it could only be half used; nothing is mounted."""
+    adapter = make_adapter(components, targets=["attention", "text_mlp"])
+    with pytest.raises(AdapterError, match=r"changes 4 modules of text_encoder, but .* the unet alone"):
         mount(unet, [(adapter, 1.0)])
+    del components["text_encoder_2"]
+    with pytest.raises(AdapterError, match="changes 4 modules of text_encoder_2, but"):
+        mount(components, [(adapter, 1.0)])
+    assert not is_attached(components)
+
+
+TEXT_NAMES = [
+    f"{component}.text_model.encoder.layers.{layer}.{part}"
+    for component in ("text_encoder", "text_encoder_2")
+    for layer in (0, 1)
+    for part in (*(f"self_attn.{name}_proj" for name in ("k", "v", "q", "out")), "mlp.fc1", "mlp.fc2")
+]
+
+
+def test_text_encoders_have_their_names(components):
+    """R-34: both classes of text encoder give the names that files have; presets find their layers."""
+    text = match_targets(components, ["text_attention", "text_mlp"])
+    assert text == TEXT_NAMES
+    assert match_targets(components, ["attention"]) == match_targets(components["unet"], ["attention"])
+    assert match_targets(components, ["text_encoder_2.*.q_proj"]) == TEXT_NAMES[14::6]
+    assert "text_encoder_2.text_projection" in carrier_layers(components)
+    with pytest.raises(ConfigError, match=r"'text_mlp' matches no Linear or Conv2d; .*text encoder"):
+        match_targets(components["unet"], ["text_mlp"])
+
+
+def test_mounting_on_components(components, make_adapter):
+    """R-34 R-38: UNet and text encoders carry one adapter together, and give the base back to the bit."""
+
+    def answers():
+        tokens = torch.tensor([[1, 5, 6, 2]])
+        return [
+            components["text_encoder"](tokens).last_hidden_state,
+            components["text_encoder_2"](tokens).text_embeds,
+        ]
+
+    base, before = answers(), {name: dict(model.named_modules()) for name, model in components.items()}
+    adapter = make_adapter(components, targets=["attention", "text_attention", "text_mlp"])
+    with mounted(components, [(adapter, 1.0)]):
+        assert list(lora_layers(components)) == list(adapter.modules)
+        changed = answers()
+        sum(output.square().sum() for output in changed).backward()
+    assert not any(torch.equal(one, two) for one, two in zip(base, changed, strict=True))
+    assert all(adapter.modules[name].up.grad.abs().max() > 0 for name in TEXT_NAMES if "layers.0" in name)
+    assert all(torch.equal(one, two) for one, two in zip(base, answers(), strict=True))
+    assert {name: dict(model.named_modules()) for name, model in components.items()} == before
+
+
+def test_a_module_may_have_its_own_scale(unet, run, make_adapter):
+    """R-33: `scales` is a factor for each module, in the network as in the folded adapter."""
+    adapter = make_adapter(unet, alpha=2)
+    names = list(adapter.modules)
+    adapter.scales = {names[0]: 3.0, names[1]: 0.25}
+    assert [adapter.scale_of(name) for name in names[:3]] == [3, 0.25, 0.5]
+    mount(unet, [(adapter, 1.0)])
+    trained = run(unet)
+    by_hand = adapter.to()
+    for name, pair in by_hand.modules.items():
+        pair.up *= {names[0]: 3.0, names[1]: 0.25}.get(name, 0.5)
+    by_hand.alpha, by_hand.scales = 4.0, {}
+    mount(unet, [(by_hand, 1.0)])
+    torch.testing.assert_close(run(unet), trained, rtol=1e-5, atol=1e-6)
+    folded = fold(adapter)
+    assert (folded.scales, folded.alpha) == ({}, 4.0)
+    assert all(torch.equal(folded.modules[name].up, pair.up) for name, pair in by_hand.modules.items())
 
 
 def test_any_network():

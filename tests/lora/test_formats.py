@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sdlora.errors import AdapterError
 from sdlora.lora.adapter import Adapter, LowRank, create_adapter
-from sdlora.lora.attach import TARGETS, match_targets
+from sdlora.lora.attach import match_targets
 from sdlora.lora.files import load_adapter, save_adapter
 from sdlora.lora.formats import (
     adapter_to_diffusers,
@@ -85,7 +85,7 @@ def test_names_that_no_file_has_are_refused(name):
         adapter_to_diffusers(adapter)
 
 
-@pytest.mark.parametrize("targets", [["attention"], list(TARGETS)], ids=["attention", "all"])
+@pytest.mark.parametrize("targets", [["attention"], ["all"]], ids=["attention", "all"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_round_trip_is_bit_exact(tmp_path, unet, make_adapter, targets, precision):
     """R-07: adapter → diffusers → kohya → diffusers loses nothing, tensors and file bytes alike."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sdlora.errors import AdapterError
-from sdlora.lora.attach import carrier_layers
+from sdlora.lora.modules import carrier_layers
 from sdlora.lora.names import clean_module, dialect_of, kohya_to_module, module_to_kohya, split_key
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"

@@ -18,8 +18,9 @@ from PIL import Image
 
 from sdlora.config import BaseSection
 from sdlora.lora.adapter import Adapter, create_adapter
-from sdlora.lora.attach import detach, is_attached, lora_layers, match_targets, mount
+from sdlora.lora.attach import detach, is_attached, match_targets, mount
 from sdlora.lora.files import load_adapter, save_adapter
+from sdlora.lora.modules import lora_layers
 from sdlora.models.hub import BUILTIN
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base, load_stock_pipeline

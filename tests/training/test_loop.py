@@ -16,8 +16,8 @@ import sdlora
 from sdlora.data.images import load_image
 from sdlora.data.tensors import image_to_tensor
 from sdlora.errors import TrainingDiverged
-from sdlora.lora.attach import lora_layers
 from sdlora.lora.files import load_adapter
+from sdlora.lora.modules import lora_layers
 from sdlora.training.optimizer import learning_rate
 from sdlora.training.resume import named_tensors
 from sdlora.training.train import train
