@@ -273,14 +273,14 @@ def test_export_info_cache_doctor(sdlora, small_run, make_images, tmp_path):
 
 
 def test_evaluate_verb(sdlora, make_images, tmp_path):
-    """Held-out loss and picture distance, base beside style; a run without held-out pictures says so."""
+    """Held-out loss and style distance, base beside style; a run without held-out pictures says so."""
     images = make_images("eight", ((64, 64),) * 8)
     arguments = ["--trigger", "dotty", "data.heldout=0.25", *QUICK]
     assert sdlora("train", images, "--out", tmp_path / "run", *arguments)[0] == 0
     code, printed, errors = sdlora("evaluate", tmp_path / "run")
     assert code == 0, errors
     assert "held-out loss" in printed
-    assert "picture distance" in printed
+    assert "style distance" in printed
     assert "without trigger" in printed
     assert RunFolder(tmp_path / "run").evaluation_file.is_file()
 

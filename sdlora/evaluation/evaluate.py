@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sdlora.config import RunConfig
@@ -20,7 +19,7 @@ from sdlora.data.tensors import image_to_tensor
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.errors import RunError
 from sdlora.evaluation.heldout import HeldoutItem, HeldoutLoss, heldout_loss
-from sdlora.evaluation.pictures import picture_distance, to_pixels
+from sdlora.evaluation.pictures import PictureDistance, mean_distance, picture_distances, to_pixels
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mounted
 from sdlora.lora.files import load_adapter
@@ -43,10 +42,10 @@ class Evaluation:
         images: How many pictures.
         base_loss: The held-out loss without the adapter.
         style_loss: And with it.
-        base_distance: The mean distance (RMS of VAE latents) between samples of the held-out captions
-            and the held-out pictures, without the adapter.
+        base_distance: The mean distances between samples of the held-out captions and the held-out
+            pictures, without the adapter.
         style_distance: And with it.
-        style_wins: For how many pictures the style's sample is nearer than the base's.
+        style_wins: For how many pictures the style's sample is nearer in style than the base's.
         untriggered_distance: And with the adapter, but the trigger taken out of the captions; None
             without a trigger.
     """
@@ -54,34 +53,39 @@ class Evaluation:
     images: int
     base_loss: HeldoutLoss
     style_loss: HeldoutLoss
-    base_distance: float
-    style_distance: float
+    base_distance: PictureDistance
+    style_distance: PictureDistance
     style_wins: int
-    untriggered_distance: float | None = None
+    untriggered_distance: PictureDistance | None = None
 
     @property
     def bleed(self) -> float | None:
         """The share of the style's gain that is there without the trigger (R-30)."""
-        gain = self.base_distance - self.style_distance
+        gain = self.base_distance.style - self.style_distance.style
         if self.untriggered_distance is None or gain <= 0:
             return None
-        return (self.base_distance - self.untriggered_distance) / gain
+        return (self.base_distance.style - self.untriggered_distance.style) / gain
 
     def lines(self) -> list[str]:
         """As printed."""
-        change = self.style_loss.loss / self.base_loss.loss - 1
-        closer = self.style_distance / self.base_distance - 1
+        base, style = self.base_distance, self.style_distance
         lines = [
-            f"held-out loss     base {self.base_loss.loss:.4f}, style {self.style_loss.loss:.4f} "
-            f"({change:+.1%}) on {self.images} pictures",
-            f"picture distance  base {self.base_distance:.3f}, style {self.style_distance:.3f} "
-            f"({closer:+.1%}); the style is nearer for {self.style_wins} of {self.images}",
-            "                  (root mean square of VAE latents, samples against held-out pictures)",
+            _beside("held-out loss", self.base_loss.loss, self.style_loss.loss)
+            + f" on {self.images} pictures",
+            _beside("style distance", base.style, style.style)
+            + f"; the style is nearer for {self.style_wins} of {self.images}",
+            _beside("content distance", base.content, style.content),
+            "                  (samples against held-out pictures, in VAE latents: mean and standard "
+            "deviation of the channels; every latent pixel)",
         ]
         if self.untriggered_distance is not None:
             share = "" if self.bleed is None else f": {self.bleed:.0%} of the style is there without it"
-            lines.append(f"without trigger   {self.untriggered_distance:.3f}{share}")
+            lines.append(f"without trigger   style distance {self.untriggered_distance.style:.3f}{share}")
         return lines
+
+
+def _beside(title: str, base: float, style: float) -> str:
+    return f"{title:<17} base {base:.4f}, style {style:.4f} ({style / base - 1:+.1%})"
 
 
 def evaluate(
@@ -123,21 +127,21 @@ def evaluate(
     total = len(records) * (3 if trigger else 2)
     captions = [record.caption for record in records]
     samples = _samples(base, adapter, config, records, captions, plan, seed)
-    plain, styled = (_distances(base, samples[strength], drawings) for strength in (0.0, 1.0))
+    plain, styled = (picture_distances(base, samples[strength], drawings) for strength in (0.0, 1.0))
     if progress is not None:
         progress(2 * len(records), total)
     untriggered = None
     if trigger:
         bare = [remove_trigger(caption, trigger) for caption in captions]
         without = _samples(base, adapter, config, records, bare, plan, seed)[1.0]
-        untriggered = _mean(_distances(base, without, drawings))
+        untriggered = mean_distance(picture_distances(base, without, drawings))
     result = Evaluation(
         images=len(records),
         base_loss=base_loss,
         style_loss=style_loss,
-        base_distance=_mean(plain),
-        style_distance=_mean(styled),
-        style_wins=sum(style < base for base, style in zip(plain, styled, strict=True)),
+        base_distance=mean_distance(plain),
+        style_distance=mean_distance(styled),
+        style_wins=sum(style.style < base.style for base, style in zip(plain, styled, strict=True)),
         untriggered_distance=untriggered,
     )
     values = {**asdict(result), "bleed": result.bleed, "adapter": folder.adapter.name, "seed": seed}
@@ -193,11 +197,3 @@ def _samples(
         for strength, made in by_strength.items():
             found |= {(strength, n): to_pixels(p.image) for n, p in zip(numbers, made, strict=True)}
     return {strength: [found[strength, n] for n in range(len(records))] for strength in (0.0, 1.0)}
-
-
-def _distances(base: StableDiffusion, samples: Sequence[Tensor], drawings: Sequence[Tensor]) -> list[float]:
-    return [picture_distance(base, [one], [other]) for one, other in zip(samples, drawings, strict=True)]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(torch.tensor(values, dtype=torch.float64).mean())

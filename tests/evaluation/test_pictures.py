@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from sdlora.config import BaseSection
 from sdlora.evaluation.evaluate import Evaluation, remove_trigger
 from sdlora.evaluation.heldout import HeldoutLoss
-from sdlora.evaluation.pictures import picture_distance, to_pixels
+from sdlora.evaluation.pictures import PictureDistance, mean_distance, picture_distances, to_pixels
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
 
@@ -25,17 +25,39 @@ def draw(shift: int = 0, colour: str = "red") -> torch.Tensor:
     return to_pixels(image)
 
 
+def distance(base, sample: torch.Tensor, drawing: torch.Tensor) -> PictureDistance:
+    return picture_distances(base, [sample], [drawing])[0]
+
+
 def test_order_of_distances(base):
     """Zero for the same picture; a moved outline is nearer than another colour; symmetric."""
-    same = picture_distance(base, [draw()], [draw()])
-    moved = picture_distance(base, [draw()], [draw(1)])
-    other = picture_distance(base, [draw()], [draw(0, "blue")])
-    assert same == 0
-    assert 0 < moved < other
-    assert picture_distance(base, [draw(0, "blue")], [draw()]) == pytest.approx(other)
-    assert picture_distance(base, [draw(), draw()], [draw(1), draw(0, "blue")]) == pytest.approx(
-        (moved + other) / 2
-    )
+    same, moved, other = (distance(base, draw(), draw(*how)) for how in ((), (1,), (0, "blue")))
+    assert (same.style, same.content) == (0, 0)
+    assert 0 < moved.content < other.content
+    assert moved.style < other.style
+    assert distance(base, draw(0, "blue"), draw()) == other
+    mean = mean_distance(picture_distances(base, [draw(), draw()], [draw(1), draw(0, "blue")]))
+    assert mean.style == pytest.approx((moved.style + other.style) / 2)
+    assert mean.content == pytest.approx((moved.content + other.content) / 2)
+
+
+def test_style_does_not_ask_where_things_lie(base):
+    """A drawing far aside is of the same style, and far away in content."""
+    aside = distance(base, draw(), draw(8))
+    assert aside.style < 0.2 * aside.content
+    assert aside.style < 0.1 * distance(base, draw(), draw(0, "blue")).style
+
+
+def test_style_distance_by_hand(base):
+    """The root mean square over the differences of each channel's mean and standard deviation."""
+    one, two = (base.encode_images(picture[None])[0][0].numpy() for picture in (draw(), draw(3, "green")))
+    gaps = [
+        f(a) - f(b)
+        for f in (lambda x: x.mean(), lambda x: x.std(ddof=1))
+        for a, b in zip(one, two, strict=True)
+    ]
+    by_hand = (sum(gap**2 for gap in gaps) / len(gaps)) ** 0.5
+    assert distance(base, draw(), draw(3, "green")).style == pytest.approx(by_hand, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +78,8 @@ def test_captions_without_the_trigger(caption, bare):
 def test_bleed():
     """R-30: the share of the style's gain that is there without the trigger."""
     loss = HeldoutLoss(1.0, {}, 4)
-    measured = Evaluation(4, loss, loss, 0.8, 0.4, 4, untriggered_distance=0.5)
+    base, style, bare = (PictureDistance(value, 1.0) for value in (0.8, 0.4, 0.5))
+    measured = Evaluation(4, loss, loss, base, style, 4, untriggered_distance=bare)
     assert measured.bleed == pytest.approx(0.75)
     assert "75% of the style is there without it" in measured.lines()[-1]
-    assert Evaluation(4, loss, loss, 0.8, 0.4, 4).bleed is None
+    assert Evaluation(4, loss, loss, base, style, 4).bleed is None
