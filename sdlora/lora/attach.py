@@ -76,10 +76,7 @@ def _explain(model: Model, layers: Sequence[str], target: str) -> tuple[str, str
     if target.startswith("text_") and "text_encoder" not in components(model):
         return reason, "it is for the text encoder, which is not adapted here; leave it out"
     if target == "style-only":
-        return (
-            "is the style block of SDXL, up_blocks.0.attentions.1, which this base has not",
-            "use attention",
-        )
+        return "needs SDXL's style block up_blocks.0.attentions.1, which is not here", "use attention"
     presets = difflib.get_close_matches(target, list(TARGETS), 1, 0.6)
     endings = [name for name in layers if fnmatch.fnmatchcase(name, f"*.{target}")]
     nearest = difflib.get_close_matches(target.strip("*."), layers, 2, 0.3)
