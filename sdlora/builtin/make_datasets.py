@@ -111,7 +111,9 @@ def save_pictures(
             COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
         )
         flat.save(folder / f"{concept}.png", optimize=True)
-        (folder / f"{concept}.txt").write_text(f"a {concept_to_words(concept)}\n", encoding="utf-8")
+        name = concept_to_words(concept)
+        article = "an" if name[0] in "aeiou" and not name.startswith("uni") else "a"
+        (folder / f"{concept}.txt").write_text(f"{article} {name}\n", encoding="utf-8")
 
 
 def attribution(dataset: Dataset) -> str:
