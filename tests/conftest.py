@@ -27,6 +27,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("SDLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.fixture
+def shared_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cache for the tests that use a whole dataset, so that each picture is encoded once."""
+    root = tmp_path_factory.getbasetemp()
+    common = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    monkeypatch.setenv("SDLORA_CACHE", str(common / "shared-cache"))
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""

@@ -21,9 +21,10 @@ def execute(name: str) -> nbformat.NotebookNode:
     return notebook
 
 
+@pytest.mark.usefixtures("shared_cache")
 def test_train_a_style(monkeypatch):
     """The story from a folder to a pipeline, at fewer steps; each picture is there."""
-    monkeypatch.setenv("SDLORA_NOTEBOOK_STEPS", "4")
+    monkeypatch.setenv("SDLORA_NOTEBOOK_STEPS", "1")
     notebook = execute("train_a_style.ipynb")
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
@@ -33,6 +34,7 @@ def test_train_a_style(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_cache")
 def test_is_it_learnt(monkeypatch, tmp_path):
     """The table of presets, at fewer steps and seeds."""
     for name, value in {"SEEDS": "[0]", "NOTEBOOK_STEPS": "3", "FIGURES": str(tmp_path)}.items():
@@ -43,6 +45,7 @@ def test_is_it_learnt(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_cache")
 def test_is_rank_8_enough(monkeypatch, tmp_path):
     """The table of ranks, at fewer steps and ranks."""
     for name, value in {

@@ -22,7 +22,7 @@ TOLERANCE = 3
 
 
 @pytest.fixture
-def demo(tmp_path, monkeypatch):
+def demo(tmp_path, monkeypatch, shared_cache):
     """`make demo`, at few steps."""
     monkeypatch.chdir(tmp_path)
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
