@@ -9,8 +9,11 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,3 +62,109 @@ def make_images(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+TINY_SDXL: dict[str, Any] = {
+    "sample_size": 8,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (16, 32, 64),
+    "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (2, 4, 8),
+    "use_linear_projection": True,
+    "cross_attention_dim": 16 + 24,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 20,
+    "norm_num_groups": 8,
+}
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SDXL's real classes and layout with random weights, 9 MB, as a diffusers folder; never to be changed.
+
+    As in the real one, the second tokenizer pads with `!`, and the scheduler is Euler.
+    """
+    from diffusers import (
+        AutoencoderKL,
+        EulerDiscreteScheduler,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    from sdlora.models.quiet import quiet
+
+    folder = tmp_path_factory.mktemp("bases") / "tiny-sdxl"
+    words = REPOSITORY / "sdlora" / "builtin" / "base" / "tokenizer"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        texts = [
+            CLIPTextConfig(
+                vocab_size=2267,
+                hidden_size=width,
+                intermediate_size=2 * width,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                max_position_embeddings=32,
+                projection_dim=20,
+                bos_token_id=2265,
+                eos_token_id=2266,
+                pad_token_id=padding,
+                # Random states must differ from word to word.
+                initializer_factor=3.0,
+            )
+            for width, padding in ((16, 2266), (24, 0))
+        ]
+        pipeline = StableDiffusionXLPipeline(
+            vae=AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                block_out_channels=(8, 8, 8, 8),
+                norm_num_groups=4,
+                layers_per_block=1,
+                mid_block_add_attention=False,
+                scaling_factor=0.13025,
+            ),
+            text_encoder=CLIPTextModel(texts[0]),
+            text_encoder_2=CLIPTextModelWithProjection(texts[1]),
+            tokenizer=CLIPTokenizer.from_pretrained(words),
+            tokenizer_2=CLIPTokenizer.from_pretrained(words, pad_token="!"),
+            unet=UNet2DConditionModel(**TINY_SDXL),
+            scheduler=EulerDiscreteScheduler(
+                beta_schedule="scaled_linear",
+                beta_start=0.00085,
+                beta_end=0.012,
+                timestep_spacing="leading",
+                steps_offset=1,
+            ),
+            add_watermarker=False,
+        )
+    with quiet():
+        pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Copies a base, weights as links; `copy(base, "name", unet__config={...})` edits JSON files."""
+
+    def copy(source: Path, name: str = "base", **edits: dict[str, Any]) -> Path:
+        folder = tmp_path / name
+        for file in source.rglob("*"):
+            place = folder / file.relative_to(source)
+            if file.is_dir():
+                continue
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if file.suffix == ".safetensors":
+                place.symlink_to(file)
+            else:
+                shutil.copyfile(file, place)
+        for where, changes in edits.items():
+            file = folder / (where.replace("__", "/") + ".json")
+            values = json.loads(file.read_text(encoding="utf-8"))
+            file.write_text(json.dumps({**values, **changes}), encoding="utf-8")
+        return folder
+
+    return copy

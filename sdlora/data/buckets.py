@@ -33,6 +33,11 @@ class Crop:
     size: Size
     flipped: bool = False
 
+    @property
+    def shown_left(self) -> int:
+        """Pixels cut at the left of the picture as the model sees it, after mirroring."""
+        return self.resized.width - self.size.width - self.left if self.flipped else self.left
+
 
 @dataclass(frozen=True)
 class BucketPlan:

@@ -15,7 +15,7 @@ from sdlora.data.buckets import BucketPlan, plan_buckets
 from sdlora.data.images import crop_image, load_image
 from sdlora.data.records import ImageRecord, Size
 from sdlora.data.scan import scan_dataset
-from sdlora.data.tensors import image_to_tensor
+from sdlora.data.tensors import crop_to_time_ids, image_to_tensor
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.errors import RunError
 from sdlora.evaluation.heldout import HeldoutItem, HeldoutLoss, heldout_loss
@@ -122,7 +122,7 @@ def evaluate(
         seed=config.train.seed,
     )
     drawings = [_as_seen(record, plan, config) for record in records]
-    base_loss, style_loss = _losses(base, adapter, records, drawings)
+    base_loss, style_loss = _losses(base, adapter, records, drawings, plan)
     trigger = config.data.trigger
     total = len(records) * (3 if trigger else 2)
     captions = [record.caption for record in records]
@@ -161,18 +161,30 @@ def _as_seen(record: ImageRecord, plan: BucketPlan, config: RunConfig) -> Tensor
 
 
 def _losses(
-    base: StableDiffusion, adapter: Adapter, records: Sequence[ImageRecord], drawings: Sequence[Tensor]
+    base: StableDiffusion,
+    adapter: Adapter,
+    records: Sequence[ImageRecord],
+    drawings: Sequence[Tensor],
+    plan: BucketPlan,
 ) -> tuple[HeldoutLoss, HeldoutLoss]:
     schedule = schedule_from_config(base.info.scheduler_config)
     items = [
-        HeldoutItem(record.digest, base.encode_images(drawing[None])[0][0].cpu(), hidden.cpu())
-        for record, drawing in zip(records, drawings, strict=True)
-        for hidden in base.encode_captions([record.caption])
+        _heldout_item(base, record, drawing, plan) for record, drawing in zip(records, drawings, strict=True)
     ]
     plain = heldout_loss(base.denoise, schedule, items, batch_size=8, device=base.device)
     with mounted(base.unet, [(adapter, 1.0)]):
         styled = heldout_loss(base.denoise, schedule, items, batch_size=8, device=base.device)
     return plain, styled
+
+
+def _heldout_item(
+    base: StableDiffusion, record: ImageRecord, drawing: Tensor, plan: BucketPlan
+) -> HeldoutItem:
+    latents, _ = base.encode_images(drawing[None])
+    condition = base.encode_captions([record.caption])[0].to("cpu")
+    if base.info.has_time_ids:
+        condition = condition.with_time_ids(crop_to_time_ids(record.size, plan.crops[record.name][0]))
+    return HeldoutItem(record.digest, latents[0].cpu(), condition)
 
 
 def _samples(

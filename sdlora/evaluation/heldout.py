@@ -1,6 +1,6 @@
 """The held-out loss: fixed pictures, fixed noise, fixed timesteps, so that two numbers can be compared.
 
-C channels, H W latent size, L tokens, D width.
+B batch, C channels, H W latent size.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from sdlora.diffusion.objective import derive_seed
 from sdlora.diffusion.schedule import NoiseSchedule
+from sdlora.models.condition import Condition
 
 NUM_BANDS = 5
 
-Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+Denoise = Callable[[Tensor, Tensor, Condition], Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,12 @@ class HeldoutItem:
     Args:
         key: Decides its noise; the picture's digest.
         latents: The posterior's mean, (C, H, W).
-        hidden: The caption's text states, (L, D).
+        condition: Of its caption and, for SDXL, its size.
     """
 
     key: str
     latents: Tensor
-    hidden: Tensor
+    condition: Condition
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def heldout_loss(
     and the band. The loss is unweighted, so that runs with different objectives can be compared.
 
     Args:
-        denoise: Takes noisy latents (B, C, H, W), timesteps (B,) and text states (B, L, D).
+        denoise: Takes noisy latents (B, C, H, W), timesteps (B,) and their condition.
         schedule: The base's forward process.
         items: The pictures; several sizes may be mixed.
         batch_size: Pictures in one forward pass.
@@ -99,6 +100,6 @@ def _losses(
     noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
     latents, noise = latents.to(device), noise.to(device)
     timesteps = torch.full((len(items),), timestep, device=device)
-    hidden = torch.stack([item.hidden for item in items]).to(device)
-    answer = denoise(schedule.add_noise(latents, noise, timesteps), timesteps, hidden).float()
+    condition = Condition.stack([item.condition for item in items]).to(device)
+    answer = denoise(schedule.add_noise(latents, noise, timesteps), timesteps, condition).float()
     return (answer - schedule.target(latents, noise, timesteps)).square().mean(dim=(1, 2, 3))

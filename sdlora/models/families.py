@@ -31,12 +31,27 @@ class Family:
     pipeline: str = "StableDiffusionPipeline"
     text_encoders: tuple[str, ...] = ("text_encoder",)
 
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """Folder names of its tokenizers, one for each text encoder."""
+        return tuple(name.replace("text_encoder", "tokenizer") for name in self.text_encoders)
+
 
 SD1 = Family("sd1", "Stable Diffusion 1.x", "sd_v1", False, "stable-diffusion-v1", 512)
 SD2 = Family("sd2", "Stable Diffusion 2.x", "sd_v2", True, "stable-diffusion-v2-512", 512)
 SD2_V = Family("sd2", "Stable Diffusion 2.x", "sd_v2_v", True, "stable-diffusion-v2-768-v", 768)
+SDXL = Family(
+    "sdxl",
+    "Stable Diffusion XL",
+    "sdxl_base_v1-0",
+    False,
+    "stable-diffusion-xl-v1-base",
+    1024,
+    "StableDiffusionXLPipeline",
+    ("text_encoder", "text_encoder_2"),
+)
 
-FAMILIES = {family.name: family for family in (SD1, SD2)}
+FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}
 
 
 def family_of(unet_config: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from sdlora.models.kinds import refuse_file
 
 BUILTIN = Path(__file__).parent.parent / "builtin" / "base"
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-PARTS = ("scheduler", "tokenizer", "text_encoder", "unet", "vae")
+PARTS = ("scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae")
 WANTED = ["*.json", "diffusion_pytorch_model*.safetensors"] + [
     f"{part}/*{suffix}" for part in PARTS for suffix in (".json", ".txt", ".safetensors")
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from sdlora.models.weights import count_parameters, digest_weights, find_weights
 
 UNET, TEXT = "diffusion_pytorch_model", "model"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+NUM_TIME_IDS = 6
+GIVE_BASE = "give an SD 1.x, SD 2.x or SDXL base"
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +30,9 @@ class BaseInfo:
         vae_folder: The VAE in use: the base's own, or that of `base.vae`.
         name: For people and metadata: `builtin`, the hub id, or the folder's name.
         digest: Fingerprint of the UNet (see `digest_weights`); likewise of the VAE and of the text
-            encoder with its tokenizer.
+            encoders with their tokenizers.
         text_length: Tokens of a prompt, the first and the last one included.
+        zeroes_empty_prompt: Whether its pipeline takes zeros for the text states of an empty prompt.
         num_parameters: Of the UNet.
     """
 
@@ -42,6 +45,7 @@ class BaseInfo:
     vae_digest: str
     text_digest: str
     text_length: int
+    zeroes_empty_prompt: bool
     num_parameters: int
     scheduler_config: Mapping[str, Any] = field(repr=False)
     unet_config: Mapping[str, Any] = field(repr=False)
@@ -78,6 +82,11 @@ class BaseInfo:
         return int(self.vae_config["latent_channels"])
 
     @property
+    def has_time_ids(self) -> bool:
+        """Whether the UNet is told the sizes of each picture, as SDXL's is (R-31)."""
+        return bool(self.unet_config.get("addition_embed_type") == "text_time")
+
+    @property
     def min_step(self) -> int:
         """A picture's sides must be multiples of this many pixels; diffusers' UNets take any latent size."""
         return self.vae_factor
@@ -105,26 +114,29 @@ def inspect_base(settings: BaseSection) -> BaseInfo:
     """
     key = f"base.source = {settings.source}"
     folder = find_folder(settings.source, key, settings.revision)
-    family = _check_kind(folder, key)
-    _check_parts(folder, key)
+    index, family = _check_kind(folder, key)
+    encoders, tokenizers = FAMILIES[family].text_encoders, FAMILIES[family].tokenizers
+    _check_parts(folder, encoders, tokenizers, key)
     vae_folder = _find_vae(settings.vae) if settings.vae else folder / "vae"
-    unet, vae, text, scheduler = (
+    unet, vae, scheduler, *texts = (
         read_json(file)
         for file in (
             folder / "unet" / "config.json",
             vae_folder / "config.json",
-            folder / "text_encoder" / "config.json",
             folder / "scheduler" / "scheduler_config.json",
+            *(folder / encoder / "config.json" for encoder in encoders),
         )
     )
-    _check_fit(unet, vae, text, f"base.vae = {settings.vae}" if settings.vae else key)
+    _check_latents(unet, vae, f"base.vae = {settings.vae}" if settings.vae else key)
+    _check_texts(unet, texts, key)
     _check_prediction(scheduler, key)
     unet_files = find_weights(folder / "unet", UNET, key)
     vae_files = find_weights(vae_folder, UNET, key)
-    text_files = find_weights(folder / "text_encoder", TEXT, key)
+    text_files = [file for encoder in encoders for file in find_weights(folder / encoder, TEXT, key)]
     for file in (*vae_files, *text_files):
         read_header(file)
-    words = [file for file in sorted((folder / "tokenizer").iterdir()) if file.suffix in (".json", ".txt")]
+    words = [file for name in tokenizers for file in _word_files(folder / name)]
+    zeroes = family == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True))
     local = settings.source != "builtin" and Path(settings.source).expanduser().is_dir()
     return BaseInfo(
         source=settings.source,
@@ -134,8 +146,13 @@ def inspect_base(settings: BaseSection) -> BaseInfo:
         family=family,
         digest=digest_weights(unet_files, unet),
         vae_digest=digest_weights(vae_files, vae),
-        text_digest=digest_weights([*text_files, *words], text),
-        text_length=_text_length(folder, text),
+        text_digest=digest_weights(
+            [*text_files, *words], *texts, *([{"force_zeros_for_empty_prompt": True}] if zeroes else [])
+        ),
+        text_length=min(
+            _text_length(folder / name, text) for name, text in zip(tokenizers, texts, strict=True)
+        ),
+        zeroes_empty_prompt=zeroes,
         num_parameters=count_parameters(unet_files),
         scheduler_config=scheduler,
         unet_config=unet,
@@ -143,34 +160,44 @@ def inspect_base(settings: BaseSection) -> BaseInfo:
     )
 
 
-def _check_kind(folder: Path, key: str) -> str:
-    """The family's name.
+def _check_kind(folder: Path, key: str) -> tuple[dict[str, Any], str]:
+    """The folder's index, and the family's name.
 
     Raises:
-        ModelError: If it is no base, or one that cannot be trained yet.
+        ModelError: If it is no base, or one that cannot be trained.
     """
     if not (folder / "model_index.json").is_file():
         raise refuse_folder(folder, key)
     index = read_json(folder / "model_index.json")
     kind = str(index.get("_class_name"))
+    if not kind.startswith("StableDiffusion") or "unet" not in index:
+        raise ModelError(f"{key} is a {kind}, which sdlora does not train; {GIVE_BASE}")
+    lacks_first = _has(index, "text_encoder_2") and not _has(index, "text_encoder")
+    if lacks_first or index.get("requires_aesthetics_score"):
+        raise ModelError(
+            f"{key} is an SDXL refiner, which reworks the pictures of a base; "
+            "give the SDXL base, and the LoRA works beside any refiner"
+        )
     config = folder / "unet" / "config.json"
     unet = read_json(config) if config.is_file() else {}
-    family = "sdxl" if index.get("text_encoder_2") or "XL" in kind else family_of(unet)
-    if not kind.startswith("StableDiffusion") or "unet" not in index:
-        raise ModelError(f"{key} is a {kind}, which sdlora does not train; give an SD 1.x or 2.x base")
-    if family not in FAMILIES:
-        raise ModelError(f"{key} is an {family.upper()} base, not supported yet; give an SD 1.x or 2.x base")
     if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-        raise ModelError(f"{key} has a {unet['_class_name']} for its UNet; give an SD 1.x or 2.x base")
-    return family
+        raise ModelError(f"{key} has a {unet['_class_name']} for its UNet; {GIVE_BASE}")
+    return index, "sdxl" if _has(index, "text_encoder_2") or "XL" in kind else family_of(unet)
 
 
-def _check_parts(folder: Path, key: str) -> None:
+def _has(index: Mapping[str, Any], part: str) -> bool:
+    """Whether a pipeline has a part; diffusers writes [null, null] for one that was left out."""
+    entry = index.get(part)
+    return isinstance(entry, list) and bool(entry[0])
+
+
+def _check_parts(folder: Path, encoders: Sequence[str], tokenizers: Sequence[str], key: str) -> None:
     """Names every part that an interrupted copy left out."""
-    needed = [f"{part}/config.json" for part in ("unet", "vae", "text_encoder")]
+    needed = [f"{part}/config.json" for part in ("unet", "vae", *encoders)]
     needed.append("scheduler/scheduler_config.json")
-    if not (folder / "tokenizer" / "tokenizer.json").is_file():
-        needed += ["tokenizer/vocab.json", "tokenizer/merges.txt"]
+    for name in tokenizers:
+        if not (folder / name / "tokenizer.json").is_file():
+            needed += [f"{name}/vocab.json", f"{name}/merges.txt"]
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise ModelError(
@@ -178,8 +205,8 @@ def _check_parts(folder: Path, key: str) -> None:
         )
 
 
-def _check_fit(unet: Mapping[str, Any], vae: Mapping[str, Any], text: Mapping[str, Any], key: str) -> None:
-    """Refuses parts that cannot work together."""
+def _check_latents(unet: Mapping[str, Any], vae: Mapping[str, Any], key: str) -> None:
+    """Refuses a UNet and a VAE that cannot work together."""
     channels, latent = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if channels != latent and unet.get("out_channels", 4) == latent:
         raise ModelError(
@@ -190,21 +217,47 @@ def _check_fit(unet: Mapping[str, Any], vae: Mapping[str, Any], text: Mapping[st
         raise ModelError(
             f"{key}: the UNet takes {channels} latent channels, the VAE makes {latent}; give a VAE that fits"
         )
-    width = unet.get("cross_attention_dim", 1280)
-    if text.get("hidden_size") != width:
+
+
+def _check_texts(unet: Mapping[str, Any], texts: Sequence[Mapping[str, Any]], key: str) -> None:
+    """Refuses a UNet and text encoders that cannot work together."""
+    width, given = unet.get("cross_attention_dim", 1280), sum(text.get("hidden_size", 0) for text in texts)
+    if given != width:
         raise ModelError(
-            f"{key}: the UNet reads text of width {width}, the text encoder gives {text.get('hidden_size')}; "
-            "the parts are of different bases"
+            f"{key}: the UNet reads text of width {width}, "
+            f"the text encoder{'s' * (len(texts) > 1)} give {given}; the parts are of different bases"
         )
+    if unet.get("addition_embed_type") == "text_time":
+        wanted = unet.get("projection_class_embeddings_input_dim")
+        sizes, pooled = (
+            NUM_TIME_IDS * unet.get("addition_time_embed_dim", 256),
+            texts[-1].get("projection_dim", 512),
+        )
+        if wanted != sizes + pooled:
+            raise ModelError(
+                f"{key}: the UNet reads pooled text and sizes of width {wanted}, here they have "
+                f"{pooled} and {sizes}; the parts are of different bases"
+            )
 
 
 def _check_prediction(scheduler: Mapping[str, Any], key: str) -> None:
+    name = str(scheduler.get("_class_name"))
+    if name.startswith("EDM"):
+        raise ModelError(
+            f"{key} was trained the EDM way ({name}), which sdlora does not train; "
+            "give a base with an ordinary scheduler"
+        )
     kind = scheduler.get("prediction_type") or "epsilon"
     if kind not in PREDICTIONS:
         raise ModelError(
             f"{key}: prediction_type = {kind!r} in its scheduler_config.json is not known; "
             f"it must be one of {', '.join(PREDICTIONS)}"
         )
+
+
+def _word_files(folder: Path) -> list[Path]:
+    """A tokenizer's files."""
+    return [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".txt")]
 
 
 def _find_vae(source: str) -> Path:
@@ -221,9 +274,9 @@ def _find_vae(source: str) -> Path:
     )
 
 
-def _text_length(folder: Path, text: Mapping[str, Any]) -> int:
-    """Tokens that both the tokenizer and the text encoder's positions allow."""
-    file = folder / "tokenizer" / "tokenizer_config.json"
+def _text_length(tokenizer: Path, text: Mapping[str, Any]) -> int:
+    """Tokens that both a tokenizer and its text encoder's positions allow."""
+    file = tokenizer / "tokenizer_config.json"
     asked = read_json(file).get("model_max_length") if file.is_file() else None
     positions = int(text.get("max_position_embeddings", 77))
     return min(int(asked), positions) if asked else positions

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import diffusers
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora.errors import ModelError
 from sdlora.models.info import BaseInfo, inspect_base
@@ -20,16 +20,27 @@ from sdlora.models.tokens import load_tokenizer
 
 with quiet():
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
 __all__ = [
     "BaseInfo",
-    "StableDiffusionPipeline",
+    "StockPipeline",
     "attention_kernel",
     "empty_unet",
     "inspect_base",
     "load_base",
     "load_stock_pipeline",
+    "pipeline_of",
 ]
+
+StockPipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
+PIPELINES: dict[str, Any] = {
+    cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)
+}
+TEXT_ENCODERS: dict[str, Any] = {
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}
 
 # No pickles, no trust_remote_code (R-44); a base that was found is on the disk (R-39).
 # diffusers renamed an argument of from_pretrained.
@@ -41,7 +52,7 @@ def load_base(info: BaseInfo, *, dtype: torch.dtype, device: torch.device | str)
     """Loads and freezes a base.
 
     Args:
-        dtype: Of the UNet. The text encoder is fp32, the VAE as `vae_dtype` says.
+        dtype: Of the UNet. Text encoders are fp32, the VAE as `vae_dtype` says.
         device: Where all parts go; `StableDiffusion.encoders_to` moves the encoders away.
 
     Raises:
@@ -49,10 +60,14 @@ def load_base(info: BaseInfo, *, dtype: torch.dtype, device: torch.device | str)
     """
     unet = _load(UNet2DConditionModel, info.folder / "unet", dtype)
     vae = _load(AutoencoderKL, info.vae_folder, vae_dtype(info, dtype, device))
-    text_encoder = _load(CLIPTextModel, info.folder / "text_encoder", torch.float32, "dtype")
-    for part in (unet, vae, text_encoder):
+    text_encoders = tuple(
+        _load(TEXT_ENCODERS[name], info.folder / name, torch.float32, "dtype")
+        for name in info.traits.text_encoders
+    )
+    tokenizers = tuple(load_tokenizer(info, name) for name in info.traits.tokenizers)
+    for part in (unet, vae, *text_encoders):
         part.to(device).requires_grad_(False).eval()
-    return StableDiffusion(info, unet, vae, text_encoder, load_tokenizer(info), dtype)
+    return StableDiffusion(info, unet, vae, text_encoders, tokenizers, dtype)
 
 
 def _load(model: Any, folder: Path, dtype: torch.dtype, name: str = DTYPE) -> Any:
@@ -81,32 +96,51 @@ def empty_unet(info: BaseInfo) -> UNet2DConditionModel:
     return unet
 
 
+def pipeline_of(info: BaseInfo, **parts: Any) -> Any:
+    """The stock pipeline of a base around some parts; the others are left out, a safety checker too.
+
+    Args:
+        parts: `unet`, `scheduler` and so on, by diffusers' names.
+    """
+    left_out = dict.fromkeys(("vae", *info.traits.text_encoders, *info.traits.tokenizers))
+    with quiet():
+        pipeline = PIPELINES[info.traits.pipeline](**left_out, **_without_checker(info), **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def load_stock_pipeline(
     info: BaseInfo, *, dtype: torch.dtype = torch.float32, unet_only: bool = False
-) -> StableDiffusionPipeline:
+) -> StockPipeline:
     """A fresh diffusers pipeline of the base, as its users load it, without a safety checker.
 
     Args:
         dtype: Of all its parts.
-        unet_only: Leave VAE and text encoder out.
+        unet_only: Leave VAE and text encoders out.
     """
     parts: Mapping[str, Any] = {}
     if unet_only:
-        parts = {"vae": None, "text_encoder": None, "tokenizer": None}
+        parts = dict.fromkeys(("vae", *info.traits.text_encoders, *info.traits.tokenizers))
     elif info.vae_folder != info.folder / "vae":
         parts = {"vae": _load(AutoencoderKL, info.vae_folder, dtype)}
     with quiet():
-        pipeline: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(
+        pipeline: StockPipeline = PIPELINES[info.traits.pipeline].from_pretrained(
             info.folder,
             use_safetensors=True,
             local_files_only=True,
-            safety_checker=None,
-            requires_safety_checker=False,
+            **_without_checker(info),
             **{DTYPE: dtype},
             **parts,
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _without_checker(info: BaseInfo) -> dict[str, Any]:
+    """SDXL's pipeline knows no safety checker."""
+    if info.family == "sdxl":
+        return {}
+    return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 def attention_kernel(unet: UNet2DConditionModel) -> str:

@@ -1,23 +1,29 @@
 """A Stable Diffusion in use: frozen parts, and the four things done with them.
 
-B batch, C channels, H W picture size, h w latent size, L tokens, D width.
+B batch, C channels, H W picture size, h w latent size, L tokens, D width, P pooled width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL.Image import Image
-from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdlora.errors import ModelError
+from sdlora.models.condition import Condition
 from sdlora.models.info import BaseInfo
 from sdlora.models.tokens import TokenCount, count_tokens
+
+__all__ = ["Condition", "StableDiffusion", "TextEncoder"]
+
+TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
 # A decoder needs gigabytes for each megapixel: small pictures are decoded together, large ones one by one.
 DECODE_AT_ONCE_PX = 512 * 512
@@ -28,15 +34,16 @@ class StableDiffusion:
     """A loaded base: everything in eval mode and without gradients.
 
     Args:
-        dtype: Of the UNet; the text encoder is fp32, the VAE fp32 unless bf16 is known to suit it.
+        text_encoders: One, or SDXL's two; `tokenizers` likewise.
+        dtype: Of the UNet; text encoders are fp32, the VAE fp32 unless bf16 is known to suit it.
         withhold: A safety checker: for each picture, whether it must not be shown.
     """
 
     info: BaseInfo
     unet: UNet2DConditionModel
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    text_encoders: tuple[TextEncoder, ...]
+    tokenizers: tuple[CLIPTokenizer, ...]
     dtype: torch.dtype
     withhold: Callable[[Sequence[Image]], Sequence[bool]] | None = None
 
@@ -46,15 +53,30 @@ class StableDiffusion:
         return torch.device(next(self.unet.parameters()).device)
 
     @property
+    def components(self) -> dict[str, nn.Module]:
+        """The parts that can carry adapters, by their names in LoRA files."""
+        return {
+            "unet": self.unet,
+            **dict(zip(self.info.traits.text_encoders, self.text_encoders, strict=True)),
+        }
+
+    @property
     def dtypes(self) -> dict[str, str]:
         """Effective dtype of each part (R-11)."""
-        parts = {"unet": self.dtype, "vae": self.vae.dtype, "text_encoder": self.text_encoder.dtype}
+        parts = {"unet": self.dtype, "vae": self.vae.dtype}
+        parts |= dict.fromkeys(self.info.traits.text_encoders, self.text_dtype)
         return {name: str(dtype).removeprefix("torch.") for name, dtype in parts.items()}
 
+    @property
+    def text_dtype(self) -> torch.dtype:
+        """Of the text encoders."""
+        dtype: torch.dtype = self.text_encoders[0].dtype
+        return dtype
+
     def encoders_to(self, device: torch.device | str) -> None:
-        """Moves VAE and text encoder; the UNet stays."""
-        self.vae.to(device)
-        self.text_encoder.to(device)
+        """Moves VAE and text encoders; the UNet stays."""
+        for part in (self.vae, *self.text_encoders):
+            part.to(device)
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,50 +145,75 @@ class StableDiffusion:
         finally:
             self.vae.to(home)
 
-    @torch.no_grad()
-    def encode_captions(self, captions: Sequence[str]) -> Tensor:
-        """Hidden states of captions, padded as the stock pipeline's `encode_prompt` pads them.
+    def encode_captions(self, captions: Sequence[str]) -> Condition:
+        """Text states of captions, as the stock pipeline's `encode_prompt` makes them, without time ids.
 
-        One caption at a time, so that its states do not depend on its neighbours (R-10, R-20).
+        The empty caption is what the base takes for no text at all: for most SDXL bases zeros, since
+        Stability trained them so and the stock pipeline samples them so (`force_zeros_for_empty_prompt`).
+        One caption at a time, so that its states do not depend on its neighbours (R-10, R-20). There are
+        gradients only where an adapter that needs them is mounted on a text encoder.
 
         Returns:
-            (B, L, D) in float32, on the text encoder's device.
+            hidden (B, L, D) and, for SDXL, pooled (B, P) in float32, on the text encoders' device.
         """
-        return torch.cat([self._encode_caption(caption) for caption in captions])
+        return Condition.stack([self._encode_caption(caption) for caption in captions])
 
-    def _encode_caption(self, caption: str) -> Tensor:
-        tokens = self.tokenizer(
+    def _encode_caption(self, caption: str) -> Condition:
+        pairs = zip(self.tokenizers, self.text_encoders, strict=True)
+        states = [self._encode_text(caption, tokenizer, encoder) for tokenizer, encoder in pairs]
+        hidden = torch.cat([hidden.float() for hidden, _ in states], dim=-1)
+        pooled = states[-1][1]
+        pooled = None if pooled is None else pooled.float()
+        if not caption and self.info.zeroes_empty_prompt:
+            hidden, pooled = torch.zeros_like(hidden), None if pooled is None else torch.zeros_like(pooled)
+        return Condition(hidden[0], None if pooled is None else pooled[0])
+
+    def _encode_text(
+        self, caption: str, tokenizer: CLIPTokenizer, encoder: TextEncoder
+    ) -> tuple[Tensor, Tensor | None]:
+        """What one text encoder gives: hidden states (1, L, D), and (1, P) if it has a projection.
+
+        SD 1 and 2 read the last layer; SDXL the last but one of both encoders, before the final norm.
+        """
+        tokens = tokenizer(
             [caption],
             padding="max_length",
             max_length=self.info.text_length,
             truncation=True,
             return_tensors="pt",
         )
-        device = self.text_encoder.device
-        masked = getattr(self.text_encoder.config, "use_attention_mask", None)
-        mask = tokens.attention_mask.to(device) if masked else None
-        with torch.autocast(device.type, enabled=False):
-            hidden: Tensor = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
-        return hidden.float()
+        ids = tokens.input_ids.to(encoder.device)
+        with torch.autocast(encoder.device.type, enabled=False):
+            if len(self.text_encoders) > 1:
+                answer = encoder(ids, output_hidden_states=True)
+                return answer.hidden_states[-2], answer.get("text_embeds")
+            masked = getattr(encoder.config, "use_attention_mask", None)
+            mask = tokens.attention_mask.to(encoder.device) if masked else None
+            return encoder(ids, attention_mask=mask)[0], None
 
-    def denoise(self, noisy: Tensor, timesteps: Tensor, hidden: Tensor) -> Tensor:
+    def denoise(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The UNet's answer.
 
         Args:
             noisy: (B, C, h, w).
             timesteps: (B,).
-            hidden: (B, L, D).
+            condition: hidden (B, L, D); for SDXL also pooled (B, P) and time ids (B, 6).
 
         Returns:
             (B, C, h, w) in float32.
         """
-        noisy, hidden = noisy.to(self.dtype), hidden.to(self.dtype)
-        answer: Tensor = self.unet(noisy, timesteps, hidden, return_dict=False)[0]
+        condition = condition.to(noisy.device, self.dtype)
+        added = None
+        if condition.time_ids is not None:
+            added = {"text_embeds": condition.pooled, "time_ids": condition.time_ids}
+        answer: Tensor = self.unet(
+            noisy.to(self.dtype), timesteps, condition.hidden, added_cond_kwargs=added, return_dict=False
+        )[0]
         return answer.float()
 
     def count_tokens(self, caption: str) -> TokenCount:
-        """The caption as the text encoder sees it."""
-        return count_tokens(self.tokenizer, self.info.text_length, caption)
+        """The caption as the text encoders see it; SDXL's two read the same tokens."""
+        return count_tokens(self.tokenizers[0], self.info.text_length, caption)
 
 
 def _all_finite(*tensors: Tensor) -> bool:

@@ -28,9 +28,9 @@ class TokenCount:
     lost: str
 
 
-def load_tokenizer(info: BaseInfo) -> CLIPTokenizer:
-    """The tokenizer of a base."""
-    return CLIPTokenizer.from_pretrained(info.folder / "tokenizer", local_files_only=True)
+def load_tokenizer(info: BaseInfo, name: str = "tokenizer") -> CLIPTokenizer:
+    """A tokenizer of a base; SDXL's second is `tokenizer_2`, with the same words and another padding."""
+    return CLIPTokenizer.from_pretrained(info.folder / name, local_files_only=True)
 
 
 def count_tokens(tokenizer: CLIPTokenizer, text_length: int, caption: str) -> TokenCount:

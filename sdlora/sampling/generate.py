@@ -1,12 +1,13 @@
 """Pictures for prompts, seeds and strengths, made by the stock diffusers pipeline with our UNet in it.
 
-B batch, C channels, h w latent size, L tokens, D width.
+B batch, C channels, h w latent size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mounted
-from sdlora.models.load import StableDiffusionPipeline
+from sdlora.models.condition import Condition
+from sdlora.models.load import pipeline_of
 from sdlora.models.quiet import quiet
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.sampling.checks import check_prompts, resolve_settings
@@ -51,7 +53,7 @@ def generate(
     strengths: Sequence[float],
     settings: SampleSettings = SampleSettings(),  # noqa: B008
     *,
-    text: Mapping[str, Tensor] | None = None,
+    text: Mapping[str, Condition] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[Picture]:
     """Makes a picture for each prompt and seed, by the base and by each strength of the adapter.
@@ -63,7 +65,7 @@ def generate(
         prompts: With `{trigger}` already replaced.
         seeds: A seed gives the same noise with every prompt and strength.
         strengths: Columns after the base, which is always the first.
-        text: Prompt to hidden states (L, D), from `encode_prompts`; what is missing is encoded here.
+        text: Prompt to text states, from `encode_prompts`; what is missing is encoded here.
         progress: Called with the number of pictures finished so far.
 
     Returns:
@@ -74,17 +76,19 @@ def generate(
     """
     settings = resolve_settings(base.info, settings)
     check_prompts(prompts)
-    hidden = encode_prompts(base, prompts, settings, text)
+    states = encode_prompts(base, prompts, settings, text)
     rows = [Row(prompt, seed) for prompt in prompts for seed in seeds]
     columns = strength_columns(adapter, strengths)
     pictures: dict[float, list[Picture]] = {strength: [] for strength in columns}
     with undisturbed(base.unet), torch.autocast(base.device.type, enabled=False):
-        pipeline = _pipeline(base, settings)
+        pipeline = pipeline_of(
+            base.info, unet=base.unet, scheduler=make_scheduler(base.info, settings.scheduler)
+        )
         for strength in columns:
             stack = [(adapter, strength)] if adapter is not None else []
             with mounted(base.unet, stack):
                 for batch in _batches(rows, settings.batch_size):
-                    latents = _denoise(base, pipeline, batch, hidden, settings)
+                    latents = _denoise(base, pipeline, batch, states, settings)
                     for row, image, withheld in zip(batch, *_show(base, pipeline, latents), strict=True):
                         pictures[strength].append(
                             Picture(image, row.prompt, row.seed, strength, withheld, settings)
@@ -99,13 +103,14 @@ def strength_columns(adapter: Adapter | None, strengths: Sequence[float]) -> lis
     return list(dict.fromkeys([0.0, *(float(strength) for strength in strengths)])) if adapter else [0.0]
 
 
+@torch.no_grad()
 def encode_prompts(
     base: StableDiffusion,
     prompts: Sequence[str],
     settings: SampleSettings,
-    known: Mapping[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """Hidden states (L, D) of prompts and of the negative prompt, for `generate` to use later.
+    known: Mapping[str, Condition] | None = None,
+) -> dict[str, Condition]:
+    """Text states of prompts and of the negative prompt, for `generate` to use later.
 
     Args:
         known: States encoded before; they are part of the answer.
@@ -117,23 +122,6 @@ def encode_prompts(
     return states
 
 
-def _pipeline(base: StableDiffusion, settings: SampleSettings) -> StableDiffusionPipeline:
-    """The stock pipeline around our UNet; text and pictures are encoded and decoded by the base."""
-    with quiet():
-        pipeline = StableDiffusionPipeline(
-            vae=None,
-            text_encoder=None,
-            tokenizer=None,
-            unet=base.unet,
-            scheduler=make_scheduler(base.info, settings.scheduler),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def _batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
@@ -141,9 +129,9 @@ def _batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
 
 def _denoise(
     base: StableDiffusion,
-    pipeline: StableDiffusionPipeline,
+    pipeline: Any,
     batch: Sequence[Row],
-    hidden: Mapping[str, Tensor],
+    states: Mapping[str, Condition],
     settings: SampleSettings,
 ) -> Tensor:
     """Latents (B, C, h, w) of one batch."""
@@ -155,15 +143,17 @@ def _denoise(
     generators = [torch.Generator().manual_seed(row.seed) for row in batch]
     shape = (1, info.latent_channels, height, width)
     noise = torch.cat([torch.randn(shape, generator=generator, dtype=dtype) for generator in generators])
-    guided = settings.guidance > 1
-    negative = hidden[settings.negative_prompt].expand(len(batch), -1, -1)
+    texts = {"prompt_embeds": [states[row.prompt] for row in batch]}
+    if settings.guidance > 1:
+        texts["negative_prompt_embeds"] = [states[settings.negative_prompt]] * len(batch)
     # A few schedulers draw from the ambient generator.
     torch.manual_seed(batch[0].seed)
-    # Without a VAE the pipeline counts 8 pixels for each latent.
+    # Without a VAE the pipeline counts 8 pixels for each latent; SDXL's must be told the true size.
+    size = (settings.height, settings.width)
     with quiet():
         latents: Tensor = pipeline(
-            prompt_embeds=torch.stack([hidden[row.prompt] for row in batch]).to(device, dtype),
-            negative_prompt_embeds=negative.to(device, dtype) if guided else None,
+            **_text_arguments(texts, device, dtype),
+            **({"original_size": size, "target_size": size} if info.has_time_ids else {}),
             latents=noise.to(device),
             generator=generators,
             num_inference_steps=settings.steps,
@@ -176,9 +166,20 @@ def _denoise(
     return latents
 
 
-def _show(
-    base: StableDiffusion, pipeline: StableDiffusionPipeline, latents: Tensor
-) -> tuple[list[Image.Image], list[bool]]:
+def _text_arguments(
+    texts: Mapping[str, Sequence[Condition]], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Text states as the pipeline's arguments; those of SDXL come in pairs."""
+    arguments = {}
+    for name, conditions in texts.items():
+        condition = Condition.stack(conditions).to(device, dtype)
+        arguments[name] = condition.hidden
+        if condition.pooled is not None:
+            arguments[name.replace("prompt", "pooled_prompt")] = condition.pooled
+    return arguments
+
+
+def _show(base: StableDiffusion, pipeline: Any, latents: Tensor) -> tuple[list[Image.Image], list[bool]]:
     """Pictures, and which of them a safety checker withholds; those are blank."""
     images = pipeline.image_processor.postprocess(base.decode_latents(latents), output_type="pil")
     withheld = list(base.withhold(images)) if base.withhold is not None else [False] * len(images)

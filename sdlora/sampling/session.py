@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sdlora.config import RunConfig, SampleSection, load_config
 from sdlora.errors import ConfigError
 from sdlora.lora.adapter import Adapter, check_base
 from sdlora.lora.files import load_adapter
+from sdlora.models.condition import Condition
 from sdlora.models.dtypes import DTYPES
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base
@@ -206,7 +206,7 @@ def sample_to_folder(
     *,
     name: str = "",
     title: str = "",
-    text: Mapping[str, Tensor] | None = None,
+    text: Mapping[str, Condition] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Makes the pictures and their grid.

@@ -1,6 +1,6 @@
 """Latents and text states by picture and caption: from the cache, or from the encoders.
 
-C channels, H W latent size, L tokens, D width.
+C channels, H W latent size.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from sdlora.data.buckets import Crop
 from sdlora.data.cache import TensorCache, latent_key, text_key
 from sdlora.data.images import crop_image, load_image
 from sdlora.data.records import ImageRecord
-from sdlora.data.tensors import image_to_tensor
+from sdlora.data.tensors import crop_to_time_ids, image_to_tensor
 from sdlora.errors import DataError, ModelError
+from sdlora.models.condition import Condition
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.training.console import Report
 
@@ -64,7 +65,7 @@ class Encodings:
             return
         with report.progress("encoding", len(jobs)) as meter:
             for job in jobs:
-                self.hidden(job) if isinstance(job, str) else self.posterior(*job)
+                self.condition(job) if isinstance(job, str) else self.posterior(*job)
                 meter.advance()
         if self.cache.problem:
             if self.is_required or share[1] > 1:
@@ -91,16 +92,24 @@ class Encodings:
                 self.cache.put(key, known)
         return known["mean"], known["std"]
 
-    def hidden(self, caption: str) -> Tensor:
-        """A caption's text states, (L, D) on the CPU."""
+    def condition(self, caption: str) -> Condition:
+        """A caption's text states, on the CPU."""
         key = self._text_key(caption)
         known = self.cache.get(key) if self.cache else None
         if known is None:
             with torch.no_grad():
-                known = {"hidden": self.base.encode_captions([caption])[0].float().cpu()}
+                states = self.base.encode_captions([caption])[0].to("cpu")
+            known = {"hidden": states.hidden} | ({} if states.pooled is None else {"pooled": states.pooled})
             if self.cache:
                 self.cache.put(key, known)
-        return known["hidden"]
+        return Condition(known["hidden"], known.get("pooled"))
+
+    def view_condition(self, record: ImageRecord, crop: Crop, caption: str) -> Condition:
+        """A caption's text states with the sizes of its picture, where the base is told them (R-31)."""
+        condition = self.condition(caption)
+        if not self.base.info.has_time_ids:
+            return condition
+        return condition.with_time_ids(crop_to_time_ids(record.size, crop))
 
     def _latent_key(self, record: ImageRecord, crop: Crop) -> str:
         return latent_key(
@@ -112,5 +121,5 @@ class Encodings:
         )
 
     def _text_key(self, caption: str) -> str:
-        dtype = str(self.base.text_encoder.dtype)
+        dtype = str(self.base.text_dtype)
         return text_key(caption, encoder_digest=self.base.info.text_digest, dtype=dtype)

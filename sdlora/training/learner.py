@@ -1,6 +1,6 @@
 """One optimizer step: draw, forward and backward by micro-batches, clip, update.
 
-B batch, C channels, H W latent size, L tokens, D width.
+B batch, C channels, H W latent size.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from sdlora.config import TrainSection
 from sdlora.data.batches import Sample, deal
 from sdlora.diffusion.objective import denoising_loss, derive_seed, draw
+from sdlora.models.condition import Condition
 from sdlora.training.device import Precision
 from sdlora.training.optimizer import build_optimizer
 from sdlora.training.prepare import Prepared
@@ -94,9 +95,11 @@ class Learner:
         seeds = [derive_seed("sample", self.settings.seed, step, sample.index) for sample in samples]
         posteriors = [encodings.posterior(sample.record, sample.crop) for sample in samples]
         drawn = draw(self.prepared.objective, posteriors, seeds)
-        hidden = torch.stack([encodings.hidden(sample.caption) for sample in samples]).to(device)
+        condition = Condition.stack(
+            [encodings.view_condition(sample.record, sample.crop, sample.caption) for sample in samples]
+        ).to(device)
         losses = denoising_loss(
-            lambda noisy, timesteps: self.denoise(noisy, timesteps, hidden),
+            lambda noisy, timesteps: self.denoise(noisy, timesteps, condition),
             self.prepared.objective,
             drawn.to(device),
         )
@@ -105,10 +108,10 @@ class Learner:
             for sample, seed, timestep in zip(samples, seeds, drawn.timesteps, strict=True)
         ]
 
-    def denoise(self, noisy: Tensor, timesteps: Tensor, hidden: Tensor) -> Tensor:
-        """The UNet's answer to noisy latents (B, C, H, W), timesteps (B,), text states (B, L, D)."""
+    def denoise(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """The UNet's answer to noisy latents (B, C, H, W), timesteps (B,) and their condition."""
         with self._autocast():
-            return self.prepared.base.denoise(noisy, timesteps, hidden)
+            return self.prepared.base.denoise(noisy, timesteps, condition)
 
     def _autocast(self) -> AbstractContextManager[None]:
         # A base that is stored in the compute dtype needs no casts.

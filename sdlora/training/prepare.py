@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from accelerate import Accelerator
-from torch import Tensor
 
 from sdlora.config import RunConfig
 from sdlora.data.cache import TensorCache, cache_folder
@@ -18,6 +17,7 @@ from sdlora.evaluation.heldout import HeldoutItem
 from sdlora.lora.adapter import Adapter, create_adapter
 from sdlora.lora.attach import mount
 from sdlora.lora.files import load_adapter
+from sdlora.models.condition import Condition
 from sdlora.models.load import load_base
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.training.console import Report
@@ -47,7 +47,7 @@ class Prepared:
     objective: Objective
     encodings: Encodings
     splits: Mapping[str, list[HeldoutItem]]
-    prompt_states: Mapping[str, Tensor]
+    prompt_states: Mapping[str, Condition]
 
 
 def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, report: Report) -> Prepared:
@@ -61,7 +61,7 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, repor
     )
     _encode(plan, encodings, accelerator, report)
     prompts = dict.fromkeys([*config.sample.prompts, config.sample.negative_prompt])
-    prompt_states = {prompt: encodings.hidden(prompt) for prompt in prompts}
+    prompt_states = {prompt: encodings.condition(prompt) for prompt in prompts}
     splits = {
         split: [_heldout_item(plan, encodings, record) for record in records]
         for split, records in (("train", train), ("heldout", heldout))
@@ -107,8 +107,9 @@ def _encode(plan: RunPlan, encodings: Encodings, accelerator: Accelerator, repor
 
 
 def _heldout_item(plan: RunPlan, encodings: Encodings, record: ImageRecord) -> HeldoutItem:
-    mean, _ = encodings.posterior(record, plan.buckets.crops[record.name][0])
-    return HeldoutItem(record.digest, mean, encodings.hidden(record.caption))
+    crop = plan.buckets.crops[record.name][0]
+    mean, _ = encodings.posterior(record, crop)
+    return HeldoutItem(record.digest, mean, encodings.view_condition(record, crop, record.caption))
 
 
 def _make_adapter(plan: RunPlan, base: StableDiffusion) -> Adapter:

@@ -8,6 +8,7 @@ import torch
 from sdlora.diffusion.objective import derive_seed
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.evaluation.heldout import HeldoutItem, heldout_loss
+from sdlora.models.condition import Condition
 
 SCHEDULE = schedule_from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
 CPU = torch.device("cpu")
@@ -17,13 +18,15 @@ def make_items(*sizes: tuple[int, int]) -> list[HeldoutItem]:
     generator = torch.Generator().manual_seed(0)
     return [
         HeldoutItem(
-            f"digest {n}", torch.randn(4, *size, generator=generator), torch.randn(8, 6, generator=generator)
+            f"digest {n}",
+            torch.randn(4, *size, generator=generator),
+            Condition(torch.randn(8, 6, generator=generator)),
         )
         for n, size in enumerate(sizes)
     ]
 
 
-def measure(items, denoise=lambda noisy, timesteps, hidden: noisy * 0.5, batch_size=2):
+def measure(items, denoise=lambda noisy, timesteps, condition: noisy * 0.5, batch_size=2):
     return heldout_loss(denoise, SCHEDULE, items, batch_size=batch_size, device=CPU)
 
 
@@ -42,7 +45,7 @@ def test_equal_twice_and_alone():
 def test_by_hand():
     """R-12: the plain squared error at the middle of each band, with noise keyed by picture and timestep."""
     items = make_items((4, 4))
-    measured = measure(items, lambda noisy, timesteps, hidden: torch.zeros_like(noisy))
+    measured = measure(items, lambda noisy, timesteps, condition: torch.zeros_like(noisy))
     expected = []
     for timestep in (100, 300, 500, 700, 900):
         generator = torch.Generator().manual_seed(derive_seed("heldout", "digest 0", timestep))
@@ -57,9 +60,10 @@ def test_captions_reach_the_network():
     items = make_items((4, 4), (4, 4))
     seen = []
 
-    def denoise(noisy, timesteps, hidden):
-        seen.append(hidden)
+    def denoise(noisy, timesteps, condition):
+        seen.append(condition.hidden)
         return noisy
 
     measure(items, denoise)
-    assert all(torch.equal(hidden, torch.stack([item.hidden for item in items])) for hidden in seen)
+    expected = torch.stack([item.condition.hidden for item in items])
+    assert all(torch.equal(hidden, expected) for hidden in seen)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +18,9 @@ from sdlora.models.stable_diffusion import StableDiffusion
 
 
 @pytest.fixture
-def copy_base(tmp_path: Path) -> Callable[..., Path]:
+def copy_base(copy_folder: Callable[..., Path]) -> Callable[..., Path]:
     """Copies the built-in base, weights as links; `copy("b", unet__config={...})` edits JSON files."""
-
-    def copy(name: str = "base", **edits: dict[str, Any]) -> Path:
-        folder = tmp_path / name
-        for file in BUILTIN.rglob("*"):
-            place = folder / file.relative_to(BUILTIN)
-            if file.is_dir():
-                continue
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if file.suffix == ".safetensors":
-                place.symlink_to(file)
-            else:
-                shutil.copyfile(file, place)
-        for where, changes in edits.items():
-            file = folder / (where.replace("__", "/") + ".json")
-            values = json.loads(file.read_text(encoding="utf-8"))
-            file.write_text(json.dumps({**values, **changes}), encoding="utf-8")
-        return folder
-
-    return copy
+    return partial(copy_folder, BUILTIN)
 
 
 @pytest.fixture(scope="session")
@@ -63,3 +44,21 @@ def base(_base: StableDiffusion) -> StableDiffusion:
 def stock(info: BaseInfo) -> Any:
     """The built-in base as a stock diffusers pipeline."""
     return load_stock_pipeline(info)
+
+
+@pytest.fixture(scope="session")
+def sdxl_info(sdxl_folder: Path) -> BaseInfo:
+    """A tiny SDXL base, inspected."""
+    return inspect_base(BaseSection(source=str(sdxl_folder)))
+
+
+@pytest.fixture(scope="session")
+def sdxl(sdxl_info: BaseInfo) -> StableDiffusion:
+    """A tiny SDXL base in fp32 on the CPU; tests leave it as it is."""
+    return load_base(sdxl_info, dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def sdxl_stock(sdxl_info: BaseInfo) -> Any:
+    """The tiny SDXL base as a stock diffusers pipeline."""
+    return load_stock_pipeline(sdxl_info)

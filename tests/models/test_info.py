@@ -225,16 +225,76 @@ def test_wrong_folders_are_named(copy_base: CopyBase, tmp_path: Path) -> None:
 
 
 def test_other_pipelines_are_named(copy_base: CopyBase) -> None:
-    """R-40: SDXL in both of its signs, another kind of pipeline, an inpainting UNet, mixed parts."""
-    sdxl = copy_base("sdxl", model_index={"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]})
-    assert "is an SDXL base, not supported yet" in refusal(sdxl)
-    (sdxl / "vae" / "config.json").unlink()
-    assert "is an SDXL base, not supported yet" in refusal(sdxl)
-    text_time = copy_base("text_time", unet__config={"addition_embed_type": "text_time"})
-    assert "is an SDXL base, not supported yet" in refusal(text_time)
+    """R-40: another kind of pipeline, an inpainting UNet, mixed parts, another kind of training."""
     assert "is a FluxPipeline" in refusal(copy_base("flux", model_index={"_class_name": "FluxPipeline"}))
     assert "is an inpainting or depth base" in refusal(copy_base("inpaint", unet__config={"in_channels": 17}))
     assert "of different bases" in refusal(copy_base("mixed", unet__config={"cross_attention_dim": 768}))
+    edm = copy_base("edm", scheduler__scheduler_config={"_class_name": "EDMEulerScheduler"})
+    assert "was trained the EDM way (EDMEulerScheduler)" in refusal(edm)
+
+
+def test_sdxl_is_read_from_its_own_files(sdxl_info: BaseInfo) -> None:
+    """R-40, R-41: two text encoders, sizes, and what other tools call it."""
+    assert sdxl_info.family == "sdxl"
+    assert sdxl_info.has_time_ids
+    assert sdxl_info.zeroes_empty_prompt
+    assert sdxl_info.traits.text_encoders == ("text_encoder", "text_encoder_2")
+    assert sdxl_info.traits.tokenizers == ("tokenizer", "tokenizer_2")
+    assert sdxl_info.traits.kohya_version == "sdxl_base_v1-0"
+    assert sdxl_info.traits.architecture == "stable-diffusion-xl-v1-base"
+    assert (sdxl_info.text_length, sdxl_info.resolution, sdxl_info.min_step) == (32, 64, 8)
+
+
+def test_sdxl_is_told_by_its_parts_not_its_widths(copy_base: CopyBase) -> None:
+    """R-41: two text encoders, or a UNet that is told sizes; then everything SDXL needs is asked for."""
+    two = copy_base("two", model_index={"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]})
+    sizes = copy_base("sizes", unet__config={"addition_embed_type": "text_time"})
+    for folder in (two, sizes):
+        line = refusal(folder)
+        assert "lacks text_encoder_2/config.json, tokenizer_2/vocab.json, tokenizer_2/merges.txt" in line
+    left_out = copy_base("plain", model_index={"text_encoder_2": [None, None]})
+    assert inspect(left_out).family == "sd1"
+
+
+def test_sdxl_that_is_not_whole(sdxl_folder: Path, copy_folder: CopyBase) -> None:
+    """R-25: each part of the second text encoder is asked for, and must fit."""
+    for gone in (
+        "text_encoder_2/model.safetensors",
+        "text_encoder_2/config.json",
+        "tokenizer_2/tokenizer.json",
+    ):
+        folder = copy_folder(sdxl_folder, gone.replace("/", "-"))
+        (folder / gone).unlink()
+        assert "is incomplete" in refusal(folder)
+    folder = copy_folder(sdxl_folder, "short")
+    file = folder / "text_encoder_2" / "model.safetensors"
+    raw = file.read_bytes()
+    file.unlink()
+    file.write_bytes(raw[:-1])
+    assert f"{file} is incomplete" in refusal(folder)
+    mixed = copy_folder(sdxl_folder, "mixed", text_encoder_2__config={"projection_dim": 1280})
+    assert "the parts are of different bases" in refusal(mixed)
+    mixed = copy_folder(sdxl_folder, "widths", text_encoder__config={"hidden_size": 768})
+    assert "reads text of width 40, the text encoders give 792" in refusal(mixed)
+
+
+def test_text_digest_covers_both_encoders(
+    sdxl_folder: Path, copy_folder: CopyBase, sdxl_info: BaseInfo
+) -> None:
+    """R-21: whatever changes the text states changes the key they are cached under."""
+    other = inspect(copy_folder(sdxl_folder, "vocabulary", tokenizer_2__tokenizer_config={"pad_token": "a"}))
+    legacy = inspect(copy_folder(sdxl_folder, "legacy", model_index={"force_zeros_for_empty_prompt": False}))
+    assert len({sdxl_info.text_digest, other.text_digest, legacy.text_digest}) == 3
+    assert not legacy.zeroes_empty_prompt
+
+
+def test_refiners_are_refused_by_name(sdxl_folder: Path, copy_folder: CopyBase) -> None:
+    """R-40: in both of their signs."""
+    for number, edits in enumerate(
+        ({"text_encoder": [None, None]}, {"requires_aesthetics_score": True}),
+    ):
+        folder = copy_folder(sdxl_folder, f"refiner-{number}", model_index=edits)
+        assert "is an SDXL refiner" in refusal(folder)
 
 
 def test_sd2_is_told_by_its_projections(copy_base: CopyBase) -> None:

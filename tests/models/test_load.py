@@ -41,13 +41,13 @@ def test_unet_is_stored_as_asked_and_everything_is_frozen(info: BaseInfo, name: 
     """R-11: fp32, bf16, fp16 of the UNet; VAE and text encoder fp32 on the CPU; eval, no gradients."""
     base = load_base(info, dtype=DTYPES[name], device="cpu")
     assert {p.dtype for p in base.unet.parameters()} == {DTYPES[name]}
-    assert {p.dtype for p in (*base.vae.parameters(), *base.text_encoder.parameters())} == {torch.float32}
+    assert {p.dtype for p in (*base.vae.parameters(), *base.text_encoders[0].parameters())} == {torch.float32}
     assert base.dtypes == {
         "unet": str(DTYPES[name]).removeprefix("torch."),
         "vae": "float32",
         "text_encoder": "float32",
     }
-    for part in (base.unet, base.vae, base.text_encoder):
+    for part in (base.unet, base.vae, *base.text_encoders):
         assert not any(parameter.requires_grad for parameter in part.parameters())
         assert not any(module.training for module in part.modules())
 
@@ -96,7 +96,9 @@ def test_silence_ends() -> None:
     assert after == bars
 
 
-def test_local_bases_open_no_socket(copy_base: CopyBase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_bases_open_no_socket(
+    copy_base: CopyBase, sdxl_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """R-39: neither inspecting nor loading, as our base or as a stock pipeline."""
 
     def refuse(*_: Any, **__: Any) -> Any:
@@ -106,11 +108,26 @@ def test_local_bases_open_no_socket(copy_base: CopyBase, monkeypatch: pytest.Mon
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    for source in ("builtin", str(copy_base())):
+    for source in ("builtin", str(copy_base()), str(sdxl_folder)):
         info = inspect_base(BaseSection(source=source))
         base = load_base(info, dtype=torch.float32, device="cpu")
         base.encode_captions(["a cat"])
         load_stock_pipeline(info)
+
+
+def test_sdxl_parts(sdxl: StableDiffusion, sdxl_stock: Any, sdxl_info: BaseInfo) -> None:
+    """R-40: two text encoders and tokenizers; the stock pipeline is SDXL's, with and without its encoders."""
+    kinds = [type(part).__name__ for part in (*sdxl.text_encoders, *sdxl.tokenizers, sdxl_stock)]
+    assert kinds == [
+        *("CLIPTextModel", "CLIPTextModelWithProjection"),
+        *("CLIPTokenizer", "CLIPTokenizer"),
+        "StableDiffusionXLPipeline",
+    ]
+    for part in (sdxl.unet, sdxl.vae, *sdxl.text_encoders):
+        assert not any(parameter.requires_grad for parameter in part.parameters())
+    alone = load_stock_pipeline(sdxl_info, unet_only=True)
+    assert (alone.vae, alone.text_encoder, alone.text_encoder_2, alone.tokenizer_2) == (None,) * 4
+    assert sum(p.numel() for p in empty_unet(sdxl_info).parameters()) == sdxl_info.num_parameters
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
@@ -173,7 +190,8 @@ def test_parts_are_where_they_were_sent(info: BaseInfo) -> None:
     """R-20: the encoders leave the device, the UNet stays; decoding brings the VAE back only meanwhile."""
     base = load_base(info, dtype=torch.bfloat16, device="cuda")
     base.encoders_to("cpu")
-    assert (base.device.type, base.vae.device.type, base.text_encoder.device.type) == ("cuda", "cpu", "cpu")
+    assert (base.device.type, base.vae.device.type) == ("cuda", "cpu")
+    assert base.text_encoders[0].device.type == "cpu"
     latents = torch.randn(2, info.latent_channels, 16, 16, device="cuda", dtype=torch.bfloat16)
     assert base.decode_latents(latents).device.type == "cpu"
     assert base.vae.device.type == "cpu"

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from sdlora.config import BaseSection
+from sdlora.data.buckets import Crop
+from sdlora.data.records import Size
+from sdlora.data.tensors import crop_to_time_ids
 from sdlora.errors import ModelError
-from sdlora.models.info import BaseInfo
-from sdlora.models.load import load_base
-from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.models.info import BaseInfo, inspect_base
+from sdlora.models.load import load_base, load_stock_pipeline
+from sdlora.models.stable_diffusion import Condition, StableDiffusion
 
 CAPTIONS = ["a tractor", "", "a cat. " * 40, "größe und 猫, emoji 🐈"]
 
@@ -19,18 +25,72 @@ def test_captions_are_encoded_as_the_pipeline_does(base: StableDiffusion, stock:
     """R-20: equal to `encode_prompt`, padded and cut to the base's own length, for any text."""
     for caption in CAPTIONS:
         expected, negative = stock.encode_prompt(caption, torch.device("cpu"), 1, True, "")
-        hidden = base.encode_captions([caption])
-        assert hidden.shape == (1, base.info.text_length, base.info.unet_config["cross_attention_dim"])
-        assert torch.equal(hidden, expected)
-        assert torch.equal(base.encode_captions([""]), negative)
+        condition = base.encode_captions([caption])
+        width = base.info.unet_config["cross_attention_dim"]
+        assert condition.hidden.shape == (1, base.info.text_length, width)
+        assert torch.equal(condition.hidden, expected)
+        assert torch.equal(base.encode_captions([""]).hidden, negative)
+        assert condition.pooled is None
+        assert condition.time_ids is None
+
+
+def test_captions_of_sdxl_are_encoded_as_the_pipeline_does(sdxl: StableDiffusion, sdxl_stock: Any) -> None:
+    """R-31: both encoders' last layer but one, and the second's pooled states; each with its own padding."""
+    for caption in ("a tractor", "a cat. " * 40, "größe und 猫, emoji 🐈"):
+        hidden, _, pooled, _ = sdxl_stock.encode_prompt(caption)
+        condition = sdxl.encode_captions([caption])
+        assert condition.hidden.shape == (1, 32, 16 + 24)
+        assert torch.equal(condition.hidden, hidden)
+        assert condition.pooled is not None
+        assert torch.equal(condition.pooled, pooled)
+    one, other = (sdxl.encode_captions([caption]) for caption in ("a tractor", "a cat"))
+    assert (one.hidden - other.hidden).abs().max() > 0.1
+    tokens = [tokenizer(["a"], padding="max_length", max_length=32) for tokenizer in sdxl.tokenizers]
+    assert tokens[0].input_ids != tokens[1].input_ids
+
+
+@pytest.mark.parametrize("zeroes", [True, False])
+def test_empty_caption_is_what_the_pipeline_takes_for_none(
+    sdxl_folder: Path, copy_folder: Callable[..., Path], zeroes: bool
+) -> None:
+    """R-31, R-35: `force_zeros_for_empty_prompt`, when sampling and for a caption that was dropped."""
+    folder = copy_folder(sdxl_folder, model_index={"force_zeros_for_empty_prompt": zeroes})
+    info = inspect_base(BaseSection(source=str(folder)))
+    _, hidden, _, pooled = load_stock_pipeline(info).encode_prompt("a", negative_prompt=None)
+    condition = load_base(info, dtype=torch.float32, device="cpu").encode_captions([""])
+    assert condition.pooled is not None
+    assert torch.equal(condition.hidden, hidden)
+    assert torch.equal(condition.pooled, pooled)
+    assert bool(condition.hidden.any()) is not zeroes
 
 
 def test_a_caption_does_not_depend_on_its_neighbours(base: StableDiffusion) -> None:
     """R-10, R-20: cached one by one or encoded together, the states are the same bits."""
     together = base.encode_captions(CAPTIONS)
-    for row, caption in zip(together, CAPTIONS, strict=True):
-        assert torch.equal(row, base.encode_captions([caption])[0])
-    assert not together.requires_grad
+    for row, caption in zip(together.hidden, CAPTIONS, strict=True):
+        assert torch.equal(row, base.encode_captions([caption]).hidden[0])
+    assert not together.hidden.requires_grad
+
+
+def test_conditions_are_stacked_and_moved(sdxl: StableDiffusion) -> None:
+    """R-31: a batch is a row for each caption (not six rows of sizes); sizes stay exact in half precision."""
+    captions = ["a cat", "a tractor"]
+    sizes = [
+        torch.tensor([1023.0, 777.0, 3.0, 5.0, 64.0, 64.0]),
+        torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0, 4.0]),
+    ]
+    together = sdxl.encode_captions(captions)
+    assert len(together) == 2
+    rows = [together[n].with_time_ids(size) for n, size in enumerate(sizes)]
+    stacked = Condition.stack(rows)
+    assert stacked.time_ids is not None
+    assert stacked.time_ids.shape == (2, 6)
+    assert torch.equal(stacked.hidden, together.hidden)
+    assert torch.equal(stacked.pooled, together.pooled)
+    half = stacked.to("cpu", torch.bfloat16)
+    assert (half.hidden.dtype, half.pooled.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert torch.equal(half.time_ids, sizes)
+    assert torch.equal(half[1].time_ids, sizes[1])
 
 
 def test_images_are_encoded_as_the_vae_does(base: StableDiffusion) -> None:
@@ -89,11 +149,53 @@ def test_latents_that_stay_non_finite_are_an_error(base: StableDiffusion) -> Non
 def test_denoise_is_the_unet(base: StableDiffusion) -> None:
     """R-32: one timestep for each sample, the answer in float32."""
     noisy = torch.randn(2, base.info.latent_channels, 16, 16)
-    hidden = base.encode_captions(["a", "b"])
-    answer = base.denoise(noisy, torch.tensor([10, 900]), hidden)
+    condition = base.encode_captions(["a", "b"])
+    answer = base.denoise(noisy, torch.tensor([10, 900]), condition)
     for row, timestep in enumerate((10, 900)):
-        expected = base.unet(noisy[row : row + 1], timestep, hidden[row : row + 1]).sample
+        expected = base.unet(noisy[row : row + 1], timestep, condition.hidden[row : row + 1]).sample
         assert torch.allclose(answer[row : row + 1], expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_denoise_is_the_sdxl_pipeline_s_call(sdxl: StableDiffusion, sdxl_stock: Any) -> None:
+    """R-31: bit-equal to the UNet call of the stock pipeline for the same prompt, size and crop."""
+    original, corner, target = (200, 300), (4, 6), (64, 96)
+    seen: dict[str, Any] = {}
+
+    def remember(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen.update(kwargs, noisy=args[0], timestep=args[1], answer=output[0])
+
+    hook = sdxl_stock.unet.register_forward_hook(remember, with_kwargs=True)
+    try:
+        sdxl_stock(
+            "a tractor",
+            num_inference_steps=1,
+            guidance_scale=1.0,
+            height=target[0],
+            width=target[1],
+            original_size=original,
+            crops_coords_top_left=corner,
+            target_size=target,
+            output_type="latent",
+        )
+    finally:
+        hook.remove()
+    crop = Crop(Size(105, 70), left=corner[1], top=corner[0], size=Size(target[1], target[0]))
+    sizes = crop_to_time_ids(Size(original[1], original[0]), crop)
+    assert torch.equal(sizes[None], seen["added_cond_kwargs"]["time_ids"])
+    condition = sdxl.encode_captions(["a tractor"])[0].with_time_ids(sizes)
+    answer = sdxl.denoise(seen["noisy"], seen["timestep"], Condition.stack([condition]))
+    assert torch.equal(answer, seen["answer"])
+    other = condition.with_time_ids(sizes + 1)
+    assert not torch.equal(sdxl.denoise(seen["noisy"], seen["timestep"], Condition.stack([other])), answer)
+
+
+def test_components_are_named_as_in_files(base: StableDiffusion, sdxl: StableDiffusion) -> None:
+    """R-34: what can carry an adapter, one text encoder or two."""
+    assert base.components == {"unet": base.unet, "text_encoder": base.text_encoders[0]}
+    first, second = sdxl.text_encoders
+    assert sdxl.components == {"unet": sdxl.unet, "text_encoder": first, "text_encoder_2": second}
+    assert set(sdxl.dtypes) == {"unet", "vae", "text_encoder", "text_encoder_2"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

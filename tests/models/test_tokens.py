@@ -32,7 +32,7 @@ def test_what_is_counted_is_what_is_encoded(base: StableDiffusion) -> None:
     fits, over = " ".join(["red"] * limit), " ".join(["red"] * limit + ["tractor"])
     assert base.count_tokens(fits).lost == ""
     assert base.count_tokens(over).lost == "tractor"
-    states = base.encode_captions([fits, over])
+    states = base.encode_captions([fits, over]).hidden
     assert (states[0] == states[1]).all()
 
 

@@ -243,15 +243,15 @@ def test_never_fuses(info: BaseInfo, adapter: Adapter) -> None:
     base = load_base(info, dtype=torch.bfloat16, device="cpu")
     weights = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
     x = torch.randn(1, info.latent_channels, 16, 16)
-    hidden = base.encode_captions(["a cat"])
-    before = base.denoise(x, torch.tensor([500]), hidden)
+    condition = base.encode_captions(["a cat"])
+    before = base.denoise(x, torch.tensor([500]), condition)
     for _ in range(3):
         generate(base, adapter, PROMPTS[:1], [0], [0.7], QUICK)
     detach(base.unet)
     after = base.unet.state_dict()
     assert list(after) == list(weights)
     assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
-    assert torch.equal(base.denoise(x, torch.tensor([500]), hidden), before)
+    assert torch.equal(base.denoise(x, torch.tensor([500]), condition), before)
 
 
 @pytest.mark.parametrize(
@@ -274,9 +274,9 @@ def test_states_encoded_before_give_the_same_pictures(base: StableDiffusion, ada
     settings = replace(QUICK, negative_prompt="a cat")
     text = encode_prompts(base, PROMPTS, settings)
     assert set(text) == {*PROMPTS, "a cat"}
-    assert text["a cat"].shape == (base.info.text_length, base.info.unet_config["cross_attention_dim"])
+    assert text["a cat"].hidden.shape == (base.info.text_length, base.info.unet_config["cross_attention_dim"])
     before = generate(base, adapter, PROMPTS, [0], [1.0], settings)
-    blind = replace(base, text_encoder=None)
+    blind = replace(base, text_encoders=())
     assert np.array_equal(
         pixels(generate(blind, adapter, PROMPTS, [0], [1.0], settings, text=text)), pixels(before)
     )
