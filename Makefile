@@ -27,7 +27,7 @@ figures: $(INSTALLED)
 	$(BIN)/jupyter execute --inplace notebooks/is_it_learnt.ipynb notebooks/is_rank_8_enough.ipynb
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -17,9 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image, ImageDraw
 
 torch.set_num_threads(1)
+# The same examples at every run, none kept on the disk; a slow machine is no failure.
+settings.register_profile("sdlora", derandomize=True, database=None, deadline=None)
+settings.load_profile("sdlora")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
