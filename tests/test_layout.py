@@ -13,11 +13,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "sdlora"
 COLUMNS = {"data", "lora", "models", "diffusion", "report"}
 # Each unit may import the units at its own level's right-hand side; columns never import each other.
-GROUND = {"errors", "config", "runs"}
+GROUND = {"errors", "reading", "config", "runs"}
 ALLOWED = {
     "errors": set(),
-    "config": {"errors"},
-    "runs": {"errors", "config"},
+    "reading": set(),
+    "config": {"errors", "reading"},
+    "runs": {"errors", "reading", "config"},
     **dict.fromkeys(COLUMNS, GROUND),
     "sampling": GROUND | COLUMNS,
     "export": GROUND | COLUMNS | {"sampling"},
@@ -31,7 +32,7 @@ LIBRARIES = {
     "accelerate": {"training"},
     "peft": set(),
 }
-WITHOUT_TORCH = {"errors", "config", "runs", "report"}
+WITHOUT_TORCH = {"errors", "reading", "config", "runs", "report"}
 PICKLES = {"pickle", "torch.load", "torch.save"}
 
 
@@ -52,7 +53,8 @@ def imports_of(tree: ast.AST) -> list[tuple[str, ast.stmt]]:
             found += [(alias.name, node) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "absolute imports only"
-            found.append((str(node.module), node))
+            inner = [f"sdlora.{alias.name}" for alias in node.names] if node.module == "sdlora" else []
+            found += [(name, node) for name in inner or [str(node.module)]]
     return found
 
 

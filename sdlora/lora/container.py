@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sdlora.errors import AdapterError
+from sdlora.reading import PICKLES, Header, UnfitFileError, read_header
 
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+MAX_BYTES = 16 * 10**9
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -24,85 +24,52 @@ _NAMES = {
     torch.int64: "I64",
     torch.int32: "I32",
 }
+_READABLE = frozenset(_NAMES.values()) | {"F8_E4M3", "F8_E5M2", "I16", "I8", "U8"}
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """The header of a safetensors file."""
-
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, str]
-    metadata: dict[str, str]
-    num_bytes: int
-    """Size of the file."""
-
-
-def read_header(path: Path) -> Header:
-    """Reads the header of a safetensors file and checks that the file is complete (R-25, R-44).
+def read_lora_header(path: Path) -> Header:
+    """Reads the header of a LoRA file and checks that the file is complete (R-25, R-44).
 
     Raises:
-        AdapterError: If the file is missing, of another kind, or shorter or longer than its header says.
+        AdapterError: If the file is missing, of another kind, damaged, or holds what no LoRA holds.
     """
     if path.is_dir():
         raise AdapterError(f"{path} is a folder; give a LoRA .safetensors file")
-    if path.suffix.lower() in _PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise AdapterError(
             f"{path} is a {path.suffix} file, which is a pickle and can run code when opened; "
             "sdlora reads .safetensors only, so get or convert it to that"
         )
     try:
-        size = path.stat().st_size
-        with path.open("rb") as handle:
-            start = handle.read(8)
-            length = int.from_bytes(start, "little")
-            raw = handle.read(length) if len(start) == 8 and length <= size - 8 else b""
+        header = read_header(path)
     except FileNotFoundError:
         raise AdapterError(f"LoRA file {path} does not exist; give a .safetensors file") from None
     except OSError as error:
         raise AdapterError(f"LoRA file {path} cannot be read: {error.strerror}") from None
-    if not raw.startswith(b"{"):
-        raise AdapterError(f"{path} {_what_it_is(path, size)}; get the file again")
-    try:
-        header: dict[str, Any] = json.loads(raw)
-        metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
-        promised = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-        dtypes = {name: str(entry["dtype"]) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise AdapterError(f"{path} has a damaged header; get the file again") from None
-    if promised != size:
-        kind = "incomplete" if size < promised else "damaged"
-        raise AdapterError(
-            f"{path} is {kind}: its header says {promised} bytes, it has {size}; get the file again"
-        )
-    return Header(shapes, dtypes, metadata, size)
+    except UnfitFileError as error:
+        raise AdapterError(f"{path} {error}; get the file again") from None
+    _check_tensors(path, header)
+    return header
 
 
-def _what_it_is(path: Path, size: int) -> str:
-    """A guess at a file that has no safetensors header."""
-    with path.open("rb") as handle:
-        start = handle.read(256)
-    if size == 0:
-        return "is empty"
-    if start.startswith((b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04")):
-        return "is a pickle under another name, which can run code when opened"
-    if start.startswith(b"version https://git-lfs"):
-        return "is a git-lfs pointer, not the file itself"
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "is a web page, not the file itself"
-    length = int.from_bytes(start[:8], "little")
-    if start[8:9] == b"{" and length < 100_000_000:
-        return f"is incomplete: its header alone is {8 + length} bytes, the file has {size}"
-    return "is no safetensors file"
+def _check_tensors(path: Path, header: Header) -> None:
+    """Refuses sizes, dtypes and shapes that would cost much or fail later, before a byte is read."""
+    if header.num_bytes > MAX_BYTES:
+        raise AdapterError(f"{path} has {header.num_bytes / 1e9:.1f} GB, which no LoRA has; give a LoRA file")
+    for name, shape in header.shapes.items():
+        if header.dtypes[name] not in _READABLE:
+            raise AdapterError(f"{path} holds {name} as {header.dtypes[name]}, which no LoRA uses")
+        if 0 in shape:
+            raise AdapterError(f"{path} holds {name} without values, of shape {shape}; get the file again")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Header]:
     """Reads a complete safetensors file onto the CPU.
 
     Raises:
-        AdapterError: As `read_header`.
+        AdapterError: As `read_lora_header`.
     """
-    header = read_header(path)
+    header = read_lora_header(path)
     try:
         return load_file(path), header
     except Exception as error:

@@ -349,3 +349,60 @@ def test_beside_another_lora_under_any_name(
     assert not changes[0].any()
     torch.testing.assert_close(changes[1] * 2, changes[2])
     assert changes[2].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"lora_A": ("F4", [4, 4], 8)}, r"holds unet.x.lora_A.weight as F4, which no LoRA uses"),
+        ({"lora_A": ("C64", [4, 4], 128)}, r"as C64, which no LoRA uses"),
+        ({"lora_A": ("BOOL", [4, 4], 16)}, r"as BOOL, which no LoRA uses"),
+        ({"lora_A": ("F32", [0, 4], 0), "lora_B": ("F32", [4, 0], 0)}, r"without values, of shape \(0, 4\)"),
+        ({"lora_A": ("F32", [2**60, 0], 0), "lora_B": ("F32", [0, 2**60], 0)}, r"without values"),
+    ],
+)
+def test_tensors_that_no_lora_holds(tmp_path, tensors, message):
+    """R-25: other dtypes, empty and shapeless tensors are refused in one line before they cost anything."""
+    header, end = {}, 0
+    for part, (dtype, shape, size) in tensors.items():
+        header[f"unet.x.{part}.weight"] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    raw = json.dumps(header).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(end))
+    for read in (load_adapter, inspect_adapter):
+        with pytest.raises(AdapterError, match=rf"x.safetensors .*{message}") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_larger_than_any_lora(tmp_path):
+    """R-25: a sparse terabyte is refused by its header, not mapped and copied."""
+    shape, size = [2**38], 2**40
+    raw = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+    with (tmp_path / "x.safetensors").open("wb") as handle:
+        handle.write(len(raw).to_bytes(8, "little") + raw)
+        handle.truncate(8 + len(raw) + size)
+    with pytest.raises(AdapterError, match=r"x.safetensors has 1099\.5 GB, which no LoRA has"):
+        load_adapter(tmp_path / "x.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are a matter of POSIX")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    """R-25: a pipe or a device under a LoRA's name is refused at once."""
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(AdapterError, match="is a pipe or a device, not a file"):
+        load_adapter(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "C:\\x", "..", "~/x"])
+def test_names_are_never_paths(tmp_path, name):
+    """R-25: a module's name with path parts is a name; nothing is read or written there."""
+    state = {f"unet.{name}.lora_A.weight": torch.ones(2, 4), f"unet.{name}.lora_B.weight": torch.ones(4, 2)}
+    save_file(state, tmp_path / "x.safetensors")
+    adapter = load_adapter(tmp_path / "x.safetensors")
+    assert len(adapter.modules) == 1
+    inside = tmp_path / "out"
+    inside.mkdir()
+    save_adapter(inside / "y.safetensors", adapter)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["out", "x.safetensors", "y.safetensors"]

@@ -1,0 +1,165 @@
+"""Files that anybody may have made are refused in one line, at once (R-25, R-44)."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdlora.reading import MAX_HEADER_BYTES, UnfitFileError, read_bytes, read_header, read_json
+
+
+def entry(shape: list[int], start: int, end: int, dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def write_container(path: Path, header: dict[str, Any] | bytes, size: int, length: int | None = None) -> Path:
+    """A safetensors file with any header and `size` zero bytes behind it; `length` lies about the header."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    with path.open("wb") as handle:
+        handle.write((len(raw) if length is None else length).to_bytes(8, "little") + raw)
+        handle.truncate(8 + len(raw) + size)
+    return path
+
+
+@contextmanager
+def bounded(seconds: float = 2.0, megabytes: int = 200) -> Iterator[None]:
+    """Fails if what happens inside takes long or much memory."""
+    tracemalloc.start()
+    started = time.process_time()
+    try:
+        yield
+        assert time.process_time() - started < seconds
+        assert tracemalloc.get_traced_memory()[1] < megabytes * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+TWICE = b"{" + b",".join([b'"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'] * 2) + b"}"
+ABSURD = {
+    "beyond the file": (
+        {"a": entry([2], 0, 8), "b": entry([2], 8, 2**50)},
+        16,
+        None,
+        "is incomplete|damaged",
+    ),
+    "shorter than the shape": ({"a": entry([20], 0, 8)}, 8, None, "damaged header"),
+    "overlapping": ({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, 12, None, "damaged header"),
+    "the same place": ({"a": entry([2], 0, 8), "b": entry([2], 0, 8)}, 8, None, "damaged header"),
+    "a hole": ({"a": entry([2], 0, 8), "b": entry([2], 16, 24)}, 24, None, "damaged header"),
+    "negative": ({"a": entry([2], -8, 0)}, 8, None, "damaged"),
+    "product too large": ({"a": entry([2**40, 2**40], 0, 8)}, 8, None, "damaged header"),
+    "unknown dtype": ({"a": entry([2], 0, 8, "X9")}, 8, None, "damaged header"),
+    "a number as dtype": ({"a": {**entry([2], 0, 8), "dtype": 3}}, 8, None, "damaged header"),
+    "metadata of numbers": ({"__metadata__": {"x": 1}, "a": entry([2], 0, 8)}, 8, None, "damaged header"),
+    "a list": (b"[1, 2]", 8, None, "is no safetensors file"),
+    "nested deeply": (b'{"a":' + b"[" * 10**6, 8, None, "damaged"),
+    "a number of many digits": (b'{"a":{"dtype":"F32","x":' + b"9" * 9999 + b"}}", 8, None, "damaged"),
+    "a name twice": (TWICE, 8, None, "gives a name twice"),
+    "the longest header": ({"a": entry([2], 0, 8)}, 8, 2**64 - 1, "is no safetensors file"),
+    "a header beyond the file": ({"a": entry([2], 0, 8)}, 8, 10**6, "its header alone is 1000008 bytes"),
+    "a sparse header": ({"a": entry([2], 0, 8)}, 2**40, 2**39, "has a header of 549,755.8 MB"),
+    "a control character": ({"a\x1b[2J": entry([2], 0, 8)}, 8, None, "which no program writes"),
+    "a line break": ({"a\nb": entry([2], 0, 8)}, 8, None, "which no program writes"),
+    "no name": ({"": entry([2], 0, 8)}, 8, None, "which no program writes"),
+    "a long name": ({"a" * 501: entry([2], 0, 8)}, 8, None, "which no program writes"),
+}
+
+
+@pytest.mark.parametrize("case", ABSURD)
+def test_absurd_headers(tmp_path: Path, case: str) -> None:
+    """R-25: sizes, places, names and types that cannot be are one line, in bounded time and memory."""
+    header, size, length, message = ABSURD[case]
+    path = write_container(tmp_path / "x.safetensors", header, size, length)
+    with bounded(), pytest.raises(UnfitFileError, match=message) as caught:
+        read_header(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 200
+
+
+def test_a_sound_header(tmp_path: Path) -> None:
+    """R-25: what is whole is read, also where it is empty."""
+    header = {"__metadata__": {"x": "y"}, "a": entry([2], 0, 8), "b": entry([], 8, 10, "BF16")}
+    found = read_header(write_container(tmp_path / "x.safetensors", header, 10))
+    assert found.shapes == {"a": (2,), "b": ()}
+    assert found.dtypes == {"a": "F32", "b": "BF16"}
+    assert found.metadata == {"x": "y"}
+    assert found.num_bytes == (tmp_path / "x.safetensors").stat().st_size
+    assert read_header(write_container(tmp_path / "y.safetensors", {}, 0)).shapes == {}
+
+
+def test_metadata_of_100_mb(tmp_path: Path) -> None:
+    """R-25: a header that is larger than any program's is refused without being read."""
+    path = write_container(tmp_path / "x.safetensors", b'{"__metadata__":{"x":"', 10**8, 10**8)
+    with bounded(0.1, 1), pytest.raises(UnfitFileError, match=r"has a header of 100\.0 MB"):
+        read_header(path)
+
+
+def test_millions_of_keys(tmp_path: Path) -> None:
+    """R-25: a header full of small tensors is refused before it is parsed."""
+    one = b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},'
+    raw = b"{" + b"".join(one % number for number in range(250_000))[:-1] + b"}"
+    assert len(raw) < MAX_HEADER_BYTES
+    path = write_container(tmp_path / "x.safetensors", raw, 0)
+    with bounded(0.5, 40), pytest.raises(UnfitFileError, match="more than 100,000 tensors"):
+        read_header(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are a matter of POSIX")
+def test_pipes_devices_and_folders(tmp_path: Path) -> None:
+    """R-25: nothing waits for a pipe, or reads a device to its end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for read in (read_header, lambda path: read_bytes(path, 10), lambda path: read_json(path, 10)):
+        for name in ("pipe", "zero"):
+            with pytest.raises(UnfitFileError, match="is a pipe or a device, not a file"):
+                read(tmp_path / name)
+        with pytest.raises(UnfitFileError, match="is a folder, not a file"):
+            read(tmp_path)
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / "none")
+
+
+def test_size_is_bounded(tmp_path: Path) -> None:
+    """R-25: a file of a terabyte is refused by its size, one of the limit is read."""
+    path = tmp_path / "a"
+    path.write_bytes(b"x" * 1000)
+    assert read_bytes(path, 1000) == b"x" * 1000
+    with pytest.raises(UnfitFileError, match=r"is too large \(0\.0 MB; at most 0\.0 MB"):
+        read_bytes(path, 999)
+    with path.open("rb+") as handle:
+        handle.truncate(2**40)
+    with (
+        bounded(0.1, 1),
+        pytest.raises(UnfitFileError, match=r"too large \(1,099,511\.6 MB; at most 1\.0 MB"),
+    ):
+        read_bytes(path, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{oops", "is not JSON"),
+        (b"\xff\xfe\x00", "is not JSON"),
+        (b"", "is not JSON"),
+        (b"9" * 5000, "is not JSON"),
+        (b"[" * 100_000, "is nested too deeply"),
+        (b'{"a":' * 100_000, "is nested too deeply"),
+    ],
+)
+def test_json(tmp_path: Path, content: bytes, message: str) -> None:
+    """R-44: state in JSON that was damaged or made to hurt is one line."""
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with bounded(), pytest.raises(UnfitFileError, match=message) as caught:
+        read_json(path, 10**6)
+    assert "\n" not in str(caught.value)
+    path.write_bytes(b'{"a": [1, "\xc3\xbc"]}')
+    assert read_json(path, 10**6) == {"a": [1, "ü"]}
