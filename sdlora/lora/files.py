@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdlora.errors import AdapterError
 from sdlora.lora.adapter import Adapter, LowRank
-from sdlora.lora.container import Header, read_tensors, write_tensors
+from sdlora.lora.container import read_tensors, write_tensors
 from sdlora.lora.formats import (
     adapter_to_diffusers,
     adapter_to_kohya,
@@ -27,6 +27,7 @@ from sdlora.lora.formats import (
     state_to_adapter,
 )
 from sdlora.lora.names import TEXT_ENCODERS, Dialect, dialect_of
+from sdlora.reading import Header
 from sdlora.runs import write_file
 
 # Keys that describe the tensors as written; they never survive from one file to the next.
