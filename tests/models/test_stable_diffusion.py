@@ -75,10 +75,7 @@ def test_a_caption_does_not_depend_on_its_neighbours(base: StableDiffusion) -> N
 def test_conditions_are_stacked_and_moved(sdxl: StableDiffusion) -> None:
     """R-31: a batch is a row for each caption (not six rows of sizes); sizes stay exact in half precision."""
     captions = ["a cat", "a tractor"]
-    sizes = [
-        torch.tensor([1023.0, 777.0, 3.0, 5.0, 64.0, 64.0]),
-        torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0, 4.0]),
-    ]
+    sizes = torch.tensor([[1023.0, 777.0, 3.0, 5.0, 64.0, 64.0], [9.0, 8.0, 7.0, 6.0, 5.0, 4.0]])
     together = sdxl.encode_captions(captions)
     assert len(together) == 2
     rows = [together[n].with_time_ids(size) for n, size in enumerate(sizes)]
