@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sdlora.errors import AdapterError
 from sdlora.lora.layers import pair_shapes
-from sdlora.lora.modules import Model, carrier_layers
+from sdlora.lora.modules import Model, carrier_layers, components
+from sdlora.lora.sgm import LAYERS_PER_BLOCK
 
 
 @dataclass(slots=True)
@@ -141,7 +143,16 @@ def create_adapter(
         modules[name] = LowRank(
             nn.Parameter(down.to(device)), nn.Parameter(torch.zeros(up_shape, device=device))
         )
-    return Adapter(modules, rank, float(alpha), family)
+    return Adapter(
+        modules, rank, float(alpha), family, notes=_layers_per_block(model) if family == "sdxl" else {}
+    )
+
+
+def _layers_per_block(model: Model) -> dict[str, str]:
+    """A note for the names of the kohya format, where a slim UNet has not the usual number."""
+    config: Any = getattr(components(model).get("unet"), "config", None)
+    layers = getattr(config, "layers_per_block", LAYERS_PER_BLOCK)
+    return {} if layers == LAYERS_PER_BLOCK else {"sdlora.layers_per_block": str(layers)}
 
 
 def check_base(adapter: Adapter, *, family: str, name: str, digest: str = "", source: str = "") -> str | None:

@@ -13,20 +13,17 @@ import torch
 from torch import Tensor
 
 from sdlora.errors import AdapterError
-from sdlora.lora.adapter import Adapter, LowRank
+from sdlora.lora.adapter import Adapter
 from sdlora.lora.container import read_tensors, write_tensors
 from sdlora.lora.formats import (
     adapter_to_diffusers,
     adapter_to_kohya,
     fold,
-    guess_family,
     mixed_rank_metadata,
-    module_alphas,
     padded_ranks,
-    split_state,
-    state_to_adapter,
 )
 from sdlora.lora.names import TEXT_ENCODERS, Dialect, dialect_of
+from sdlora.lora.parsing import guess_family, module_alphas, split_state, state_to_adapter
 from sdlora.reading import Header
 from sdlora.runs import write_file
 
@@ -164,17 +161,17 @@ def inspect_adapter(path: str | Path) -> AdapterInfo:
     metadata = _metadata(path, header)
     try:
         dialect = dialect_of(state)
-        parts = split_state(state)
+        parts = split_state(state, metadata)
         alphas = module_alphas(parts, metadata)
+        family = guess_family(parts, metadata, state)
     except AdapterError as error:
         raise AdapterError(f"{path} {error}") from None
     ranks = {name: int(found["down"].shape[0]) for name, found in parts.items()}
     factors = [tensor for found in parts.values() for part, tensor in found.items() if part != "alpha"]
-    modules = {name: LowRank(found["down"], found["up"]) for name, found in parts.items()}
     return AdapterInfo(
         path=path,
         dialect=dialect,
-        family=guess_family(modules, metadata),
+        family=family,
         ranks=dict(sorted(Counter(ranks.values()).items())),
         alphas=dict(sorted(Counter(float(alphas[name] or rank) for name, rank in ranks.items()).items())),
         trained_alpha=metadata.get("sdlora.trained_alpha"),
@@ -233,6 +230,8 @@ def _describe(folded: Adapter, dialect: Dialect, metadata: Mapping[str, str]) ->
     texts["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": rank} if kernels else {})
     if folded.family:
         texts.setdefault("sdlora.family", folded.family)
+    if "sdlora.layers_per_block" in folded.notes:
+        texts.setdefault("sdlora.layers_per_block", folded.notes["sdlora.layers_per_block"])
     if folded.parent:
         texts.setdefault("sdlora.parent", folded.parent)
     if dialect == "kohya" and (ranks := padded_ranks(folded)):

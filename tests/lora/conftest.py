@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora.lora.adapter import Adapter, create_adapter
 from sdlora.lora.attach import match_targets
 from sdlora.lora.files import save_adapter
+from sdlora.lora.modules import Model, named_modules
 
 TINY: Mapping[str, Any] = {
     "sample_size": 8,
@@ -28,6 +29,37 @@ TINY: Mapping[str, Any] = {
     "norm_num_groups": 8,
 }
 
+# Published layouts, block by block, at small widths.
+FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "sd1": {
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "block_out_channels": (16, 16, 32, 32),
+        "layers_per_block": 2,
+        "cross_attention_dim": 16,
+    },
+    "sd2": {
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "block_out_channels": (16, 16, 32, 32),
+        "layers_per_block": 2,
+        "cross_attention_dim": 16,
+        "use_linear_projection": True,
+    },
+    "sdxl": {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (16, 16, 32),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": (1, 2, 2),
+        "cross_attention_dim": 32,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 6 * 4 + 16,
+    },
+}
+
 SD15: Mapping[str, Any] = {
     "sample_size": 64,
     "in_channels": 4,
@@ -38,6 +70,17 @@ SD15: Mapping[str, Any] = {
     "layers_per_block": 2,
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
+}
+
+SDXL: Mapping[str, Any] = {
+    **FAMILIES["sdxl"],
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
 }
 
 
@@ -59,25 +102,50 @@ def unet(make_unet: Callable[..., UNet2DConditionModel]) -> UNet2DConditionModel
     return make_unet()
 
 
+@pytest.fixture(scope="session")
+def make_texts() -> Callable[[], list[torch.nn.Module]]:
+    """Two frozen text encoders, of the classes without and with the level `text_model`."""
+
+    def make() -> list[torch.nn.Module]:
+        config = CLIPTextConfig(
+            vocab_size=20,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=16,
+            max_position_embeddings=8,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            texts = CLIPTextModel(config), CLIPTextModelWithProjection(config)
+        return [text.eval().requires_grad_(False) for text in texts]
+
+    return make
+
+
 @pytest.fixture
-def components(unet: UNet2DConditionModel) -> dict[str, torch.nn.Module]:
-    """A UNet and two text encoders, of the classes without and with the level `text_model`."""
-    config = CLIPTextConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=16,
-        max_position_embeddings=8,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        first, second = CLIPTextModel(config), CLIPTextModelWithProjection(config)
-    frozen = [module.eval().requires_grad_(False) for module in (first, second)]
-    return {"unet": unet, "text_encoder": frozen[0], "text_encoder_2": frozen[1]}
+def components(
+    unet: UNet2DConditionModel, make_texts: Callable[[], list[torch.nn.Module]]
+) -> dict[str, torch.nn.Module]:
+    """A UNet and two text encoders."""
+    return dict(zip(("unet", "text_encoder", "text_encoder_2"), (unet, *make_texts()), strict=True))
+
+
+@pytest.fixture(scope="session")
+def make_family(
+    make_unet: Callable[..., UNet2DConditionModel], make_texts: Callable[[], list[torch.nn.Module]]
+) -> Callable[..., dict[str, torch.nn.Module]]:
+    """The components of a family, small."""
+
+    def make(family: str, **changes: Any) -> dict[str, torch.nn.Module]:
+        first, second = make_texts()
+        parts = {"unet": make_unet(**{**FAMILIES[family], **changes}), "text_encoder": first}
+        return {**parts, "text_encoder_2": second} if family == "sdxl" else parts
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +153,13 @@ def sd15() -> UNet2DConditionModel:
     """The architecture of Stable Diffusion 1.5, without weights."""
     with torch.device("meta"):
         return UNet2DConditionModel(**SD15)
+
+
+@pytest.fixture(scope="session")
+def sdxl() -> UNet2DConditionModel:
+    """The architecture of SDXL, without weights."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**SDXL)
 
 
 @pytest.fixture
@@ -105,15 +180,16 @@ def make_adapter() -> Callable[..., Adapter]:
     """An adapter that looks trained: `up` is not zero."""
 
     def make(
-        unet: UNet2DConditionModel,
+        model: Model,
         *,
         rank: int = 4,
         alpha: float = 2.0,
         targets: Sequence[str] = ("attention",),
         seed: int = 0,
         size: float = 0.05,
+        family: str = "sd1",
     ) -> Adapter:
-        adapter = create_adapter(unet, match_targets(unet, targets), rank, alpha, seed=seed, family="sd1")
+        adapter = create_adapter(model, match_targets(model, targets), rank, alpha, seed=seed, family=family)
         generator = torch.Generator().manual_seed(seed + 100)
         for pair in adapter.modules.values():
             pair.up.data.normal_(std=size, generator=generator)
@@ -133,16 +209,21 @@ def mixed_adapter(unet: UNet2DConditionModel, make_adapter: Callable[..., Adapte
 
 
 @pytest.fixture
-def make_pipeline() -> Callable[..., StableDiffusionPipeline]:
-    """The stock pipeline around a UNet, as its loader of LoRA files needs it."""
+def make_pipeline() -> Callable[..., Any]:
+    """The stock pipeline around a UNet and perhaps text encoders, as its loader of LoRA files needs it."""
 
-    def make(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+    def make(unet: UNet2DConditionModel, **texts: torch.nn.Module) -> Any:
+        scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
+        if "text_encoder_2" in texts:
+            return StableDiffusionXLPipeline(
+                vae=None, tokenizer=None, tokenizer_2=None, unet=unet, scheduler=scheduler, **texts
+            )
         return StableDiffusionPipeline(
             vae=None,
-            text_encoder=None,
+            text_encoder=texts.get("text_encoder"),
             tokenizer=None,
             unet=unet,
-            scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+            scheduler=scheduler,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -163,7 +244,7 @@ def deltas() -> Callable[[Adapter], dict[str, torch.Tensor]]:
 
     def change(adapter: Adapter) -> dict[str, torch.Tensor]:
         return {
-            name: adapter.scale
+            name: adapter.scale_of(name)
             * (pair.up.detach().double().flatten(1) @ pair.down.detach().double().flatten(1))
             for name, pair in adapter.modules.items()
         }
@@ -172,17 +253,17 @@ def deltas() -> Callable[[Adapter], dict[str, torch.Tensor]]:
 
 
 @pytest.fixture(scope="session")
-def peft_deltas() -> Callable[[UNet2DConditionModel, str], dict[str, torch.Tensor]]:
+def peft_deltas() -> Callable[[Model, str], dict[str, torch.Tensor]]:
     """The change that PEFT's layers of an adapter make, (out, in), in fp64."""
 
-    def change(unet: UNet2DConditionModel, name: str) -> dict[str, torch.Tensor]:
+    def change(model: Model, name: str) -> dict[str, torch.Tensor]:
         return {
             module_name: module.scaling[name]
             * (
                 module.lora_B[name].weight.detach().double().flatten(1)
                 @ module.lora_A[name].weight.detach().double().flatten(1)
             )
-            for module_name, module in unet.named_modules()
+            for module_name, module in named_modules(model)
             if name in getattr(module, "lora_A", {})
         }
 

@@ -19,8 +19,8 @@ from sdlora.lora.formats import (
     fold,
     relative_error,
     round_adapter,
-    state_to_adapter,
 )
+from sdlora.lora.parsing import state_to_adapter
 
 
 def golden_blocks():

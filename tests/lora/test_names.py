@@ -40,13 +40,11 @@ def test_kohya_names(module, key):
 
 
 def test_two_text_encoders_are_numbered():
-    """R-07: with a second text encoder the first is te1."""
-    first, second = (
-        "text_encoder.text_model.encoder.layers.0.mlp.fc1",
-        "text_encoder_2.text_model.encoder.layers.0.mlp.fc1",
-    )
-    assert module_to_kohya(first, [first, second]).startswith("lora_te1_")
-    assert module_to_kohya(second, [first, second]).startswith("lora_te2_")
+    """R-07: in a file for SDXL the first is te1, also without the second."""
+    first = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    second = "text_encoder_2.text_model.encoder.layers.0.mlp.fc1"
+    assert module_to_kohya(first, sdxl=True) == "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    assert module_to_kohya(second, sdxl=True) == "lora_te2_text_model_encoder_layers_0_mlp_fc1"
     assert kohya_to_module("lora_te1_text_model_encoder_layers_0_mlp_fc1") == first
 
 
@@ -54,12 +52,6 @@ def test_a_name_that_kohya_cannot_give_back_is_refused():
     """R-07: better an error than a file whose modules are lost."""
     with pytest.raises(AdapterError, match=r"my_block.my_layer has a name .* --format diffusers"):
         module_to_kohya("my_block.my_layer")
-
-
-def test_sdxl_names_are_refused_for_what_they_are():
-    """R-40: an SDXL file is named."""
-    with pytest.raises(AdapterError, match="is an SDXL LoRA"):
-        split_key("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight")
 
 
 @pytest.mark.parametrize(
@@ -90,6 +82,15 @@ def test_wrappers_leave_no_trace(wrapped):
         (f"{BLOCK}.attn2.processor.to_k_lora.down.weight", f"{BLOCK}.attn2.to_k", "down"),
         (f"unet.{BLOCK}.ff.net.2.lora_down.weight", f"{BLOCK}.ff.net.2", "down"),
         ("lora_unet_mid_block_attentions_0_proj_in.alpha", "mid_block.attentions.0.proj_in", "alpha"),
+        ("lora_unet_input_blocks_1_1_proj_in.alpha", "down_blocks.0.attentions.0.proj_in", "alpha"),
+        ("lycoris_mid_block_attentions_0_proj_in.lora_up.weight", "mid_block.attentions.0.proj_in", "up"),
+        ("diffusion_model.middle_block.1.proj_in.lora_A.weight", "mid_block.attentions.0.proj_in", "down"),
+        (
+            "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1.lora_up.weight",
+            "text_encoder_2.text_model.encoder.layers.0.mlp.fc1",
+            "up",
+        ),
+        (f"unet.{BLOCK}.attn1.processor.to_out.lora_up.weight", f"{BLOCK}.attn1.to_out.0", "up"),
         (
             "text_encoder.encoder.layers.0.self_attn.q_proj.lora_A.weight",
             "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
@@ -122,6 +123,12 @@ def test_keys_of_all_dialects(key, module, part):
         (["lora_unet_mid_block_attentions_0_proj_in.hada_w1_a"], "LoHa"),
         (["lora_unet_mid_block_attentions_0_proj_in.lokr_w1"], "LoKr"),
         (["lora_unet_x.dora_scale", "lora_unet_x.lora_down.weight"], "DoRA"),
+        (["lora_unet_x.diff"], "file of whole weight differences"),
+        (["lora_unet_x.lora_mid.weight"], "Tucker"),
+        (["unet.x.lora_A.weight", "unet.x.lora_B.bias"], "also trains biases"),
+        (["bundle_emb.x.clip_l"], "textual inversion"),
+        (["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"], "Flux or SD 3"),
+        (["lora_unet_double_blocks_0_img_attn_proj.lora_down.weight"], "Flux or SD 3"),
         (["x.weight", "y.bias"], r"holds no LoRA \(its tensors are x.weight, y.bias"),
         ([], "holds no tensors"),
     ],

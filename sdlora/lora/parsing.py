@@ -1,0 +1,187 @@
+"""Adapters from the tensors of a LoRA file of any dialect.
+
+Diffusers (today's and the old spellings), PEFT, kohya (also with SDXL's block names), LyCORIS' plain LoRA
+and ComfyUI.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from sdlora.errors import AdapterError
+from sdlora.lora.adapter import Adapter, LowRank
+from sdlora.lora.names import TEXT_ENCODERS, dialect_of, has_sgm_names, split_key
+from sdlora.lora.sgm import layers_per_block
+
+# Inputs of attn2.to_k: the width of the family's text states.
+_FAMILY_OF_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+# How `ss_base_model_version` and `modelspec.architecture` begin.
+_FAMILY_OF_KOHYA = {"sd_v1": "sd1", "sd_v2": "sd2", "sdxl_": "sdxl"}
+_FAMILY_OF_ARCHITECTURE = {
+    "stable-diffusion-v1": "sd1",
+    "stable-diffusion-v2": "sd2",
+    "stable-diffusion-xl": "sdxl",
+}
+# Initialisations that change the base, so that the file is right only on that changed base.
+_BASE_CHANGING = ("pissa", "loftq", "olora", "corda", "lora_ga")
+
+
+def state_to_adapter(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Adapter:
+    """Reads the tensors of a LoRA file.
+
+    Where alpha is not the rank the scale is folded into `up`. Tensors become fp32, without gradients.
+
+    Raises:
+        AdapterError: If these are no plain LoRA's tensors, or pairs are incomplete; completes "FILE ...".
+    """
+    notes = dict(metadata or {})
+    dialect = dialect_of(state)
+    parts = split_state(state, notes)
+    alphas = module_alphas(parts, notes)
+    ranks: dict[str, int] = json.loads(notes.get("sdlora.ranks", "{}")) if dialect == "kohya" else {}
+    modules = {
+        name: _unpad(_read_pair(name, found, alphas[name]), ranks.get(name))
+        for name, found in sorted(parts.items())
+    }
+    rank = max(pair.rank for pair in modules.values())
+    trained = {alpha for alpha in alphas.values() if alpha is not None}
+    if len(trained) == 1 and trained != {float(rank)}:
+        notes.setdefault("sdlora.trained_alpha", f"{trained.pop():g}")
+    family = guess_family(parts, notes, state)
+    return Adapter(modules, rank, float(rank), family, notes.get("sdlora.parent"), notes)
+
+
+def split_state(state: Mapping[str, Tensor], notes: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a LoRA file by module and part (`down`, `up`, perhaps `alpha`).
+
+    Raises:
+        AdapterError: If a tensor is no part of a LoRA, a module is there twice, or a pair is incomplete;
+            completes "FILE ...".
+    """
+    layers = layers_per_block(notes)
+    parts: dict[str, dict[str, Tensor]] = {}
+    foreign: list[str] = []
+    for key, tensor in state.items():
+        split = split_key(key, layers)
+        if split is None:
+            foreign.append(key)
+        elif split[1] in parts.setdefault(split[0], {}):
+            raise AdapterError(f"holds {split[0]} twice, the second time as {key}")
+        else:
+            parts[split[0]][split[1]] = tensor
+    if foreign:
+        raise AdapterError(f"holds {len(foreign)} tensors that are no part of a LoRA: {_some(foreign)}")
+    incomplete = [name for name, found in parts.items() if not {"down", "up"} <= set(found)]
+    if incomplete:
+        raise AdapterError(f"lacks the other half of {len(incomplete)} modules: {_some(incomplete)}")
+    return parts
+
+
+def guess_family(
+    parts: Mapping[str, Mapping[str, Tensor]], notes: Mapping[str, str], keys: Iterable[str]
+) -> str:
+    """The family from the metadata, else from names and the width of the cross-attention, else empty.
+
+    Raises:
+        AdapterError: If a file for another family has SDXL's block names, which no tool would load.
+    """
+    version, architecture = notes.get("ss_base_model_version", ""), notes.get("modelspec.architecture", "")
+    widths = {int(found["down"].shape[1]) for name, found in parts.items() if name.endswith("attn2.to_k")}
+    is_sdxl = has_sgm_names(keys)
+    family: str = (
+        notes.get("sdlora.family")
+        or _by_start(_FAMILY_OF_KOHYA, version)
+        or _by_start(_FAMILY_OF_ARCHITECTURE, architecture)
+        or (_FAMILY_OF_WIDTH.get(widths.pop()) if len(widths) == 1 else None)
+        or ("sdxl" if is_sdxl or any(name.startswith("text_encoder_2.") for name in parts) else "")
+    )
+    if is_sdxl and family != "sdxl":
+        raise AdapterError(
+            f"is for family {family} but has the block names of SDXL (lora_unet_input_blocks_...), which no "
+            "tool reads for that family; export it again where it was trained"
+        )
+    return family
+
+
+def _by_start(table: Mapping[str, str], text: str) -> str | None:
+    return next((value for start, value in table.items() if text.startswith(start)), None)
+
+
+def _read_pair(name: str, found: Mapping[str, Tensor], alpha: float | None) -> LowRank:
+    """One module in fp32, its scale folded in."""
+    down, up = found["down"].float(), found["up"].float()
+    if down.ndim < 2 or up.ndim != down.ndim or up.shape[1] != down.shape[0]:
+        raise AdapterError(
+            f"holds a pair that does not fit together: {name} has down {tuple(down.shape)} "
+            f"and up {tuple(up.shape)}"
+        )
+    rank = int(down.shape[0])
+    if alpha is not None and alpha != rank:
+        up = (up.double() * (alpha / rank)).float()
+    return LowRank(down.contiguous(), up.contiguous())
+
+
+def _unpad(pair: LowRank, rank: int | None) -> LowRank:
+    """Takes off the zeros that `adapter_to_kohya` appended."""
+    if rank is None or pair.down[rank:].any() or pair.up[:, rank:].any():
+        return pair
+    return LowRank(pair.down[:rank].contiguous(), pair.up[:, :rank].contiguous())
+
+
+def module_alphas(
+    parts: Mapping[str, Mapping[str, Tensor]], notes: Mapping[str, str]
+) -> dict[str, float | None]:
+    """Each module's alpha, from its tensor or from PEFT's configuration; None means its rank.
+
+    Raises:
+        AdapterError: If the configuration is damaged, or not that of a plain LoRA; completes "FILE ...".
+    """
+    settings = {component: _settings(notes, component) for component in ("unet.", *TEXT_ENCODERS)}
+    alphas: dict[str, float | None] = {}
+    for name, found in parts.items():
+        component = next((text for text in TEXT_ENCODERS if name.startswith(text)), "unet.")
+        own = settings[component]
+        if "alpha" in found:
+            alphas[name] = float(found["alpha"])
+        elif "lora_alpha" in own:
+            module = name.removeprefix(component)
+            patterns: Mapping[str, float] = own.get("alpha_pattern") or {}
+            fits = (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module))
+            alpha = float(next(fits, own["lora_alpha"]))
+            rank = int(found["down"].shape[0])
+            alphas[name] = alpha * math.sqrt(rank) if own.get("use_rslora") else alpha
+        else:
+            alphas[name] = None
+    return alphas
+
+
+def _settings(notes: Mapping[str, str], component: str) -> dict[str, Any]:
+    """PEFT's configuration for one component; empty where the file has none."""
+    try:
+        config: dict[str, Any] = json.loads(notes.get("lora_adapter_metadata") or "{}")
+    except json.JSONDecodeError:
+        raise AdapterError("holds lora_adapter_metadata that is not JSON; export the LoRA again") from None
+    own = {key.removeprefix(component): value for key, value in config.items() if key.startswith(component)}
+    own = own or {key: value for key, value in config.items() if "." not in key}
+    kind = str(own.get("peft_type") or "LORA")
+    if own.get("use_dora") or kind != "LORA":
+        kind = "DoRA" if own.get("use_dora") else kind
+        raise AdapterError(f"is a {kind}; sdlora reads plain LoRA files only, so train or export it as one")
+    start = str(own.get("init_lora_weights") or "").lower()
+    if start.startswith(_BASE_CHANGING):
+        raise AdapterError(
+            f"was initialised with {start}, which changes the base too, so that it is right on that base "
+            "alone; convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"
+        )
+    return own
+
+
+def _some(names: list[str], count: int = 3) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
