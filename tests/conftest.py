@@ -68,6 +68,16 @@ def make_images(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+TINY_SD15: dict[str, Any] = {
+    "sample_size": 8,
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+    "block_out_channels": (16, 16, 32, 32),
+    "attention_head_dim": 8,
+    "cross_attention_dim": 16,
+    "norm_num_groups": 8,
+}
+TINY_SD21 = {**TINY_SD15, "attention_head_dim": (1, 2, 4, 4), "use_linear_projection": True}
 TINY_SDXL: dict[str, Any] = {
     "sample_size": 8,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -82,6 +92,88 @@ TINY_SDXL: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 6 * 8 + 20,
     "norm_num_groups": 8,
 }
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+WORDS = REPOSITORY / "sdlora" / "builtin" / "base" / "tokenizer"
+
+
+def tiny_text(width: int, padding: int = 2266, **changes: Any) -> Any:
+    """The settings of a small CLIP text encoder for the built-in base's words."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=2267,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        projection_dim=20,
+        bos_token_id=2265,
+        eos_token_id=2266,
+        pad_token_id=padding,
+        # Random states must differ from word to word.
+        initializer_factor=3.0,
+        **changes,
+    )
+
+
+def tiny_vae(scaling: float) -> Any:
+    """A small VAE of factor 8."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        mid_block_add_attention=False,
+        scaling_factor=scaling,
+    )
+
+
+def save_sd(folder: Path, unet: dict[str, Any], act: str, scheduler: Any) -> Path:
+    """Writes a small Stable Diffusion of one text encoder as a diffusers folder."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from sdlora.models.quiet import quiet
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = StableDiffusionPipeline(
+            vae=tiny_vae(0.18215),
+            text_encoder=CLIPTextModel(tiny_text(16, hidden_act=act)),
+            tokenizer=CLIPTokenizer.from_pretrained(WORDS),
+            unet=UNet2DConditionModel(**unet),
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    with quiet():
+        pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd15_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD 1.5 in its real classes and layout, random weights, 3 MB; a folder that no test changes."""
+    from diffusers import PNDMScheduler
+
+    scheduler = PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, **BETAS)
+    return save_sd(tmp_path_factory.mktemp("bases") / "tiny-sd15", TINY_SD15, "quick_gelu", scheduler)
+
+
+@pytest.fixture(scope="session")
+def sd21_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD 2.1 (768-v) likewise: linear projections, v prediction, another activation in the text encoder."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, **BETAS
+    )
+    return save_sd(tmp_path_factory.mktemp("bases") / "tiny-sd21", TINY_SD21, "gelu", scheduler)
 
 
 @pytest.fixture(scope="session")
@@ -90,59 +182,22 @@ def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     As in the real one, the second tokenizer pads with `!`, and the scheduler is Euler.
     """
-    from diffusers import (
-        AutoencoderKL,
-        EulerDiscreteScheduler,
-        StableDiffusionXLPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     from sdlora.models.quiet import quiet
 
     folder = tmp_path_factory.mktemp("bases") / "tiny-sdxl"
-    words = REPOSITORY / "sdlora" / "builtin" / "base" / "tokenizer"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        texts = [
-            CLIPTextConfig(
-                vocab_size=2267,
-                hidden_size=width,
-                intermediate_size=2 * width,
-                num_hidden_layers=3,
-                num_attention_heads=2,
-                max_position_embeddings=32,
-                projection_dim=20,
-                bos_token_id=2265,
-                eos_token_id=2266,
-                pad_token_id=padding,
-                # Random states must differ from word to word.
-                initializer_factor=3.0,
-            )
-            for width, padding in ((16, 2266), (24, 0))
-        ]
         pipeline = StableDiffusionXLPipeline(
-            vae=AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                block_out_channels=(8, 8, 8, 8),
-                norm_num_groups=4,
-                layers_per_block=1,
-                mid_block_add_attention=False,
-                scaling_factor=0.13025,
-            ),
-            text_encoder=CLIPTextModel(texts[0]),
-            text_encoder_2=CLIPTextModelWithProjection(texts[1]),
-            tokenizer=CLIPTokenizer.from_pretrained(words),
-            tokenizer_2=CLIPTokenizer.from_pretrained(words, pad_token="!"),
+            vae=tiny_vae(0.13025),
+            text_encoder=CLIPTextModel(tiny_text(16)),
+            text_encoder_2=CLIPTextModelWithProjection(tiny_text(24, padding=0)),
+            tokenizer=CLIPTokenizer.from_pretrained(WORDS),
+            tokenizer_2=CLIPTokenizer.from_pretrained(WORDS, pad_token="!"),
             unet=UNet2DConditionModel(**TINY_SDXL),
-            scheduler=EulerDiscreteScheduler(
-                beta_schedule="scaled_linear",
-                beta_start=0.00085,
-                beta_end=0.012,
-                timestep_spacing="leading",
-                steps_offset=1,
-            ),
+            scheduler=EulerDiscreteScheduler(timestep_spacing="leading", **BETAS),
             add_watermarker=False,
         )
     with quiet():
