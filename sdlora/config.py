@@ -99,8 +99,18 @@ class LoraSection(Section):
 class ObjectiveSection(Section):
     """The denoising loss."""
 
+    loss: Literal["mse", "huber", "pseudo_huber", "smooth_l1"] = _field("mse", "use mse or pseudo_huber")
+    huber_delta: float = _field(0.1, "use about 0.1", gt=0)
+    huber_schedule: Literal["constant", "exponential", "snr"] = _field("snr", "use snr")
     min_snr_gamma: float = _field(0.0, "use 0 to switch off, or about 5", ge=0)
+    debiased: bool = False
     noise_offset: float = _field(0.0, "use 0 to switch off, or up to 0.1", ge=0, le=1)
+    pyramid_noise: int = _field(0, "use 0 to switch off, or 6 levels", ge=0, le=10)
+    pyramid_discount: float = _field(0.3, "use about 0.3", gt=0, le=1)
+    input_perturbation: float = _field(0.0, "use 0 to switch off, or about 0.1", ge=0, le=1)
+    timesteps: Literal["uniform", "logit_normal", "style_friendly"] = _field("uniform", "use uniform")
+    timestep_mean: float | None = _field(None, "leave it out for the usual one")
+    timestep_std: float | None = _field(None, "leave it out for the usual one", gt=0)
     timestep_range: tuple[int, int] = (0, 1000)
     prediction_type: PredictionType | None = None
     force_prediction_type: bool = False
@@ -118,7 +128,37 @@ class ObjectiveSection(Section):
                 "objective.force_prediction_type = true needs objective.prediction_type; "
                 "say which one to force, or leave both out"
             )
+        if self.min_snr_gamma and self.debiased:
+            raise ValueError(
+                f"objective.min_snr_gamma = {self.min_snr_gamma:g} and objective.debiased = true both weigh "
+                "the timesteps; keep one of them"
+            )
+        if self.noise_offset and self.pyramid_noise:
+            raise ValueError(
+                f"objective.noise_offset = {self.noise_offset:g} and objective.pyramid_noise = "
+                f"{self.pyramid_noise} both strengthen low frequencies; keep one of them"
+            )
+        self._check_idle("pyramid_discount", self.pyramid_noise > 0, "objective.pyramid_noise=6")
+        for name in ("huber_delta", "huber_schedule"):
+            self._check_idle(name, self.loss != "mse", "objective.loss=pseudo_huber")
+        for name in ("timestep_mean", "timestep_std"):
+            self._check_idle(name, self.timesteps != "uniform", "objective.timesteps=style_friendly")
         return self
+
+    def _check_idle(self, name: str, is_used: bool, remedy: str) -> None:
+        """Refuses a setting that another one leaves without effect."""
+        value = getattr(self, name)
+        if not is_used and value != type(self).model_fields[name].default:
+            raise ValueError(f"objective.{name} = {value} has no effect alone; set {remedy} or leave it out")
+
+    @property
+    def timestep_normal(self) -> tuple[float, float]:
+        """Mean and standard deviation of the normal that timesteps are drawn by."""
+        mean, std = (-6.0, 2.0) if self.timesteps == "style_friendly" else (0.0, 1.0)
+        return (
+            mean if self.timestep_mean is None else self.timestep_mean,
+            std if self.timestep_std is None else self.timestep_std,
+        )
 
 
 class TrainSection(Section):

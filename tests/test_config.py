@@ -42,12 +42,34 @@ def problems(*overrides: str) -> list[str]:
         ),
         ("objective.timestep_range=[9, 3]", "objective.timestep_range = [9, 3] must be"),
         ("objective.force_prediction_type=true", "needs objective.prediction_type"),
+        ("objective.loss=l2", "objective.loss = 'l2' must be one of 'mse', 'huber'"),
+        (
+            "objective.timestep_mean=-4",
+            "objective.timestep_mean = -4.0 has no effect alone; set objective.timesteps=style_friendly or",
+        ),
+        ("objective.huber_delta=1", "objective.huber_delta = 1.0 has no effect alone; set objective.loss="),
+        ("objective.pyramid_discount=0.5", "has no effect alone; set objective.pyramid_noise=6"),
     ],
 )
 def test_one_clear_line(override, line):
     """R-35, R-30: what, the value seen, the key as the user spells it, what to do."""
     [problem] = problems(override)
     assert line in problem
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("objective.min_snr_gamma=5", "objective.debiased=true"),
+        ("objective.noise_offset=0.1", "objective.pyramid_noise=6"),
+    ],
+)
+def test_conflicts_name_both(first, second):
+    """R-35: two settings that want the same thing are one line with both and the remedy."""
+    [problem] = problems(first, second)
+    for override in (first, second):
+        assert override.replace("=", " = ") in problem
+    assert "keep one of them" in problem
 
 
 def test_all_mistakes_at_once():
@@ -143,7 +165,9 @@ def test_the_keys_are_pinned():
         "data": "allow_missing_captions background cache caption_dropout crop crop_variants flip heldout "
         "on_bad_image resolution trigger",
         "lora": "alpha init_from rank targets",
-        "objective": "force_prediction_type min_snr_gamma noise_offset prediction_type timestep_range",
+        "objective": "debiased force_prediction_type huber_delta huber_schedule input_perturbation loss "
+        "min_snr_gamma noise_offset prediction_type pyramid_discount pyramid_noise timestep_mean "
+        "timestep_range timestep_std timesteps",
         "train": "accumulate batch_size evaluate_every grad_clip gradient_checkpointing keep_checkpoints "
         "learning_rate max_skipped_steps optimizer optimizer_args precision sample_every save_every schedule "
         "seed steps trackers warmup",

@@ -7,44 +7,59 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from sdlora.config import ObjectiveSection
+from sdlora.diffusion.losses import elementwise_loss
+from sdlora.diffusion.noise import draw_noise, perturb
 from sdlora.diffusion.schedule import NoiseSchedule
+from sdlora.diffusion.timesteps import TimestepSampler, make_sampler
+from sdlora.diffusion.weights import timestep_weight
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss's settings.
+    """What is minimised.
 
     Args:
         schedule: The forward process and what the UNet answers.
-        min_snr_gamma: γ of the Min-SNR weight; 0 weighs all timesteps alike.
-        noise_offset: Share of noise that is constant over a channel of a picture.
-        timestep_range: First timestep, and the one after the last.
+        settings: Noise, timesteps, loss and weights.
     """
 
     schedule: NoiseSchedule
-    min_snr_gamma: float = 0.0
-    noise_offset: float = 0.0
-    timestep_range: tuple[int, int] = (0, 1000)
+    settings: ObjectiveSection
+
+    @cached_property
+    def sampler(self) -> TimestepSampler:
+        """Draws the timesteps."""
+        return make_sampler(self.schedule, self.settings)
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Everything random in a batch: latents (B, C, H, W), noise (B, C, H, W), timesteps (B,)."""
+    """Everything random in a batch; all (B, C, H, W), but timesteps (B,).
+
+    Args:
+        latents: x_0, drawn from the posterior.
+        noise: ε, which the target is made of.
+        timesteps: t.
+        input_noise: What the latents are mixed with; ε unless `objective.input_perturbation` adds to it.
+    """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
+    input_noise: Tensor
 
     def to(self, device: torch.device) -> Draws:
         """The same draws on a device."""
-        return Draws(self.latents.to(device), self.noise.to(device), self.timesteps.to(device))
+        return Draws(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -62,40 +77,58 @@ def draw(objective: Objective, posteriors: Sequence[tuple[Tensor, Tensor]], seed
     """Draws latents, timesteps and noise, each sample from its own generator.
 
     Args:
-        objective: Gives the timestep range and the noise offset.
+        objective: Says how.
         posteriors: Mean and standard deviation of the VAE for each sample, each (C, H, W).
         seeds: One seed for each sample, from `derive_seed`.
     """
-    low, high = objective.timestep_range
-    high = min(high, objective.schedule.num_timesteps)
-    latents, noise, timesteps = [], [], []
+    settings = objective.settings
+    latents, noise, timesteps, input_noise = [], [], [], []
     for (mean, std), seed in zip(posteriors, seeds, strict=True):
+        # Settings that are off draw nothing, so that a new one changes no run that does without it.
         generator = torch.Generator().manual_seed(seed)
         latents.append(mean + std * torch.randn(mean.shape, generator=generator))
-        timesteps.append(torch.randint(low, high, (1,), generator=generator))
-        sample_noise = torch.randn(mean.shape, generator=generator)
-        if objective.noise_offset:
-            shift = torch.randn((mean.shape[0], 1, 1), generator=generator)
-            sample_noise = sample_noise + objective.noise_offset * shift
-        noise.append(sample_noise)
-    return Draws(torch.stack(latents), torch.stack(noise), torch.cat(timesteps))
+        timesteps.append(objective.sampler.draw(generator))
+        noise.append(draw_noise(mean.shape, settings, generator))
+        input_noise.append(perturb(noise[-1], settings.input_perturbation, generator))
+    return Draws(torch.stack(latents), torch.stack(noise), torch.cat(timesteps), torch.stack(input_noise))
 
 
 def denoising_loss(denoise: Denoiser, objective: Objective, draws: Draws) -> Tensor:
-    """The weighted squared error of the UNet's answer, one value per sample, shape (B,).
+    """The weighted error of the UNet's answer, one value per sample, shape (B,).
 
     Rombach et al. 2022 (2112.10752), equation 2, for the base's own prediction type.
 
     Args:
         denoise: Takes noisy latents (B, C, H, W) and timesteps (B,), answers (B, C, H, W).
-        objective: Schedule and weighting.
+        objective: Schedule, loss and weights.
         draws: What was drawn for the batch.
     """
-    schedule = objective.schedule
-    noisy = schedule.add_noise(draws.latents, draws.noise, draws.timesteps)
+    schedule, settings = objective.schedule, objective.settings
+    noisy = schedule.add_noise(draws.latents, draws.input_noise, draws.timesteps)
     answer = denoise(noisy, draws.timesteps).float()
-    target = schedule.target(draws.latents, draws.noise, draws.timesteps)
-    loss = (answer - target).square().mean(dim=(1, 2, 3))
-    if objective.min_snr_gamma:
-        loss = loss * schedule.min_snr_weight(draws.timesteps, objective.min_snr_gamma)
-    return loss
+    error = answer - schedule.target(draws.latents, draws.noise, draws.timesteps)
+    loss = elementwise_loss(error, schedule, draws.timesteps, settings).mean(dim=(1, 2, 3))
+    weight = timestep_weight(schedule, draws.timesteps, settings)
+    return loss if weight is None else loss * weight
+
+
+def describe_objective(objective: Objective) -> str:
+    """The objective in one line, for the plan: what is off is not mentioned."""
+    settings, sampler = objective.settings, objective.sampler
+    loss, timesteps = str(settings.loss), f"{settings.timesteps} timesteps"
+    if loss != "mse":
+        loss += f" (delta {settings.huber_delta:g}, {settings.huber_schedule})"
+    if (sampler.low, sampler.high) != (0, objective.schedule.num_timesteps):
+        timesteps += f" in {sampler.low}-{sampler.high - 1}"
+    if settings.timesteps != "uniform":
+        mean, std = settings.timestep_normal
+        half = f"{sampler.quantile(0.25)}-{sampler.quantile(0.75)}"
+        timesteps += f" (normal of mean {mean:g}, std {std:g}; half of them in {half})"
+    others = {
+        f"min-SNR {settings.min_snr_gamma:g}": settings.min_snr_gamma,
+        "debiased weights": settings.debiased,
+        f"noise offset {settings.noise_offset:g}": settings.noise_offset,
+        f"pyramid noise {settings.pyramid_noise} x {settings.pyramid_discount:g}": settings.pyramid_noise,
+        f"input perturbation {settings.input_perturbation:g}": settings.input_perturbation,
+    }
+    return ", ".join([loss, timesteps, *(text for text, is_on in others.items() if is_on)])

@@ -45,6 +45,16 @@ class NoiseSchedule:
         alpha_bar = self.alphas_cumprod[timesteps.cpu()].to(timesteps.device)
         return alpha_bar / (1 - alpha_bar)
 
+    @property
+    def log_snr(self) -> Tensor:
+        """log(ᾱ / (1 - ᾱ)) of every timestep, shape (T,), float64; -∞ at zero terminal SNR."""
+        return torch.logit(self.alphas_cumprod.double())
+
+    @property
+    def has_zero_snr(self) -> bool:
+        """Whether the last timestep is pure noise, in which an ε cannot be told from the input."""
+        return bool(self.alphas_cumprod[-1] <= 0)
+
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε (2006.11239, equation 4); all of shape (B, C, H, W)."""
         signal, sigma = self.signal_and_noise(timesteps)
@@ -62,18 +72,6 @@ class NoiseSchedule:
             return latents
         signal, sigma = self.signal_and_noise(timesteps)
         return signal * noise - sigma * latents
-
-    def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """The Min-SNR-γ weight in the form that fits the target, shape (B,).
-
-        Hang et al. 2023 (2303.09556), section 3.4: min(SNR, γ) for x_0 targets, divided by SNR for
-        ε targets and by SNR + 1 for v targets. Written so that it stays finite at SNR = 0 and ∞.
-        """
-        snr = self.snr(timesteps)
-        if self.prediction_type == "epsilon":
-            return (gamma / snr).clamp(max=1)
-        clipped = snr.clamp(max=gamma)
-        return clipped if self.prediction_type == "sample" else clipped / (snr + 1)
 
 
 def schedule_from_config(config: Mapping[str, Any], prediction_type: str | None = None) -> NoiseSchedule:

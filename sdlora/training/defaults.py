@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from sdlora.config import RunConfig
 from sdlora.data.records import DatasetIndex, ImageRecord
 from sdlora.diffusion.schedule import schedule_from_config
+from sdlora.diffusion.timesteps import make_sampler
 from sdlora.errors import ConfigError
 from sdlora.models.info import BaseInfo
 
@@ -18,7 +19,7 @@ def check_objective(config: RunConfig, info: BaseInfo) -> None:
     """Refuses what the base cannot be asked for.
 
     Raises:
-        ConfigError: If it predicts something else, or has fewer timesteps.
+        ConfigError: If it predicts something else, has fewer timesteps, or is asked for ε in pure noise.
     """
     asked = config.objective.prediction_type
     if asked and asked != info.prediction_type and not config.objective.force_prediction_type:
@@ -26,12 +27,23 @@ def check_objective(config: RunConfig, info: BaseInfo) -> None:
             f"objective.prediction_type = {asked} but the base {info.name} predicts {info.prediction_type}; "
             "leave it out, or set objective.force_prediction_type=true"
         )
-    num_timesteps = schedule_from_config(info.scheduler_config).num_timesteps
-    if config.objective.timestep_range[0] >= num_timesteps:
+    schedule = schedule_from_config(info.scheduler_config, asked)
+    low, high = config.objective.timestep_range
+    if low >= schedule.num_timesteps:
         raise ConfigError(
-            f"objective.timestep_range = {list(config.objective.timestep_range)} lies behind the base's "
-            f"{num_timesteps} timesteps"
+            f"objective.timestep_range = [{low}, {high}] lies behind the base's "
+            f"{schedule.num_timesteps} timesteps"
         )
+    if schedule.prediction_type == "epsilon" and schedule.has_zero_snr and high >= schedule.num_timesteps:
+        last = schedule.num_timesteps - 1
+        remedy = f"leave that timestep out with objective.timestep_range=[{min(low, last - 1)}, {last}]"
+        if info.prediction_type != "epsilon":
+            remedy = f"leave objective.prediction_type out (it is {info.prediction_type}), or {remedy}"
+        raise ConfigError(
+            "objective.prediction_type = epsilon cannot be learnt with rescale_betas_zero_snr = true, as the "
+            f"base {info.name} has it (timestep {last} is pure noise); {remedy}"
+        )
+    make_sampler(schedule, config.objective)
 
 
 def resolve_config(config: RunConfig, info: BaseInfo, index: DatasetIndex, num_processes: int) -> RunConfig:

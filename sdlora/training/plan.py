@@ -15,6 +15,8 @@ from sdlora.data.buckets import BucketPlan, plan_buckets
 from sdlora.data.doctor import examine, summary
 from sdlora.data.records import DatasetIndex, Finding
 from sdlora.data.scan import scan_dataset
+from sdlora.diffusion.objective import Objective, describe_objective
+from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.errors import DataError, RunError
 from sdlora.lora.attach import count_parameters, match_targets
 from sdlora.models.info import BaseInfo, inspect_base
@@ -59,6 +61,12 @@ class RunPlan:
         """Optimizer steps of the run."""
         assert self.config.train.steps
         return self.config.train.steps
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        asked = self.config.objective
+        return Objective(schedule_from_config(self.info.scheduler_config, asked.prediction_type), asked)
 
     @property
     def global_batch(self) -> int:
@@ -136,6 +144,7 @@ class RunPlan:
             f"{self.images_seen} images seen",
             f"rate      {train.learning_rate:g}, {train.schedule} after {warmup} warm-up steps, "
             f"{train.optimizer}",
+            f"loss      {describe_objective(self.objective)}",
             f"every     save {_points(self.save_steps)}; samples {_points(self.sample_steps)}; "
             f"held-out loss {_points(self.evaluate_steps)}",
             f"disk      up to {self.disk_bytes / 1e6:.0f} MB and the samples",

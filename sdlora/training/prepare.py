@@ -11,7 +11,6 @@ from sdlora.config import RunConfig
 from sdlora.data.cache import TensorCache, cache_folder
 from sdlora.data.records import ImageRecord
 from sdlora.diffusion.objective import Objective
-from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.errors import ConfigError
 from sdlora.evaluation.heldout import HeldoutItem
 from sdlora.lora.adapter import Adapter, create_adapter
@@ -75,13 +74,7 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, repor
         base.unet.train()
     adapter = _make_adapter(plan, base)
     mount(base.unet, [(adapter, 1.0)])
-    objective = Objective(
-        schedule_from_config(plan.info.scheduler_config, config.objective.prediction_type),
-        config.objective.min_snr_gamma,
-        config.objective.noise_offset,
-        config.objective.timestep_range,
-    )
-    return Prepared(base, adapter, objective, encodings, splits, prompt_states)
+    return Prepared(base, adapter, plan.objective, encodings, splits, prompt_states)
 
 
 def _open_cache(config: RunConfig) -> TensorCache | None:

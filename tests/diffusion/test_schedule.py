@@ -51,33 +51,6 @@ def test_sample_target_is_the_picture():
     assert torch.equal(schedule.target(latents, torch.zeros_like(latents), torch.tensor([1])), latents)
 
 
-@pytest.mark.parametrize(
-    ("prediction_type", "expected"),
-    [
-        # SNR at ᾱ = 0.9, 0.5, 0 is 9, 1, 0; γ = 5.
-        ("epsilon", [5 / 9, 1.0, 1.0]),
-        ("v_prediction", [5 / 10, 1 / 2, 0.0]),
-        ("sample", [5.0, 1.0, 0.0]),
-    ],
-)
-def test_min_snr_by_hand(prediction_type, expected):
-    """R-32: the weight in the right form for each target, finite at zero terminal SNR."""
-    schedule = NoiseSchedule(torch.tensor([0.9, 0.5, 0.0]), prediction_type)
-    weight = schedule.min_snr_weight(torch.tensor([0, 1, 2]), 5.0)
-    torch.testing.assert_close(weight, torch.tensor(expected))
-
-
-def test_epsilon_and_v_are_one_objective():
-    """R-32: ε and v errors relate by SNR + 1, so the two weighted losses are equal."""
-    alpha_bar = torch.linspace(0.999, 0.001, 50)
-    timesteps = torch.arange(50)
-    epsilon = NoiseSchedule(alpha_bar, "epsilon").min_snr_weight(timesteps, 5.0)
-    velocity = NoiseSchedule(alpha_bar, "v_prediction").min_snr_weight(timesteps, 5.0)
-    snr = alpha_bar / (1 - alpha_bar)
-    # An x_0 error e gives a v error of e / √(1 - ᾱ) and an ε error of e · √SNR.
-    torch.testing.assert_close(velocity / (1 - alpha_bar), epsilon * snr, rtol=1e-4, atol=1e-5)
-
-
 def test_noisy_latents_keep_their_variance():
     """A training schedule from an Euler scheduler's configuration is still variance preserving."""
     config = {"_class_name": "EulerDiscreteScheduler", **CONFIGS[1]}
@@ -89,3 +62,12 @@ def test_unknown_betas_are_refused():
     """R-32: nothing is guessed."""
     with pytest.raises(ModelError, match="beta_schedule = 'sigmoid'"):
         schedule_from_config({"beta_schedule": "sigmoid"})
+
+
+def test_log_snr():
+    """R-32: log(ᾱ / (1 - ᾱ)) in float64; -∞ in pure noise, which the schedule says it has."""
+    schedule = NoiseSchedule(torch.tensor([0.75, 0.5, 0.0]), "v_prediction")
+    assert schedule.log_snr.tolist() == pytest.approx([1.0986122886681098, 0.0, -float("inf")])
+    assert schedule.has_zero_snr
+    assert schedule_from_config(CONFIGS[3]).has_zero_snr
+    assert not schedule_from_config(CONFIGS[1]).has_zero_snr

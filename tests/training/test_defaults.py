@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,28 @@ def test_prediction_types():
     check_objective(load_config(None, {**other, "objective.force_prediction_type": True}), INFO)
     with pytest.raises(ConfigError, match="lies behind the base's 1000 timesteps"):
         check_objective(load_config(None, {"objective.timestep_range": [1000, 1200]}), INFO)
+
+
+def test_zero_terminal_snr():
+    """R-32: ε in pure noise cannot be learnt; the line names both settings and the ways out."""
+    zero = {**INFO.scheduler_config, "rescale_betas_zero_snr": True}
+    check_objective(load_config(), replace(INFO, scheduler_config=zero))
+    forced = {"objective.prediction_type": "epsilon", "objective.force_prediction_type": True}
+    line = (
+        r"objective\.prediction_type = epsilon .* rescale_betas_zero_snr = true.*; leave "
+        r"objective\.prediction_type out \(it is v_prediction\), or .*objective\.timestep_range=\[0, 999\]"
+    )
+    with pytest.raises(ConfigError, match=line):
+        check_objective(load_config(None, forced), replace(INFO, scheduler_config=zero))
+    own = replace(INFO, scheduler_config={**zero, "prediction_type": "epsilon"})
+    with pytest.raises(ConfigError, match=r"; leave that timestep out with"):
+        check_objective(load_config(), own)
+    check_objective(load_config(None, {"objective.timestep_range": [0, 999]}), own)
+
+
+def test_timesteps_are_checked_early():
+    """R-35: a distribution that misses the range is refused before anything is loaded."""
+    asked = {"objective.timesteps": "style_friendly", "objective.timestep_range": [0, 9]}
+    check_objective(load_config(None, asked), INFO)
+    with pytest.raises(ConfigError, match="leaves nothing in"):
+        check_objective(load_config(None, {**asked, "objective.timestep_std": 0.5}), INFO)

@@ -315,6 +315,28 @@ def test_heldout_loss_is_a_function_of_the_weights(make_images, small, make_trai
     assert len(first.by_band) == 5
 
 
+def test_the_objective_is_the_one_asked_for(make_images, small, make_trainer, tmp_path):
+    """R-12, R-32: what is asked for is what is trained; the held-out loss stays the plain one."""
+    config = small(
+        make_images(sizes=((64, 64),) * 8),
+        train__steps=2,
+        data__heldout=0.25,
+        objective__loss="pseudo_huber",
+        objective__debiased=True,
+        objective__pyramid_noise=6,
+        objective__input_perturbation=0.1,
+        objective__timesteps="style_friendly",
+    )
+    trainer = make_trainer(config, tmp_path / "run")
+    plain = make_trainer(small(config.images, data__heldout=0.25), tmp_path / "plain")
+    assert trainer.prepared.objective.settings == config.objective
+    assert trainer.evaluate("heldout") == plain.evaluate("heldout")
+    trainer.train()
+    assert [draw.timestep > 500 for result in trainer.results for draw in result.draws] == [True] * 4
+    assert all(result.updated for result in trainer.results)
+    assert "pseudo_huber (delta 0.1, snr), style_friendly" in "\n".join(trainer.plan.lines())
+
+
 def test_trackers(make_images, small, tmp_path):
     """R-45: TensorBoard gets the numbers and the grid, when asked."""
     config = small(

@@ -1,0 +1,67 @@
+"""Huber's losses against hand-computed values and torch's own (R-32)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from sdlora.config import ObjectiveSection
+from sdlora.diffusion.losses import elementwise_loss, huber_delta
+from sdlora.diffusion.schedule import NoiseSchedule
+
+SCHEDULE = NoiseSchedule(torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0]), "epsilon")
+
+
+def losses_of(error: torch.Tensor, loss: str, delta: float) -> torch.Tensor:
+    settings = ObjectiveSection(loss=loss, huber_delta=delta, huber_schedule="constant")
+    errors = error.view(1, 1, 1, -1)
+    return elementwise_loss(errors, SCHEDULE, torch.tensor([2]), settings).flatten()
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        # δ = 0.5 at e = 0, 0.5, -2.
+        ("huber", [0.0, 0.25, 0.5 * (4 - 0.5)]),
+        ("pseudo_huber", [0.0, 1 * (math.sqrt(0.5) - 0.5), 1 * (math.sqrt(4.25) - 0.5)]),
+        ("smooth_l1", [0.0, 2 * (math.sqrt(0.5) - 0.5), 2 * (math.sqrt(4.25) - 0.5)]),
+    ],
+)
+def test_by_hand(loss, expected):
+    """R-32: each formula, in float64."""
+    error = torch.tensor([0.0, 0.5, -2.0], dtype=torch.float64)
+    torch.testing.assert_close(losses_of(error, loss, 0.5), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_against_torch():
+    """Twice torch's Huber loss, so that small errors count as squared ones do."""
+    error = torch.linspace(-3, 3, 61)
+    theirs = functional.huber_loss(error, torch.zeros(61), reduction="none", delta=0.7)
+    torch.testing.assert_close(losses_of(error, "huber", 0.7), 2 * theirs)
+
+
+@pytest.mark.parametrize("loss", ["huber", "pseudo_huber"])
+def test_small_errors_are_squared(loss):
+    """The learning rate keeps its meaning, also where √(e² + δ²) - δ would be lost in float32."""
+    error = torch.tensor([1e-4, -3e-5])
+    torch.testing.assert_close(losses_of(error, loss, 0.5), error.square(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.2] * 5),
+        # 0.2^(t / 5)
+        ("exponential", [1.0, 0.7247797, 0.5253056, 0.3807308, 0.2759459]),
+        # 0.2 + 0.8 / (1 + σ)² with σ = 0, 0.5, 1, 2, ∞
+        ("snr", [1.0, 0.2 + 0.8 / 2.25, 0.4, 0.2 + 0.8 / 9, 0.2]),
+    ],
+)
+def test_delta_by_hand(schedule, expected):
+    """R-32: δ falls from 1 without noise to `huber_delta` in noise; finite at SNR = 0 and ∞."""
+    settings = ObjectiveSection(loss="huber", huber_delta=0.2, huber_schedule=schedule)
+    delta = huber_delta(SCHEDULE, torch.arange(5), settings)
+    torch.testing.assert_close(delta, torch.tensor(expected))
