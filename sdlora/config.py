@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from sdlora.errors import ConfigError
+from sdlora.problems import describe_error, shorten
+from sdlora.reading import MAX_DEPTH, UnfitFileError, parse_toml, read_bytes, read_json
+
+MAX_TOML_BYTES = 256 * 2**10
+MAX_JSON_BYTES = 16 * 2**20
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
@@ -23,7 +25,8 @@ def _as_list(value: Any) -> Any:
 
 Texts = Annotated[list[str], BeforeValidator(_as_list)]
 Numbers = Annotated[list[float], BeforeValidator(_as_list)]
-Integers = Annotated[list[int], BeforeValidator(_as_list)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], BeforeValidator(_as_list)]
+Argument = bool | int | float | str | list[bool | int | float | str]
 
 
 def _field(default: Any, remedy: str = "", **rules: Any) -> Any:
@@ -34,7 +37,7 @@ def _field(default: Any, remedy: str = "", **rules: Any) -> Any:
 class Section(BaseModel):
     """A group of settings; unknown keys are mistakes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BaseSection(Section):
@@ -50,7 +53,7 @@ class DataSection(Section):
     """The image folder, and how a picture becomes a training sample."""
 
     trigger: str | None = _field(None, "give a word, or leave it out", min_length=1)
-    resolution: int | None = _field(None, "give a side in pixels, such as 512", ge=16)
+    resolution: int | None = _field(None, "give a side in pixels, such as 512", ge=16, le=8192)
     background: str = "white"
     crop: Literal["centre", "random"] = _field("centre", "use centre or random")
     crop_variants: int | None = _field(None, "use 1 to 16 fixed crops for each image", ge=1, le=64)
@@ -83,7 +86,7 @@ class DataSection(Section):
 class LoraSection(Section):
     """The low-rank adapter."""
 
-    rank: int = _field(16, "use 4 to 32 for a style", ge=1)
+    rank: int = _field(16, "use 4 to 32 for a style", ge=1, le=4096)
     alpha: float | None = _field(None, "leave it out to use the rank", gt=0)
     targets: Texts = _field(
         ["attention"], "use attention, or name patterns such as *.attn2.to_v", min_length=1
@@ -164,16 +167,16 @@ class ObjectiveSection(Section):
 class TrainSection(Section):
     """The loop."""
 
-    steps: int | None = _field(None, "give the number of optimizer steps, such as 400", ge=1)
+    steps: int | None = _field(None, "give the number of optimizer steps, such as 400", ge=1, le=1_000_000)
     batch_size: int | None = _field(None, "use 1 to 8", ge=1)
     accumulate: int = _field(1, "use 1 to switch accumulation off", ge=1)
     learning_rate: float = _field(1e-4, "use 1e-5 to 1e-3 on SD 1.5", gt=0)
     schedule: Literal["constant", "linear", "cosine"] = _field("constant", "use constant, linear or cosine")
     warmup: float = _field(0.05, "use a share of the steps such as 0.05, or a number of steps", ge=0)
     optimizer: str = _field("adamw", "use adamw or an import path such as bitsandbytes.optim.AdamW8bit")
-    optimizer_args: dict[str, Any] = Field(default_factory=dict)
+    optimizer_args: dict[str, Argument] = _field({}, "give numbers, texts, true, false, or lists of them")
     precision: Dtype = _field("auto", "use auto, fp32, bf16 or fp16")
-    seed: int = _field(0, "give a whole number", ge=0)
+    seed: int = _field(0, "give a whole number, such as 0", ge=0, lt=2**32)
     grad_clip: float = _field(1.0, "use 1, or 0 to switch clipping off", ge=0)
     gradient_checkpointing: bool = False
     max_skipped_steps: int = _field(10, "give how many bad steps in a row are too many", ge=1)
@@ -189,7 +192,7 @@ class SampleSection(Section):
 
     prompts: Texts = Field(default_factory=list)
     negative_prompt: str = ""
-    seeds: Integers = _field([0, 1], "give at least one seed", min_length=1)
+    seeds: Seeds = _field([0, 1], "give one or more whole numbers, such as 0", min_length=1)
     strengths: Numbers = _field([1.0], "give at least one strength", min_length=1)
     steps: int = _field(25, "use 20 to 50", ge=1)
     guidance: float | None = _field(None, "use 1 to 12", ge=0)
@@ -265,34 +268,38 @@ def load_config(
     problems: list[str] = []
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
     for key, value in pairs:
-        section, _, name = key.partition(".")
-        if not name:
-            problems.append(f"{key}: give settings as section.key=value, such as lora.rank=8")
-        elif not isinstance(values.setdefault(section, {}), dict):
-            problems.append(f"{section} is a section; give it as a table")
-        else:
-            _set_nested(values[section], name, value)
+        problem = _set_nested(values, key, value)
+        if problem:
+            problems.append(problem)
     values["images"] = str(images)
     return validate_config(values, problems)
 
 
-def _set_nested(table: dict[str, Any], name: str, value: Any) -> None:
-    first, _, rest = name.partition(".")
-    if rest:
-        table[first] = dict(table.get(first) or {})
-        _set_nested(table[first], rest, value)
-    else:
-        table[first] = value
+def _set_nested(values: dict[str, Any], key: str, value: Any) -> str:
+    """Puts a value where its key says; gives the problem if it cannot be put there."""
+    *tables, name = key.split(".")
+    if not tables or "" in (*tables, name) or len(tables) > MAX_DEPTH:
+        return f"{shorten(key)}: give settings as section.key=value, such as lora.rank=8"
+    place = values
+    for number, table in enumerate(tables, 1):
+        inner = place.setdefault(table, {})
+        if not isinstance(inner, dict):
+            return f"{'.'.join(tables[:number])} is a section; give it as a table"
+        place = inner
+    place[name] = value
+    return ""
 
 
 def parse_override(text: str) -> tuple[str, Any]:
     """`lora.rank=8` becomes ("lora.rank", 8); what is not TOML is text."""
     key, separator, raw = text.partition("=")
     if not separator:
-        raise ConfigError(f"{text!r} is not a setting; write section.key=value, such as lora.rank=8")
+        raise ConfigError(
+            f"{shorten(repr(text))} is not a setting; write section.key=value, such as lora.rank=8"
+        )
     try:
-        return key.strip(), tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+        return key.strip(), parse_toml(f"value = {raw}")["value"]
+    except UnfitFileError:
         return key.strip(), raw.strip()
 
 
@@ -303,18 +310,24 @@ def read_toml(file: Path) -> dict[str, Any]:
         ConfigError: If it is missing or is not TOML.
     """
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
+        return parse_toml(read_bytes(file, MAX_TOML_BYTES).decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"config file {file} does not exist; presets are in configs/") from None
+    except UnfitFileError as error:
+        raise ConfigError(f"config file {file} {error}; presets are in configs/") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {file} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"config file {file} is not TOML: {error}") from None
 
 
 def read_config(file: Path) -> RunConfig:
-    """Reads the resolved `config.json` of a run."""
-    return validate_config(json.loads(file.read_text(encoding="utf-8")))
+    """Reads the resolved `config.json` of a run.
+
+    Raises:
+        OSError: If it cannot be read.
+        UnfitFileError: If it is not JSON.
+        ConfigError: If it holds other settings than this version has.
+    """
+    return validate_config(read_json(file, MAX_JSON_BYTES))
 
 
 def validate_config(values: Mapping[str, Any], problems: Iterable[str] = ()) -> RunConfig:
@@ -328,7 +341,7 @@ def validate_config(values: Mapping[str, Any], problems: Iterable[str] = ()) -> 
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         # A union reports each of its branches; one line for each key is enough.
-        for line in dict.fromkeys(_describe(dict(item)) for item in error.errors()):
+        for line in dict.fromkeys(describe_error(dict(item), RunConfig) for item in error.errors()):
             key = line.split(" ", 1)[0]
             if not any(other.startswith(f"{key} ") for other in lines):
                 lines.append(line)
@@ -336,73 +349,3 @@ def validate_config(values: Mapping[str, Any], problems: Iterable[str] = ()) -> 
     if lines:
         raise ConfigError(*lines)
     return config
-
-
-def _describe(item: dict[str, Any]) -> str:
-    """One line for one pydantic error: key, value seen, what is wrong, what to do."""
-    path = [str(part) for part in item["loc"]]
-    if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
-    key = ".".join(path[:2])
-    if item["type"] == "extra_forbidden":
-        return f"{'.'.join(path)} is not a setting; {_nearest(path)}"
-    if item["type"] in ("model_type", "model_attributes_type"):
-        return f"{key} = {item['input']!r} must be a section; write [{key}] and its keys below"
-    section = RunConfig.model_fields.get(path[0])
-    model = section.annotation if section else None
-    extra: dict[str, Any] = {}
-    if (
-        isinstance(model, type)
-        and issubclass(model, Section)
-        and len(path) > 1
-        and path[1] in model.model_fields
-    ):
-        raw = model.model_fields[path[1]].json_schema_extra
-        extra = raw if isinstance(raw, dict) else {}
-    remedy = f"; {extra['remedy']}" if extra.get("remedy") else ""
-    return f"{key} = {item['input']!r} {_reason(item)}{remedy}"
-
-
-def _reason(item: dict[str, Any]) -> str:
-    context = item.get("ctx", {})
-    reasons = {
-        "greater_than_equal": "must be at least {ge:g}",
-        "greater_than": "must be above {gt:g}",
-        "less_than_equal": "must be at most {le:g}",
-        "less_than": "must be below {lt:g}",
-        "literal_error": "must be one of {expected}",
-        "too_short": "must not be empty",
-        "string_too_short": "must not be empty",
-        "int_parsing": "must be a whole number",
-        "int_type": "must be a whole number",
-        "int_from_float": "must be a whole number",
-        "float_parsing": "must be a number",
-        "float_type": "must be a number",
-        "bool_parsing": "must be true or false",
-        "bool_type": "must be true or false",
-        "string_type": "must be text",
-        "list_type": "must be a list",
-    }
-    text = reasons.get(item["type"])
-    return text.format(**context) if text else f"is not valid ({item['msg'].lower()})"
-
-
-def _nearest(path: list[str]) -> str:
-    """Names the setting that was probably meant."""
-    if len(path) == 1:
-        names = [name for name in RunConfig.model_fields if name != "images"]
-        guess = difflib.get_close_matches(path[0], names, 1, 0.5)
-        return f"did you mean the section [{guess[0]}]?" if guess else f"the sections are {', '.join(names)}"
-    keys = {
-        f"{section}.{name}"
-        for section, info in RunConfig.model_fields.items()
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
-        for name in info.annotation.model_fields
-    }
-    same = [key for key in keys if key.split(".")[1] == path[1]]
-    own = sorted(key for key in keys if key.startswith(f"{path[0]}."))
-    guess = same or difflib.get_close_matches(".".join(path), own, 1, 0.5)
-    guess = guess or difflib.get_close_matches(".".join(path), sorted(keys), 1, 0.5)
-    return (
-        f"did you mean {guess[0]}?" if guess else f"[{path[0]}] has {', '.join(k.split('.')[1] for k in own)}"
-    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import stat
+import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 100_000
 MAX_NAME = 500
+MAX_DEPTH = 8
+# A TOML key of thousands of dots takes the parser minutes.
+MAX_DOTS = 500
 _END = re.compile(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,18})\s*\]')
 
 
@@ -88,6 +93,34 @@ def parse_json(text: str | bytes) -> Any:
         raise UnfitFileError("is nested too deeply") from None
     except ValueError as error:  # Also bytes that are no text, and numbers of thousands of digits.
         raise UnfitFileError(f"is not JSON ({error})") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Reads TOML, however deep and strange.
+
+    Raises:
+        UnfitFileError: If it is not TOML, or nested too deeply.
+    """
+    if any(line.count(".") > MAX_DOTS for line in text.split("\n")):
+        raise UnfitFileError(f"has a line with more than {MAX_DOTS} dots")
+    try:
+        values = tomllib.loads(text)
+    except RecursionError:
+        raise UnfitFileError("is nested too deeply") from None
+    except ValueError as error:  # Also numbers of thousands of digits.
+        raise UnfitFileError(f"is not TOML: {error}") from None
+    level: list[Any] = [values]
+    for _ in range(MAX_DEPTH):
+        level = [inner for value in level for inner in _containers(value)]
+    if level:
+        raise UnfitFileError("is nested too deeply")
+    return values
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    """The tables and lists inside a table or list."""
+    items = value.values() if isinstance(value, dict) else value
+    return (item for item in items if isinstance(item, dict | list))
 
 
 def read_header(path: Path) -> Header:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sdlora.config import RunConfig, read_config
-from sdlora.errors import RunError
+from sdlora.errors import ConfigError, RunError
+from sdlora.reading import UnfitFileError, read_json
+
+MAX_JSON_BYTES = 16 * 2**20
+DTYPES = ("fp32", "bf16", "fp16")
 
 
 def write_file(
@@ -223,13 +228,11 @@ class RunFolder:
 
     def saved_steps(self) -> list[int]:
         """Steps whose adapter is saved, in order."""
-        return sorted(int(file.stem[5:]) for file in self.adapters.glob("step-[0-9]*.safetensors"))
+        return _steps(file.stem for file in self.adapters.glob("step-*.safetensors"))
 
     def checkpoint_steps(self) -> list[int]:
         """Steps whose state is complete, in order."""
-        return sorted(
-            int(folder.name[5:]) for folder in self.checkpoints.glob("step-[0-9]*") if folder.is_dir()
-        )
+        return _steps(folder.name for folder in self.checkpoints.glob("step-*") if folder.is_dir())
 
     def remove_checkpoints(self, keep: int) -> None:
         """Deletes all but the newest states."""
@@ -237,20 +240,52 @@ class RunFolder:
             shutil.rmtree(self.checkpoint(step), ignore_errors=True)
 
     def read_config(self) -> RunConfig:
-        """The resolved configuration of the run."""
+        """The resolved configuration of the run.
+
+        Raises:
+            RunError: If it cannot be read, or is not one that this version wrote.
+        """
         try:
             return read_config(self.config_file)
-        except (OSError, ValueError) as error:
+        except (OSError, UnfitFileError) as error:
             raise RunError(f"{self.config_file} cannot be read: {error}") from None
+        except ConfigError as error:
+            raise RunError(
+                f"{self.config_file} does not hold the settings of a run: {'; '.join(error.problems)}"
+            ) from None
 
     def write_config(self, config: RunConfig) -> None:
         """Writes the resolved configuration; a run exists from here on."""
         write_json(self.config_file, config.model_dump(mode="json"))
 
     def read_environment(self) -> dict[str, Any]:
-        """Versions, device and dtypes of the run."""
-        value = json.loads(self.environment_file.read_text(encoding="utf-8"))
-        return dict(value)
+        """Versions, device and dtypes of the run.
+
+        Raises:
+            RunError: If it cannot be read.
+        """
+        try:
+            value = read_json(self.environment_file, MAX_JSON_BYTES)
+        except (OSError, UnfitFileError) as error:
+            raise RunError(f"{self.environment_file} cannot be read: {error}") from None
+        if not isinstance(value, dict):
+            raise RunError(f"{self.environment_file} is no JSON object; restore it, or start a new run")
+        return value
+
+    @property
+    def base_dtype(self) -> str:
+        """In which dtype the run has its base: `fp32`, `bf16` or `fp16`.
+
+        Raises:
+            RunError: If the run does not say.
+        """
+        name = self.read_environment().get("base_dtype")
+        if name not in DTYPES:
+            raise RunError(
+                f"{self.environment_file} has base_dtype {name!r:.40}, not one of {', '.join(DTYPES)}; "
+                "restore it, or start a new run"
+            )
+        return str(name)
 
     def append(self, event: str, step: int, **values: Any) -> dict[str, Any]:
         """Adds an event and gives it back."""
@@ -261,13 +296,17 @@ class RunFolder:
         return record
 
     def events(self, *names: str) -> Iterator[dict[str, Any]]:
-        """The events in order, or only those of the given names; a line cut short by a crash is skipped."""
+        """The events in order, or only those of the given names; a line that is none is skipped.
+
+        A crash may have cut the last one short.
+        """
         if not self.events_file.is_file():
             return
-        for line in self.events_file.read_text(encoding="utf-8").splitlines():
-            with suppress(json.JSONDecodeError):
-                record = json.loads(line)
-                if not names or record["event"] in names:
+        # Not splitlines: JSON text may hold line separators of other kinds.
+        with self.events_file.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                record = _parse_event(line)
+                if record and (not names or record["event"] in names):
                     yield record
 
     def cut_events(self, step: int) -> None:
@@ -278,6 +317,21 @@ class RunFolder:
     def is_finished(self, steps: int) -> bool:
         """Whether the run has ended at this number of steps."""
         return any(event["step"] >= steps for event in self.events("done"))
+
+
+def _parse_event(line: str) -> dict[str, Any]:
+    """The event of a line, or nothing."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    is_event = isinstance(record, dict) and "event" in record and isinstance(record.get("step"), int)
+    return dict(record) if is_event else {}
+
+
+def _steps(names: Iterable[str]) -> list[int]:
+    """The steps of names such as `step-000200`, in order."""
+    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-([0-9]{1,9})", name)))
 
 
 def next_free_folder(path: Path) -> Path:

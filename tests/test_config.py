@@ -49,6 +49,19 @@ def problems(*overrides: str) -> list[str]:
         ),
         ("objective.huber_delta=1", "objective.huber_delta = 1.0 has no effect alone; set objective.loss="),
         ("objective.pyramid_discount=0.5", "has no effect alone; set objective.pyramid_noise=6"),
+        ("lora.rank=100000", "lora.rank = 100000 must be at most 4096; use 4 to 32 for a style"),
+        ("data.resolution=1000000", "data.resolution = 1000000 must be at most 8192"),
+        ("train.steps=10_000_000", "train.steps = 10000000 must be at most 1000000"),
+        ("train.seed=4294967296", "train.seed = 4294967296 must be below 4294967296"),
+        ("sample.seeds=[3, -1]", "sample.seeds = -1 must be at least 0"),
+        ("sample.seeds=[9223372036854775808]", "must be below 9223372036854775808"),
+        ("lora.alpha=inf", "lora.alpha = inf must be a finite number"),
+        ("sample.strengths=[nan]", "sample.strengths = nan must be a finite number"),
+        ("train.optimizer_args.x={a = 1}", "train.optimizer_args = {'a': 1} must be"),
+        ("train.optimizer_args.x=2026-01-02", "train.optimizer_args = datetime.date(2026, 1, 2) must be"),
+        ("data.trigger=\udcff", r"data.trigger = '\udcff' is not valid"),
+        ("lora.=3", "lora.: give settings as section.key=value"),
+        ("a.b.c.d.e.f.g.h.i.j.k=3", "give settings as section.key=value"),
     ],
 )
 def test_one_clear_line(override, line):
@@ -120,15 +133,46 @@ def test_a_file_says_only_what_differs(tmp_path):
     assert config.lora.trained_alpha == 4
 
 
-@pytest.mark.parametrize("content", [None, "rank = = 3", b"\xff\xfe\x00"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"rank = = 3",
+        b"\xff\xfe\x00",
+        b"a = " + b"[" * 100_000,
+        b"a = " + b"{a=" * 50_000,
+        b"a" + b".a" * 100_000 + b" = 1",
+        b"[a" + b".a" * 400 + b"]\n" + b"a" + b".a" * 400 + b" = 1",
+        b"a = " + b"9" * 100_000,
+        b"a = '" + b"x" * 10**7 + b"'",
+        b"a = 2026-13-45",
+        b"\0" * 1000,
+    ],
+    ids=lambda content: "none" if content is None else content[:12].decode(errors="replace"),
+)
 def test_unreadable_files(tmp_path, content):
-    """A config that is missing or is not TOML is one line."""
+    """A config that is missing, is not TOML or is made to hurt is one line, at once."""
     file = tmp_path / "bad.toml"
     if content is not None:
-        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        file.write_bytes(content)
+    started = time.process_time()
     with pytest.raises(ConfigError, match=r"config file .*bad\.toml") as caught:
         load_config(file)
+    assert time.process_time() - started < 2
     assert len(caught.value.problems) == 1
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300 + len(str(file))
+
+
+def test_problems_are_short(tmp_path):
+    """A value of megabytes, a key of kilobytes and control characters do not flood the terminal."""
+    file = tmp_path / "long.toml"
+    file.write_text(f"[lora]\nrank = '{'x' * 200_000}'\n{'k' * 50_000} = 1\n[a.b]\nc = 1", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, ["train.x\x1b[2J\n=1", "train.optimizer_args=3", "train.optimizer_args.a=1"])
+    assert len(caught.value.problems) >= 4
+    assert all(line.isprintable() and len(line) < 600 for line in caught.value.problems)
+    assert "…" in str(caught.value)
 
 
 def test_resolved_configuration_survives_json(tmp_path):

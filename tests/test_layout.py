@@ -17,7 +17,8 @@ GROUND = {"errors", "reading", "config", "runs"}
 ALLOWED = {
     "errors": set(),
     "reading": set(),
-    "config": {"errors", "reading"},
+    "problems": set(),
+    "config": {"errors", "reading", "problems"},
     "runs": {"errors", "reading", "config"},
     **dict.fromkeys(COLUMNS, GROUND),
     "sampling": GROUND | COLUMNS,
@@ -32,7 +33,7 @@ LIBRARIES = {
     "accelerate": {"training"},
     "peft": set(),
 }
-WITHOUT_TORCH = {"errors", "reading", "config", "runs", "report"}
+WITHOUT_TORCH = {"errors", "reading", "problems", "config", "runs", "report"}
 PICKLES = {"pickle", "torch.load", "torch.save"}
 
 

@@ -116,3 +116,56 @@ def test_text_is_utf8(tmp_path):
     """R-29: every file names its encoding."""
     path = write_json(tmp_path / "設定 🎨.json", {"trigger": "水彩"})
     assert json.loads(path.read_bytes().decode("utf-8")) == {"trigger": "水彩"}
+
+
+def test_line_separators_in_events(tmp_path):
+    """R-45: a caption or a file's name may hold separators that end a line elsewhere."""
+    run = RunFolder(tmp_path / "run")
+    run.append("warning", 1, names=["a\u2028b\x85c.png"])
+    run.append("step", 2)
+    run.cut_events(2)
+    assert [event["event"] for event in run.events()] == ["warning", "step"]
+    assert next(run.events())["names"] == ["a\u2028b\x85c.png"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "5", "null", "[" * 100_000, '{"lora": 3}', '{"lora": {"rank": 0}}', '{"x": {"y": 1}}'],
+)
+def test_a_configuration_that_was_tampered_with(tmp_path, content):
+    """A run whose config.json is damaged, or of another program, is one line that names the file."""
+    run = RunFolder.create(tmp_path / "run", RunConfig(), {"base_dtype": "fp32"})
+    run.config_file.write_text(content, encoding="utf-8")
+    with pytest.raises(RunError, match=r"config\.json ") as caught:
+        run.read_config()
+    assert "\n" not in str(caught.value)
+    run.config_file.write_bytes(b"\xff\xfe")
+    with pytest.raises(RunError, match=r"config\.json cannot be read"):
+        run.read_config()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"base_dtype": "int8"}', '{"base_dtype": ["fp32"]}'])
+def test_an_environment_that_was_tampered_with(tmp_path, content):
+    """The dtype that a run has its base in is one of three, or one line says that it is not."""
+    run = RunFolder.create(tmp_path / "run", RunConfig(), {"base_dtype": "bf16"})
+    assert run.base_dtype == "bf16"
+    run.environment_file.write_text(content, encoding="utf-8")
+    with pytest.raises(RunError, match=r"environment\.json") as caught:
+        _ = run.base_dtype
+    assert "\n" not in str(caught.value)
+
+
+def test_events_and_steps_that_are_none(tmp_path):
+    """Lines that are no events, and files with other names, are passed over."""
+    run = RunFolder(tmp_path / "run")
+    run.append("step", 1)
+    lines = [b"5", b"[]", b"null", b"{}", b'{"event": "step"}', b'{"event": "step", "step": "x"}']
+    with run.events_file.open("ab") as handle:
+        handle.write(b"\n".join([*lines, b"\xff\xfe", b"[" * 100_000, b"9" * 5000, b""]))
+    assert [event["step"] for event in run.events()] == [1]
+    for name in ("step-x", "step-1x", "step-٣", "step--1", "step-" + "9" * 200, "step-000002.kohya"):
+        write_text(run.adapters / f"{name}.safetensors", "x")
+        write_text(run.checkpoints / name / "state.json", "{}")
+    write_text(run.step_adapter(7), "x")
+    assert run.saved_steps() == [7]
+    assert run.checkpoint_steps() == []

@@ -112,7 +112,7 @@ def evaluate(
         )
     adapter = load_adapter(folder.adapter)
     device = choose_device()
-    base = load_base(info, dtype=DTYPES[folder.read_environment()["base_dtype"]], device=device)
+    base = load_base(info, dtype=DTYPES[folder.base_dtype], device=device)
     plan = plan_buckets(
         index.records,
         config.data.resolution or info.resolution,

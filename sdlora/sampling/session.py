@@ -142,7 +142,7 @@ def _find_subject(source: str | Path | RunFolder | None, base: str | None, step:
         run = source if isinstance(source, RunFolder) else RunFolder.open(source)
         config = run.read_config()
         file = run.adapter if step is None else run.saved_adapter(step)
-        dtype = DTYPES[run.read_environment()["base_dtype"]]
+        dtype = DTYPES[run.base_dtype]
         title = run.name if step is None else f"{run.name}, step {step}"
         subject = _Subject(run.name, title, config, file, load_adapter(file), dtype)
     elif source is not None:

@@ -37,9 +37,9 @@ def describe_run(run: RunFolder, plan: RunPlan, *, step: int, images_seen: int) 
         learning_rate=config.train.learning_rate,
         optimizer=config.train.optimizer,
         schedule=config.train.schedule,
-        precision=environment["compute_dtype"],
+        precision=str(environment.get("compute_dtype")),
         seed=config.train.seed,
         date=datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         captions=captions,
-        versions=environment["versions"],
+        versions=dict(environment.get("versions") or {}),
     )

@@ -1,0 +1,88 @@
+"""One clear line for each setting that is wrong."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel
+
+MAX_SHOWN = 200
+
+
+def describe_error(item: dict[str, Any], model: type[BaseModel]) -> str:
+    """One line for one pydantic error: key, value seen, what is wrong, what to do."""
+    path = [str(part) for part in item["loc"]]
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    key, shown = ".".join(path[:2]), shorten(repr(item["input"]))
+    if not path:
+        return f"the configuration is {shown}; it must be sections with their keys"
+    if item["type"] == "extra_forbidden":
+        return f"{shorten('.'.join(path))} is not a setting; {_nearest(path, model)}"
+    if item["type"] in ("model_type", "model_attributes_type"):
+        return f"{key} = {shown} must be a section; write [{key}] and its keys below"
+    field = _sections(model)[path[0]].model_fields[path[1]] if len(path) > 1 else None
+    extra = field.json_schema_extra if field and isinstance(field.json_schema_extra, dict) else {}
+    remedy = f"; {extra['remedy']}" if extra.get("remedy") else ""
+    return f"{key} = {shown} {_reason(item)}{remedy}"
+
+
+def shorten(text: str) -> str:
+    """A value in a message, on one line however long it is and whatever it holds."""
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text[: MAX_SHOWN + 1])
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+
+def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The sections of a configuration by name."""
+    fields = {name: field.annotation for name, field in model.model_fields.items()}
+    return {
+        name: kind for name, kind in fields.items() if isinstance(kind, type) and issubclass(kind, BaseModel)
+    }
+
+
+def _reason(item: dict[str, Any]) -> str:
+    context = {
+        key: int(limit) if isinstance(limit, float) and limit.is_integer() else limit
+        for key, limit in item.get("ctx", {}).items()
+    }
+    reasons = {
+        "greater_than_equal": "must be at least {ge}",
+        "greater_than": "must be above {gt}",
+        "less_than_equal": "must be at most {le}",
+        "less_than": "must be below {lt}",
+        "literal_error": "must be one of {expected}",
+        "too_short": "must not be empty",
+        "string_too_short": "must not be empty",
+        "int_parsing": "must be a whole number",
+        "int_type": "must be a whole number",
+        "int_from_float": "must be a whole number",
+        "finite_number": "must be a finite number",
+        "float_parsing": "must be a number",
+        "float_type": "must be a number",
+        "bool_parsing": "must be true or false",
+        "bool_type": "must be true or false",
+        "string_type": "must be text",
+        "list_type": "must be a list",
+    }
+    text = reasons.get(item["type"])
+    return text.format(**context) if text else f"is not valid ({item['msg'].lower()})"
+
+
+def _nearest(path: list[str], model: type[BaseModel]) -> str:
+    """Names the setting that was probably meant."""
+    sections = _sections(model)
+    if len(path) == 1:
+        guess = difflib.get_close_matches(path[0], list(sections), 1, 0.5)
+        return (
+            f"did you mean the section [{guess[0]}]?" if guess else f"the sections are {', '.join(sections)}"
+        )
+    keys = sorted(f"{section}.{name}" for section, kind in sections.items() for name in kind.model_fields)
+    same = [key for key in keys if key.split(".")[1] == path[1]]
+    own = [key for key in keys if key.startswith(f"{path[0]}.")]
+    guess = same or difflib.get_close_matches(".".join(path), own, 1, 0.5)
+    guess = guess or difflib.get_close_matches(".".join(path), keys, 1, 0.5)
+    return (
+        f"did you mean {guess[0]}?" if guess else f"[{path[0]}] has {', '.join(k.split('.')[1] for k in own)}"
+    )
