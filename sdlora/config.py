@@ -43,8 +43,11 @@ class Section(BaseModel):
 class BaseSection(Section):
     """The frozen Stable Diffusion that adapters are trained on."""
 
-    source: str = _field("builtin", "give builtin, a diffusers folder or a hub id", min_length=1)
+    source: str = _field(
+        "builtin", "give builtin, a diffusers folder, a .safetensors file or a hub id", min_length=1
+    )
     revision: str | None = None
+    variant: Literal["fp16", "bf16"] | None = _field(None, "use fp16 or bf16, or leave it out")
     dtype: Dtype = _field("auto", "use auto, fp32, bf16 or fp16")
     vae: str | None = None
 

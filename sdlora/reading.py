@@ -37,6 +37,8 @@ class Header:
     metadata: dict[str, str]
     num_bytes: int
     """Size of the file."""
+    spans: dict[str, tuple[int, int]]
+    """Where each tensor lies in the file: its first byte, and how many."""
 
 
 def check_file(path: Path) -> int:
@@ -160,6 +162,8 @@ def _parse_header(raw: bytes, size: int) -> Header:
         metadata: dict[str, str] = entries.pop("__metadata__", None) or {}
         shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
         dtypes = {name: str(entry["dtype"]) for name, entry in entries.items()}
+        places = {name: entry["data_offsets"] for name, entry in entries.items()}
+        spans = {name: (8 + len(raw) + first, last - first) for name, (first, last) in places.items()}
     except UnfitFileError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -167,7 +171,7 @@ def _parse_header(raw: bytes, size: int) -> Header:
     for name in shapes:
         if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
             raise UnfitFileError(f"holds a tensor with the name {name[:40]!r}, which no program writes")
-    return Header(shapes, dtypes, metadata, size)
+    return Header(shapes, dtypes, metadata, size, spans)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def test_presets_are_valid_and_short():
 def test_the_keys_are_pinned():
     """One way in: a new setting is a decision, made here too."""
     keys = {
-        "base": "dtype revision source vae",
+        "base": "dtype revision source vae variant",
         "data": "allow_missing_captions background cache caption_dropout crop crop_variants flip heldout "
         "on_bad_image resolution trigger",
         "lora": "alpha init_from rank targets",

@@ -22,7 +22,8 @@ def train(
     images: Annotated[Path, typer.Argument(help="A folder of captioned pictures.")],
     overrides: Overrides = None,
     base: Annotated[
-        str | None, typer.Option(help="builtin, a diffusers folder or a hub id.  [default: builtin]")
+        str | None,
+        typer.Option(help="builtin, a folder, a .safetensors file or a hub id.  [default: builtin]"),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file; presets are in configs/.")] = None,
     out: Annotated[

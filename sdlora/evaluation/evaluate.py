@@ -103,7 +103,7 @@ def evaluate(
     """
     folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
     config = folder.read_config()
-    info = inspect_base(config.base)
+    info = inspect_base(config.base, config.objective)
     index = scan_dataset(config.images, config.data, config.train.seed)
     records = index.heldout[:MAX_IMAGES]
     if not records:

@@ -1,4 +1,4 @@
-"""Where a base lies: a local folder, or a model on the Hugging Face hub brought into its cache."""
+"""Where a base lies: a local folder or file, or a model on the Hugging Face hub brought into its cache."""
 
 from __future__ import annotations
 
@@ -17,35 +17,38 @@ from huggingface_hub.errors import (
 )
 
 from sdlora.errors import ModelError
-from sdlora.models.kinds import refuse_file
+from sdlora.models.kinds import SOURCES, refuse_file
+from sdlora.models.weights import VARIANTS, has_weights
 
 BUILTIN = Path(__file__).parent.parent / "builtin" / "base"
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-PARTS = ("scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae")
-WANTED = ["*.json", "diffusion_pytorch_model*.safetensors"] + [
-    f"{part}/*{suffix}" for part in PARTS for suffix in (".json", ".txt", ".safetensors")
-]
-UNWANTED = [
-    "*.fp16.*",
-    "*.bf16.*",
-    "*non_ema*",
-    "*openvino*",
-    "*flax*",
-    "safety_checker/*",
-    "image_encoder/*",
+WORDS = ("tokenizer", "tokenizer_2")
+# The root is a part too: of a VAE that stands alone.
+WEIGHTS = {
+    "": "diffusion_pytorch_model",
+    "unet/": "diffusion_pytorch_model",
+    "vae/": "diffusion_pytorch_model",
+    "text_encoder/": "model",
+    "text_encoder_2/": "model",
+}
+TEXTS = [
+    *("model_index.json", "scheduler/scheduler_config.json"),
+    *(f"{part}config.json" for part in WEIGHTS),
+    *(f"{name}/*{suffix}" for name in WORDS for suffix in (".json", ".txt")),
 ]
 
 
-def find_folder(source: str, key: str, revision: str | None = None) -> Path:
-    """The folder that a source means; what exists here is never looked for on the hub (R-39).
+def find_base(source: str, key: str, revision: str | None = None, variant: str | None = None) -> Path:
+    """The folder or file that a source means; what exists here is never looked for on the hub (R-39).
 
     Args:
-        source: `builtin`, a folder, or a hub id `owner/name`.
+        source: `builtin`, a folder, a `.safetensors` file, or a hub id `owner/name`.
         key: The setting with its value, to open the error message with.
         revision: Branch, tag or commit of a hub id.
+        variant: `fp16` or `bf16`, to be fetched instead of plain files where the hub has it.
 
     Raises:
-        ModelError: If it is neither here nor on the hub, or is a file.
+        ModelError: If it is neither here nor on the hub, or is a file of another kind.
     """
     if source == "builtin":
         if not BUILTIN.is_dir():
@@ -53,23 +56,33 @@ def find_folder(source: str, key: str, revision: str | None = None) -> Path:
         return BUILTIN
     path = Path(source).expanduser()
     if path.is_file():
-        raise refuse_file(path, key)
+        refuse_file(path, key)
+        return path
     if path.is_dir():
         return path
     if HUB_ID.fullmatch(source) and not source.endswith((".safetensors", ".ckpt")):
-        return download(source, key, revision)
-    raise ModelError(f"{key} does not exist; give builtin, a diffusers folder or a hub id such as owner/name")
+        return download(source, key, revision, variant)
+    raise ModelError(f"{key} does not exist; give {SOURCES} such as owner/name")
 
 
-def download(source: str, key: str, revision: str | None) -> Path:
+def download(source: str, key: str, revision: str | None, variant: str | None = None) -> Path:
     """The snapshot of a hub id, by huggingface_hub's own cache, token and offline conventions.
+
+    Of each part one precision is fetched: `variant` if the hub has it, else the plain files, else any.
 
     Raises:
         ModelError: If it is not there, not allowed, or not reachable.
     """
     at = f" at revision {revision}" if revision else ""
     try:
-        folder = snapshot_download(source, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=TEXTS))
+        for kind in dict.fromkeys((variant, None, *VARIANTS)):
+            lacking = [
+                part
+                for part, stem in WEIGHTS.items()
+                if (folder / part / "config.json").is_file() and not has_weights(folder / part, stem)
+            ]
+            _fetch_weights(source, revision, lacking, kind)
     except GatedRepoError:
         reason = "needs your consent on its page at huggingface.co, and then `hf auth login`"
     except RepositoryNotFoundError:
@@ -82,10 +95,32 @@ def download(source: str, key: str, revision: str | None) -> Path:
             "(offline, or HF_HUB_OFFLINE is set); give a folder, or download it once while online"
         )
     except HFValidationError:
-        reason = "is neither a folder here nor a hub id; give builtin, a diffusers folder or a hub id"
+        reason = f"is neither a folder here nor a hub id; give {SOURCES}"
     except (HfHubHTTPError, OSError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         reason = f"cannot be fetched from the hub ({first}); try again, or give a folder"
     else:
-        return Path(folder)
+        return folder
     raise ModelError(f"{key}{at} {reason}")
+
+
+def _fetch_weights(source: str, revision: str | None, parts: list[str], kind: str | None) -> None:
+    """Fetches the weights of some parts in one precision, where there are any.
+
+    Offline the cache may hold another precision than this one: that is for the next try to find.
+    """
+    dotted = f".{kind}" if kind else ""
+    patterns = [
+        part + name
+        for part in parts
+        for name in (
+            f"{WEIGHTS[part]}{dotted}.safetensors",
+            f"{WEIGHTS[part]}.safetensors.index{dotted}.json",
+            f"{WEIGHTS[part]}{dotted}-[0-9]*-of-[0-9]*.safetensors",
+        )
+    ]
+    if patterns:
+        try:
+            snapshot_download(source, revision=revision, allow_patterns=patterns)
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+            return

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdlora.config import BaseSection
+from sdlora.config import BaseSection, ObjectiveSection
 from sdlora.errors import ModelError
-from sdlora.models.families import FAMILIES, Family, describe_family, family_of
-from sdlora.models.hub import find_folder
-from sdlora.models.kinds import refuse_folder
-from sdlora.models.weights import count_parameters, digest_weights, find_weights, read_header, read_json
+from sdlora.models.families import Family, describe_family
+from sdlora.models.folder import find_vae_folder, read_folder, read_part
+from sdlora.models.hub import find_base
+from sdlora.models.parts import Layout, Part, Words
+from sdlora.models.single_file import read_facts, read_single_file, read_vae_file
 
-UNET, TEXT = "diffusion_pytorch_model", "model"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 NUM_TIME_IDS = 6
-GIVE_BASE = "give an SD 1.x, SD 2.x or SDXL base"
+CHANNELS = {5: "a depth", 7: "an upscaling", 8: "an instruct-pix2pix", 9: "an inpainting"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,30 +27,65 @@ class BaseInfo:
 
     Args:
         source: As the user gave it.
-        folder: The diffusers folder.
-        vae_folder: The VAE in use: the base's own, or that of `base.vae`.
-        name: For people and metadata: `builtin`, the hub id, or the folder's name.
-        digest: Fingerprint of the UNet (see `digest_weights`); likewise of the VAE and of the text
-            encoders with their tokenizers.
-        text_length: Tokens of a prompt, the first and the last one included.
+        path: The diffusers folder, or the file.
+        name: For people and metadata: `builtin`, the hub id, or the folder's or the file's name.
+        family: Its name in the table of families.
+        parts: UNet, VAE and text encoders by diffusers' names; the VAE is that of `base.vae` if there is one.
+        words: A tokenizer for each text encoder.
         zeroes_empty_prompt: Whether its pipeline takes zeros for the text states of an empty prompt.
-        num_parameters: Of the UNet.
+        notices: What had to be assumed, for people.
     """
 
     source: str
-    folder: Path
-    vae_folder: Path
+    path: Path
     name: str
     family: str
-    digest: str
-    vae_digest: str
-    text_digest: str
-    text_length: int
+    parts: Mapping[str, Part]
+    words: tuple[Words, ...]
     zeroes_empty_prompt: bool
-    num_parameters: int
+    notices: tuple[str, ...]
     scheduler_config: Mapping[str, Any] = field(repr=False)
-    unet_config: Mapping[str, Any] = field(repr=False)
-    vae_config: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def unet_config(self) -> Mapping[str, Any]:
+        """Of the UNet."""
+        return self.parts["unet"].config
+
+    @property
+    def vae_config(self) -> Mapping[str, Any]:
+        """Of the VAE."""
+        return self.parts["vae"].config
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint of the UNet."""
+        return self.parts["unet"].digest
+
+    @property
+    def vae_digest(self) -> str:
+        """Fingerprint of the VAE."""
+        return self.parts["vae"].digest
+
+    @property
+    def text_digest(self) -> str:
+        """Fingerprint of the text encoders with their tokenizers, and of what an empty prompt becomes."""
+        digests = [self.parts[name].digest for name in self.traits.text_encoders]
+        digests += [words.digest for words in self.words]
+        return hashlib.sha256(" ".join([*digests, str(self.zeroes_empty_prompt)]).encode()).hexdigest()
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the UNet."""
+        return self.parts["unet"].num_parameters
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a prompt, the first and the last one included: what tokenizers and positions allow."""
+        positions = [
+            int(self.parts[name].config.get("max_position_embeddings", 77))
+            for name in self.traits.text_encoders
+        ]
+        return min(positions + [words.length for words in self.words if words.length])
 
     @property
     def is_builtin(self) -> bool:
@@ -104,105 +140,59 @@ class BaseInfo:
         return 3.0 if self.is_builtin else 7.5
 
 
-def inspect_base(settings: BaseSection) -> BaseInfo:
+def inspect_base(settings: BaseSection, objective: ObjectiveSection | None = None) -> BaseInfo:
     """Finds a base, and checks that it is whole and of a kind that can be trained.
 
     A hub id is brought into the hub's cache first; of files only JSON and tensor tables are read.
+
+    Args:
+        settings: Which one.
+        objective: May force a prediction type: what the UNet then learns and is sampled with.
 
     Raises:
         ModelError: If it is missing, incomplete, truncated, or of another kind (R-25, R-40, R-44).
     """
     key = f"base.source = {settings.source}"
-    folder = find_folder(settings.source, key, settings.revision)
-    index, family = _check_kind(folder, key)
-    encoders, tokenizers = FAMILIES[family].text_encoders, FAMILIES[family].tokenizers
-    _check_parts(folder, encoders, tokenizers, key)
-    vae_folder = _find_vae(settings.vae) if settings.vae else folder / "vae"
-    unet, vae, scheduler, *texts = (
-        read_json(file)
-        for file in (
-            folder / "unet" / "config.json",
-            vae_folder / "config.json",
-            folder / "scheduler" / "scheduler_config.json",
-            *(folder / encoder / "config.json" for encoder in encoders),
-        )
+    forced = objective.prediction_type if objective and objective.force_prediction_type else None
+    path = find_base(settings.source, key, settings.revision, settings.variant)
+    layout = (
+        read_single_file(path, key, forced) if path.is_file() else read_folder(path, key, settings.variant)
     )
-    _check_latents(unet, vae, f"base.vae = {settings.vae}" if settings.vae else key)
-    _check_texts(unet, texts, key)
+    parts = dict(layout.parts)
+    if settings.vae:
+        parts["vae"] = _find_vae(settings.vae, layout)
+    elif "vae" not in parts:
+        raise ModelError(f"{key} holds no VAE; give one that fits with base.vae")
+    _check_latents(
+        parts["unet"].config, parts["vae"].config, f"base.vae = {settings.vae}" if settings.vae else key
+    )
+    texts = [part.config for name, part in parts.items() if name.startswith("text_encoder")]
+    _check_texts(parts["unet"].config, texts, key)
+    scheduler = {**layout.scheduler_config, **({"prediction_type": forced} if forced else {})}
     _check_prediction(scheduler, key)
-    unet_files = find_weights(folder / "unet", UNET, key)
-    vae_files = find_weights(vae_folder, UNET, key)
-    text_files = [file for encoder in encoders for file in find_weights(folder / encoder, TEXT, key)]
-    for file in (*vae_files, *text_files):
-        read_header(file)
-    words = [file for name in tokenizers for file in _word_files(folder / name)]
-    zeroes = family == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True))
-    local = settings.source != "builtin" and Path(settings.source).expanduser().is_dir()
+    is_local = settings.source != "builtin" and Path(settings.source).expanduser().exists()
+    own_name = path.stem if path.is_file() else path.resolve().name
     return BaseInfo(
         source=settings.source,
-        folder=folder,
-        vae_folder=vae_folder,
-        name=folder.resolve().name if local else settings.source,
-        family=family,
-        digest=digest_weights(unet_files, unet),
-        vae_digest=digest_weights(vae_files, vae),
-        text_digest=digest_weights(
-            [*text_files, *words], *texts, *([{"force_zeros_for_empty_prompt": True}] if zeroes else [])
-        ),
-        text_length=min(
-            _text_length(folder / name, text) for name, text in zip(tokenizers, texts, strict=True)
-        ),
-        zeroes_empty_prompt=zeroes,
-        num_parameters=count_parameters(unet_files),
+        path=path,
+        name=own_name if is_local else settings.source,
+        family=layout.family,
+        parts=parts,
+        words=layout.words,
+        zeroes_empty_prompt=layout.zeroes_empty_prompt,
+        notices=layout.notices,
         scheduler_config=scheduler,
-        unet_config=unet,
-        vae_config=vae,
     )
 
 
-def _check_kind(folder: Path, key: str) -> tuple[dict[str, Any], str]:
-    """The folder's index, and the family's name.
-
-    Raises:
-        ModelError: If it is no base, or one that cannot be trained.
-    """
-    if not (folder / "model_index.json").is_file():
-        raise refuse_folder(folder, key)
-    index = read_json(folder / "model_index.json")
-    kind = str(index.get("_class_name"))
-    if not kind.startswith("StableDiffusion") or "unet" not in index:
-        raise ModelError(f"{key} is a {kind}, which sdlora does not train; {GIVE_BASE}")
-    lacks_first = _has(index, "text_encoder_2") and not _has(index, "text_encoder")
-    if lacks_first or index.get("requires_aesthetics_score"):
-        raise ModelError(
-            f"{key} is an SDXL refiner, which reworks the pictures of a base; "
-            "give the SDXL base, and the LoRA works beside any refiner"
-        )
-    config = folder / "unet" / "config.json"
-    unet = read_json(config) if config.is_file() else {}
-    if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-        raise ModelError(f"{key} has a {unet['_class_name']} for its UNet; {GIVE_BASE}")
-    return index, "sdxl" if _has(index, "text_encoder_2") or "XL" in kind else family_of(unet)
-
-
-def _has(index: Mapping[str, Any], part: str) -> bool:
-    """Whether a pipeline has a part; diffusers writes [null, null] for one that was left out."""
-    entry = index.get(part)
-    return isinstance(entry, list) and bool(entry[0])
-
-
-def _check_parts(folder: Path, encoders: Sequence[str], tokenizers: Sequence[str], key: str) -> None:
-    """Names every part that an interrupted copy left out."""
-    needed = [f"{part}/config.json" for part in ("unet", "vae", *encoders)]
-    needed.append("scheduler/scheduler_config.json")
-    for name in tokenizers:
-        if not (folder / name / "tokenizer.json").is_file():
-            needed += [f"{name}/vocab.json", f"{name}/merges.txt"]
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
-        raise ModelError(
-            f"{key} is incomplete: {folder} lacks {', '.join(missing)}; download or copy it again"
-        )
+def _find_vae(source: str, layout: Layout) -> Part:
+    """A separate VAE: a folder, a base that has one, or a single file."""
+    key = f"base.vae = {source}"
+    path = find_base(source, key)
+    if path.is_file():
+        own = layout.parts.get("vae")
+        return read_vae_file(path, key, own.config if own else read_facts(layout.family)["vae"])
+    return read_part(find_vae_folder(path, key), "vae", key)
 
 
 def _check_latents(unet: Mapping[str, Any], vae: Mapping[str, Any], key: str) -> None:
@@ -210,7 +200,8 @@ def _check_latents(unet: Mapping[str, Any], vae: Mapping[str, Any], key: str) ->
     channels, latent = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if channels != latent and unet.get("out_channels", 4) == latent:
         raise ModelError(
-            f"{key} is an inpainting or depth base (UNet {channels} channels, VAE {latent}); "
+            f"{key} is {CHANNELS.get(channels, 'an inpainting or depth')} base "
+            f"(UNet {channels} channels, VAE {latent}); "
             "give the text-to-image base of the family"
         )
     if channels != latent:
@@ -253,30 +244,3 @@ def _check_prediction(scheduler: Mapping[str, Any], key: str) -> None:
             f"{key}: prediction_type = {kind!r} in its scheduler_config.json is not known; "
             f"it must be one of {', '.join(PREDICTIONS)}"
         )
-
-
-def _word_files(folder: Path) -> list[Path]:
-    """A tokenizer's files."""
-    return [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".txt")]
-
-
-def _find_vae(source: str) -> Path:
-    """The folder of a separate VAE: its own, or the `vae` part of a base."""
-    key = f"base.vae = {source}"
-    folder = find_folder(source, key)
-    if (folder / "vae" / "config.json").is_file():
-        return folder / "vae"
-    config = folder / "config.json"
-    if config.is_file() and read_json(config).get("_class_name") == "AutoencoderKL":
-        return folder
-    raise ModelError(
-        f"{key} is no VAE; give the folder of an AutoencoderKL (config.json and weights), or a base"
-    )
-
-
-def _text_length(tokenizer: Path, text: Mapping[str, Any]) -> int:
-    """Tokens that both a tokenizer and its text encoder's positions allow."""
-    file = tokenizer / "tokenizer_config.json"
-    asked = read_json(file).get("model_max_length") if file.is_file() else None
-    positions = int(text.get("max_position_embeddings", 77))
-    return min(int(asked), positions) if asked else positions

@@ -6,8 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sdlora.errors import ModelError
-from sdlora.models.weights import PICKLES, read_header, read_json
+from sdlora.models.weights import read_json
+from sdlora.reading import PICKLES
 
+SOURCES = "builtin, a diffusers folder, a .safetensors file of a whole base, or a hub id"
+GIVE_BASE = "give an SD 1.x, SD 2.x or SDXL base"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 CLASSES = {
     "AutoencoderKL": "a VAE alone",
@@ -18,31 +21,33 @@ CLASSES = {
 }
 
 
-def refuse_file(path: Path, key: str) -> ModelError:
-    """The error for a file given where a diffusers folder is needed.
+def refuse_file(path: Path, key: str) -> None:
+    """Names a file that holds no tensors, or may hold more than tensors.
 
     Args:
         path: An existing file.
         key: The setting with its value, such as `base.source = model.ckpt`.
+
+    Raises:
+        ModelError: Unless it is a safetensors file.
     """
     suffix = path.suffix.lower()
     with path.open("rb") as handle:
         start = handle.read(8)
     if suffix in PICKLES or start[:2] in (b"PK", b"\x80\x02"):
-        return ModelError(
+        raise ModelError(
             f"{key} is a pickle, which can run any code when it is read; "
-            "convert it to a diffusers folder of .safetensors files"
+            "get it as .safetensors, or convert it with a tool that you trust"
         )
-    if suffix == ".safetensors":
-        return ModelError(f"{key} {_describe_tensors(read_header(path))}")
     if suffix in PICTURES:
-        return ModelError(f"{key} is a picture; give builtin, a diffusers folder or a hub id")
-    what = f"a {suffix} file" if suffix else "a file"
-    return ModelError(f"{key} is {what}, not a model; give builtin, a diffusers folder or a hub id")
+        raise ModelError(f"{key} is a picture; give {SOURCES}")
+    if suffix != ".safetensors":
+        what = f"a {suffix} file" if suffix else "a file"
+        raise ModelError(f"{key} is {what}, not a model; give {SOURCES}")
 
 
-def _describe_tensors(names: Iterable[str]) -> str:
-    """What a safetensors file is, and what to do, by the names of its tensors."""
+def describe_tensors(names: Iterable[str]) -> str:
+    """What a safetensors file is that is no base, and what to do, by the names of its tensors."""
     names = list(names)
 
     def has(*parts: str) -> bool:
@@ -50,27 +55,22 @@ def _describe_tensors(names: Iterable[str]) -> str:
 
     if has("lora_", ".lora.", "hada_", "lokr_"):
         return "is a LoRA file, not a base; give the base it was made for, and the LoRA to `sdlora sample`"
-    if has("model.diffusion_model."):
-        kind = (
-            "SDXL"
-            if has("conditioner.embedders.1.")
-            else "SD 1.x"
-            if has("transformer.text_model")
-            else "SD 2.x"
-        )
-        return (
-            f"is a single-file {kind} checkpoint, not supported yet; convert it and give its diffusers folder"
-        )
     if has("control_model.", "controlnet_"):
-        return "is a ControlNet, not a base; give builtin, a diffusers folder or a hub id"
-    if has("down_blocks.") and has("time_embedding."):
-        return "is a UNet alone; give the folder that holds model_index.json"
+        return f"is a ControlNet, not a base; give {SOURCES}"
+    if has("model.diffusion_model."):
+        return f"is a UNet with its text encoders or a whole base, and no VAE alone; {GIVE_BASE}"
+    if has("double_blocks.", "joint_blocks.", "transformer_blocks.0.attn.add_q_proj"):
+        return f"is a transformer of another architecture than Stable Diffusion's UNet; {GIVE_BASE}"
+    if has("down_blocks.", "input_blocks.") and has("time_embedding.", "time_embed."):
+        return (
+            "is a UNet alone; give the whole base: a folder with model_index.json, or one file with all parts"
+        )
     if has("decoder.conv_in", "decoder.up"):
         return "is a VAE alone; give a base, and this as base.vae"
     if has("text_model.", "token_embedding"):
-        return "is a text encoder alone; give the folder that holds model_index.json"
+        return "is a text encoder alone; give the whole base"
     first = ", ".join(names[:3])
-    return f"is no base (its tensors are {first} ...); give builtin, a diffusers folder or a hub id"
+    return f"is no base (its tensors are {first} ...); give {SOURCES}"
 
 
 def refuse_folder(folder: Path, key: str) -> ModelError:

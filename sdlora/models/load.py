@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import diffusers
 import torch
+from diffusers import schedulers
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora.errors import ModelError
 from sdlora.models.info import BaseInfo, inspect_base
+from sdlora.models.original import load_original
+from sdlora.models.parts import Part
 from sdlora.models.quiet import quiet
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.models.tokens import load_tokenizer
@@ -37,7 +39,9 @@ StockPipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 PIPELINES: dict[str, Any] = {
     cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)
 }
-TEXT_ENCODERS: dict[str, Any] = {
+MODELS: dict[str, Any] = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection,
 }
@@ -58,29 +62,49 @@ def load_base(info: BaseInfo, *, dtype: torch.dtype, device: torch.device | str)
     Raises:
         ModelError: If the files lack weights that the configuration asks for.
     """
-    unet = _load(UNet2DConditionModel, info.folder / "unet", dtype)
-    vae = _load(AutoencoderKL, info.vae_folder, vae_dtype(info, dtype, device))
-    text_encoders = tuple(
-        _load(TEXT_ENCODERS[name], info.folder / name, torch.float32, "dtype")
-        for name in info.traits.text_encoders
-    )
-    tokenizers = tuple(load_tokenizer(info, name) for name in info.traits.tokenizers)
+    unet = load_part(info.parts["unet"], dtype)
+    vae = load_part(info.parts["vae"], vae_dtype(info, dtype, device))
+    text_encoders = tuple(load_part(info.parts[name], torch.float32) for name in info.traits.text_encoders)
+    tokenizers = tuple(load_tokenizer(info, number) for number in range(len(info.words)))
     for part in (unet, vae, *text_encoders):
         part.to(device).requires_grad_(False).eval()
     return StableDiffusion(info, unet, vae, text_encoders, tokenizers, dtype)
 
 
-def _load(model: Any, folder: Path, dtype: torch.dtype, name: str = DTYPE) -> Any:
-    """One part; weights that would be left at random are an error, not a warning."""
+def load_part(part: Part, dtype: torch.dtype) -> Any:
+    """One part, of whichever source, on the CPU.
+
+    Raises:
+        ModelError: If weights would be left at random, or are not numbers.
+    """
+    model = MODELS[part.name]
     with quiet():
-        loaded, report = model.from_pretrained(folder, **SAFE, **{name: dtype})
-    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+        if part.folder is None:
+            loaded, missing = load_original(model, part, dtype)
+        else:
+            name = "dtype" if part.name.startswith("text_encoder") else DTYPE
+            loaded, report = model.from_pretrained(part.folder, variant=part.variant, **SAFE, **{name: dtype})
+            missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
         raise ModelError(
-            f"{folder} lacks {len(missing)} weights that its config.json asks for ({missing[0]} ...); "
-            "download or copy the base again"
+            f"{part.folder or part.files[0]} lacks {len(missing)} weights of its {part.name} "
+            f"({missing[0]} ...); download or copy the base again"
         )
+    _check_finite(loaded, part, dtype)
     return loaded
+
+
+def _check_finite(model: nn.Module, part: Part, dtype: torch.dtype) -> None:
+    """Names the first weight with a NaN or an infinity, which would spoil every loss and every picture.
+
+    A sum says so without a copy: it is finite only if all its terms are.
+    """
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight.sum(dtype=torch.float32)) and not torch.isfinite(weight).all():
+            raise ModelError(
+                f"{part.folder or part.files[0]}: {name} of the {part.name} holds NaN or infinity in "
+                f"{str(dtype).removeprefix('torch.')}; get the base again, or load it with base.dtype=fp32"
+            )
 
 
 def vae_dtype(info: BaseInfo, dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
@@ -104,7 +128,7 @@ def pipeline_of(info: BaseInfo, **parts: Any) -> Any:
     """
     left_out = dict.fromkeys(("vae", *info.traits.text_encoders, *info.traits.tokenizers))
     with quiet():
-        pipeline = PIPELINES[info.traits.pipeline](**left_out, **_without_checker(info), **parts)
+        pipeline = PIPELINES[info.traits.pipeline](**{**left_out, **_without_checker(info), **parts})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -118,14 +142,18 @@ def load_stock_pipeline(
         dtype: Of all its parts.
         unet_only: Leave VAE and text encoders out.
     """
-    parts: Mapping[str, Any] = {}
+    if info.path.is_file():
+        return _assemble_pipeline(info, dtype, unet_only=unet_only)
+    parts: dict[str, Any] = {}
     if unet_only:
         parts = dict.fromkeys(("vae", *info.traits.text_encoders, *info.traits.tokenizers))
-    elif info.vae_folder != info.folder / "vae":
-        parts = {"vae": _load(AutoencoderKL, info.vae_folder, dtype)}
+    elif info.parts["vae"].folder != info.path / "vae":
+        parts = {"vae": load_part(info.parts["vae"], dtype)}
+    variants = {part.variant for part in info.parts.values() if part.variant}
     with quiet():
         pipeline: StockPipeline = PIPELINES[info.traits.pipeline].from_pretrained(
-            info.folder,
+            info.path,
+            variant=next(iter(variants), None),
             use_safetensors=True,
             local_files_only=True,
             **_without_checker(info),
@@ -133,6 +161,20 @@ def load_stock_pipeline(
             **parts,
         )
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _assemble_pipeline(info: BaseInfo, dtype: torch.dtype, *, unet_only: bool) -> StockPipeline:
+    """A stock pipeline from the parts of a single file."""
+    names = ["unet"] if unet_only else list(info.parts)
+    parts: dict[str, Any] = {name: load_part(info.parts[name], dtype).eval() for name in names}
+    if not unet_only:
+        for number, name in enumerate(info.traits.tokenizers):
+            parts[name] = load_tokenizer(info, number)
+    config = dict(info.scheduler_config)
+    with quiet():
+        scheduler = getattr(schedulers, config["_class_name"]).from_config(config)
+    pipeline: StockPipeline = pipeline_of(info, scheduler=scheduler, **parts)
     return pipeline
 
 

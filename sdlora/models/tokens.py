@@ -28,9 +28,13 @@ class TokenCount:
     lost: str
 
 
-def load_tokenizer(info: BaseInfo, name: str = "tokenizer") -> CLIPTokenizer:
-    """A tokenizer of a base; SDXL's second is `tokenizer_2`, with the same words and another padding."""
-    return CLIPTokenizer.from_pretrained(info.folder / name, local_files_only=True)
+def load_tokenizer(info: BaseInfo, number: int = 0) -> CLIPTokenizer:
+    """A tokenizer of a base; SDXL's second has the same words and another padding."""
+    words = info.words[number]
+    settings = dict(words.settings)
+    if words.length:
+        settings["model_max_length"] = words.length
+    return CLIPTokenizer.from_pretrained(words.folder, local_files_only=True, **settings)
 
 
 def count_tokens(tokenizer: CLIPTokenizer, text_length: int, caption: str) -> TokenCount:

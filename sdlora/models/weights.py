@@ -4,93 +4,115 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from sdlora import reading
 from sdlora.errors import ModelError
+from sdlora.reading import PICKLES, Header, UnfitFileError
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-VARIANTS = (".fp16", ".bf16")
-MAX_HEADER_BYTES = 100 * 2**20
+VARIANTS = ("fp16", "bf16")
+MAX_JSON_BYTES = 32 * 2**20
 WINDOW_BYTES = 2**20
 WINDOWS = 64
 
 
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """The tensor table of a safetensors file: name to dtype, shape and place.
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Neighbouring bytes of a file."""
+
+    path: Path
+    start: int
+    size: int
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file that is whole (R-25).
 
     Raises:
-        ModelError: If the file is no safetensors file, or shorter or longer than its header says (R-25).
+        ModelError: If it is no such file, or shorter or longer than its header says.
     """
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        raw = handle.read(length) if length <= MAX_HEADER_BYTES else b""
-    if not size:
-        raise ModelError(f"{path} is empty; download or copy it again")
-    if not raw.startswith(b"{"):
-        raise ModelError(_not_safetensors(path))
-    if len(raw) < length:
-        raise ModelError(_cut_short(path, size, f"more than {8 + length:,}"))
     try:
-        header: dict[str, Any] = json.loads(raw)
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ModelError(_not_safetensors(path)) from None
-    if size < 8 + length + end:
-        raise ModelError(_cut_short(path, size, f"{8 + length + end:,}"))
-    if size > 8 + length + end:
+        return reading.read_header(path)
+    except UnfitFileError as error:
+        raise ModelError(f"{path} {error}; download or copy it again") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}); download or copy it again") from None
+
+
+def spans_of(path: Path, header: Header, prefix: str) -> list[Span]:
+    """Where the tensors with a prefix lie in a file; neighbours are one span."""
+    spans: list[Span] = []
+    for start, size in sorted(at for name, at in header.spans.items() if name.startswith(prefix)):
+        if spans and start == spans[-1].start + spans[-1].size:
+            spans[-1] = Span(path, spans[-1].start, spans[-1].size + size)
+        else:
+            spans.append(Span(path, start, size))
+    return spans
+
+
+def read_values(path: Path, header: Header, name: str) -> list[float]:
+    """The numbers of one small tensor.
+
+    Raises:
+        ModelError: If they are not floating point numbers of 16 or 32 bits.
+    """
+    start, size = header.spans[name]
+    with path.open("rb") as handle:
+        handle.seek(start)
+        raw = handle.read(size)
+    kind, codes = header.dtypes[name], {"F32": "f", "BF16": "f", "F16": "e"}
+    if kind not in codes:
+        raise ModelError(f"{path}: {name} is stored as {kind}; give a file in fp32, fp16 or bf16")
+    if kind == "BF16":  # the upper half of a float32
+        raw = b"".join(b"\0\0" + raw[place : place + 2] for place in range(0, size, 2))
+    return list(struct.unpack(f"<{prod(header.shapes[name])}{codes[kind]}", raw))
+
+
+def check_dtypes(header: Header, key: str, prefix: str = "") -> None:
+    """Refuses weights that are no plain numbers.
+
+    Raises:
+        ModelError: If some are packed into integers.
+    """
+    kinds = {kind for name, kind in header.dtypes.items() if name.startswith(prefix)}
+    if packed := kinds & {"U8", "I8"}:
         raise ModelError(
-            f"{path} is damaged: {size:,} bytes where its header says {8 + length + end:,}; copy it again"
+            f"{key} is quantised already (its weights are {', '.join(sorted(packed))}); "
+            "give it in fp16 or fp32"
         )
-    return header
 
 
-def _not_safetensors(path: Path) -> str:
-    return f"{path} is not a safetensors file, whatever its name says; download or copy it again"
+def has_weights(folder: Path, stem: str) -> bool:
+    """Whether a part's folder holds its weights in any precision; see `find_weights`."""
+    return any(place.is_file() for kind in (None, *VARIANTS) for place in _places(folder, stem, kind))
 
 
-def _cut_short(path: Path, size: int, expected: str) -> str:
-    return (
-        f"{path} is incomplete: {size:,} bytes of {expected} (the download was cut short); "
-        "download or copy it again"
-    )
-
-
-def find_weights(folder: Path, stem: str, key: str) -> list[Path]:
-    """The safetensors files of one part of a base, in order.
+def find_weights(
+    folder: Path, stem: str, key: str, variant: str | None = None
+) -> tuple[list[Path], str | None]:
+    """The safetensors files of one part of a base, in order, and what their names say of the precision.
 
     Args:
         folder: The part's folder, such as `BASE/unet`.
         stem: `diffusion_pytorch_model` or `model`.
         key: The setting with its value, to open the error message with.
+        variant: `fp16` or `bf16`, to be taken before the plain files where it is there.
 
     Raises:
         ModelError: If there are none, if a shard is missing, or if there are only pickles (R-44).
     """
-    whole = folder / f"{stem}.safetensors"
-    if whole.is_file():
-        return [whole]
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-        missing = [name for name in shards if not (folder / name).is_file()]
-        if missing or not shards:
-            raise ModelError(
-                f"{key} is incomplete: {folder} lacks {', '.join(missing) or 'all shards'}; "
-                "download or copy it again"
-            )
-        return [folder / name for name in shards]
+    for kind in dict.fromkeys((variant, None, *VARIANTS)):
+        whole, index = _places(folder, stem, kind)
+        if whole.is_file():
+            return [whole], kind
+        if index.is_file():
+            return _find_shards(index, key), kind
     names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
-    variants = [name for name in names if any(name == f"{stem}{v}.safetensors" for v in VARIANTS)]
-    if variants:
-        raise ModelError(
-            f"{key} has only {folder.name}/{variants[0]}; this version reads plain file names: "
-            f"rename it to {stem}.safetensors"
-        )
     pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
         raise ModelError(
@@ -98,38 +120,62 @@ def find_weights(folder: Path, stem: str, key: str) -> list[Path]:
             "give a base with .safetensors files"
         )
     raise ModelError(
-        f"{key} is incomplete: {whole} is missing (beside it: {', '.join(names[:5]) or 'nothing'}); "
-        "download or copy it again"
+        f"{key} is incomplete: {folder / stem}.safetensors is missing "
+        f"(beside it: {', '.join(names[:5]) or 'nothing'}); download or copy it again"
     )
+
+
+def _places(folder: Path, stem: str, kind: str | None) -> tuple[Path, Path]:
+    """Of the weights in one file, and of the index of those in several."""
+    dotted = f".{kind}" if kind else ""
+    return folder / f"{stem}{dotted}.safetensors", folder / f"{stem}.safetensors.index{dotted}.json"
+
+
+def _find_shards(index: Path, key: str) -> list[Path]:
+    table = read_json(index).get("weight_map")
+    names = sorted(set(map(str, table.values()))) if isinstance(table, dict) else []
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ModelError(f"{index} names {outside[0]!r}, which is not beside it; get the base from elsewhere")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing or not names:
+        raise ModelError(
+            f"{key} is incomplete: {index.parent} lacks {', '.join(missing) or 'all shards'}; "
+            "download or copy it again"
+        )
+    return [index.parent / name for name in names]
 
 
 def count_parameters(files: Iterable[Path]) -> int:
     """How many numbers the files hold, read from their headers."""
-    return sum(prod(entry["shape"]) for file in files for entry in read_header(file).values())
+    return sum(prod(shape) for file in files for shape in read_header(file).shapes.values())
 
 
-def digest_weights(files: Iterable[Path], *configs: Mapping[str, Any]) -> str:
-    """Fingerprint of one part of a base: sha256 over its files and the settings that decide what they do.
+def digest_weights(spans: Iterable[Span | Path], *configs: Mapping[str, Any]) -> str:
+    """Fingerprint of one part of a base: sha256 over its bytes and the settings that decide what they do.
 
-    A file of up to 64 MiB is read in full, of a larger one its size and 64 windows of one MiB, evenly
-    spread from the header to the last byte: a 3 GB UNet takes a tenth of a second instead of ten, and
-    two trainings of one architecture differ in every window.
+    A file, or a span of one, of up to 64 MiB is read in full, of a larger one its size and 64 windows of one
+    MiB, evenly spread from the first to the last byte: a 3 GB UNet takes a tenth of a second instead of ten,
+    and two trainings of one architecture differ in every window.
     """
     sha = hashlib.sha256()
     for config in configs:
         own = {key: value for key, value in config.items() if not key.startswith("_")}
         sha.update(json.dumps(own, sort_keys=True).encode())
-    for file in files:
-        size = file.stat().st_size
-        sha.update(size.to_bytes(8, "little"))
-        whole = size <= WINDOWS * WINDOW_BYTES
-        last = 0 if whole else size - WINDOW_BYTES
-        starts = [0] if whole else [last * number // (WINDOWS - 1) for number in range(WINDOWS)]
-        with file.open("rb") as handle:
-            for start in starts:
-                handle.seek(start)
-                sha.update(handle.read(size if whole else WINDOW_BYTES))
+    for span in spans:
+        whole = Span(span, 0, span.stat().st_size) if isinstance(span, Path) else span
+        sha.update(whole.size.to_bytes(8, "little"))
+        for window in _windows(whole):
+            sha.update(window)
     return sha.hexdigest()
+
+
+def _windows(span: Span) -> Iterator[bytes]:
+    fits = span.size <= WINDOWS * WINDOW_BYTES
+    last = 0 if fits else span.size - WINDOW_BYTES
+    with span.path.open("rb") as handle:
+        for start in [0] if fits else [last * number // (WINDOWS - 1) for number in range(WINDOWS)]:
+            handle.seek(span.start + start)
+            yield handle.read(span.size if fits else WINDOW_BYTES)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -139,11 +185,13 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: If the file is missing, unreadable or something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = reading.read_json(path, MAX_JSON_BYTES)
     except FileNotFoundError:
         raise ModelError(f"{path} is missing; the base is incomplete, download or copy it again") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); download or copy it again") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}); download or copy it again") from None
+    except UnfitFileError as error:
+        raise ModelError(f"{path} {error}; download or copy it again") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object; download or copy it again")
     return value

@@ -107,7 +107,7 @@ def sample(
     folder = Path(out) if out is not None else next_free_folder(Path("samples") / subject.name)
     if (folder / "grid.png").exists():
         raise ConfigError(f"--out {folder} already holds a grid; give another folder")
-    info = inspect_base(config.base)
+    info = inspect_base(config.base, config.objective)
     if subject.adapter is not None:
         line = check_base(
             subject.adapter, family=info.family, name=info.name, digest=info.digest, source=str(subject.file)

@@ -199,7 +199,7 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
         SdloraError: For anything that is wrong with the pictures, the base or the settings.
     """
     find_optimizer(config.train)
-    info = inspect_base(config.base)
+    info = inspect_base(config.base, config.objective)
     check_objective(config, info)
     index = scan_dataset(config.images, config.data, config.train.seed)
     config = resolve_config(config, info, index, num_processes)
@@ -213,7 +213,8 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
         seed=config.train.seed,
     )
     count = partial(count_tokens, load_tokenizer(info), info.text_length)
-    findings = examine(index, buckets, config.data, count)
+    findings = [Finding("notice", text) for text in info.notices]
+    findings += examine(index, buckets, config.data, count)
     errors = [finding.message for finding in findings if finding.severity == "error"]
     if errors:
         raise DataError("\n".join(errors))

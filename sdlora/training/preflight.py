@@ -53,7 +53,7 @@ def check_folder(config: RunConfig, sheet: Path | None = None) -> Checkup:
     Raises:
         SdloraError: If there are no images at all, or the base is not there.
     """
-    info = inspect_base(config.base)
+    info = inspect_base(config.base, config.objective)
     index = scan_dataset(config.images, config.data, config.train.seed)
     resolution = config.data.resolution or info.resolution
     buckets = plan_buckets(
@@ -65,7 +65,8 @@ def check_folder(config: RunConfig, sheet: Path | None = None) -> Checkup:
         seed=config.train.seed,
     )
     count = partial(count_tokens, load_tokenizer(info), info.text_length)
-    findings = examine(index, buckets, config.data, count)
+    findings = [Finding("notice", text) for text in info.notices]
+    findings += examine(index, buckets, config.data, count)
     if sheet is not None:
         drawing = contact_sheet(index, buckets, config.data)
         write_file(sheet, lambda path: drawing.save(path, format="PNG"))

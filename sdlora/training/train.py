@@ -48,7 +48,7 @@ def train(
 
     Args:
         images: The folder; captions are found beside the pictures.
-        base: `builtin`, a diffusers folder or a hub id; `builtin` if nothing names one.
+        base: `builtin`, a diffusers folder, a `.safetensors` file or a hub id; `builtin` if none is given.
         out: The run folder; `runs/NAME` after the image folder if not given.
         trigger: Words that call the style; placed in captions that lack them.
         config: A TOML file that says what differs from the defaults, or a whole configuration.

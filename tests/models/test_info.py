@@ -104,7 +104,7 @@ def test_separate_vae(copy_base: CopyBase, info: BaseInfo) -> None:
     other = copy_base("other", vae__config={"scaling_factor": 0.5})
     for source in (other, other / "vae"):
         found = inspect("builtin", vae=str(source))
-        assert found.vae_folder == other / "vae"
+        assert found.parts["vae"].folder == other / "vae"
         assert found.vae_config["scaling_factor"] == 0.5
         assert found.vae_digest != info.vae_digest
     assert "is no VAE" in refusal("builtin", vae=str(other / "unet"))
@@ -116,7 +116,7 @@ def test_separate_vae(copy_base: CopyBase, info: BaseInfo) -> None:
 
 def test_missing_base() -> None:
     """R-40: a path that is not there."""
-    assert "does not exist; give builtin, a diffusers folder or a hub id" in refusal("./nowhere/at/all")
+    assert "does not exist; give builtin, a diffusers folder, a .safetensors" in refusal("./nowhere/at/all")
     assert "does not exist" in refusal("model.safetensors")
 
 
@@ -164,25 +164,13 @@ def test_pickles_are_refused_with_the_reason(copy_base: CopyBase, tmp_path: Path
         assert "is a pickle, which can run any code" in refusal(tmp_path / name)
 
 
-def test_variant_files_are_named(copy_base: CopyBase) -> None:
-    """R-40: only fp16 files there."""
-    folder = copy_base()
-    weights = next((folder / "unet").glob("*.safetensors"))
-    weights.rename(weights.with_suffix(".fp16.safetensors"))
-    assert "has only unet/diffusion_pytorch_model.fp16.safetensors" in refusal(folder)
-
-
 TENSORS = {
     "is a LoRA file, not a base": ["lora_unet_down_blocks_0_attn1_to_q.lora_down.weight"],
-    "is a single-file SD 1.x checkpoint, not supported yet": [
-        "model.diffusion_model.input_blocks.0.0.weight",
-        "cond_stage_model.transformer.text_model.embeddings.weight",
-    ],
-    "is a single-file SD 2.x checkpoint": ["model.diffusion_model.a", "cond_stage_model.model.b"],
-    "is a single-file SDXL checkpoint": ["model.diffusion_model.a", "conditioner.embedders.1.model.b"],
     "is a VAE alone": ["decoder.conv_in.weight", "encoder.conv_in.weight"],
     "is a UNet alone": ["down_blocks.0.resnets.0.conv1.weight", "time_embedding.linear_1.weight"],
     "is a text encoder alone": ["text_model.embeddings.token_embedding.weight"],
+    "is a UNet alone; give the whole base": ["input_blocks.0.0.weight", "time_embed.0.weight"],
+    "is a transformer of another architecture": ["double_blocks.0.img_attn.qkv.weight"],
     "is a ControlNet": ["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.a"],
     "is no base (its tensors are emb_params": ["emb_params"],
 }

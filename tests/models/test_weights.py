@@ -12,11 +12,15 @@ from sdlora.errors import ModelError
 from sdlora.models.weights import (
     WINDOW_BYTES,
     WINDOWS,
+    Span,
+    check_dtypes,
     count_parameters,
     digest_weights,
     find_weights,
     read_header,
     read_json,
+    read_values,
+    spans_of,
 )
 
 
@@ -29,7 +33,7 @@ def weights(tmp_path: Path) -> Path:
 
 def test_header_holds_shapes_without_reading_weights(weights: Path) -> None:
     """R-25: names, shapes and count come from the header."""
-    assert read_header(weights)["a"]["shape"] == [3, 4]
+    assert read_header(weights).shapes["a"] == (3, 4)
     assert count_parameters([weights]) == 17
 
 
@@ -38,9 +42,7 @@ def test_truncated_file_is_named(weights: Path, share: float) -> None:
     """R-25: a download cut anywhere is one clear line with the file's name."""
     raw = weights.read_bytes()
     weights.write_bytes(raw[: int(len(raw) * share)])
-    with pytest.raises(
-        ModelError, match=r"model\.safetensors is (incomplete|empty|not a safetensors)"
-    ) as error:
+    with pytest.raises(ModelError, match=r"model\.safetensors is (incomplete|empty|no safetensors)") as error:
         read_header(weights)
     assert "\n" not in str(error.value)
 
@@ -49,7 +51,7 @@ def test_truncated_by_one_byte_states_both_sizes(weights: Path) -> None:
     """R-25: header length against file size, to the byte."""
     raw = weights.read_bytes()
     weights.write_bytes(raw[:-1])
-    with pytest.raises(ModelError, match=f"{len(raw) - 1} bytes of {len(raw)}"):
+    with pytest.raises(ModelError, match=f"its header says {len(raw)} bytes, it has {len(raw) - 1}"):
         read_header(weights)
 
 
@@ -67,7 +69,9 @@ def test_other_content_is_no_safetensors_file(tmp_path: Path, content: bytes) ->
     """R-40: the content counts, not the name."""
     file = tmp_path / "fake.safetensors"
     file.write_bytes(content)
-    with pytest.raises(ModelError, match=r"fake\.safetensors is not a safetensors file"):
+    with pytest.raises(
+        ModelError, match=r"fake\.safetensors (is no safetensors file|is a pickle|has a damaged)"
+    ):
         read_header(file)
 
 
@@ -98,7 +102,7 @@ def test_digest_of_a_large_file_reads_windows_to_the_last_byte(tmp_path: Path) -
 
 
 def test_shards_are_found_and_missed(tmp_path: Path, weights: Path) -> None:
-    """R-25: an index file names its shards; a missing one is named."""
+    """R-25: an index file names its shards; a missing one is named, one elsewhere is not read."""
     folder = tmp_path / "unet"
     folder.mkdir()
     index = '{"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}'
@@ -107,14 +111,61 @@ def test_shards_are_found_and_missed(tmp_path: Path, weights: Path) -> None:
     with pytest.raises(ModelError, match=r"lacks m-2\.safetensors"):
         find_weights(folder, "m", "base.source = x")
     (folder / "m-2.safetensors").symlink_to(weights)
-    assert [file.name for file in find_weights(folder, "m", "x")] == ["m-1.safetensors", "m-2.safetensors"]
+    files, kind = find_weights(folder, "m", "x")
+    assert [file.name for file in files] == ["m-1.safetensors", "m-2.safetensors"]
+    assert kind is None
+    (folder / "m.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}')
+    with pytest.raises(ModelError, match=r"names '\.\./model\.safetensors', which is not beside it"):
+        find_weights(folder, "m", "x")
+
+
+def test_precision_in_the_name(tmp_path: Path, weights: Path) -> None:
+    """R-40: plain files are taken first, then fp16, then bf16; what was asked for before all."""
+    for kind in ("bf16", "fp16"):
+        (tmp_path / f"m.{kind}.safetensors").symlink_to(weights)
+        assert find_weights(tmp_path, "m", "x") == ([tmp_path / f"m.{kind}.safetensors"], kind)
+    (tmp_path / "m.safetensors").symlink_to(weights)
+    assert find_weights(tmp_path, "m", "x") == ([tmp_path / "m.safetensors"], None)
+    assert find_weights(tmp_path, "m", "x", "bf16") == ([tmp_path / "m.bf16.safetensors"], "bf16")
+    (tmp_path / "m.bf16.safetensors").unlink()
+    assert find_weights(tmp_path, "m", "x", "bf16")[1] is None
+
+
+def test_spans_join_neighbours(weights: Path) -> None:
+    """R-21: the tensors of one part of a single file, as few runs of bytes; together the whole file."""
+    header = read_header(weights)
+    raw = weights.read_bytes()
+    start = min(first for first, _ in header.spans.values())
+    assert spans_of(weights, header, "") == [Span(weights, start, len(raw) - start)]
+    [alone] = spans_of(weights, header, "b")
+    assert raw[alone.start : alone.start + alone.size] == torch.ones(5, dtype=torch.float16).numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_values_of_a_small_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
+    """R-32: read without torch, exactly."""
+    values = torch.randn(7).to(dtype)
+    file = tmp_path / "a.safetensors"
+    save_file({"a": values, "n": torch.arange(3)}, file)
+    assert read_values(file, read_header(file), "a") == values.tolist()
+    with pytest.raises(ModelError, match="n is stored as I64"):
+        read_values(file, read_header(file), "n")
+
+
+def test_packed_weights_are_refused(tmp_path: Path) -> None:
+    """R-40: a base that somebody quantised already is named for it."""
+    file = tmp_path / "a.safetensors"
+    save_file({"a.weight": torch.zeros(4, dtype=torch.uint8), "b": torch.zeros(2)}, file)
+    with pytest.raises(ModelError, match=r"x is quantised already \(its weights are U8\)"):
+        check_dtypes(read_header(file), "x")
+    check_dtypes(read_header(file), "x", "b")
 
 
 def test_broken_json_is_one_line(tmp_path: Path) -> None:
     """R-25: a configuration cut short is named."""
     file = tmp_path / "config.json"
     file.write_text('{"a": ')
-    with pytest.raises(ModelError, match=r"config\.json cannot be read"):
+    with pytest.raises(ModelError, match=r"config\.json is not JSON"):
         read_json(file)
     file.write_text("[1]")
     with pytest.raises(ModelError, match="not a JSON object"):
