@@ -48,12 +48,11 @@ def repository() -> Path:
     return REPOSITORY
 
 
-@pytest.fixture
-def make_images(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a captioned folder of small drawings, one for each size given."""
+@pytest.fixture(scope="session")
+def draw_images() -> Callable[..., Path]:
+    """Fills a new folder with small captioned drawings, one for each size given."""
 
-    def make(name: str = "pictures", sizes: tuple[tuple[int, int], ...] = ((64, 64),) * 4) -> Path:
-        folder = tmp_path / name
+    def draw(folder: Path, sizes: tuple[tuple[int, int], ...] = ((64, 64),) * 4) -> Path:
         folder.mkdir(parents=True)
         for number, (width, height) in enumerate(sizes):
             image = Image.new("RGB", (width, height), "white")
@@ -64,6 +63,16 @@ def make_images(tmp_path: Path) -> Callable[..., Path]:
             image.save(folder / f"{number:02d}.png")
             (folder / f"{number:02d}.txt").write_text(f"a circle number {number}", encoding="utf-8")
         return folder
+
+    return draw
+
+
+@pytest.fixture
+def make_images(tmp_path: Path, draw_images: Callable[..., Path]) -> Callable[..., Path]:
+    """Makes a captioned folder of small drawings, one for each size given."""
+
+    def make(name: str = "pictures", sizes: tuple[tuple[int, int], ...] = ((64, 64),) * 4) -> Path:
+        return draw_images(tmp_path / name, sizes)
 
     return make
 

@@ -52,7 +52,7 @@ class WatchedTrainer(Trainer):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small() -> Callable[..., RunConfig]:
     """A configuration of a small run; keys may be changed."""
 

@@ -1,0 +1,118 @@
+"""Sampling on SDXL: pooled states and sizes, equal to its stock pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from sdlora.config import BaseSection
+from sdlora.lora.adapter import Adapter, create_adapter
+from sdlora.lora.attach import match_targets
+from sdlora.lora.files import load_adapter, save_adapter
+from sdlora.models.info import BaseInfo, inspect_base
+from sdlora.models.load import load_base, load_stock_pipeline
+from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.sampling.checks import resolve_settings
+from sdlora.sampling.generate import Picture, SampleSettings, encode_prompts, generate
+
+# diffusers' schedulers speak to numpy in an old way.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+
+PROMPTS = ["a tractor", "a red apple on a blue background"]
+QUICK = SampleSettings(steps=3, width=64, height=64, batch_size=1)
+
+
+@pytest.fixture(scope="module")
+def info(sdxl_folder: Path) -> BaseInfo:
+    return inspect_base(BaseSection(source=str(sdxl_folder)))
+
+
+@pytest.fixture(scope="module")
+def base(info: BaseInfo) -> StableDiffusion:
+    return load_base(info, dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def adapter(base: StableDiffusion) -> Adapter:
+    fresh = create_adapter(base.unet, match_targets(base.unet, ["attention"]), 4, 2, seed=0, family="sdxl")
+    generator = torch.Generator().manual_seed(1)
+    for pair in fresh.modules.values():
+        pair.up = torch.randn(pair.up.shape, generator=generator) * 0.3
+        pair.down = pair.down.detach()
+    return fresh
+
+
+def pixels(pictures: Sequence[Picture]) -> np.ndarray[Any, Any]:
+    return np.stack([np.asarray(picture.image, dtype=np.int32) for picture in pictures])
+
+
+def stock_images(pipeline: Any, seed: int, settings: SampleSettings) -> np.ndarray[Any, Any]:
+    """The same pictures by plain diffusers calls, one prompt at a time, as sdlora encodes them."""
+    images = [
+        pipeline(
+            prompt,
+            negative_prompt=settings.negative_prompt or None,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            width=settings.width,
+            height=settings.height,
+            generator=torch.Generator().manual_seed(seed),
+        ).images[0]
+        for prompt in PROMPTS
+    ]
+    return np.stack([np.asarray(image, dtype=np.int32) for image in images])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        QUICK,
+        replace(QUICK, guidance=1.0, width=96, height=56),
+        replace(QUICK, guidance=5.0, negative_prompt="a blue background"),
+        replace(QUICK, scheduler="DDIM", guidance=0),
+    ],
+    ids=lambda settings: f"{settings.scheduler or 'own'}-{settings.guidance}",
+)
+def test_base_equals_stock_diffusers_to_the_pixel(
+    base: StableDiffusion, info: BaseInfo, settings: SampleSettings
+) -> None:
+    """R-10, R-31: pooled states, the pipeline's own sizes, and zeros where there is no negative prompt."""
+    stock = load_stock_pipeline(info)
+    if settings.scheduler:
+        stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
+    expected = stock_images(stock, 3, resolve_settings(info, settings))
+    assert np.array_equal(pixels(generate(base, None, PROMPTS, [3], [], settings)), expected)
+
+
+def test_adapter_equals_stock_diffusers(
+    base: StableDiffusion, adapter: Adapter, info: BaseInfo, tmp_path: Path
+) -> None:
+    """R-01, R-37: the file in a stock SDXL pipeline gives our picture at strengths 1 and 0.5."""
+    file = save_adapter(tmp_path / "style.safetensors", adapter, metadata={})
+    pictures = generate(base, load_adapter(file), PROMPTS, [0], [1.0, 0.5], QUICK)
+    pipeline = load_stock_pipeline(info)
+    pipeline.load_lora_weights(str(file), adapter_name="style")
+    pipeline.unet.eval()
+    plain = pixels([picture for picture in pictures if picture.strength == 0])
+    for strength in (1.0, 0.5):
+        pipeline.set_adapters(["style"], [strength])
+        ours = pixels([picture for picture in pictures if picture.strength == strength])
+        assert np.abs(ours - stock_images(pipeline, 0, resolve_settings(info, QUICK))).max() <= 2
+        assert np.abs(ours - plain).max() > 10
+
+
+def test_states_encoded_before_give_the_same_pictures(base: StableDiffusion, adapter: Adapter) -> None:
+    """R-10: in training both text encoders have left; pooled states are handed over too."""
+    settings = replace(QUICK, negative_prompt="a cat")
+    text = encode_prompts(base, PROMPTS, settings)
+    before = generate(base, adapter, PROMPTS, [0], [1.0], settings)
+    blind = replace(base, text_encoders=())
+    after = generate(blind, adapter, PROMPTS, [0], [1.0], settings, text=text)
+    assert np.array_equal(pixels(after), pixels(before))
