@@ -106,7 +106,7 @@ class ObjectiveSection(Section):
     """The denoising loss."""
 
     loss: Literal["mse", "huber", "pseudo_huber", "smooth_l1"] = _field("mse", "use mse or pseudo_huber")
-    huber_delta: float = _field(0.1, "use about 0.1", gt=0)
+    huber_delta: float = _field(0.1, "use about 0.1", ge=1e-3, le=1e3)
     huber_schedule: Literal["constant", "exponential", "snr"] = _field("snr", "use snr")
     min_snr_gamma: float = _field(0.0, "use 0 to switch off, or about 5", ge=0)
     debiased: bool = False
@@ -174,6 +174,10 @@ class TrainSection(Section):
     batch_size: int | None = _field(None, "use 1 to 8", ge=1)
     accumulate: int = _field(1, "use 1 to switch accumulation off", ge=1)
     learning_rate: float = _field(1e-4, "use 1e-5 to 1e-3 on SD 1.5", gt=0)
+    learning_rates: dict[str, Annotated[float, Field(gt=0)]] = _field(
+        {}, "give patterns of module names and their rates, such as {'*.attn2.*' = 5e-5}"
+    )
+    lora_plus_ratio: float = _field(1.0, "use 1 to switch off, or 2 to 16", gt=0)
     schedule: Literal["constant", "linear", "cosine"] = _field("constant", "use constant, linear or cosine")
     warmup: float = _field(0.05, "use a share of the steps such as 0.05, or a number of steps", ge=0)
     optimizer: str = _field("adamw", "use adamw or an import path such as bitsandbytes.optim.AdamW8bit")

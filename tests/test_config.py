@@ -31,6 +31,11 @@ def problems(*overrides: str) -> list[str]:
         ("train.rank=4", "train.rank is not a setting; did you mean lora.rank?"),
         ("rank=4", "rank: give settings as section.key=value, such as lora.rank=8"),
         ("train.learning_rate=-1", "train.learning_rate = -1 must be above 0; use 1e-5 to 1e-3 on SD 1.5"),
+        (
+            'train.learning_rates={"*.attn2.*"=0}',
+            "train.learning_rates = 0 must be above 0; give patterns of",
+        ),
+        ("train.learning_rates=1e-4", "train.learning_rates = 0.0001 is not valid"),
         ("train.precision=fp8", "train.precision = 'fp8' must be one of"),
         ("data.cache=maybe", "data.cache = 'maybe' must be true or false"),
         ("data.crop_variants=3", "data.crop_variants = 3 needs data.crop = random"),
@@ -212,9 +217,10 @@ def test_the_keys_are_pinned():
         "objective": "debiased force_prediction_type huber_delta huber_schedule input_perturbation loss "
         "min_snr_gamma noise_offset prediction_type pyramid_discount pyramid_noise timestep_mean "
         "timestep_range timestep_std timesteps",
-        "train": "accumulate batch_size evaluate_every grad_clip gradient_checkpointing keep_checkpoints "
-        "learning_rate max_skipped_steps optimizer optimizer_args precision sample_every save_every schedule "
-        "seed steps trackers warmup",
+        "train": "accumulate batch_size evaluate_every grad_clip gradient_checkpointing "
+        "keep_checkpoints learning_rate learning_rates lora_plus_ratio max_skipped_steps "
+        "optimizer optimizer_args precision sample_every save_every schedule seed steps "
+        "trackers warmup",
         "sample": "batch_size guidance negative_prompt prompts scheduler seeds steps strengths",
         "export": "formats include_captions precision",
     }

@@ -16,8 +16,10 @@ from torch import Tensor
 from sdlora.config import TrainSection
 from sdlora.data.batches import Sample, deal
 from sdlora.diffusion.objective import denoising_loss, derive_seed, draw
+from sdlora.lora.adapter import Adapter
 from sdlora.models.condition import Condition
 from sdlora.training.device import Precision
+from sdlora.training.groups import group_parameters
 from sdlora.training.optimizer import build_optimizer
 from sdlora.training.prepare import Prepared
 
@@ -66,7 +68,8 @@ class Learner:
         self.adapter = prepared.adapter
         # A list, made once: an iterator that is used up clips nothing.
         self.parameters: list[Tensor] = self.adapter.parameters()
-        self.optimizer = accelerator.prepare_optimizer(build_optimizer(settings, self.parameters))
+        self.groups = group_parameters(named_tensors(self.adapter), settings)
+        self.optimizer = accelerator.prepare_optimizer(build_optimizer(settings, self.groups))
 
     def accumulate(self, step: int, samples: list[Sample]) -> Gradient:
         """Leaves the clipped gradient of the mean loss, summed over micro-batches and processes."""
@@ -133,11 +136,24 @@ class Learner:
         limit = self.settings.grad_clip or math.inf
         return float(self.accelerator.clip_grad_norm_(self.parameters, limit))
 
+    def rates(self, rate: float) -> dict[str, float]:
+        """The learning rate of each group at a base rate."""
+        return {group.name: rate * group.ratio for group in self.groups}
+
     def update(self, rate: float, *, skip: bool) -> None:
         """Changes the adapter by its gradient, and forgets the gradient."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for group, own in zip(self.optimizer.param_groups, self.rates(rate).values(), strict=True):
+            group["lr"] = own
         # A gradient scaler skips by itself, and must see what is not finite to lower its scale.
         if not skip or self.accelerator.scaler is not None:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def named_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The trained values by module and factor."""
+    return {
+        f"{name}.{part}": getattr(pair, part)
+        for name, pair in adapter.modules.items()
+        for part in ("down", "up")
+    }

@@ -162,9 +162,15 @@ class Trainer:
                 f"step {result.step} skipped: loss {result.loss:g}, gradient norm {result.grad_norm:g}",
                 images=[draw.image for draw in result.draws],
             )
+        rates = self.learner.rates(result.learning_rate)
+        groups = rates if len(rates) > 1 else {}
         self.event(
-            "step", **{name: _json_number(value) for name, value in values.items()}, skipped=counters.skipped
+            "step",
+            **{name: _json_number(value) for name, value in values.items()},
+            **({"learning_rates": groups} if groups else {}),
+            skipped=counters.skipped,
         )
+        values |= {f"learning_rate/{name}": rate for name, rate in groups.items()}
         self.track({name: value for name, value in values.items() if value is not None})
 
     def evaluate_if_due(self) -> None:

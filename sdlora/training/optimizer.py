@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sdlora.config import TrainSection
 from sdlora.errors import ConfigError
+from sdlora.training.groups import ParameterGroup, group_parameters
 
 
 def num_warmup_steps(warmup: float, steps: int) -> int:
@@ -43,24 +43,45 @@ def learning_rate(step: int, settings: TrainSection, steps: int) -> float:
     return settings.learning_rate
 
 
-def build_optimizer(settings: TrainSection, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+def build_optimizer(settings: TrainSection, groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
     """Makes the optimizer: `adamw`, or any class by its import path.
 
     Raises:
-        ConfigError: If it cannot be imported, is no optimizer, or refuses its arguments.
+        ConfigError: If it cannot be imported, is no optimizer, refuses its arguments, or finds one rate for
+            all parameters by itself where groups ask for several.
     """
     cls, arguments = find_optimizer(settings)
     if settings.optimizer.lower() == "adamw":
         # One fused kernel for all tensors: 3 times quicker than the default on a CPU.
         arguments = {"fused": True, **arguments}
     try:
-        optimizer = cls(list(parameters), lr=settings.learning_rate, **arguments)
+        optimizer = cls(
+            [{"params": group.parameters, "lr": settings.learning_rate * group.ratio} for group in groups],
+            lr=settings.learning_rate,
+            **arguments,
+        )
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"train.optimizer_args = {settings.optimizer_args!r} is refused by {settings.optimizer}: {error}"
         ) from None
     assert isinstance(optimizer, torch.optim.Optimizer)
+    # Prodigy and D-Adaptation keep their one estimate of the rate as `d`, and fail at the first step.
+    if len({group.ratio for group in groups}) > 1 and "d" in optimizer.param_groups[0]:
+        raise ConfigError(
+            f"train.optimizer = {settings.optimizer} finds one rate for all parameters; leave "
+            "train.learning_rates and train.lora_plus_ratio out, or use adamw"
+        )
     return optimizer
+
+
+def check_optimizer(settings: TrainSection, modules: Sequence[str]) -> None:
+    """Makes the optimizer of one number for each factor: every mistake shows before a weight is loaded.
+
+    Raises:
+        ConfigError: As `group_parameters` and `build_optimizer` do.
+    """
+    named = {f"{name}.{factor}": torch.zeros(1) for name in modules for factor in ("down", "up")}
+    build_optimizer(settings, group_parameters(named, settings))
 
 
 def find_optimizer(settings: TrainSection) -> tuple[type, dict[str, Any]]:

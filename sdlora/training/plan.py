@@ -23,7 +23,8 @@ from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import empty_unet
 from sdlora.models.tokens import count_tokens, load_tokenizer
 from sdlora.training.defaults import check_objective, global_batch, resolve_config
-from sdlora.training.optimizer import find_optimizer, num_warmup_steps
+from sdlora.training.groups import describe_rates
+from sdlora.training.optimizer import check_optimizer, find_optimizer, num_warmup_steps
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class RunPlan:
         warmup = num_warmup_steps(train.warmup, self.steps)
         epochs = self.steps / self.order.steps_per_epoch
         scale = lora.trained_alpha / lora.rank
+        rates = describe_rates(self.targets, train)
         accumulation = f" x {train.accumulate} accumulated" if train.accumulate > 1 else ""
         processes = f" x {self.num_processes} processes" if self.num_processes > 1 else ""
         return [
@@ -143,7 +145,7 @@ class RunPlan:
             f"{self.global_batch}; {self.order.steps_per_epoch} an epoch, {epochs:.1f} epochs, "
             f"{self.images_seen} images seen",
             f"rate      {train.learning_rate:g}, {train.schedule} after {warmup} warm-up steps, "
-            f"{train.optimizer}",
+            f"{train.optimizer}{f'; {rates}' if rates else ''}",
             f"loss      {describe_objective(self.objective)}",
             f"every     save {_points(self.save_steps)}; samples {_points(self.sample_steps)}; "
             f"held-out loss {_points(self.evaluate_steps)}",
@@ -220,6 +222,7 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
         raise DataError("\n".join(errors))
     unet = empty_unet(info)
     targets = match_targets(unet, config.lora.targets)
+    check_optimizer(config.train, targets)
     return RunPlan(
         config=config,
         info=info,

@@ -8,12 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from sdlora.errors import RunError
-from sdlora.lora.adapter import Adapter
 from sdlora.runs import RunFolder
 from sdlora.training.checkpoint import read_checkpoint, restore_optimizer, save_checkpoint
 from sdlora.training.console import Report
 from sdlora.training.guards import Counters
-from sdlora.training.learner import Learner
+from sdlora.training.learner import Learner, named_tensors
 from sdlora.training.plan import RunPlan
 
 
@@ -87,12 +86,3 @@ def _restore(
     restore_optimizer(learner.optimizer, optimizer)
     if learner.accelerator.scaler and state["scaler"]:
         learner.accelerator.scaler.load_state_dict(state["scaler"])
-
-
-def named_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The trained values by module and factor."""
-    return {
-        f"{name}.{part}": getattr(pair, part)
-        for name, pair in adapter.modules.items()
-        for part in ("down", "up")
-    }

@@ -18,8 +18,8 @@ from sdlora.data.tensors import image_to_tensor
 from sdlora.errors import TrainingDiverged
 from sdlora.lora.files import load_adapter
 from sdlora.lora.modules import lora_layers
+from sdlora.training.learner import named_tensors
 from sdlora.training.optimizer import learning_rate
-from sdlora.training.resume import named_tensors
 from sdlora.training.train import train
 
 
@@ -335,6 +335,27 @@ def test_the_objective_is_the_one_asked_for(make_images, small, make_trainer, tm
     assert [draw.timestep > 500 for result in trainer.results for draw in result.draws] == [True] * 4
     assert all(result.updated for result in trainer.results)
     assert "pseudo_huber (delta 0.1, snr), style_friendly" in "\n".join(trainer.plan.lines())
+
+
+def test_groups_keep_their_ratio(make_images, small, make_trainer, tmp_path):
+    """R-08: every group's rate is a pure function of the step, in the optimizer and in the events."""
+    config = small(
+        make_images(),
+        train__learning_rate=1e-3,
+        train__learning_rates={"*.attn2.*": 5e-4},
+        train__lora_plus_ratio=4.0,
+        train__schedule="cosine",
+    )
+    trainer = make_trainer(config, tmp_path / "run")
+    trainer.train()
+    ratios = {"others down": 1, "others up": 4, "*.attn2.* down": 0.5, "*.attn2.* up": 2}
+    for number, event in enumerate(trainer.run.events("step")):
+        rate = learning_rate(number, config.train, 4)
+        assert event["learning_rate"] == rate
+        assert event["learning_rates"] == pytest.approx({name: rate * r for name, r in ratios.items()})
+    last = [group["lr"] for group in trainer.learner.optimizer.param_groups]
+    assert last == pytest.approx(list(event["learning_rates"].values()))
+    assert "0.0005 on *.attn2.* (" in "\n".join(trainer.plan.lines())
 
 
 def test_trackers(make_images, small, tmp_path):

@@ -10,7 +10,12 @@ import torch
 from sdlora.config import TrainSection
 from sdlora.data.batches import deal
 from sdlora.errors import ConfigError
-from sdlora.training.optimizer import build_optimizer, learning_rate, num_warmup_steps
+from sdlora.training.groups import ParameterGroup
+from sdlora.training.optimizer import build_optimizer, check_optimizer, learning_rate, num_warmup_steps
+
+
+def groups_of(*ratios: float) -> list[ParameterGroup]:
+    return [ParameterGroup(str(ratio), ratio, [torch.nn.Parameter(torch.ones(2))]) for ratio in ratios]
 
 
 def settings(**values) -> TrainSection:
@@ -61,14 +66,13 @@ def test_warmup_is_a_share_or_a_number():
 
 def test_any_optimizer_by_import_path():
     """Prodigy, 8-bit AdamW or Lion need no code of ours: a class and its arguments."""
-    parameter = torch.nn.Parameter(torch.ones(2))
     optimizer = build_optimizer(
-        settings(optimizer="torch.optim.SGD", optimizer_args={"momentum": 0.5}), [parameter]
+        settings(optimizer="torch.optim.SGD", optimizer_args={"momentum": 0.5}), groups_of(1.0, 0.5)
     )
     assert type(optimizer) is torch.optim.SGD
     assert optimizer.param_groups[0]["momentum"] == 0.5
-    assert optimizer.param_groups[0]["lr"] == 0.1
-    assert type(build_optimizer(settings(), [parameter])) is torch.optim.AdamW
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.05]
+    assert type(build_optimizer(settings(), groups_of(1.0))) is torch.optim.AdamW
 
 
 @pytest.mark.parametrize(
@@ -85,4 +89,20 @@ def test_any_optimizer_by_import_path():
 def test_wrong_optimizers(values, line):
     """One line that names the setting."""
     with pytest.raises(ConfigError, match=line):
-        build_optimizer(settings(**values), [torch.nn.Parameter(torch.ones(1))])
+        check_optimizer(settings(**values), ["mid_block.to_q"])
+
+
+def test_an_optimizer_that_finds_its_own_rate(monkeypatch):
+    """Prodigy keeps one estimate `d` for all: one group works, several are refused before the first step."""
+
+    class OneRate(torch.optim.SGD):
+        def __init__(self, params, lr):
+            super().__init__(params, lr)
+            for group in self.param_groups:
+                group["d"] = 1e-6
+
+    monkeypatch.setattr(torch.optim, "OneRate", OneRate, raising=False)
+    asked = settings(optimizer="torch.optim.OneRate")
+    check_optimizer(asked, ["mid_block.to_q"])
+    with pytest.raises(ConfigError, match=r"OneRate finds one rate .* train\.lora_plus_ratio out"):
+        check_optimizer(asked.model_copy(update={"lora_plus_ratio": 2.0}), ["mid_block.to_q"])

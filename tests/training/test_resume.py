@@ -72,6 +72,18 @@ def test_stopped_equals_straight(make_images, small, make_trainer, snapshot, tmp
     assert losses_of(straight) == losses_of(stopped)
 
 
+def test_stopped_equals_straight_with_groups(make_images, small, make_trainer, snapshot, tmp_path):
+    """R-03, R-08: several learning rates are in the state as well, and go on where they were."""
+    rates = {"train__learning_rates": {"mid_block.*": 5e-4}, "train__lora_plus_ratio": 8.0}
+    config = small(make_images(), **rates, train__schedule="cosine", train__steps=6)
+    straight, straight_results = run_to_end(make_trainer, config, tmp_path / "straight")
+    stopped, stopped_results = run_to_end(make_trainer, config, tmp_path / "stopped", (3,))
+    assert len(straight.learner.optimizer.param_groups) == 4
+    assert straight_results == stopped_results
+    for name, tensor in snapshot(straight).items():
+        assert torch.equal(tensor, snapshot(stopped)[name]), name
+
+
 def losses_of(trainer):
     return [(event["step"], event["loss"], event["loss_ema"]) for event in trainer.run.events("step")]
 

@@ -1,0 +1,99 @@
+"""Which parameters learn how fast: groups by module and factor, each a fixed share of the base rate."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sdlora.config import TrainSection
+from sdlora.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate.
+
+    Args:
+        name: The pattern of `train.learning_rates`, or `others`; and the factor, with LoRA+.
+        ratio: The group's rate over `train.learning_rate`, the same at every step.
+        parameters: The tensors.
+    """
+
+    name: str
+    ratio: float
+    parameters: list[Tensor]
+
+
+def match_rates(modules: Sequence[str], settings: TrainSection) -> dict[str, str | None]:
+    """The pattern of `train.learning_rates` that decides for each module: the last one that matches, or None.
+
+    Args:
+        modules: Names; those of text encoders start with `text_encoder.` or `text_encoder_2.`.
+        settings: Patterns and their rates.
+
+    Raises:
+        ConfigError: With one line for each pattern that decides for no module.
+    """
+    patterns = list(settings.learning_rates)
+    chosen = {
+        module: next((p for p in reversed(patterns) if fnmatch.fnmatchcase(module, p)), None)
+        for module in modules
+    }
+    problems = []
+    for pattern in patterns:
+        if pattern not in chosen.values():
+            matches = [module for module in modules if fnmatch.fnmatchcase(module, pattern)]
+            nearest = difflib.get_close_matches(pattern.strip("*."), modules, 1, 0.3) or list(modules[:1])
+            reason = (
+                f"is overruled by {chosen[matches[0]]!r} and others after it; put it last"
+                if matches
+                else f"matches no module that is trained; the nearest is {nearest[0]}"
+            )
+            problems.append(f"train.learning_rates: {pattern!r} {reason}")
+    if problems:
+        raise ConfigError(*problems)
+    return chosen
+
+
+def group_parameters(named: Mapping[str, Tensor], settings: TrainSection) -> list[ParameterGroup]:
+    """Groups of parameters, in the order in which their first one comes; one group if all learn alike.
+
+    LoRA+ (Hayou et al. 2024, 2402.12354): the rate of `up` is λ times that of `down`, with λ =
+    `train.lora_plus_ratio`; at one rate for both, `up` learns too slowly in wide layers.
+
+    Args:
+        named: Tensors by module and factor, such as `mid_block.attentions.0.proj_in.down`.
+        settings: `learning_rate`, `learning_rates`, `lora_plus_ratio`.
+
+    Raises:
+        ConfigError: With one line for each pattern that decides for no module.
+    """
+    chosen = match_rates(list(dict.fromkeys(name.rpartition(".")[0] for name in named)), settings)
+    groups: dict[str, ParameterGroup] = {}
+    for name, tensor in named.items():
+        module, _, factor = name.rpartition(".")
+        pattern = chosen[module]
+        key, ratio = pattern or "others", 1.0
+        if pattern is not None:
+            ratio = settings.learning_rates[pattern] / settings.learning_rate
+        if settings.lora_plus_ratio != 1:
+            key = f"{key} {factor}"
+            ratio *= settings.lora_plus_ratio if factor == "up" else 1
+        groups.setdefault(key, ParameterGroup(key, ratio, [])).parameters.append(tensor)
+    return list(groups.values())
+
+
+def describe_rates(modules: Sequence[str], settings: TrainSection) -> str:
+    """The rates that differ from the base rate, for the plan; empty if none does."""
+    chosen = list(match_rates(modules, settings).values())
+    texts = [
+        f"{rate:g} on {pattern} ({chosen.count(pattern)} of {len(chosen)} modules)"
+        for pattern, rate in settings.learning_rates.items()
+    ]
+    if settings.lora_plus_ratio != 1:
+        texts.append(f"up {settings.lora_plus_ratio:g} times as fast as down")
+    return "; ".join(texts)
