@@ -204,6 +204,7 @@ class SampleSection(Section):
     steps: int = _field(25, "use 20 to 50", ge=1)
     guidance: float | None = _field(None, "use 1 to 12", ge=0)
     scheduler: str | None = _field(None, "give a diffusers scheduler such as DDIMScheduler")
+    safety_checker: bool = _field(True, "use false to show pictures that the base's own checker withholds")
     batch_size: int = _field(4, "use 1 to 8", ge=1)
 
     @model_validator(mode="after")

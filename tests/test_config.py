@@ -221,7 +221,8 @@ def test_the_keys_are_pinned():
         "keep_checkpoints learning_rate learning_rates lora_plus_ratio max_skipped_steps "
         "optimizer optimizer_args precision sample_every save_every schedule seed steps "
         "trackers warmup",
-        "sample": "batch_size guidance negative_prompt prompts scheduler seeds steps strengths",
+        "sample": "batch_size guidance negative_prompt prompts safety_checker scheduler seeds "
+        "steps strengths",
         "export": "formats include_captions precision",
     }
     found = {

@@ -32,6 +32,10 @@ def sample(
     scheduler: Annotated[
         str | None, typer.Option(help="A diffusers scheduler, such as DDIMScheduler.")
     ] = None,
+    safety_checker: Annotated[
+        bool | None,
+        typer.Option(help="Whether the base's own safety checker, if it has one, may withhold pictures."),
+    ] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder for grid.png and the single pictures.")] = None,
 ) -> None:
@@ -47,6 +51,7 @@ def sample(
         "steps": steps,
         "guidance": guidance,
         "scheduler": scheduler,
+        "safety_checker": safety_checker,
     }
     changes = {name: value for name, value in given.items() if value is not None}
     load_config(None, {f"sample.{name}": value for name, value in changes.items() if name != "prompts"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -204,7 +204,9 @@ def _samples(
     for size, numbers in groups.items():
         request = make_request(config.sample, base.info, (size.width, size.height))
         prompts = [captions[number] for number in numbers]
-        pictures = generate(base, adapter, prompts, [seed], [1.0], request.settings)
+        # Measured, not shown: a blank in place of a picture would be measured too.
+        settings = replace(request.settings, safety_checker=False)
+        pictures = generate(base, adapter, prompts, [seed], [1.0], settings)
         by_strength = {strength: [p for p in pictures if p.strength == strength] for strength in (0.0, 1.0)}
         for strength, made in by_strength.items():
             found |= {(strength, n): to_pixels(p.image) for n, p in zip(numbers, made, strict=True)}

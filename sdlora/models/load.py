@@ -17,6 +17,7 @@ from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.original import load_original
 from sdlora.models.parts import Part
 from sdlora.models.quiet import quiet
+from sdlora.models.safety import find_checker
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.models.tokens import load_tokenizer
 
@@ -68,7 +69,9 @@ def load_base(info: BaseInfo, *, dtype: torch.dtype, device: torch.device | str)
     tokenizers = tuple(load_tokenizer(info, number) for number in range(len(info.words)))
     for part in (unet, vae, *text_encoders):
         part.to(device).requires_grad_(False).eval()
-    return StableDiffusion(info, unet, vae, text_encoders, tokenizers, dtype)
+    return StableDiffusion(
+        info, unet, vae, text_encoders, tokenizers, dtype, withhold=find_checker(info, device)
+    )
 
 
 def load_part(part: Part, dtype: torch.dtype) -> Any:

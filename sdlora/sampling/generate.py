@@ -89,7 +89,9 @@ def generate(
             with mounted(base.unet, stack):
                 for batch in _batches(rows, settings.batch_size):
                     latents = _denoise(base, pipeline, batch, states, settings)
-                    for row, image, withheld in zip(batch, *_show(base, pipeline, latents), strict=True):
+                    for row, image, withheld in zip(
+                        batch, *_show(base, pipeline, latents, settings), strict=True
+                    ):
                         pictures[strength].append(
                             Picture(image, row.prompt, row.seed, strength, withheld, settings)
                         )
@@ -179,10 +181,13 @@ def _text_arguments(
     return arguments
 
 
-def _show(base: StableDiffusion, pipeline: Any, latents: Tensor) -> tuple[list[Image.Image], list[bool]]:
+def _show(
+    base: StableDiffusion, pipeline: Any, latents: Tensor, settings: SampleSettings
+) -> tuple[list[Image.Image], list[bool]]:
     """Pictures, and which of them a safety checker withholds; those are blank."""
     images = pipeline.image_processor.postprocess(base.decode_latents(latents), output_type="pil")
-    withheld = list(base.withhold(images)) if base.withhold is not None else [False] * len(images)
+    withhold = base.withhold if settings.safety_checker else None
+    withheld = list(withhold(images)) if withhold is not None else [False] * len(images)
     shown = [
         Image.new("RGB", image.size, BLANK) if hidden else image
         for image, hidden in zip(images, withheld, strict=True)

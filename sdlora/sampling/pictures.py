@@ -41,6 +41,7 @@ class SampleSettings:
         scheduler: A diffusers scheduler class, such as `DDIMScheduler`.
         width: In pixels, as height.
         batch_size: Pictures denoised at once.
+        safety_checker: Whether the base's own, if it has one, may withhold pictures.
     """
 
     steps: int = 25
@@ -50,6 +51,7 @@ class SampleSettings:
     width: int | None = None
     height: int | None = None
     batch_size: int = 4
+    safety_checker: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from sdlora.models.condition import Condition
 from sdlora.models.dtypes import DTYPES
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base
+from sdlora.models.safety import missing_checker
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.runs import RunFolder, next_free_folder
 from sdlora.sampling.checks import check_prompts, resolve_settings
@@ -61,6 +62,7 @@ def make_request(sample: SampleSection, info: BaseInfo, size: tuple[int, int]) -
             width=size[0],
             height=size[1],
             batch_size=sample.batch_size,
+            safety_checker=sample.safety_checker,
         ),
     )
 
@@ -114,6 +116,9 @@ def sample(
         )
         if line and warn:
             warn(line)
+    unchecked = missing_checker(info) if config.sample.safety_checker else None
+    if unchecked and warn:
+        warn(unchecked)
     side = config.data.resolution or info.resolution
     request = make_request(_place_trigger(config, subject.adapter), info, size or (side, side))
     check_prompts(request.prompts)

@@ -21,6 +21,7 @@ from sdlora.errors import DataError, RunError
 from sdlora.lora.attach import count_parameters, match_targets
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import empty_unet
+from sdlora.models.safety import missing_checker
 from sdlora.models.tokens import count_tokens, load_tokenizer
 from sdlora.training.defaults import check_objective, global_batch, resolve_config
 from sdlora.training.groups import describe_rates
@@ -220,6 +221,9 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     errors = [finding.message for finding in findings if finding.severity == "error"]
     if errors:
         raise DataError("\n".join(errors))
+    unchecked = missing_checker(info) if config.sample.safety_checker and config.train.sample_every else None
+    if unchecked:
+        findings.append(Finding("notice", unchecked))
     unet = empty_unet(info)
     targets = match_targets(unet, config.lora.targets)
     check_optimizer(config.train, targets)

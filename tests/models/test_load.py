@@ -152,8 +152,8 @@ def test_pickles_and_foreign_code_are_out_of_reach() -> None:
     sources = [file.read_text(encoding="utf-8") for file in Path(load.__file__).parent.glob("*.py")]
     assert len(sources) > 5
     assert not any("trust_remote_code=" in text or "torch.load" in text for text in sources)
-    # Two of diffusers or transformers with SAFE, one of a tokenizer, one that is handed its tensors.
-    assert sum(text.count("from_pretrained(") for text in sources) == 4
+    # Four of diffusers or transformers from files, one of a tokenizer, one that is handed its tensors.
+    assert sum(text.count("from_pretrained(") for text in sources) == 6
 
 
 def test_empty_unet_has_every_module_and_no_weights(info: BaseInfo, base: StableDiffusion) -> None:

@@ -1,0 +1,87 @@
+"""A base's safety checker: which pictures it withholds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL.Image import Image
+
+from sdlora.models.info import BaseInfo
+from sdlora.models.quiet import quiet
+from sdlora.models.weights import find_weights, has_weights, read_json
+
+with quiet():
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPImageProcessor
+
+CHECKER, EXTRACTOR, WEIGHTS = "safety_checker", "feature_extractor", "model"
+
+
+class SafetyChecker:
+    """Says of each picture whether the base's safety checker withholds it (R-47).
+
+    Read from the disk at its first use, and on the device only while it looks.
+
+    Args:
+        folder: The base's diffusers folder.
+        device: Where it runs.
+    """
+
+    def __init__(self, folder: Path, device: torch.device | str) -> None:
+        self.folder = folder
+        self.device = torch.device(device)
+        self._parts: tuple[StableDiffusionSafetyChecker, CLIPImageProcessor] | None = None
+
+    def __call__(self, images: Sequence[Image]) -> list[bool]:
+        """One answer for each picture; the pictures stay as they are."""
+        if self._parts is None:
+            self._parts = self._load()
+        model, extractor = self._parts
+        with quiet(), torch.autocast(self.device.type, enabled=False):
+            pixels = extractor(list(images), return_tensors="pt").pixel_values.to(self.device)
+            # It blackens what it withholds: it is handed copies.
+            copies = [np.array(image) for image in images]
+            try:
+                flags: list[bool] = model.to(self.device)(clip_input=pixels, images=copies)[1]
+            finally:
+                model.to("cpu")
+        return flags
+
+    def _load(self) -> tuple[StableDiffusionSafetyChecker, CLIPImageProcessor]:
+        folder = self.folder / CHECKER
+        _, variant = find_weights(folder, WEIGHTS, f"the base {self.folder}")
+        with quiet():
+            model = StableDiffusionSafetyChecker.from_pretrained(
+                folder, variant=variant, dtype=torch.float32, use_safetensors=True, local_files_only=True
+            )
+            extractor = CLIPImageProcessor.from_pretrained(self.folder / EXTRACTOR, local_files_only=True)
+        return model.requires_grad_(False).eval(), extractor
+
+
+def find_checker(info: BaseInfo, device: torch.device | str) -> SafetyChecker | None:
+    """The safety checker of a base that has one; it is never looked for elsewhere (R-39)."""
+    return SafetyChecker(info.path, device) if _names_checker(info) and _has_files(info) else None
+
+
+def missing_checker(info: BaseInfo) -> str | None:
+    """A line to warn with, if a base names a safety checker whose files are not there."""
+    if not _names_checker(info) or _has_files(info):
+        return None
+    return (
+        f"the base {info.name} names a safety checker, but its files are not in {info.path}: pictures are "
+        "not checked; add safety_checker/ and feature_extractor/, or set sample.safety_checker=false"
+    )
+
+
+def _names_checker(info: BaseInfo) -> bool:
+    index = info.path / "model_index.json"
+    entry = read_json(index).get(CHECKER) if index.is_file() else None
+    return isinstance(entry, list) and bool(entry[0])
+
+
+def _has_files(info: BaseInfo) -> bool:
+    configs = (info.path / CHECKER / "config.json", info.path / EXTRACTOR / "preprocessor_config.json")
+    return all(config.is_file() for config in configs) and has_weights(info.path / CHECKER, WEIGHTS)
