@@ -38,7 +38,7 @@ def problems(*overrides: str) -> list[str]:
             'train.learning_rates={"*.attn2.*"=0}',
             "train.learning_rates = 0 must be above 0; give patterns of",
         ),
-        ("train.learning_rates=1e-4", "train.learning_rates = 0.0001 is not valid"),
+        ("train.learning_rates=1e-4", "train.learning_rates = 0.0001 must be a table"),
         ("train.precision=fp8", "train.precision = 'fp8' must be one of"),
         ("data.cache=maybe", "data.cache = 'maybe' must be true or false"),
         ("data.crop_variants=3", "data.crop_variants = 3 needs data.crop = random"),
