@@ -75,6 +75,7 @@ class Trainer:
         self.run = run
         self.plan = plan
         self.settings = plan.config.train
+        self.proof_step = plan.proof_step
         # what learns, and where
         self.prepared = prepared
         self.accelerator = accelerator
@@ -114,7 +115,7 @@ class Trainer:
         counters, adapter = self.counters, self.learner.adapter
         rate = learning_rate(counters.step, self.settings, self.plan.steps)
         samples = self.plan.order.step(counters.step)
-        ups = copy_ups(adapter) if counters.step == 0 else None
+        ups = copy_ups(adapter) if counters.step == self.proof_step else None
         gradient = self.learner.accumulate(counters.step, samples)
         self.learner.update(rate, skip=not gradient.is_finite)
         counters.step += 1

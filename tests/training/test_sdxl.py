@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 import sdlora
 from sdlora.data.images import load_image
-from sdlora.errors import AdapterError, RunStopped
+from sdlora.errors import AdapterError, RunStopped, TrainingDiverged
 from sdlora.lora.adapter import check_base
 from sdlora.lora.files import load_adapter
 from sdlora.models.info import inspect_base
@@ -149,3 +149,25 @@ def test_cached_equals_uncached(config, make_trainer, snapshot, tmp_path):
     assert uncached.results == cached.results
     for name, tensor in snapshot(cached).items():
         assert torch.equal(tensor, snapshot(uncached)[name]), name
+
+
+def test_every_module_is_proven_at_the_first_caption(config, make_trainer, tmp_path):
+    """R-09: zeros for a dropped caption give cross-attention no gradient; the check waits for a caption."""
+    dropped = config.replace(data={"caption_dropout": 0.6}, train={"batch_size": 1, "seed": 2})
+    trainer = make_trainer(dropped, tmp_path / "run")
+    first = trainer.proof_step
+    assert first == next(n for n in range(4) if trainer.plan.order.step(n)[0].caption) > 0
+    cross = {name: pair for name, pair in trainer.learner.adapter.modules.items() if ".attn2." in name}
+    for _ in range(first):
+        trainer.train_step()
+    assert not any(pair.up.any() for pair in cross.values())
+    trainer.train_step()
+    assert all(pair.up.any() for pair in cross.values())
+    frozen = make_trainer(dropped, tmp_path / "frozen")
+    frozen.learner.adapter.modules[
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+    ].up.requires_grad_(False)
+    for _ in range(first):
+        frozen.train_step()
+    with pytest.raises(TrainingDiverged, match=r"1 modules did not change .*attn2\.to_v"):
+        frozen.train_step()
