@@ -83,29 +83,37 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     interface of another user out. `sshs_model_hash`, the SHA-256 of the tensor bytes that user interfaces
     show, is added here.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    chunks = [_tensor_bytes(tensors[name]) for name in names]
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
-    header: dict[str, Any] = {
-        "__metadata__": dict(sorted({**metadata, "sshs_model_hash": digest.hexdigest()}.items()))
-    }
+    texts = {**metadata, "sshs_model_hash": digest_tensors(tensors)}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(texts.items()))}
     offset = 0
-    for name, chunk in zip(names, chunks, strict=True):
+    for name in _in_order(tensors):
         tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + len(chunk)],
+            "data_offsets": [offset, end],
         }
-        offset += len(chunk)
+        offset = end
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
     with path.open("wb") as handle:
         handle.write(len(raw).to_bytes(8, "little"))
         handle.write(raw)
-        handle.writelines(chunks)
+        handle.writelines(_tensor_bytes(tensors[name]) for name in _in_order(tensors))
+
+
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the tensors' bytes in the order of a file: of all of it behind its header."""
+    digest = hashlib.sha256()
+    for name in _in_order(tensors):
+        digest.update(_tensor_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Wide numbers first, then by name, as the reference writer does."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
 def _tensor_bytes(tensor: Tensor) -> bytes:

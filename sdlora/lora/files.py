@@ -127,10 +127,12 @@ def save_adapter(
         ) from error
 
 
-def load_adapter(path: str | Path) -> Adapter:
-    """Reads a LoRA file of any dialect, in fp32, scale folded.
+def load_adapter(path: str | Path, dtype: torch.dtype | None = torch.float32) -> Adapter:
+    """Reads a LoRA file of any dialect, scale folded.
 
-    A folder that PEFT or diffusers has written stands for the file inside.
+    Args:
+        path: The file; a folder that PEFT or diffusers has written stands for the file inside.
+        dtype: fp32, or None for the file's own, which leaves a large file on the disk until it is used.
 
     Raises:
         AdapterError: If it is missing, incomplete, not finite, or something other than a LoRA.
@@ -138,7 +140,7 @@ def load_adapter(path: str | Path) -> Adapter:
     path = _inside_folder(Path(path))
     state, header = read_tensors(path)
     try:
-        adapter = state_to_adapter(state, _metadata(path, header))
+        adapter = state_to_adapter(state, _metadata(path, header), dtype)
     except AdapterError as error:
         raise AdapterError(f"{path} {error}") from None
     broken = _non_finite(adapter)

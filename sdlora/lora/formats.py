@@ -62,7 +62,8 @@ def round_adapter(adapter: Adapter, precision: Precision = "fp16") -> tuple[Adap
     The limits are a relative error of 1e-3 for fp16 (1e-2 for bf16, which is never better than 2e-3) and
     0.1 % of newly zero elements.
     """
-    folded = fold(adapter).to(dtype=torch.float32)
+    folded = fold(adapter)
+    folded = folded if folded.dtype == torch.float32 else folded.to(dtype=torch.float32)
     rounded = folded.to(dtype=DTYPES[precision])
     error = relative_error(folded, rounded)
     newly_zero = sum(

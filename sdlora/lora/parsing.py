@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sdlora.errors import AdapterError
@@ -32,10 +33,19 @@ _FAMILY_OF_ARCHITECTURE = {
 _BASE_CHANGING = ("pissa", "loftq", "olora", "corda", "lora_ga")
 
 
-def state_to_adapter(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Adapter:
-    """Reads the tensors of a LoRA file.
+def state_to_adapter(
+    state: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = torch.float32,
+) -> Adapter:
+    """Reads the tensors of a LoRA file; they need no gradient.
 
-    Where alpha is not the rank the scale is folded into `up`. Tensors become fp32, without gradients.
+    Where alpha is not the rank the scale is folded into `up`.
+
+    Args:
+        state: Tensors by key.
+        metadata: Of the file.
+        dtype: None leaves the tensors as they are, but for those that are folded, which become fp32.
 
     Raises:
         AdapterError: If these are no plain LoRA's tensors, or pairs are incomplete; completes "FILE ...".
@@ -46,7 +56,7 @@ def state_to_adapter(state: Mapping[str, Tensor], metadata: Mapping[str, str] | 
     alphas = module_alphas(parts, notes)
     ranks: dict[str, int] = json.loads(notes.get("sdlora.ranks", "{}")) if dialect == "kohya" else {}
     modules = {
-        name: _unpad(_read_pair(name, found, alphas[name]), ranks.get(name))
+        name: _unpad(_read_pair(name, found, alphas[name], dtype), ranks.get(name))
         for name, found in sorted(parts.items())
     }
     rank = max(pair.rank for pair in modules.values())
@@ -113,9 +123,11 @@ def _by_start(table: Mapping[str, str], text: str) -> str | None:
     return next((value for start, value in table.items() if text.startswith(start)), None)
 
 
-def _read_pair(name: str, found: Mapping[str, Tensor], alpha: float | None) -> LowRank:
-    """One module in fp32, its scale folded in."""
-    down, up = found["down"].float(), found["up"].float()
+def _read_pair(
+    name: str, found: Mapping[str, Tensor], alpha: float | None, dtype: torch.dtype | None
+) -> LowRank:
+    """One module, its scale folded in."""
+    down, up = (found[part].to(dtype or found[part].dtype) for part in ("down", "up"))
     if down.ndim < 2 or up.ndim != down.ndim or up.shape[1] != down.shape[0]:
         raise AdapterError(
             f"holds a pair that does not fit together: {name} has down {tuple(down.shape)} "
@@ -123,7 +135,7 @@ def _read_pair(name: str, found: Mapping[str, Tensor], alpha: float | None) -> L
         )
     rank = int(down.shape[0])
     if alpha is not None and alpha != rank:
-        up = (up.double() * (alpha / rank)).float()
+        up = (up.double() * (alpha / rank)).to(dtype or torch.float32)
     return LowRank(down.contiguous(), up.contiguous())
 
 

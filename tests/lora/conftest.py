@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdlora.lora.adapter import Adapter, create_adapter
+from sdlora.lora.adapter import Adapter, LowRank, create_adapter
 from sdlora.lora.attach import match_targets
 from sdlora.lora.files import save_adapter
 from sdlora.lora.modules import Model, named_modules
@@ -268,3 +268,28 @@ def peft_deltas() -> Callable[[Model, str], dict[str, torch.Tensor]]:
         }
 
     return change
+
+
+@pytest.fixture
+def uneven(unet: UNet2DConditionModel, make_adapter: Callable[..., Adapter]) -> Adapter:
+    """Linear layers and convolutions, rank 6 at scale 1/2; in every second module the values fall off."""
+    targets = ["attention", "feed_forward", "projections", "convolutions"]
+    adapter = make_adapter(unet, rank=6, alpha=3, targets=targets).to()
+    falling = torch.tensor([1, 0.5, 0.2, 0.05, 0.01, 1e-3])
+    for pair in list(adapter.modules.values())[1::2]:
+        pair.up *= falling.view(6, *[1] * (pair.up.ndim - 2))
+    return adapter
+
+
+@pytest.fixture(scope="session")
+def make_pair() -> Callable[..., LowRank]:
+    """A pair with the singular values given."""
+
+    def make(values: Sequence[float], *, size: tuple[int, int] = (8, 12), seed: int = 0) -> LowRank:
+        generator = torch.Generator().manual_seed(seed)
+        shape_left, shape_right = (size[0], len(values)), (size[1], len(values))
+        left, _ = torch.linalg.qr(torch.randn(shape_left, generator=generator, dtype=torch.float64))
+        right, _ = torch.linalg.qr(torch.randn(shape_right, generator=generator, dtype=torch.float64))
+        return LowRank(right.T.float(), (left * torch.tensor(values, dtype=torch.float64)).float())
+
+    return make
