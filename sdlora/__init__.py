@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from sdlora.export import export_adapter
     from sdlora.lora.adapter import Adapter
     from sdlora.lora.files import inspect_adapter, load_adapter, save_adapter
+    from sdlora.lora.merge import merge
+    from sdlora.lora.rank import spectrum
+    from sdlora.lora.resize import resize
     from sdlora.runs import RunFolder
     from sdlora.sampling.session import sample
     from sdlora.training.train import resume, train
@@ -30,9 +33,12 @@ _PUBLIC = {
     "inspect_adapter": "sdlora.lora.files",
     "load_adapter": "sdlora.lora.files",
     "load_config": "sdlora.config",
+    "merge": "sdlora.lora.merge",
+    "resize": "sdlora.lora.resize",
     "resume": "sdlora.training.train",
     "sample": "sdlora.sampling.session",
     "save_adapter": "sdlora.lora.files",
+    "spectrum": "sdlora.lora.rank",
     "train": "sdlora.training.train",
 }
 
@@ -47,9 +53,12 @@ __all__ = [
     "inspect_adapter",
     "load_adapter",
     "load_config",
+    "merge",
+    "resize",
     "resume",
     "sample",
     "save_adapter",
+    "spectrum",
     "train",
 ]
 

@@ -105,10 +105,11 @@ def export(
         AdapterError: If the source is no LoRA, or the file cannot be written.
         RunError: If the run has saved no adapter yet.
     """
-    return export_adapter(load_adapter(_find_adapter(source)), out, dialect=dialect, precision=precision)
+    return export_adapter(load_adapter(find_adapter(source)), out, dialect=dialect, precision=precision)
 
 
-def _find_adapter(source: str | Path) -> Path:
+def find_adapter(source: str | Path) -> Path:
+    """The LoRA file of a run, or the file itself."""
     run = RunFolder(source)
     return run.adapter if run.config_file.is_file() else run.path
 
@@ -315,7 +316,7 @@ def push_run(source: str | Path, repo_id: str, *, api: Any = None) -> str:
     """
     run = RunFolder(source)
     if not run.config_file.is_file():
-        file = _find_adapter(source)
+        file = find_adapter(source)
         load_adapter(file)
         card = file.with_name("README.md")
         return push_to_hub({path.name: path for path in (file, card) if path.is_file()}, repo_id, api=api)

@@ -11,6 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import pytest
 import torch
 from hypothesis import settings
 from PIL import Image, ImageDraw
+
+from sdlora.cli import main
 
 torch.set_num_threads(1)
 # The same examples at every run, none kept on the disk; a slow machine is no failure.
@@ -236,3 +239,25 @@ def copy_folder(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return copy
+
+
+@pytest.fixture
+def sdlora(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., tuple[int, str, list[str]]]:
+    """Runs a command in an empty folder: (exit code, what was printed, the lines of the error)."""
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.chdir(place)
+
+    def run(*arguments: object) -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["sdlora", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err.splitlines()
+
+    return run

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sdlora.cli import main
 from sdlora.lora.adapter import Adapter, LowRank
 from sdlora.lora.files import save_adapter
 from sdlora.runs import RunFolder
@@ -30,26 +29,6 @@ QUICK = [
     "sample.steps=2",
     "sample.seeds=0",
 ]
-
-
-@pytest.fixture
-def sdlora(capsys, monkeypatch, tmp_path):
-    """Runs a command in an empty folder: (exit code, what was printed, the lines of the error)."""
-    place = tmp_path / "place"
-    place.mkdir()
-    monkeypatch.chdir(place)
-
-    def run(*arguments: object) -> tuple[int, str, list[str]]:
-        monkeypatch.setattr(sys, "argv", ["sdlora", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err.splitlines()
-
-    return run
 
 
 def files_below(folder: Path) -> list[str]:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from sdlora.cli import files, look, train
+from sdlora.cli import files, look, rank, train
 from sdlora.errors import SdloraError
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ def _options(
 train.register(app)
 look.register(app)
 files.register(app)
+rank.register(app)
 
 
 def main() -> None:

@@ -1,0 +1,191 @@
+"""One adapter from several: their weighted sum, exact or at a smaller rank, and two ways to mind conflicts.
+
+R rank. TIES and DARE change single weights, so they need the dense change: they form it for one module at a
+time, and give it back as the nearest pair of a rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sdlora.errors import AdapterError, ConfigError
+from sdlora.lora.adapter import Adapter, LowRank
+from sdlora.lora.decompose import decompose, decompose_dense
+
+Method = Literal["concatenate", "svd", "ties", "dare"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+# What a file says of how it was trained is not true of a sum.
+_KEPT_NOTES = (
+    "sdlora.parent", "sdlora.lineage", "sdlora.family", "sdlora.base_name", "sdlora.base_digest",
+    "sdlora.prediction_type", "sdlora.resolution",
+    "ss_base_model_version", "ss_sd_model_name", "ss_new_sd_model_hash", "ss_v2", "ss_resolution",
+    "modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation", "modelspec.resolution",
+    "modelspec.prediction_type",
+)  # fmt: skip
+
+
+def merge(
+    adapters: Sequence[tuple[Adapter, float]],
+    method: Method = "concatenate",
+    *,
+    rank: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+) -> Adapter:
+    """Joins adapters of one family into one; modules that only some of them have are joined from those.
+
+    Args:
+        adapters: (adapter, weight).
+        method: `concatenate` is the exact weighted sum, its rank the sum of the ranks; `svd` the nearest of
+            a rank to it. `ties` keeps the largest elements of each change, lets them vote on the sign, and
+            takes the mean of those that agree (TIES-Merging, arXiv 2306.01708). `dare` drops elements by
+            chance and scales the others up, so that the expected sum is the same (arXiv 2311.03099).
+        rank: Of the result; the largest of the ranks if not given. Not for `concatenate`.
+        density: The share of elements that `ties` and `dare` keep.
+        seed: Of `dare`; the draw depends on it, the adapter's place and the module's name alone.
+
+    Returns:
+        An adapter with alpha == rank, in fp32.
+
+    Raises:
+        ConfigError: If the settings do not go together.
+        AdapterError: If the adapters do not fit each other.
+    """
+    _check(adapters, method, rank, density)
+    largest = rank or max(adapter.rank for adapter, _ in adapters)
+    join = _joiner(method, largest, density, seed)
+    names = dict.fromkeys(name for adapter, _ in adapters for name in adapter.modules)
+    modules: dict[str, LowRank] = {}
+    for name in names:
+        parts = [
+            (number, _weighted(adapter, name, weight))
+            for number, (adapter, weight) in enumerate(adapters)
+            if name in adapter.modules
+        ]
+        shapes = {(pair.down.shape[1:], pair.up.shape[0]) for _, pair in parts}
+        if len(shapes) > 1:
+            raise AdapterError(f"the LoRAs do not fit each other: {name} has different sizes in them")
+        modules[name] = join(name, parts)
+    first = adapters[0][0]
+    family = next((adapter.family for adapter, _ in adapters if adapter.family), "")
+    notes = {key: first.notes[key] for key in _KEPT_NOTES if key in first.notes}
+    notes["sdlora.merged"] = json.dumps(_describe(adapters, method, density), ensure_ascii=False)
+    total = max(pair.rank for pair in modules.values())
+    return Adapter(modules, total, float(total), family, first.parent, notes)
+
+
+def _check(
+    adapters: Sequence[tuple[Adapter, float]], method: Method, rank: int | None, density: float
+) -> None:
+    if not adapters:
+        raise ConfigError("merge needs at least one LoRA; give files")
+    if method not in METHODS:
+        raise ConfigError(f"method = {method!r} must be one of {', '.join(METHODS)}")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank = {rank} must be at least 1; leave it out for the largest of the LoRAs")
+    if rank is not None and method == "concatenate":
+        raise ConfigError(
+            f"rank = {rank} does not go with method = concatenate, which is exact; use method = svd"
+        )
+    if not 0 < density <= 1:
+        raise ConfigError(f"density = {density:g} must be above 0 and at most 1; use 0.5")
+    families = sorted({adapter.family for adapter, _ in adapters if adapter.family})
+    if len(families) > 1:
+        raise AdapterError(f"the LoRAs are for {' and '.join(families)}; give LoRAs of one family")
+    if len({adapter.parent for adapter, _ in adapters}) > 1:
+        raise AdapterError(
+            "the LoRAs were trained on top of different parents, so a sum of them stands on neither; "
+            "flatten each first with `sdlora tree flatten`"
+        )
+
+
+def _describe(adapters: Sequence[tuple[Adapter, float]], method: Method, density: float) -> dict[str, object]:
+    parts = [
+        {
+            "name": adapter.notes.get("ss_output_name", ""),
+            "hash": adapter.notes.get("sshs_model_hash", ""),
+            "weight": w,
+        }
+        for adapter, w in adapters
+    ]
+    extra = {"density": density} if method in ("ties", "dare") else {}
+    return {"method": method, **extra, "parts": parts}
+
+
+def _weighted(adapter: Adapter, name: str, weight: float) -> LowRank:
+    """The pair with scale and weight inside `up`, in fp32."""
+    pair = adapter.modules[name]
+    up = pair.up.detach().double() * (adapter.scale_of(name) * weight)
+    return LowRank(pair.down.detach().float(), up.float())
+
+
+Parts = list[tuple[int, LowRank]]
+
+
+def _joiner(method: Method, rank: int, density: float, seed: int) -> Callable[[str, Parts], LowRank]:
+    """Joins the pairs of one module, given with the place of their adapter."""
+
+    def exact(name: str, parts: Parts) -> LowRank:
+        return concatenate([pair for _, pair in parts])
+
+    def svd(name: str, parts: Parts) -> LowRank:
+        return decompose(exact(name, parts)).truncate(rank)
+
+    def ties(name: str, parts: Parts) -> LowRank:
+        return _nearest(elect_signs([trim(delta(pair), density) for _, pair in parts]), rank, parts[0][1])
+
+    def dare(name: str, parts: Parts) -> LowRank:
+        kept = [drop(delta(pair), density, f"{seed}/dare/{place}/{name}") for place, pair in parts]
+        return _nearest(torch.stack(kept).sum(0), rank, parts[0][1])
+
+    return {"concatenate": exact, "svd": svd, "ties": ties, "dare": dare}[method]
+
+
+def concatenate(pairs: Sequence[LowRank]) -> LowRank:
+    """The pair whose product is the sum of the products, exactly: its rank is the sum of the ranks."""
+    return LowRank(torch.cat([pair.down for pair in pairs]), torch.cat([pair.up for pair in pairs], dim=1))
+
+
+def delta(pair: LowRank) -> Tensor:
+    """The dense change of one module: (out, in), or (out, in * kh * kw)."""
+    return pair.up.flatten(1) @ pair.down.flatten(1)
+
+
+def trim(change: Tensor, density: float) -> Tensor:
+    """Keeps the share of elements with the largest magnitude (TIES-Merging, step 1), here of each module."""
+    kept = max(1, round(density * change.numel()))
+    threshold = change.abs().flatten().kthvalue(change.numel() - kept + 1).values
+    return torch.where(change.abs() >= threshold, change, 0)
+
+
+def elect_signs(changes: Sequence[Tensor]) -> Tensor:
+    """The mean of those changes that have the sign of the sum, element by element (TIES, steps 2 and 3)."""
+    stacked = torch.stack(list(changes))
+    agrees = (stacked.sign() == stacked.sum(0).sign()) & (stacked != 0)
+    return (stacked * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+
+
+def drop(change: Tensor, density: float, key: str) -> Tensor:
+    """Keeps each element with a probability and divides it by that (DARE).
+
+    Args:
+        change: The dense change.
+        density: The probability.
+        key: Decides the draw.
+    """
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(change.shape, generator=generator).to(change.device) < density
+    return change * kept / density
+
+
+def _nearest(change: Tensor, rank: int, like: LowRank) -> LowRank:
+    """The nearest pair of a rank to a dense change of a module."""
+    return decompose_dense(change, rank, tuple(like.down.shape[1:])).truncate(rank)

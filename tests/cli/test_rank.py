@@ -1,0 +1,83 @@
+"""`sdlora spectrum`, `resize` and `merge` as people type them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from sdlora.lora.adapter import Adapter, LowRank
+from sdlora.lora.files import inspect_adapter, load_adapter, save_adapter
+
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+
+
+@pytest.fixture
+def style(tmp_path):
+    """A LoRA of rank 4 with two modules, in fp16."""
+    generator = torch.Generator().manual_seed(0)
+    modules = {
+        f"{BLOCK}.{name}": LowRank(
+            torch.randn(4, 8, generator=generator).half(), torch.randn(8, 4, generator=generator).half()
+        )
+        for name in ("attn1.to_q", "attn2.to_v")
+    }
+    return save_adapter(tmp_path / "style.safetensors", Adapter(modules, 4, 4.0, "sd1"))
+
+
+def test_spectrum(sdlora, style, tmp_path):
+    """A table by block or by module, and a picture."""
+    code, printed, _ = sdlora("spectrum", style, "--plot", tmp_path / "spectrum.png")
+    assert code == 0
+    row = next(line.split() for line in printed.splitlines() if line.strip().startswith("down_blocks.0"))
+    assert row[1:3] == ["2", "4"]
+    assert row[-1] == "100.0%"
+    with Image.open(tmp_path / "spectrum.png") as picture:
+        assert picture.format == "PNG"
+    code, printed, _ = sdlora("spectrum", style, "--modules")
+    assert code == 0
+    assert f"{BLOCK}.attn2.to_v" in printed
+
+
+def test_resize(sdlora, style, tmp_path):
+    """The file has the rank asked; what was lost is said."""
+    out = tmp_path / "small.safetensors"
+    code, printed, _ = sdlora("resize", style, "--rank", 2, "--out", out, "--format", "kohya")
+    assert code == 0
+    info = inspect_adapter(out)
+    assert (info.rank, info.dialect, info.dtypes) == (2, "kohya", ("float16",))
+    assert "resized   by rank 2: 128 parameters become 64 (50%)" in printed
+    assert "error     " in printed
+
+
+def test_merge(sdlora, style, tmp_path):
+    """The exact weighted sum."""
+    out = tmp_path / "sum.safetensors"
+    code, _, errors = sdlora("merge", style, style, "--weights", "0.5,1", "--out", out, "--precision", "fp32")
+    assert code == 0, errors
+    one, both = load_adapter(style), load_adapter(out)
+    for name, pair in one.modules.items():
+        joined = both.modules[name]
+        assert joined.rank == 8
+        assert torch.allclose(joined.up @ joined.down, 1.5 * pair.up @ pair.down, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resize"], "resize takes one of rank, energy, ratio, score, size_mb, not none; give exactly one"),
+        (["resize", "--rank", 2, "--energy", 0.9], "not rank = 2 and energy = 0.9; give exactly one"),
+        (["resize", "--rank", 2, "--format", "webui"], "export.formats = 'webui' must be one of"),
+        (["merge", "--weights", "1,2"], "--weights 1,2 has 2 numbers for 1 LoRAs; give as many"),
+        (["merge", "--method", "mean"], "method = 'mean' must be one of concatenate, svd, ties, dare"),
+        (["merge", "--rank", 2], "rank = 2 does not go with method = concatenate"),
+    ],
+)
+def test_mistakes(sdlora, style, tmp_path, arguments, message):
+    """One line, exit code 2, nothing written."""
+    out = tmp_path / "out.safetensors"
+    code, _, errors = sdlora(arguments[0], style, *arguments[1:], "--out", out)
+    assert code == 2
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not out.exists()
