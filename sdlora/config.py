@@ -105,6 +105,8 @@ class LoraSection(Section):
         "gaussian", "use gaussian, kaiming or orthogonal"
     )
     init_from: str | None = None
+    dropout: float = _field(0.0, "use 0 to switch off, or about 0.1", ge=0, lt=1)
+    max_norm: float = _field(0.0, "use 0 to switch off, or about 1", ge=0)
 
     @property
     def trained_alpha(self) -> float:

@@ -12,7 +12,7 @@ from torch import nn
 
 from sdlora.errors import AdapterError, ConfigError
 from sdlora.lora.adapter import Adapter
-from sdlora.lora.layers import StackEntry, pair_shapes, wrap_layer
+from sdlora.lora.layers import Dropout, StackEntry, pair_shapes, wrap_layer
 from sdlora.lora.modules import Model, carrier_layers, components, lora_layers, named_modules, replace_modules
 from sdlora.lora.names import TEXT_ENCODERS
 
@@ -116,12 +116,13 @@ def attach(model: Model, names: Sequence[str]) -> None:
     replace_modules(model, {name: wrap_layer(layers[name]) for name in names if name not in wrapped})
 
 
-def mount(model: Model, adapters: Sequence[tuple[Adapter, float]]) -> None:
+def mount(model: Model, adapters: Sequence[tuple[Adapter, float]], dropout: Dropout | None = None) -> None:
     """Puts adapters on a network in place of all those mounted before; nothing changes if one does not fit.
 
     Args:
         model: The network, or components by name; layers that are not wrapped yet are.
         adapters: (adapter, strength) in the order of the stack. None at all leaves the base.
+        dropout: For the pairs that are trained.
 
     Raises:
         AdapterError: If an adapter names modules, or has shapes, that this network does not have.
@@ -132,11 +133,13 @@ def mount(model: Model, adapters: Sequence[tuple[Adapter, float]]) -> None:
     for adapter, strength in adapters:
         _check_fit(adapter, layers, parts)
         for name, pair in adapter.modules.items():
-            down, up = pair.down, pair.up
-            if not down.requires_grad:
+            down, up, scale = pair.down, pair.up, strength * adapter.scale_of(name)
+            if down.requires_grad:
+                entry = StackEntry(down, up, scale, dropout.of_module(name) if dropout else None)
+            else:
                 device = next(layers[name].parameters()).device
-                down, up = down.to(device), up.to(device)
-            stacks.setdefault(name, []).append(StackEntry(down, up, strength * adapter.scale_of(name)))
+                entry = StackEntry(down.to(device), up.to(device), scale)
+            stacks.setdefault(name, []).append(entry)
     attach(model, list(stacks))
     for name, layer in lora_layers(model).items():
         layer.stack = tuple(stacks.get(name, ()))

@@ -8,18 +8,64 @@ stack away gives the base back to the last bit.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, TypeAlias
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class StackEntry(NamedTuple):
-    """One low-rank pair at work: `scale * up(down(x))` is added to the layer's output."""
+    """One low-rank pair at work: `scale * up(drop(down(x)))` is added to the layer's output."""
 
     down: Tensor
     up: Tensor
     scale: float
+    drop: Callable[[Tensor], Tensor] | None = None
+
+
+class Dropout:
+    """Dropout of the values between down and up, as a function of sample and module alone.
+
+    Neither the ambient generator nor the number of processes changes it, and gradient checkpointing draws it
+    again alike (R-03, R-04). It is off but inside `drawn`, so that only training knows it.
+
+    Args:
+        share: Of the values that become zero; the others grow by 1 / (1 - share).
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self.seeds: tuple[int, ...] = ()
+
+    @contextmanager
+    def drawn(self, seeds: Sequence[int]) -> Iterator[None]:
+        """Forward and backward passes of a batch: one seed for each of its samples."""
+        before, self.seeds = self.seeds, tuple(seeds)
+        try:
+            yield
+        finally:
+            self.seeds = before
+
+    def of_module(self, name: str) -> Callable[[Tensor], Tensor] | None:
+        """What drops values (B, ...) of a module; None if nothing is ever dropped."""
+        if self.share == 0:
+            return None
+        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
+
+        def drop(values: Tensor) -> Tensor:
+            if not self.seeds:
+                return values
+            assert len(values) == len(self.seeds), f"{name} sees {len(values)} of {len(self.seeds)} samples"
+            generators = (torch.Generator(values.device).manual_seed(seed ^ key) for seed in self.seeds)
+            noise = [torch.rand(values.shape[1:], generator=one, device=values.device) for one in generators]
+            keep = torch.stack(noise) >= self.share
+            return values * keep.to(values.dtype) / (1 - self.share)
+
+        return drop
 
 
 class LoraLinear(nn.Module):
@@ -47,9 +93,10 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., in) to (..., out); the pairs are cast to `x.dtype` for the product."""
         y: Tensor = self.base(x)
-        for down, up, scale in self.stack:
+        for down, up, scale, drop in self.stack:
             if scale != 0:
-                y = y + F.linear(F.linear(x, down.to(x.dtype)) * scale, up.to(x.dtype))
+                hidden = F.linear(x, down.to(x.dtype)) * scale
+                y = y + F.linear(drop(hidden) if drop else hidden, up.to(x.dtype))
         return y
 
 
@@ -78,12 +125,11 @@ class LoraConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, in, H, W) to (B, out, H', W'); the pairs are cast to `x.dtype` for the product."""
         y: Tensor = self.base(x)
-        for down, up, scale in self.stack:
+        base = self.base
+        for down, up, scale, drop in self.stack:
             if scale != 0:
-                hidden = F.conv2d(
-                    x, down.to(x.dtype), None, self.base.stride, self.base.padding, self.base.dilation
-                )
-                y = y + F.conv2d(hidden * scale, up.to(x.dtype))
+                hidden = F.conv2d(x, down.to(x.dtype), None, base.stride, base.padding, base.dilation) * scale
+                y = y + F.conv2d(drop(hidden) if drop else hidden, up.to(x.dtype))
         return y
 
 

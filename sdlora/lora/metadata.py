@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 _PREDICTIONS = {"v_prediction": "v"}
 
@@ -49,6 +50,8 @@ class RunFacts:
     """When the run was started, ISO 8601; never the time of the export."""
     captions: Sequence[str] | None = None
     """All captions, only by consent (`export.include_captions`)."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the adapter that are not the usual ones, by their name in `[lora]`."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Package to version."""
 
@@ -101,6 +104,10 @@ def run_metadata(facts: RunFacts) -> dict[str, str]:
     }
     if facts.trigger:
         texts |= {"modelspec.trigger_phrase": facts.trigger, "sdlora.trigger": facts.trigger}
+    texts |= {f"sdlora.{name}": json.dumps(value) for name, value in facts.options.items()}
+    for name, key in (("dropout", "ss_network_dropout"), ("max_norm", "ss_scale_weight_norms")):
+        if name in facts.options:
+            texts[key] = facts.options[name]
     if facts.captions is not None:
         texts["sdlora.captions"] = json.dumps(list(facts.captions), ensure_ascii=False)
     return {key: str(value) for key, value in texts.items()}

@@ -17,6 +17,7 @@ from sdlora.config import TrainSection
 from sdlora.data.batches import Sample, deal
 from sdlora.diffusion.objective import denoising_loss, derive_seed, draw
 from sdlora.lora.adapter import Adapter
+from sdlora.lora.norms import NormReport, limit_norms
 from sdlora.models.condition import Condition
 from sdlora.training.device import Precision
 from sdlora.training.groups import group_parameters
@@ -68,6 +69,7 @@ class Learner:
         self.adapter = prepared.adapter
         # A list, made once: an iterator that is used up clips nothing.
         self.parameters: list[Tensor] = self.adapter.parameters()
+        self.norms: NormReport | None = None
         self.groups = group_parameters(named_tensors(self.adapter), settings)
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(settings, self.groups))
 
@@ -82,9 +84,10 @@ class Learner:
             num_processes=self.accelerator.num_processes,
         )
         for micro_batch in filter(None, micro_batches):
-            losses, drawn = self._losses(step, micro_batch)
-            loss = losses.sum() / len(samples)
-            self.accelerator.backward(loss)
+            with self.prepared.dropout.drawn(self._seeds("dropout", step, micro_batch)):
+                losses, drawn = self._losses(step, micro_batch)
+                loss = losses.sum() / len(samples)
+                self.accelerator.backward(loss)
             total += loss.detach()
             draws += drawn
         if self.accelerator.num_processes > 1:
@@ -92,10 +95,13 @@ class Learner:
             self._sum_gradients()
         return Gradient(float(total), self._clip(), tuple(draws))
 
+    def _seeds(self, purpose: str, step: int, samples: list[Sample]) -> list[int]:
+        return [derive_seed(purpose, self.settings.seed, step, sample.index) for sample in samples]
+
     def _losses(self, step: int, samples: list[Sample]) -> tuple[Tensor, list[Draw]]:
         """The loss of each sample, (B,), and what was drawn for it."""
         encodings, device = self.prepared.encodings, self.accelerator.device
-        seeds = [derive_seed("sample", self.settings.seed, step, sample.index) for sample in samples]
+        seeds = self._seeds("sample", step, samples)
         posteriors = [encodings.posterior(sample.record, sample.crop) for sample in samples]
         drawn = draw(self.prepared.objective, posteriors, seeds)
         condition = Condition.stack(
@@ -147,6 +153,8 @@ class Learner:
         # A gradient scaler skips by itself, and must see what is not finite to lower its scale.
         if not skip or self.accelerator.scaler is not None:
             self.optimizer.step()
+            if self.prepared.max_norm:
+                self.norms = limit_norms(self.adapter, self.prepared.max_norm)
         self.optimizer.zero_grad(set_to_none=True)
 
 

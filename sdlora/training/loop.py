@@ -158,6 +158,8 @@ class Trainer:
             "steps_per_second": round(1 / max(seconds, 1e-9), 3),
             "memory_mb": round(_memory_mb(self.accelerator.device), 1),
         }
+        if norms := self.learner.norms:
+            values |= {"norm_mean": norms.mean, "norm_max": norms.largest, "norms_limited": norms.num_limited}
         if not result.updated:
             self.warn(
                 f"step {result.step} skipped: loss {result.loss:g}, gradient norm {result.grad_norm:g}",

@@ -16,6 +16,7 @@ from sdlora.evaluation.heldout import HeldoutItem
 from sdlora.lora.adapter import Adapter, draw_adapter
 from sdlora.lora.attach import mount
 from sdlora.lora.files import load_adapter
+from sdlora.lora.layers import Dropout
 from sdlora.models.condition import Condition
 from sdlora.models.load import load_base
 from sdlora.models.stable_diffusion import StableDiffusion
@@ -39,6 +40,8 @@ class Prepared:
         encodings: Latents and text states.
         splits: Pictures of the held-out loss: `train`, and `heldout` if there are any.
         prompt_states: Text states of the sample prompts and the negative prompt.
+        dropout: Of the adapter; the learner says when and with which seeds.
+        max_norm: Limit on the change of a module after each update; 0 for none.
     """
 
     base: StableDiffusion
@@ -47,6 +50,8 @@ class Prepared:
     encodings: Encodings
     splits: Mapping[str, list[HeldoutItem]]
     prompt_states: Mapping[str, Condition]
+    dropout: Dropout
+    max_norm: float
 
 
 def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, report: Report) -> Prepared:
@@ -73,8 +78,10 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, repor
         # diffusers checkpoints only in train mode; the frozen UNet has nothing else that this changes.
         base.unet.train()
     adapter = _make_adapter(plan, base)
-    mount(base.unet, [(adapter, 1.0)])
-    return Prepared(base, adapter, plan.objective, encodings, splits, prompt_states)
+    dropout = Dropout(config.lora.dropout)
+    mount(base.unet, [(adapter, 1.0)], dropout)
+    max_norm = config.lora.max_norm
+    return Prepared(base, adapter, plan.objective, encodings, splits, prompt_states, dropout, max_norm)
 
 
 def _open_cache(config: RunConfig) -> TensorCache | None:

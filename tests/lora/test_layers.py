@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import detach, match_targets, mount
-from sdlora.lora.layers import LoraConv2d, LoraLinear, StackEntry
+from sdlora.lora.layers import Dropout, LoraConv2d, LoraLinear, StackEntry
 from sdlora.lora.modules import lora_layers
 
 
@@ -152,3 +152,71 @@ def test_adapters_add_up(unet, run, make_adapter):
         pair.up.data = torch.cat([0.5 * a.up, -b.up], dim=1).detach()
     mount(unet, [(both, 1.0)])
     torch.testing.assert_close(run(unet), stacked, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_off_outside_of_training(unet, run, make_adapter):
+    """R-10: sampling and the held-out loss see the whole adapter; other adapters are never dropped from."""
+    adapter, frozen = make_adapter(unet, targets=["all"]), make_adapter(unet, seed=1).to()
+    mount(unet, [(adapter, 1.0)])
+    expected = run(unet)
+    dropout = Dropout(0.5)
+    mount(unet, [(adapter, 1.0)], dropout)
+    assert torch.equal(run(unet), expected)
+    with dropout.drawn([1, 2]):
+        dropped = run(unet)
+        assert torch.equal(run(unet), dropped)
+    with dropout.drawn([1, 3]):
+        other = run(unet)
+    assert torch.equal(dropped[0], other[0])
+    assert not torch.equal(dropped[1], other[1])
+    assert not torch.equal(dropped, expected)
+    assert torch.equal(run(unet), expected)
+    mount(unet, [(frozen, 1.0)], dropout)
+    whole = run(unet)
+    with dropout.drawn([1, 2]):
+        assert torch.equal(run(unet), whole)
+
+
+def test_dropout_keeps_the_mean():
+    """Inverted dropout: a share of the hidden values is zero, the others grow, the mean stays."""
+    dropout = Dropout(0.25)
+    drop = dropout.of_module("some.module")
+    values = torch.ones(2, 4000, 8)
+    with dropout.drawn([3, 4]):
+        dropped = drop(values)
+        assert not torch.equal(dropped, dropout.of_module("another.module")(values))
+    assert float((dropped == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
+    assert dropped.unique().tolist() == [0, pytest.approx(4 / 3)]
+    assert float(dropped.mean()) == pytest.approx(1, abs=0.01)
+    assert not torch.equal(dropped[0], dropped[1])
+    assert Dropout(0).of_module("some.module") is None
+
+
+def test_dropout_knows_nothing_of_the_batch(make_unet, run, make_adapter):
+    """R-03 R-04 R-17: no ambient randomness; checkpointing and smaller batches draw the same."""
+    adapter, dropout = make_adapter(make_unet(), targets=["all"]), Dropout(0.3)
+    gradients = []
+    for checkpointing in (False, True):
+        unet = make_unet()
+        mount(unet, [(adapter, 1.0)], dropout)
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        unet.train()
+        before = torch.get_rng_state()
+        with dropout.drawn([7, 8]):
+            output = run(unet)
+            output.square().mean().backward()
+        assert torch.equal(torch.get_rng_state(), before)
+        gradients.append([tensor.grad.clone() for tensor in adapter.parameters()])
+        for tensor in adapter.parameters():
+            tensor.grad = None
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed, rtol=1e-5, atol=1e-8)
+    layer = LoraLinear(torch.nn.Linear(6, 5))
+    x, pair = torch.randn(2, 3, 6), (torch.randn(4, 6), torch.randn(5, 4))
+    layer.stack = (StackEntry(*pair, 1.0, dropout.of_module("x")),)
+    with dropout.drawn([7, 8]):
+        both = layer(x)
+    for number, seed in enumerate((7, 8)):
+        with dropout.drawn([seed]):
+            torch.testing.assert_close(layer(x[number : number + 1])[0], both[number])

@@ -1,0 +1,63 @@
+"""What `[lora]` may ask for beside rank and targets, through small runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from sdlora.lora.files import inspect_adapter
+from sdlora.training.train import train
+
+OPTIONS = {
+    "lora__targets": ["all"],
+    "lora__rank": 4,
+    "lora__alpha": 2,
+    "lora__rank_pattern": {"convolutions": 1, "*.attn2.*": 3},
+    "lora__alpha_pattern": {"mid_block.*": 1},
+    "lora__rslora": True,
+    "lora__init": "orthogonal",
+    "lora__dropout": 0.2,
+    "lora__max_norm": 0.01,
+}
+
+
+def test_everything_at_once(make_images, small, tmp_path):
+    """R-01 R-02 R-33: a run with every option is what the plan said; its files load in stock diffusers."""
+    config = small(make_images(), train__steps=3, **OPTIONS)
+    run = train(config.images, config=config, out=tmp_path / "run", quiet=True)
+    [plan] = run.events("plan")
+    info = inspect_adapter(run.adapter)
+    assert info.num_parameters == plan["trainable_parameters"]
+    assert info.num_modules == plan["modules"]
+    assert set(info.ranks) == {1, 3, 4}
+    assert json.loads(info.metadata["sdlora.rank_pattern"]) == {"convolutions": 1, "*.attn2.*": 3}
+    assert info.metadata["sdlora.rslora"] == "true"
+    assert info.metadata["ss_network_dropout"] == "0.2"
+    assert info.metadata["ss_scale_weight_norms"] == "0.01"
+    steps = list(run.events("step"))
+    assert all(0 < event["norm_mean"] <= event["norm_max"] <= 0.01 * (1 + 1e-5) for event in steps)
+    assert steps[-1]["norms_limited"] > 0
+    kohya = inspect_adapter(run.final_adapter("kohya"))
+    assert set(kohya.ranks) == {4}
+    assert kohya.alphas == {4.0: kohya.num_modules}
+
+
+def test_dropout_resumes_exactly(make_images, small, make_trainer, snapshot, tmp_path):
+    """R-03 R-04: what is dropped depends on seed, step and sample; so does a stopped run's rest."""
+    images, options = make_images(), {"lora__dropout": 0.2, "lora__max_norm": 0.01}
+    straight = make_trainer(small(images, **options), tmp_path / "straight")
+    straight.train()
+    first = make_trainer(small(images, train__save_every=2, **options), tmp_path / "stopped")
+    first.stop_at = 2
+    with pytest.raises(BaseException, match="stopped at step 2"):
+        first.train()
+    second = make_trainer(small(images, train__save_every=2, **options), tmp_path / "stopped")
+    second.resume()
+    second.train()
+    one, two = snapshot(straight), snapshot(second)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    plain = make_trainer(small(images, lora__max_norm=0.01), tmp_path / "plain")
+    plain.train()
+    assert not all(torch.equal(one[name], tensor) for name, tensor in snapshot(plain).items())
