@@ -7,6 +7,7 @@ SdloraError
 ├── AdapterError       a LoRA file is damaged, of another kind or for another family
 ├── RunError           a run folder is missing, taken or incomplete
 ├── TrainingDiverged   the run itself failed: non-finite numbers, dead modules
+├── ProcessLost        another process of the run ended, or does not answer
 └── RunStopped         a signal stopped the run; its state is saved
 """
 
@@ -49,6 +50,21 @@ class TrainingDiverged(SdloraError):
     """Training produced numbers that no later step can repair."""
 
     exit_code = 1
+
+
+class ProcessLost(SdloraError):
+    """Another process of the run ended, or does not answer; this one cannot go on alone.
+
+    Args:
+        message: Which one and why, as far as it could say.
+        exit_code: That of the other process, where it could say.
+        is_told: Whether the process that ended could say why.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1, *, is_told: bool = False) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.is_told = is_told
 
 
 class RunStopped(SdloraError):

@@ -26,9 +26,6 @@ def problems(*overrides: str) -> list[str]:
     [
         ("lora.rank=0", "lora.rank = 0 must be at least 1; use 4 to 32 for a style"),
         ("lora.rank=many", "lora.rank = 'many' must be a whole number; use 4 to 32 for a style"),
-        ("lora.rank_pattern={x = 0}", "lora.rank_pattern = 0 must be at least 1; give module patterns with"),
-        ("lora.alpha_pattern=4", "lora.alpha_pattern = 4 must be a table; give module patterns"),
-        ("lora.init=pissa", "lora.init = 'pissa' must be one of 'gaussian', 'kaiming' or 'orthogonal'"),
         ("lora.rnk=3", "lora.rnk is not a setting; did you mean lora.rank?"),
         ("lroa.rank=3", "lroa is not a setting; did you mean the section [lora]?"),
         ("train.rank=4", "train.rank is not a setting; did you mean lora.rank?"),
@@ -223,7 +220,7 @@ def test_the_keys_are_pinned():
         "train": "accumulate batch_size evaluate_every grad_clip gradient_checkpointing "
         "keep_checkpoints learning_rate learning_rates lora_plus_ratio max_skipped_steps "
         "optimizer optimizer_args precision sample_every save_every schedule seed steps "
-        "trackers warmup",
+        "timeout_seconds trackers warmup",
         "sample": "batch_size guidance negative_prompt prompts safety_checker scheduler seeds "
         "steps strengths",
         "export": "formats include_captions precision",

@@ -7,7 +7,8 @@ import sys
 import typer
 
 from sdlora.cli import files, look, rank, train
-from sdlora.errors import SdloraError
+from sdlora.cli.processes import wait_for_first
+from sdlora.errors import ProcessLost, SdloraError
 
 app = typer.Typer(
     name="sdlora",
@@ -50,6 +51,8 @@ def main() -> None:
     except SdloraError as error:
         if debug:
             raise
+        if not (isinstance(error, ProcessLost) and not error.is_told):
+            wait_for_first(error.exit_code)
         for line in str(error).splitlines():
             typer.echo(f"sdlora: {line}", err=True)
         raise SystemExit(error.exit_code) from None

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sdlora.cli.processes import is_first
+
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings, such as lora.rank=8.")
 ]
@@ -63,6 +65,8 @@ def resume(
 
 
 def _print_result(run: RunFolder) -> None:  # type: ignore[name-defined]  # noqa: F821
+    if not is_first():
+        return
     grids = sorted(run.samples.glob("*/grid.png"))
     typer.echo(f"adapter   {run.adapter}")
     if grids:

@@ -59,6 +59,8 @@ def heldout_loss(
     *,
     batch_size: int,
     device: torch.device,
+    share: tuple[int, int] = (0, 1),
+    add_shares: Callable[[Tensor], Tensor] = torch.clone,
 ) -> HeldoutLoss:
     """Measures the loss without any random state: the same weights give the same number.
 
@@ -71,19 +73,29 @@ def heldout_loss(
         items: The pictures; several sizes may be mixed.
         batch_size: Pictures in one forward pass.
         device: Where `denoise` runs.
+        share: (k, n) measures every n-th batch, from the k-th on.
+        add_shares: The sum of a tensor over all shares.
     """
     width = schedule.num_timesteps // NUM_BANDS
     groups: dict[torch.Size, list[HeldoutItem]] = defaultdict(list)
     for item in items:
         groups[item.latents.shape].append(item)
-    sums = [0.0] * NUM_BANDS
-    for band in range(NUM_BANDS):
-        timestep = band * width + width // 2
-        for group in groups.values():
-            for start in range(0, len(group), batch_size):
-                losses = _losses(denoise, schedule, group[start : start + batch_size], timestep, device)
-                sums[band] += float(losses.double().sum())
-    means = [total / len(items) for total in sums]
+    batches = [
+        (band, group[start : start + batch_size])
+        for band in range(NUM_BANDS)
+        for group in groups.values()
+        for start in range(0, len(group), batch_size)
+    ]
+    # What others measure stays 0, so that the sum of the shares is what one process would have measured.
+    sums = torch.zeros(len(batches), dtype=torch.float64)
+    for number in range(share[0], len(batches), share[1]):
+        band, batch = batches[number]
+        losses = _losses(denoise, schedule, batch, band * width + width // 2, device)
+        sums[number] = losses.double().sum()
+    totals = [0.0] * NUM_BANDS
+    for (band, _), total in zip(batches, add_shares(sums).tolist(), strict=True):
+        totals[band] += total
+    means = [total / len(items) for total in totals]
     names = [f"{band * width}-{(band + 1) * width - 1}" for band in range(NUM_BANDS)]
     return HeldoutLoss(sum(means) / NUM_BANDS, dict(zip(names, means, strict=True)), len(items))
 

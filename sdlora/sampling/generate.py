@@ -5,6 +5,7 @@ B batch, C channels, h w latent size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,7 @@ def generate(
     *,
     text: Mapping[str, Condition] | None = None,
     progress: Callable[[int], object] | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> list[Picture]:
     """Makes a picture for each prompt and seed, by the base and by each strength of the adapter.
 
@@ -67,6 +69,8 @@ def generate(
         strengths: Columns after the base, which is always the first.
         text: Prompt to text states, from `encode_prompts`; what is missing is encoded here.
         progress: Called with the number of pictures finished so far.
+        share: (k, n) makes every n-th batch, from the k-th on. Batches are the same whoever makes them; the
+            pictures of the others are black, so that the sum of all shares is the whole.
 
     Returns:
         Row by row of the grid: prompt, then seed, then strength.
@@ -80,6 +84,7 @@ def generate(
     rows = [Row(prompt, seed) for prompt in prompts for seed in seeds]
     columns = strength_columns(adapter, strengths)
     pictures: dict[float, list[Picture]] = {strength: [] for strength in columns}
+    turns = itertools.cycle(range(share[1]))
     with undisturbed(base.unet), torch.autocast(base.device.type, enabled=False):
         pipeline = pipeline_of(
             base.info, unet=base.unet, scheduler=make_scheduler(base.info, settings.scheduler)
@@ -88,10 +93,12 @@ def generate(
             stack = [(adapter, strength)] if adapter is not None else []
             with mounted(base.unet, stack):
                 for batch in _batches(rows, settings.batch_size):
-                    latents = _denoise(base, pipeline, batch, states, settings)
-                    for row, image, withheld in zip(
-                        batch, *_show(base, pipeline, latents, settings), strict=True
-                    ):
+                    if next(turns) == share[0]:
+                        latents = _denoise(base, pipeline, batch, states, settings)
+                        shown = _show(base, pipeline, latents, settings)
+                    else:
+                        shown = _leave_out(batch, settings)
+                    for row, image, withheld in zip(batch, *shown, strict=True):
                         pictures[strength].append(
                             Picture(image, row.prompt, row.seed, strength, withheld, settings)
                         )
@@ -179,6 +186,13 @@ def _text_arguments(
         if condition.pooled is not None:
             arguments[name.replace("prompt", "pooled_prompt")] = condition.pooled
     return arguments
+
+
+def _leave_out(batch: Sequence[Row], settings: SampleSettings) -> tuple[list[Image.Image], list[bool]]:
+    """Black in place of what another process makes."""
+    assert settings.width is not None
+    assert settings.height is not None
+    return [Image.new("RGB", (settings.width, settings.height)) for _ in batch], [False] * len(batch)
 
 
 def _show(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sdlora.runs import RunFolder, next_free_folder
 from sdlora.sampling.checks import check_prompts, resolve_settings
 from sdlora.sampling.generate import SampleSettings, generate
 from sdlora.sampling.grid import make_grid, save_pictures
+from sdlora.sampling.pictures import Picture
 
 
 @dataclass(frozen=True)
@@ -229,9 +230,32 @@ def sample_to_folder(
     Returns:
         The grid's path.
     """
+    pictures = make_pictures(base, adapter, request, text=text, progress=progress)
+    shown = name if adapter is not None else None
+    return write_pictures(folder, pictures, base=base.info.name, adapter=shown, title=title)
+
+
+def write_pictures(
+    folder: Path, pictures: Sequence[Picture], *, base: str, adapter: str | None, title: str
+) -> Path:
+    """Writes the single pictures and their grid; gives the grid's path."""
+    metadata = {"base": base, "adapter": adapter}
+    return save_pictures(folder, pictures, make_grid(pictures, title=title), metadata)
+
+
+def make_pictures(
+    base: StableDiffusion,
+    adapter: Adapter | None,
+    request: SampleRequest,
+    *,
+    text: Mapping[str, Condition] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> list[Picture]:
+    """Makes what is asked for, or a share of it; see `generate`."""
     columns = len({0.0, *request.strengths}) if adapter is not None else 1
     total = len(request.prompts) * len(request.seeds) * columns
-    pictures = generate(
+    return generate(
         base,
         adapter,
         request.prompts,
@@ -240,6 +264,5 @@ def sample_to_folder(
         request.settings,
         text=text,
         progress=None if progress is None else lambda done: progress(done, total),
+        share=share,
     )
-    metadata = {"base": base.info.name, "adapter": name if adapter is not None else None}
-    return save_pictures(folder, pictures, make_grid(pictures, title=title), metadata)

@@ -7,17 +7,19 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import LoggerType
+from accelerate.utils import LoggerType, ProjectConfiguration
 
 from sdlora.config import RunConfig
 from sdlora.errors import ConfigError
 from sdlora.models.dtypes import DTYPES
+from sdlora.training.processes import check_launcher, group_settings, listening, needs_gloo, num_launched
 
 PACKAGES = ("sdlora", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pillow")
 
@@ -77,23 +79,45 @@ def choose_precision(config: RunConfig, device: torch.device, environment: Mappi
     return Precision(asked, asked if config.base.dtype == "auto" else config.base.dtype)
 
 
-def make_accelerator(config: RunConfig, project: str) -> tuple[Accelerator, Precision]:
+def make_accelerator(config: RunConfig) -> tuple[Accelerator, Precision]:
     """Starts Accelerate: processes, device, trackers.
 
     Raises:
-        ConfigError: If precision or a tracker cannot be had.
+        ConfigError: If precision, a tracker or the launcher's processes cannot be had.
     """
     check_trackers(config.train.trackers)
+    check_launcher(os.environ)
     # A second run in one Python process may use another precision.
     AcceleratorState._reset_state(reset_partial_state=False)
-    precision = choose_precision(config, Accelerator(mixed_precision="no").device, os.environ)
+    group, is_gloo = group_settings(config.train.timeout_seconds), needs_gloo(os.environ)
+    with listening():
+        first = Accelerator(mixed_precision="no", cpu=is_gloo, kwargs_handlers=[group])
+    if first.num_processes != num_launched(os.environ):
+        raise ConfigError(
+            f"the launcher started {num_launched(os.environ)} processes, which {first.device} cannot join "
+            "into one run; start one"
+        )
+    precision = choose_precision(config, first.device, os.environ)
     AcceleratorState._reset_state(reset_partial_state=False)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(precision.compute, precision.compute),
+        cpu=is_gloo,
         log_with=list(config.train.trackers) or None,
-        project_dir=project,
+        # Trackers want a folder here; the run's is chosen when the processes have met.
+        project_dir=".",
     )
     return accelerator, precision
+
+
+def start_trackers(accelerator: Accelerator, folder: Path, settings: Mapping[str, str]) -> None:
+    """Starts the trackers of `train.trackers`.
+
+    Args:
+        folder: Where those that write files do.
+        settings: What the run is, for their tables.
+    """
+    accelerator.project_configuration = ProjectConfiguration(project_dir=str(folder))
+    accelerator.init_trackers("sdlora", config=dict(settings))
 
 
 def check_trackers(trackers: list[str]) -> None:
@@ -140,9 +164,14 @@ def describe_environment(accelerator: Accelerator, precision: Precision, **value
         "autocast": precision.compute != precision.base,
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": package_versions(),
         **values,
     }
+
+
+def package_versions() -> dict[str, str]:
+    """What decides the bits of a run, and what its files say they were made with."""
+    return {package: _version(package) for package in PACKAGES}
 
 
 def _version(package: str) -> str:

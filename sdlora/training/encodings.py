@@ -5,9 +5,10 @@ C channels, H W latent size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from sdlora.config import DataSection
@@ -20,6 +21,7 @@ from sdlora.errors import DataError, ModelError
 from sdlora.models.condition import Condition
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.training.console import Report
+from sdlora.training.processes import meet, work_in_rounds
 
 View = tuple[ImageRecord, Crop]
 
@@ -43,14 +45,14 @@ class Encodings:
         self.is_required = settings.cache is True
 
     def prepare(
-        self, views: Iterable[View], captions: Iterable[str], share: tuple[int, int], report: Report
+        self, views: Iterable[View], captions: Iterable[str], accelerator: Accelerator, report: Report
     ) -> None:
-        """Encodes what the cache lacks.
+        """Encodes what the cache lacks, each process a share.
 
         Args:
             views: Pictures in all their crops.
             captions: All captions in use.
-            share: This process encodes every n-th of what is missing: (process index, number).
+            accelerator: Its processes.
             report: Shows progress.
         """
         if self.cache is None:
@@ -60,18 +62,27 @@ class Encodings:
         ]
         missing = {key: view for view in views if not self.cache.contains(key := self._latent_key(*view))}
         jobs: list[str | View] = [*texts, *missing.values()]
-        jobs = jobs[share[0] :: share[1]]
-        if not jobs:
-            return
+        # All look at what is missing before one of them begins to fill it.
+        meet(accelerator)
+        self._encode(jobs[accelerator.process_index :: accelerator.num_processes], accelerator, report)
+        # What the others put where this process cannot see it: on a host with a cache of its own.
+        self._encode([job for job in jobs if not self.cache.contains(self._key(job))], accelerator, report)
+        if self.cache.problem:
+            if self.is_required:
+                raise DataError(
+                    f"{self.cache.problem}, but data.cache = true needs it; set SDLORA_CACHE to a folder"
+                )
+            report.warn(self.cache.problem)
+
+    def _encode(self, jobs: Sequence[str | View], accelerator: Accelerator, report: Report) -> None:
+        """Encodes captions and pictures."""
         with report.progress("encoding", len(jobs)) as meter:
-            for job in jobs:
+
+            def encode(job: str | View) -> None:
                 self.condition(job) if isinstance(job, str) else self.posterior(*job)
                 meter.advance()
-        if self.cache.problem:
-            if self.is_required or share[1] > 1:
-                reason = "data.cache = true" if self.is_required else "several processes"
-                raise DataError(f"{self.cache.problem}, but {reason} needs it; set SDLORA_CACHE to a folder")
-            report.warn(self.cache.problem)
+
+            work_in_rounds(accelerator, jobs, encode)
 
     def posterior(self, record: ImageRecord, crop: Crop) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the VAE's posterior, each (C, H, W) on the CPU.
@@ -110,6 +121,9 @@ class Encodings:
         if not self.base.info.has_time_ids:
             return condition
         return condition.with_time_ids(crop_to_time_ids(record.size, crop))
+
+    def _key(self, job: str | View) -> str:
+        return self._text_key(job) if isinstance(job, str) else self._latent_key(*job)
 
     def _latent_key(self, record: ImageRecord, crop: Crop) -> str:
         return latent_key(

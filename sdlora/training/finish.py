@@ -11,6 +11,7 @@ from sdlora.lora.metadata import run_metadata
 from sdlora.report.curve import draw_loss_curve
 from sdlora.training.facts import describe_run
 from sdlora.training.loop import Trainer
+from sdlora.training.processes import meet
 
 
 def finish(trainer: Trainer) -> None:
@@ -24,7 +25,7 @@ def finish(trainer: Trainer) -> None:
         draw_loss_curve(trainer.run)
         trainer.report.say(*describe_losses(trainer))
         trainer.event("done", loss_ema=trainer.counters.loss_ema, skipped=trainer.counters.skipped)
-    trainer.accelerator.wait_for_everyone()
+    meet(trainer.accelerator)
 
 
 def export_final(trainer: Trainer) -> None:

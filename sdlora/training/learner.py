@@ -23,6 +23,7 @@ from sdlora.training.device import Precision
 from sdlora.training.groups import group_parameters
 from sdlora.training.optimizer import build_optimizer
 from sdlora.training.prepare import Prepared
+from sdlora.training.processes import sum_over
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,7 @@ class Learner:
             total += loss.detach()
             draws += drawn
         if self.accelerator.num_processes > 1:
-            total = self.accelerator.reduce(total, "sum")
-            self._sum_gradients()
+            total = self._exchange(total)
         return Gradient(float(total), self._clip(), tuple(draws))
 
     def _seeds(self, purpose: str, step: int, samples: list[Sample]) -> list[int]:
@@ -129,13 +129,18 @@ class Learner:
         context: AbstractContextManager[None] = self.accelerator.autocast()
         return context
 
-    def _sum_gradients(self) -> None:
-        """One all-reduce of all gradients; a process without samples takes part with zeros."""
+    def _exchange(self, loss: Tensor) -> Tensor:
+        """Sums all gradients and the loss over the processes, in one exchange of the adapter's bytes.
+
+        A process without samples takes part with zeros.
+        """
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        flat = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+        own = torch.cat([*(gradient.flatten() for gradient in gradients), loss.flatten()])
         sizes = [parameter.numel() for parameter in self.parameters]
-        for parameter, part in zip(self.parameters, flat.split(sizes), strict=True):
+        parts: list[Tensor] = list(sum_over(self.accelerator, own).split([*sizes, 1]))
+        for parameter, part in zip(self.parameters, parts[:-1], strict=True):
             parameter.grad = part.view_as(parameter)
+        return parts[-1].reshape(())
 
     def _clip(self) -> float:
         """Clips the gradients in place; returns their norm before."""

@@ -31,6 +31,7 @@ from sdlora.training.learner import Draw, Learner
 from sdlora.training.optimizer import learning_rate
 from sdlora.training.plan import RunPlan
 from sdlora.training.prepare import Prepared
+from sdlora.training.processes import count_over, sum_over
 from sdlora.training.resume import load_newest_state, save_state
 from sdlora.training.samples import log_grid, sample_step
 from sdlora.training.stop import StopSignals
@@ -199,6 +200,8 @@ class Trainer:
             self.prepared.splits[split],
             batch_size=max(4, self.settings.batch_size or 1),
             device=self.accelerator.device,
+            share=(self.accelerator.process_index, self.accelerator.num_processes),
+            add_shares=lambda sums: sum_over(self.accelerator, sums.to(self.accelerator.device)).cpu(),
         )
 
     def save_if_due(self, stopping: bool = False) -> None:
@@ -211,7 +214,6 @@ class Trainer:
             self._save_adapter()
             if saves or stopping:
                 self._save_state()
-        self.accelerator.wait_for_everyone()
 
     def _save_adapter(self) -> None:
         facts = describe_run(self.run, self.plan, step=self.step, images_seen=self.counters.images_seen)
@@ -236,7 +238,6 @@ class Trainer:
         try:
             grid = sample_step(self.run, self.plan, self.prepared, self.step, self.accelerator, self.report)
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
             self.warn(f"out of memory while sampling at step {self.step}; the run goes on without this grid")
             return
         if grid is not None:
@@ -249,15 +250,17 @@ class Trainer:
     def is_stopping(self, signals: StopSignals) -> bool:
         """Whether any process was told to stop."""
         received = signals.received is not None
-        if self.accelerator.num_processes == 1:
-            return received
-        flag = torch.tensor(float(received), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
+        return count_over(self.accelerator, received) > 0
 
     def stopped(self, signal_number: int | None) -> RunStopped:
         """What is raised after the state was saved."""
-        message = f"stopped at step {self.step} of {self.plan.steps}; `sdlora resume {self.run.path}` goes on"
+        message = f"stopped at step {self.step} of {self.plan.steps}; {self.way_on()}"
         return RunStopped(message, signal_number or 15)
+
+    def way_on(self) -> str:
+        """How a run that ended early is taken up again."""
+        step = max(self.run.checkpoint_steps(), default=0)
+        return f"`sdlora resume {self.run.path}` goes on from step {step}"
 
     def event(self, name: str, **values: object) -> None:
         """Adds an event; only the main process writes."""

@@ -19,7 +19,6 @@ from sdlora.diffusion.objective import Objective, describe_objective
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.errors import DataError, RunError
 from sdlora.lora.attach import count_parameters, match_targets
-from sdlora.lora.layout import Layout, plan_layout
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import empty_unet
 from sdlora.models.safety import missing_checker
@@ -39,7 +38,7 @@ class RunPlan:
         index: The pictures.
         buckets: Their buckets and crops.
         order: The samples of every step.
-        layout: The modules that get an adapter, with their ranks and alphas.
+        targets: The UNet's modules that get an adapter.
         num_trainable: Parameters of the adapter.
         num_base: Parameters of the UNet.
         num_processes: Processes of the run.
@@ -52,7 +51,7 @@ class RunPlan:
     index: DatasetIndex
     buckets: BucketPlan
     order: BatchOrder
-    layout: Layout
+    targets: list[str]
     num_trainable: int
     num_base: int
     num_processes: int
@@ -70,11 +69,6 @@ class RunPlan:
         """What is minimised."""
         asked = self.config.objective
         return Objective(schedule_from_config(self.info.scheduler_config, asked.prediction_type), asked)
-
-    @property
-    def targets(self) -> list[str]:
-        """The modules that get an adapter."""
-        return list(self.layout.ranks)
 
     @property
     def global_batch(self) -> int:
@@ -145,10 +139,11 @@ class RunPlan:
 
     def lines(self) -> list[str]:
         """What is printed first."""
-        train, info = self.config.train, self.info
+        train, lora, info = self.config.train, self.config.lora, self.info
         share = self.num_trainable / self.num_base
         warmup = num_warmup_steps(train.warmup, self.steps)
         epochs = self.steps / self.order.steps_per_epoch
+        scale = lora.trained_alpha / lora.rank
         rates = describe_rates(self.targets, train)
         accumulation = f" x {train.accumulate} accumulated" if train.accumulate > 1 else ""
         processes = f" x {self.num_processes} processes" if self.num_processes > 1 else ""
@@ -156,18 +151,32 @@ class RunPlan:
             f"base      {info.name} ({info.family}, {info.prediction_type}, {info.resolution} px, "
             f"{self.num_base / 1e6:.1f} M in the UNet)",
             *self.data_lines,
-            f"adapter   {self.layout.describe()}; "
-            f"{len(self.layout.ranks)} modules, {self.num_trainable / 1e6:.2f} M trainable "
+            f"adapter   rank {lora.rank}, alpha {lora.trained_alpha:g}, scale {scale:g}; "
+            f"{len(self.targets)} modules, {self.num_trainable / 1e6:.2f} M trainable "
             f"({share:.2%} of the UNet), file {self.adapter_bytes / 1e6:.1f} MB",
             f"steps     {self.steps} of batch {train.batch_size}{accumulation}{processes} = global batch "
             f"{self.global_batch}; {self.order.steps_per_epoch} an epoch, {epochs:.1f} epochs, "
             f"{self.images_seen} images seen",
+            *self._exchange_lines(),
             f"rate      {train.learning_rate:g}, {train.schedule} after {warmup} warm-up steps, "
             f"{train.optimizer}{f'; {rates}' if rates else ''}",
             f"loss      {describe_objective(self.objective)}",
             f"every     save {_points(self.save_steps)}; samples {_points(self.sample_steps)}; "
             f"held-out loss {_points(self.evaluate_steps)}",
             f"disk      up to {self.disk_bytes / 1e6:.0f} MB and the samples",
+        ]
+
+    @property
+    def exchange_bytes(self) -> int:
+        """What a process hands to the others in a step: the adapter's gradients in fp32, and the loss."""
+        return 4 * (self.num_trainable + 1) if self.num_processes > 1 else 0
+
+    def _exchange_lines(self) -> list[str]:
+        if self.num_processes == 1:
+            return []
+        return [
+            f"exchange  {self.exchange_bytes / 1e6:.2f} MB of gradients a step between "
+            f"{self.num_processes} processes"
         ]
 
     def as_event(self) -> dict[str, Any]:
@@ -185,11 +194,13 @@ class RunPlan:
             "save_steps": self.save_steps,
             "sample_steps": self.sample_steps,
             "evaluate_steps": self.evaluate_steps,
-            "modules": len(self.layout.ranks),
+            "modules": len(self.targets),
             "trainable_parameters": self.num_trainable,
             "base_parameters": self.num_base,
             "adapter_bytes": self.adapter_bytes,
             "disk_bytes": self.disk_bytes,
+            "num_processes": self.num_processes,
+            "exchange_bytes": self.exchange_bytes,
             "dataset_digest": self.index.digest,
             "base_digest": self.info.digest,
         }
@@ -242,8 +253,8 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     if unchecked:
         findings.append(Finding("notice", unchecked))
     unet = empty_unet(info)
-    layout = plan_layout(config.lora, match_targets(unet, config.lora.targets))
-    check_optimizer(config.train, list(layout.ranks))
+    targets = match_targets(unet, config.lora.targets)
+    check_optimizer(config.train, targets)
     return RunPlan(
         config=config,
         info=info,
@@ -256,8 +267,8 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
             global_batch=global_batch(config, num_processes),
             seed=config.train.seed,
         ),
-        layout=layout,
-        num_trainable=count_parameters(unet, layout.ranks),
+        targets=targets,
+        num_trainable=count_parameters(unet, targets, config.lora.rank),
         num_base=sum(parameter.numel() for parameter in unet.parameters()),
         num_processes=num_processes,
         findings=findings,

@@ -13,7 +13,7 @@ from sdlora.data.records import ImageRecord
 from sdlora.diffusion.objective import Objective
 from sdlora.errors import ConfigError
 from sdlora.evaluation.heldout import HeldoutItem
-from sdlora.lora.adapter import Adapter, draw_adapter
+from sdlora.lora.adapter import Adapter, create_adapter
 from sdlora.lora.attach import mount
 from sdlora.lora.files import load_adapter
 from sdlora.lora.layers import Dropout
@@ -101,9 +101,7 @@ def _encode(plan: RunPlan, encodings: Encodings, accelerator: Accelerator, repor
     ]
     captions = [record.caption for record in (*plan.index.records, *plan.index.heldout)]
     captions += ["", *config.sample.prompts, config.sample.negative_prompt]
-    share = (accelerator.process_index, accelerator.num_processes)
-    encodings.prepare(dict.fromkeys(views), captions, share, report)
-    accelerator.wait_for_everyone()
+    encodings.prepare(dict.fromkeys(views), captions, accelerator, report)
 
 
 def _heldout_item(plan: RunPlan, encodings: Encodings, record: ImageRecord) -> HeldoutItem:
@@ -115,12 +113,12 @@ def _heldout_item(plan: RunPlan, encodings: Encodings, record: ImageRecord) -> H
 def _make_adapter(plan: RunPlan, base: StableDiffusion) -> Adapter:
     """A fresh adapter, or one that starts from a file."""
     lora = plan.config.lora
-    adapter = draw_adapter(
+    adapter = create_adapter(
         base.unet,
-        plan.layout.ranks,
-        plan.layout.scales(),
+        plan.targets,
+        lora.rank,
+        lora.trained_alpha,
         seed=plan.config.train.seed,
-        init=lora.init,
         family=plan.info.family,
     )
     if lora.init_from is None:

@@ -2,39 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from PIL import Image
 
 from sdlora.lora.files import load_adapter
 from sdlora.runs import RunFolder
-from sdlora.sampling.session import request_of_run, sample_to_folder
+from sdlora.sampling.pictures import Picture
+from sdlora.sampling.session import make_pictures, request_of_run, write_pictures
 from sdlora.training.console import Report
 from sdlora.training.plan import RunPlan
 from sdlora.training.prepare import Prepared
+from sdlora.training.processes import count_over, meet, sum_over
 
 
 def sample_step(
     run: RunFolder, plan: RunPlan, prepared: Prepared, step: int, accelerator: Accelerator, report: Report
 ) -> Path | None:
-    """Samples the adapter saved at a step; the main process returns the grid's path."""
-    grid = None
-    if accelerator.is_main_process:
-        with report.progress(f"samples of step {step}", 1) as meter:
-            grid = sample_to_folder(
+    """Samples the adapter saved at a step, each process a share; the main one returns the grid's path.
+
+    Raises:
+        OutOfMemoryError: On all processes, if one of them ran out of memory.
+    """
+    # The main process has just written the adapter that all now read.
+    meet(accelerator)
+    pictures: list[Picture] = []
+    with report.progress(f"samples of step {step}", 1) as meter:
+        with suppress(torch.OutOfMemoryError):
+            pictures = make_pictures(
                 prepared.base,
                 load_adapter(run.step_adapter(step)),
                 request_of_run(plan.config, plan.info),
-                run.sample_folder(step),
-                name=run.name,
-                title=f"{run.name}, step {step}",
                 text=prepared.prompt_states,
                 progress=meter.show,
+                share=(accelerator.process_index, accelerator.num_processes),
             )
-    accelerator.wait_for_everyone()
-    return grid
+        if count_over(accelerator, not pictures):
+            torch.cuda.empty_cache()
+            raise torch.OutOfMemoryError("out of memory while sampling")
+    pictures = _add_shares(accelerator, pictures)
+    if not accelerator.is_main_process:
+        return None
+    folder, title = run.sample_folder(step), f"{run.name}, step {step}"
+    return write_pictures(folder, pictures, base=prepared.base.info.name, adapter=run.name, title=title)
+
+
+def _add_shares(accelerator: Accelerator, pictures: Sequence[Picture]) -> list[Picture]:
+    """All pictures, from those that each process made; the rest of its own are black."""
+    if accelerator.num_processes == 1:
+        return list(pictures)
+    pixels = torch.from_numpy(np.stack([np.asarray(picture.image) for picture in pictures]))
+    withheld = torch.tensor([picture.withheld for picture in pictures], dtype=torch.uint8)
+    pixels = sum_over(accelerator, pixels.to(accelerator.device)).cpu()
+    withheld = sum_over(accelerator, withheld.to(accelerator.device)).cpu()
+    return [
+        replace(picture, image=Image.fromarray(own.numpy()), withheld=bool(hidden))
+        for picture, own, hidden in zip(pictures, pixels, withheld, strict=True)
+    ]
 
 
 def log_grid(accelerator: Accelerator, grid: Path, step: int) -> None:

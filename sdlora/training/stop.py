@@ -1,13 +1,18 @@
-"""Ctrl-C and SIGTERM: finish the step, save, leave; a second signal stops at once."""
+"""Ctrl-C, SIGTERM and SIGUSR1: finish the step, save, leave; a second signal stops at once."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Batch schedulers send SIGUSR1 ahead of the end of a job's time; Windows has none.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+# A launcher passes on what its processes may have got already, such as from the same Ctrl-C or scheduler.
+ECHO_SECONDS = 2.0
 
 
 class StopSignals:
@@ -15,6 +20,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._time = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -29,8 +35,13 @@ class StopSignals:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
+        if self.received is None:
+            self.received, self._time = number, time.monotonic()
+            if "LOCAL_RANK" not in os.environ:
+                self._restore()
+        elif time.monotonic() - self._time > ECHO_SECONDS:
+            self._restore()
+            os.kill(os.getpid(), number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

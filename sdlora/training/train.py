@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,27 +12,31 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from sdlora.config import RunConfig, load_config
-from sdlora.errors import ConfigError, TrainingDiverged
+from sdlora.diffusion.objective import derive_seed
+from sdlora.errors import ConfigError, ProcessLost, TrainingDiverged
 from sdlora.models.load import attention_kernel
 from sdlora.runs import RunFolder, next_free_folder
+from sdlora.training.changes import apply_changes, global_batch_of
 from sdlora.training.console import Report
-from sdlora.training.device import Precision, describe_environment, make_accelerator
+from sdlora.training.device import (
+    Precision,
+    describe_environment,
+    make_accelerator,
+    package_versions,
+    start_trackers,
+)
 from sdlora.training.finish import finish
 from sdlora.training.loop import Trainer
 from sdlora.training.plan import RunPlan, check_disk, make_plan
 from sdlora.training.prepare import prepare
-
-RESUMABLE = {
-    "train.steps",
-    "train.save_every",
-    "train.keep_checkpoints",
-    "train.sample_every",
-    "train.evaluate_every",
-    "train.trackers",
-    "train.batch_size",
-    "train.accumulate",
-    "sample.batch_size",
-}
+from sdlora.training.processes import (
+    count_over,
+    failing_together,
+    gather_numbers,
+    meet,
+    num_launched,
+    text_of_main,
+)
 
 
 def train(
@@ -66,29 +72,25 @@ def train(
     direct = {"base": {"source": base}, "data": {"trigger": trigger}}
     given = {name: values for name, values in direct.items() if None not in values.values()}
     settings = settings.replace(**given).model_copy(update={"images": str(images)})
-    run = (
-        RunFolder(out)
-        if out is not None
-        else RunFolder(next_free_folder(Path("runs") / Path(images).resolve().name))
-    )
-    run.check_free()
-    run.check_writable()
-    accelerator, precision, report = _start(settings, run, quiet)
-    plan = make_plan(settings, accelerator.num_processes)
-    _announce(plan, report, is_default_base=base is None and settings.base.source == "builtin")
-    check_disk(plan, run.path)
-    if dry_run:
-        report.say("dry run: nothing was loaded, nothing was written")
-        return run
-    environment = describe_environment(accelerator, precision)
-    if accelerator.is_main_process:
-        RunFolder.create(run.path, with_absolute_paths(plan.config), environment)
-        run.append("plan", 0, **plan.as_event())
-        for finding in plan.findings:
-            if finding.severity == "warning":
-                run.append("warning", 0, message=finding.message)
-    accelerator.wait_for_everyone()
-    return _run(run, plan, accelerator, precision, report)
+    accelerator, precision, report = _start(settings, quiet)
+    with failing_together(accelerator):
+        run = _choose_folder(images, out, accelerator)
+        plan = make_plan(settings, accelerator.num_processes)
+        _announce(plan, report, is_default_base=base is None and settings.base.source == "builtin")
+        _check_same_plan(accelerator, plan)
+        check_disk(plan, run.path)
+        if dry_run:
+            report.say("dry run: nothing was loaded, nothing was written")
+            return run
+        environment = describe_environment(accelerator, precision)
+        if accelerator.is_main_process:
+            RunFolder.create(run.path, with_absolute_paths(plan.config), environment)
+            run.append("plan", 0, **plan.as_event())
+            for finding in plan.findings:
+                if finding.severity == "warning":
+                    run.append("warning", 0, message=finding.message)
+        meet(accelerator)
+        return _run(run, plan, accelerator, precision, report)
 
 
 def resume(
@@ -107,15 +109,25 @@ def resume(
     """
     run = RunFolder.open(run_folder)
     settings = run.read_config()
-    changed = _apply(settings, overrides)
-    accelerator, precision, report = _start(changed, run, quiet)
-    steps = changed.train.steps or 0
-    if run.is_finished(steps):
-        report.say(f"{run.path} is finished at step {steps}: {run.adapter}; a larger train.steps goes on")
-        return run
-    plan = make_plan(changed, accelerator.num_processes)
-    check_disk(plan, run.path)
-    return _run(run, plan, accelerator, precision, report, resuming=True)
+    changed = apply_changes(
+        settings,
+        overrides,
+        global_batch=global_batch_of(run, settings),
+        num_processes=num_launched(os.environ),
+    )
+    accelerator, precision, report = _start(changed, quiet)
+    with failing_together(accelerator):
+        steps = changed.train.steps or 0
+        is_finished = accelerator.is_main_process and run.is_finished(steps)
+        if count_over(accelerator, is_finished):
+            report.say(f"{run.path} is finished at step {steps}: {run.adapter}; a larger train.steps goes on")
+            return run
+        plan = make_plan(changed, accelerator.num_processes)
+        _check_same_plan(accelerator, plan)
+        check_disk(plan, run.path)
+        if accelerator.is_main_process and not any(run.events("plan")):
+            run.append("plan", 0, **plan.as_event())
+        return _run(run, plan, accelerator, precision, report, resuming=True)
 
 
 def with_absolute_paths(settings: RunConfig) -> RunConfig:
@@ -129,12 +141,24 @@ def with_absolute_paths(settings: RunConfig) -> RunConfig:
     return changed.model_copy(update={"images": resolve(settings.images)})
 
 
-def _start(settings: RunConfig, run: RunFolder, quiet: bool) -> tuple[Accelerator, Precision, Report]:
-    accelerator, precision = make_accelerator(settings, str(run.path))
+def _choose_folder(images: str | Path, out: str | Path | None, accelerator: Accelerator) -> RunFolder:
+    """The run folder: the main process chooses and checks it, before it or another one writes."""
+    path = ""
+    if accelerator.is_main_process:
+        free = next_free_folder(Path("runs") / Path(images).resolve().name) if out is None else Path(out)
+        RunFolder(free).check_free()
+        RunFolder(free).check_writable()
+        path = str(free)
+    return RunFolder(text_of_main(accelerator, path))
+
+
+def _start(settings: RunConfig, quiet: bool) -> tuple[Accelerator, Precision, Report]:
+    accelerator, precision = make_accelerator(settings)
     report = Report(quiet=quiet or not accelerator.is_main_process)
+    processes = f" in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     report.say(
-        f"device    {accelerator.device}, compute {precision.compute}, base stored in {precision.base}, "
-        "adapter fp32"
+        f"device    {accelerator.device.type}{processes}, compute {precision.compute}, "
+        f"base stored in {precision.base}, adapter fp32"
     )
     return accelerator, precision, report
 
@@ -148,35 +172,6 @@ def _announce(plan: RunPlan, report: Report, *, is_default_base: bool) -> None:
             report.warn(finding.message)
         else:
             report.say(f"note: {finding.message}")
-
-
-def _apply(settings: RunConfig, overrides: Iterable[str] | Mapping[str, Any]) -> RunConfig:
-    """The run's settings with what may change, changed.
-
-    Raises:
-        ConfigError: Naming what may not.
-    """
-    pairs = overrides if isinstance(overrides, Mapping) else list(overrides)
-    keys = pairs if isinstance(pairs, Mapping) else [text.partition("=")[0].strip() for text in pairs]
-    fixed = [key for key in keys if key not in RESUMABLE]
-    asked = load_config(None, pairs)
-    if fixed:
-        raise ConfigError(
-            f"{', '.join(fixed)} cannot change in a resumed run; only {', '.join(sorted(RESUMABLE))} can"
-        )
-    changes: dict[str, dict[str, Any]] = {}
-    for key in keys:
-        section, name = key.split(".")
-        changes.setdefault(section, {})[name] = getattr(getattr(asked, section), name)
-    changed = settings.replace(**changes)
-    before = (settings.train.batch_size or 1) * settings.train.accumulate
-    after = (changed.train.batch_size or 1) * changed.train.accumulate
-    if before != after:
-        raise ConfigError(
-            f"train.batch_size x train.accumulate = {after} but the run has {before}; "
-            "keep their product, or start a new run"
-        )
-    return changed
 
 
 def _run(
@@ -197,7 +192,7 @@ def _run(
         f"text encoder {dtypes['text_encoder']}, autocast {autocast}"
     )
     if plan.config.train.trackers:
-        _start_trackers(accelerator, plan)
+        start_trackers(accelerator, run.path, flat_settings(plan.config))
     trainer = Trainer(run, plan, prepared, accelerator, precision, report)
     if resuming:
         trainer.resume()
@@ -215,18 +210,45 @@ def _run(
     except TrainingDiverged as error:
         trainer.event("failed", message=str(error))
         raise
+    except ProcessLost as error:
+        lost = ProcessLost(f"{error}; {trainer.way_on()}", error.exit_code, is_told=error.is_told)
+        trainer.event("failed", message=str(lost))
+        raise lost from error
     finally:
-        accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()
     finish(trainer)
     return run
 
 
-def _start_trackers(accelerator: Accelerator, plan: RunPlan) -> None:
-    values = plan.config.model_dump(mode="json")
-    flat = {
+def _check_same_plan(accelerator: Accelerator, plan: RunPlan) -> None:
+    """All processes must have planned the same run, or they would train different ones.
+
+    Raises:
+        ConfigError: Naming what differs, on every process.
+    """
+    seen = {
+        "the settings": plan.config.model_dump_json(exclude={"images"}),
+        "the pictures or captions": plan.index.digest,
+        "the held-out pictures": [(record.digest, record.caption) for record in plan.index.heldout],
+        "the base": plan.info.digest,
+        "the versions": package_versions(),
+    }
+    for what, value in seen.items():
+        numbers = gather_numbers(accelerator, derive_seed(json.dumps(value)))
+        others = [str(process) for process, number in enumerate(numbers) if number != numbers[0]]
+        if others:
+            raise ConfigError(
+                f"{what} of process {', '.join(others)} differ from those of process 0; "
+                "give every host the same files"
+            )
+
+
+def flat_settings(settings: RunConfig) -> dict[str, str]:
+    """Every setting by its `section.key`, as text."""
+    return {
         f"{section}.{key}": str(value)
-        for section, keys in values.items()
+        for section, keys in settings.model_dump(mode="json").items()
         if isinstance(keys, dict)
         for key, value in keys.items()
     }
-    accelerator.init_trackers("sdlora", config=flat)

@@ -18,6 +18,7 @@ from sdlora.data.tensors import image_to_tensor
 from sdlora.errors import TrainingDiverged
 from sdlora.lora.files import load_adapter
 from sdlora.lora.modules import lora_layers
+from sdlora.training.device import start_trackers
 from sdlora.training.learner import named_tensors
 from sdlora.training.optimizer import learning_rate
 from sdlora.training.train import train
@@ -372,7 +373,7 @@ def test_trackers(make_images, small, tmp_path):
 def test_a_failing_tracker_cannot_stop_the_run(make_images, small, make_trainer, tmp_path):
     """R-45: it is a warning."""
     trainer = make_trainer(small(make_images(), train__trackers="tensorboard"), tmp_path / "run")
-    trainer.accelerator.init_trackers("sdlora")
+    start_trackers(trainer.accelerator, trainer.run.path, {})
     trainer.accelerator.trackers[0].writer.close()
     trainer.accelerator.trackers[0].writer = None
     trainer.train()

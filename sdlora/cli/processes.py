@@ -1,0 +1,30 @@
+"""The command line in one of several processes: the first of a host speaks for all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+# The launcher ends the other processes as soon as one has ended: the one that speaks gets this long to do it.
+GRACE_SECONDS = 10.0
+
+
+def is_first() -> bool:
+    """Whether this is the only process, or the first of all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def wait_for_first(exit_code: int) -> None:
+    """Lets the first process of this host say what all of them met, and be ended by the launcher after it.
+
+    Returns only if nobody ended this process: then the others have not met it.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(exit_code)
+
+    signal.signal(signal.SIGTERM, end)
+    time.sleep(GRACE_SECONDS)

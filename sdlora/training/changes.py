@@ -1,0 +1,98 @@
+"""What may change when a run goes on, and how its global batch is divided anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sdlora.config import RunConfig, load_config
+from sdlora.errors import ConfigError
+from sdlora.runs import RunFolder
+
+RESUMABLE = {
+    "train.steps",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.sample_every",
+    "train.evaluate_every",
+    "train.trackers",
+    "train.batch_size",
+    "train.accumulate",
+    "train.timeout_seconds",
+    "sample.batch_size",
+}
+SHARED = ("batch_size", "accumulate")
+
+
+def apply_changes(
+    settings: RunConfig,
+    overrides: Iterable[str] | Mapping[str, Any],
+    *,
+    global_batch: int,
+    num_processes: int,
+) -> RunConfig:
+    """The run's settings with what may change, changed; the global batch is kept.
+
+    Args:
+        settings: As the run has them.
+        overrides: `section.key=value` texts, or a mapping from `section.key` to values.
+        global_batch: Samples of a full step of the run.
+        num_processes: How many processes go on with it.
+
+    Raises:
+        ConfigError: Naming what may not change, or what cannot be divided.
+    """
+    pairs = overrides if isinstance(overrides, Mapping) else list(overrides)
+    keys = pairs if isinstance(pairs, Mapping) else [text.partition("=")[0].strip() for text in pairs]
+    fixed = [key for key in keys if key not in RESUMABLE]
+    asked = load_config(None, pairs)
+    if fixed:
+        raise ConfigError(
+            f"{', '.join(fixed)} cannot change in a resumed run; only {', '.join(sorted(RESUMABLE))} can"
+        )
+    changes: dict[str, dict[str, Any]] = {}
+    for key in keys:
+        section, name = key.split(".")
+        changes.setdefault(section, {})[name] = getattr(getattr(asked, section), name)
+    given = {name: value for name, value in changes.get("train", {}).items() if name in SHARED}
+    changed = settings.replace(**changes)
+    return changed.replace(train=_divide(changed, given, global_batch, num_processes))
+
+
+def _divide(
+    settings: RunConfig, given: Mapping[str, int], global_batch: int, num_processes: int
+) -> dict[str, int]:
+    """batch_size and accumulate of each process, as given; else no larger a batch_size than before."""
+    if global_batch % num_processes:
+        counts = ", ".join(str(n) for n in range(1, global_batch + 1) if global_batch % n == 0)
+        raise ConfigError(
+            f"the run's global batch of {global_batch} cannot be divided over {num_processes} processes; "
+            f"use {counts}"
+        )
+    share = global_batch // num_processes
+    product = " x ".join(f"train.{name} = {given[name]}" for name in SHARED if name in given)
+    if len(given) == len(SHARED):
+        batch_size, rest = given["batch_size"], share - given["batch_size"] * given["accumulate"]
+    elif given:
+        number = next(iter(given.values()))
+        batch_size, rest = number if "batch_size" in given else share // number, share % number
+    else:
+        largest = settings.train.batch_size or 1
+        batch_size, rest = max(n for n in range(1, largest + 1) if share % n == 0), 0
+    if rest:
+        raise ConfigError(
+            f"{product} does not fit the run's {share} samples a step on each process; "
+            f"leave it out, or give numbers whose product is {share}"
+        )
+    return {"batch_size": batch_size, "accumulate": share // batch_size}
+
+
+def global_batch_of(run: RunFolder, settings: RunConfig) -> int:
+    """Samples of a full step, as the run was planned.
+
+    A run that was killed before it wrote its plan has the settings and the processes that it was given.
+    """
+    for event in run.events("plan"):
+        return int(event["global_batch"])
+    processes = int(run.read_environment()["num_processes"])
+    return (settings.train.batch_size or 1) * settings.train.accumulate * processes

@@ -1,0 +1,208 @@
+"""Several processes as one run: what they sum, where they wait, and how one that ends tells the rest."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore
+
+from sdlora.errors import ConfigError, ProcessLost, RunStopped, SdloraError
+
+T = TypeVar("T")
+# Between two meetings of the processes while each works on a share of its own.
+ROUND_SECONDS = 10.0
+# A host that is cut off cannot ask the others' store why.
+ASK_SECONDS = 5.0
+TEXT_BYTES = 4096
+# What `accelerate launch` exports for engines that wrap the model.
+ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+
+
+def num_launched(environment: Mapping[str, str]) -> int:
+    """How many processes the launcher says there are."""
+    return int(environment.get("WORLD_SIZE") or 1)
+
+
+def check_launcher(environment: Mapping[str, str]) -> None:
+    """Refuses what a launcher can ask for and this trainer does not do.
+
+    Raises:
+        ConfigError: Naming the engine.
+    """
+    for variable, engine in ENGINES.items():
+        if environment.get(variable, "").lower() in ("1", "true", "yes"):
+            raise ConfigError(
+                f"the launcher asks for {engine} ({variable}), which sdlora does not use: only the adapter "
+                "learns, and each process holds the whole base; launch without it"
+            )
+
+
+def needs_gloo(environment: Mapping[str, str]) -> bool:
+    """Whether several processes were started on a machine without an accelerator."""
+    return num_launched(environment) > 1 and not torch.accelerator.is_available()
+
+
+def group_settings(timeout_seconds: float) -> InitProcessGroupKwargs:
+    """How long a process waits for the others before it gives the run up."""
+    atexit.register(leave)
+    return InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds))
+
+
+def leave() -> None:
+    """Closes this process's connections to the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """The sum over all processes, on each of them.
+
+    Raises:
+        ProcessLost: If another process ended or does not answer.
+    """
+    if accelerator.num_processes == 1:
+        return values
+    with listening():
+        total: Tensor = accelerator.reduce(values, "sum")
+        return total
+
+
+def count_over(accelerator: Accelerator, count: int) -> int:
+    """The sum of a number over all processes."""
+    return int(sum_over(accelerator, torch.tensor(count, device=accelerator.device)))
+
+
+def gather_numbers(accelerator: Accelerator, number: int) -> list[int]:
+    """A whole number of each process, in their order."""
+    numbers = torch.zeros(accelerator.num_processes, dtype=torch.int64, device=accelerator.device)
+    numbers[accelerator.process_index] = number
+    return [int(value) for value in sum_over(accelerator, numbers)]
+
+
+def text_of_main(accelerator: Accelerator, text: str) -> str:
+    """The main process's text, on every process."""
+    letters = torch.zeros(TEXT_BYTES, dtype=torch.uint8, device=accelerator.device)
+    if accelerator.is_main_process:
+        raw = text.encode("utf-8")
+        assert len(raw) <= TEXT_BYTES
+        letters[: len(raw)] = torch.tensor(list(raw), dtype=torch.uint8)
+    return bytes(sum_over(accelerator, letters).tolist()).rstrip(b"\0").decode("utf-8")
+
+
+def meet(accelerator: Accelerator) -> None:
+    """Waits until every process is here.
+
+    Raises:
+        ProcessLost: If another process ended or does not answer.
+    """
+    if accelerator.num_processes > 1:
+        with listening():
+            accelerator.wait_for_everyone()
+
+
+def work_in_rounds(accelerator: Accelerator, jobs: Iterable[T], work: Callable[[T], object]) -> None:
+    """Does this process's jobs; none waits for another longer than a round and a job.
+
+    Args:
+        jobs: This process's own; each may have another number of them.
+        work: Does one.
+    """
+    queue = deque(jobs)
+    while count_over(accelerator, len(queue)):
+        end = time.monotonic() + ROUND_SECONDS
+        while queue and (accelerator.num_processes == 1 or time.monotonic() < end):
+            work(queue.popleft())
+
+
+@contextmanager
+def failing_together(accelerator: Accelerator) -> Iterator[None]:
+    """Tells the other processes why this one ends, then cuts the connections, so that none waits for it."""
+    try:
+        yield
+    except (RunStopped, ProcessLost):
+        raise
+    except BaseException as error:
+        if accelerator.num_processes > 1 and dist.is_initialized():
+            _say_why(accelerator.process_index, error)
+            leave()
+        raise
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """An exchange with the others; that it fails means that one of them is gone."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise _explain(error) from error
+
+
+def _explain(error: RuntimeError) -> ProcessLost:
+    told = _ask_why()
+    if told is not None:
+        message = f"process {told['process']} on {told['host']} ended: {told['reason']}"
+        return ProcessLost(message, told["code"], is_told=True)
+    first = str(error).strip().splitlines()[0]
+    return ProcessLost(f"another process ended or does not answer ({first})")
+
+
+def _say_why(process: int, error: BaseException) -> None:
+    is_own = isinstance(error, SdloraError)
+    told = {
+        "process": process,
+        "host": socket.gethostname(),
+        "reason": str(error) if is_own else f"{type(error).__name__}: {error}",
+        "code": error.exit_code if isinstance(error, SdloraError) else 1,
+    }
+    _within(ASK_SECONDS, lambda: _store().set("why", json.dumps(told)))
+
+
+def _ask_why() -> dict[str, Any] | None:
+    def ask() -> dict[str, Any] | None:
+        store = _store()
+        return dict(json.loads(store.get("why"))) if store.check(["why"]) else None
+
+    return _within(ASK_SECONDS, ask)
+
+
+def _store() -> PrefixStore:
+    """The table that the launcher's processes share."""
+    return PrefixStore("sdlora", distributed_c10d._get_default_store())
+
+
+def _within(seconds: float, ask: Callable[[], T]) -> T | None:
+    """The answer, or None if it does not come in time or cannot be had."""
+    answers: list[T] = []
+
+    def run() -> None:
+        try:
+            answers.append(ask())
+        except (RuntimeError, ValueError):
+            return
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None

@@ -1,0 +1,122 @@
+"""Several processes as people start them: torchrun, accelerate launch, two hosts (R-17, R-23).
+
+Each process imports everything anew, so there are few of these; what several processes do is tested in
+`test_processes.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sdlora.runs import RunFolder
+
+RUN = [
+    "data.resolution=32",
+    "lora.rank=2",
+    "lora.targets=*.attn2.to_v",
+    "export.formats=diffusers",
+    "train.batch_size=1",
+    "train.save_every=2",
+    "train.sample_every=0",
+    "train.evaluate_every=0",
+]
+
+
+@pytest.fixture
+def launch():
+    """Starts a launcher as a module of this Python; it is ended with the test."""
+    started = []
+
+    def start(*command, **environment):
+        child = subprocess.Popen(
+            [sys.executable, "-m", *map(str, command)],
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(child)
+        return child
+
+    yield start
+    for child in started:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def torchrun(*arguments):
+    return ["torch.distributed.run", *arguments, "-m", "sdlora"]
+
+
+TWO = torchrun("--standalone", "--nproc-per-node", 2)
+
+
+def test_torchrun(launch, make_images, tmp_path):
+    """R-16, R-17: the plan is told once, with what is exchanged; the files are those of one run."""
+    run = RunFolder(tmp_path / "run")
+    child = launch(*TWO, "train", make_images(), "--out", run.path, *RUN, "train.steps=3")
+    printed, _ = child.communicate(timeout=120)
+    assert child.returncode == 0, printed
+    assert printed.count("steps     3 of batch 1 x 2 processes = global batch 2") == 1
+    assert printed.count("MB of gradients a step between 2 processes") == 1
+    assert printed.count("load it   pipe.load_lora_weights") == 1
+    assert [event["step"] for event in run.events("step")] == [1, 2, 3]
+    assert run.read_environment()["num_processes"] == 2
+    assert run.checkpoint_steps() == [2, 3]
+    assert run.adapter == run.final_adapter()
+
+
+def wait_for_step(run, step, child):
+    end = time.monotonic() + 90
+    while max((event["step"] for event in run.events("step")), default=0) < step:
+        assert child.poll() is None, child.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def workers_of(child):
+    """Process ids of the launcher's processes, in the order of their numbers."""
+    listed = subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True, check=True)
+    return sorted(map(int, listed.stdout.split()))
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_saves(launch, make_images, tmp_path):
+    """R-23: it passes the signal on, as a batch scheduler sends it; all finish the step, and one saves."""
+    run = RunFolder(tmp_path / "run")
+    handled = ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1")
+    two = torchrun("--standalone", "--nproc-per-node", 2, *handled)
+    child = launch(*two, "train", make_images(), "--out", run.path, *RUN, "train.steps=100000")
+    wait_for_step(run, 3, child)
+    os.kill(child.pid, signal.SIGUSR1)
+    printed, _ = child.communicate(timeout=60)
+    last = [event["step"] for event in run.events("step")][-1]
+    assert f"sdlora: stopped at step {last} of 100000" in printed
+    assert run.checkpoint_steps()[-1] == last
+    assert list(run.events("failed")) == []
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run(launch, make_images, tmp_path):
+    """R-23: within seconds, with a line; nothing is left running."""
+    run = RunFolder(tmp_path / "run")
+    child = launch(*TWO, "train", make_images(), "--out", run.path, *RUN, "train.steps=100000")
+    wait_for_step(run, 5, child)
+    workers = workers_of(child)
+    os.kill(workers[1], signal.SIGKILL)
+    printed, _ = child.communicate(timeout=30)
+    assert child.returncode != 0
+    assert "sdlora: another process ended or does not answer" in printed
+    assert f"`sdlora resume {run.path}` goes on from step" in printed
+    [failed] = run.events("failed")
+    assert failed["step"] - run.checkpoint_steps()[-1] <= 2
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
