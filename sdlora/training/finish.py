@@ -21,7 +21,8 @@ def finish(trainer: Trainer) -> None:
         AdapterError: If a file does not do in a fresh pipeline what was trained; the run is not done.
     """
     if trainer.accelerator.is_main_process:
-        export_final(trainer)
+        with trainer.learner.averaged():
+            export_final(trainer)
         draw_loss_curve(trainer.run)
         trainer.report.say(*describe_losses(trainer))
         trainer.event("done", loss_ema=trainer.counters.loss_ema, skipped=trainer.counters.skipped)

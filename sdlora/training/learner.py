@@ -6,7 +6,8 @@ B batch, C channels, H W latent size.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,7 @@ class Learner:
         self.norms: NormReport | None = None
         self.groups = group_parameters(named_tensors(self.adapter), settings)
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(settings, self.groups))
+        self.optimizer.train()
 
     def accumulate(self, step: int, samples: list[Sample]) -> Gradient:
         """Leaves the clipped gradient of the mean loss, summed over micro-batches and processes."""
@@ -146,6 +148,25 @@ class Learner:
         """Clips the gradients in place; returns their norm before."""
         limit = self.settings.grad_clip or math.inf
         return float(self.accelerator.clip_grad_norm_(self.parameters, limit))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The adapter as it is meant to be used, while it is looked at or saved.
+
+        A schedule-free optimizer (Defazio et al. 2024, 2405.15682) trains at another point than the average
+        that it is after, and moves the parameters to it by `eval()`. Copies bring them back to the bit.
+        """
+        if not hasattr(self.optimizer.optimizer, "eval"):
+            yield
+            return
+        trained = [parameter.detach().clone() for parameter in self.parameters]
+        self.optimizer.eval()
+        try:
+            yield
+        finally:
+            self.optimizer.train()
+            for parameter, value in zip(self.parameters, trained, strict=True):
+                parameter.data.copy_(value)
 
     def rates(self, rate: float) -> dict[str, float]:
         """The learning rate of each group at a base rate."""

@@ -194,15 +194,16 @@ class Trainer:
 
     def evaluate(self, split: str) -> HeldoutLoss:
         """The held-out loss of the weights as they are."""
-        return heldout_loss(
-            self.learner.denoise,
-            self.prepared.objective.schedule,
-            self.prepared.splits[split],
-            batch_size=max(4, self.settings.batch_size or 1),
-            device=self.accelerator.device,
-            share=(self.accelerator.process_index, self.accelerator.num_processes),
-            add_shares=lambda sums: sum_over(self.accelerator, sums.to(self.accelerator.device)).cpu(),
-        )
+        with self.learner.averaged():
+            return heldout_loss(
+                self.learner.denoise,
+                self.prepared.objective.schedule,
+                self.prepared.splits[split],
+                batch_size=max(4, self.settings.batch_size or 1),
+                device=self.accelerator.device,
+                share=(self.accelerator.process_index, self.accelerator.num_processes),
+                add_shares=lambda sums: sum_over(self.accelerator, sums.to(self.accelerator.device)).cpu(),
+            )
 
     def save_if_due(self, stopping: bool = False) -> None:
         """Saves the adapter, to use, and the state, to continue."""
@@ -217,12 +218,13 @@ class Trainer:
 
     def _save_adapter(self) -> None:
         facts = describe_run(self.run, self.plan, step=self.step, images_seen=self.counters.images_seen)
-        report = export_adapter(
-            self.learner.adapter,
-            self.run.step_adapter(self.step),
-            precision=self.plan.config.export.precision,
-            metadata=run_metadata(facts),
-        )
+        with self.learner.averaged():
+            report = export_adapter(
+                self.learner.adapter,
+                self.run.step_adapter(self.step),
+                precision=self.plan.config.export.precision,
+                metadata=run_metadata(facts),
+            )
         self.event("saved", path=str(report.path.relative_to(self.run.path)), precision=report.precision)
 
     def _save_state(self) -> None:
