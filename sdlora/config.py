@@ -94,6 +94,16 @@ class LoraSection(Section):
     targets: Texts = _field(
         ["attention"], "use attention, or name patterns such as *.attn2.to_v", min_length=1
     )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = _field(
+        {}, "give module patterns with ranks, such as {convolutions = 4}"
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = _field(
+        {}, "give module patterns with alphas, such as {convolutions = 1}"
+    )
+    rslora: bool = False
+    init: Literal["gaussian", "kaiming", "orthogonal"] = _field(
+        "gaussian", "use gaussian, kaiming or orthogonal"
+    )
     init_from: str | None = None
     dropout: float = _field(0.0, "use 0 to switch off, or about 0.1", ge=0, lt=1)
     max_norm: float = _field(0.0, "use 0 to switch off, or about 1", ge=0)

@@ -65,6 +65,7 @@ def _reason(item: dict[str, Any]) -> str:
         "bool_type": "must be true or false",
         "string_type": "must be text",
         "list_type": "must be a list",
+        "dict_type": "must be a table",
     }
     text = reasons.get(item["type"])
     return text.format(**context) if text else f"is not valid ({item['msg'].lower()})"

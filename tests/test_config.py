@@ -26,6 +26,9 @@ def problems(*overrides: str) -> list[str]:
     [
         ("lora.rank=0", "lora.rank = 0 must be at least 1; use 4 to 32 for a style"),
         ("lora.rank=many", "lora.rank = 'many' must be a whole number; use 4 to 32 for a style"),
+        ("lora.rank_pattern={x = 0}", "lora.rank_pattern = 0 must be at least 1; give module patterns with"),
+        ("lora.alpha_pattern=4", "lora.alpha_pattern = 4 must be a table; give module patterns"),
+        ("lora.init=pissa", "lora.init = 'pissa' must be one of 'gaussian', 'kaiming' or 'orthogonal'"),
         ("lora.rnk=3", "lora.rnk is not a setting; did you mean lora.rank?"),
         ("lroa.rank=3", "lroa is not a setting; did you mean the section [lora]?"),
         ("train.rank=4", "train.rank is not a setting; did you mean lora.rank?"),

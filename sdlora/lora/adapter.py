@@ -6,9 +6,11 @@ R rank; `in` and `out` are the features or channels of the adapted layer, kh and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from sdlora.errors import AdapterError
 from sdlora.lora.layers import pair_shapes
 from sdlora.lora.modules import Model, carrier_layers, components
 from sdlora.lora.sgm import LAYERS_PER_BLOCK
+
+Init = Literal["gaussian", "kaiming", "orthogonal"]
 
 
 @dataclass(slots=True)
@@ -114,38 +118,89 @@ class Adapter:
 
 
 def create_adapter(
-    model: Model, names: Sequence[str], rank: int, alpha: float, *, seed: int, family: str = ""
+    model: Model,
+    names: Sequence[str],
+    rank: int,
+    alpha: float,
+    *,
+    seed: int,
+    family: str = "",
 ) -> Adapter:
-    """A fresh trainable adapter that does not change the model's output yet.
-
-    `down` is drawn from N(0, 1 / rank) (standard deviation 1 / rank): the first AdamW steps move every
-    element of `up` by the learning rate whatever its size, so that the change of the output, a sum over R
-    terms, does not grow with the rank. `up` is zero. The draw depends on the seed and the module's name
-    alone, so that neither the order of the modules nor the ambient generator matters.
+    """A fresh trainable adapter of one rank and alpha; see `draw_adapter`.
 
     Args:
-        model: The network, or components by name; only the layers' sizes and device are read.
+        model: The network, or components by name.
         names: Module names, from `match_targets`.
-        rank: R for all modules.
+        rank: R of all modules.
         alpha: The scale is `alpha / rank`.
         seed: The run's seed.
         family: The base's family, kept in the file.
     """
+    scales = dict.fromkeys(names, alpha / rank)
+    adapter = draw_adapter(model, dict.fromkeys(names, rank), scales, seed=seed, family=family)
+    return replace(adapter, alpha=float(alpha), scales={})
+
+
+def draw_adapter(
+    model: Model,
+    ranks: Mapping[str, int],
+    scales: Mapping[str, float],
+    *,
+    seed: int,
+    init: Init = "gaussian",
+    family: str = "",
+) -> Adapter:
+    """A fresh trainable adapter that does not change the model's output yet, since `up` is zero.
+
+    The draw of `down` depends on the seed and the module's name alone, so that neither the order of the
+    modules nor the ambient generator matters.
+
+    Args:
+        model: The network, or components by name; only the layers' sizes and device are read.
+        ranks: R by module name.
+        scales: The factor on the product, by module name.
+        seed: The run's seed.
+        init: How `down` is drawn, see `_draw_down`.
+        family: The base's family, kept in the file.
+    """
     layers = carrier_layers(model)
     modules: dict[str, LowRank] = {}
-    for name in names:
-        layer = layers[name]
-        down_shape, up_shape = pair_shapes(layer, rank)
+    for name, rank in ranks.items():
+        down_shape, up_shape = pair_shapes(layers[name], rank)
         digest = hashlib.sha256(f"{seed}/adapter/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        down = torch.randn(down_shape, generator=generator, dtype=torch.float32) / rank
-        device = next(layer.parameters()).device
+        down = _draw_down(down_shape, init, generator)
+        device = next(layers[name].parameters()).device
         modules[name] = LowRank(
             nn.Parameter(down.to(device)), nn.Parameter(torch.zeros(up_shape, device=device))
         )
-    return Adapter(
-        modules, rank, float(alpha), family, notes=_layers_per_block(model) if family == "sdxl" else {}
-    )
+    rank = max(ranks.values())
+    common = Counter(scales.values()).most_common(1)[0][0]
+    adapter = Adapter(modules, rank, common * rank, family)
+    adapter.scales = {name: scale for name, scale in scales.items() if scale != adapter.scale}
+    if family == "sdxl":
+        adapter.notes |= _layers_per_block(model)
+    return adapter
+
+
+def _draw_down(shape: Sequence[int], init: Init, generator: torch.Generator) -> Tensor:
+    """A down matrix of shape (R, in) or (R, in, kh, kw), fp32.
+
+    `gaussian` has standard deviation 1 / R: the first AdamW steps move every element of `up` by the learning
+    rate whatever its size, so that the change of the output, a sum over R terms, does not grow with the rank
+    (R-33). `orthogonal` has rows of the same size that are orthogonal to each other (for R above the number
+    of inputs, orthogonal columns). `kaiming` is uniform in +-1 / sqrt(inputs) for every rank, as in the LoRA
+    paper's code and PEFT's default.
+    """
+    rank, inputs = shape[0], math.prod(shape[1:])
+    if init == "kaiming":
+        return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(inputs)
+    drawn = torch.randn(shape, generator=generator)
+    if init == "orthogonal":
+        flat = drawn.flatten(1)
+        basis: Tensor = torch.linalg.qr(flat).Q if rank > inputs else torch.linalg.qr(flat.T).Q.T
+        drawn = (basis * math.sqrt(max(rank, inputs))).reshape(shape)
+    return drawn / rank
 
 
 def _layers_per_block(model: Model) -> dict[str, str]:

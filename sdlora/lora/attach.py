@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 
@@ -58,15 +58,20 @@ def match_targets(model: Model, targets: Sequence[str]) -> list[str]:
     problems: list[str] = []
     chosen: set[str] = set()
     for target in targets:
-        patterns = TARGETS.get(target, (target,))
-        found = {name for name in layers if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+        found = match_names(layers, target)
         if not found:
             reason, remedy = _explain(model, layers, target)
             problems.append(f"lora.targets = {list(targets)!r}: {target!r} {reason}; {remedy}")
-        chosen |= found
+        chosen.update(found)
     if problems:
         raise ConfigError(*problems)
     return [name for name in layers if name in chosen]
+
+
+def match_names(names: Iterable[str], target: str) -> list[str]:
+    """The names that a target of `TARGETS`, or a pattern, matches."""
+    patterns = TARGETS.get(target, (target,))
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _explain(model: Model, layers: Sequence[str], target: str) -> tuple[str, str]:
@@ -89,10 +94,10 @@ def _explain(model: Model, layers: Sequence[str], target: str) -> tuple[str, str
     return reason, f"use {', '.join(TARGETS)} or a pattern such as *.attn2.to_v"
 
 
-def count_parameters(model: Model, names: Sequence[str], rank: int) -> int:
-    """Elements that an adapter on these modules has; works on the meta device."""
+def count_parameters(model: Model, ranks: Mapping[str, int]) -> int:
+    """Elements that an adapter with these ranks has, by module; works on the meta device."""
     layers = carrier_layers(model)
-    return sum(prod(shape) for name in names for shape in pair_shapes(layers[name], rank))
+    return sum(prod(shape) for name, rank in ranks.items() for shape in pair_shapes(layers[name], rank))
 
 
 def attach(model: Model, names: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from sdlora.diffusion.objective import Objective, describe_objective
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.errors import DataError, RunError
 from sdlora.lora.attach import count_parameters, match_targets
+from sdlora.lora.layout import Layout, plan_layout
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import empty_unet
 from sdlora.models.safety import missing_checker
@@ -38,7 +39,7 @@ class RunPlan:
         index: The pictures.
         buckets: Their buckets and crops.
         order: The samples of every step.
-        targets: The UNet's modules that get an adapter.
+        layout: The modules that get an adapter, with their ranks and alphas.
         num_trainable: Parameters of the adapter.
         num_base: Parameters of the UNet.
         num_processes: Processes of the run.
@@ -51,7 +52,7 @@ class RunPlan:
     index: DatasetIndex
     buckets: BucketPlan
     order: BatchOrder
-    targets: list[str]
+    layout: Layout
     num_trainable: int
     num_base: int
     num_processes: int
@@ -69,6 +70,11 @@ class RunPlan:
         """What is minimised."""
         asked = self.config.objective
         return Objective(schedule_from_config(self.info.scheduler_config, asked.prediction_type), asked)
+
+    @property
+    def targets(self) -> list[str]:
+        """The modules that get an adapter."""
+        return list(self.layout.ranks)
 
     @property
     def global_batch(self) -> int:
@@ -139,11 +145,10 @@ class RunPlan:
 
     def lines(self) -> list[str]:
         """What is printed first."""
-        train, lora, info = self.config.train, self.config.lora, self.info
+        train, info = self.config.train, self.info
         share = self.num_trainable / self.num_base
         warmup = num_warmup_steps(train.warmup, self.steps)
         epochs = self.steps / self.order.steps_per_epoch
-        scale = lora.trained_alpha / lora.rank
         rates = describe_rates(self.targets, train)
         accumulation = f" x {train.accumulate} accumulated" if train.accumulate > 1 else ""
         processes = f" x {self.num_processes} processes" if self.num_processes > 1 else ""
@@ -151,8 +156,8 @@ class RunPlan:
             f"base      {info.name} ({info.family}, {info.prediction_type}, {info.resolution} px, "
             f"{self.num_base / 1e6:.1f} M in the UNet)",
             *self.data_lines,
-            f"adapter   rank {lora.rank}, alpha {lora.trained_alpha:g}, scale {scale:g}; "
-            f"{len(self.targets)} modules, {self.num_trainable / 1e6:.2f} M trainable "
+            f"adapter   {self.layout.describe()}; "
+            f"{len(self.layout.ranks)} modules, {self.num_trainable / 1e6:.2f} M trainable "
             f"({share:.2%} of the UNet), file {self.adapter_bytes / 1e6:.1f} MB",
             f"steps     {self.steps} of batch {train.batch_size}{accumulation}{processes} = global batch "
             f"{self.global_batch}; {self.order.steps_per_epoch} an epoch, {epochs:.1f} epochs, "
@@ -194,7 +199,7 @@ class RunPlan:
             "save_steps": self.save_steps,
             "sample_steps": self.sample_steps,
             "evaluate_steps": self.evaluate_steps,
-            "modules": len(self.targets),
+            "modules": len(self.layout.ranks),
             "trainable_parameters": self.num_trainable,
             "base_parameters": self.num_base,
             "adapter_bytes": self.adapter_bytes,
@@ -253,8 +258,8 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     if unchecked:
         findings.append(Finding("notice", unchecked))
     unet = empty_unet(info)
-    targets = match_targets(unet, config.lora.targets)
-    check_optimizer(config.train, targets)
+    layout = plan_layout(config.lora, match_targets(unet, config.lora.targets))
+    check_optimizer(config.train, list(layout.ranks))
     return RunPlan(
         config=config,
         info=info,
@@ -267,8 +272,8 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
             global_batch=global_batch(config, num_processes),
             seed=config.train.seed,
         ),
-        targets=targets,
-        num_trainable=count_parameters(unet, targets, config.lora.rank),
+        layout=layout,
+        num_trainable=count_parameters(unet, layout.ranks),
         num_base=sum(parameter.numel() for parameter in unet.parameters()),
         num_processes=num_processes,
         findings=findings,

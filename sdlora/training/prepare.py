@@ -13,7 +13,7 @@ from sdlora.data.records import ImageRecord
 from sdlora.diffusion.objective import Objective
 from sdlora.errors import ConfigError
 from sdlora.evaluation.heldout import HeldoutItem
-from sdlora.lora.adapter import Adapter, create_adapter
+from sdlora.lora.adapter import Adapter, draw_adapter
 from sdlora.lora.attach import mount
 from sdlora.lora.files import load_adapter
 from sdlora.lora.layers import Dropout
@@ -113,12 +113,12 @@ def _heldout_item(plan: RunPlan, encodings: Encodings, record: ImageRecord) -> H
 def _make_adapter(plan: RunPlan, base: StableDiffusion) -> Adapter:
     """A fresh adapter, or one that starts from a file."""
     lora = plan.config.lora
-    adapter = create_adapter(
+    adapter = draw_adapter(
         base.unet,
-        plan.targets,
-        lora.rank,
-        lora.trained_alpha,
+        plan.layout.ranks,
+        plan.layout.scales(),
         seed=plan.config.train.seed,
+        init=lora.init,
         family=plan.info.family,
     )
     if lora.init_from is None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdlora.errors import AdapterError
-from sdlora.lora.adapter import LowRank, check_base, create_adapter
+from sdlora.lora.adapter import LowRank, check_base, create_adapter, draw_adapter
 from sdlora.lora.attach import match_targets, mount
 
 
@@ -41,6 +41,50 @@ def test_down_has_standard_deviation_one_over_rank(unet, rank):
     adapter = create_adapter(unet, match_targets(unet, ["attention"]), rank, rank, seed=0)
     values = torch.cat([pair.down.flatten().detach() for pair in adapter.modules.values()])
     assert float(values.std()) == pytest.approx(1 / rank, rel=0.05)
+
+
+def test_orthogonal_rows(unet):
+    """R-33: rows as large as the default's, orthogonal to each other; above the number of inputs, columns."""
+    for rank in (4, 40):
+        names = match_targets(unet, ["all"])
+        adapter = draw_adapter(
+            unet, dict.fromkeys(names, rank), dict.fromkeys(names, 1.0), seed=0, init="orthogonal"
+        )
+        for name, pair in adapter.modules.items():
+            down = pair.down.detach().flatten(1)
+            gram = down @ down.T if rank <= down.shape[1] else down.T @ down
+            expected = torch.eye(len(gram)) * max(down.shape) / rank**2
+            torch.testing.assert_close(gram, expected, rtol=1e-4, atol=1e-5, msg=name)
+            assert float(down.square().mean().sqrt()) == pytest.approx(1 / rank, rel=1e-4)
+            assert not pair.up.any()
+
+
+def test_kaiming_is_the_paper_s(unet):
+    """R-33: torch's own initialisation of a linear layer of these inputs, whatever the rank."""
+    for rank in (4, 64):
+        names = match_targets(unet, ["attention"])
+        adapter = draw_adapter(
+            unet, dict.fromkeys(names, rank), dict.fromkeys(names, 1.0), seed=0, init="kaiming"
+        )
+        for name in names[:3]:
+            down = adapter.modules[name].down.detach()
+            layer = torch.nn.Linear(down.shape[1], 4096)
+            assert float(down.abs().max()) <= down.shape[1] ** -0.5
+            assert float(down.std()) == pytest.approx(float(layer.weight.detach().std()), rel=0.15)
+
+
+def test_every_module_has_its_rank_and_scale(unet, run):
+    """R-33: ranks and scales differ by module; the commonest scale is the adapter's own."""
+    names = match_targets(unet, ["attention"])
+    ranks = {name: (8, 4, 2)[number % 3] for number, name in enumerate(names)}
+    scales = {name: 3.0 if "mid_block" in name else 0.5 for name in names}
+    adapter = draw_adapter(unet, ranks, scales, seed=0)
+    assert {name: pair.rank for name, pair in adapter.modules.items()} == ranks
+    assert {name: adapter.scale_of(name) for name in names} == scales
+    assert (adapter.rank, adapter.alpha) == (8, 4.0)
+    assert len(adapter.scales) == 8
+    mount(unet, [(adapter, 1.0)])
+    assert torch.isfinite(run(unet)).all()
 
 
 def test_first_steps_change_the_output_alike_for_all_ranks(make_unet, run):

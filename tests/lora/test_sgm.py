@@ -97,7 +97,7 @@ def test_kohya_keys_of_sdxl_are_the_golden_list(sdxl, targets, num_modules):
 def test_size_of_an_sdxl_file(sdxl, tmp_path):
     """R-16: attention costs 1,451,520 parameters a rank, 2.9 MB in fp16; info finds the family."""
     names = match_targets(sdxl, ["attention"])
-    assert count_parameters(sdxl, names, 1) == 1_451_520
+    assert count_parameters(sdxl, dict.fromkeys(names, 1)) == 1_451_520
     adapter = create_adapter(sdxl, names, 1, 1, seed=0, family="sdxl")
     for pair in adapter.modules.values():
         pair.down, pair.up = (
