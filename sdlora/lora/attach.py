@@ -8,8 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 
-from torch import nn
-
 from sdlora.errors import AdapterError, ConfigError
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.layers import Dropout, StackEntry, pair_shapes, wrap_layer
@@ -128,10 +126,9 @@ def mount(model: Model, adapters: Sequence[tuple[Adapter, float]], dropout: Drop
         AdapterError: If an adapter names modules, or has shapes, that this network does not have.
     """
     layers = carrier_layers(model)
-    parts = list(components(model))
     stacks: dict[str, list[StackEntry]] = {}
     for adapter, strength in adapters:
-        _check_fit(adapter, layers, parts)
+        check_fit(adapter, model)
         for name, pair in adapter.modules.items():
             down, up, scale = pair.down, pair.up, strength * adapter.scale_of(name)
             if down.requires_grad:
@@ -169,8 +166,13 @@ def mounted(model: Model, adapters: Sequence[tuple[Adapter, float]]) -> Iterator
         replace_modules(model, {name: layer.base for name, layer in layers.items() if name not in before})
 
 
-def _check_fit(adapter: Adapter, layers: Mapping[str, nn.Module], parts: Sequence[str]) -> None:
-    """Refuses an adapter for another network, or for more components than these."""
+def check_fit(adapter: Adapter, model: Model) -> None:
+    """Whether an adapter can be mounted.
+
+    Raises:
+        AdapterError: If it is for another network, or for more components than these.
+    """
+    layers, parts = carrier_layers(model), list(components(model))
     trained_on = adapter.notes.get("sdlora.base_name") or adapter.notes.get("ss_sd_model_name")
     origin = f" (it was trained on {trained_on})" if trained_on else ""
     for component in (prefix.removesuffix(".") for prefix in TEXT_ENCODERS):

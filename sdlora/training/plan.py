@@ -24,6 +24,7 @@ from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import empty_unet
 from sdlora.models.safety import missing_checker
 from sdlora.models.tokens import count_tokens, load_tokenizer
+from sdlora.training.adapter import check_init_from
 from sdlora.training.defaults import check_objective, global_batch, resolve_config
 from sdlora.training.groups import describe_rates
 from sdlora.training.optimizer import check_optimizer, find_optimizer, num_warmup_steps
@@ -260,6 +261,8 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     unet = empty_unet(info)
     layout = plan_layout(config.lora, match_targets(unet, config.lora.targets))
     check_optimizer(config.train, list(layout.ranks))
+    if other_base := check_init_from(config, info, unet, layout):
+        findings.append(Finding("warning", other_base))
     return RunPlan(
         config=config,
         info=info,

@@ -11,15 +11,14 @@ from sdlora.config import RunConfig
 from sdlora.data.cache import TensorCache, cache_folder
 from sdlora.data.records import ImageRecord
 from sdlora.diffusion.objective import Objective
-from sdlora.errors import ConfigError
 from sdlora.evaluation.heldout import HeldoutItem
-from sdlora.lora.adapter import Adapter, draw_adapter
+from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mount
-from sdlora.lora.files import load_adapter
 from sdlora.lora.layers import Dropout
 from sdlora.models.condition import Condition
 from sdlora.models.load import load_base
 from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.training.adapter import make_adapter
 from sdlora.training.console import Report
 from sdlora.training.defaults import spread_records
 from sdlora.training.device import Precision
@@ -77,7 +76,9 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, repor
         base.unet.enable_gradient_checkpointing()
         # diffusers checkpoints only in train mode; the frozen UNet has nothing else that this changes.
         base.unet.train()
-    adapter = _make_adapter(plan, base)
+    adapter, started = make_adapter(config, plan.info, base.unet, plan.layout)
+    if started:
+        report.say(f"start     {config.lora.init_from}: {started}")
     dropout = Dropout(config.lora.dropout)
     mount(base.unet, [(adapter, 1.0)], dropout)
     max_norm = config.lora.max_norm
@@ -108,32 +109,3 @@ def _heldout_item(plan: RunPlan, encodings: Encodings, record: ImageRecord) -> H
     crop = plan.buckets.crops[record.name][0]
     mean, _ = encodings.posterior(record, crop)
     return HeldoutItem(record.digest, mean, encodings.view_condition(record, crop, record.caption))
-
-
-def _make_adapter(plan: RunPlan, base: StableDiffusion) -> Adapter:
-    """A fresh adapter, or one that starts from a file."""
-    lora = plan.config.lora
-    adapter = draw_adapter(
-        base.unet,
-        plan.layout.ranks,
-        plan.layout.scales(),
-        seed=plan.config.train.seed,
-        init=lora.init,
-        family=plan.info.family,
-    )
-    if lora.init_from is None:
-        return adapter
-    start = load_adapter(lora.init_from)
-    key = f"lora.init_from = {lora.init_from}"
-    if set(start.modules) != set(adapter.modules):
-        raise ConfigError(
-            f"{key} adapts other modules ({len(start.modules)}, not {len(adapter.modules)}); set lora.targets"
-        )
-    if start.rank != lora.rank:
-        raise ConfigError(
-            f"{key} has rank {start.rank} but lora.rank = {lora.rank}; set lora.rank={start.rank}"
-        )
-    for name, pair in adapter.modules.items():
-        pair.down.data.copy_(start.modules[name].down)
-        pair.up.data.copy_(start.modules[name].up * (start.scale_of(name) / adapter.scale_of(name)))
-    return adapter

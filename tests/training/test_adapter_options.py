@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 
-from sdlora.lora.files import inspect_adapter
+from sdlora.errors import SdloraError
+from sdlora.lora.files import inspect_adapter, load_adapter, save_adapter
+from sdlora.training.plan import make_plan
 from sdlora.training.train import train
 
 OPTIONS = {
@@ -61,3 +63,27 @@ def test_dropout_resumes_exactly(make_images, small, make_trainer, snapshot, tmp
     plain = make_trainer(small(images, lora__max_norm=0.01), tmp_path / "plain")
     plain.train()
     assert not all(torch.equal(one[name], tensor) for name, tensor in snapshot(plain).items())
+
+
+def test_starting_from_another_rank(make_images, small, make_trainer, tmp_path):
+    """lora.init_from: any dialect and rank; what does not go with base or targets is said before loading."""
+    images = make_images()
+    first = make_trainer(small(images, data__heldout=0.25, lora__alpha=8), tmp_path / "first")
+    for pair in first.learner.adapter.modules.values():
+        pair.up.data.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+    file = save_adapter(tmp_path / "start.safetensors", first.learner.adapter, dialect="kohya")
+    larger = small(images, data__heldout=0.25, lora__init_from=str(file), lora__rank=5, lora__alpha=3)
+    second = make_trainer(larger, tmp_path / "second")
+    assert second.evaluate("train").loss == pytest.approx(first.evaluate("train").loss, rel=1e-4)
+    for changes, message in (
+        ({"lora__targets": ["*.attn2.*"]}, r"lora\.init_from = .* also changes 40 of its 80 modules"),
+        ({"lora__init_from": "nowhere.safetensors"}, r"nowhere\.safetensors does not exist"),
+    ):
+        with pytest.raises(SdloraError, match=message):
+            make_plan(small(images, **{"lora__init_from": str(file), **changes}))
+    adapter = load_adapter(file)
+    adapter.family = "sdxl"
+    adapter.notes["sdlora.family"] = "sdxl"
+    other = save_adapter(tmp_path / "other.safetensors", adapter)
+    with pytest.raises(SdloraError, match=r"other\.safetensors is for family sdxl .* builtin is sd1"):
+        make_plan(small(images, lora__init_from=str(other)))

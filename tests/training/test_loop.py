@@ -390,8 +390,6 @@ def test_starting_from_a_file(make_images, small, make_trainer, tmp_path):
     second = make_trainer(small(images, data__heldout=0.25, lora__init_from=str(file)), tmp_path / "second")
     for split in ("train", "heldout"):
         assert second.evaluate(split).loss == pytest.approx(first.evaluate(split).loss, rel=1e-3)
-    with pytest.raises(sdlora.SdloraError, match=r"has rank 2 but lora\.rank = 3; set lora\.rank=2"):
-        make_trainer(small(images, lora__init_from=str(file), lora__rank=3), tmp_path / "third")
 
 
 @pytest.mark.parametrize("cache", ["auto", True])
