@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from sdlora.errors import ConfigError
-from sdlora.problems import describe_error, shorten
+from sdlora.errors import ConfigError, shorten
+from sdlora.problems import describe_error
 from sdlora.reading import MAX_DEPTH, UnfitFileError, parse_toml, read_bytes, read_json
 
 MAX_TOML_BYTES = 256 * 2**10
@@ -66,6 +66,7 @@ class DataSection(Section):
     cache: bool | Literal["auto"] = _field("auto", "use auto, true or false")
     allow_missing_captions: bool = False
     on_bad_image: Literal["stop", "skip"] = _field("stop", "use stop or skip")
+    follow_links: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:

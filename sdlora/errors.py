@@ -11,11 +11,42 @@ SdloraError
 └── RunStopped         a signal stopped the run; its state is saved
 """
 
+from __future__ import annotations
+
+import unicodedata
+
+MAX_SHOWN = 200
+
+
+def unfit_letters(text: str) -> set[str]:
+    """The characters of a text that would break a line, steer a terminal, or fit in no file.
+
+    Control characters, halves of surrogate pairs, line and paragraph separators; not joiners and spaces,
+    which scripts and emoji need.
+    """
+    if text.isprintable():
+        return set()
+    return {letter for letter in set(text) if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp")}
+
+
+def one_line(text: str) -> str:
+    """A text with its unfit letters escaped."""
+    unfit = unfit_letters(text)
+    return "".join(repr(letter)[1:-1] if letter in unfit else letter for letter in text) if unfit else text
+
+
+def shorten(text: str) -> str:
+    """A value in a message: on one line however long it is and whatever it holds."""
+    return one_line(text) if len(text) <= MAX_SHOWN else f"{one_line(text[:MAX_SHOWN])}…"
+
 
 class SdloraError(Exception):
     """Base of all errors; the message is one line that names the remedy."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return "\n".join(map(one_line, super().__str__().split("\n")))
 
 
 class ConfigError(SdloraError):

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-MAX_SHOWN = 200
+from sdlora.errors import shorten
 
 
 def describe_error(item: dict[str, Any], model: type[BaseModel]) -> str:
@@ -26,12 +26,6 @@ def describe_error(item: dict[str, Any], model: type[BaseModel]) -> str:
     extra = field.json_schema_extra if field and isinstance(field.json_schema_extra, dict) else {}
     remedy = f"; {extra['remedy']}" if extra.get("remedy") else ""
     return f"{key} = {shown} {_reason(item)}{remedy}"
-
-
-def shorten(text: str) -> str:
-    """A value in a message, on one line however long it is and whatever it holds."""
-    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text[: MAX_SHOWN + 1])
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:

@@ -17,7 +17,7 @@ GROUND = {"errors", "reading", "config", "runs"}
 ALLOWED = {
     "errors": set(),
     "reading": set(),
-    "problems": set(),
+    "problems": {"errors"},
     "config": {"errors", "reading", "problems"},
     "runs": {"errors", "reading", "config"},
     **dict.fromkeys(COLUMNS, GROUND),

@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from sdlora.data.buckets import Crop
 from sdlora.data.images import parse_colour
 from sdlora.data.records import ImageRecord
+from sdlora.reading import UnfitFileError, read_bytes, read_header
 from sdlora.runs import write_file
 
 CACHE_VERSION = 1
+MAX_BYTES = 2**28
+DTYPES = {"F32", "F16", "BF16"}
+Shapes = dict[str, tuple[int, ...]]
 LATENTS, TEXT = "latents", "text"
 
 
@@ -71,11 +75,19 @@ class TensorCache:
         travels = self.folder is None or self.problem
         return {**self.__dict__, "_memory": self._memory if travels else {}}
 
-    def get(self, key: str) -> dict[str, torch.Tensor] | None:
-        """The tensors of a key, or None; not to be changed in place. A damaged file counts as missing."""
+    def get(self, key: str, shapes: Shapes | None = None) -> dict[str, torch.Tensor] | None:
+        """The tensors of a key, or None; not to be changed in place.
+
+        A file that is damaged, or is not what an encoder makes, counts as missing: anybody may have
+        written it.
+
+        Args:
+            key: From `latent_key` or `text_key`.
+            shapes: What the tensors must be.
+        """
         if key not in self._memory and self.folder is not None:
-            with suppress(OSError, SafetensorError, ValueError):
-                self._memory[key] = _read_tensors(self._file(key))
+            with suppress(OSError, UnfitFileError, SafetensorError):
+                self._memory[key] = _read_tensors(self._file(key), shapes)
         return self._memory.get(key)
 
     def put(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -87,21 +99,20 @@ class TensorCache:
         file = self._file(key)
         try:
             write_file(file, lambda temporary: temporary.write_bytes(save(kept)), _read_tensors)
-        except (OSError, SafetensorError) as error:
+        except (OSError, UnfitFileError, SafetensorError) as error:
             self.problem = f"{file} cannot be written: {error}"
 
-    def contains(self, key: str) -> bool:
+    def contains(self, key: str, shapes: Shapes | None = None) -> bool:
         """Whether `get` would find the key; reads a file's header only."""
         if key in self._memory:
             return True
         if self.folder is None:
             return False
         try:
-            # The header is checked against the file's size.
-            with safe_open(self._file(key), framework="pt"):
-                return True
-        except (OSError, SafetensorError, ValueError):
+            _check_header(self._file(key), shapes)
+        except (OSError, UnfitFileError):
             return False
+        return True
 
     def _file(self, key: str) -> Path:
         kind, _, name = key.partition("/")
@@ -109,26 +120,39 @@ class TensorCache:
         return self.folder / kind / name[:2] / f"{name}.safetensors"
 
 
-def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    with safe_open(file, framework="pt") as handle:
-        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+def _read_tensors(file: Path, shapes: Shapes | None = None) -> dict[str, torch.Tensor]:
+    """Reads an entry into memory; a map of the file for each would run into the system's limit on maps."""
+    _check_header(file, shapes)
+    tensors: dict[str, torch.Tensor] = load(read_bytes(file, MAX_BYTES))
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise UnfitFileError("holds values that are not finite")
+    return tensors
+
+
+def _check_header(file: Path, shapes: Shapes | None) -> None:
+    """Refuses an entry that is not whole, or not what an encoder makes."""
+    header = read_header(file)
+    if not DTYPES.issuperset(header.dtypes.values()) or any(0 in shape for shape in header.shapes.values()):
+        raise UnfitFileError("holds what no encoder makes")
+    if shapes is not None and header.shapes != shapes:
+        raise UnfitFileError("holds tensors of other shapes")
 
 
 def measure_cache(folder: Path) -> list[tuple[str, int, int]]:
     """Rows (kind, files, bytes)."""
     rows = []
     for kind in (LATENTS, TEXT):
-        sizes = [file.stat().st_size for file in (folder / kind).glob("*/*.safetensors")]
+        sizes = [file.stat().st_size for file in _entries(folder / kind, "*.safetensors")]
         rows.append((kind, len(sizes), sum(sizes)))
     return rows
 
 
 def clear_cache(folder: Path) -> int:
-    """Deletes the cache's own files, nothing else in that folder, and gives the bytes freed."""
+    """Deletes the cache's own files, nothing else in that folder or elsewhere, and gives the bytes freed."""
     freed = 0
     for kind in (LATENTS, TEXT):
-        for pattern in ("*/*.safetensors", "*/.*.safetensors.*.tmp"):
-            for file in (folder / kind).glob(pattern):
+        for pattern in ("*.safetensors", ".*.safetensors.*.tmp"):
+            for file in _entries(folder / kind, pattern):
                 size = file.stat().st_size
                 file.unlink(missing_ok=True)
                 freed += size
@@ -136,3 +160,11 @@ def clear_cache(folder: Path) -> int:
             with suppress(OSError):
                 empty.rmdir()
     return freed
+
+
+def _entries(folder: Path, pattern: str) -> list[Path]:
+    """The files of one kind; a link below the cache folder was not made by sdlora and is left alone."""
+    if folder.is_symlink():
+        return []
+    inner = [path for path in folder.glob("*") if path.is_dir() and not path.is_symlink()]
+    return [file for path in inner for file in path.glob(pattern) if file.is_file() and not file.is_symlink()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import json
 import posixpath
 import re
 import unicodedata
@@ -16,12 +15,18 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sdlora.data.records import Finding, count_of, join_names
-from sdlora.errors import DataError
+from sdlora.errors import DataError, shorten, unfit_letters
+from sdlora.reading import UnfitFileError, parse_json, read_bytes
 
 SIDECAR_SUFFIXES = (".txt", ".caption")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 PLACEHOLDER = "{trigger}"
+# A base takes some hundred words; a file of this size is something else.
+MAX_CAPTION_BYTES = 100_000
+MAX_METADATA_BYTES = 32_000_000
+MAX_LINES = 500_000
+MAX_LISTED = 1000
 _PAPERS = ("readme", "license", "licence", "attribution", "notice", "credits", "copying", "authors")
 
 
@@ -130,15 +135,23 @@ def _normalise(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _clean(text: Any) -> str:
-    return "" if text is None else " ".join(str(text).replace("\ufeff", "").split())
+def _clean(value: Any) -> str:
+    """One line of text, without what no tokenizer or file can take; empty for what is no text."""
+    if not isinstance(value, str | int | float):
+        return ""
+    words = " ".join(str(value).replace("\ufeff", "").split())
+    unfit = unfit_letters(words)
+    return " ".join("".join(c for c in words if c not in unfit).split()) if unfit else words
 
 
-def _read_text(search: _Search, name: str) -> str:
+def _read_text(search: _Search, name: str, max_bytes: int) -> str:
     try:
-        text, encoding = decode_text((search.root / name).read_bytes())
+        text, encoding = decode_text(read_bytes(search.root / name, max_bytes))
     except OSError as error:
         search.findings.append(Finding("error", f"{name} cannot be read: {error.strerror}", (name,)))
+        return ""
+    except UnfitFileError as error:
+        search.findings.append(Finding("error", f"{name} {error}; shorten it, or move it away", (name,)))
         return ""
     if encoding == "cp1252":
         search.guessed.append(name)
@@ -158,7 +171,7 @@ def _read_sidecars(search: _Search, names: Sequence[str], images: Sequence[str])
             if path.suffix.lower() != suffix:
                 continue
             owned = owners.get(_normalise(name[: -len(suffix)]), [])
-            text = _clean(_read_text(search, name)) if owned else ""
+            text = _clean(_read_text(search, name, MAX_CAPTION_BYTES)) if owned else ""
             for image in owned:
                 if text:
                     search.candidates[image].append(Caption(text, suffix))
@@ -174,7 +187,8 @@ def _read_metadata(search: _Search, name: str, known: Mapping[str, str]) -> None
     columns: dict[str, None] = {}
     for row in _read_rows(search, name):
         rows += 1
-        columns.update(dict.fromkeys(map(str, row)))
+        if len(columns) < MAX_LISTED:
+            columns.update(dict.fromkeys(map(str, row)))
         target = _clean(row.get("file_name"))
         if not target:
             continue
@@ -182,12 +196,16 @@ def _read_metadata(search: _Search, name: str, known: Mapping[str, str]) -> None
         captions += column is not None
         image = _find_image(str(path.parent), str(row["file_name"]).strip(), known)
         if image is None:
-            missing.append(target)
-        elif column is not None and _clean(row[column]):
-            search.candidates[image].append(Caption(_clean(row[column]), path.name))
+            missing.append(shorten(target))
+        elif column is not None and (text := _clean(row[column])):
+            if len(text) > MAX_CAPTION_BYTES:
+                message = f"{name} has a caption of {len(text):,} letters for {image}; shorten it"
+                search.findings.append(Finding("error", message, (image,)))
+            else:
+                search.candidates[image].append(Caption(text, path.name))
     if rows and ("file_name" not in columns or not captions):
         wanted = "file_name" if "file_name" not in columns else "text, caption or prompt"
-        found = ", ".join(columns)
+        found = join_names(map(shorten, columns))
         message = f"{name} has no column {wanted} (it has {found}); name the column so"
         search.findings.append(Finding("error", message, (name,)))
     if missing:
@@ -196,7 +214,12 @@ def _read_metadata(search: _Search, name: str, known: Mapping[str, str]) -> None
 
 
 def _read_rows(search: _Search, name: str) -> Iterator[dict[str, Any]]:
-    text = _read_text(search, name).removeprefix("\ufeff")
+    text = _read_text(search, name, MAX_METADATA_BYTES).removeprefix("\ufeff")
+    lines = max(text.count("\n"), text.count("\r"))
+    if lines > MAX_LINES:
+        message = f"{name} has {lines:,} lines; at most {MAX_LINES:,} are read, so split the folder"
+        search.findings.append(Finding("error", message, (name,)))
+        return
     if name.endswith(".csv"):
         try:
             yield from csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
@@ -209,8 +232,8 @@ def _read_rows(search: _Search, name: str) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse_json(line)
+        except UnfitFileError:
             row = None
         if isinstance(row, dict):
             yield row

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from pathlib import Path, PurePosixPath
 from sdlora.data.heldout import HELDOUT, is_heldout
 from sdlora.data.images import IMAGE_SUFFIXES
 from sdlora.data.records import join_names
-from sdlora.errors import DataError
+from sdlora.errors import DataError, unfit_letters
+
+LINKS_REMEDY = "copy what they point to, or set data.follow_links=true"
 
 
 @dataclass
@@ -24,6 +27,10 @@ class Listing:
     files: list[str] = field(default_factory=list)
     hidden_images: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
+    unfit: dict[str, str] = field(default_factory=dict)
+    """What is no file that can be read, and why."""
+    outward: dict[str, str] = field(default_factory=dict)
+    """Links that lead out of the folder, and where to; they are not followed."""
 
     @property
     def images(self) -> list[str]:
@@ -36,32 +43,64 @@ def is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
-def list_files(root: Path) -> Listing:
-    """Walks a folder in a fixed order, through links too but never in circles."""
-    listing = Listing()
-    visited: set[tuple[int, int]] = set()
+def list_files(root: Path, follow_links: bool = False) -> Listing:
+    """Walks a folder in a fixed order, never in circles.
 
-    def walk(folder: Path, prefix: str, hidden: bool) -> None:
+    Args:
+        root: The folder; it may be a link itself.
+        follow_links: Also follows links that lead out of it. What is in somebody's archive could else
+            bring any file of this machine into a run, and into the metadata of what it writes.
+    """
+    listing = Listing()
+    home = Path(os.path.realpath(root))
+    visited: set[tuple[int, int]] = set()
+    folders = [(root, "", False)]
+    while folders:
+        folder, prefix, hidden = folders.pop()
         try:
             status = folder.stat()
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
             listing.unreadable.append(prefix.rstrip("/") or str(root))
-            return
+            continue
         if (status.st_dev, status.st_ino) in visited:
-            return
+            continue
         visited.add((status.st_dev, status.st_ino))
+        inner = []
         for entry in entries:
             name, ignored = prefix + entry.name, hidden or _is_ignored(entry.name)
-            if entry.is_dir():
-                walk(Path(entry.path), f"{name}/", ignored)
-            elif not ignored:
+            kind = _kind_of(entry)
+            if not follow_links and entry.is_symlink():
+                target = Path(os.path.realpath(entry.path))
+                if not target.is_relative_to(home):
+                    if not ignored:
+                        listing.outward[name] = str(target)
+                    continue
+            if kind == "folder":
+                inner.append((Path(entry.path), f"{name}/", ignored))
+            elif ignored:
+                if is_image(name) and not entry.name.startswith("._"):
+                    listing.hidden_images.append(name)
+            elif kind != "file":
+                listing.unfit[name] = kind
+            elif unfit_letters(name):
+                listing.unfit[name] = "has a name that is not text; rename it"
+            else:
                 listing.files.append(name)
-            elif is_image(name) and not entry.name.startswith("._"):
-                listing.hidden_images.append(name)
-
-    walk(root, "", False)
+        folders += reversed(inner)
+    listing.files.sort()
     return listing
+
+
+def _kind_of(entry: os.DirEntry[str]) -> str:
+    """`file`, `folder`, or why it is neither."""
+    try:
+        mode = entry.stat().st_mode
+    except OSError as error:
+        return "is a link to nothing" if entry.is_symlink() else f"cannot be read ({error.strerror})"
+    if stat.S_ISDIR(mode):
+        return "folder"
+    return "file" if stat.S_ISREG(mode) else "is a pipe or a device, not a file"
 
 
 def _is_ignored(name: str) -> bool:
@@ -71,7 +110,7 @@ def _is_ignored(name: str) -> bool:
 def read_repeats(root: Path, name: str) -> int:
     """N of the nearest `N_name` folder above a file, the image folder itself included."""
     for folder in (*reversed(PurePosixPath(name).parts[:-1]), root.absolute().name):
-        match = re.fullmatch(r"([1-9]\d*)_.+", folder)
+        match = re.fullmatch(r"([1-9][0-9]{0,8})_.+", folder)
         if match:
             return int(match[1])
     return 1
@@ -95,7 +134,14 @@ def describe_nothing(root: Path, listing: Listing) -> str:
     message = f"no images to train on in {root}"
     kinds = Counter(PurePosixPath(name).suffix.lower() or "without a suffix" for name in listing.files)
     found = join_names(f"{number} {kind}" for kind, number in kinds.most_common())
-    message += f" (found: {found})" if found else " (it is empty)"
+    is_empty = not (listing.files or listing.outward or listing.unfit or listing.hidden_images)
+    message += f" (found: {found})" if found else " (it is empty)" if is_empty else ""
+    if listing.outward:
+        name, target = next(iter(listing.outward.items()))
+        return f"{message}; links lead out of it, such as {name} -> {target}; {LINKS_REMEDY}"
+    if listing.unfit:
+        name, reason = next(iter(listing.unfit.items()))
+        return f"{message}; {name} {reason}"
     if any(is_heldout(name) for name in listing.images):
         return f"{message}; all images are in {HELDOUT}, which is never trained on; move some out of it"
     if listing.hidden_images:

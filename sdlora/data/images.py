@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-import struct
+import threading
 import warnings
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 
 from sdlora.data.buckets import Crop
-from sdlora.data.records import Size
-from sdlora.errors import ConfigError, DataError
+from sdlora.data.records import ImageRecord, Size
+from sdlora.errors import ConfigError, DataError, SdloraError
+from sdlora.reading import UnfitFileError, read_bytes
 
 IMAGE_SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"),
@@ -25,7 +26,14 @@ UNREAD_SUFFIXES = (
     *(".heic", ".heif", ".jxl", ".svg", ".psd", ".eps"),
     *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"),
 )
+# What Pillow may take a file for, whatever its name says: its reader of EPS would start another program.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "PPM", "TGA")
+MAX_BYTES = 2**30
+LARGE_BYTES = 2**25
+LARGE_PIXELS = 2**24
 ORIENTATION = 0x0112
+# Large pictures are decoded one at a time: eight panoramas at once would take gigabytes.
+_large = threading.RLock()
 
 
 class UnreadableImageError(DataError):
@@ -63,9 +71,43 @@ def load_image(path: Path, background: str = "white") -> Image.Image:
         ConfigError: If `background` is not a colour.
     """
     colour = parse_colour(background)
-    with _decoding(path), _open(path, _read(path)) as image:
-        image.load()
-        return _flatten(_transpose(image), colour)
+    return _load(path, _read(path), colour)
+
+
+def load_record(record: ImageRecord, background: str = "white") -> Image.Image:
+    """Reads the picture of a record, in the state in which it was scanned.
+
+    Raises:
+        DataError: If it is gone or has changed since; the message names the file.
+    """
+    try:
+        data = read_bytes(record.path, MAX_BYTES)
+    except (OSError, UnfitFileError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(
+            f"{record.path} was there when the images were scanned, and cannot be read now ({reason}); "
+            "put it back and go on, or start again without it"
+        ) from None
+    if hashlib.sha256(data).hexdigest() != record.digest:
+        raise DataError(
+            f"{record.path} has changed since the images were scanned; put it back and go on, or start again"
+        )
+    return _load(record.path, data, parse_colour(background))
+
+
+def measure_file(path: Path) -> tuple[str, Size, bool]:
+    """The digest of a file, and what `measure_image` finds in it.
+
+    Raises:
+        UnreadableImageError: If it cannot be read to its end, or is not a picture.
+    """
+    try:
+        is_large = path.stat().st_size > LARGE_BYTES
+    except OSError as error:
+        raise UnreadableImageError(path, f"cannot be read ({error.strerror})") from None
+    with _one_at_a_time(is_large):
+        data = _read(path)
+        return (hashlib.sha256(data).hexdigest(), *measure_image(path, data))
 
 
 def measure_image(path: Path, data: bytes) -> tuple[Size, bool]:
@@ -74,7 +116,7 @@ def measure_image(path: Path, data: bytes) -> tuple[Size, bool]:
     Raises:
         UnreadableImageError: If it is empty, cut short or not a picture.
     """
-    with _decoding(path), _open(path, data) as image:
+    with _decoding(path), _open(path, data) as image, _one_at_a_time(_pixels(image) > LARGE_PIXELS):
         moves = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
         if image.format == "JPEG":
             # A reduced decode reads the whole stream all the same, at a third of the cost.
@@ -98,18 +140,36 @@ def crop_image(image: Image.Image, crop: Crop) -> Image.Image:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path, MAX_BYTES)
     except OSError as error:
         raise UnreadableImageError(path, f"cannot be read ({error.strerror})") from None
+    except UnfitFileError as error:
+        raise UnreadableImageError(path, str(error)) from None
+
+
+def _load(path: Path, data: bytes, colour: tuple[int, int, int]) -> Image.Image:
+    with _decoding(path), _open(path, data) as image:
+        image.load()
+        return _flatten(_transpose(image), colour)
 
 
 def _open(path: Path, data: bytes) -> Image.Image:
     if not data:
         raise UnreadableImageError(path, "is empty (0 bytes)")
+    Image.init()
     try:
-        return Image.open(io.BytesIO(data))
+        # An older Pillow has no reader of AVIF.
+        return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
     except UnidentifiedImageError:
         raise UnreadableImageError(path, f"is not a picture (it starts with {data[:12]!r})") from None
+
+
+def _pixels(image: Image.Image) -> int:
+    return image.width * image.height
+
+
+def _one_at_a_time(is_large: bool) -> AbstractContextManager[object]:
+    return _large if is_large else nullcontext()
 
 
 @contextmanager
@@ -119,12 +179,16 @@ def _decoding(path: Path) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\..*")
             yield
+    except SdloraError:
+        raise
     except Image.DecompressionBombError:
         raise UnreadableImageError(path, "has too many pixels (over 178 million); scale it down") from None
-    except (OSError, EOFError, SyntaxError, ValueError, IndexError, struct.error, zlib.error) as error:
+    except MemoryError:
+        raise UnreadableImageError(path, "needs more memory than there is; scale it down") from None
+    except Exception as error:  # Decoders raise whatever a broken file makes them stumble over.
         cut = isinstance(error, EOFError) or "truncated" in str(error)
         reason = "is cut short" if cut else "cannot be decoded"
-        raise UnreadableImageError(path, f"{reason} ({error})") from None
+        raise UnreadableImageError(path, f"{reason} ({str(error) or type(error).__name__})") from None
 
 
 def _transpose(image: Image.Image) -> Image.Image:
@@ -153,12 +217,16 @@ def _flatten(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
 
 def _reduce_depth(image: Image.Image) -> Image.Image:
     """16-bit, 32-bit and float grey become 8-bit; Pillow's own conversion clips them to white."""
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image)
     if image.mode == "F":
         top = 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
     else:
         top = 65535.0 if values.max(initial=0) <= 65535 else float(2**31 - 1)
-    return Image.fromarray(np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8))
+    reduced = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), 64):  # In strips: a large picture in float64 would take gigabytes.
+        strip = values[start : start + 64].astype(np.float64)
+        reduced[start : start + 64] = np.clip(np.rint(strip * (255.0 / top)), 0, 255)
+    return Image.fromarray(reduced)
 
 
 def _convert_to_srgb(image: Image.Image, profile: bytes) -> Image.Image:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sdlora.errors import one_line
+
 Severity = Literal["error", "warning", "notice"]
 
 
@@ -58,11 +60,17 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that preflight saw: errors stop a run, warnings and notices are told."""
+    """Something that preflight saw: errors stop a run, warnings and notices are told.
+
+    The message is one line, whatever the names in it hold.
+    """
 
     severity: Severity
     message: str
     names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", one_line(self.message))
 
 
 @dataclass(frozen=True, slots=True)

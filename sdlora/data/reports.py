@@ -8,12 +8,13 @@ from pathlib import Path, PurePosixPath
 
 from sdlora.config import DataSection
 from sdlora.data.captions import METADATA_FILES, PLACEHOLDER, Caption
-from sdlora.data.folders import Listing
+from sdlora.data.folders import LINKS_REMEDY, Listing, is_image
 from sdlora.data.heldout import HELDOUT
 from sdlora.data.images import UNREAD_SUFFIXES
-from sdlora.data.records import Finding, ImageRecord, count_of, join_names
+from sdlora.data.records import Finding, ImageRecord, Severity, count_of, join_names
 
 MANY_REPEATS = 100
+MAX_REPEATS = 10_000
 
 
 def report_files(listing: Listing) -> list[Finding]:
@@ -26,6 +27,17 @@ def report_files(listing: Listing) -> list[Finding]:
     if listing.unreadable:
         names = tuple(listing.unreadable)
         findings.append(Finding("warning", f"folders that cannot be opened: {join_names(names)}", names))
+    if listing.outward:
+        listed = join_names(f"{name} -> {target}" for name, target in listing.outward.items())
+        message = (
+            f"{count_of(len(listing.outward), 'link')} out of the image folder: {listed}; {LINKS_REMEDY}"
+        )
+        findings.append(Finding("error", message, tuple(listing.outward)))
+    unfit = {name: reason for name, reason in listing.unfit.items() if not is_image(name)}
+    if unfit:
+        listed = join_names(f"{name} {reason}" for name, reason in unfit.items())
+        message = f"{count_of(len(unfit), 'file')} that cannot be read: {listed}"
+        findings.append(Finding("warning", message, tuple(unfit)))
     if listing.hidden_images:
         names = tuple(listing.hidden_images)
         message = f"{count_of(len(names), 'image')} in hidden files or folders left out: {join_names(names)}"
@@ -112,8 +124,10 @@ def report_records(training: Sequence[ImageRecord], heldout: Sequence[ImageRecor
     if leaked:
         message = f"held-out images that are trained on too: {join_names(leaked)}; remove one of each"
         findings.append(Finding("warning", message, leaked))
-    large = sorted({record.repeats for record in training if record.repeats > MANY_REPEATS})
-    if large:
-        message = f"a folder's name asks for {large[-1]} repeats of each image; rename it if it is a year"
-        findings.append(Finding("warning", message))
+    most = max((record.repeats for record in training), default=0)
+    if most > MANY_REPEATS:
+        # Nobody repeats a picture ten thousand times an epoch; a folder named 20240131_holiday says so.
+        severity: Severity = "error" if most > MAX_REPEATS else "warning"
+        message = f"a folder's name asks for {most} repeats of each image; rename it if it is a date"
+        findings.append(Finding(severity, message))
     return findings

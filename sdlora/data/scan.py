@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,9 +11,16 @@ from pathlib import Path
 
 from sdlora.config import DataSection
 from sdlora.data.captions import PLACEHOLDER, Caption, find_captions, place_trigger
-from sdlora.data.folders import Listing, check_folder, describe_nothing, list_files, read_repeats
+from sdlora.data.folders import (
+    Listing,
+    check_folder,
+    describe_nothing,
+    is_image,
+    list_files,
+    read_repeats,
+)
 from sdlora.data.heldout import hold_out_share, is_below, is_heldout, locate_heldout
-from sdlora.data.images import UnreadableImageError, measure_image, parse_colour
+from sdlora.data.images import UnreadableImageError, measure_file, parse_colour
 from sdlora.data.records import DatasetIndex, Finding, ImageRecord, Size
 from sdlora.data.reports import (
     report_captions,
@@ -59,7 +65,7 @@ def scan_dataset(
     root = Path(root).expanduser()
     check_folder(root)
     parse_colour(settings.background)
-    listing = list_files(root)
+    listing = list_files(root, settings.follow_links)
     images = listing.images
     inside, outside = locate_heldout(root, images, settings.heldout)
     training_names = [name for name in images if not is_below(name, inside) and not is_heldout(name)]
@@ -93,7 +99,9 @@ def _read_records(
     measured = dict(zip(names, _measure_all([root / name for name in names], progress), strict=True))
     good = [name for name in names if not measured[name].reason]
     findings += report_files(listing)
-    findings += report_unreadable({name: m.reason for name, m in measured.items() if m.reason}, settings)
+    bad = {name: m.reason for name, m in measured.items() if m.reason}
+    bad |= {name: reason for name, reason in listing.unfit.items() if is_image(name)}
+    findings += report_unreadable(bad, settings)
     findings += report_frames([name for name in good if measured[name].moves])
     findings += report_captions(root, good, captions, settings)
     records = []
@@ -109,7 +117,7 @@ def _read_outside(
     folder: Path, taken: set[str], settings: DataSection
 ) -> tuple[list[ImageRecord], list[Finding]]:
     """Held-out pictures from a folder elsewhere; their names start with that folder's."""
-    listing = list_files(folder)
+    listing = list_files(folder, settings.follow_links)
     if not listing.images:
         raise DataError(
             f"data.heldout = {settings.heldout} has no images; give another folder, a share, or 0"
@@ -143,10 +151,6 @@ def _measure_all(paths: Sequence[Path], progress: Progress | None) -> list[_Meas
 def _measure(path: Path) -> _Measured:
     """Reads a file once: digest, size, and whether it can be decoded to its end."""
     try:
-        data = path.read_bytes()
-        size, moves = measure_image(path, data)
+        return _Measured(*measure_file(path))
     except UnreadableImageError as error:
         return _Measured("", Size(1, 1), reason=error.reason)
-    except OSError as error:
-        return _Measured("", Size(1, 1), reason=f"cannot be read ({error.strerror})")
-    return _Measured(hashlib.sha256(data).hexdigest(), size, moves)

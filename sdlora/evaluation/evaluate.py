@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdlora.config import RunConfig
 from sdlora.data.buckets import BucketPlan, plan_buckets
-from sdlora.data.images import crop_image, load_image
+from sdlora.data.images import crop_image, load_record
 from sdlora.data.records import ImageRecord, Size
 from sdlora.data.scan import scan_dataset
 from sdlora.data.tensors import crop_to_time_ids, image_to_tensor
@@ -156,7 +156,7 @@ def remove_trigger(caption: str, trigger: str) -> str:
 
 
 def _as_seen(record: ImageRecord, plan: BucketPlan, config: RunConfig) -> Tensor:
-    image = load_image(record.path, config.data.background)
+    image = load_record(record, config.data.background)
     return image_to_tensor(crop_image(image, plan.crops[record.name][0]))
 
 

@@ -88,6 +88,16 @@ class BaseInfo:
         return min(positions + [words.length for words in self.words if words.length])
 
     @property
+    def text_width(self) -> int:
+        """D of the text states that the UNet reads."""
+        return int(self.unet_config.get("cross_attention_dim", 1280))
+
+    @property
+    def pooled_width(self) -> int:
+        """P of the pooled text states, for SDXL."""
+        return int(self.parts[self.traits.text_encoders[-1]].config.get("projection_dim", 512))
+
+    @property
     def is_builtin(self) -> bool:
         """Whether this is the base that comes with sdlora."""
         return self.source == "builtin"

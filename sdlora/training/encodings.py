@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sdlora.config import DataSection
 from sdlora.data.buckets import Crop
-from sdlora.data.cache import TensorCache, latent_key, text_key
-from sdlora.data.images import crop_image, load_image
+from sdlora.data.cache import Shapes, TensorCache, latent_key, text_key
+from sdlora.data.images import crop_image, load_record
 from sdlora.data.records import ImageRecord
 from sdlora.data.tensors import crop_to_time_ids, image_to_tensor
 from sdlora.errors import DataError, ModelError
@@ -57,16 +57,14 @@ class Encodings:
         """
         if self.cache is None:
             return
-        texts = [
-            caption for caption in dict.fromkeys(captions) if not self.cache.contains(self._text_key(caption))
-        ]
-        missing = {key: view for view in views if not self.cache.contains(key := self._latent_key(*view))}
-        jobs: list[str | View] = [*texts, *missing.values()]
+        jobs: list[str | View] = [*dict.fromkeys(captions)]
+        jobs += {self._latent_key(*view): view for view in views}.values()
+        jobs = [job for job in jobs if not self._is_known(job)]
         # All look at what is missing before one of them begins to fill it.
         meet(accelerator)
         self._encode(jobs[accelerator.process_index :: accelerator.num_processes], accelerator, report)
         # What the others put where this process cannot see it: on a host with a cache of its own.
-        self._encode([job for job in jobs if not self.cache.contains(self._key(job))], accelerator, report)
+        self._encode([job for job in jobs if not self._is_known(job)], accelerator, report)
         if self.cache.problem:
             if self.is_required:
                 raise DataError(
@@ -88,12 +86,13 @@ class Encodings:
         """Mean and standard deviation of the VAE's posterior, each (C, H, W) on the CPU.
 
         Raises:
+            DataError: If the picture is gone or has changed since it was scanned, naming it.
             ModelError: If the latents are not finite, naming the picture.
         """
         key = self._latent_key(record, crop)
-        known = self.cache.get(key) if self.cache else None
+        known = self.cache.get(key, self._latent_shapes(crop)) if self.cache else None
         if known is None:
-            image = crop_image(load_image(record.path, self.background), crop)
+            image = crop_image(load_record(record, self.background), crop)
             try:
                 mean, std = self.base.encode_images(image_to_tensor(image)[None])
             except ModelError as error:
@@ -106,7 +105,7 @@ class Encodings:
     def condition(self, caption: str) -> Condition:
         """A caption's text states, on the CPU."""
         key = self._text_key(caption)
-        known = self.cache.get(key) if self.cache else None
+        known = self.cache.get(key, self._text_shapes()) if self.cache else None
         if known is None:
             with torch.no_grad():
                 states = self.base.encode_captions([caption])[0].to("cpu")
@@ -122,8 +121,22 @@ class Encodings:
             return condition
         return condition.with_time_ids(crop_to_time_ids(record.size, crop))
 
-    def _key(self, job: str | View) -> str:
-        return self._text_key(job) if isinstance(job, str) else self._latent_key(*job)
+    def _is_known(self, job: str | View) -> bool:
+        """Whether the cache has a caption or picture, by the header of its file."""
+        assert self.cache is not None
+        if isinstance(job, str):
+            return self.cache.contains(self._text_key(job), self._text_shapes())
+        return self.cache.contains(self._latent_key(*job), self._latent_shapes(job[1]))
+
+    def _latent_shapes(self, crop: Crop) -> Shapes:
+        info = self.base.info
+        sides = (crop.size.height // info.vae_factor, crop.size.width // info.vae_factor)
+        return dict.fromkeys(("mean", "std"), (info.latent_channels, *sides))
+
+    def _text_shapes(self) -> Shapes:
+        info = self.base.info
+        pooled: Shapes = {"pooled": (info.pooled_width,)} if info.has_time_ids else {}
+        return {"hidden": (info.text_length, info.text_width), **pooled}
 
     def _latent_key(self, record: ImageRecord, crop: Crop) -> str:
         return latent_key(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from sdlora.data import cache as cache_module
 from sdlora.data.buckets import Crop
@@ -180,3 +182,76 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert "sdlora" in cache_folder().parts
     monkeypatch.setattr("sys.platform", "linux")
     assert cache_folder() == tmp_path / "sdlora"
+
+
+def replace_file(folder: Path, content: bytes) -> None:
+    """Puts something else in the place of the one file of a cache."""
+    (file,) = folder.rglob("*.safetensors")
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        save({"mean": torch.ones(2, dtype=torch.int64)}),
+        save({"mean": torch.ones(2, dtype=torch.complex64)}),
+        save({"mean": torch.ones(2, dtype=torch.float64)}),
+        save({"mean": torch.ones(0, 2**40)}),
+        save({}),
+        save({"mean": torch.ones(5)}),
+        save({"mean": torch.ones(4), "more": torch.ones(4)}),
+        (2**63).to_bytes(8, "little") + b"{}",
+        (10**8).to_bytes(8, "little") + b"{" + bytes(100),
+        b"\x80\x04\x95" + bytes(100),
+    ],
+    ids=range(10),
+)
+def test_a_file_of_somebody_else_counts_as_missing(tmp_path: Path, content: bytes) -> None:
+    """R-21, R-44: a file that no encoder made is computed again, whatever it is."""
+    TensorCache(tmp_path).put("latents/abc", {"mean": torch.ones(4)})
+    shapes = {"mean": (4,)}
+    assert TensorCache(tmp_path).contains("latents/abc", shapes)
+    assert TensorCache(tmp_path).get("latents/abc", shapes) is not None
+    replace_file(tmp_path, content)
+    assert not TensorCache(tmp_path).contains("latents/abc", shapes)
+    assert TensorCache(tmp_path).get("latents/abc", shapes) is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_count_as_missing(tmp_path: Path, value: float) -> None:
+    """R-21, R-22: no encoder's latents are kept that are not finite, so such a file is none of ours."""
+    TensorCache(tmp_path).put("latents/abc", {"mean": torch.ones(4)})
+    replace_file(tmp_path, save({"mean": torch.tensor([1.0, value])}))
+    assert TensorCache(tmp_path).get("latents/abc") is None
+
+
+def test_pipes_and_sparse_files_count_as_missing(tmp_path: Path) -> None:
+    """R-21: nothing waits for a pipe, or makes room for a terabyte."""
+    cache = TensorCache(tmp_path)
+    cache.put("latents/abc", {"mean": torch.ones(4)})
+    (file,) = tmp_path.rglob("*.safetensors")
+    raw = json.dumps({"mean": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}}).encode()
+    with file.open("wb") as handle:
+        handle.write(len(raw).to_bytes(8, "little") + raw)
+        handle.truncate(8 + len(raw) + 2**40)
+    assert TensorCache(tmp_path).get("latents/abc") is None
+    file.unlink()
+    os.mkfifo(file)
+    assert not TensorCache(tmp_path).contains("latents/abc")
+    assert TensorCache(tmp_path).get("latents/abc") is None
+
+
+def test_clearing_leaves_other_folders_alone(tmp_path: Path) -> None:
+    """`sdlora cache --clear`: a link in the cache folder does not lead it to somebody's LoRA files."""
+    precious = tmp_path / "loras" / "ab" / "mine.safetensors"
+    precious.parent.mkdir(parents=True)
+    precious.write_bytes(b"mine")
+    cache = tmp_path / "cache"
+    (cache / "latents").mkdir(parents=True)
+    (cache / "latents" / "ab").symlink_to(precious.parent, target_is_directory=True)
+    (cache / "text").symlink_to(tmp_path / "loras", target_is_directory=True)
+    (cache / "latents" / "cd").mkdir()
+    (cache / "latents" / "cd" / "link.safetensors").symlink_to(precious)
+    assert [files for _, files, _ in measure_cache(cache)] == [0, 0]
+    assert clear_cache(cache) == 0
+    assert precious.read_bytes() == b"mine"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -215,3 +216,97 @@ def test_placeholder_without_a_trigger(tmp_path: Path, write_image) -> None:
     assert "{trigger}" in error
     assert "a.png" in error
     assert captions(scan(tmp_path, trigger="sks")) == {"a.png": ("a sks cat", ".txt")}
+
+
+def test_a_caption_of_megabytes(tmp_path: Path, write_image) -> None:
+    """R-05: a caption file of 10 MB is something else; it is named and not read."""
+    write_image("a.png", caption="x" * 10_000_000)
+    write_image("b.png", caption="a cat")
+    (error, _) = messages(scan(tmp_path), "error")
+    assert error == ("a.txt is too large (10.0 MB; at most 0.1 MB are read); shorten it, or move it away")
+
+
+def test_metadata_of_megabytes(tmp_path: Path, write_image) -> None:
+    """R-05: tables of 100 MB, of millions of lines, and with captions of megabytes are one line each."""
+    for name in ("a", "b", "c", "d"):
+        write_image(f"{name}/1.png", caption="x")
+    with (tmp_path / "a" / "metadata.jsonl").open("wb") as file:
+        file.truncate(100_000_000)
+    (tmp_path / "b" / "metadata.csv").write_text("\r" * 1_000_000, encoding="utf-8")
+    row = {"file_name": "1.png", "text": "x" * 200_000}
+    (tmp_path / "c" / "metadata.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    (tmp_path / "d" / "metadata.csv").write_text(f"file_name,text\n1.png,{'x' * 200_000}\n", encoding="utf-8")
+    started = time.process_time()
+    errors = messages(scan(tmp_path), "error")
+    assert time.process_time() - started < 2
+    assert sorted(errors) == [
+        "a/metadata.jsonl is too large (100.0 MB; at most 32.0 MB are read); shorten it, or move it away",
+        "b/metadata.csv has 1,000,000 lines; at most 500,000 are read, so split the folder",
+        "c/metadata.jsonl has a caption of 200,000 letters for c/1.png; shorten it",
+        "d/metadata.csv is not a CSV table: field larger than field limit (131072)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "target", ["../../etc/passwd", "/etc/passwd", "../secret.png", "~/secret.png", "C:\\secret.png", "."]
+)
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_metadata_that_points_out(tmp_path: Path, write_image, target: str, kind: str) -> None:
+    """R-05: a row that names a file elsewhere names nothing; only pictures of the folder get captions."""
+    write_image("secret.png")
+    write_image("set/a.png", caption="mine")
+    rows = {
+        "jsonl": "".join(json.dumps({"file_name": name, "text": "x"}) + "\n" for name in (target, "a.png")),
+        "csv": f"file_name,text\n{target},x\na.png,x\n",
+    }
+    (tmp_path / "set" / f"metadata.{kind}").write_text(rows[kind], encoding="utf-8")
+    index = scan(tmp_path / "set")
+    assert captions(index) == {"a.png": ("mine", ".txt")}
+    assert any("names pictures that are not there (1)" in line for line in messages(index, "warning"))
+
+
+def test_absolute_names_of_the_folder_itself(tmp_path: Path, write_image) -> None:
+    """R-05: an absolute path is none of the table's names, wherever it leads."""
+    path = write_image("a.png", caption="mine")
+    row = {"file_name": str(path), "text": "x"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    assert captions(scan(tmp_path)) == {"a.png": ("mine", ".txt")}
+
+
+def test_letters_that_no_file_can_take(tmp_path: Path, write_image) -> None:
+    """R-29: halves of pairs, zero bytes and terminal codes leave a caption; the joiners of emoji stay."""
+    write_image("a.png", caption="a\x1b[31m cat\x07\x7f \x85 of\u2028 two 👩‍🎨\u3000colours")
+    write_image("b.png")
+    (tmp_path / "metadata.jsonl").write_text(r'{"file_name": "b.png", "text": "x\ud800y \u0000 z"}', "utf-8")
+    found = captions(scan(tmp_path))
+    assert found["a.png"][0] == "a[31m cat of two 👩‍🎨 colours"
+    assert found["b.png"][0] == "xy z"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"file_name": "a.png", "text": ' + "9" * 5000 + "}",
+        "[" * 100_000,
+        '{"a":' * 50_000,
+        '"text"',
+        "null",
+    ],
+    ids=lambda line: line[:12],
+)
+def test_lines_that_are_no_rows(tmp_path: Path, write_image, line: str) -> None:
+    """R-05: JSON too deep or with numbers too long is named by its line."""
+    write_image("a.png", caption="x")
+    (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "text": "x"}}\n{line}', "utf-8")
+    (error,) = messages(scan(tmp_path), "error")
+    assert error == "metadata.jsonl must hold one JSON object a line; correct line 2"
+
+
+@pytest.mark.parametrize("value", ["null", "true", "[1, [2]]", '{"a": "b"}', "3.5", "7"])
+def test_values_that_are_no_text(tmp_path: Path, write_image, value: str) -> None:
+    """R-05: a number is its digits; lists, objects and nothing are no caption, as names no file."""
+    write_image("a.png")
+    rows = f'{{"file_name": "a.png", "text": {value}}}\n{{"file_name": {value}, "text": "x"}}'
+    (tmp_path / "metadata.jsonl").write_text(rows, encoding="utf-8")
+    expected = {"3.5": "3.5", "7": "7", "true": "True"}.get(value, "")
+    assert captions(scan(tmp_path, allow_missing_captions=True))["a.png"][0] == expected

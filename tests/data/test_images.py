@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import pickle
 import struct
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngImageFile
 
+from sdlora.config import DataSection
+from sdlora.data import images as images_module
 from sdlora.data.buckets import Crop
-from sdlora.data.images import UnreadableImageError, crop_image, load_image, measure_image, parse_colour
+from sdlora.data.images import (
+    UnreadableImageError,
+    crop_image,
+    load_image,
+    load_record,
+    measure_file,
+    measure_image,
+    parse_colour,
+)
 from sdlora.data.records import Size
+from sdlora.data.scan import scan_dataset
 from sdlora.data.tensors import image_to_tensor
 from sdlora.errors import ConfigError, DataError
 
@@ -175,6 +189,10 @@ def write_bad_files(folder: Path) -> dict[str, str]:
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.png").write_text("hello there", encoding="utf-8")
     write_png(folder / "bomb.png", 20000, 20000, 8, 2, b"")
+    # Pillow would give this to Ghostscript, another program.
+    (folder / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    with (folder / "huge.png").open("wb") as file:
+        file.truncate(2**32 - 10**5)
     return {
         "cut.jpg": "is cut short",
         "cut.png": "",
@@ -182,6 +200,8 @@ def write_bad_files(folder: Path) -> dict[str, str]:
         "empty.png": "is empty",
         "text.png": "is not a picture",
         "bomb.png": "too many pixels",
+        "script.png": "is not a picture",
+        "huge.png": "is too large (4,294.9 MB",
     }
 
 
@@ -192,20 +212,67 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(DataError) as loading:
             load_image(path)
         with pytest.raises(UnreadableImageError) as measuring:
-            measure_image(path, path.read_bytes())
+            measure_file(path)
         for caught in (loading, measuring):
             assert str(path) in str(caught.value)
             assert reason in str(caught.value)
             assert "\n" not in str(caught.value)
         assert str(pickle.loads(pickle.dumps(measuring.value))) == str(measuring.value)
-    with pytest.raises(DataError, match=r"gone\.png cannot be read"):
-        load_image(tmp_path / "gone.png")
+    for read in (load_image, measure_file):
+        with pytest.raises(DataError, match=r"gone\.png cannot be read"):
+            read(tmp_path / "gone.png")
 
 
-def test_wide_panorama(tmp_path: Path) -> None:
-    """R-14: a 40,000 pixel panorama loads."""
-    Image.new("RGB", (40000, 20), "red").save(tmp_path / "a.png")
-    assert load_image(tmp_path / "a.png").size == (40000, 20)
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_wide_panorama(tmp_path: Path, suffix: str) -> None:
+    """R-14: a panorama of 40,000 pixels loads whole, and its crop has the bucket's size."""
+    path = tmp_path / f"a.{suffix}"
+    Image.new("RGB", (40000, 100), "red").save(path)
+    assert measure_file(path)[1:] == (Size(40000, 100), False)
+    loaded = load_image(path)
+    assert loaded.size == (40000, 100)
+    crop = Crop(Size(51200, 128), 5000, 0, Size(128, 128))
+    assert crop_image(loaded, crop).getpixel((64, 64)) == pytest.approx((255, 0, 0), abs=2)
+
+
+def test_large_pictures_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R-14: of many threads one at a time decodes a large picture, so that memory does not multiply."""
+    monkeypatch.setattr(images_module, "LARGE_PIXELS", 100)
+    Image.new("RGB", (20, 20)).save(tmp_path / "large.png")
+    Image.new("RGB", (5, 5)).save(tmp_path / "small.png")
+    busy, most = [], []
+    load = Image.Image.load
+
+    def slow(image: Image.Image) -> object:
+        busy.append(image.size)
+        most.append(list(busy))
+        time.sleep(0.02)
+        busy.remove(image.size)
+        return load(image)
+
+    monkeypatch.setattr(PngImageFile, "load", slow)
+    with ThreadPoolExecutor(4) as pool:
+        for name in ("large.png", "small.png"):
+            assert len(list(pool.map(measure_file, [tmp_path / name] * 4))) == 4
+    assert max(together.count((20, 20)) for together in most) == 1
+    assert max(together.count((5, 5)) for together in most) > 1
+
+
+def test_pictures_that_went_or_changed(tmp_path: Path, write_image) -> None:
+    """A file that vanished or changed after it was scanned is one line that names it."""
+    path = write_image("a.png", caption="x")
+    (record,) = scan_dataset(tmp_path, DataSection()).records
+    assert load_record(record).tobytes() == load_image(path).tobytes()
+    write_image("a.png", look="other")
+    with pytest.raises(DataError, match=r"a\.png has changed since the images were scanned; put it back"):
+        load_record(record)
+    path.unlink()
+    with pytest.raises(DataError, match=r"a\.png was there .* cannot be read now \(No such file") as caught:
+        load_record(record)
+    assert "\n" not in str(caught.value)
+    path.mkdir()
+    with pytest.raises(DataError, match=r"a\.png was there .* \(is a folder, not a file\)"):
+        load_record(record)
 
 
 def test_unknown_background(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from sdlora.config import DataSection
 from sdlora.data.batches import BatchOrder
 from sdlora.data.buckets import plan_buckets
 from sdlora.data.cache import TensorCache
+from sdlora.data.folders import list_files
 from sdlora.data.images import load_image
 from sdlora.data.records import DatasetIndex
 from sdlora.data.scan import scan_dataset
@@ -135,12 +138,123 @@ def test_kinds_that_are_not_read(tmp_path: Path, write_image) -> None:
 
 
 def test_links_do_not_go_in_circles(tmp_path: Path, write_image) -> None:
-    """R-26: linked folders are followed, a link to a parent is not walked twice."""
-    write_image("elsewhere/a.png", caption="x")
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    """R-26: links inside the folder are followed, a link to a parent is not walked twice."""
+    write_image("set/real/a.png", caption="x")
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "set" / "real", target_is_directory=True)
     (tmp_path / "set" / "again").symlink_to(tmp_path / "set", target_is_directory=True)
-    assert names(scan(tmp_path / "set")) == ["link/a.png"]
+    (tmp_path / "set" / "b.png").symlink_to("real/a.png")
+    (tmp_path / "set" / "b.txt").symlink_to("real/a.txt")
+    index = scan(tmp_path / "set")
+    assert names(index) == ["b.png", "link/a.png"]
+    assert messages(index, "error") == ""
+
+
+def test_the_folder_itself_may_be_a_link(tmp_path: Path, write_image) -> None:
+    """R-26: what the user names is theirs, through however many links."""
+    write_image("real/deep/a.png", caption="x")
+    (tmp_path / "real" / "b.png").symlink_to("deep/a.png")
+    (tmp_path / "real" / "b.txt").symlink_to("deep/a.txt")
+    (tmp_path / "one").symlink_to("real", target_is_directory=True)
+    (tmp_path / "two").symlink_to("one", target_is_directory=True)
+    assert names(scan(tmp_path / "two")) == ["b.png", "deep/a.png"]
+
+
+def test_links_out_of_the_folder(tmp_path: Path, write_image) -> None:
+    """Nothing outside the folder is read unless the user says so: a picture, a caption, a folder."""
+    write_image("private/secret.png", caption="my password")
+    write_image("set/a.png", caption="x")
+    write_image("set/c.png")
+    for name, target in (
+        ("b.png", "../private/secret.png"),
+        ("c.txt", "../private/secret.txt"),
+        ("folder", "../private"),
+        ("disk", "/"),
+        (".hidden", "/"),
+        ("metadata.jsonl", "../private/secret.txt"),
+        ("gone.png", "../private/none.png"),
+    ):
+        (tmp_path / "set" / name).symlink_to(target)
+    index = scan(tmp_path / "set", allow_missing_captions=True)
+    assert names(index) == ["a.png", "c.png"]
+    assert [record.caption for record in index.records] == ["x", ""]
+    (finding,) = index.findings
+    assert finding.severity == "error"
+    assert set(finding.names) == {"b.png", "c.txt", "disk", "folder", "gone.png", "metadata.jsonl"}
+    assert f"b.png -> {tmp_path}/private/secret.png" in finding.message
+    assert "set data.follow_links=true" in finding.message
+
+
+def test_links_that_are_meant(tmp_path: Path, write_image) -> None:
+    """Datasets of links (a subset, a download cache) load with one setting; a broken link is named."""
+    write_image("store/1.png", caption="one")
+    write_image("store/deep/2.png", caption="two")
+    (tmp_path / "set").mkdir()
+    for name, target in (
+        ("a.png", "../store/1.png"),
+        ("a.txt", "../store/1.txt"),
+        ("more", "../store/deep"),
+        ("gone.png", "../store/none.png"),
+        ("self.png", "self.png"),
+    ):
+        (tmp_path / "set" / name).symlink_to(target)
+    with pytest.raises(DataError, match=r"links lead out of it, such as .* set data\.follow_links=true"):
+        scan(tmp_path / "set")
+    index = scan(tmp_path / "set", follow_links=True)
+    assert [(record.name, record.caption) for record in index.records] == [
+        ("a.png", "one"),
+        ("more/2.png", "two"),
+    ]
+    assert "gone.png is a link to nothing" in messages(index, "error")
+    assert "self.png is a link to nothing" in messages(index, "error")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are a matter of POSIX")
+def test_pipes_and_devices(tmp_path: Path, write_image) -> None:
+    """R-14: nothing waits for a pipe or reads a device to its end; both are named."""
+    write_image("set/a.png", caption="x")
+    for name in ("b.png", "b.txt", "metadata.csv"):
+        os.mkfifo(tmp_path / "set" / name)
+    (tmp_path / "set" / "c.png").symlink_to("/dev/zero")
+    index = scan(tmp_path / "set", follow_links=True)
+    assert names(index) == ["a.png"]
+    assert "b.png is a pipe or a device, not a file" in messages(index, "error")
+    assert "c.png is a pipe or a device" in messages(index, "error")
+    assert "2 files that cannot be read: b.txt is a pipe" in messages(index, "warning")
+
+
+def test_names_that_are_no_text(tmp_path: Path, write_image) -> None:
+    """R-29: a name that fits in no JSON file or steers the terminal is refused by name, in one line."""
+    write_image("a.png", caption="x")
+    for name in (b"\xff.png", b"b\x1b[2J.png", b"c\nd.png", "e\u2028f.png".encode()):
+        shutil.copy(tmp_path / "a.png", os.fsencode(tmp_path) + b"/" + name)
+    index = scan(tmp_path)
+    assert names(index) == ["a.png"]
+    error = messages(index, "error")
+    assert "4 images cannot be used" in error
+    for shown in (r"\udcff.png", r"b\x1b[2J.png", r"c\nd.png", r"e\u2028f.png"):
+        assert f"{shown} has a name that is not text; rename it" in error
+    assert error.isprintable()
+
+
+def test_folders_of_any_depth(tmp_path: Path) -> None:
+    """R-26: folders in folders, as archives can have by the thousand, need no stack."""
+    (tmp_path / "a.png").touch()
+    tmp_path.joinpath(*["d"] * 200).mkdir(parents=True)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 100)
+    try:
+        assert list_files(tmp_path).files == ["a.png"]
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def test_a_date_is_no_number_of_repeats(tmp_path: Path, write_image) -> None:
+    """R-26: a folder named after a day stops with one line instead of twenty million samples."""
+    write_image("20240131_holiday/a.png", caption="x")
+    write_image("202401311200_holiday/b.png", caption="x")
+    index = scan(tmp_path)
+    assert "20240131 repeats of each image; rename it if it is a date" in messages(index, "error")
+    assert {record.name: record.repeats for record in index.records}["202401311200_holiday/b.png"] == 1
 
 
 def test_bad_images_stop_or_are_skipped(tmp_path: Path, write_image) -> None:
