@@ -109,3 +109,9 @@ class RunStopped(SdloraError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def first_line(error: object) -> str:
+    """The first line of another library's error, to be quoted in one of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Export: files that a fresh stock pipeline loads, what they say, the card, the upload."""
+"""Export: what the files of a run say, the card, the upload."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sdlora.config import BaseSection, RunConfig
 from sdlora.errors import AdapterError, RunError
-from sdlora.export import export, export_adapter, postflight, push_run, push_to_hub
+from sdlora.export import export, export_adapter, push_run, push_to_hub
 from sdlora.lora.adapter import create_adapter
-from sdlora.lora.attach import detach, is_attached, match_targets, mount
+from sdlora.lora.attach import detach, match_targets
 from sdlora.lora.card import write_model_card
 from sdlora.lora.files import load_adapter, save_adapter
 from sdlora.lora.metadata import RunFacts, run_metadata
-from sdlora.lora.modules import lora_layers
 from sdlora.models.info import inspect_base
-from sdlora.models.load import load_base, load_stock_pipeline
+from sdlora.models.load import load_base
 from sdlora.runs import RunFolder
 
 
@@ -86,143 +85,6 @@ FACTS = RunFacts(
 def metadata_of(path):
     with safe_open(path, "pt") as file:
         return file.metadata()
-
-
-@pytest.mark.parametrize("targets", [["attention"], ["all"]], ids=["attention", "all"])
-def test_postflight_passes_for_both_dialects(tmp_path, unet, info, make_adapter, targets):
-    """R-01: the trained modules, the trained output and not the base's; alpha != rank."""
-    adapter = make_adapter(targets)
-    mount(unet, [(adapter, 0.3)])
-    stacks = {name: layer.stack for name, layer in lora_layers(unet).items()}
-    paths = [
-        export_adapter(adapter, tmp_path / f"{dialect}.safetensors", dialect=dialect).path
-        for dialect in ("diffusers", "kohya")
-    ]
-    reports = postflight(paths, adapter, unet, info)
-    assert [report.path for report in reports] == paths
-    for report in reports:
-        assert report.num_modules == len(adapter.modules) == len(match_targets(unet, targets))
-        assert report.effect > 1e-3
-        assert report.difference < 1e-2 * report.effect
-        assert str(len(adapter.modules)) in str(report)
-    assert {name: layer.stack for name, layer in lora_layers(unet).items()} == stacks
-
-
-def test_postflight_leaves_a_plain_unet_plain(tmp_path, unet, info, make_adapter):
-    """R-01 R-38: a UNet without adapters is without adapters afterwards; train mode is kept."""
-    adapter = make_adapter()
-    path = export_adapter(adapter, tmp_path / "x.safetensors").path
-    unet.train()
-    postflight([path], adapter, unet, info)
-    assert unet.training
-    assert not is_attached(unet)
-    unet.eval()
-
-
-def test_postflight_on_a_bf16_base(tmp_path, info, make_adapter):
-    """R-01 R-11: the fresh pipeline has the base's dtype."""
-    half = load_base(info, dtype=torch.bfloat16, device="cpu").unet
-    adapter = make_adapter()
-    path = export_adapter(adapter, tmp_path / "x.safetensors").path
-    assert postflight([path], adapter, half, info)[0].effect > 0
-    assert half.dtype == torch.bfloat16
-
-
-def drop_module(state, metadata):
-    return {key: tensor for key, tensor in state.items() if "mid_block" not in key or "attn2.to_v" not in key}
-
-
-def add_module(state, metadata):
-    extra = {
-        key.replace("attn1.to_q", "attn1.to_nothing"): state[key].clone()
-        for key in state
-        if "mid_block" in key
-    }
-    return {**state, **extra}
-
-
-def zero_module(state, metadata):
-    return {
-        key: torch.zeros_like(tensor) if "mid_block" in key and "attn2.to_v.lora_B" in key else tensor
-        for key, tensor in state.items()
-    }
-
-
-def change_alpha(state, metadata):
-    metadata["lora_adapter_metadata"] = json.dumps(
-        {"unet.r": 4, "unet.lora_alpha": 2, "unet.target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
-    )
-    return state
-
-
-def zero_everything(state, metadata):
-    return {key: torch.zeros_like(tensor) if "lora_B" in key else tensor for key, tensor in state.items()}
-
-
-def rename_all(state, metadata):
-    return {key.removeprefix("unet."): tensor for key, tensor in state.items()}
-
-
-def other_widths(state, metadata):
-    return {key: tensor[:, :8].contiguous() if "lora_A" in key else tensor for key, tensor in state.items()}
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (drop_module, r"1 trained modules are missing \(mid_block.*attn2.to_v\)"),
-        (add_module, r"[Uu]nexpected|to_nothing"),
-        (zero_module, r"1 modules change in another way than trained \(mid_block.*attn2.to_v\)"),
-        (change_alpha, r"80 modules change in another way .*down_blocks.* and 75 more\)"),
-        (zero_everything, r"80 modules change in another way .*the UNet's output is the base's"),
-        (rename_all, r"80 trained modules are missing .*the UNet's output is the base's"),
-        (other_widths, r"it does not load"),
-    ],
-)
-def test_postflight_catches_damage(tmp_path, unet, info, make_adapter, damage, message):
-    """R-01: each damaged export is caught, with exit code 1, and the modules are named."""
-    adapter = make_adapter()
-    path = export_adapter(adapter, tmp_path / "x.safetensors").path
-    metadata = metadata_of(path)
-    state = damage(load_file(path), metadata)
-    save_file(state, path, metadata)
-    with pytest.raises(AdapterError, match=message) as caught:
-        postflight([path], adapter, unet, info)
-    assert caught.value.exit_code == 1
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not is_attached(unet)
-
-
-def test_postflight_prints_nothing(tmp_path, unet, info, make_adapter, capfd):
-    """R-01: the libraries' chatter is heard, not shown."""
-    adapter = make_adapter()
-    path = export_adapter(adapter, tmp_path / "x.safetensors", dialect="kohya").path
-    postflight([path], adapter, unet, info)
-    captured = capfd.readouterr()
-    assert captured.out == captured.err == ""
-
-
-def test_stock_pipeline_at_strength_zero_and_after_unloading(tmp_path, unet, info, make_adapter):
-    """R-37 R-38: strength 0 and unloading give the stock base's output."""
-    path = export_adapter(make_adapter(), tmp_path / "x.safetensors").path
-    pipeline = load_stock_pipeline(info, dtype=torch.float32, unet_only=True)
-    generator = torch.Generator().manual_seed(0)
-    channels, width = info.unet_config["in_channels"], info.unet_config["cross_attention_dim"]
-    latents = torch.randn(1, channels, 8, 8, generator=generator)
-    hidden = torch.randn(1, 4, width, generator=generator)
-
-    @torch.no_grad()
-    def run():
-        return pipeline.unet.eval()(latents, torch.tensor([500]), encoder_hidden_states=hidden).sample
-
-    base = run()
-    pipeline.load_lora_weights(str(tmp_path), weight_name=path.name, adapter_name="any_3c")
-    assert not torch.equal(run(), base)
-    pipeline.set_adapters(["any_3c"], [0.0])
-    torch.testing.assert_close(run(), base, rtol=0, atol=1e-6)
-    pipeline.unload_lora_weights()
-    assert torch.equal(run(), base)
 
 
 @pytest.mark.parametrize("dialect", ["diffusers", "kohya"])

@@ -23,9 +23,10 @@ ALLOWED = {
     **dict.fromkeys(COLUMNS, GROUND),
     "sampling": GROUND | COLUMNS,
     "export": GROUND | COLUMNS | {"sampling"},
-    "evaluation": GROUND | COLUMNS | {"sampling", "export"},
-    "training": GROUND | COLUMNS | {"sampling", "export", "evaluation"},
-    "cli": GROUND | COLUMNS | {"sampling", "export", "evaluation", "training"},
+    "postflight": GROUND | COLUMNS,
+    "evaluation": GROUND | COLUMNS | {"sampling", "export", "postflight"},
+    "training": GROUND | COLUMNS | {"sampling", "export", "postflight", "evaluation"},
+    "cli": GROUND | COLUMNS | {"sampling", "export", "postflight", "evaluation", "training"},
 }
 LIBRARIES = {
     "diffusers": {"models", "sampling"},

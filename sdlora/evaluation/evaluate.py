@@ -23,6 +23,7 @@ from sdlora.evaluation.pictures import PictureDistance, mean_distance, picture_d
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mounted
 from sdlora.lora.files import load_adapter
+from sdlora.models.condition import Condition
 from sdlora.models.dtypes import DTYPES
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
@@ -168,23 +169,25 @@ def _losses(
     plan: BucketPlan,
 ) -> tuple[HeldoutLoss, HeldoutLoss]:
     schedule = schedule_from_config(base.info.scheduler_config)
-    items = [
-        _heldout_item(base, record, drawing, plan) for record, drawing in zip(records, drawings, strict=True)
-    ]
-    plain = heldout_loss(base.denoise, schedule, items, batch_size=8, device=base.device)
-    with mounted(base.unet, [(adapter, 1.0)]):
-        styled = heldout_loss(base.denoise, schedule, items, batch_size=8, device=base.device)
-    return plain, styled
+    latents = [base.encode_images(drawing[None])[0][0].cpu() for drawing in drawings]
+
+    def measure() -> HeldoutLoss:
+        items = [
+            HeldoutItem(record.digest, mean, _condition(base, record, plan))
+            for record, mean in zip(records, latents, strict=True)
+        ]
+        return heldout_loss(base.denoise, schedule, items, batch_size=8, device=base.device)
+
+    plain = measure()
+    with mounted(base.components, [(adapter, 1.0)]):
+        return plain, measure()
 
 
-def _heldout_item(
-    base: StableDiffusion, record: ImageRecord, drawing: Tensor, plan: BucketPlan
-) -> HeldoutItem:
-    latents, _ = base.encode_images(drawing[None])
+def _condition(base: StableDiffusion, record: ImageRecord, plan: BucketPlan) -> Condition:
     condition = base.encode_captions([record.caption])[0].to("cpu")
-    if base.info.has_time_ids:
-        condition = condition.with_time_ids(crop_to_time_ids(record.size, plan.crops[record.name][0]))
-    return HeldoutItem(record.digest, latents[0].cpu(), condition)
+    if not base.info.has_time_ids:
+        return condition
+    return condition.with_time_ids(crop_to_time_ids(record.size, plan.crops[record.name][0]))
 
 
 def _samples(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sdlora.errors import AdapterError
 from sdlora.lora.layers import pair_shapes
 from sdlora.lora.modules import Model, carrier_layers, components
+from sdlora.lora.names import component_of
 from sdlora.lora.sgm import LAYERS_PER_BLOCK
 
 Init = Literal["gaussian", "kaiming", "orthogonal"]
@@ -72,6 +73,16 @@ class Adapter:
     """The metadata of the file."""
     scales: dict[str, float] = field(default_factory=dict)
     """The factor of modules where it is not `scale`."""
+
+    @property
+    def components(self) -> list[str]:
+        """The parts of a base that it changes: `unet`, `text_encoder`, `text_encoder_2`."""
+        return list(dict.fromkeys(map(component_of, self.modules)))
+
+    @property
+    def changes_text(self) -> bool:
+        """Whether it changes a text encoder, so that text states depend on its strength."""
+        return self.components not in ([], ["unet"])
 
     @property
     def scale(self) -> float:

@@ -160,6 +160,11 @@ def module_name(component: str, path: str) -> str:
     return path if component == "unet" else with_text_model(f"{component}.{path}")
 
 
+def component_of(module: str) -> str:
+    """The part of a base that a module is in: `unet`, `text_encoder` or `text_encoder_2`."""
+    return next((prefix[:-1] for prefix in TEXT_ENCODERS if module.startswith(prefix)), "unet")
+
+
 def with_text_model(name: str) -> str:
     """A text encoder's module with the level `text_model`: newer transformers leave it out, files have it."""
     for component in TEXT_ENCODERS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import diffusers
@@ -137,19 +138,20 @@ def pipeline_of(info: BaseInfo, **parts: Any) -> Any:
 
 
 def load_stock_pipeline(
-    info: BaseInfo, *, dtype: torch.dtype = torch.float32, unet_only: bool = False
+    info: BaseInfo, *, dtype: torch.dtype = torch.float32, only: Sequence[str] | None = None
 ) -> StockPipeline:
     """A fresh diffusers pipeline of the base, as its users load it, without a safety checker.
 
     Args:
         dtype: Of all its parts.
-        unet_only: Leave VAE and text encoders out.
+        only: The UNet and these text encoders, in fp32 as they are used here, and no other part.
     """
     if info.path.is_file():
-        return _assemble_pipeline(info, dtype, unet_only=unet_only)
+        return _assemble_pipeline(info, dtype, only)
     parts: dict[str, Any] = {}
-    if unet_only:
-        parts = dict.fromkeys(("vae", *info.traits.text_encoders, *info.traits.tokenizers))
+    if only is not None:
+        names = ("vae", *info.traits.text_encoders, *info.traits.tokenizers)
+        parts = {name: load_part(info.parts[name], torch.float32) if name in only else None for name in names}
     elif info.parts["vae"].folder != info.path / "vae":
         parts = {"vae": load_part(info.parts["vae"], dtype)}
     variants = {part.variant for part in info.parts.values() if part.variant}
@@ -167,11 +169,12 @@ def load_stock_pipeline(
     return pipeline
 
 
-def _assemble_pipeline(info: BaseInfo, dtype: torch.dtype, *, unet_only: bool) -> StockPipeline:
+def _assemble_pipeline(info: BaseInfo, dtype: torch.dtype, only: Sequence[str] | None) -> StockPipeline:
     """A stock pipeline from the parts of a single file."""
-    names = ["unet"] if unet_only else list(info.parts)
-    parts: dict[str, Any] = {name: load_part(info.parts[name], dtype).eval() for name in names}
-    if not unet_only:
+    dtypes = dict.fromkeys(info.parts, dtype) if only is None else dict.fromkeys(only, torch.float32)
+    dtypes["unet"] = dtype
+    parts: dict[str, Any] = {name: load_part(info.parts[name], kind).eval() for name, kind in dtypes.items()}
+    if only is None:
         for number, name in enumerate(info.traits.tokenizers):
             parts[name] = load_tokenizer(info, number)
     config = dict(info.scheduler_config)

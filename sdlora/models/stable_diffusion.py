@@ -55,10 +55,8 @@ class StableDiffusion:
     @property
     def components(self) -> dict[str, nn.Module]:
         """The parts that can carry adapters, by their names in LoRA files."""
-        return {
-            "unet": self.unet,
-            **dict(zip(self.info.traits.text_encoders, self.text_encoders, strict=True)),
-        }
+        texts = zip(self.info.traits.text_encoders, self.text_encoders, strict=True)
+        return {"unet": self.unet, **dict(texts)}
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -73,9 +71,9 @@ class StableDiffusion:
         dtype: torch.dtype = self.text_encoders[0].dtype
         return dtype
 
-    def encoders_to(self, device: torch.device | str) -> None:
-        """Moves VAE and text encoders; the UNet stays."""
-        for part in (self.vae, *self.text_encoders):
+    def encoders_to(self, device: torch.device | str, *, text: bool = True) -> None:
+        """Moves the VAE and, unless they shall stay with the UNet, the text encoders."""
+        for part in (self.vae, *(self.text_encoders if text else ())):
             part.to(device)
 
     @torch.no_grad()

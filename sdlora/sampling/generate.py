@@ -67,7 +67,8 @@ def generate(
         prompts: With `{trigger}` already replaced.
         seeds: A seed gives the same noise with every prompt and strength.
         strengths: Columns after the base, which is always the first.
-        text: Prompt to text states, from `encode_prompts`; what is missing is encoded here.
+        text: Prompt to the base's text states, from `encode_prompts`; what is missing is encoded here, and
+            all of it for each strength of an adapter that changes a text encoder.
         progress: Called with the number of pictures finished so far.
         share: (k, n) makes every n-th batch, from the k-th on. Batches are the same whoever makes them; the
             pictures of the others are black, so that the sum of all shares is the whole.
@@ -80,18 +81,22 @@ def generate(
     """
     settings = resolve_settings(base.info, settings)
     check_prompts(prompts)
-    states = encode_prompts(base, prompts, settings, text)
     rows = [Row(prompt, seed) for prompt in prompts for seed in seeds]
     columns = strength_columns(adapter, strengths)
     pictures: dict[float, list[Picture]] = {strength: [] for strength in columns}
     turns = itertools.cycle(range(share[1]))
-    with undisturbed(base.unet), torch.autocast(base.device.type, enabled=False):
+    states = dict(text or {})
+    parts = base.components
+    with undisturbed(*parts.values()), torch.autocast(base.device.type, enabled=False):
         pipeline = pipeline_of(
             base.info, unet=base.unet, scheduler=make_scheduler(base.info, settings.scheduler)
         )
         for strength in columns:
             stack = [(adapter, strength)] if adapter is not None else []
-            with mounted(base.unet, stack):
+            with mounted(parts, stack):
+                # A text encoder that is adapted says something else at each strength.
+                known = {} if adapter is not None and adapter.changes_text else states
+                states = encode_prompts(base, prompts, settings, known)
                 for batch in _batches(rows, settings.batch_size):
                     if next(turns) == share[0]:
                         latents = _denoise(base, pipeline, batch, states, settings)

@@ -12,14 +12,15 @@ from torch import nn
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Puts a model in eval mode and gives it, and all random generators, back as they were."""
-    modes = [(module, module.training) for module in model.modules()]
+def undisturbed(*models: nn.Module) -> Iterator[None]:
+    """Puts models in eval mode and gives them, and all random generators, back as they were."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
     python, numpy = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
-        model.eval()
+        for model in models:
+            model.eval()
         with torch.random.fork_rng(devices):
             yield
     finally:

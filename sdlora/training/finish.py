@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 
 from sdlora.errors import AdapterError
-from sdlora.export import export_adapter, postflight
+from sdlora.export import export_adapter
 from sdlora.lora.card import write_model_card
 from sdlora.lora.metadata import run_metadata
+from sdlora.postflight import postflight
 from sdlora.report.curve import draw_loss_curve
 from sdlora.training.facts import describe_run
 from sdlora.training.loop import Trainer
@@ -47,7 +48,7 @@ def export_final(trainer: Trainer) -> None:
         trainer.report.say(f"export    {report}")
         trainer.event("exported", path=str(report.path.relative_to(run.path)), precision=report.precision)
     try:
-        for proof in postflight(paths, adapter, trainer.prepared.base.unet, plan.info):
+        for proof in postflight(paths, adapter, trainer.prepared.base.components, plan.info):
             trainer.report.say(f"postflight {proof}")
     except AdapterError as error:
         trainer.event("failed", message=str(error))

@@ -68,7 +68,7 @@ def test_loading_prints_nothing() -> None:
     code = (
         "import torch; from sdlora.config import BaseSection; from sdlora.models.load import *;"
         "info = inspect_base(BaseSection()); load_base(info, dtype=torch.float32, device='cpu');"
-        "empty_unet(info); load_stock_pipeline(info); load_stock_pipeline(info, unet_only=True)"
+        "empty_unet(info); load_stock_pipeline(info); load_stock_pipeline(info, only=['unet'])"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == ""
@@ -125,7 +125,7 @@ def test_sdxl_parts(sdxl: StableDiffusion, sdxl_stock: Any, sdxl_info: BaseInfo)
     ]
     for part in (sdxl.unet, sdxl.vae, *sdxl.text_encoders):
         assert not any(parameter.requires_grad for parameter in part.parameters())
-    alone = load_stock_pipeline(sdxl_info, unet_only=True)
+    alone = load_stock_pipeline(sdxl_info, only=["unet"])
     assert (alone.vae, alone.text_encoder, alone.text_encoder_2, alone.tokenizer_2) == (None,) * 4
     assert sum(p.numel() for p in empty_unet(sdxl_info).parameters()) == sdxl_info.num_parameters
 

@@ -276,7 +276,7 @@ def test_states_encoded_before_give_the_same_pictures(base: StableDiffusion, ada
     assert set(text) == {*PROMPTS, "a cat"}
     assert text["a cat"].hidden.shape == (base.info.text_length, base.info.unet_config["cross_attention_dim"])
     before = generate(base, adapter, PROMPTS, [0], [1.0], settings)
-    blind = replace(base, text_encoders=())
+    blind = replace(base, tokenizers=())
     assert np.array_equal(
         pixels(generate(blind, adapter, PROMPTS, [0], [1.0], settings, text=text)), pixels(before)
     )

@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler
 
 from sdlora.config import BaseSection
 from sdlora.lora.adapter import Adapter, create_adapter
-from sdlora.lora.attach import match_targets
+from sdlora.lora.attach import is_attached, match_targets, mount
 from sdlora.lora.files import load_adapter, save_adapter
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base, load_stock_pipeline
@@ -95,11 +95,34 @@ def test_adapter_equals_stock_diffusers(
     base: StableDiffusion, adapter: Adapter, info: BaseInfo, tmp_path: Path
 ) -> None:
     """R-01, R-37: the file in a stock SDXL pipeline gives our picture at strengths 1 and 0.5."""
+    _compare_with_stock(base, adapter, info, tmp_path)
+
+
+@pytest.mark.parametrize("source", ["builtin", "sdxl"])
+def test_text_encoders_equal_stock_diffusers(source: str, sdxl_folder: Path, tmp_path: Path) -> None:
+    """R-01, R-34, R-37: prompts are encoded anew at each strength, by one text encoder or two."""
+    info = inspect_base(BaseSection(source="builtin" if source == "builtin" else str(sdxl_folder)))
+    base = load_base(info, dtype=torch.float32, device="cpu")
+    names = match_targets(base.components, ["text_attention", "text_mlp"])
+    adapter = create_adapter(base.components, names, 4, 4, seed=0, family=info.family).to()
+    generator = torch.Generator().manual_seed(1)
+    for pair in adapter.modules.values():
+        pair.up.normal_(std=0.5, generator=generator)
+    _compare_with_stock(base, adapter, info, tmp_path)
+    # What is mounted for training has no say in the base's column.
+    plain = generate(base, None, PROMPTS[:1], [0], [], QUICK)
+    mount(base.components, [(adapter, 1.0)])
+    assert np.array_equal(pixels(generate(base, None, PROMPTS[:1], [0], [], QUICK)), pixels(plain))
+    assert is_attached(base.text_encoders[0])
+
+
+def _compare_with_stock(base: StableDiffusion, adapter: Adapter, info: BaseInfo, tmp_path: Path) -> None:
     file = save_adapter(tmp_path / "style.safetensors", adapter, metadata={})
     pictures = generate(base, load_adapter(file), PROMPTS, [0], [1.0, 0.5], QUICK)
     pipeline = load_stock_pipeline(info)
     pipeline.load_lora_weights(str(file), adapter_name="style")
-    pipeline.unet.eval()
+    for part in base.components:
+        getattr(pipeline, part).eval()
     plain = pixels([picture for picture in pictures if picture.strength == 0])
     for strength in (1.0, 0.5):
         pipeline.set_adapters(["style"], [strength])
@@ -113,6 +136,6 @@ def test_states_encoded_before_give_the_same_pictures(base: StableDiffusion, ada
     settings = replace(QUICK, negative_prompt="a cat")
     text = encode_prompts(base, PROMPTS, settings)
     before = generate(base, adapter, PROMPTS, [0], [1.0], settings)
-    blind = replace(base, text_encoders=())
+    blind = replace(base, tokenizers=())
     after = generate(blind, adapter, PROMPTS, [0], [1.0], settings, text=text)
     assert np.array_equal(pixels(after), pixels(before))
