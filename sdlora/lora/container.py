@@ -80,11 +80,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Writes a safetensors file whose bytes depend on its content alone.
 
     The reference writer orders the metadata at random and gives the file mode 600, which keeps a web
-    interface of another user out. `sshs_model_hash`, the SHA-256 of the tensor bytes that user interfaces
-    show, is added here.
+    interface of another user out. The hashes that user interfaces show are added here.
     """
-    texts = {**metadata, "sshs_model_hash": digest_tensors(tensors)}
-    header: dict[str, Any] = {"__metadata__": dict(sorted(texts.items()))}
+    digest = digest_tensors(tensors)
+    texts = {**metadata, "sshs_model_hash": digest, "sshs_legacy_hash": _legacy_hash(tensors, metadata)}
+    if "modelspec.sai_model_spec" in metadata:
+        texts["modelspec.hash_sha256"] = f"0x{digest}"
+    with path.open("wb") as handle:
+        handle.write(_header_bytes(tensors, texts))
+        handle.writelines(_tensor_bytes(tensors[name]) for name in _in_order(tensors))
+
+
+def _header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The start of a safetensors file, its length included."""
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for name in _in_order(tensors):
         tensor = tensors[name]
@@ -97,10 +106,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         offset = end
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
-    with path.open("wb") as handle:
-        handle.write(len(raw).to_bytes(8, "little"))
-        handle.write(raw)
-        handle.writelines(_tensor_bytes(tensors[name]) for name in _in_order(tensors))
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """The older short hash of kohya's tools: of 64 KiB behind the first MiB, were there only `ss_` keys."""
+    start, end = 0x100000, 0x110000
+    texts = {key: text for key, text in metadata.items() if key.startswith("ss_")}
+    content = bytearray(_header_bytes(tensors, texts))
+    for name in _in_order(tensors):
+        if len(content) >= end:
+            break
+        content += _tensor_bytes(tensors[name])
+    return hashlib.sha256(content[start:end]).hexdigest()[:8]
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:

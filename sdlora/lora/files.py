@@ -34,6 +34,7 @@ _STRUCTURAL = frozenset({
     "ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args", "sdlora.ranks",
 })
 # fmt: on
+_ORIGINAL_SDXL = "https://github.com/Stability-AI/generative-models"
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +231,10 @@ def _describe(folded: Adapter, dialect: Dialect, metadata: Mapping[str, str]) ->
     }
     kernels = any(pair.down.ndim == 4 and pair.down.shape[2:] != (1, 1) for pair in folded.modules.values())
     texts["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": rank} if kernels else {})
+    if "modelspec.sai_model_spec" in texts:
+        # Whose names the file has.
+        original = dialect == "kohya" and folded.family == "sdxl"
+        texts["modelspec.implementation"] = _ORIGINAL_SDXL if original else "diffusers"
     if folded.family:
         texts.setdefault("sdlora.family", folded.family)
     if "sdlora.layers_per_block" in folded.notes:

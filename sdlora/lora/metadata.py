@@ -1,7 +1,7 @@
 """What a LoRA file says about the run that made it, in the keys that other tools read (R-42).
 
 `ss_*` is read by kohya's tools, A1111 and its forks and Civitai; `modelspec.*` by newer managers of models;
-`sdlora.*` is our own. What describes the tensors (rank, alpha, hash) is added when the file is written.
+`sdlora.*` is our own. What describes the tensors (rank, alpha, names, hash) is added when a file is written.
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ def run_metadata(facts: RunFacts) -> dict[str, str]:
     texts: dict[str, object] = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{facts.architecture}/lora",
-        "modelspec.implementation": "diffusers",
         "modelspec.title": facts.title,
         "modelspec.date": started.replace(microsecond=0).isoformat(),
         "modelspec.resolution": f"{facts.resolution}x{facts.resolution}",

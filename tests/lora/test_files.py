@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save, save_file
 
 from sdlora.errors import AdapterError
 from sdlora.lora.attach import mount
+from sdlora.lora.container import write_tensors
 from sdlora.lora.files import inspect_adapter, load_adapter, save_adapter
 from sdlora.lora.formats import round_adapter
 
@@ -91,6 +92,31 @@ def test_model_hash(lora_file):
     data = raw[8 + int.from_bytes(raw[:8], "little") :]
     assert metadata_of(lora_file)["sshs_model_hash"] == hashlib.sha256(data).hexdigest()
     assert "lora_adapter_metadata" not in metadata_of(lora_file)
+
+
+def test_legacy_hash(tmp_path, lora_file):
+    """R-42: as kohya's tools compute it, of the reference writer's file with the `ss_` keys alone."""
+    assert metadata_of(lora_file)["sshs_legacy_hash"] == hashlib.sha256(b"").hexdigest()[:8] == "e3b0c442"
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"lora_unet_{n}.lora_up.weight": torch.randn(90_000, generator=generator) for n in range(4)}
+    write_tensors(tmp_path / "x.safetensors", tensors, {"ss_output_name": "süß", "modelspec.title": "x"})
+    raw = save(tensors, {"ss_output_name": "süß"})
+    expected = hashlib.sha256(raw[0x100000:0x110000]).hexdigest()[:8]
+    assert metadata_of(tmp_path / "x.safetensors")["sshs_legacy_hash"] == expected != "e3b0c442"
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_modelspec(tmp_path, make_family, make_adapter, family):
+    """R-42: the hash of the tensors, and whose names they have: kohya's SDXL files the original code's."""
+    adapter = make_adapter(make_family(family)["unet"], family=family)
+    notes = {"modelspec.sai_model_spec": "1.0.1", "modelspec.implementation": "old"}
+    for dialect in ("diffusers", "kohya"):
+        path = save_adapter(tmp_path / "x.safetensors", adapter, dialect=dialect, metadata=notes)
+        metadata = metadata_of(path)
+        assert metadata["modelspec.hash_sha256"] == "0x" + metadata["sshs_model_hash"]
+        is_original = (family, dialect) == ("sdxl", "kohya")
+        assert ("generative-models" in metadata["modelspec.implementation"]) == is_original
+        assert ("diffusers" in metadata["modelspec.implementation"]) != is_original
 
 
 def test_metadata_travels_and_stale_keys_do_not(tmp_path, unet, make_adapter):
