@@ -35,7 +35,6 @@ LIBRARIES = {
     "peft": set(),
 }
 WITHOUT_TORCH = {"errors", "reading", "problems", "config", "runs", "report"}
-PICKLES = {"pickle", "torch.load", "torch.save"}
 
 
 def unit_of(path: Path) -> str:
@@ -82,19 +81,6 @@ def _is_guarded(tree: ast.Module, node: ast.stmt) -> bool:
     return any(
         node in ast.walk(block) for block in tree.body if isinstance(block, ast.If | ast.Try | ast.With)
     )
-
-
-def test_no_pickles():
-    """R-44: state is safetensors and JSON; code from a hub is never trusted."""
-    files = sorted(PACKAGE.rglob("*.py"))
-    assert len(files) > 50
-    for path in files:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-        names = {name for name, _ in imports_of(tree)}
-        assert not (calls | names) & PICKLES, path
-        keywords = {k.arg for node in ast.walk(tree) if isinstance(node, ast.Call) for k in node.keywords}
-        assert "trust_remote_code" not in keywords, path
 
 
 def test_no_python_outside():
