@@ -29,9 +29,9 @@ class Report:
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
 
     def say(self, *lines: str) -> None:
-        """Prints lines as they are."""
-        for line in lines:
-            self.console.print(Text(line))
+        """Prints lines as they are, in one piece: a notebook gives each print a cell of its own."""
+        if lines:
+            self.console.print(Text("\n".join(lines)))
 
     def warn(self, *lines: str) -> None:
         """Prints lines that want attention."""
