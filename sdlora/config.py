@@ -16,6 +16,7 @@ MAX_TOML_BYTES = 256 * 2**10
 MAX_JSON_BYTES = 16 * 2**20
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+Quantize = Literal["none", "int8", "nf4"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
@@ -50,6 +51,7 @@ class BaseSection(Section):
     variant: Literal["fp16", "bf16"] | None = _field(None, "use fp16 or bf16, or leave it out")
     dtype: Dtype = _field("auto", "use auto, fp32, bf16 or fp16")
     vae: str | None = None
+    quantize: Quantize = _field("none", "use none, int8 or nf4")
 
 
 class DataSection(Section):

@@ -33,6 +33,7 @@ LIBRARIES = {
     "transformers": {"models", "evaluation"},
     "accelerate": {"training"},
     "peft": set(),
+    "bitsandbytes": {"models"},
 }
 WITHOUT_TORCH = {"errors", "reading", "problems", "config", "runs", "report"}
 

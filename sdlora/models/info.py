@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sdlora.config import BaseSection, ObjectiveSection
-from sdlora.errors import ModelError
+from sdlora.config import BaseSection, ObjectiveSection, Quantize
+from sdlora.errors import ConfigError, ModelError
 from sdlora.models.families import Family, describe_family
 from sdlora.models.folder import find_vae_folder, read_folder, read_part
 from sdlora.models.hub import find_base
@@ -34,6 +35,7 @@ class BaseInfo:
         words: A tokenizer for each text encoder.
         zeroes_empty_prompt: Whether its pipeline takes zeros for the text states of an empty prompt.
         notices: What had to be assumed, for people.
+        quantize: How the UNet's layers are kept when it is loaded.
     """
 
     source: str
@@ -44,6 +46,7 @@ class BaseInfo:
     words: tuple[Words, ...]
     zeroes_empty_prompt: bool
     notices: tuple[str, ...]
+    quantize: Quantize
     scheduler_config: Mapping[str, Any] = field(repr=False)
 
     @property
@@ -161,7 +164,9 @@ def inspect_base(settings: BaseSection, objective: ObjectiveSection | None = Non
 
     Raises:
         ModelError: If it is missing, incomplete, truncated, or of another kind (R-25, R-40, R-44).
+        ConfigError: If `base.quantize` needs a package that is not installed.
     """
+    _check_quantize(settings.quantize)
     key = f"base.source = {settings.source}"
     forced = objective.prediction_type if objective and objective.force_prediction_type else None
     path = find_base(settings.source, key, settings.revision, settings.variant)
@@ -191,8 +196,18 @@ def inspect_base(settings: BaseSection, objective: ObjectiveSection | None = Non
         words=layout.words,
         zeroes_empty_prompt=layout.zeroes_empty_prompt,
         notices=layout.notices,
+        quantize=settings.quantize,
         scheduler_config=scheduler,
     )
+
+
+def _check_quantize(quantize: Quantize) -> None:
+    """Looks for the package without importing it, which costs a second."""
+    if quantize == "nf4" and find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "base.quantize = nf4 needs bitsandbytes, which is not installed; "
+            "pip install 'sdlora[quant]', or use base.quantize=int8, which needs nothing"
+        )
 
 
 def _find_vae(source: str, layout: Layout) -> Part:

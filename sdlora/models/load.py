@@ -10,16 +10,17 @@ import torch
 from diffusers import schedulers
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from sdlora.config import Quantize
 from sdlora.errors import ModelError
 from sdlora.models.info import BaseInfo, inspect_base
-from sdlora.models.original import load_original
+from sdlora.models.original import load_original, names_of_unet
 from sdlora.models.parts import Part
 from sdlora.models.quiet import quiet
 from sdlora.models.safety import find_checker
 from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.models.stream import check_finite, fill, read_part
 from sdlora.models.tokens import load_tokenizer
 
 with quiet():
@@ -42,7 +43,6 @@ PIPELINES: dict[str, Any] = {
     cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)
 }
 MODELS: dict[str, Any] = {
-    "unet": UNet2DConditionModel,
     "vae": AutoencoderKL,
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection,
@@ -64,15 +64,31 @@ def load_base(info: BaseInfo, *, dtype: torch.dtype, device: torch.device | str)
     Raises:
         ModelError: If the files lack weights that the configuration asks for.
     """
-    unet = load_part(info.parts["unet"], dtype)
+    unet = load_unet(info.parts["unet"], dtype, device, info.quantize)
     vae = load_part(info.parts["vae"], vae_dtype(info, dtype, device))
     text_encoders = tuple(load_part(info.parts[name], torch.float32) for name in info.traits.text_encoders)
     tokenizers = tuple(load_tokenizer(info, number) for number in range(len(info.words)))
-    for part in (unet, vae, *text_encoders):
+    for part in (vae, *text_encoders):
         part.to(device).requires_grad_(False).eval()
     return StableDiffusion(
         info, unet, vae, text_encoders, tokenizers, dtype, withhold=find_checker(info, device)
     )
+
+
+def load_unet(
+    part: Part, dtype: torch.dtype, device: torch.device | str = "cpu", scheme: Quantize = "none"
+) -> UNet2DConditionModel:
+    """The UNet, of whichever source, streamed to where it shall be in the bits that it is kept in.
+
+    Raises:
+        ModelError: If weights would be left at random, or are not numbers.
+    """
+    unet = _build_empty(part)
+    names = None if part.folder is not None else names_of_unet(part)
+    _check_complete(
+        part, fill(unet, read_part(part, names), part, dtype=dtype, device=device, scheme=scheme)
+    )
+    return unet.requires_grad_(False).eval()
 
 
 def load_part(part: Part, dtype: torch.dtype) -> Any:
@@ -81,6 +97,8 @@ def load_part(part: Part, dtype: torch.dtype) -> Any:
     Raises:
         ModelError: If weights would be left at random, or are not numbers.
     """
+    if part.name == "unet":
+        return load_unet(part, dtype)
     model = MODELS[part.name]
     with quiet():
         if part.folder is None:
@@ -89,26 +107,18 @@ def load_part(part: Part, dtype: torch.dtype) -> Any:
             name = "dtype" if part.name.startswith("text_encoder") else DTYPE
             loaded, report = model.from_pretrained(part.folder, variant=part.variant, **SAFE, **{name: dtype})
             missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if missing:
-        raise ModelError(
-            f"{part.folder or part.files[0]} lacks {len(missing)} weights of its {part.name} "
-            f"({missing[0]} ...); download or copy the base again"
-        )
-    _check_finite(loaded, part, dtype)
+    _check_complete(part, missing)
+    for name, weight in loaded.named_parameters():
+        check_finite(part, name, weight)
     return loaded
 
 
-def _check_finite(model: nn.Module, part: Part, dtype: torch.dtype) -> None:
-    """Names the first weight with a NaN or an infinity, which would spoil every loss and every picture.
-
-    A sum says so without a copy: it is finite only if all its terms are.
-    """
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight.sum(dtype=torch.float32)) and not torch.isfinite(weight).all():
-            raise ModelError(
-                f"{part.folder or part.files[0]}: {name} of the {part.name} holds NaN or infinity in "
-                f"{str(dtype).removeprefix('torch.')}; get the base again, or load it with base.dtype=fp32"
-            )
+def _check_complete(part: Part, missing: Sequence[str]) -> None:
+    if missing:
+        raise ModelError(
+            f"{part.folder or part.files[0]} lacks {len(missing)} weights of its {part.name} "
+            f"({sorted(missing)[0]} ...); download or copy the base again"
+        )
 
 
 def vae_dtype(info: BaseInfo, dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
@@ -119,8 +129,12 @@ def vae_dtype(info: BaseInfo, dtype: torch.dtype, device: torch.device | str) ->
 
 def empty_unet(info: BaseInfo) -> UNet2DConditionModel:
     """The UNet without weights (on the meta device), to find and count modules in."""
+    return _build_empty(info.parts["unet"])
+
+
+def _build_empty(part: Part) -> UNet2DConditionModel:
     with quiet(), torch.device("meta"):
-        unet: UNet2DConditionModel = UNet2DConditionModel.from_config(dict(info.unet_config))
+        unet: UNet2DConditionModel = UNet2DConditionModel.from_config(dict(part.config))
     return unet
 
 

@@ -15,12 +15,19 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
 from sdlora.models.parts import Part
+from sdlora.models.weights import read_header
 
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
+def names_of_unet(part: Part) -> dict[str, str]:
+    """From the names of a UNet's tensors in a single file to diffusers' own."""
+    stored = {name: name for name in read_header(part.files[0]).shapes if name.startswith(part.prefix)}
+    return {name: new for new, name in convert_ldm_unet_checkpoint(stored, dict(part.config)).items()}
+
+
 def load_original(model: Any, part: Part, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
-    """Builds a part without ever holding its weights twice.
+    """Builds a VAE or a text encoder without ever holding its weights twice.
 
     Args:
         model: The class of diffusers or transformers.
@@ -43,10 +50,8 @@ def load_original(model: Any, part: Part, dtype: torch.dtype) -> tuple[nn.Module
 
 
 def _as_diffusers(part: Part) -> dict[str, Tensor]:
-    """The tensors of a UNet or a VAE by diffusers' names; a VAE may have them already."""
+    """The tensors of a VAE by diffusers' names; it may have them already."""
     tensors = read_tensors(part)
-    if part.name == "unet":
-        return dict(convert_ldm_unet_checkpoint(tensors, dict(part.config)))
     if any(name.startswith("encoder.down_blocks.") for name in tensors):
         return {_rename_attention(name): tensor for name, tensor in tensors.items()}
     return dict(convert_ldm_vae_checkpoint(tensors, dict(part.config)))

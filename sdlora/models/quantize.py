@@ -7,42 +7,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
-from sdlora.errors import ConfigError
+from sdlora.config import Quantize
 
 try:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 except ImportError:
-    HAS_NF4 = False
-else:
-    HAS_NF4 = True
-
-Scheme: TypeAlias = Literal["nf4", "int8"]
+    # Only NF4 needs it, which `inspect_base` then refuses.
+    dequantize_4bit = quantize_4bit = None
 
 BLOCK = 64
 SMALLEST = 4096
 NARROWEST = 16
 KINDS = (nn.Linear, nn.Conv2d)
 CONV_SETTINGS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
-
-
-def check_scheme(scheme: Scheme | None) -> None:
-    """Says what is missing before anything is loaded.
-
-    Raises:
-        ConfigError: If the package that a scheme needs is not installed.
-    """
-    if scheme == "nf4" and not HAS_NF4:
-        raise ConfigError(
-            "base.quantize = nf4 needs bitsandbytes, which is not installed; "
-            "pip install 'sdlora[quant]', or use base.quantize=int8, which needs nothing"
-        )
 
 
 class Int8:
@@ -184,14 +168,14 @@ class QuantizedConv2d(_Quantized, nn.Conv2d):
         return result
 
 
-def choose_packing(layer: nn.Module, scheme: Scheme) -> type[Int8] | type[Nf4] | None:
+def choose_packing(layer: nn.Module, scheme: Quantize) -> type[Int8] | type[Nf4] | None:
     """How a layer's weight is kept, or None for one that is better left as it is.
 
     Small layers and those with few channels (the first, the last) cost nothing and are felt most.
     A convolution is never kept in 4 bits: on trained weights that changes the UNet's answer 30 times as
     much as 8 bits do.
     """
-    if type(layer) not in KINDS:
+    if scheme == "none" or type(layer) not in KINDS:
         return None
     assert isinstance(layer, nn.Linear | nn.Conv2d)
     shape = layer.weight.shape
@@ -203,7 +187,7 @@ def choose_packing(layer: nn.Module, scheme: Scheme) -> type[Int8] | type[Nf4] |
     return Nf4 if scheme == "nf4" and prod(shape) % BLOCK == 0 else Int8
 
 
-def quantize_layer(layer: nn.Module, weight: Tensor, scheme: Scheme) -> nn.Module | None:
+def quantize_layer(layer: nn.Module, weight: Tensor, scheme: Quantize) -> nn.Module | None:
     """The frozen layer that keeps a weight small, or None if `choose_packing` leaves it as it is.
 
     Args:
@@ -218,7 +202,7 @@ def quantize_layer(layer: nn.Module, weight: Tensor, scheme: Scheme) -> nn.Modul
     return small.train(layer.training)
 
 
-def quantize(module: nn.Module, scheme: Scheme) -> None:
+def quantize(module: nn.Module, scheme: Quantize) -> None:
     """Replaces the layers of a network, each where it is."""
     for name, layer in list(module.named_modules()):
         small = quantize_layer(layer, layer.weight.data, scheme) if isinstance(layer, KINDS) else None
@@ -235,7 +219,7 @@ class PartBytes:
     stored: int
 
 
-def bytes_by_part(module: nn.Module, dtype: torch.dtype, scheme: Scheme | None) -> dict[str, PartBytes]:
+def bytes_by_part(module: nn.Module, dtype: torch.dtype, scheme: Quantize) -> dict[str, PartBytes]:
     """Bytes of the weights of a network that is not quantised yet, as they are and as they will be stored.
 
     Args:
@@ -248,7 +232,7 @@ def bytes_by_part(module: nn.Module, dtype: torch.dtype, scheme: Scheme | None) 
     sizes = {"linear": [0, 0], "convolution": [0, 0], "rest": [0, 0]}
     for layer in module.modules():
         kind = {nn.Linear: "linear", nn.Conv2d: "convolution"}.get(type(layer), "rest")
-        packing = None if scheme is None else choose_packing(layer, scheme)
+        packing = choose_packing(layer, scheme)
         for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
             plain = tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.element_size())
             part = sizes[kind if name == "weight" else "rest"]

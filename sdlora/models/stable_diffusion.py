@@ -60,10 +60,13 @@ class StableDiffusion:
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """Effective dtype of each part (R-11)."""
+        """Effective dtype of each part, with the layers of fewer bits (R-11)."""
         parts = {"unet": self.dtype, "vae": self.vae.dtype}
         parts |= dict.fromkeys(self.info.traits.text_encoders, self.text_dtype)
-        return {name: str(dtype).removeprefix("torch.") for name, dtype in parts.items()}
+        names = {name: str(dtype).removeprefix("torch.") for name, dtype in parts.items()}
+        if self.info.quantize != "none":
+            names["unet"] += f" with {self.info.quantize} layers"
+        return names
 
     @property
     def text_dtype(self) -> torch.dtype:

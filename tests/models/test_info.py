@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sdlora.config import BaseSection
-from sdlora.errors import ModelError
+from sdlora.errors import ConfigError, ModelError
 from sdlora.models.hub import BUILTIN
 from sdlora.models.info import BaseInfo, inspect_base
 
@@ -294,3 +294,12 @@ def test_sd2_is_told_by_its_projections(copy_base: CopyBase) -> None:
     )
     assert v.family == plain.family == "sd2"
     assert (v.traits.kohya_version, plain.traits.kohya_version) == ("sd_v2_v", "sd_v2")
+
+
+def test_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """R-27: before anything else; names the setting, the extra, and what needs no package."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match=r"base.quantize = nf4 needs .* 'sdlora\[quant\]'") as error:
+        inspect_base(BaseSection(source="nowhere", quantize="nf4"))
+    assert "\n" not in str(error.value)
+    assert inspect_base(BaseSection(quantize="int8")).quantize == "int8"

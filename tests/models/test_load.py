@@ -52,6 +52,20 @@ def test_unet_is_stored_as_asked_and_everything_is_frozen(info: BaseInfo, name: 
         assert not any(module.training for module in part.modules())
 
 
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_layers_of_few_bits_are_named(quantize: Any) -> None:
+    """R-11, R-48: `base.quantize` decides how the UNet is kept; the dtype of the rest stays."""
+    base = load_base(inspect_base(BaseSection(quantize=quantize)), dtype=torch.bfloat16, device="cpu")
+    assert base.dtypes["unet"] == f"bfloat16 with {quantize} layers"
+    assert base.dtypes["vae"] == "float32"
+    assert next(base.unet.parameters()).dtype == base.dtype == torch.bfloat16
+    answer = base.denoise(
+        torch.randn(1, base.info.latent_channels, 16, 16), torch.tensor([500]), base.encode_captions(["a"])
+    )
+    assert torch.isfinite(answer).all()
+    assert not any(module.training for module in base.unet.modules())
+
+
 def test_vae_precision_follows_its_configuration(info: BaseInfo, copy_base: CopyBase) -> None:
     """R-22: bf16 only on CUDA, beside a bf16 UNet, for a VAE that does not ask for upcasting."""
     free = inspect_base(BaseSection(source=str(copy_base(vae__config={"force_upcast": False}))))

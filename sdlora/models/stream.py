@@ -1,0 +1,121 @@
+"""Weights from files to where they are needed, one tensor at a time: no second copy, no mapped file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sdlora.config import Quantize
+from sdlora.errors import ModelError
+from sdlora.models.parts import Part
+from sdlora.models.quantize import quantize_layer
+from sdlora.models.weights import read_header
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def read_part(part: Part, names: Mapping[str, str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Reads the tensors of a part in the order of their bytes.
+
+    A mapped file counts as resident for as long as one of its tensors is in use; these are read, each into
+    memory of its own, and whoever takes them decides how long they stay.
+
+    Args:
+        part: Its files and prefix say which tensors.
+        names: From those in the file to those wanted; the others are passed over. None: as they are.
+    """
+    for file in part.files:
+        header = read_header(file)
+        with file.open("rb") as handle:
+            for stored in sorted(header.spans, key=lambda name: header.spans[name]):
+                name = stored if names is None else names.get(stored)
+                if name is None or not stored.startswith(part.prefix):
+                    continue
+                start, size = header.spans[stored]
+                handle.seek(start)
+                content = bytearray(size)
+                handle.readinto(content)
+                dtype = DTYPES[header.dtypes[stored]]
+                flat = torch.frombuffer(content, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+                yield name, flat.reshape(header.shapes[stored])
+
+
+def fill(
+    module: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    part: Part,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    scheme: Quantize,
+) -> list[str]:
+    """Gives a network on the meta device its frozen weights.
+
+    A layer that is quantised is so from the precision of the file, as soon as its weight has come.
+
+    Args:
+        module: Everything in it is on the meta device.
+        tensors: By the names of its state; what it does not know is passed over.
+        part: What it is, for the message of an error.
+        dtype: Of all that is not quantised; whole numbers keep theirs.
+        device: Where it shall be.
+        scheme: How layers are quantised.
+
+    Returns:
+        What it still lacks: names that did not come, or came in another shape.
+
+    Raises:
+        ModelError: If a weight is no number.
+    """
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    missing = dict.fromkeys(shapes)
+    for name, tensor in tensors:
+        if shapes.get(name) == tensor.shape:
+            value = tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+            check_finite(part, name, value)
+            _place(module, name, value, tensor, scheme)
+            missing.pop(name, None)
+    return list(missing)
+
+
+def _place(module: nn.Module, name: str, value: Tensor, exact: Tensor, scheme: Quantize) -> None:
+    path, _, own = name.rpartition(".")
+    layer = module.get_submodule(path)
+    small = quantize_layer(layer, exact.to(value.device), scheme) if own == "weight" else None
+    if small is not None:
+        parent, _, child = path.rpartition(".")
+        setattr(module.get_submodule(parent), child, small)
+    elif own in layer._parameters:
+        setattr(layer, own, nn.Parameter(value, requires_grad=False))
+    else:
+        setattr(layer, own, value)
+
+
+def check_finite(part: Part, name: str, weight: Tensor) -> None:
+    """Refuses a weight with a NaN or an infinity, which would spoil every loss and every picture.
+
+    A sum says so without a copy: it is finite only if all its terms are.
+
+    Raises:
+        ModelError: Naming it.
+    """
+    if not torch.isfinite(weight.sum(dtype=torch.float32)) and not torch.isfinite(weight).all():
+        raise ModelError(
+            f"{part.folder or part.files[0]}: {name} of the {part.name} holds NaN or infinity in "
+            f"{str(weight.dtype).removeprefix('torch.')}; get the base again, or load it with base.dtype=fp32"
+        )
