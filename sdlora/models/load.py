@@ -85,9 +85,7 @@ def load_unet(
     """
     unet = _build_empty(part)
     names = None if part.folder is not None else names_of_unet(part)
-    _check_complete(
-        part, fill(unet, read_part(part, names), part, dtype=dtype, device=device, scheme=scheme)
-    )
+    _check_complete(part, fill(unet, read_part(part, names), part, dtype=dtype, device=device, scheme=scheme))
     return unet.requires_grad_(False).eval()
 
 
