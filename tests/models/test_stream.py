@@ -125,9 +125,7 @@ def test_a_weight_that_is_no_number_is_named(value: float) -> None:
     tensors = Small().state_dict()
     tensors["wide.weight"][3, 4] = value
     part = part_of(Path("base.safetensors"))
-    with pytest.raises(
-        ModelError, match=r"base\.safetensors: wide\.weight of the unet holds NaN or infinity"
-    ):
+    with pytest.raises(ModelError, match=r"base\.safetensors: wide\.weight of the unet holds NaN"):
         fill(module, tensors.items(), part, dtype=torch.float32, device="cpu", scheme="int8")
 
 
