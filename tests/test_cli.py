@@ -236,6 +236,14 @@ def test_export_info_cache_doctor(sdlora, small_run, make_images, tmp_path):
     assert code == 0
     for part in ("sd1", "kohya", "rank"):
         assert part in printed
+    peft = tmp_path / "peft"
+    peft.mkdir()
+    code, _, errors = sdlora("export", small_run.path, "--out", peft / "adapter_model.safetensors")
+    assert code == 0, errors
+    code, printed, errors = sdlora("info", peft)
+    assert code == 0, errors
+    assert "diffusers" in printed
+    assert sdlora("export", peft, "--format", "kohya", "--out", out)[0] == 0
     code, printed, _ = sdlora("cache", "--clear")
     assert code == 0
     assert "cleared" in printed

@@ -46,10 +46,11 @@ def export(
 
 def info(file: Annotated[Path, typer.Argument(help="A LoRA file of any dialect, or a run folder.")]) -> None:
     """Say what a LoRA file is: family, rank, alpha, targets, metadata."""
-    from sdlora.lora.files import inspect_adapter
+    from sdlora.lora.files import inspect_adapter, lora_file
     from sdlora.runs import RunFolder
 
-    path = RunFolder.open(file).adapter if file.is_dir() else file
+    path = lora_file(file)
+    path = RunFolder.open(path).adapter if path.is_dir() else path
     for line in inspect_adapter(path).lines():
         typer.echo(line)
 

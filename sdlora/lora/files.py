@@ -138,7 +138,7 @@ def load_adapter(path: str | Path, dtype: torch.dtype | None = torch.float32) ->
     Raises:
         AdapterError: If it is missing, incomplete, not finite, or something other than a LoRA.
     """
-    path = _inside_folder(Path(path))
+    path = lora_file(path)
     state, header = read_tensors(path)
     try:
         adapter = state_to_adapter(state, _metadata(path, header), dtype)
@@ -159,7 +159,7 @@ def inspect_adapter(path: str | Path) -> AdapterInfo:
     Raises:
         AdapterError: If it is missing, incomplete, or something other than a LoRA.
     """
-    path = _inside_folder(Path(path))
+    path = lora_file(path)
     state, header = read_tensors(path)
     metadata = _metadata(path, header)
     try:
@@ -187,13 +187,11 @@ def inspect_adapter(path: str | Path) -> AdapterInfo:
     )
 
 
-def _inside_folder(path: Path) -> Path:
-    """The LoRA in a folder that PEFT or diffusers has written."""
-    if path.is_dir():
-        for name in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"):
-            if (path / name).is_file():
-                return path / name
-    return path
+def lora_file(path: str | Path) -> Path:
+    """The LoRA in a folder that PEFT or diffusers has written; any other path as it is."""
+    path = Path(path)
+    names = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors") if path.is_dir() else ()
+    return next((path / name for name in names if (path / name).is_file()), path)
 
 
 def _metadata(path: Path, header: Header) -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 from sdlora.config import RunConfig, SampleSection, load_config
 from sdlora.errors import ConfigError
 from sdlora.lora.adapter import Adapter, check_base
-from sdlora.lora.files import load_adapter
+from sdlora.lora.files import load_adapter, lora_file
 from sdlora.models.condition import Condition
 from sdlora.models.dtypes import DTYPES
 from sdlora.models.info import BaseInfo, inspect_base
@@ -144,7 +144,7 @@ class _Subject:
 
 
 def _find_subject(source: str | Path | RunFolder | None, base: str | None, step: int | None) -> _Subject:
-    if isinstance(source, RunFolder) or (source is not None and Path(source).is_dir()):
+    if isinstance(source, RunFolder) or (source is not None and lora_file(source).is_dir()):
         run = source if isinstance(source, RunFolder) else RunFolder.open(source)
         config = run.read_config()
         file = run.adapter if step is None else run.saved_adapter(step)

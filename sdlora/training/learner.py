@@ -76,8 +76,14 @@ class Learner:
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(settings, self.groups))
         self.optimizer.train()
 
-    def accumulate(self, step: int, samples: list[Sample]) -> Gradient:
-        """Leaves the clipped gradient of the mean loss, summed over micro-batches and processes."""
+    def accumulate(self, step: int, samples: list[Sample], *, dropout: bool = True) -> Gradient:
+        """Leaves the clipped gradient of the mean loss, summed over micro-batches and processes.
+
+        Args:
+            step: Seeds the draws.
+            samples: Of the whole step, on all processes.
+            dropout: Whether the adapter's dropout is on, where it has one.
+        """
         total = torch.zeros((), device=self.accelerator.device)
         draws: list[Draw] = []
         micro_batches = deal(
@@ -87,7 +93,8 @@ class Learner:
             num_processes=self.accelerator.num_processes,
         )
         for micro_batch in filter(None, micro_batches):
-            with self.prepared.dropout.drawn(self._seeds("dropout", step, micro_batch)):
+            seeds = self._seeds("dropout", step, micro_batch) if dropout else []
+            with self.prepared.dropout.drawn(seeds):
                 losses, drawn = self._losses(step, micro_batch)
                 loss = losses.sum() / len(samples)
                 self.accelerator.backward(loss)

@@ -117,7 +117,8 @@ class Trainer:
         rate = learning_rate(counters.step, self.settings, self.plan.steps)
         samples = self.plan.order.step(counters.step)
         ups = copy_ups(adapter) if counters.step == self.proof_step else None
-        gradient = self.learner.accumulate(counters.step, samples)
+        # Dropout could keep a small module from learning, so it is off where each has to.
+        gradient = self.learner.accumulate(counters.step, samples, dropout=ups is None)
         self.learner.update(rate, skip=not gradient.is_finite)
         counters.step += 1
         counters.images_seen += len(samples)

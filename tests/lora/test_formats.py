@@ -23,35 +23,61 @@ from sdlora.lora.formats import (
 from sdlora.lora.parsing import state_to_adapter
 
 
-def golden_blocks():
-    """Where SD 1.5 has a transformer, by the paper's plan and not by our code."""
+def golden_modules():
+    """Every adapted module of SD 1.5 in kohya's spelling, by the paper's plan and not by our code."""
     down = [f"down_blocks_{block}_attentions_{layer}" for block, layer in product((0, 1, 2), (0, 1))]
     up = [f"up_blocks_{block}_attentions_{layer}" for block, layer in product((1, 2, 3), (0, 1, 2))]
-    return [*down, "mid_block_attentions_0", *up]
-
-
-def golden_kohya_keys():
-    """The keys of an attention LoRA for SD 1.5 as kohya's tools write them."""
-    return {
-        f"lora_unet_{block}_transformer_blocks_0_{attention}_{projection}.{part}"
-        for block in golden_blocks()
-        for attention in ("attn1", "attn2")
-        for projection in ("to_q", "to_k", "to_v", "to_out_0")
-        for part in ("lora_down.weight", "lora_up.weight", "alpha")
+    transformers = [*down, "mid_block_attentions_0", *up]
+    inside = [
+        f"{attention}_{part}"
+        for attention, part in product(("attn1", "attn2"), ("to_q", "to_k", "to_v", "to_out_0"))
+    ]
+    modules = {
+        "attention": [
+            f"{block}_transformer_blocks_0_{name}" for block, name in product(transformers, inside)
+        ],
+        "feed_forward": [
+            f"{block}_transformer_blocks_0_ff_net_{name}"
+            for block, name in product(transformers, ("0_proj", "2"))
+        ],
+        "projections": [f"{block}_{name}" for block, name in product(transformers, ("proj_in", "proj_out"))],
     }
+    resnets = [f"down_blocks_{block}_resnets_{layer}" for block, layer in product(range(4), range(2))]
+    resnets += [f"mid_block_resnets_{layer}" for layer in range(2)]
+    resnets += [f"up_blocks_{block}_resnets_{layer}" for block, layer in product(range(4), range(3))]
+    # The number of channels changes on the way down, and with each skip connection on the way up.
+    shortcuts = [
+        "down_blocks_1_resnets_0",
+        "down_blocks_2_resnets_0",
+        *(name for name in resnets if "up" in name),
+    ]
+    modules["convolutions"] = [f"{name}_{conv}" for name, conv in product(resnets, ("conv1", "conv2"))]
+    modules["convolutions"] += [f"{name}_conv_shortcut" for name in shortcuts]
+    modules["convolutions"] += [f"down_blocks_{block}_downsamplers_0_conv" for block in range(3)]
+    modules["convolutions"] += [f"up_blocks_{block}_upsamplers_0_conv" for block in range(3)]
+    modules["time"] = [f"{name}_time_emb_proj" for name in resnets]
+    return modules
 
 
-def test_kohya_keys_of_sd15_are_the_golden_list(sd15):
-    """R-07: 384 keys, no more, no less."""
-    adapter = create_adapter(sd15, match_targets(sd15, ["attention"]), 2, 2, seed=0)
-    keys = set(adapter_to_kohya(adapter))
-    assert len(golden_kohya_keys()) == 384
-    assert keys == golden_kohya_keys()
-    assert {
-        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight",
-        "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_attn2_to_out_0.alpha",
-        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lora_up.weight",
-    } <= keys
+SETS = {
+    "attention": ["attention"],
+    "attention+feedforward": ["attention", "feed_forward"],
+    "all-linear": ["attention", "feed_forward", "projections"],
+    "convolutions": ["convolutions"],
+    "all": ["attention", "feed_forward", "projections", "convolutions", "time"],
+}
+
+
+@pytest.mark.parametrize(("target", "num_modules"), zip(SETS, (128, 160, 192, 64, 278), strict=True))
+def test_kohya_keys_of_sd15_are_the_golden_list(sd15, target, num_modules):
+    """R-07: three keys a module, no more, no less."""
+    golden = [name for kind in SETS[target] for name in golden_modules()[kind]]
+    assert len(golden) == len(set(golden)) == num_modules
+    adapter = create_adapter(sd15, match_targets(sd15, [target]), 1, 1, seed=0, family="sd1")
+    assert set(adapter_to_kohya(adapter)) == {
+        f"lora_unet_{name}.{part}"
+        for name, part in product(golden, ("lora_down.weight", "lora_up.weight", "alpha"))
+    }
 
 
 def test_diffusers_keys_of_sd15(sd15):

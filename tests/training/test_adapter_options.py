@@ -22,14 +22,28 @@ OPTIONS = {
     "lora__init": "orthogonal",
     "lora__dropout": 0.2,
     "lora__max_norm": 0.01,
+    "train__learning_rate": 0.02,
 }
 
 
-def test_everything_at_once(make_images, small, tmp_path):
+@pytest.mark.parametrize(
+    "base",
+    [
+        pytest.param(None, marks=pytest.mark.slow),
+        pytest.param("sd15_folder", marks=pytest.mark.slow),
+        pytest.param("sd21_folder", marks=pytest.mark.slow),
+        "sdxl_folder",
+    ],
+)
+def test_everything_at_once(request, make_images, small, tmp_path, base):
     """R-01 R-02 R-33: a run with every option is what the plan said; its files load in stock diffusers."""
-    config = small(make_images(), train__steps=3, **OPTIONS)
+    source = str(request.getfixturevalue(base)) if base else "builtin"
+    config = small(make_images(), base__source=source, train__steps=3, **OPTIONS)
     run = train(config.images, config=config, out=tmp_path / "run", quiet=True)
     [plan] = run.events("plan")
+    [line] = [line for line in make_plan(config).lines() if line.startswith("adapter")]
+    assert "rank 4 (" in line
+    assert "alpha 1 to 2, scale 0.5 to 2 (alpha / sqrt(rank))" in line
     info = inspect_adapter(run.adapter)
     assert info.num_parameters == plan["trainable_parameters"]
     assert info.num_modules == plan["modules"]
