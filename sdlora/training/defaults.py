@@ -37,8 +37,8 @@ def check_objective(config: RunConfig, info: BaseInfo) -> None:
     if schedule.prediction_type == "epsilon" and schedule.has_zero_snr and high >= schedule.num_timesteps:
         last = schedule.num_timesteps - 1
         remedy = f"leave that timestep out with objective.timestep_range=[{min(low, last - 1)}, {last}]"
-        if info.prediction_type != "epsilon":
-            remedy = f"leave objective.prediction_type out (it is {info.prediction_type}), or {remedy}"
+        if asked:
+            remedy = f"leave objective.prediction_type out, or {remedy}"
         raise ConfigError(
             "objective.prediction_type = epsilon cannot be learnt with rescale_betas_zero_snr = true, as the "
             f"base {info.name} has it (timestep {last} is pure noise); {remedy}"

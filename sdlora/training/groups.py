@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from sdlora.config import TrainSection
 from sdlora.errors import ConfigError
+from sdlora.lora.attach import match_names
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,18 @@ def match_rates(modules: Sequence[str], settings: TrainSection) -> dict[str, str
 
     Args:
         modules: Names; those of text encoders start with `text_encoder.` or `text_encoder_2.`.
-        settings: Patterns and their rates.
+        settings: Patterns, or targets such as `convolutions`, and their rates.
 
     Raises:
         ConfigError: With one line for each pattern that decides for no module.
     """
-    patterns = list(settings.learning_rates)
-    chosen = {
-        module: next((p for p in reversed(patterns) if fnmatch.fnmatchcase(module, p)), None)
-        for module in modules
-    }
+    matched = {pattern: match_names(modules, pattern) for pattern in settings.learning_rates}
+    chosen: dict[str, str | None] = dict.fromkeys(modules)
+    for pattern, matches in matched.items():
+        chosen |= dict.fromkeys(matches, pattern)
     problems = []
-    for pattern in patterns:
+    for pattern, matches in matched.items():
         if pattern not in chosen.values():
-            matches = [module for module in modules if fnmatch.fnmatchcase(module, pattern)]
             nearest = difflib.get_close_matches(pattern.strip("*."), modules, 1, 0.3) or list(modules[:1])
             reason = (
                 f"is overruled by {chosen[matches[0]]!r} and others after it; put it last"

@@ -95,7 +95,7 @@ def test_zero_terminal_snr():
     forced = {"objective.prediction_type": "epsilon", "objective.force_prediction_type": True}
     line = (
         r"objective\.prediction_type = epsilon .* rescale_betas_zero_snr = true.*; leave "
-        r"objective\.prediction_type out \(it is v_prediction\), or .*objective\.timestep_range=\[0, 999\]"
+        r"objective\.prediction_type out, or .*objective\.timestep_range=\[0, 999\]"
     )
     with pytest.raises(ConfigError, match=line):
         check_objective(load_config(None, forced), replace(INFO, scheduler_config=zero))

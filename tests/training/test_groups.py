@@ -46,6 +46,12 @@ def test_patterns_choose_modules():
     assert sum(len(group.parameters) for group in groups.values()) == len(NAMED)
 
 
+def test_targets_are_patterns():
+    """The names of lora.targets stand for their patterns here too."""
+    chosen = match_rates(MODULES, settings({"attention": 0.05}))
+    assert list(chosen.values()) == ["attention"] * 3 + [None] * 2
+
+
 def test_lora_plus():
     """2402.12354: the rate of every up matrix is λ times that of its down matrix."""
     rates = {"text_encoder.*": 0.02}
