@@ -7,10 +7,11 @@ import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
+from typing import Any
 
 from sdlora.errors import AdapterError, ConfigError
 from sdlora.lora.adapter import Adapter
-from sdlora.lora.layers import Dropout, StackEntry, pair_shapes, wrap_layer
+from sdlora.lora.layers import Dropout, Scale, StackEntry, pair_shapes, wrap_layer
 from sdlora.lora.modules import Model, carrier_layers, components, lora_layers, named_modules, replace_modules
 from sdlora.lora.names import TEXT_ENCODERS
 
@@ -114,12 +115,13 @@ def attach(model: Model, names: Sequence[str]) -> None:
     replace_modules(model, {name: wrap_layer(layers[name]) for name in names if name not in wrapped})
 
 
-def mount(model: Model, adapters: Sequence[tuple[Adapter, float]], dropout: Dropout | None = None) -> None:
+def mount(model: Model, adapters: Sequence[tuple[Adapter, Scale]], dropout: Dropout | None = None) -> None:
     """Puts adapters on a network in place of all those mounted before; nothing changes if one does not fit.
 
     Args:
         model: The network, or components by name; layers that are not wrapped yet are.
-        adapters: (adapter, strength) in the order of the stack. None at all leaves the base.
+        adapters: (adapter, strength) in the order of the stack; a strength may be (B,), one for each sample.
+            None at all leaves the base.
         dropout: For the pairs that are trained.
 
     Raises:
@@ -134,11 +136,14 @@ def mount(model: Model, adapters: Sequence[tuple[Adapter, float]], dropout: Drop
             if down.requires_grad:
                 entry = StackEntry(down, up, scale, dropout.of_module(name) if dropout else None)
             else:
-                device = next(layers[name].parameters()).device
-                entry = StackEntry(down.to(device), up.to(device), scale)
+                weight: Any = layers[name].weight
+                entry = StackEntry(down.to(weight.device), up.to(weight.device), scale)
             stacks.setdefault(name, []).append(entry)
-    attach(model, list(stacks))
-    for name, layer in lora_layers(model).items():
+    wrapped = lora_layers(model)
+    if plain := [name for name in stacks if name not in wrapped]:
+        attach(model, plain)
+        wrapped = lora_layers(model)
+    for name, layer in wrapped.items():
         layer.stack = tuple(stacks.get(name, ()))
 
 
@@ -153,7 +158,7 @@ def is_attached(model: Model) -> bool:
 
 
 @contextmanager
-def mounted(model: Model, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[None]:
+def mounted(model: Model, adapters: Sequence[tuple[Adapter, Scale]]) -> Iterator[None]:
     """Mounts adapters for a while; afterwards wrapped layers and stacks are as they were."""
     before = {name: layer.stack for name, layer in lora_layers(model).items()}
     try:

@@ -17,14 +17,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdlora.errors import AdapterError
+
+Scale: TypeAlias = float | Tensor
+"""A factor for the whole batch, or (B,) one for each sample."""
+
 
 class StackEntry(NamedTuple):
     """One low-rank pair at work: `scale * up(drop(down(x)))` is added to the layer's output."""
 
     down: Tensor
     up: Tensor
-    scale: float
+    scale: Scale
     drop: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it adds nothing to any sample."""
+        return not isinstance(self.scale, Tensor) and self.scale == 0
+
+    def scaled(self, hidden: Tensor) -> Tensor:
+        """What `up` is given: values of `down`, scaled and dropped out.
+
+        A batch of several parts, as guidance makes, repeats the scales of its samples.
+
+        Raises:
+            AdapterError: If the batch is no multiple of the scales.
+        """
+        hidden = hidden * (self._scales(hidden) if isinstance(self.scale, Tensor) else self.scale)
+        return self.drop(hidden) if self.drop else hidden
+
+    def _scales(self, hidden: Tensor) -> Tensor:
+        assert isinstance(self.scale, Tensor)
+        parts, rest = divmod(len(hidden), len(self.scale))
+        if rest:
+            raise AdapterError(
+                f"a batch of {len(hidden)} does not go with {len(self.scale)} strengths; "
+                "give one for each sample"
+            )
+        return self.scale.to(hidden).repeat(parts).view(-1, *[1] * (hidden.ndim - 1))
 
 
 class Dropout:
@@ -93,10 +124,10 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., in) to (..., out); the pairs are cast to `x.dtype` for the product."""
         y: Tensor = self.base(x)
-        for down, up, scale, drop in self.stack:
-            if scale != 0:
-                hidden = F.linear(x, down.to(x.dtype)) * scale
-                y = y + F.linear(drop(hidden) if drop else hidden, up.to(x.dtype))
+        for entry in self.stack:
+            if not entry.is_silent:
+                hidden = entry.scaled(F.linear(x, entry.down.to(x.dtype)))
+                y = y + F.linear(hidden, entry.up.to(x.dtype))
         return y
 
 
@@ -124,12 +155,12 @@ class LoraConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, in, H, W) to (B, out, H', W'); the pairs are cast to `x.dtype` for the product."""
-        y: Tensor = self.base(x)
         base = self.base
-        for down, up, scale, drop in self.stack:
-            if scale != 0:
-                hidden = F.conv2d(x, down.to(x.dtype), None, base.stride, base.padding, base.dilation) * scale
-                y = y + F.conv2d(drop(hidden) if drop else hidden, up.to(x.dtype))
+        y: Tensor = base(x)
+        for entry in self.stack:
+            if not entry.is_silent:
+                hidden = F.conv2d(x, entry.down.to(x.dtype), None, base.stride, base.padding, base.dilation)
+                y = y + F.conv2d(entry.scaled(hidden), entry.up.to(x.dtype))
         return y
 
 

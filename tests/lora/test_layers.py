@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from sdlora.errors import AdapterError
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import detach, match_targets, mount
 from sdlora.lora.layers import Dropout, LoraConv2d, LoraLinear, StackEntry
@@ -220,3 +221,32 @@ def test_dropout_knows_nothing_of_the_batch(make_unet, run, make_adapter):
     for number, seed in enumerate((7, 8)):
         with dropout.drawn([seed]):
             torch.testing.assert_close(layer(x[number : number + 1])[0], both[number])
+
+
+@pytest.mark.parametrize("targets", [["attention"], ["all"]], ids=["attention", "all"])
+def test_each_sample_of_a_batch_has_its_own_strength(unet, run, make_adapter, targets):
+    """R-37: two rows of one batch equal the same rows of two batches; guidance repeats the strengths."""
+    adapter = make_adapter(unet, targets=targets).to()
+    alone = {}
+    for strength in (0.0, 0.5, 1.0):
+        mount(unet, [(adapter, strength)])
+        alone[strength] = run(unet)
+    for first, second in ((1.0, 0.5), (0.0, 1.0)):
+        mount(unet, [(adapter, torch.tensor([first, second]))])
+        both = run(unet)
+        torch.testing.assert_close(both[0], alone[first][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(both[1], alone[second][1], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(alone[0.5], alone[1.0], atol=1e-4)
+    layer = next(iter(lora_layers(unet).values()))
+    x = torch.randn(4, 3, layer.weight.shape[1]) if layer.weight.ndim == 2 else torch.randn(4, 32, 4, 4)
+    doubled = layer(torch.cat([x[:2], x[:2]]))
+    torch.testing.assert_close(doubled[:2], doubled[2:])
+
+
+def test_strengths_that_do_not_fit_the_batch(unet, run, make_adapter):
+    """Three strengths for two samples are a mistake, not a broadcast."""
+    mount(unet, [(make_adapter(unet).to(), torch.tensor([1.0, 0.5, 0.2]))])
+    with pytest.raises(
+        AdapterError, match="a batch of 2 does not go with 3 strengths; give one for each sample"
+    ):
+        run(unet)
