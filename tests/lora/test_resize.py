@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 
@@ -150,6 +149,7 @@ def test_nothing_left_is_refused(make_pair):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's count of memory")
 def test_an_sdxl_file_of_rank_256(tmp_path):
     """R-33: all 560 attention projections of SDXL, in less than 60 CPU seconds and 2 GB."""
     with torch.device("meta"):
@@ -162,11 +162,18 @@ def test_an_sdxl_file_of_rank_256(tmp_path):
     assert len(modules) == 560
     file = save_adapter(tmp_path / "large.safetensors", Adapter(modules, 256, 256.0, "sdxl"))
     out = tmp_path / "small.safetensors"
-    command = [sys.executable, "-m", "sdlora", "resize", str(file), "--energy", "0.5", "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    assert status == 0
-    assert used.ru_utime + used.ru_stime < 60
-    assert used.ru_maxrss * 1024 < 2e9
+    # A child's peak in getrusage is at least that of its parent; the kernel's own count starts anew.
+    code = (
+        "import sys, time; from pathlib import Path; from sdlora.cli import main\n"
+        f"sys.argv = ['sdlora', 'resize', {str(file)!r}, '--energy', '0.5', '--out', {str(out)!r}]\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "lines = Path('/proc/self/status').read_text().splitlines()\n"
+        "print(next(l for l in lines if l.startswith('VmHWM')).split()[1], time.process_time())"
+    )
+    process = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    kilobytes, seconds = map(float, process.stdout.split()[-2:])
+    assert seconds < 60
+    assert kilobytes * 1024 < 2e9
     assert 1 < inspect_adapter(out).rank < 256
     file.unlink()
