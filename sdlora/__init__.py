@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sdlora.lora.merge import merge
     from sdlora.lora.rank import spectrum
     from sdlora.lora.resize import resize
+    from sdlora.lora.tree import AdapterTree
     from sdlora.runs import RunFolder
     from sdlora.sampling.session import sample
     from sdlora.training.train import resume, train
@@ -25,6 +26,7 @@ __version__ = version("sdlora")
 # Imported at first use: torch and diffusers take seconds, and `sdlora --help` needs neither.
 _PUBLIC = {
     "Adapter": "sdlora.lora.adapter",
+    "AdapterTree": "sdlora.lora.tree",
     "RunConfig": "sdlora.config",
     "RunFolder": "sdlora.runs",
     "SdloraError": "sdlora.errors",
@@ -44,6 +46,7 @@ _PUBLIC = {
 
 __all__ = [
     "Adapter",
+    "AdapterTree",
     "RunConfig",
     "RunFolder",
     "SdloraError",

@@ -1,0 +1,84 @@
+"""The nodes of a tree: LoRA files in a folder, and what they say of themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdlora.errors import AdapterError, RunError
+from sdlora.lora.files import inspect_adapter
+from sdlora.lora.lineage import KOHYA_ENDING, Ancestor, noted_digest, read_lineage
+from sdlora.runs import RunFolder
+
+ENDING = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One file of a tree.
+
+    Args:
+        name: Its path in the folder, without the ending.
+        file: Where it is.
+        digest: Of its tensors, as its header has it.
+        lineage: The ancestors that it was trained on, the root first.
+        rank: The largest of its modules.
+        size_bytes: Of the file.
+        notes: What the file says.
+    """
+
+    name: str
+    file: Path
+    digest: str
+    lineage: tuple[Ancestor, ...]
+    rank: int
+    size_bytes: int
+    notes: Mapping[str, str]
+
+    @property
+    def images(self) -> str:
+        """How many pictures it was trained on; empty if the file does not say."""
+        return self.notes.get("ss_num_train_images", "")
+
+    @property
+    def heldout_loss(self) -> float | None:
+        """As measured when it was saved, on top of its ancestors."""
+        text = self.notes.get("sdlora.heldout_loss")
+        return float(text) if text else None
+
+
+def find_files(root: Path) -> dict[str, Path]:
+    """Files by node name; of a run its final one, of two dialects the diffusers one."""
+    files: dict[str, Path] = {}
+    runs = {config.parent for config in root.rglob("config.json") if (config.parent / "adapters").is_dir()}
+    for folder in sorted(runs):
+        try:
+            files[node_name(root, folder)] = RunFolder(folder).adapter
+        except RunError:
+            continue
+    found = sorted(file for file in root.rglob(f"*{ENDING}") if not runs & set(file.parents))
+    found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)]
+    for file in sorted(found, key=lambda file: file.name.endswith(KOHYA_ENDING)):
+        files.setdefault(node_name(root, file), file)
+    return files
+
+
+def node_name(root: Path, file: Path) -> str:
+    """The path in the folder, without the ending."""
+    name = file.relative_to(root).as_posix()
+    return name.removesuffix(KOHYA_ENDING).removesuffix(ENDING) if name != "." else root.absolute().name
+
+
+def read_node(name: str, file: Path) -> Node:
+    """Reads what a file says of itself.
+
+    Raises:
+        AdapterError: If it is no LoRA, or its metadata is damaged.
+    """
+    info = inspect_adapter(file)
+    try:
+        lineage = read_lineage(info.metadata)
+    except AdapterError as error:
+        raise AdapterError(f"{file} {error}") from None
+    return Node(name, file, noted_digest(file), lineage, info.rank, info.size_bytes, info.metadata)
