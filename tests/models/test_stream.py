@@ -32,7 +32,7 @@ def filled(info: BaseInfo, dtype: torch.dtype, scheme: Any = "none") -> nn.Modul
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_those_of_the_library(info: BaseInfo, dtype: torch.dtype) -> None:
     """R-11: bit by bit what diffusers loads, in the dtype that was asked for, frozen."""
-    expected = load_stock_pipeline(info, dtype=dtype, unet_only=True).unet.state_dict()
+    expected = load_stock_pipeline(info, dtype=dtype, only=()).unet.state_dict()
     state = filled(info, dtype).state_dict(keep_vars=True)
     assert list(state) == list(expected)
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
