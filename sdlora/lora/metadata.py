@@ -14,6 +14,16 @@ from datetime import UTC, datetime
 from typing import Any
 
 _PREDICTIONS = {"v_prediction": "v"}
+_OPTIONS = {
+    "dropout": "ss_network_dropout",
+    "max_norm": "ss_scale_weight_norms",
+    "min_snr_gamma": "ss_min_snr_gamma",
+    "debiased": "ss_debiased_estimation",
+    "noise_offset": "ss_noise_offset",
+    "pyramid_noise": "ss_multires_noise_iterations",
+    "pyramid_discount": "ss_multires_noise_discount",
+    "input_perturbation": "ss_ip_noise_gamma",
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ class RunFacts:
     captions: Sequence[str] | None = None
     """All captions, only by consent (`export.include_captions`)."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the adapter that are not the usual ones, by their name in `[lora]`."""
+    """Settings of adapter and objective that are not the usual ones, by their name in the section."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Package to version."""
 
@@ -104,9 +114,7 @@ def run_metadata(facts: RunFacts) -> dict[str, str]:
     if facts.trigger:
         texts |= {"modelspec.trigger_phrase": facts.trigger, "sdlora.trigger": facts.trigger}
     texts |= {f"sdlora.{name}": json.dumps(value) for name, value in facts.options.items()}
-    for name, key in (("dropout", "ss_network_dropout"), ("max_norm", "ss_scale_weight_norms")):
-        if name in facts.options:
-            texts[key] = facts.options[name]
+    texts |= {key: facts.options[name] for name, key in _OPTIONS.items() if name in facts.options}
     if facts.captions is not None:
         texts["sdlora.captions"] = json.dumps(list(facts.captions), ensure_ascii=False)
     return {key: str(value) for key, value in texts.items()}

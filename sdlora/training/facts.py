@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sdlora.config import LoraSection
+from sdlora.config import RunConfig
 from sdlora.lora.metadata import RunFacts
 from sdlora.runs import RunFolder
 from sdlora.training.plan import RunPlan
@@ -43,12 +43,12 @@ def describe_run(run: RunFolder, plan: RunPlan, *, step: int, images_seen: int) 
         seed=config.train.seed,
         date=datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         captions=captions,
-        options=_options(config.lora),
+        options=_options(config),
         versions=dict(environment.get("versions") or {}),
     )
 
 
-def _options(lora: LoraSection) -> dict[str, Any]:
-    """The settings of the adapter that are not the defaults, beside those that have a place of their own."""
-    told = {"rank", "alpha", "targets", "init_from"}
-    return lora.model_dump(exclude_defaults=True, exclude=told)
+def _options(config: RunConfig) -> dict[str, Any]:
+    """What differs from the defaults in adapter and objective, beside what has a place of its own."""
+    lora = config.lora.model_dump(exclude_defaults=True, exclude={"rank", "alpha", "targets", "init_from"})
+    return lora | config.objective.model_dump(exclude_defaults=True, exclude={"prediction_type"})

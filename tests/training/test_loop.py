@@ -336,6 +336,10 @@ def test_the_objective_is_the_one_asked_for(make_images, small, make_trainer, tm
     assert [draw.timestep > 500 for result in trainer.results for draw in result.draws] == [True] * 4
     assert all(result.updated for result in trainer.results)
     assert "pseudo_huber (delta 0.1, snr), style_friendly" in "\n".join(trainer.plan.lines())
+    notes = load_adapter(trainer.run.step_adapter(2)).notes
+    assert notes["sdlora.timesteps"] == '"style_friendly"'
+    assert notes["ss_multires_noise_iterations"] == "6"
+    assert "sdlora.huber_delta" not in notes
 
 
 def test_groups_keep_their_ratio(make_images, small, make_trainer, tmp_path):
