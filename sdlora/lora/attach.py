@@ -9,10 +9,29 @@ from contextlib import contextmanager
 from math import prod
 from typing import Any
 
+from torch import nn
+
 from sdlora.errors import AdapterError, ConfigError
 from sdlora.lora.adapter import Adapter
-from sdlora.lora.layers import Dropout, Scale, StackEntry, pair_shapes, wrap_layer
-from sdlora.lora.modules import Model, carrier_layers, components, lora_layers, named_modules, replace_modules
+from sdlora.lora.layers import (
+    Dropout,
+    LoraConv2d,
+    LoraLinear,
+    Scale,
+    StackEntry,
+    pair_shapes,
+    wrap_layer,
+)
+from sdlora.lora.modules import (
+    Model,
+    carrier_layers,
+    carriers,
+    components,
+    lora_layers,
+    named_modules,
+    replace_modules,
+    unwrap,
+)
 from sdlora.lora.names import TEXT_ENCODERS
 
 _ATTENTION = ("*attn[12].to_[qkv]", "*attn[12].to_out.0")
@@ -127,10 +146,11 @@ def mount(model: Model, adapters: Sequence[tuple[Adapter, Scale]], dropout: Drop
     Raises:
         AdapterError: If an adapter names modules, or has shapes, that this network does not have.
     """
-    layers = carrier_layers(model)
+    places, parts = carriers(model), list(components(model))
+    layers = {name: unwrap(module) for name, module in places.items()}
     stacks: dict[str, list[StackEntry]] = {}
     for adapter, strength in adapters:
-        check_fit(adapter, model)
+        _check_fit(adapter, layers, parts)
         for name, pair in adapter.modules.items():
             down, up, scale = pair.down, pair.up, strength * adapter.scale_of(name)
             if down.requires_grad:
@@ -139,12 +159,12 @@ def mount(model: Model, adapters: Sequence[tuple[Adapter, Scale]], dropout: Drop
                 weight: Any = layers[name].weight
                 entry = StackEntry(down.to(weight.device), up.to(weight.device), scale)
             stacks.setdefault(name, []).append(entry)
-    wrapped = lora_layers(model)
-    if plain := [name for name in stacks if name not in wrapped]:
-        attach(model, plain)
-        wrapped = lora_layers(model)
-    for name, layer in wrapped.items():
-        layer.stack = tuple(stacks.get(name, ()))
+    new = {name: wrap_layer(layers[name]) for name in stacks if places[name] is layers[name]}
+    if new:
+        replace_modules(model, new)
+    for name, layer in (places | new).items():
+        if isinstance(layer, LoraLinear | LoraConv2d):
+            layer.stack = tuple(stacks.get(name, ()))
 
 
 def detach(model: Model) -> None:
@@ -177,7 +197,10 @@ def check_fit(adapter: Adapter, model: Model) -> None:
     Raises:
         AdapterError: If it is for another network, or for more components than these.
     """
-    layers, parts = carrier_layers(model), list(components(model))
+    _check_fit(adapter, carrier_layers(model), list(components(model)))
+
+
+def _check_fit(adapter: Adapter, layers: Mapping[str, nn.Module], parts: Sequence[str]) -> None:
     trained_on = adapter.notes.get("sdlora.base_name") or adapter.notes.get("ss_sd_model_name")
     origin = f" (it was trained on {trained_on})" if trained_on else ""
     for component in (prefix.removesuffix(".") for prefix in TEXT_ENCODERS):

@@ -24,26 +24,39 @@ def components(model: Model) -> dict[str, nn.Module]:
 
 
 def named_modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
-    """Every module by the name that adapters use.
+    """Every module by the name that adapters use, but for the insides of wrapped layers.
 
     Newer transformers leave out CLIP's level `text_model` in one of their two classes; the names have it.
     """
     for component, network in components(model).items():
-        for path, module in network.named_modules():
+        # torch's own walk is nested generators, several times slower, and a switch of adapters is one walk.
+        left: list[tuple[str, nn.Module]] = [("", network)]
+        seen: set[nn.Module] = set()
+        while left:
+            path, module = left.pop()
+            if module in seen:
+                continue
+            seen.add(module)
             yield module_name(component, path), module
+            if not isinstance(module, LoraLinear | LoraConv2d):
+                start = f"{path}." if path else ""
+                left += [(start + name, child) for name, child in module.named_children()][::-1]
+
+
+def carriers(model: Model) -> dict[str, nn.Module]:
+    """What stands where a pair can be: a wrapped layer, or one that can be wrapped."""
+    kinds = (LoraLinear, LoraConv2d)
+    return {name: m for name, m in named_modules(model) if isinstance(m, kinds) or can_carry(m)}
 
 
 def carrier_layers(model: Model) -> dict[str, nn.Module]:
     """Every layer that can carry a pair, by name, as the base has it (wrapped or not)."""
-    layers: dict[str, nn.Module] = {}
-    for name, module in named_modules(model):
-        if name.rpartition(".")[0] in layers:
-            continue
-        if isinstance(module, LoraLinear | LoraConv2d):
-            layers[name] = module.base
-        elif can_carry(module):
-            layers[name] = module
-    return layers
+    return {name: unwrap(module) for name, module in carriers(model).items()}
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The layer as the base has it."""
+    return module.base if isinstance(module, LoraLinear | LoraConv2d) else module
 
 
 def lora_layers(model: Model) -> dict[str, LoraLayer]:
