@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,45 +14,10 @@ from typing import Any
 from sdlora.config import RunConfig, read_config
 from sdlora.errors import ConfigError, RunError
 from sdlora.reading import UnfitFileError, read_json
+from sdlora.writing import append_lines, read_lines, to_lines, write_json, write_text
 
 MAX_JSON_BYTES = 16 * 2**20
 DTYPES = ("fp32", "bf16", "fp16")
-
-
-def write_file(
-    path: Path, write: Callable[[Path], object], verify: Callable[[Path], object] | None = None
-) -> Path:
-    """Writes a file so that it is either complete or not there.
-
-    Args:
-        path: Where the file shall be.
-        write: Writes the content to the temporary path that it is given (same folder).
-        verify: Re-opens the temporary file and raises if it is not right.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        if verify is not None:
-            verify(temporary)
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    return path
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Writes UTF-8 text atomically."""
-    return write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
-
-
-def write_json(path: Path, value: Any) -> Path:
-    """Writes JSON atomically, readable by people."""
-    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 class RunFolder:
@@ -149,6 +113,11 @@ class RunFolder:
         return self.path / "events.jsonl"
 
     @property
+    def trace_file(self) -> Path:
+        """With `train.trace`: one JSON object a line for each sample of each step."""
+        return self.path / "trace.jsonl"
+
+    @property
     def adapters(self) -> Path:
         """Saved adapters, to use."""
         return self.path / "adapters"
@@ -237,7 +206,20 @@ class RunFolder:
     def remove_checkpoints(self, keep: int) -> None:
         """Deletes all but the newest states."""
         for step in self.checkpoint_steps()[:-keep]:
-            shutil.rmtree(self.checkpoint(step), ignore_errors=True)
+            folder = self.checkpoint(step)
+            # A state that is half deleted must not have the name of one.
+            leaving = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+            with suppress(OSError):
+                folder.rename(leaving)
+            shutil.rmtree(leaving, ignore_errors=True)
+
+    def remove_leftovers(self) -> None:
+        """Deletes the temporary files and folders of writes that were cut short."""
+        for rest in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp"), *self.path.glob("*/*/.*.tmp")]:
+            if rest.is_dir():
+                shutil.rmtree(rest, ignore_errors=True)
+            else:
+                rest.unlink(missing_ok=True)
 
     def read_config(self) -> RunConfig:
         """The resolved configuration of the run.
@@ -290,43 +272,38 @@ class RunFolder:
     def append(self, event: str, step: int, **values: Any) -> dict[str, Any]:
         """Adds an event and gives it back."""
         record = {"event": event, "step": step, "time": round(time.time(), 3), **values}
-        self.path.mkdir(parents=True, exist_ok=True)
-        with self.events_file.open("a", encoding="utf-8", newline="\n") as handle:
-            handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+        append_lines(self.events_file, [record])
         return record
+
+    def append_trace(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Adds lines to the trace, each with its `step`."""
+        append_lines(self.trace_file, rows)
 
     def events(self, *names: str) -> Iterator[dict[str, Any]]:
         """The events in order, or only those of the given names; a line that is none is skipped.
 
         A crash may have cut the last one short.
         """
-        if not self.events_file.is_file():
-            return
-        # Not splitlines: JSON text may hold line separators of other kinds.
-        with self.events_file.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                record = _parse_event(line)
-                if record and (not names or record["event"] in names):
-                    yield record
+        for record in read_lines(self.events_file):
+            if "event" in record and (not names or record["event"] in names):
+                yield record
 
     def cut_events(self, step: int) -> None:
-        """Drops the events after a step, since they will happen again."""
-        kept = [event for event in self.events() if event["step"] <= step and event["event"] != "done"]
-        write_text(self.events_file, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept))
+        """Drops the events, and the trace, after a step, since they will happen again."""
+        # What follows the checkpoint of a step, or at step 0 the start, happens again as well.
+        again = {"done", "failed", *(["heldout"] if step == 0 else [])}
+        kept = [event for event in self.events() if event["step"] <= step and event["event"] not in again]
+        write_text(self.events_file, to_lines(kept))
+        if self.trace_file.is_file():
+            write_text(self.trace_file, to_lines(row for row in self.trace() if row["step"] <= step))
+
+    def trace(self) -> Iterator[dict[str, Any]]:
+        """What was drawn for each sample of each step, in order; a line that a crash cut short is skipped."""
+        yield from read_lines(self.trace_file)
 
     def is_finished(self, steps: int) -> bool:
         """Whether the run has ended at this number of steps."""
         return any(event["step"] >= steps for event in self.events("done"))
-
-
-def _parse_event(line: str) -> dict[str, Any]:
-    """The event of a line, or nothing."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    is_event = isinstance(record, dict) and "event" in record and isinstance(record.get("step"), int)
-    return dict(record) if is_event else {}
 
 
 def _steps(names: Iterable[str]) -> list[int]:

@@ -13,13 +13,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "sdlora"
 COLUMNS = {"data", "lora", "models", "diffusion", "report"}
 # Each unit may import the units at its own level's right-hand side; columns never import each other.
-GROUND = {"errors", "reading", "config", "runs"}
+GROUND = {"errors", "reading", "writing", "config", "runs"}
 ALLOWED = {
     "errors": set(),
     "reading": set(),
+    "writing": set(),
     "problems": {"errors"},
     "config": {"errors", "reading", "problems"},
-    "runs": {"errors", "reading", "config"},
+    "runs": {"errors", "reading", "writing", "config"},
     **dict.fromkeys(COLUMNS, GROUND),
     "sampling": GROUND | COLUMNS,
     "export": GROUND | COLUMNS | {"sampling"},
@@ -35,7 +36,7 @@ LIBRARIES = {
     "peft": set(),
     "bitsandbytes": {"models"},
 }
-WITHOUT_TORCH = {"errors", "reading", "problems", "config", "runs", "report"}
+WITHOUT_TORCH = {"errors", "reading", "writing", "problems", "config", "runs", "report"}
 
 
 def unit_of(path: Path) -> str:

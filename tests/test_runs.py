@@ -9,7 +9,8 @@ import pytest
 
 from sdlora.config import RunConfig
 from sdlora.errors import RunError
-from sdlora.runs import RunFolder, next_free_folder, write_file, write_json, write_text
+from sdlora.runs import RunFolder, next_free_folder
+from sdlora.writing import write_file, write_json, write_text
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):

@@ -18,7 +18,7 @@ from sdlora.data.buckets import Crop
 from sdlora.data.images import parse_colour
 from sdlora.data.records import ImageRecord
 from sdlora.reading import UnfitFileError, read_bytes, read_header
-from sdlora.runs import write_file
+from sdlora.writing import write_file
 
 CACHE_VERSION = 1
 MAX_BYTES = 2**28

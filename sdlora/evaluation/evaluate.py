@@ -28,9 +28,10 @@ from sdlora.models.dtypes import DTYPES
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
 from sdlora.models.stable_diffusion import StableDiffusion
-from sdlora.runs import RunFolder, write_json
+from sdlora.runs import RunFolder
 from sdlora.sampling.generate import generate
 from sdlora.sampling.session import choose_device, make_request
+from sdlora.writing import write_json
 
 MAX_IMAGES = 40
 

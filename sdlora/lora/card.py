@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdlora.lora.metadata import RunFacts
-from sdlora.runs import write_text
+from sdlora.writing import write_text
 
 TAGS = ("lora", "diffusers", "stable-diffusion", "text-to-image", "sdlora")
 

@@ -25,7 +25,7 @@ from sdlora.lora.formats import (
 from sdlora.lora.names import TEXT_ENCODERS, Dialect, dialect_of
 from sdlora.lora.parsing import guess_family, module_alphas, split_state, state_to_adapter
 from sdlora.reading import Header
-from sdlora.runs import write_file
+from sdlora.writing import write_file
 
 # Keys that describe the tensors as written; they never survive from one file to the next.
 # fmt: off

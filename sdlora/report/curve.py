@@ -7,7 +7,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from sdlora.runs import RunFolder, write_file
+from sdlora.runs import RunFolder
+from sdlora.writing import write_file
 
 SPLITS = {"heldout": ("held-out pictures", "tab:red", "o-"), "train": ("training pictures", "tab:blue", "s-")}
 

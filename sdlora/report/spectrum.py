@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from sdlora.runs import write_file
+from sdlora.writing import write_file
 
 Values = Mapping[str, Sequence[float]]
 

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sdlora.runs import write_file
+from sdlora.writing import write_file
 
 SAMPLERS = {
     "DDIMScheduler": "DDIM",

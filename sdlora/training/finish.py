@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 
-from sdlora.errors import AdapterError
 from sdlora.export import export_adapter
 from sdlora.lora.card import write_model_card
 from sdlora.lora.metadata import run_metadata
@@ -13,6 +12,7 @@ from sdlora.report.curve import draw_loss_curve
 from sdlora.training.facts import describe_run
 from sdlora.training.loop import Trainer
 from sdlora.training.processes import meet
+from sdlora.writing import write_file
 
 
 def finish(trainer: Trainer) -> None:
@@ -47,16 +47,12 @@ def export_final(trainer: Trainer) -> None:
         paths.append(report.path)
         trainer.report.say(f"export    {report}")
         trainer.event("exported", path=str(report.path.relative_to(run.path)), precision=report.precision)
-    try:
-        for proof in postflight(paths, adapter, trainer.prepared.base.components, plan.info):
-            trainer.report.say(f"postflight {proof}")
-    except AdapterError as error:
-        trainer.event("failed", message=str(error))
-        raise
+    for proof in postflight(paths, adapter, trainer.prepared.base.components, plan.info):
+        trainer.report.say(f"postflight {proof}")
     trainer.event("postflight", files=[path.name for path in paths])
     grids = sorted(run.samples.glob("step-*/grid.png"))
     if grids:
-        shutil.copyfile(grids[-1], run.adapters / "grid.png")
+        write_file(run.adapters / "grid.png", lambda file: shutil.copyfile(grids[-1], file))
     write_model_card(
         run.model_card,
         facts,

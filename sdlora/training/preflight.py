@@ -13,7 +13,7 @@ from sdlora.data.records import Finding
 from sdlora.data.scan import scan_dataset
 from sdlora.models.info import inspect_base
 from sdlora.models.tokens import count_tokens, load_tokenizer
-from sdlora.runs import write_file
+from sdlora.writing import write_file
 
 
 @dataclass(frozen=True)
