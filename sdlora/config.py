@@ -199,6 +199,7 @@ class TrainSection(Section):
     optimizer_args: dict[str, Argument] = _field({}, "give numbers, texts, true, false, or lists of them")
     precision: Dtype = _field("auto", "use auto, fp32, bf16 or fp16")
     seed: int = _field(0, "give a whole number, such as 0", ge=0, lt=2**32)
+    ema_decay: float = _field(0.0, "use 0 to switch off, or 0.99 to 0.9999", ge=0, lt=1)
     grad_clip: float = _field(1.0, "use 1, or 0 to switch clipping off", ge=0)
     gradient_checkpointing: bool = False
     max_skipped_steps: int = _field(10, "give how many bad steps in a row are too many", ge=1)
@@ -207,6 +208,7 @@ class TrainSection(Section):
     sample_every: int | None = _field(None, "give a number of steps, or 0 for none", ge=0)
     evaluate_every: int | None = _field(None, "give a number of steps, or 0 for none", ge=0)
     trackers: Texts = Field(default_factory=list)
+    trace: bool = False
     timeout_seconds: float = _field(600.0, "give how long a process waits for the others, such as 600", gt=0)
 
 

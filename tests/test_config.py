@@ -221,10 +221,10 @@ def test_the_keys_are_pinned():
         "objective": "debiased force_prediction_type huber_delta huber_schedule input_perturbation loss "
         "min_snr_gamma noise_offset prediction_type pyramid_discount pyramid_noise timestep_mean "
         "timestep_range timestep_std timesteps",
-        "train": "accumulate batch_size evaluate_every grad_clip gradient_checkpointing "
+        "train": "accumulate batch_size ema_decay evaluate_every grad_clip gradient_checkpointing "
         "keep_checkpoints learning_rate learning_rates lora_plus_ratio max_skipped_steps "
         "optimizer optimizer_args precision sample_every save_every schedule seed steps "
-        "timeout_seconds trackers warmup",
+        "timeout_seconds trace trackers warmup",
         "sample": "batch_size guidance negative_prompt prompts safety_checker scheduler seeds "
         "steps strengths",
         "export": "formats include_captions precision",

@@ -52,6 +52,10 @@ def train(
 def resume(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
     overrides: Overrides = None,
+    allow_changed: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD", help="What may be another than in the checkpoint, such as dataset."),
+    ] = None,
 ) -> None:
     """Go on with a run that was stopped, or make a finished one longer."""
     from sdlora.config import load_config
@@ -61,7 +65,7 @@ def resume(
     load_config(None, overrides or [])
     from sdlora.training.train import resume as go_on
 
-    _print_result(go_on(run, overrides or []))
+    _print_result(go_on(run, overrides or [], allow_changed=allow_changed or ()))
 
 
 def _print_result(run: RunFolder) -> None:  # type: ignore[name-defined]  # noqa: F821

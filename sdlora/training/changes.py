@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from sdlora.config import RunConfig, load_config
 from sdlora.errors import ConfigError
 from sdlora.runs import RunFolder
 
+# Sections whose settings decide what a step does.
+SECTIONS = ("data", "lora", "objective", "train")
 RESUMABLE = {
     "train.steps",
     "train.save_every",
@@ -18,8 +20,44 @@ RESUMABLE = {
     "train.trackers",
     "train.batch_size",
     "train.accumulate",
+    "train.gradient_checkpointing",
     "train.timeout_seconds",
     "sample.batch_size",
+}
+# These change nothing in a step that is not seen elsewhere: in the pictures, the precision, the checkpoint.
+FREE = RESUMABLE | {
+    "data.allow_missing_captions",
+    "data.cache",
+    "data.heldout",
+    "data.on_bad_image",
+    "lora.init_from",
+    "train.max_skipped_steps",
+    "train.precision",
+    "train.trace",
+}
+# A checkpoint of another one does not fit, or would be of another run altogether.
+FIXED = {
+    "base",
+    "vae",
+    "text",
+    "global_batch",
+    "data.resolution",
+    "lora.alpha",
+    "lora.alpha_pattern",
+    "lora.init",
+    "lora.rank",
+    "lora.rank_pattern",
+    "lora.rslora",
+    "lora.targets",
+    "train.ema_decay",
+    "train.optimizer",
+    "train.seed",
+}
+ALLOWABLE = {"dataset", "heldout", "compute", "sdlora"} | {
+    f"{section}.{key}"
+    for section in SECTIONS
+    for key in type(getattr(RunConfig(), section)).model_fields
+    if f"{section}.{key}" not in FREE | FIXED
 }
 SHARED = ("batch_size", "accumulate")
 
@@ -30,6 +68,7 @@ def apply_changes(
     *,
     global_batch: int,
     num_processes: int,
+    allowed: Collection[str] = (),
 ) -> RunConfig:
     """The run's settings with what may change, changed; the global batch is kept.
 
@@ -38,18 +77,29 @@ def apply_changes(
         overrides: `section.key=value` texts, or a mapping from `section.key` to values.
         global_batch: Samples of a full step of the run.
         num_processes: How many processes go on with it.
+        allowed: Fields that may change although they decide what a step does.
 
     Raises:
         ConfigError: Naming what may not change, or what cannot be divided.
     """
-    pairs = overrides if isinstance(overrides, Mapping) else list(overrides)
-    keys = pairs if isinstance(pairs, Mapping) else [text.partition("=")[0].strip() for text in pairs]
-    fixed = [key for key in keys if key not in RESUMABLE]
-    asked = load_config(None, pairs)
-    if fixed:
+    if unknown := [field for field in allowed if field not in ALLOWABLE]:
         raise ConfigError(
-            f"{', '.join(fixed)} cannot change in a resumed run; only {', '.join(sorted(RESUMABLE))} can"
+            f"--allow-changed {unknown[0]} is not possible; fields that can be allowed are "
+            f"{', '.join(sorted(ALLOWABLE))}"
         )
+    pairs = overrides if isinstance(overrides, Mapping) else list(overrides)
+    given_keys = pairs if isinstance(pairs, Mapping) else [text.partition("=")[0].strip() for text in pairs]
+    asked = load_config(None, pairs)
+    keys = [".".join(key.split(".")[:2]) for key in given_keys]
+    problems = [
+        f"{key} decides what a step does; to change it in a resumed run add --allow-changed {key}"
+        if key in ALLOWABLE
+        else f"{key} cannot change in a resumed run; only {', '.join(sorted(RESUMABLE))} can"
+        for key in keys
+        if key not in RESUMABLE and key not in allowed
+    ]
+    if problems:
+        raise ConfigError(*problems)
     changes: dict[str, dict[str, Any]] = {}
     for key in keys:
         section, name = key.split(".")

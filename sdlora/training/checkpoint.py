@@ -71,6 +71,11 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], di
     return tensors, _join_tensors(numbers, values), state
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """Counters and identity alone, of a state that is known to be complete."""
+    return dict(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+
+
 def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # Some optimizers keep one table in the state of every parameter; a file holds no shared memory.
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from sdlora.errors import TrainingDiverged
 from sdlora.lora.adapter import Adapter
 
 NUM_ZERO_LOSSES = 5
+EMA = 0.98
 
 
 @dataclass
@@ -36,6 +38,9 @@ class Counters:
 
     def count(self, loss: float, *, is_good: bool) -> None:
         """Notes how a step went."""
+        if math.isfinite(loss):
+            ema = self.loss_ema
+            self.loss_ema = loss if ema is None else EMA * ema + (1 - EMA) * loss
         self.zeros_in_row = self.zeros_in_row + 1 if loss == 0 else 0
         self.skipped_in_row = 0 if is_good else self.skipped_in_row + 1
         self.skipped += not is_good

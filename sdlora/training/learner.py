@@ -20,6 +20,7 @@ from sdlora.diffusion.objective import denoising_loss, derive_seed, draw
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.norms import NormReport, limit_norms
 from sdlora.models.condition import Condition
+from sdlora.training.average import Average, kept
 from sdlora.training.device import Precision
 from sdlora.training.groups import group_parameters
 from sdlora.training.optimizer import build_optimizer
@@ -75,6 +76,8 @@ class Learner:
         self.groups = group_parameters(named_tensors(self.adapter), settings)
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(settings, self.groups))
         self.optimizer.train()
+        decay = settings.ema_decay
+        self.average = Average(named_tensors(self.adapter), decay) if decay else None
 
     def accumulate(self, step: int, samples: list[Sample], *, dropout: bool = True) -> Gradient:
         """Leaves the clipped gradient of the mean loss, summed over micro-batches and processes.
@@ -160,20 +163,23 @@ class Learner:
     def averaged(self) -> Iterator[None]:
         """The adapter as it is meant to be used, while it is looked at or saved.
 
+        With `train.ema_decay` that is the moving average of the trained values.
         A schedule-free optimizer (Defazio et al. 2024, 2405.15682) trains at another point than the average
         that it is after, and moves the parameters to it by `eval()`. Copies bring them back to the bit.
         """
+        if self.average is not None:
+            with self.average.swapped_in():
+                yield
+            return
         if not hasattr(self.optimizer.optimizer, "eval"):
             yield
             return
-        trained = [parameter.detach().clone() for parameter in self.parameters]
-        self.optimizer.eval()
-        try:
-            yield
-        finally:
-            self.optimizer.train()
-            for parameter, value in zip(self.parameters, trained, strict=True):
-                parameter.data.copy_(value)
+        with kept(self.parameters):
+            self.optimizer.eval()
+            try:
+                yield
+            finally:
+                self.optimizer.train()
 
     def rates(self, rate: float) -> dict[str, float]:
         """The learning rate of each group at a base rate."""
@@ -188,6 +194,8 @@ class Learner:
             self.optimizer.step()
             if self.prepared.max_norm:
                 self.norms = limit_norms(self.adapter, self.prepared.max_norm)
+            if self.average is not None and not skip:
+                self.average.update()
         self.optimizer.zero_grad(set_to_none=True)
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 
-import psutil
 import torch
 from accelerate import Accelerator
 
 from sdlora.data.records import Size
-from sdlora.errors import RunStopped
+from sdlora.errors import AdapterError, RunStopped
 from sdlora.evaluation.heldout import HeldoutLoss, heldout_loss
 from sdlora.export import export_adapter
 from sdlora.lora.metadata import run_metadata
@@ -27,37 +25,16 @@ from sdlora.training.guards import (
     copy_ups,
     find_dead_modules,
 )
-from sdlora.training.learner import Draw, Learner
+from sdlora.training.journal import Journal, StepResult
+from sdlora.training.learner import Learner
 from sdlora.training.optimizer import learning_rate
 from sdlora.training.plan import RunPlan
 from sdlora.training.prepare import Prepared
 from sdlora.training.processes import count_over, sum_over
-from sdlora.training.resume import load_newest_state, save_state
+from sdlora.training.resume import load_state, newest_complete_step, save_state
 from sdlora.training.samples import log_grid, sample_step
 from sdlora.training.stop import StopSignals
-
-EMA = 0.98
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step.
-
-    Args:
-        step: Its number, from 1.
-        loss: Mean over the samples of the step, on all processes.
-        learning_rate: As used.
-        grad_norm: Before clipping.
-        updated: False if the update was skipped for numbers that are not finite.
-        draws: This process's samples.
-    """
-
-    step: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    updated: bool
-    draws: tuple[Draw, ...]
+from sdlora.training.trace import gather_draws
 
 
 class Trainer:
@@ -84,21 +61,22 @@ class Trainer:
         # how far it is
         self.counters = Counters()
         self.report = report
+        self.journal = Journal(run, accelerator, report, self.settings)
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
         return self.counters.step
 
-    def resume(self) -> None:
-        """Continues from the newest complete state."""
-        self.counters = load_newest_state(self.run, self.plan, self.learner, self.report)
+    def resume(self, step: int | None = None) -> None:
+        """Continues from the state of a step, or the newest complete one; 0 is the start."""
+        step = newest_complete_step(self.run, self.report) if step is None else step
+        self.counters = load_state(self.run, step, self.learner) if step else Counters()
 
     def train(self) -> None:
         """Runs the remaining steps; a signal ends the run after the step it came in."""
         with StopSignals() as signals, self.report.progress("training", self.plan.steps, self.step) as meter:
-            if self.step == 0:
-                self.evaluate_if_due()
+            self.begin()
             while self.step < self.plan.steps:
                 started = time.monotonic()
                 result = self.train_step()
@@ -110,6 +88,16 @@ class Trainer:
                 if stopping:
                     raise self.stopped(signals.received)
                 self.sample_if_due()
+
+    def begin(self) -> None:
+        """Measures the base; or makes the grid that a stop after the checkpoint left out."""
+        if self.step == 0:
+            self.evaluate_if_due()
+        elif count_over(self.accelerator, self.accelerator.is_main_process and not self._is_sampled()):
+            self.sample_if_due()
+
+    def _is_sampled(self) -> bool:
+        return any(event["step"] == self.step for event in self.run.events("samples"))
 
     def train_step(self) -> StepResult:
         """One optimizer update."""
@@ -123,10 +111,10 @@ class Trainer:
         counters.step += 1
         counters.images_seen += len(samples)
         counters.count(gradient.loss, is_good=gradient.is_finite)
-        names = ", ".join(sample.record.name for sample in samples)
+        images = tuple(sample.record.name for sample in samples)
         situation = (
             f"step {counters.step}, loss {gradient.loss:g}, gradient norm {gradient.norm:g}, "
-            f"learning rate {rate:g}, images {names}; {self._last_good()}"
+            f"learning rate {rate:g}, images {', '.join(images)}; {self._last_good()}"
         )
         check_counters(counters, self.settings.max_skipped_steps, situation)
         if ups is not None and gradient.is_finite:
@@ -135,8 +123,19 @@ class Trainer:
             )
             if dead:
                 self.warn(f"{len(dead)} modules cannot learn: self-attention sees a single token")
+        draws = gradient.draws
+        if self.settings.trace:
+            draws = gather_draws(self.accelerator, samples, draws)
         return StepResult(
-            counters.step, gradient.loss, rate, gradient.norm, gradient.is_finite, gradient.draws
+            counters.step,
+            gradient.loss,
+            rate,
+            gradient.norm,
+            gradient.is_finite,
+            images,
+            draws,
+            self.learner.rates(rate),
+            self.learner.norms,
         )
 
     def _is_single_token(self, size: Size) -> bool:
@@ -146,37 +145,8 @@ class Trainer:
         return size.width <= side and size.height <= side
 
     def record(self, result: StepResult, seconds: float) -> None:
-        """Writes the step's event; trackers are told, but cannot stop the run."""
-        counters = self.counters
-        if math.isfinite(result.loss):
-            ema = counters.loss_ema
-            counters.loss_ema = result.loss if ema is None else EMA * ema + (1 - EMA) * result.loss
-        values = {
-            "loss": result.loss,
-            "loss_ema": counters.loss_ema,
-            "learning_rate": result.learning_rate,
-            "grad_norm": result.grad_norm,
-            "images_seen": counters.images_seen,
-            "steps_per_second": round(1 / max(seconds, 1e-9), 3),
-            "memory_mb": round(_memory_mb(self.accelerator.device), 1),
-        }
-        if norms := self.learner.norms:
-            values |= {"norm_mean": norms.mean, "norm_max": norms.largest, "norms_limited": norms.num_limited}
-        if not result.updated:
-            self.warn(
-                f"step {result.step} skipped: loss {result.loss:g}, gradient norm {result.grad_norm:g}",
-                images=[draw.image for draw in result.draws],
-            )
-        rates = self.learner.rates(result.learning_rate)
-        groups = rates if len(rates) > 1 else {}
-        self.event(
-            "step",
-            **{name: _json_number(value) for name, value in values.items()},
-            **({"learning_rates": groups} if groups else {}),
-            skipped=counters.skipped,
-        )
-        values |= {f"learning_rate/{name}": rate for name, rate in groups.items()}
-        self.track({name: value for name, value in values.items() if value is not None})
+        """Writes what the step was."""
+        self.journal.record(result, self.counters, seconds)
 
     def evaluate_if_due(self) -> None:
         """Measures the held-out loss on both splits."""
@@ -191,7 +161,7 @@ class Trainer:
                 by_band=measured.by_band,
                 images=measured.num_images,
             )
-            self.track({f"{split}_loss": measured.loss})
+            self.journal.track(self.step, {f"{split}_loss": measured.loss})
 
     def evaluate(self, split: str) -> HeldoutLoss:
         """The held-out loss of the weights as they are."""
@@ -219,13 +189,21 @@ class Trainer:
 
     def _save_adapter(self) -> None:
         facts = describe_run(self.run, self.plan, step=self.step, images_seen=self.counters.images_seen)
-        with self.learner.averaged():
-            report = export_adapter(
-                self.learner.adapter,
-                self.run.step_adapter(self.step),
-                precision=self.plan.config.export.precision,
-                metadata=run_metadata(facts),
+        try:
+            with self.learner.averaged():
+                report = export_adapter(
+                    self.learner.adapter,
+                    self.run.step_adapter(self.step),
+                    precision=self.plan.config.export.precision,
+                    metadata=run_metadata(facts),
+                )
+        except AdapterError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            self.warn(
+                f"the adapter of step {self.step} could not be saved ({error.__cause__}); the run goes on"
             )
+            return
         self.event("saved", path=str(report.path.relative_to(self.run.path)), precision=report.precision)
 
     def _save_state(self) -> None:
@@ -238,10 +216,17 @@ class Trainer:
         """Makes a grid of the adapter as saved; running out of memory skips it."""
         if self.step not in self.plan.sample_steps:
             return
+        is_missing = self.accelerator.is_main_process and not self.run.step_adapter(self.step).is_file()
+        if count_over(self.accelerator, is_missing):
+            self.warn(f"no samples of step {self.step}, since its adapter could not be saved")
+            return
         try:
             grid = sample_step(self.run, self.plan, self.prepared, self.step, self.accelerator, self.report)
         except torch.OutOfMemoryError:
             self.warn(f"out of memory while sampling at step {self.step}; the run goes on without this grid")
+            return
+        except OSError as error:
+            self.warn(f"the samples of step {self.step} could not be saved ({error}); the run goes on")
             return
         if grid is not None:
             self.event("samples", path=str(grid.relative_to(self.run.path)))
@@ -266,38 +251,15 @@ class Trainer:
         return f"`sdlora resume {self.run.path}` goes on from step {step}"
 
     def event(self, name: str, **values: object) -> None:
-        """Adds an event; only the main process writes."""
-        if self.accelerator.is_main_process:
-            self.run.append(name, self.step, **values)
+        """Adds an event."""
+        self.journal.event(name, self.step, **values)
 
     def warn(self, message: str, **values: object) -> None:
         """Says it, and keeps it as an event."""
-        self.report.warn(message)
-        self.event("warning", message=message, **values)
-
-    def track(self, values: dict[str, float]) -> None:
-        """Tells the trackers; one that fails cannot stop the run."""
-        if not self.settings.trackers:
-            return
-        try:
-            self.accelerator.log(values, step=self.step)
-        except Exception as error:
-            self.warn(f"a tracker failed: {error}")
+        self.journal.warn(self.step, message, **values)
 
     def _last_good(self) -> str:
         steps = self.run.checkpoint_steps()
         if not steps:
             return "no checkpoint was saved yet"
         return f"the last good checkpoint is {self.run.checkpoint(steps[-1])}"
-
-
-def _json_number(value: float | None) -> float | str | None:
-    """JSON has no NaN and no infinity."""
-    return value if value is None or math.isfinite(value) else str(value)
-
-
-def _memory_mb(device: torch.device) -> float:
-    """Memory in use: peak on CUDA, else that of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return float(psutil.Process().memory_info().rss) / 1e6

@@ -47,8 +47,8 @@ def build_optimizer(settings: TrainSection, groups: Sequence[ParameterGroup]) ->
     """Makes the optimizer: `adamw`, or any class by its import path.
 
     Raises:
-        ConfigError: If it cannot be imported, is no optimizer, refuses its arguments, or finds one rate for
-            all parameters by itself where groups ask for several.
+        ConfigError: If it cannot be imported, is no optimizer, refuses its arguments, is schedule-free where
+            `train.ema_decay` averages too, or finds one rate for all parameters where groups ask for several.
     """
     cls, arguments = find_optimizer(settings)
     if settings.optimizer.lower() == "adamw":
@@ -65,6 +65,11 @@ def build_optimizer(settings: TrainSection, groups: Sequence[ParameterGroup]) ->
             f"train.optimizer_args = {settings.optimizer_args!r} is refused by {settings.optimizer}: {error}"
         ) from None
     assert isinstance(optimizer, torch.optim.Optimizer)
+    if settings.ema_decay and hasattr(optimizer, "eval"):
+        raise ConfigError(
+            f"train.ema_decay = {settings.ema_decay:g} averages what train.optimizer = {settings.optimizer} "
+            "averages already; leave train.ema_decay out, or use adamw"
+        )
     # Prodigy and D-Adaptation keep their one estimate of the rate as `d`, and fail at the first step.
     if len({group.ratio for group in groups}) > 1 and "d" in optimizer.param_groups[0]:
         raise ConfigError(

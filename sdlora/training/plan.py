@@ -163,6 +163,7 @@ class RunPlan:
             f"steps     {self.steps} of batch {train.batch_size}{accumulation}{processes} = global batch "
             f"{self.global_batch}; {self.order.steps_per_epoch} an epoch, {epochs:.1f} epochs, "
             f"{self.images_seen} images seen",
+            *self._average_lines(),
             *self._exchange_lines(),
             f"rate      {train.learning_rate:g}, {train.schedule} after {warmup} warm-up steps, "
             f"{train.optimizer}{f'; {rates}' if rates else ''}",
@@ -176,6 +177,15 @@ class RunPlan:
     def exchange_bytes(self) -> int:
         """What a process hands to the others in a step: the adapter's gradients in fp32, and the loss."""
         return 4 * (self.num_trainable + 1) if self.num_processes > 1 else 0
+
+    def _average_lines(self) -> list[str]:
+        decay = self.config.train.ema_decay
+        if not decay:
+            return []
+        return [
+            f"average   of about the last {1 / (1 - decay):.0f} steps (train.ema_decay = {decay:g}); "
+            "it is what is measured, sampled, saved and exported"
+        ]
 
     def _exchange_lines(self) -> list[str]:
         if self.num_processes == 1:

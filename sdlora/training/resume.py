@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -9,11 +10,15 @@ from torch import Tensor
 
 from sdlora.errors import RunError
 from sdlora.runs import RunFolder
-from sdlora.training.checkpoint import read_checkpoint, restore_optimizer, save_checkpoint
+from sdlora.training.checkpoint import read_checkpoint, read_state, restore_optimizer, save_checkpoint
 from sdlora.training.console import Report
+from sdlora.training.device import Precision, package_versions
 from sdlora.training.guards import Counters
+from sdlora.training.identity import Change, check_identity, identify
 from sdlora.training.learner import Learner, named_tensors
 from sdlora.training.plan import RunPlan
+
+AVERAGE = "average."
 
 
 def save_state(run: RunFolder, plan: RunPlan, learner: Learner, counters: Counters) -> None:
@@ -22,51 +27,62 @@ def save_state(run: RunFolder, plan: RunPlan, learner: Learner, counters: Counte
     Raises:
         OSError: If there is no room; nothing is left behind, and no older state is deleted.
     """
-    scaler = learner.accelerator.scaler
+    scaler, average = learner.accelerator.scaler, learner.average
+    averages = average.values if average else {}
     save_checkpoint(
         run.checkpoint(counters.step),
-        tensors=named_tensors(learner.adapter),
+        tensors={
+            **named_tensors(learner.adapter),
+            **{AVERAGE + name: value for name, value in averages.items()},
+        },
         optimizer=learner.optimizer.state_dict(),
         state={
             "counters": asdict(counters),
+            "num_averaged": average.num_updates if average else 0,
             "scaler": scaler.state_dict() if scaler else None,
-            "dataset_digest": plan.index.digest,
-            "base_digest": plan.info.digest,
+            "identity": identify(plan, learner.precision),
+            "versions": package_versions(),
         },
     )
     run.remove_checkpoints(keep=plan.config.train.keep_checkpoints)
 
 
-def load_newest_state(run: RunFolder, plan: RunPlan, learner: Learner, report: Report) -> Counters:
-    """Puts a run back to its newest complete state; at step 0 if there is none.
-
-    Raises:
-        RunError: If pictures, captions, base or targets are not those of the run.
-    """
+def newest_complete_step(run: RunFolder, report: Report) -> int:
+    """The step of the newest state that can be read whole; 0 if there is none."""
     for step in reversed(run.checkpoint_steps()):
         try:
-            tensors, optimizer, state = read_checkpoint(run.checkpoint(step))
+            read_checkpoint(run.checkpoint(step))
         except RunError as error:
             report.warn(f"{error}; trying the one before")
             continue
-        _check_same(run, plan, state)
-        _restore(run, learner, tensors, optimizer, state)
-        report.say(f"resumed from step {step}")
-        return Counters(**state["counters"])
-    report.say(f"{run.path} has no complete checkpoint: starting at step 0")
-    return Counters()
+        return step
+    return 0
 
 
-def _check_same(run: RunFolder, plan: RunPlan, state: dict[str, Any]) -> None:
-    for key, value, what in (
-        ("dataset_digest", plan.index.digest, "the pictures or captions"),
-        ("base_digest", plan.info.digest, "the base"),
-    ):
-        if state[key] != value:
-            raise RunError(
-                f"{what} changed since {run.path} was started; start a new run with "
-                f"lora.init_from={run.adapter}"
-            )
+def check_state(
+    run: RunFolder, step: int, plan: RunPlan, precision: Precision, allowed: Collection[str]
+) -> list[Change]:
+    """Compares what a state belongs to with what it would go on with.
+
+    Returns:
+        What changed and was allowed to.
+
+    Raises:
+        RunError: With a line for each change that was not.
+    """
+    state = read_state(run.checkpoint(step))
+    return check_identity(run, step, state["identity"], identify(plan, precision), allowed)
+
+
+def load_state(run: RunFolder, step: int, learner: Learner) -> Counters:
+    """Puts a learner back to the state of a step.
+
+    Raises:
+        RunError: If it is of another adapter or another optimizer.
+    """
+    tensors, optimizer, state = read_checkpoint(run.checkpoint(step))
+    _restore(run, learner, tensors, optimizer, state)
+    return Counters(**state["counters"])
 
 
 def _restore(
@@ -77,12 +93,17 @@ def _restore(
     state: dict[str, Any],
 ) -> None:
     own = named_tensors(learner.adapter)
-    if set(own) != set(tensors):
+    averages = {
+        name.removeprefix(AVERAGE): value for name, value in tensors.items() if name.startswith(AVERAGE)
+    }
+    if set(own) != {name for name in tensors if not name.startswith(AVERAGE)}:
         raise RunError(
             f"the checkpoint in {run.path} adapts other modules than lora.targets; start a new run"
         )
     for name, tensor in own.items():
         tensor.data.copy_(tensors[name])
+    if learner.average is not None:
+        learner.average.restore(averages, state["num_averaged"])
     restore_optimizer(learner.optimizer, optimizer)
     if learner.accelerator.scaler and state["scaler"]:
         learner.accelerator.scaler.load_state_dict(state["scaler"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from accelerate.utils import set_seed
 
 from sdlora.config import RunConfig, load_config
 from sdlora.diffusion.objective import derive_seed
-from sdlora.errors import ConfigError, ProcessLost, TrainingDiverged
+from sdlora.errors import AdapterError, ConfigError, ProcessLost, RunError, TrainingDiverged
 from sdlora.models.load import attention_kernel
 from sdlora.runs import RunFolder, next_free_folder
 from sdlora.training.changes import apply_changes, global_batch_of
@@ -26,6 +27,7 @@ from sdlora.training.device import (
     start_trackers,
 )
 from sdlora.training.finish import finish
+from sdlora.training.identity import Change
 from sdlora.training.loop import Trainer
 from sdlora.training.plan import RunPlan, check_disk, make_plan
 from sdlora.training.prepare import prepare
@@ -37,6 +39,7 @@ from sdlora.training.processes import (
     num_launched,
     text_of_main,
 )
+from sdlora.training.resume import check_state, newest_complete_step
 
 
 def train(
@@ -94,7 +97,11 @@ def train(
 
 
 def resume(
-    run_folder: str | Path, overrides: Iterable[str] | Mapping[str, Any] = (), *, quiet: bool = False
+    run_folder: str | Path,
+    overrides: Iterable[str] | Mapping[str, Any] = (),
+    *,
+    allow_changed: Collection[str] = (),
+    quiet: bool = False,
 ) -> RunFolder:
     """Goes on with a run from its newest complete checkpoint, as if it had never stopped.
 
@@ -102,6 +109,8 @@ def resume(
         run_folder: The run.
         overrides: Only what may change: steps, cadence, trackers, and batch_size with accumulate
             (their product is kept).
+        allow_changed: What else may be another than in the checkpoint, such as `dataset` or
+            `train.learning_rate`.
         quiet: Prints nothing.
 
     Raises:
@@ -114,6 +123,7 @@ def resume(
         overrides,
         global_batch=global_batch_of(run, settings),
         num_processes=num_launched(os.environ),
+        allowed=allow_changed,
     )
     accelerator, precision, report = _start(changed, quiet)
     with failing_together(accelerator):
@@ -125,9 +135,35 @@ def resume(
         plan = make_plan(changed, accelerator.num_processes)
         _check_same_plan(accelerator, plan)
         check_disk(plan, run.path)
-        if accelerator.is_main_process and not any(run.events("plan")):
+        step = count_over(
+            accelerator, newest_complete_step(run, report) if accelerator.is_main_process else 0
+        )
+        changes = check_state(run, step, plan, precision, allow_changed) if step else []
+        if step > plan.steps:
+            raise ConfigError(
+                f"train.steps = {plan.steps} but {run.path} is at step {step} already; give a larger one"
+            )
+        nothing = f"{run.path} has no complete checkpoint: starting at step 0"
+        report.say(f"resuming from step {step}" if step else nothing)
+        return _run(run, plan, accelerator, precision, report, Resumption(step, changes))
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """Where a run goes on, and what was allowed to change."""
+
+    step: int
+    changes: Sequence[Change]
+
+    def bring_back(self, run: RunFolder, plan: RunPlan) -> None:
+        """Brings a run folder back to the step: what came after it will happen again."""
+        run.remove_leftovers()
+        run.write_config(plan.config)
+        run.cut_events(self.step)
+        if not any(run.events("plan")):
             run.append("plan", 0, **plan.as_event())
-        return _run(run, plan, accelerator, precision, report, resuming=True)
+        for change in self.changes:
+            run.append("changed", self.step, field=change.field, before=change.before, now=change.now)
 
 
 def with_absolute_paths(settings: RunConfig) -> RunConfig:
@@ -180,8 +216,7 @@ def _run(
     accelerator: Accelerator,
     precision: Precision,
     report: Report,
-    *,
-    resuming: bool = False,
+    resumption: Resumption | None = None,
 ) -> RunFolder:
     set_seed(plan.config.train.seed)
     prepared = prepare(plan, accelerator, precision, report)
@@ -194,30 +229,29 @@ def _run(
     if plan.config.train.trackers:
         start_trackers(accelerator, run.path, flat_settings(plan.config))
     trainer = Trainer(run, plan, prepared, accelerator, precision, report)
-    if resuming:
-        trainer.resume()
-        if trainer.step > plan.steps:
-            raise ConfigError(
-                f"train.steps = {plan.steps} but {run.path} is at step {trainer.step} already; "
-                "give a larger one"
-            )
+    if resumption is not None:
+        if resumption.step:
+            trainer.resume(resumption.step)
         if accelerator.is_main_process:
-            run.write_config(plan.config)
-            run.cut_events(trainer.step)
+            resumption.bring_back(run, plan)
     trainer.event("prepared", attention=kernel, dtypes={**dtypes, "adapter": "float32"}, autocast=autocast)
     try:
         trainer.train()
-    except TrainingDiverged as error:
+        finish(trainer)
+    except (TrainingDiverged, AdapterError) as error:
         trainer.event("failed", message=str(error))
         raise
     except ProcessLost as error:
         lost = ProcessLost(f"{error}; {trainer.way_on()}", error.exit_code, is_told=error.is_told)
         trainer.event("failed", message=str(lost))
         raise lost from error
+    except OSError as error:
+        failure = RunError(f"{error}; make room or put it right, then {trainer.way_on()}")
+        failure.exit_code = 1
+        raise failure from error
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
-    finish(trainer)
     return run
 
 

@@ -21,8 +21,9 @@ from sdlora.config import RunConfig, load_config
 from sdlora.runs import RunFolder
 from sdlora.training.console import Report
 from sdlora.training.device import describe_environment, make_accelerator
+from sdlora.training.journal import StepResult
 from sdlora.training.learner import named_tensors
-from sdlora.training.loop import StepResult, Trainer
+from sdlora.training.loop import Trainer
 from sdlora.training.plan import make_plan
 from sdlora.training.prepare import prepare
 

@@ -149,10 +149,10 @@ def watch(patch):
         reduce(tensor, *args, **kwargs)
         watched.waits.append(time.monotonic() - started)
 
-    def step(*args):
+    def step(*args, **kwargs):
         watched.in_step = True
         watched.bytes.append(0)
-        gradient = accumulate(*args)
+        gradient = accumulate(*args, **kwargs)
         watched.in_step = False
         return gradient
 

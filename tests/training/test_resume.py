@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
+from importlib.metadata import version
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from sdlora.errors import RunError, RunStopped
+from sdlora.errors import ConfigError, RunError, RunStopped
+from sdlora.lora.files import load_adapter
 from sdlora.training.checkpoint import read_checkpoint
-from sdlora.training.train import resume
+from sdlora.training.learner import Draw
+from sdlora.training.train import resume, train
 
 STEPS = 20
 # Five pictures of one shape and two of another at batch 2 are 4 steps an epoch, with short steps.
@@ -44,48 +50,83 @@ def run_to_end(make_trainer, config, folder, stops=()):
     return trainer, results
 
 
-@pytest.mark.parametrize("stops", [(7,), (3, 8), (5, 13, 16)], ids=str)
-def test_stopped_equals_straight(make_images, small, make_trainer, snapshot, tmp_path, stops):
-    """R-03: also stopped twice, at an epoch's border (8, 16) and inside an epoch; by a real signal (R-23)."""
-    images = make_images(sizes=SIZES)
-    config = small(images, **CONFIG)
-    straight, straight_results = run_to_end(make_trainer, config, tmp_path / "straight")
-    stopped, stopped_results = run_to_end(make_trainer, config, tmp_path / "stopped", stops)
+EVERYTHING = {
+    "data__crop": "random",
+    "data__flip": True,
+    "data__caption_dropout": 0.3,
+    "data__heldout": 0.2,
+    "lora__dropout": 0.2,
+    "train__accumulate": 2,
+    "train__schedule": "cosine",
+    "train__ema_decay": 0.8,
+    "train__trace": True,
+    "train__steps": 9,
+    "train__save_every": 3,
+    "train__sample_every": 4,
+    "train__evaluate_every": 3,
+}
 
-    assert straight.plan.order.steps_per_epoch == 4
-    assert [result.draws for result in straight_results] == [result.draws for result in stopped_results]
-    assert [result.loss for result in straight_results] == [result.loss for result in stopped_results]
-    assert straight_results == stopped_results
-    assert (
-        len({draw.noise_seed for result in straight_results for draw in result.draws})
-        == straight.counters.images_seen
+
+def check_same(one, other):
+    """Two runs are one to the bit: draws, numbers, state, what is given away, and pictures."""
+    assert list(one.trace()) == list(other.trace())
+    for name, keys in {
+        "step": ("step", "loss", "loss_ema", "learning_rate", "grad_norm", "images_seen", "skipped"),
+        "heldout": ("step", "split", "loss"),
+        "samples": ("step", "path"),
+    }.items():
+        assert events_of(one, name, keys) == events_of(other, name, keys)
+    last = max(one.checkpoint_steps())
+    (tensors, optimizer, state), (tensors_2, optimizer_2, state_2) = (
+        read_checkpoint(run.checkpoint(last)) for run in (one, other)
     )
-    for name, tensor in snapshot(straight).items():
-        assert torch.equal(tensor, snapshot(stopped)[name]), name
-    one, other = (read_checkpoint(t.run.checkpoint(STEPS)) for t in (straight, stopped))
-    moments = [(s["exp_avg"], s["exp_avg_sq"]) for s in one[1]["state"].values()]
-    assert moments
-    for pair, (first, second) in zip(other[1]["state"].values(), moments, strict=True):
-        assert torch.equal(pair["exp_avg"], first)
-        assert torch.equal(pair["exp_avg_sq"], second)
-    assert one[2] == other[2]
-    assert losses_of(straight) == losses_of(stopped)
+    assert tensors.keys() == tensors_2.keys()
+    assert all(torch.equal(tensors_2[name], tensor) for name, tensor in tensors.items())
+    for number, moments in optimizer["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(optimizer_2["state"][number][name], value)
+    assert state == state_2
+    saved, saved_2 = (load_adapter(run.step_adapter(last)).modules for run in (one, other))
+    assert all(torch.equal(saved_2[name].up, pair.up) for name, pair in saved.items())
+    for picture in one.samples.rglob("0*.png"):
+        same = other.samples / picture.relative_to(one.samples)
+        assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(Image.open(same)))
 
 
-def test_stopped_equals_straight_with_groups(make_images, small, make_trainer, snapshot, tmp_path):
-    """R-03, R-08: several learning rates are in the state as well, and go on where they were."""
-    rates = {"train__learning_rates": {"mid_block.*": 5e-4}, "train__lora_plus_ratio": 8.0}
-    config = small(make_images(), **rates, train__schedule="cosine", train__steps=6)
-    straight, straight_results = run_to_end(make_trainer, config, tmp_path / "straight")
-    stopped, stopped_results = run_to_end(make_trainer, config, tmp_path / "stopped", (3,))
-    assert len(straight.learner.optimizer.param_groups) == 4
-    assert straight_results == stopped_results
-    for name, tensor in snapshot(straight).items():
-        assert torch.equal(tensor, snapshot(stopped)[name]), name
+def events_of(run, name, keys):
+    return [tuple(event[key] for key in keys) for event in run.events(name)]
 
 
-def losses_of(trainer):
-    return [(event["step"], event["loss"], event["loss_ema"]) for event in trainer.run.events("step")]
+@pytest.mark.parametrize("cache", ["auto", False])
+def test_stopped_equals_straight(make_images, tiny, make_trainer, tmp_path, cache):
+    """R-03: stopped by a real signal (R-23) and gone on with after any step, in an epoch and at its border.
+
+    With buckets, caches on and off, accumulation, dropout of captions and of the adapter, a schedule, the
+    moving average, held-out losses and samples in between.
+    """
+    images = make_images(sizes=((64, 64),) * 7 + ((96, 64),) * 3)
+    config = tiny(images, data__cache=cache, **EVERYTHING)
+    straight, results = run_to_end(make_trainer, config, tmp_path / "straight")
+    rows = list(straight.run.trace())
+    assert straight.plan.order.steps_per_epoch == 4
+    assert len({row["noise_seed"] for row in rows}) == len(rows) == straight.counters.images_seen
+    assert [Draw(**{key: row[key] for key in row if key != "step"}) for row in rows] == [
+        draw for result in results for draw in result.draws
+    ]
+    stops = range(1, 9) if cache else (2, 5)
+    stopped, own_results = run_to_end(make_trainer, config, tmp_path / "stopped", stops)
+    assert own_results == results
+    check_same(straight.run, stopped.run)
+
+
+@pytest.mark.slow
+def test_stopped_often_equals_straight(make_images, small, make_trainer, tmp_path):
+    """R-03: all modules, 20 steps, stopped after each of them."""
+    images = make_images(sizes=SIZES)
+    config = small(images, **{**CONFIG, **EVERYTHING, "data__heldout": 0, "train__steps": STEPS})
+    straight, _ = run_to_end(make_trainer, config, tmp_path / "straight")
+    stopped, _ = run_to_end(make_trainer, config, tmp_path / "stopped", range(1, STEPS))
+    check_same(straight.run, stopped.run)
 
 
 def test_each_epoch_sees_each_picture_once(make_images, small, make_trainer, tmp_path):
@@ -121,21 +162,78 @@ def test_no_state_starts_again(make_images, small, make_trainer, tmp_path):
     assert trainer.step == 0
 
 
-@pytest.mark.parametrize(
-    ("change", "what"), [("picture", "the pictures or captions"), ("caption", "the pictures or captions")]
-)
-def test_other_pictures_are_refused(make_images, small, make_trainer, tmp_path, change, what):
-    """R-03: a resumed run has the data that it began with, or says so."""
+def change_caption(images):
+    (images / "03.txt").write_text("another caption", encoding="utf-8")
+
+
+def drop_picture(images):
+    (images / "03.png").unlink()
+    (images / "03.txt").unlink()
+
+
+@pytest.mark.parametrize("change", [change_caption, drop_picture])
+def test_other_pictures_are_refused(make_images, tiny, make_trainer, tmp_path, change):
+    """R-03: a resumed run has the data that it began with, or is told that it may have other."""
     images = make_images()
-    config = small(images)
-    make_trainer(config, tmp_path / "run").train()
-    if change == "picture":
-        (images / "03.png").unlink()
-        (images / "03.txt").unlink()
-    else:
-        (images / "03.txt").write_text("another caption", encoding="utf-8")
-    with pytest.raises(RunError, match=f"{what} changed since"):
-        make_trainer(config, tmp_path / "run").resume()
+    trainer = make_trainer(tiny(images, train__steps=2), tmp_path / "run")
+    trainer.train()
+    change(images)
+    with pytest.raises(RunError, match=r"the pictures or captions changed \(.*--allow-changed dataset"):
+        resume(trainer.run.path, ["train.steps=3"], quiet=True)
+    run = resume(trainer.run.path, ["train.steps=3"], allow_changed=["dataset"], quiet=True)
+    assert [(event["step"], event["field"]) for event in run.events("changed")] == [(2, "dataset")]
+    assert [event["step"] for event in run.events("step")] == [1, 2, 3]
+    resume(run.path, ["train.steps=4"], quiet=True)
+
+
+def edit_settings(run, **sections):
+    run.write_config(run.read_config().replace(**sections))
+
+
+def edit_identity(run, step, **fields):
+    file = run.checkpoint(step) / "state.json"
+    state = json.loads(file.read_text(encoding="utf-8"))
+    state["identity"] |= fields
+    file.write_text(json.dumps(state), encoding="utf-8")
+
+
+def test_an_identity_is_compared_field_by_field(make_images, tiny, make_trainer, tmp_path):
+    """R-03: a line for each field, with the flag where it can make sense, before a weight is loaded."""
+    trainer = make_trainer(tiny(make_images(), train__steps=2), tmp_path / "run")
+    trainer.train()
+    run = trainer.run
+    edit_settings(run, train={"grad_clip": 0.5, "seed": 3}, objective={"noise_offset": 0.1})
+    edit_identity(run, 2, sdlora="0.0.1", base="0123")
+    with pytest.raises(RunError) as caught:
+        resume(run.path, ["train.steps=3"], allow_changed=["objective.noise_offset"], quiet=True)
+    start = f"put it back, or start a new run with lora.init_from={run.step_adapter(2)}"
+    step = "since the checkpoint of step 2"
+    base = trainer.plan.info.digest[:12]
+    assert sorted(str(caught.value).splitlines()) == sorted(
+        [
+            f"the base changed (0123, now {base}…) {step}; {start}",
+            f"the version of sdlora changed (0.0.1, now {version('sdlora')}) {step}; "
+            "put it back, or allow it: --allow-changed sdlora",
+            f"train.grad_clip changed (1.0, now 0.5) {step}; "
+            "put it back, or allow it: --allow-changed train.grad_clip",
+            f"train.seed changed (0, now 3) {step}; {start}",
+        ]
+    )
+
+
+def test_a_setting_that_is_allowed_to_change(make_images, tiny, make_trainer, tmp_path):
+    """`--allow-changed` lets a setting through that decides what a step does; the run keeps note of it."""
+    trainer = make_trainer(tiny(make_images(), train__steps=2), tmp_path / "run")
+    trainer.train()
+    change = ["train.learning_rate=0.5", "train.steps=3"]
+    with pytest.raises(ConfigError, match=r"in a resumed run add --allow-changed train\.learning"):
+        resume(trainer.run.path, change, quiet=True)
+    with pytest.raises(ConfigError, match=r"--allow-changed lora\.rank is not possible; fields that can be"):
+        resume(trainer.run.path, change, allow_changed=["lora.rank"], quiet=True)
+    run = resume(trainer.run.path, change, allow_changed=["train.learning_rate"], quiet=True)
+    assert [event["learning_rate"] for event in run.events("step")] == [5e-4, 1e-3, 0.5]
+    [changed] = run.events("changed")
+    assert (changed["before"], changed["now"]) == (1e-3, 0.5)
 
 
 def test_retention(make_images, small, make_trainer, tmp_path):
@@ -161,8 +259,6 @@ def test_a_full_disk_costs_the_state_only(make_images, small, make_trainer, tmp_
 
 def test_resume_verb(make_images, small, tmp_path, capsys):
     """A finished run says so and changes nothing; a larger train.steps goes on."""
-    from sdlora.training.train import train
-
     config = small(make_images(), train__steps=2)
     run = train(config.images, config=config, out=tmp_path / "run", quiet=True)
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
@@ -178,9 +274,6 @@ def test_resume_verb(make_images, small, tmp_path, capsys):
 
 def test_what_may_not_change(make_images, small, tmp_path):
     """`resume` takes steps, cadence, trackers, and batch_size with accumulate."""
-    from sdlora.errors import ConfigError
-    from sdlora.training.train import train
-
     config = small(make_images(), train__steps=1)
     run = train(config.images, config=config, out=tmp_path / "run", quiet=True)
     with pytest.raises(ConfigError, match=r"lora\.rank cannot change in a resumed run; only"):

@@ -1,0 +1,102 @@
+"""What a checkpoint belongs to: a run goes on with what it began with, or with what was allowed to change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sdlora.errors import RunError
+from sdlora.runs import RunFolder
+from sdlora.training.changes import FIXED, FREE, SECTIONS
+from sdlora.training.device import Precision, package_versions
+from sdlora.training.plan import RunPlan
+
+TITLES = {
+    "base": "the base",
+    "vae": "the base's VAE",
+    "text": "the base's text encoder",
+    "dataset": "the pictures or captions",
+    "heldout": "the held-out pictures",
+    "global_batch": "the global batch",
+    "compute": "the precision",
+    "sdlora": "the version of sdlora",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A field that is another now than in the checkpoint."""
+
+    field: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{TITLES.get(self.field, self.field)} changed ({_short(self.before)}, now {_short(self.now)})"
+
+
+def identify(plan: RunPlan, precision: Precision) -> dict[str, Any]:
+    """Everything that decides what the next steps of a run do, by field."""
+    heldout = [(record.digest, record.caption) for record in plan.index.heldout]
+    settings = plan.config.model_dump(mode="json")
+    return {
+        "base": plan.info.digest,
+        "vae": plan.info.vae_digest,
+        "text": plan.info.text_digest,
+        "dataset": plan.index.digest,
+        "heldout": hashlib.sha256(json.dumps(heldout).encode()).hexdigest(),
+        "global_batch": plan.global_batch,
+        "compute": f"{precision.compute} on a base in {precision.base}",
+        "sdlora": package_versions()["sdlora"],
+        **{
+            f"{section}.{key}": value
+            for section in SECTIONS
+            for key, value in settings[section].items()
+            if f"{section}.{key}" not in FREE
+        },
+    }
+
+
+def check_identity(
+    run: RunFolder, step: int, saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str] = ()
+) -> list[Change]:
+    """Compares a checkpoint's identity with that of the run as it would go on.
+
+    Args:
+        saved: As `identify` gave it when the checkpoint of `step` was saved.
+        now: As it gives it now.
+        allowed: Fields that may differ.
+
+    Returns:
+        The changes that were allowed.
+
+    Raises:
+        RunError: With a line for each that was not.
+    """
+    changes = list(_changes(saved, now))
+    problems = []
+    for change in changes:
+        if change.field in FIXED:
+            way = f"put it back, or start a new run with lora.init_from={run.step_adapter(step)}"
+        else:
+            way = f"put it back, or allow it: --allow-changed {change.field}"
+        if change.field in FIXED or change.field not in allowed:
+            problems.append(f"{change} since the checkpoint of step {step}; {way}")
+    if problems:
+        raise RunError("\n".join(problems))
+    return changes
+
+
+def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
+    # What only one of two versions knows cannot be compared; that the version changed is a field itself.
+    for field in saved.keys() & now.keys():
+        if saved[field] != now[field]:
+            yield Change(field, saved[field], now[field])
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 64 else f"{text[:12]}…"
