@@ -145,8 +145,14 @@ def test_every_dialect_into_ours_and_back(make_file_adapter, tmp_path, dialect, 
         assert all(torch.equal(written[key], hand[key]) for key in hand)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
-@pytest.mark.parametrize("dialect", ["kohya", "kohya, diffusers names", "comfyui", "lycoris"])
+@pytest.mark.parametrize(
+    ("family", "dialect"),
+    some_slow(
+        ["sd1", "sdxl"],
+        ["kohya", "kohya, diffusers names", "comfyui", "lycoris"],
+        default=lambda family, dialect: family == "sdxl",
+    ),
+)
 def test_alpha_of_every_dialect(make_file_adapter, deltas, dialect, family):
     """R-02 R-07: where alpha is not the rank, every module's change is the same to 1e-6."""
     adapter = make_file_adapter(family, dialect)
