@@ -42,6 +42,7 @@ class RunPlan:
         order: The samples of every step.
         layout: The modules that get an adapter, with their ranks and alphas.
         num_trainable: Parameters of the adapter.
+        num_padded: The same with every module at the largest rank, as kohya's format has them.
         num_base: Parameters of the UNet.
         num_processes: Processes of the run.
         findings: What preflight noticed; errors have already stopped the run.
@@ -55,6 +56,7 @@ class RunPlan:
     order: BatchOrder
     layout: Layout
     num_trainable: int
+    num_padded: int
     num_base: int
     num_processes: int
     findings: list[Finding]
@@ -134,15 +136,21 @@ class RunPlan:
 
     @property
     def adapter_bytes(self) -> int:
-        """Size of one exported file, its header left out."""
-        return self.num_trainable * (4 if self.config.export.precision == "fp32" else 2)
+        """Size of one saved file, its header left out."""
+        return self.num_trainable * self._value_bytes
+
+    @property
+    def _value_bytes(self) -> int:
+        return 4 if self.config.export.precision == "fp32" else 2
 
     @property
     def disk_bytes(self) -> int:
         """What the run will write, samples left out: adapters, and states of weights and two moments."""
-        adapters = len({*self.save_steps, *self.sample_steps}) + len(self.config.export.formats)
+        final = {"diffusers": self.num_trainable, "kohya": self.num_padded}
+        exports = self._value_bytes * sum(final[name] for name in self.config.export.formats)
+        adapters = len({*self.save_steps, *self.sample_steps})
         states = min(self.config.train.keep_checkpoints + 1, len(self.save_steps) + 1)
-        return adapters * self.adapter_bytes + states * 12 * self.num_trainable
+        return adapters * self.adapter_bytes + exports + states * 12 * self.num_trainable
 
     def lines(self) -> list[str]:
         """What is printed first."""
@@ -287,6 +295,7 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
         ),
         layout=layout,
         num_trainable=count_parameters(unet, layout.ranks),
+        num_padded=count_parameters(unet, dict.fromkeys(layout.ranks, max(layout.ranks.values()))),
         num_base=sum(parameter.numel() for parameter in unet.parameters()),
         num_processes=num_processes,
         findings=findings,

@@ -56,6 +56,7 @@ def test_everything_at_once(request, make_images, small, tmp_path, base):
     assert all(0 < event["norm_mean"] <= event["norm_max"] <= 0.01 * (1 + 1e-5) for event in steps)
     assert steps[-1]["norms_limited"] > 0
     kohya = inspect_adapter(run.final_adapter("kohya"))
+    assert kohya.num_parameters == make_plan(config).num_padded > info.num_parameters
     assert set(kohya.ranks) == {4}
     assert kohya.alphas == {4.0: kohya.num_modules}
 
