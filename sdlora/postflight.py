@@ -106,10 +106,10 @@ def _run_unet(unet: Any) -> Tensor:
     """Noise predicted, (1, C, H, W), at the UNet's own size."""
     weight = next(unet.parameters())
     config = unet.config
-    size = config.sample_size or 64
-    height, width = (size, size) if isinstance(size, int) else size
+    # Enough for every level to see more than one place; an SDXL's own 128 would take a CPU minutes.
+    side = 4 * 2 ** (len(config.block_out_channels) - 1)
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(1, config.in_channels, height, width, generator=generator)
+    latents = torch.randn(1, config.in_channels, side, side, generator=generator)
     hidden = torch.randn(1, 8, config.cross_attention_dim, generator=generator)
     added = None
     if config.addition_embed_type == "text_time":
