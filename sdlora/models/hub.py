@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -30,9 +32,10 @@ WEIGHTS = {
     "vae/": "diffusion_pytorch_model",
     "text_encoder/": "model",
     "text_encoder_2/": "model",
+    "safety_checker/": "model",
 }
 TEXTS = [
-    *("model_index.json", "scheduler/scheduler_config.json"),
+    *("model_index.json", "scheduler/scheduler_config.json", "feature_extractor/preprocessor_config.json"),
     *(f"{part}config.json" for part in WEIGHTS),
     *(f"{name}/*{suffix}" for name in WORDS for suffix in (".json", ".txt")),
 ]
@@ -82,7 +85,8 @@ def download(source: str, key: str, revision: str | None, variant: str | None = 
                 for part, stem in WEIGHTS.items()
                 if (folder / part / "config.json").is_file() and not has_weights(folder / part, stem)
             ]
-            _fetch_weights(source, revision, lacking, kind)
+            if lacking:
+                _fetch(source, revision, weight_patterns(lacking, kind))
     except GatedRepoError:
         reason = "needs your consent on its page at huggingface.co, and then `hf auth login`"
     except RepositoryNotFoundError:
@@ -104,13 +108,15 @@ def download(source: str, key: str, revision: str | None, variant: str | None = 
     raise ModelError(f"{key}{at} {reason}")
 
 
-def _fetch_weights(source: str, revision: str | None, parts: list[str], kind: str | None) -> None:
-    """Fetches the weights of some parts in one precision, where there are any.
+def weight_patterns(parts: Iterable[str], kind: str | None) -> list[str]:
+    """What the weights of some parts are called in one precision.
 
-    Offline the cache may hold another precision than this one: that is for the next try to find.
+    Args:
+        parts: From `WEIGHTS`.
+        kind: `fp16`, `bf16`, or None for the plain files.
     """
     dotted = f".{kind}" if kind else ""
-    patterns = [
+    return [
         part + name
         for part in parts
         for name in (
@@ -119,8 +125,9 @@ def _fetch_weights(source: str, revision: str | None, parts: list[str], kind: st
             f"{WEIGHTS[part]}{dotted}-[0-9]*-of-[0-9]*.safetensors",
         )
     ]
-    if patterns:
-        try:
-            snapshot_download(source, revision=revision, allow_patterns=patterns)
-        except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-            return
+
+
+def _fetch(source: str, revision: str | None, patterns: list[str]) -> None:
+    """Fetches files where there are any; offline the cache may hold another precision than this one."""
+    with suppress(LocalEntryNotFoundError, OfflineModeIsEnabled):
+        snapshot_download(source, revision=revision, allow_patterns=patterns)
