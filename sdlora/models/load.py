@@ -10,6 +10,7 @@ import torch
 from diffusers import schedulers
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora.config import Quantize
@@ -51,6 +52,7 @@ MODELS: dict[str, Any] = {
 # No pickles, no trust_remote_code (R-44); a base that was found is on the disk (R-39).
 # diffusers renamed an argument of from_pretrained.
 DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
+ALIGNMENT = 64  # bytes, of memory that torch allocates
 SAFE = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
 
 
@@ -69,7 +71,7 @@ def load_base(info: BaseInfo, *, dtype: torch.dtype, device: torch.device | str)
     text_encoders = tuple(load_part(info.parts[name], torch.float32) for name in info.traits.text_encoders)
     tokenizers = tuple(load_tokenizer(info, number) for number in range(len(info.words)))
     for part in (vae, *text_encoders):
-        part.to(device).requires_grad_(False).eval()
+        _unmap(part.to(device).requires_grad_(False).eval())
     return StableDiffusion(
         info, unet, vae, text_encoders, tokenizers, dtype, withhold=find_checker(info, device)
     )
@@ -111,6 +113,18 @@ def load_part(part: Part, dtype: torch.dtype) -> Any:
     return loaded
 
 
+def _unmap(model: nn.Module) -> nn.Module:
+    """Copies weights that still lie in a mapped file, at whatever address the file has them.
+
+    A CPU's matrix products round by the alignment of their operands: without this, the same weights in
+    another file train to other last bits (R-43).
+    """
+    for weight in model.parameters():
+        if weight.device.type == "cpu" and weight.data_ptr() % ALIGNMENT:
+            weight.data = weight.data.clone()
+    return model
+
+
 def _check_complete(part: Part, missing: Sequence[str]) -> None:
     if missing:
         raise ModelError(
@@ -126,8 +140,19 @@ def vae_dtype(info: BaseInfo, dtype: torch.dtype, device: torch.device | str) ->
 
 
 def empty_unet(info: BaseInfo) -> UNet2DConditionModel:
-    """The UNet without weights (on the meta device), to find and count modules in."""
-    return _build_empty(info.parts["unet"])
+    """The UNet without weights (on the meta device), to find and count modules in.
+
+    Raises:
+        ModelError: If its files hold less than its configuration asks for (R-25).
+    """
+    unet = _build_empty(info.parts["unet"])
+    asked = sum(parameter.numel() for parameter in unet.parameters())
+    if info.num_parameters < asked:
+        raise ModelError(
+            f"{info.path} is incomplete: its UNet holds {info.num_parameters:,} numbers, "
+            f"its configuration asks for {asked:,}; download or copy it again"
+        )
+    return unet
 
 
 def _build_empty(part: Part) -> UNet2DConditionModel:
@@ -177,6 +202,9 @@ def load_stock_pipeline(
             **{DTYPE: dtype},
             **parts,
         )
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            _unmap(part)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -185,7 +213,9 @@ def _assemble_pipeline(info: BaseInfo, dtype: torch.dtype, only: Sequence[str] |
     """A stock pipeline from the parts of a single file."""
     dtypes = dict.fromkeys(info.parts, dtype) if only is None else dict.fromkeys(only, torch.float32)
     dtypes["unet"] = dtype
-    parts: dict[str, Any] = {name: load_part(info.parts[name], kind).eval() for name, kind in dtypes.items()}
+    parts: dict[str, Any] = {
+        name: _unmap(load_part(info.parts[name], kind).eval()) for name, kind in dtypes.items()
+    }
     if only is None:
         for number, name in enumerate(info.traits.tokenizers):
             parts[name] = load_tokenizer(info, number)

@@ -48,11 +48,9 @@ def read_part(part: Part, names: Mapping[str, str] | None = None) -> Iterator[tu
                     continue
                 start, size = header.spans[stored]
                 handle.seek(start)
-                content = bytearray(size)
-                handle.readinto(content)
-                dtype = DTYPES[header.dtypes[stored]]
-                flat = torch.frombuffer(content, dtype=dtype) if size else torch.empty(0, dtype=dtype)
-                yield name, flat.reshape(header.shapes[stored])
+                content = torch.empty(size, dtype=torch.uint8)
+                handle.readinto(content.numpy().data)
+                yield name, content.view(DTYPES[header.dtypes[stored]]).reshape(header.shapes[stored])
 
 
 def fill(

@@ -90,17 +90,17 @@ def test_pictures_are_those_of_the_folder(tiny_bases: Mapping[str, Any], family:
     assert torch.equal(*pictures)
 
 
-def test_half_precision_files_load_in_any_dtype(
-    tiny_bases: Mapping[str, Any], save: Callable[..., Path]
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_files_of_less_precision_load_in_any_dtype(
+    tiny_bases: Mapping[str, Any], save: Callable[..., Path], stored: torch.dtype
 ) -> None:
-    """R-11, R-40: fp16 and bf16 files, as most are; fp32 from fp16 is exact."""
-    tensors = tiny_bases["sdxl"].tensors
-    for dtype in (torch.float16, torch.bfloat16):
-        file = save({name: tensor.to(dtype) for name, tensor in tensors.items()})
-        for wanted in (torch.float32, torch.bfloat16):
-            unet = load_part(inspect(file).parts["unet"], wanted)
-            for name, tensor in tiny_bases["sdxl"].pipeline.unet.state_dict().items():
-                assert torch.equal(unet.state_dict()[name], tensor.to(dtype).to(wanted))
+    """R-11, R-40: fp16 and bf16 as most files are, fp8 as some; read exactly, then rounded once."""
+    tiny = tiny_bases["sd1"]
+    info = inspect(save({name: tensor.to(stored) for name, tensor in tiny.tensors.items()}))
+    for wanted in (torch.float32, torch.bfloat16):
+        unet = load_part(info.parts["unet"], wanted).state_dict()
+        for name, tensor in tiny.pipeline.unet.state_dict().items():
+            assert torch.equal(unet[name], tensor.to(stored).to(wanted))
 
 
 def test_prediction_type_is_read_where_it_is_said(
