@@ -56,7 +56,8 @@ def postflight(
     Args:
         paths: The files.
         adapter: The adapter as trained, before folding and rounding.
-        model: The base's UNet, or components, in memory; what is mounted there is put aside meanwhile.
+        model: The base's UNet, or components, in memory; what is mounted there is put aside meanwhile. With
+            `base.quantize` it only says where things are: the adapter is mounted on the fresh parts.
         info: Where the fresh ones are loaded from.
 
     Raises:
@@ -64,13 +65,15 @@ def postflight(
             output in another way than the trained adapter does; names the modules.
     """
     parts = {name: part for name, part in components(model).items() if name in adapter.components}
-    with mounted(parts, []):
-        base = {name: _run(name, part) for name, part in parts.items()}
-    with mounted(parts, [(adapter, 1.0)]):
-        trained = {name: _run(name, part) for name, part in parts.items()}
     weights = {name: next(part.parameters()) for name, part in components(model).items()}
     pipeline = load_stock_pipeline(info, dtype=weights["unet"].dtype, only=["unet", *parts])
     fresh = {name: getattr(pipeline, name).to(weights[name].device) for name in parts}
+    # A base of few bits answers otherwise than the full one, which is where a LoRA is used.
+    own = parts if info.quantize == "none" else fresh
+    with mounted(own, []):
+        base = {name: _run(name, part) for name, part in own.items()}
+    with mounted(own, [(adapter, 1.0)]):
+        trained = {name: _run(name, part) for name, part in own.items()}
     reports = []
     for path in map(Path, paths):
         problems = _load(pipeline, path, list(parts)) + _compare_modules(adapter, fresh)

@@ -81,6 +81,13 @@ class Nf4:
         return prod(shape) // 2 + blocks + 4 * -(-blocks // 256)
 
 
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """That of autocast where it is on; the meta device has none."""
+    kind = x.device.type
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if is_on else x.dtype
+
+
 class _Product(torch.autograd.Function):
     """A product with a frozen weight that is expanded a second time for the backward pass.
 
@@ -90,8 +97,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear | QuantizedConv2d) -> Tensor:
         ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = _compute_dtype(x)
         return layer.push(x.to(dtype), layer.expand(dtype))
 
     @staticmethod

@@ -21,7 +21,17 @@ from sdlora.errors import ConfigError
 from sdlora.models.dtypes import DTYPES
 from sdlora.training.processes import check_launcher, group_settings, listening, needs_gloo, num_launched
 
-PACKAGES = ("sdlora", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pillow")
+PACKAGES = (
+    "sdlora",
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "bitsandbytes",
+    "safetensors",
+    "pillow",
+)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def train(
         if dry_run:
             report.say("dry run: nothing was loaded, nothing was written")
             return run
-        environment = describe_environment(accelerator, precision)
+        environment = describe_environment(accelerator, precision, base_quantize=settings.base.quantize)
         if accelerator.is_main_process:
             RunFolder.create(run.path, with_absolute_paths(plan.config), environment)
             run.append("plan", 0, **plan.as_event())
@@ -191,10 +191,11 @@ def _choose_folder(images: str | Path, out: str | Path | None, accelerator: Acce
 def _start(settings: RunConfig, quiet: bool) -> tuple[Accelerator, Precision, Report]:
     accelerator, precision = make_accelerator(settings)
     report = Report(quiet=quiet or not accelerator.is_main_process)
+    few_bits = "" if settings.base.quantize == "none" else f" with {settings.base.quantize} layers"
     processes = f" in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     report.say(
         f"device    {accelerator.device.type}{processes}, compute {precision.compute}, "
-        f"base stored in {precision.base}, adapter fp32"
+        f"base stored in {precision.base}{few_bits}, adapter fp32"
     )
     return accelerator, precision, report
 
