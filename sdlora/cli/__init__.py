@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from sdlora.cli import files, look, rank, train
+from sdlora.cli import files, look, rank, train, tree
 from sdlora.cli.processes import wait_for_first
 from sdlora.errors import ProcessLost, SdloraError
 
@@ -40,6 +40,7 @@ train.register(app)
 look.register(app)
 files.register(app)
 rank.register(app)
+tree.register(app)
 
 
 def main() -> None:

@@ -52,3 +52,18 @@ def read_prompts(file: Path) -> list[str]:
     if not prompts:
         raise ConfigError(f"--prompts {file} holds no prompt; write one on each line")
     return prompts
+
+
+def parse_strengths(text: str | None) -> dict[str, float]:
+    """`ink=0.5,ink/portraits=1` becomes {"ink": 0.5, "ink/portraits": 1.0}.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    try:
+        pairs = (part.rpartition("=") for part in (text or "").split(",") if part)
+        return {name.strip(): float(number) for name, _, number in pairs}
+    except ValueError:
+        raise ConfigError(
+            f"--strengths {text} must be NODE=NUMBER, such as ink=0.5,ink/portraits=1"
+        ) from None

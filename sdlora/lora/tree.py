@@ -230,25 +230,30 @@ class AdapterTree:
         return self._loaded[key]
 
     def strengths(
-        self, name: str, changes: Mapping[str, float] | None = None, *, force: bool = False
-    ) -> dict[str, float]:
-        """The path to a node, the root first, with the strength of each step: as trained, unless changed.
+        self,
+        names: Sequence[str | None],
+        changes: Mapping[str, float] | None = None,
+        *,
+        force: bool = False,
+    ) -> list[dict[str, float]]:
+        """The path to each node, the root first, with the strength of each step: as trained, unless changed.
+
+        Args:
+            names: Nodes; None is the base, whose path is empty.
+            changes: By node name.
+            force: Takes wrong parents for right ones.
 
         Raises:
-            AdapterError: If the node stands on a wrong parent, or a change is for none of the path.
+            AdapterError: If a node stands on a wrong parent, or a change is for none of the paths.
         """
-        return self._rows([name], changes, force)[0]
-
-    def _rows(
-        self, names: Sequence[str | None], changes: Mapping[str, float] | None, force: bool
-    ) -> list[dict[str, float]]:
-        """The path of each sample of a batch with its strengths."""
         rows: list[dict[str, float]] = []
         for name in names:
-            *above, node = self.path(name, force=force) if name else [None]
-            trained = {ancestor.digest: ancestor.strength for ancestor in node.lineage} if node else {}
-            row = {step.name: trained.get(step.digest, 1.0) for step in above if step}
-            rows.append(row | ({node.name: 1.0} if node else {}))
+            row: dict[str, float] = {}
+            if name is not None:
+                *above, node = self.path(name, force=force)
+                trained = {ancestor.digest: ancestor.strength for ancestor in node.lineage}
+                row = {step.name: trained.get(step.digest, 1.0) for step in above} | {name: 1.0}
+            rows.append(row)
         paths = " and ".join(" > ".join(row) for row in rows if row)
         if strange := sorted(set(changes or {}) - {step for row in rows for step in row}):
             raise AdapterError(f"strengths name {', '.join(strange)}, which is not on the path {paths}")
@@ -277,7 +282,7 @@ class AdapterTree:
         """
         model = _components(pipe)
         device = next(model["unet"].parameters()).device
-        rows = self._rows([names] if isinstance(names, str) else names, strengths, force)
+        rows = self.strengths([names] if isinstance(names, str) else names, strengths, force=force)
         stack: list[tuple[Adapter, Scale]] = []
         for step in dict.fromkeys(step for row in rows for step in row):
             values = [row.get(step, 0.0) for row in rows]
@@ -307,7 +312,7 @@ class AdapterTree:
         Returns:
             The adapter, and what a given rank has cost.
         """
-        path = self.strengths(name, strengths, force=force)
+        path = self.strengths([name], strengths, force=force)[0]
         joined = merge([(replace(self.load(step), parent=None), strength) for step, strength in path.items()])
         own = {key: text for key, text in self.node(name).notes.items() if key not in (PARENT, LINEAGE)}
         if strengths or force:

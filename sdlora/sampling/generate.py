@@ -29,11 +29,13 @@ LATENT_UNIT_PX = 8
 BLANK = "#e6e6e6"
 
 __all__ = [
+    "Column",
     "Picture",
     "SampleSettings",
     "encode_prompts",
     "generate",
-    "strength_columns",
+    "generate_columns",
+    "make_columns",
 ]
 
 
@@ -45,7 +47,48 @@ class Row:
     seed: int
 
 
-@torch.no_grad()
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of a grid; without a stack, the base.
+
+    Args:
+        stack: What is mounted for it: (adapter, strength), the lowest first.
+        strength: Of the adapter that is shown.
+        adapter: What to call that one, in a grid that compares several.
+    """
+
+    stack: tuple[tuple[Adapter, float], ...] = ()
+    strength: float = 0.0
+    adapter: str = ""
+
+    @property
+    def changes_text(self) -> bool:
+        """Whether a text encoder says something else here than in the base."""
+        return any(adapter.changes_text and strength for adapter, strength in self.stack)
+
+
+def make_columns(
+    adapter: Adapter | None,
+    strengths: Sequence[float],
+    ancestors: Sequence[tuple[Adapter, float]] = (),
+    names: tuple[str, str] = ("parent", "child"),
+) -> list[Column]:
+    """The base, what the adapter was trained on top of if that is more, then each other strength once.
+
+    Args:
+        adapter: The adapter to show; None shows the base alone.
+        strengths: Of the adapter; its ancestors keep theirs.
+        ancestors: Mounted below it: (adapter, strength), the root first.
+        names: Of the last ancestor and of the adapter, where both are shown.
+    """
+    if adapter is None:
+        return [Column()]
+    below, (parent, name) = tuple(ancestors), names if ancestors else ("", "")
+    columns = [Column(), Column(below, 1.0, parent)] if below else [Column()]
+    shown = [float(strength) for strength in dict.fromkeys(strengths) if strength]
+    return columns + [Column((*below, (adapter, strength)), strength, name) for strength in shown]
+
+
 def generate(
     base: StableDiffusion,
     adapter: Adapter | None,
@@ -53,28 +96,46 @@ def generate(
     seeds: Sequence[int],
     strengths: Sequence[float],
     settings: SampleSettings = SampleSettings(),  # noqa: B008
+    **options: Any,
+) -> list[Picture]:
+    """Makes a picture for each prompt and seed, by the base and by each strength of the adapter.
+
+    As `generate_columns`, whose options it takes, with the columns of `make_columns`.
+    """
+    return generate_columns(base, make_columns(adapter, strengths), prompts, seeds, settings, **options)
+
+
+@torch.no_grad()
+def generate_columns(
+    base: StableDiffusion,
+    columns: Sequence[Column],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SampleSettings = SampleSettings(),  # noqa: B008
     *,
     text: Mapping[str, Condition] | None = None,
     progress: Callable[[int], object] | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> list[Picture]:
-    """Makes a picture for each prompt and seed, by the base and by each strength of the adapter.
+    """Makes a picture for each prompt, seed and column.
 
     Adapters are mounted, never fused (R-38). Afterwards the base, what was mounted on it, gradients,
     train mode and all random states are as they were (R-10).
 
     Args:
+        base: The base; what is mounted on it is put aside meanwhile.
+        columns: What to mount.
         prompts: With `{trigger}` already replaced.
-        seeds: A seed gives the same noise with every prompt and strength.
-        strengths: Columns after the base, which is always the first.
+        seeds: A seed gives the same noise with every prompt and column.
+        settings: How.
         text: Prompt to the base's text states, from `encode_prompts`; what is missing is encoded here, and
-            all of it for each strength of an adapter that changes a text encoder.
+            all of it for each column that changes a text encoder.
         progress: Called with the number of pictures finished so far.
         share: (k, n) makes every n-th batch, from the k-th on. Batches are the same whoever makes them; the
             pictures of the others are black, so that the sum of all shares is the whole.
 
     Returns:
-        Row by row of the grid: prompt, then seed, then strength.
+        Row by row of the grid: prompt, then seed, then column.
 
     Raises:
         ConfigError: If a prompt, the size or the scheduler cannot be used.
@@ -82,39 +143,35 @@ def generate(
     settings = resolve_settings(base.info, settings)
     check_prompts(prompts)
     rows = [Row(prompt, seed) for prompt in prompts for seed in seeds]
-    columns = strength_columns(adapter, strengths)
-    pictures: dict[float, list[Picture]] = {strength: [] for strength in columns}
+    pictures: list[list[Picture]] = [[] for _ in columns]
     turns = itertools.cycle(range(share[1]))
-    states = dict(text or {})
+    known = dict(text or {})
     parts = base.components
     with undisturbed(*parts.values()), torch.autocast(base.device.type, enabled=False):
         pipeline = pipeline_of(
             base.info, unet=base.unet, scheduler=make_scheduler(base.info, settings.scheduler)
         )
-        for strength in columns:
-            stack = [(adapter, strength)] if adapter is not None else []
-            with mounted(parts, stack):
-                # A text encoder that is adapted says something else at each strength.
-                known = {} if adapter is not None and adapter.changes_text else states
-                states = encode_prompts(base, prompts, settings, known)
+        for column, made in zip(columns, pictures, strict=True):
+            with mounted(parts, column.stack):
+                if column.changes_text:
+                    states = encode_prompts(base, prompts, settings)
+                else:
+                    states = known = encode_prompts(base, prompts, settings, known)
                 for batch in _batches(rows, settings.batch_size):
                     if next(turns) == share[0]:
                         latents = _denoise(base, pipeline, batch, states, settings)
                         shown = _show(base, pipeline, latents, settings)
                     else:
                         shown = _leave_out(batch, settings)
-                    for row, image, withheld in zip(batch, *shown, strict=True):
-                        pictures[strength].append(
-                            Picture(image, row.prompt, row.seed, strength, withheld, settings)
+                    made += [
+                        Picture(
+                            image, row.prompt, row.seed, column.strength, hidden, settings, column.adapter
                         )
+                        for row, image, hidden in zip(batch, *shown, strict=True)
+                    ]
                     if progress is not None:
-                        progress(sum(map(len, pictures.values())))
-    return [picture for row in zip(*pictures.values(), strict=True) for picture in row]
-
-
-def strength_columns(adapter: Adapter | None, strengths: Sequence[float]) -> list[float]:
-    """The columns of a grid: 0 for the base, then each other strength once."""
-    return list(dict.fromkeys([0.0, *(float(strength) for strength in strengths)])) if adapter else [0.0]
+                        progress(sum(map(len, pictures)))
+    return [picture for row in zip(*pictures, strict=True) for picture in row]
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from sdlora.models.safety import missing_checker
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.runs import RunFolder, next_free_folder
 from sdlora.sampling.checks import check_prompts, resolve_settings
-from sdlora.sampling.generate import SampleSettings, generate
+from sdlora.sampling.generate import Column, SampleSettings, generate_columns, make_columns
 from sdlora.sampling.grid import make_grid, save_pictures
 from sdlora.sampling.pictures import Picture
 
@@ -127,7 +127,13 @@ def sample(
     device = choose_device()
     loaded = load_base(info, dtype=subject.dtype or choose_dtype(device), device=device)
     return sample_to_folder(
-        loaded, subject.adapter, request, folder, name=subject.name, title=subject.title, progress=progress
+        loaded,
+        make_columns(subject.adapter, request.strengths),
+        request,
+        folder,
+        name=subject.name if subject.adapter is not None else None,
+        title=subject.title,
+        progress=progress,
     )
 
 
@@ -158,7 +164,7 @@ def _find_subject(source: str | Path | RunFolder | None, base: str | None, step:
         adapter = load_adapter(file)
         config = load_config()
         if base is None:
-            config = config.replace(base={"source": _base_of(file, adapter)})
+            config = config.replace(base={"source": base_of(file, adapter.notes)})
         side = adapter.notes.get("sdlora.resolution", "")
         config = config.replace(data={"resolution": int(side) if side.isdigit() else None})
         subject = _Subject(file.stem, file.name, config, file, adapter)
@@ -170,13 +176,13 @@ def _find_subject(source: str | Path | RunFolder | None, base: str | None, step:
     return replace(subject, config=changed)
 
 
-def _base_of(file: Path, adapter: Adapter) -> str:
+def base_of(file: Path, notes: Mapping[str, str]) -> str:
     """The base that a file names, if it is one that can be found by its name.
 
     Raises:
         ConfigError: If it names none, or a folder of the machine that it was trained on.
     """
-    name = adapter.notes.get("sdlora.base_name")
+    name = notes.get("sdlora.base_name")
     if name == "builtin" or (name and name.count("/") == 1):
         return name
     trained_on = f" ({file} was trained on {name})" if name else f" ({file} does not name one)"
@@ -206,33 +212,30 @@ def choose_dtype(device: torch.device) -> torch.dtype:
 
 def sample_to_folder(
     base: StableDiffusion,
-    adapter: Adapter | None,
+    columns: Sequence[Column],
     request: SampleRequest,
     folder: Path,
     *,
-    name: str = "",
+    name: str | None = None,
     title: str = "",
-    text: Mapping[str, Condition] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Makes the pictures and their grid.
 
     Args:
         base: The base, with or without adapters mounted; they stay as they are.
-        adapter: The adapter to show, or None for the base alone.
-        request: What to sample.
+        columns: What to show.
+        request: What to sample; its strengths are those of the columns.
         folder: Gets `grid.png` and the single pictures.
         name: What the adapter is called in the pictures' metadata.
         title: Written above the grid.
-        text: Text states by prompt, where the text encoder has left the device.
         progress: Told (finished, total) pictures.
 
     Returns:
         The grid's path.
     """
-    pictures = make_pictures(base, adapter, request, text=text, progress=progress)
-    shown = name if adapter is not None else None
-    return write_pictures(folder, pictures, base=base.info.name, adapter=shown, title=title)
+    pictures = make_pictures(base, columns, request, progress=progress)
+    return write_pictures(folder, pictures, base=base.info.name, adapter=name, title=title)
 
 
 def write_pictures(
@@ -245,22 +248,20 @@ def write_pictures(
 
 def make_pictures(
     base: StableDiffusion,
-    adapter: Adapter | None,
+    columns: Sequence[Column],
     request: SampleRequest,
     *,
     text: Mapping[str, Condition] | None = None,
     progress: Callable[[int, int], None] | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> list[Picture]:
-    """Makes what is asked for, or a share of it; see `generate`."""
-    columns = len({0.0, *request.strengths}) if adapter is not None else 1
-    total = len(request.prompts) * len(request.seeds) * columns
-    return generate(
+    """Makes what is asked for, or a share of it; see `generate_columns`."""
+    total = len(request.prompts) * len(request.seeds) * len(columns)
+    return generate_columns(
         base,
-        adapter,
+        columns,
         request.prompts,
         request.seeds,
-        request.strengths,
         request.settings,
         text=text,
         progress=None if progress is None else lambda done: progress(done, total),

@@ -14,6 +14,7 @@ from PIL import Image
 
 from sdlora.lora.files import load_adapter
 from sdlora.runs import RunFolder
+from sdlora.sampling.generate import make_columns
 from sdlora.sampling.pictures import Picture
 from sdlora.sampling.session import make_pictures, request_of_run, write_pictures
 from sdlora.training.console import Report
@@ -32,13 +33,15 @@ def sample_step(
     """
     # The main process has just written the adapter that all now read.
     meet(accelerator)
+    request = request_of_run(plan.config, plan.info)
+    columns = make_columns(load_adapter(run.step_adapter(step)), request.strengths)
     pictures: list[Picture] = []
     with report.progress(f"samples of step {step}", 1) as meter:
         with suppress(torch.OutOfMemoryError):
             pictures = make_pictures(
                 prepared.base,
-                load_adapter(run.step_adapter(step)),
-                request_of_run(plan.config, plan.info),
+                columns,
+                request,
                 text=prepared.prompt_states,
                 progress=meter.show,
                 share=(accelerator.process_index, accelerator.num_processes),

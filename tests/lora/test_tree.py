@@ -220,8 +220,8 @@ def test_strengths(grow, small, pipe, unet, run):
     """As trained, unless asked otherwise; only nodes of the path can be named."""
     grow("ink/half", "ink", strength=0.5, seed=5)
     tree = AdapterTree.from_folder(small)
-    assert tree.strengths("ink/half") == {"ink": 0.5, "ink/half": 1.0}
-    assert tree.strengths("ink/half", {"ink": 0.2}) == {"ink": 0.2, "ink/half": 1.0}
+    assert tree.strengths(["ink/half", None, "ink"]) == [{"ink": 0.5, "ink/half": 1.0}, {}, {"ink": 1.0}]
+    assert tree.strengths(["ink/half"], {"ink": 0.2}) == [{"ink": 0.2, "ink/half": 1.0}]
     tree.mount(pipe, "ink/half", strengths={"ink/half": 0.3})
     found = run(unet)
     mount(unet, [(tree.load("ink"), 0.5), (tree.load("ink/half"), 0.3)])

@@ -31,7 +31,7 @@ from sdlora.sampling.generate import (
     SampleSettings,
     encode_prompts,
     generate,
-    strength_columns,
+    make_columns,
 )
 
 # diffusers' schedulers speak to numpy in an old way.
@@ -170,7 +170,7 @@ def test_rows_and_columns(base: StableDiffusion, adapter: Adapter) -> None:
         (prompt, seed, strength) for prompt in PROMPTS for seed in (1, 0) for strength in (0.0, 0.5, 1.0)
     ]
     assert done == [4, 8, 12]
-    assert strength_columns(None, [0.5]) == [0.0]
+    assert [column.strength for column in make_columns(None, [0.5])] == [0.0]
     settings = resolve_settings(base.info, SampleSettings())
     assert (settings.width, settings.height) == (base.info.resolution,) * 2
     assert pictures[0].settings == replace(settings, steps=3, width=64, height=64)

@@ -1,0 +1,138 @@
+"""`sdlora tree` as people type it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdlora.config import BaseSection
+from sdlora.lora.adapter import create_adapter
+from sdlora.lora.attach import match_targets
+from sdlora.lora.files import inspect_adapter, load_adapter, save_adapter
+from sdlora.lora.formats import round_adapter
+from sdlora.lora.lineage import lineage_below, lineage_notes
+from sdlora.models.info import inspect_base
+from sdlora.models.load import empty_unet
+
+
+@pytest.fixture(scope="module")
+def styles(tmp_path_factory):
+    """ink, and ink/portraits on top of it, for the built-in base."""
+    folder = tmp_path_factory.mktemp("trees") / "styles"
+    unet = empty_unet(inspect_base(BaseSection()))
+    unet.to_empty(device="cpu")
+
+    def save(name, rank, **notes):
+        fresh = create_adapter(unet, match_targets(unet, ["attention"]), rank, rank, seed=rank, family="sd1")
+        adapter, _ = round_adapter(fresh)
+        for number, pair in enumerate(adapter.modules.values()):
+            generator = torch.Generator().manual_seed(number)
+            pair.up = (torch.randn(pair.up.shape, generator=generator) * 0.2).half()
+        notes = {"sdlora.base_name": "builtin", "sdlora.family": "sd1", "ss_num_train_images": "80", **notes}
+        return save_adapter(folder / f"{name}.safetensors", adapter, metadata=notes)
+
+    ink = load_adapter(save("ink", 4, **{"sdlora.heldout_loss": "0.0712"}), dtype=None)
+    save("ink/portraits", 2, **lineage_notes(lineage_below("ink", ink)))
+    return folder
+
+
+@pytest.fixture
+def broken(styles, tmp_path):
+    """The same without its root."""
+    folder = tmp_path / "broken"
+    (folder / "ink").mkdir(parents=True)
+    (folder / "ink" / "portraits.safetensors").write_bytes(
+        (styles / "ink" / "portraits.safetensors").read_bytes()
+    )
+    return folder
+
+
+def test_show(sdlora, styles, broken):
+    """The tree with rank, images, size, held-out loss; what is wrong is said at its place."""
+    code, printed, _ = sdlora("tree", "show", styles)
+    assert code == 0
+    top, ink, portraits = printed.splitlines()
+    size = (styles / "ink.safetensors").stat().st_size / 1e6
+    assert top == "builtin"
+    assert ink.endswith(f"ink  (rank 4, 80 images, {size:.2f} MB, held-out loss 0.0712)")
+    assert portraits.index("ink/portraits") > ink.index("ink")
+    code, printed, _ = sdlora("tree", "show", broken)
+    assert code == 0
+    assert "ink/portraits was trained on ink (" in printed
+
+
+def test_verify(sdlora, styles, broken):
+    """Exit code 1, a line for each problem."""
+    code, printed, _ = sdlora("tree", "verify", styles)
+    assert (code, printed) == (0, "2 nodes, each on the parent that it was trained on\n")
+    code, printed, _ = sdlora("tree", "verify", broken)
+    assert code == 1
+    assert len(printed.splitlines()) == 1
+
+
+def test_flatten(sdlora, styles, tmp_path):
+    """Exact by default; to a rank with its cost."""
+    out = tmp_path / "flat.safetensors"
+    code, printed, _ = sdlora(
+        "tree", "flatten", styles, "ink/portraits", "--out", out, "--strengths", "ink=0.5"
+    )
+    assert code == 0
+    assert "path      ink > ink/portraits" in printed
+    assert inspect_adapter(out).rank == 6
+    assert "sdlora.parent" not in load_adapter(out).notes
+    code, printed, _ = sdlora("tree", "flatten", styles, "ink/portraits", "--out", out, "--rank", 3)
+    assert code == 0
+    assert "error     " in printed
+    assert inspect_adapter(out).rank == 3
+
+
+def test_sample(sdlora, styles, tmp_path):
+    """The base and each node; a node is drawn on top of its ancestors, as the flattened file draws it."""
+    grid = tmp_path / "grid"
+    quick = ("--prompt", "a cat", "--steps", 2, "--seeds", 0, "--size", "64x64")
+    code, printed, errors = sdlora("tree", "sample", styles, *quick, "--out", grid)
+    assert code == 0, errors
+    assert f"grid      {grid / 'grid.png'}" in printed
+    base, ink, portraits = (np.asarray(Image.open(grid / f"{n:02d}.png"), dtype=int) for n in range(3))
+    assert np.abs(base - ink).max() > 2
+    assert np.abs(portraits - ink).max() > 2
+    flat, one = tmp_path / "flat.safetensors", tmp_path / "one"
+    sdlora("tree", "flatten", styles, "ink/portraits", "--out", flat, "--precision", "fp32")
+    code, _, errors = sdlora("sample", flat, *quick, "--out", one)
+    assert code == 0, errors
+    assert np.abs(np.asarray(Image.open(one / "01.png"), dtype=int) - portraits).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["flatten", "{styles}", "sepia", "--out", "x.safetensors"],
+            "has no node sepia; it has ink, ink/portraits",
+        ),
+        (["flatten", "{broken}", "ink/portraits", "--out", "x.safetensors"], "which is not in"),
+        (
+            ["flatten", "{styles}", "ink", "--strengths", "ink", "--out", "x.safetensors"],
+            "must be NODE=NUMBER",
+        ),
+        (["sample", "{styles}"], "there is no prompt; give --prompt TEXT"),
+        (["sample", "{styles}", "ink", "--prompt", "x", "--strengths", "sea=1"], "strengths name sea"),
+        (["show", "nowhere"], "tree nowhere is no folder"),
+    ],
+)
+def test_mistakes(sdlora, styles, broken, arguments, message):
+    """One line, exit code 2."""
+    code, _, errors = sdlora("tree", *(str(a).format(styles=styles, broken=broken) for a in arguments))
+    assert code == 2
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_force(sdlora, broken, tmp_path):
+    """For those who know: a missing parent is gone without."""
+    out = tmp_path / "flat.safetensors"
+    code, printed, _ = sdlora("tree", "flatten", broken, "ink/portraits", "--out", out, "--force")
+    assert code == 0
+    assert "path      ink/portraits" in printed
