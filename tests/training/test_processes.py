@@ -110,7 +110,7 @@ def test_two_processes_are_one(images, tiny, tmp_path, fork_processes, monkeypat
         assert seen["bytes"] == [plan["exchange_bytes"]] * 2, "once for each of the steps 5 and 6"
         assert max(seen["waits"]) < 20
         assert len(seen["sampled"]) == 1, "one of the two pictures of step 6"
-    assert "resumed from step 4" in resumed[0].printed
+    assert "resuming from step 4" in resumed[0].printed
     assert resumed[1].printed == ""
 
 
