@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # One thread each for two test processes: on a small machine that is quicker than two threads in one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow lint figures clean
+.PHONY: demo test test-slow fuzz lint figures clean
 
 demo: $(INSTALLED)
 	$(BIN)/sdlora train datasets/openmoji --config configs/openmoji.toml
@@ -16,6 +16,10 @@ test: lint
 
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow
+
+# New inputs for each reader of files at every run: make fuzz SDLORA_FUZZ=100000
+fuzz: $(INSTALLED)
+	SDLORA_FUZZ=$(or $(SDLORA_FUZZ),10000) $(PYTEST) tests/fuzz -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

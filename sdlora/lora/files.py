@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdlora.errors import AdapterError
+from sdlora.errors import AdapterError, one_line
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.container import read_tensors, write_tensors
 from sdlora.lora.formats import (
@@ -24,7 +24,7 @@ from sdlora.lora.formats import (
 )
 from sdlora.lora.names import TEXT_ENCODERS, Dialect, dialect_of
 from sdlora.lora.parsing import guess_family, module_alphas, split_state, state_to_adapter
-from sdlora.reading import Header
+from sdlora.reading import MAX_HEADER_BYTES, Header, UnfitFileError, read_bytes
 from sdlora.writing import write_file
 
 # Keys that describe the tensors as written; they never survive from one file to the next.
@@ -83,7 +83,8 @@ class AdapterInfo:
         }
         lines = [f"{key:<9} {value}" for key, value in about.items()]
         width = max((len(key) for key in self.metadata), default=0)
-        return lines + [f"  {key:<{width}}  {_shorten(text)}" for key, text in sorted(self.metadata.items())]
+        lines += [f"  {key:<{width}}  {_shorten(text)}" for key, text in sorted(self.metadata.items())]
+        return [one_line(line) for line in lines]
 
 
 def _shorten(text: str, length: int = 200) -> str:
@@ -203,7 +204,12 @@ def _metadata(path: Path, header: Header) -> dict[str, str]:
         and path.name == "adapter_model.safetensors"
         and config.is_file()
     ):
-        metadata["lora_adapter_metadata"] = config.read_text(encoding="utf-8")
+        try:
+            metadata["lora_adapter_metadata"] = read_bytes(config, MAX_HEADER_BYTES).decode("utf-8")
+        except UnfitFileError as error:
+            raise AdapterError(f"{config} {error}; get the file again") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise AdapterError(f"{config} cannot be read ({error}); get the file again") from None
     return metadata
 
 

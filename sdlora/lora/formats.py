@@ -28,6 +28,7 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 # not more. fp16 is only this far off where its smallest numbers run out.
 LARGEST_ERROR: dict[Precision, float] = {"fp32": math.inf, "bf16": 1e-2, "fp16": 1e-3}
 LARGEST_ZERO_SHARE = 1e-3
+MAX_PADDED = 4 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,11 @@ def adapter_to_kohya(adapter: Adapter) -> dict[str, Tensor]:
     sdxl = folded.family == "sdxl" or any(name.startswith("text_encoder_2.") for name in modules)
     layers = layers_per_block(folded.notes) if sdxl else LAYERS_PER_BLOCK
     rank = max(pair.rank for pair in modules.values())
+    if sum(rank * (pair.down[0].numel() + len(pair.up)) for pair in modules.values()) > MAX_PADDED:
+        raise AdapterError(
+            f"the kohya format gives all {len(modules)} modules the largest rank, {rank}, which would make "
+            "a file of many gigabytes; use --format diffusers, or resize the LoRA first"
+        )
     exact = torch.tensor(rank, dtype=folded.dtype)
     alpha = exact if float(exact) == rank else torch.tensor(float(rank))
     state: dict[str, Tensor] = {}

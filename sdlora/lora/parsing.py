@@ -6,19 +6,20 @@ and ComfyUI.
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdlora.errors import AdapterError
+from sdlora.errors import AdapterError, shorten
 from sdlora.lora.adapter import Adapter, LowRank
 from sdlora.lora.names import TEXT_ENCODERS, dialect_of, has_sgm_names, split_key
-from sdlora.lora.sgm import layers_per_block
+from sdlora.lora.sgm import LAYERS_PER_BLOCK, layers_per_block
+from sdlora.reading import UnfitFileError, parse_json
 
 # Inputs of attn2.to_k: the width of the family's text states.
 _FAMILY_OF_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
@@ -30,6 +31,8 @@ _FAMILY_OF_ARCHITECTURE = {
     "stable-diffusion-xl": "sdxl",
 }
 # Initialisations that change the base, so that the file is right only on that changed base.
+_KEPT = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.)+\$?")
 _BASE_CHANGING = ("pissa", "loftq", "olora", "corda", "lora_ga")
 
 
@@ -45,7 +48,8 @@ def state_to_adapter(
     Args:
         state: Tensors by key.
         metadata: Of the file.
-        dtype: None leaves the tensors as they are, but for those that are folded, which become fp32.
+        dtype: None leaves the tensors as they are, but for those that are folded or in 8 bits: they become
+            fp32.
 
     Raises:
         AdapterError: If these are no plain LoRA's tensors, or pairs are incomplete; completes "FILE ...".
@@ -54,9 +58,9 @@ def state_to_adapter(
     dialect = dialect_of(state)
     parts = split_state(state, notes)
     alphas = module_alphas(parts, notes)
-    ranks: dict[str, int] = json.loads(notes.get("sdlora.ranks", "{}")) if dialect == "kohya" else {}
+    ranks = _read_note(notes, "sdlora.ranks") if dialect == "kohya" else {}
     modules = {
-        name: _unpad(_read_pair(name, found, alphas[name], dtype), ranks.get(name))
+        name: _unpad(_read_pair(found, alphas[name], dtype), ranks.get(name))
         for name, found in sorted(parts.items())
     }
     rank = max(pair.rank for pair in modules.values())
@@ -71,10 +75,13 @@ def split_state(state: Mapping[str, Tensor], notes: Mapping[str, str]) -> dict[s
     """The tensors of a LoRA file by module and part (`down`, `up`, perhaps `alpha`).
 
     Raises:
-        AdapterError: If a tensor is no part of a LoRA, a module is there twice, or a pair is incomplete;
-            completes "FILE ...".
+        AdapterError: If a tensor is no part of a LoRA, a module is there twice, or a pair is incomplete or
+            does not fit together; completes "FILE ...".
     """
-    layers = layers_per_block(notes)
+    try:
+        layers = layers_per_block(notes)
+    except AdapterError:
+        layers = LAYERS_PER_BLOCK  # Where they differ, a file has diffusers' names, which need no number.
     parts: dict[str, dict[str, Tensor]] = {}
     foreign: list[str] = []
     for key, tensor in state.items():
@@ -90,7 +97,22 @@ def split_state(state: Mapping[str, Tensor], notes: Mapping[str, str]) -> dict[s
     incomplete = [name for name, found in parts.items() if not {"down", "up"} <= set(found)]
     if incomplete:
         raise AdapterError(f"lacks the other half of {len(incomplete)} modules: {_some(incomplete)}")
+    for name, found in parts.items():
+        _check_pair(name, found)
     return parts
+
+
+def _check_pair(name: str, found: Mapping[str, Tensor]) -> None:
+    """Refuses factors that cannot be multiplied, and an alpha that is no number."""
+    down, up = found["down"].shape, found["up"].shape
+    fits = len(down) == len(up) and len(down) in (2, 4) and up[1] == down[0] and set(up[2:]) <= {1}
+    if not fits:
+        raise AdapterError(
+            f"holds a pair that does not fit together: {name} has down {tuple(down)} and up {tuple(up)}"
+        )
+    alpha = found.get("alpha")
+    if alpha is not None and not (alpha.numel() == 1 and math.isfinite(float(alpha))):
+        raise AdapterError(f"holds an alpha of {name} that is no number; get the file again")
 
 
 def guess_family(
@@ -123,25 +145,28 @@ def _by_start(table: Mapping[str, str], text: str) -> str | None:
     return next((value for start, value in table.items() if text.startswith(start)), None)
 
 
-def _read_pair(
-    name: str, found: Mapping[str, Tensor], alpha: float | None, dtype: torch.dtype | None
-) -> LowRank:
+def _read_pair(found: Mapping[str, Tensor], alpha: float | None, dtype: torch.dtype | None) -> LowRank:
     """One module, its scale folded in."""
-    down, up = (found[part].to(dtype or found[part].dtype) for part in ("down", "up"))
-    if down.ndim < 2 or up.ndim != down.ndim or up.shape[1] != down.shape[0]:
-        raise AdapterError(
-            f"holds a pair that does not fit together: {name} has down {tuple(down.shape)} "
-            f"and up {tuple(up.shape)}"
-        )
+    down, up = (_as_float(found[part], dtype) for part in ("down", "up"))
     rank = int(down.shape[0])
     if alpha is not None and alpha != rank:
         up = (up.double() * (alpha / rank)).to(dtype or torch.float32)
     return LowRank(down.contiguous(), up.contiguous())
 
 
-def _unpad(pair: LowRank, rank: int | None) -> LowRank:
+def _as_float(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """In a dtype, or as it is; whole numbers and 8 bits become fp32, since few operations know them."""
+    return tensor.to(dtype or (tensor.dtype if tensor.dtype in _KEPT else torch.float32))
+
+
+def _unpad(pair: LowRank, rank: Any) -> LowRank:
     """Takes off the zeros that `adapter_to_kohya` appended."""
-    if rank is None or pair.down[rank:].any() or pair.up[:, rank:].any():
+    if (
+        not isinstance(rank, int)
+        or not 1 <= rank < pair.rank
+        or pair.down[rank:].any()
+        or pair.up[:, rank:].any()
+    ):
         return pair
     return LowRank(pair.down[:rank].contiguous(), pair.up[:, :rank].contiguous())
 
@@ -163,9 +188,8 @@ def module_alphas(
             alphas[name] = float(found["alpha"])
         elif "lora_alpha" in own:
             module = name.removeprefix(component)
-            patterns: Mapping[str, float] = own.get("alpha_pattern") or {}
-            fits = (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module))
-            alpha = float(next(fits, own["lora_alpha"]))
+            fits = (value for key, value in own["alpha_pattern"].items() if _names(key, module))
+            alpha = _number(next(fits, own["lora_alpha"]))
             rank = int(found["down"].shape[0])
             alphas[name] = alpha * math.sqrt(rank) if own.get("use_rslora") else alpha
         else:
@@ -175,10 +199,7 @@ def module_alphas(
 
 def _settings(notes: Mapping[str, str], component: str) -> dict[str, Any]:
     """PEFT's configuration for one component; empty where the file has none."""
-    try:
-        config: dict[str, Any] = json.loads(notes.get("lora_adapter_metadata") or "{}")
-    except json.JSONDecodeError:
-        raise AdapterError("holds lora_adapter_metadata that is not JSON; export the LoRA again") from None
+    config = _read_note(notes, "lora_adapter_metadata")
     own = {key.removeprefix(component): value for key, value in config.items() if key.startswith(component)}
     own = own or {key: value for key, value in config.items() if "." not in key}
     kind = str(own.get("peft_type") or "LORA")
@@ -191,7 +212,42 @@ def _settings(notes: Mapping[str, str], component: str) -> dict[str, Any]:
             f"was initialised with {start}, which changes the base too, so that it is right on that base "
             "alone; convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"
         )
-    return own
+    patterns = own.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError("holds an alpha_pattern that is no table; export the LoRA again")
+    return {**own, "alpha_pattern": patterns}
+
+
+def _read_note(notes: Mapping[str, str], key: str) -> dict[str, Any]:
+    """A JSON object in a file's metadata; empty where there is none."""
+    try:
+        value = parse_json(notes.get(key) or "{}")
+    except UnfitFileError as error:
+        raise AdapterError(f"holds {key} that {error}; export the LoRA again") from None
+    if not isinstance(value, dict):
+        raise AdapterError(f"holds {key} that is no JSON object; export the LoRA again")
+    return value
+
+
+def _names(pattern: str, module: str) -> bool:
+    """Whether a key of PEFT's alpha_pattern, a module's name or the end of one, names a module.
+
+    PEFT takes it for a regular expression. A file's expression is never run: some take years.
+    """
+    if not _PLAIN.fullmatch(pattern):
+        raise AdapterError(
+            f"holds an alpha_pattern with a regular expression, {shorten(pattern)}; sdlora reads plain names"
+        )
+    name = pattern.replace("\\.", ".").removeprefix("^").removesuffix("$")
+    return module == name or (not pattern.startswith("^") and module.endswith(f".{name}"))
+
+
+def _number(value: Any) -> float:
+    """A finite number from JSON."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:
+        raise AdapterError(f"holds a lora_alpha of {shorten(repr(value))}, which is no number")
+    return float(value)
 
 
 def _some(names: list[str], count: int = 3) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from sdlora.errors import AdapterError
+from sdlora.errors import AdapterError, shorten
 
 LAYERS_PER_BLOCK = 2
 
@@ -43,9 +43,9 @@ def layers_per_block(notes: Mapping[str, str]) -> int:
         AdapterError: If they differ from block to block, which the original code's names cannot say.
     """
     text = notes.get("sdlora.layers_per_block", str(LAYERS_PER_BLOCK))
-    if not text.isdecimal():
+    if not re.fullmatch("[0-9]{1,3}", text):
         raise AdapterError(
-            f"a UNet with {text} layers a block has no names in the kohya format for SDXL; "
+            f"a UNet with {shorten(text)} layers a block has no names in the kohya format for SDXL; "
             "use --format diffusers"
         )
     return int(text)
