@@ -97,6 +97,7 @@ class LoraSection(Section):
     targets: Texts = _field(
         ["attention"], "use attention, or name patterns such as *.attn2.to_v", min_length=1
     )
+    text_encoder: bool = False
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = _field(
         {}, "give module patterns with ranks, such as {convolutions = 4}"
     )
@@ -192,6 +193,9 @@ class TrainSection(Section):
     learning_rates: dict[str, Annotated[float, Field(gt=0)]] = _field(
         {}, "give patterns of module names and their rates, such as {'*.attn2.*' = 5e-5}"
     )
+    text_encoder_learning_rate: float | None = _field(
+        None, "leave it out for half of train.learning_rate", gt=0
+    )
     lora_plus_ratio: float = _field(1.0, "use 1 to switch off, or 2 to 16", gt=0)
     schedule: Literal["constant", "linear", "cosine"] = _field("constant", "use constant, linear or cosine")
     warmup: float = _field(0.05, "use a share of the steps such as 0.05, or a number of steps", ge=0)
@@ -210,6 +214,11 @@ class TrainSection(Section):
     trackers: Texts = Field(default_factory=list)
     trace: bool = False
     timeout_seconds: float = _field(600.0, "give how long a process waits for the others, such as 600", gt=0)
+
+    @property
+    def text_encoder_rate(self) -> float:
+        """The learning rate of text encoders: half of the UNet's unless given."""
+        return self.text_encoder_learning_rate or self.learning_rate / 2
 
 
 class SampleSection(Section):
@@ -263,6 +272,17 @@ class RunConfig(Section):
                         f"sample.prompts has {{trigger}} in {prompt!r} but data.trigger is not set; "
                         "set data.trigger or take the placeholder out"
                     )
+        if self.lora.text_encoder and self.data.cache is True:
+            raise ValueError(
+                "data.cache = true and lora.text_encoder = true cannot be together: text states change while "
+                "their encoder learns; set data.cache=auto (latents stay cached) or lora.text_encoder=false"
+            )
+        rate = self.train.text_encoder_learning_rate
+        if rate is not None and not self.lora.text_encoder:
+            raise ValueError(
+                f"train.text_encoder_learning_rate = {rate:g} has no effect while lora.text_encoder = false; "
+                "set lora.text_encoder=true or leave it out"
+            )
         return self
 
     def replace(self, **sections: Mapping[str, Any]) -> RunConfig:

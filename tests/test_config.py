@@ -49,6 +49,10 @@ def problems(*overrides: str) -> list[str]:
             "sample.prompts=a {trigger}",
             "sample.prompts has {trigger} in 'a {trigger}' but data.trigger is not set",
         ),
+        (
+            "train.text_encoder_learning_rate=1e-5",
+            "train.text_encoder_learning_rate = 1e-05 has no effect while lora.text_encoder = false",
+        ),
         ("objective.timestep_range=[9, 3]", "objective.timestep_range = [9, 3] must be"),
         ("objective.force_prediction_type=true", "needs objective.prediction_type"),
         ("objective.loss=l2", "objective.loss = 'l2' must be one of 'mse', 'huber'"),
@@ -217,14 +221,15 @@ def test_the_keys_are_pinned():
         "base": "dtype quantize revision source vae variant",
         "data": "allow_missing_captions background cache caption_dropout crop crop_variants flip "
         "follow_links heldout on_bad_image resolution trigger",
-        "lora": "alpha alpha_pattern dropout init init_from max_norm rank rank_pattern rslora targets",
+        "lora": "alpha alpha_pattern dropout init init_from max_norm rank rank_pattern rslora targets "
+        "text_encoder",
         "objective": "debiased force_prediction_type huber_delta huber_schedule input_perturbation loss "
         "min_snr_gamma noise_offset prediction_type pyramid_discount pyramid_noise timestep_mean "
         "timestep_range timestep_std timesteps",
         "train": "accumulate batch_size ema_decay evaluate_every grad_clip gradient_checkpointing "
         "keep_checkpoints learning_rate learning_rates lora_plus_ratio max_skipped_steps "
         "optimizer optimizer_args precision sample_every save_every schedule seed steps "
-        "timeout_seconds trace trackers warmup",
+        "text_encoder_learning_rate timeout_seconds trace trackers warmup",
         "sample": "batch_size guidance negative_prompt prompts safety_checker scheduler seeds "
         "steps strengths",
         "export": "formats include_captions precision",

@@ -32,7 +32,7 @@ from sdlora.lora.modules import (
     replace_modules,
     unwrap,
 )
-from sdlora.lora.names import TEXT_ENCODERS
+from sdlora.lora.names import TEXT_ENCODERS, component_of
 
 _ATTENTION = ("*attn[12].to_[qkv]", "*attn[12].to_out.0")
 _FEED_FORWARD = ("*ff.net.0.proj", "*ff.net.2")
@@ -92,12 +92,27 @@ def match_names(names: Iterable[str], target: str) -> list[str]:
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
+def match_modules(model: Model, targets: Sequence[str]) -> list[str]:
+    """As `match_targets`, but every component has modules: text encoders the layers that the UNet has.
+
+    Args:
+        model: Components by name.
+        targets: If none of them is in a text encoder, its attention joins, and its MLPs where the UNet's
+            feed-forward layers are targets.
+    """
+    names = match_targets(model, targets)
+    if len(components(model)) == 1 or any(component_of(name) != "unet" for name in names):
+        return names
+    wide = any(match_names(names, "feed_forward"))
+    return names + match_targets(model, ["text_attention", *(["text_mlp"] if wide else [])])
+
+
 def _explain(model: Model, layers: Sequence[str], target: str) -> tuple[str, str]:
     """Why a target matches nothing, and what was probably meant."""
     others = [name for name, _ in named_modules(model) if name and fnmatch.fnmatchcase(name, target)]
     reason = f"matches only {others[0]}, no Linear or Conv2d" if others else "matches no Linear or Conv2d"
     if target.startswith("text_") and "text_encoder" not in components(model):
-        return reason, "it is for the text encoder, which is not adapted here; leave it out"
+        return reason, "it is for text encoders; set lora.text_encoder=true, or leave it out"
     if target == "style-only":
         return "needs SDXL's style block up_blocks.0.attentions.1, which is not here", "use attention"
     presets = difflib.get_close_matches(target, list(TARGETS), 1, 0.6)

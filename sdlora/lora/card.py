@@ -84,6 +84,8 @@ def _usage(facts: RunFacts, prompts: Sequence[str], weights: str) -> str:
 
 
 def _settings(facts: RunFacts) -> str:
+    rate = facts.text_learning_rate
+    text = "" if rate is None else f" (text encoders {rate:g})"
     rows = {
         "base": facts.base_name,
         "trigger": facts.trigger or "none",
@@ -92,7 +94,7 @@ def _settings(facts: RunFacts) -> str:
         "steps": facts.steps,
         "images, images seen": f"{facts.num_images}, {facts.images_seen}",
         "batch size": facts.batch_size,
-        "learning rate": f"{facts.learning_rate:g}, {facts.schedule}",
+        "learning rate": f"{facts.learning_rate:g}{text}, {facts.schedule}",
         "optimizer": facts.optimizer,
         "precision": facts.precision,
         "resolution": f"{facts.resolution} px",

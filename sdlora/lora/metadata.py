@@ -52,12 +52,15 @@ class RunFacts:
     batch_size: int
     """Global."""
     learning_rate: float
+    """Of the UNet."""
     optimizer: str
     schedule: str
     precision: str
     seed: int
     date: str
     """When the run was started, ISO 8601; never the time of the export."""
+    text_learning_rate: float | None = None
+    """Of text encoders, where they learn."""
     captions: Sequence[str] | None = None
     """All captions, only by consent (`export.include_captions`)."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -111,6 +114,8 @@ def run_metadata(facts: RunFacts) -> dict[str, str]:
         "sdlora.dataset_digest": facts.dataset_digest,
         "sdlora.versions": json.dumps(dict(facts.versions), sort_keys=True),
     }
+    if facts.text_learning_rate is not None:
+        texts["ss_text_encoder_lr"] = facts.text_learning_rate
     if facts.trigger:
         texts |= {"modelspec.trigger_phrase": facts.trigger, "sdlora.trigger": facts.trigger}
     texts |= {f"sdlora.{name}": json.dumps(value) for name, value in facts.options.items()}

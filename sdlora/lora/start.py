@@ -11,6 +11,7 @@ import torch
 from sdlora.errors import ConfigError
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.decompose import decompose
+from sdlora.lora.names import component_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +57,10 @@ def check_start(start: Adapter, targets: Collection[str], source: str) -> None:
     """
     left_out = [name for name in start.modules if name not in targets]
     if left_out:
+        text = "lora.text_encoder=true and " if any(component_of(name) != "unet" for name in left_out) else ""
         raise ConfigError(
             f"{source} also changes {len(left_out)} of its {len(start.modules)} modules that lora.targets "
-            f"leaves out, such as {left_out[0]}; set lora.targets to all that it changes"
+            f"leaves out, such as {left_out[0]}; set {text}lora.targets to all that it changes"
         )
 
 

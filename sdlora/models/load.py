@@ -11,7 +11,7 @@ from diffusers import schedulers
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora.config import Quantize
 from sdlora.errors import ModelError
@@ -32,6 +32,7 @@ __all__ = [
     "BaseInfo",
     "StockPipeline",
     "attention_kernel",
+    "empty_components",
     "empty_unet",
     "inspect_base",
     "load_base",
@@ -159,6 +160,23 @@ def _build_empty(part: Part) -> UNet2DConditionModel:
     with quiet(), torch.device("meta"):
         unet: UNet2DConditionModel = UNet2DConditionModel.from_config(dict(part.config))
     return unet
+
+
+def empty_components(info: BaseInfo, *, text: bool) -> dict[str, nn.Module]:
+    """The parts that can learn, without weights (on the meta device), to find and count modules in.
+
+    Args:
+        text: With text encoders, as deep as they are read: SDXL takes the last layer but one of both, and
+            pooled states of the second, so that the last layer of the first has no say.
+    """
+    parts: dict[str, nn.Module] = {"unet": empty_unet(info)}
+    for name in info.traits.text_encoders if text else ():
+        config = CLIPTextConfig.from_dict(dict(info.parts[name].config))
+        if len(info.traits.text_encoders) > 1 and name == "text_encoder":
+            config.num_hidden_layers -= 1
+        with quiet(), torch.device("meta"):
+            parts[name] = MODELS[name](config)
+    return parts
 
 
 def pipeline_of(info: BaseInfo, **parts: Any) -> Any:

@@ -79,6 +79,19 @@ class StableDiffusion:
         for part in (self.vae, *(self.text_encoders if text else ())):
             part.to(device)
 
+    def enable_gradient_checkpointing(self, *, text: bool) -> None:
+        """Computes activations anew where gradients need them, in the UNet and in text encoders that learn.
+
+        diffusers and transformers do so in train mode alone; it changes nothing else in these networks.
+        """
+        self.unet.enable_gradient_checkpointing()
+        self.unet.train()
+        for encoder in self.text_encoders if text else ():
+            # transformers renamed it.
+            enable = getattr(encoder, "activation_checkpointing_enable", None)
+            (enable or encoder.gradient_checkpointing_enable)({"use_reentrant": False})
+            encoder.train()
+
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The posterior of pictures, in the units that the UNet works in.
@@ -149,35 +162,40 @@ class StableDiffusion:
     def encode_captions(self, captions: Sequence[str]) -> Condition:
         """Text states of captions, as the stock pipeline's `encode_prompt` makes them, without time ids.
 
-        The empty caption is what the base takes for no text at all: for most SDXL bases zeros, since
-        Stability trained them so and the stock pipeline samples them so (`force_zeros_for_empty_prompt`).
-        One caption at a time, so that its states do not depend on its neighbours (R-10, R-20). There are
-        gradients only where an adapter that needs them is mounted on a text encoder.
+        One caption at a time, so that its states do not depend on its neighbours (R-10, R-20).
 
         Returns:
             hidden (B, L, D) and, for SDXL, pooled (B, P) in float32, on the text encoders' device.
         """
-        return Condition.stack([self._encode_caption(caption) for caption in captions])
+        return Condition.stack([self.encode_together([caption])[0] for caption in captions])
 
-    def _encode_caption(self, caption: str) -> Condition:
+    def encode_together(self, captions: Sequence[str]) -> Condition:
+        """As `encode_captions`, all in one pass, as text encoders that learn see a batch.
+
+        The empty caption is what the base takes for no text at all: for most SDXL bases zeros, since
+        Stability trained them so and the stock pipeline samples them so (`force_zeros_for_empty_prompt`).
+        There are gradients only where an adapter that needs them is mounted on a text encoder.
+        """
         pairs = zip(self.tokenizers, self.text_encoders, strict=True)
-        states = [self._encode_text(caption, tokenizer, encoder) for tokenizer, encoder in pairs]
+        states = [self._encode_text(list(captions), tokenizer, encoder) for tokenizer, encoder in pairs]
         hidden = torch.cat([hidden.float() for hidden, _ in states], dim=-1)
         pooled = states[-1][1]
         pooled = None if pooled is None else pooled.float()
-        if not caption and self.info.zeroes_empty_prompt:
-            hidden, pooled = torch.zeros_like(hidden), None if pooled is None else torch.zeros_like(pooled)
-        return Condition(hidden[0], None if pooled is None else pooled[0])
+        if self.info.zeroes_empty_prompt and not all(captions):
+            empty = torch.tensor([not caption for caption in captions], device=hidden.device)
+            hidden = hidden.masked_fill(empty[:, None, None], 0)
+            pooled = None if pooled is None else pooled.masked_fill(empty[:, None], 0)
+        return Condition(hidden, pooled)
 
     def _encode_text(
-        self, caption: str, tokenizer: CLIPTokenizer, encoder: TextEncoder
+        self, captions: list[str], tokenizer: CLIPTokenizer, encoder: TextEncoder
     ) -> tuple[Tensor, Tensor | None]:
-        """What one text encoder gives: hidden states (1, L, D), and (1, P) if it has a projection.
+        """What one text encoder gives: hidden states (B, L, D), and (B, P) if it has a projection.
 
         SD 1 and 2 read the last layer; SDXL the last but one of both encoders, before the final norm.
         """
         tokens = tokenizer(
-            [caption],
+            captions,
             padding="max_length",
             max_length=self.info.text_length,
             truncation=True,

@@ -36,10 +36,15 @@ class Encodings:
         base: Encodes what is not known yet.
         cache: Where encodings are kept; None encodes anew at each use.
         settings: Alpha colour, and whether the cache must work.
+        text_learns: Text encoders learn: captions are encoded anew at each use, with gradients, and never
+            kept (R-34).
     """
 
-    def __init__(self, base: StableDiffusion, cache: TensorCache | None, settings: DataSection) -> None:
+    def __init__(
+        self, base: StableDiffusion, cache: TensorCache | None, settings: DataSection, *, text_learns: bool
+    ) -> None:
         self.base = base
+        self.text_learns = text_learns
         self.cache = cache
         self.background = settings.background
         self.is_required = settings.cache is True
@@ -57,7 +62,7 @@ class Encodings:
         """
         if self.cache is None:
             return
-        jobs: list[str | View] = [*dict.fromkeys(captions)]
+        jobs: list[str | View] = [] if self.text_learns else [*dict.fromkeys(captions)]
         jobs += {self._latent_key(*view): view for view in views}.values()
         jobs = [job for job in jobs if not self._is_known(job)]
         # All look at what is missing before one of them begins to fill it.
@@ -114,12 +119,16 @@ class Encodings:
                 self.cache.put(key, known)
         return Condition(known["hidden"], known.get("pooled"))
 
-    def view_condition(self, record: ImageRecord, crop: Crop, caption: str) -> Condition:
-        """A caption's text states with the sizes of its picture, where the base is told them (R-31)."""
-        condition = self.condition(caption)
+    def conditions(self, captions: Sequence[str], views: Sequence[View]) -> Condition:
+        """What the UNet is told of a batch: captions and, where it is told them, sizes of pictures (R-31)."""
+        if self.text_learns:
+            together = self.base.encode_together(captions)
+        else:
+            together = Condition.stack([self.condition(caption) for caption in captions])
         if not self.base.info.has_time_ids:
-            return condition
-        return condition.with_time_ids(crop_to_time_ids(record.size, crop))
+            return together
+        sizes = [crop_to_time_ids(record.size, crop) for record, crop in views]
+        return together.with_time_ids(torch.stack(sizes))
 
     def _is_known(self, job: str | View) -> bool:
         """Whether the cache has a caption or picture, by the header of its file."""

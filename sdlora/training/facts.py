@@ -42,6 +42,7 @@ def describe_run(run: RunFolder, plan: RunPlan, *, step: int, images_seen: int) 
         precision=str(environment.get("compute_dtype")),
         seed=config.train.seed,
         date=datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        text_learning_rate=config.train.text_encoder_rate if config.lora.text_encoder else None,
         captions=captions,
         options=_options(config),
         versions=dict(environment.get("versions") or {}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from sdlora.config import TrainSection
 from sdlora.errors import ConfigError
 from sdlora.lora.attach import match_names
+from sdlora.lora.names import component_of
+
+TEXT = "text encoders"
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class ParameterGroup:
     """Parameters that share a learning rate.
 
     Args:
-        name: The pattern of `train.learning_rates`, or `others`; and the factor, with LoRA+.
+        name: The pattern of `train.learning_rates`, `text encoders` or `others`; and the factor, with LoRA+.
         ratio: The group's rate over `train.learning_rate`, the same at every step.
         parameters: The tensors.
     """
@@ -74,10 +78,8 @@ def group_parameters(named: Mapping[str, Tensor], settings: TrainSection) -> lis
     groups: dict[str, ParameterGroup] = {}
     for name, tensor in named.items():
         module, _, factor = name.rpartition(".")
-        pattern = chosen[module]
-        key, ratio = pattern or "others", 1.0
-        if pattern is not None:
-            ratio = settings.learning_rates[pattern] / settings.learning_rate
+        key, rate = _rate_of(module, chosen[module], settings)
+        ratio = rate / settings.learning_rate
         if settings.lora_plus_ratio != 1:
             key = f"{key} {factor}"
             ratio *= settings.lora_plus_ratio if factor == "up" else 1
@@ -85,12 +87,23 @@ def group_parameters(named: Mapping[str, Tensor], settings: TrainSection) -> lis
     return list(groups.values())
 
 
+def _rate_of(module: str, pattern: str | None, settings: TrainSection) -> tuple[str, float]:
+    """What decides a module's learning rate, and the rate."""
+    if pattern is not None:
+        return pattern, settings.learning_rates[pattern]
+    if component_of(module) != "unet":
+        return TEXT, settings.text_encoder_rate
+    return "others", settings.learning_rate
+
+
 def describe_rates(modules: Sequence[str], settings: TrainSection) -> str:
     """The rates that differ from the base rate, for the plan; empty if none does."""
-    chosen = list(match_rates(modules, settings).values())
+    chosen = match_rates(modules, settings)
+    rates = Counter(_rate_of(module, pattern, settings) for module, pattern in chosen.items())
     texts = [
-        f"{rate:g} on {pattern} ({chosen.count(pattern)} of {len(chosen)} modules)"
-        for pattern, rate in settings.learning_rates.items()
+        f"{rate:g} on {key} ({count} of {len(modules)} modules)"
+        for (key, rate), count in rates.items()
+        if key != "others"
     ]
     if settings.lora_plus_ratio != 1:
         texts.append(f"up {settings.lora_plus_ratio:g} times as fast as down")

@@ -114,11 +114,10 @@ class Learner:
         """The loss of each sample, (B,), and what was drawn for it."""
         encodings, device = self.prepared.encodings, self.accelerator.device
         seeds = self._seeds("sample", step, samples)
-        posteriors = [encodings.posterior(sample.record, sample.crop) for sample in samples]
+        views = [(sample.record, sample.crop) for sample in samples]
+        posteriors = [encodings.posterior(*view) for view in views]
         drawn = draw(self.prepared.objective, posteriors, seeds)
-        condition = Condition.stack(
-            [encodings.view_condition(sample.record, sample.crop, sample.caption) for sample in samples]
-        ).to(device)
+        condition = encodings.conditions([sample.caption for sample in samples], views).to(device)
         losses = denoising_loss(
             lambda noisy, timesteps: self.denoise(noisy, timesteps, condition),
             self.prepared.objective,

@@ -169,7 +169,7 @@ class Trainer:
             return heldout_loss(
                 self.learner.denoise,
                 self.prepared.objective.schedule,
-                self.prepared.splits[split],
+                self.prepared.heldout_items(split),
                 batch_size=max(4, self.settings.batch_size or 1),
                 device=self.accelerator.device,
                 share=(self.accelerator.process_index, self.accelerator.num_processes),

@@ -74,7 +74,8 @@ def build_optimizer(settings: TrainSection, groups: Sequence[ParameterGroup]) ->
     if len({group.ratio for group in groups}) > 1 and "d" in optimizer.param_groups[0]:
         raise ConfigError(
             f"train.optimizer = {settings.optimizer} finds one rate for all parameters; leave "
-            "train.learning_rates and train.lora_plus_ratio out, or use adamw"
+            "train.learning_rates and train.lora_plus_ratio out (with lora.text_encoder, set "
+            f"train.text_encoder_learning_rate={settings.learning_rate:g} too), or use adamw"
         )
     return optimizer
 

@@ -18,10 +18,11 @@ from sdlora.data.scan import scan_dataset
 from sdlora.diffusion.objective import Objective, describe_objective
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.errors import DataError, RunError
-from sdlora.lora.attach import count_parameters, match_targets
+from sdlora.lora.attach import count_parameters, match_modules
 from sdlora.lora.layout import Layout, plan_layout
+from sdlora.lora.names import component_of
 from sdlora.models.info import BaseInfo, inspect_base
-from sdlora.models.load import empty_unet
+from sdlora.models.load import empty_components
 from sdlora.models.safety import missing_checker
 from sdlora.models.tokens import count_tokens, load_tokenizer
 from sdlora.training.adapter import check_init_from
@@ -165,9 +166,9 @@ class RunPlan:
             f"base      {info.name} ({info.family}, {info.prediction_type}, {info.resolution} px, "
             f"{self.num_base / 1e6:.1f} M in the UNet)",
             *self.data_lines,
-            f"adapter   {self.layout.describe()}; "
-            f"{len(self.layout.ranks)} modules, {self.num_trainable / 1e6:.2f} M trainable "
-            f"({share:.2%} of the UNet), file {self.adapter_bytes / 1e6:.1f} MB",
+            f"adapter   {self.layout.describe()}; {len(self.layout.ranks)} modules{self._text_modules()}, "
+            f"{self.num_trainable / 1e6:.2f} M trainable ({share:.2%} of the UNet), "
+            f"file {self.adapter_bytes / 1e6:.1f} MB",
             f"steps     {self.steps} of batch {train.batch_size}{accumulation}{processes} = global batch "
             f"{self.global_batch}; {self.order.steps_per_epoch} an epoch, {epochs:.1f} epochs, "
             f"{self.images_seen} images seen",
@@ -180,6 +181,10 @@ class RunPlan:
             f"held-out loss {_points(self.evaluate_steps)}",
             f"disk      up to {self.disk_bytes / 1e6:.0f} MB and the samples",
         ]
+
+    def _text_modules(self) -> str:
+        count = sum(component_of(name) != "unet" for name in self.targets)
+        return f" ({count} in text encoders)" if count else ""
 
     @property
     def exchange_bytes(self) -> int:
@@ -276,10 +281,10 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     unchecked = missing_checker(info) if config.sample.safety_checker and config.train.sample_every else None
     if unchecked:
         findings.append(Finding("notice", unchecked))
-    unet = empty_unet(info)
-    layout = plan_layout(config.lora, match_targets(unet, config.lora.targets))
+    parts = empty_components(info, text=config.lora.text_encoder)
+    layout = plan_layout(config.lora, match_modules(parts, config.lora.targets))
     check_optimizer(config.train, list(layout.ranks))
-    if other_base := check_init_from(config, info, unet, layout):
+    if other_base := check_init_from(config, info, parts, layout):
         findings.append(Finding("warning", other_base))
     return RunPlan(
         config=config,
@@ -294,9 +299,9 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
             seed=config.train.seed,
         ),
         layout=layout,
-        num_trainable=count_parameters(unet, layout.ranks),
-        num_padded=count_parameters(unet, dict.fromkeys(layout.ranks, max(layout.ranks.values()))),
-        num_base=sum(parameter.numel() for parameter in unet.parameters()),
+        num_trainable=count_parameters(parts, layout.ranks),
+        num_padded=count_parameters(parts, dict.fromkeys(layout.ranks, max(layout.ranks.values()))),
+        num_base=sum(parameter.numel() for parameter in parts["unet"].parameters()),
         num_processes=num_processes,
         findings=findings,
         data_lines=summary(index, buckets, count),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from sdlora.config import RunConfig
+from sdlora.data.buckets import Crop
 from sdlora.data.cache import TensorCache, cache_folder
 from sdlora.data.records import ImageRecord
 from sdlora.diffusion.objective import Objective
@@ -28,17 +32,25 @@ from sdlora.training.plan import RunPlan
 NUM_HELDOUT = 64
 
 
+class HeldoutView(NamedTuple):
+    """A picture of the held-out loss, in its crop, with the mean of its latents (C, H, W)."""
+
+    record: ImageRecord
+    crop: Crop
+    latents: Tensor
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Everything the loop needs.
 
     Args:
-        base: The UNet on the device with the adapter mounted.
+        base: The UNet on the device with the adapter mounted, and the text encoders where they learn.
         adapter: The trainable adapter.
         objective: The loss's settings.
         encodings: Latents and text states.
         splits: Pictures of the held-out loss: `train`, and `heldout` if there are any.
-        prompt_states: Text states of the sample prompts and the negative prompt.
+        prompt_states: Text states of the sample prompts and the negative prompt; none where they change.
         dropout: Of the adapter; the learner says when and with which seeds.
         max_norm: Limit on the change of a module after each update; 0 for none.
     """
@@ -47,40 +59,51 @@ class Prepared:
     adapter: Adapter
     objective: Objective
     encodings: Encodings
-    splits: Mapping[str, list[HeldoutItem]]
+    splits: Mapping[str, list[HeldoutView]]
     prompt_states: Mapping[str, Condition]
     dropout: Dropout
     max_norm: float
+
+    @torch.no_grad()
+    def heldout_items(self, split: str) -> list[HeldoutItem]:
+        """The pictures of a split as the loss sees them, with the text states of now."""
+        return [
+            HeldoutItem(
+                view.record.digest,
+                view.latents,
+                self.encodings.conditions([view.record.caption], [(view.record, view.crop)])[0].to("cpu"),
+            )
+            for view in self.splits[split]
+        ]
 
 
 def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, report: Report) -> Prepared:
     """Loads the base, encodes, lets the encoders leave the device, and mounts a fresh adapter."""
     config = plan.config
+    text_learns = config.lora.text_encoder
     base = load_base(plan.info, dtype=precision.base_dtype, device=accelerator.device)
-    encodings = Encodings(base, _open_cache(config), config.data)
+    encodings = Encodings(base, _open_cache(config), config.data, text_learns=text_learns)
     heldout = spread_records(plan.index.heldout, NUM_HELDOUT)
     train = spread_records(
         plan.index.records, len(heldout) or min(NUM_HELDOUT, max(2, plan.num_images // 10))
     )
     _encode(plan, encodings, accelerator, report)
     prompts = dict.fromkeys([*config.sample.prompts, config.sample.negative_prompt])
-    prompt_states = {prompt: encodings.condition(prompt) for prompt in prompts}
+    prompt_states = {} if text_learns else {prompt: encodings.condition(prompt) for prompt in prompts}
     splits = {
-        split: [_heldout_item(plan, encodings, record) for record in records]
+        split: [_heldout_view(plan, encodings, record) for record in records]
         for split, records in (("train", train), ("heldout", heldout))
         if records
     }
     if encodings.cache is not None:
-        base.encoders_to("cpu")
+        base.encoders_to("cpu", text=not text_learns)
     if config.train.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
-        # diffusers checkpoints only in train mode; the frozen UNet has nothing else that this changes.
-        base.unet.train()
-    adapter, started = make_adapter(config, plan.info, base.unet, plan.layout)
+        base.enable_gradient_checkpointing(text=text_learns)
+    adapter, started = make_adapter(config, plan.info, base.components, plan.layout)
     if started:
         report.say(f"start     {config.lora.init_from}: {started}")
     dropout = Dropout(config.lora.dropout)
-    mount(base.unet, [(adapter, 1.0)], dropout)
+    mount(base.components, [(adapter, 1.0)], dropout)
     max_norm = config.lora.max_norm
     return Prepared(base, adapter, plan.objective, encodings, splits, prompt_states, dropout, max_norm)
 
@@ -105,7 +128,7 @@ def _encode(plan: RunPlan, encodings: Encodings, accelerator: Accelerator, repor
     encodings.prepare(dict.fromkeys(views), captions, accelerator, report)
 
 
-def _heldout_item(plan: RunPlan, encodings: Encodings, record: ImageRecord) -> HeldoutItem:
+def _heldout_view(plan: RunPlan, encodings: Encodings, record: ImageRecord) -> HeldoutView:
     crop = plan.buckets.crops[record.name][0]
     mean, _ = encodings.posterior(record, crop)
-    return HeldoutItem(record.digest, mean, encodings.view_condition(record, crop, record.caption))
+    return HeldoutView(record, crop, mean)

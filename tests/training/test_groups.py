@@ -29,8 +29,26 @@ def names_of(tensors: list[torch.Tensor]) -> list[str]:
 
 def test_one_group_if_all_learn_alike():
     """R-03: the groups of a run without these settings are those of before, in the adapter's order."""
-    [group] = group_parameters(NAMED, settings())
-    assert (group.name, group.ratio, names_of(group.parameters)) == ("others", 1.0, list(NAMED))
+    unet = {name: tensor for name, tensor in NAMED.items() if not name.startswith("text_encoder")}
+    [group] = group_parameters(unet, settings())
+    assert (group.name, group.ratio, names_of(group.parameters)) == ("others", 1.0, list(unet))
+    groups = group_parameters(NAMED, settings(text_encoder_learning_rate=0.1))
+    assert [group.ratio for group in groups] == [1.0, 1.0]
+
+
+def test_text_encoders_have_a_rate_of_their_own():
+    """R-34: half of the UNet's unless train.text_encoder_learning_rate says another; patterns come first."""
+    for given, ratio in ((None, 0.5), (0.03, 0.3)):
+        first, second = group_parameters(NAMED, settings(text_encoder_learning_rate=given))
+        assert (first.name, second.name) == ("others", "text encoders")
+        assert (first.ratio, second.ratio) == (1.0, pytest.approx(ratio))
+        assert names_of(second.parameters) == list(NAMED)[6:]
+    rates = settings({"text_encoder_2.*": 0.2}, text_encoder_learning_rate=0.03)
+    groups = {group.name: group.ratio for group in group_parameters(NAMED, rates)}
+    assert groups == pytest.approx({"others": 1.0, "text encoders": 0.3, "text_encoder_2.*": 2.0})
+    assert describe_rates(MODULES, rates) == (
+        "0.03 on text encoders (1 of 5 modules); 0.2 on text_encoder_2.* (1 of 5 modules)"
+    )
 
 
 def test_patterns_choose_modules():
@@ -54,10 +72,13 @@ def test_targets_are_patterns():
 
 def test_lora_plus():
     """2402.12354: the rate of every up matrix is λ times that of its down matrix."""
-    rates = {"text_encoder.*": 0.02}
+    rates = {"text_encoder.*": 0.02, "text_encoder_2.*": 0.1}
     groups = {g.name: g for g in group_parameters(NAMED, settings(rates, lora_plus_ratio=16))}
     assert {name: group.ratio for name, group in groups.items()} == pytest.approx(
-        {"others down": 1.0, "others up": 16.0, "text_encoder.* down": 0.2, "text_encoder.* up": 3.2}
+        {
+            **{"others down": 1.0, "others up": 16.0, "text_encoder.* down": 0.2, "text_encoder.* up": 3.2},
+            **{"text_encoder_2.* down": 1.0, "text_encoder_2.* up": 16.0},
+        }
     )
     assert names_of(groups["text_encoder.* up"].parameters) == [f"{MODULES[3]}.up"]
 
@@ -74,7 +95,8 @@ def test_a_pattern_without_effect_is_refused():
 
 def test_in_words():
     """The plan shows what differs from the base rate."""
-    assert describe_rates(MODULES, settings()) == ""
-    assert describe_rates(MODULES, settings({"*.attn2.*": 0.05}, lora_plus_ratio=4)) == (
-        "0.05 on *.attn2.* (2 of 5 modules); up 4 times as fast as down"
+    unet = MODULES[:3]
+    assert describe_rates(unet, settings()) == ""
+    assert describe_rates(unet, settings({"*.attn2.*": 0.05}, lora_plus_ratio=4)) == (
+        "0.05 on *.attn2.* (2 of 3 modules); up 4 times as fast as down"
     )

@@ -140,6 +140,7 @@ def test_stopped_equals_straight(config, make_trainer, snapshot, tmp_path):
         assert torch.equal(tensor, snapshot(second)[name]), name
 
 
+@pytest.mark.slow
 def test_cached_equals_uncached(config, make_trainer, snapshot, tmp_path):
     """R-20: pooled states, and zeros for the empty caption, come out of the cache as they went in."""
     cached = make_trainer(config, tmp_path / "cached")
