@@ -16,7 +16,6 @@ OPTIONS = {
     "lora__targets": ["all"],
     "lora__rank": 4,
     "lora__alpha": 2,
-    "lora__rank_pattern": {"convolutions": 1, "*.attn2.*": 3},
     "lora__alpha_pattern": {"mid_block.*": 1},
     "lora__rslora": True,
     "lora__init": "orthogonal",
@@ -38,7 +37,11 @@ OPTIONS = {
 def test_everything_at_once(request, make_images, small, tmp_path, base):
     """R-01 R-02 R-33: a run with every option is what the plan said; its files load in stock diffusers."""
     source = str(request.getfixturevalue(base)) if base else "builtin"
-    config = small(make_images(), base__source=source, train__steps=3, **OPTIONS)
+    ranks = {"convolutions": 1, "*.attn2.*": 3}
+    if text := base == "sdxl_folder":
+        ranks |= {"text_attention": 2, "text_encoder_2.*.layers.0.*": 1}
+    options = {**OPTIONS, "lora__text_encoder": text, "lora__rank_pattern": ranks}
+    config = small(make_images(), base__source=source, train__steps=3, **options)
     run = train(config.images, config=config, out=tmp_path / "run", quiet=True)
     [plan] = run.events("plan")
     [line] = [line for line in make_plan(config).lines() if line.startswith("adapter")]
@@ -47,8 +50,9 @@ def test_everything_at_once(request, make_images, small, tmp_path, base):
     info = inspect_adapter(run.adapter)
     assert info.num_parameters == plan["trainable_parameters"]
     assert info.num_modules == plan["modules"]
-    assert set(info.ranks) == {1, 3, 4}
-    assert json.loads(info.metadata["sdlora.rank_pattern"]) == {"convolutions": 1, "*.attn2.*": 3}
+    assert set(info.ranks) == {1, 3, 4, *([2] if text else [])}
+    assert json.loads(info.metadata["sdlora.rank_pattern"]) == ranks
+    assert bool(info.text_encoder_modules) == text
     assert info.metadata["sdlora.rslora"] == "true"
     assert info.metadata["ss_network_dropout"] == "0.2"
     assert info.metadata["ss_scale_weight_norms"] == "0.01"
@@ -61,9 +65,11 @@ def test_everything_at_once(request, make_images, small, tmp_path, base):
     assert kohya.alphas == {4.0: kohya.num_modules}
 
 
-def test_dropout_resumes_exactly(make_images, small, make_trainer, snapshot, tmp_path):
+@pytest.mark.parametrize("text_encoder", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_dropout_resumes_exactly(make_images, small, make_trainer, snapshot, tmp_path, text_encoder):
     """R-03 R-04: what is dropped depends on seed, step and sample; so does a stopped run's rest."""
-    images, options = make_images(), {"lora__dropout": 0.2, "lora__max_norm": 0.01}
+    images = make_images()
+    options = {"lora__dropout": 0.2, "lora__max_norm": 0.01, "lora__text_encoder": text_encoder}
     straight = make_trainer(small(images, **options), tmp_path / "straight")
     straight.train()
     first = make_trainer(small(images, train__save_every=2, **options), tmp_path / "stopped")
@@ -75,7 +81,7 @@ def test_dropout_resumes_exactly(make_images, small, make_trainer, snapshot, tmp
     second.train()
     one, two = snapshot(straight), snapshot(second)
     assert all(torch.equal(one[name], two[name]) for name in one)
-    plain = make_trainer(small(images, lora__max_norm=0.01), tmp_path / "plain")
+    plain = make_trainer(small(images, **{**options, "lora__dropout": 0.0}), tmp_path / "plain")
     plain.train()
     assert not all(torch.equal(one[name], tensor) for name, tensor in snapshot(plain).items())
 
