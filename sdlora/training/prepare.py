@@ -16,6 +16,7 @@ from sdlora.data.cache import TensorCache, cache_folder
 from sdlora.data.records import ImageRecord
 from sdlora.diffusion.objective import Objective
 from sdlora.evaluation.heldout import HeldoutItem
+from sdlora.evaluation.prediction import recognise_prediction
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mount
 from sdlora.lora.layers import Dropout
@@ -30,6 +31,7 @@ from sdlora.training.encodings import Encodings
 from sdlora.training.plan import RunPlan
 
 NUM_HELDOUT = 64
+NUM_ASKED = 2
 
 
 class HeldoutView(NamedTuple):
@@ -65,15 +67,15 @@ class Prepared:
     max_norm: float
 
     @torch.no_grad()
-    def heldout_items(self, split: str) -> list[HeldoutItem]:
-        """The pictures of a split as the loss sees them, with the text states of now."""
+    def heldout_items(self, split: str, most: int | None = None) -> list[HeldoutItem]:
+        """The pictures of a split as the loss sees them, with the text states of now; at most so many."""
         return [
             HeldoutItem(
                 view.record.digest,
                 view.latents,
                 self.encodings.conditions([view.record.caption], [(view.record, view.crop)])[0].to("cpu"),
             )
-            for view in self.splits[split]
+            for view in self.splits[split][:most]
         ]
 
 
@@ -106,6 +108,24 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, repor
     mount(base.components, [(adapter, 1.0)], dropout)
     max_norm = config.lora.max_norm
     return Prepared(base, adapter, plan.objective, encodings, splits, prompt_states, dropout, max_norm)
+
+
+def doubt_prediction(plan: RunPlan, prepared: Prepared) -> str | None:
+    """Asks the UNet itself, since a wrong prediction type trains to nothing without a sign (R-32).
+
+    Returns:
+        A line to warn with, if its answers fit another type than the one it is taken to predict.
+    """
+    schedule, base = prepared.objective.schedule, prepared.base
+    items = prepared.heldout_items("train", NUM_ASKED)
+    found = recognise_prediction(base.denoise, schedule, items, base.device)
+    if found is None or found == schedule.prediction_type:
+        return None
+    return (
+        f"the base {plan.info.name} is taken to predict {schedule.prediction_type}, "
+        f"but its answers fit {found}; unless that is meant, stop and set "
+        f"objective.prediction_type={found} objective.force_prediction_type=true"
+    )
 
 
 def _open_cache(config: RunConfig) -> TensorCache | None:

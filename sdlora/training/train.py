@@ -30,7 +30,7 @@ from sdlora.training.finish import finish
 from sdlora.training.identity import Change
 from sdlora.training.loop import Trainer
 from sdlora.training.plan import RunPlan, check_disk, make_plan
-from sdlora.training.prepare import prepare
+from sdlora.training.prepare import doubt_prediction, prepare
 from sdlora.training.processes import (
     count_over,
     failing_together,
@@ -236,6 +236,8 @@ def _run(
         if accelerator.is_main_process:
             resumption.bring_back(run, plan)
     trainer.event("prepared", attention=kernel, dtypes={**dtypes, "adapter": "float32"}, autocast=autocast)
+    if trainer.step == 0 and (doubt := doubt_prediction(plan, prepared)):
+        trainer.warn(doubt)
     try:
         trainer.train()
         finish(trainer)
