@@ -136,6 +136,18 @@ class BaseInfo:
         return bool(self.unet_config.get("addition_embed_type") == "text_time")
 
     @property
+    def unread_layer(self) -> str | None:
+        """The layer, as LoRA files name it, of a text encoder whose output nobody reads.
+
+        SDXL takes the last layer but one of both text encoders, and pooled states of the second: the last
+        layer of the first has no say.
+        """
+        if len(self.traits.text_encoders) == 1:
+            return None
+        last = int(self.parts["text_encoder"].config["num_hidden_layers"]) - 1
+        return f"text_encoder.text_model.encoder.layers.{last}."
+
+    @property
     def min_step(self) -> int:
         """A picture's sides must be multiples of this many pixels; diffusers' UNets take any latent size."""
         return self.vae_factor

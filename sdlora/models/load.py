@@ -166,13 +166,12 @@ def empty_components(info: BaseInfo, *, text: bool) -> dict[str, nn.Module]:
     """The parts that can learn, without weights (on the meta device), to find and count modules in.
 
     Args:
-        text: With text encoders, as deep as they are read: SDXL takes the last layer but one of both, and
-            pooled states of the second, so that the last layer of the first has no say.
+        text: With text encoders, as deep as they are read (`BaseInfo.unread_layer`).
     """
     parts: dict[str, nn.Module] = {"unet": empty_unet(info)}
     for name in info.traits.text_encoders if text else ():
         config = CLIPTextConfig.from_dict(dict(info.parts[name].config))
-        if len(info.traits.text_encoders) > 1 and name == "text_encoder":
+        if info.unread_layer and info.unread_layer.startswith(f"{name}."):
             config.num_hidden_layers -= 1
         with quiet(), torch.device("meta"):
             parts[name] = MODELS[name](config)

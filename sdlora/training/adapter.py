@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sdlora.config import RunConfig
 from sdlora.lora.adapter import Adapter, check_base, draw_adapter
 from sdlora.lora.attach import check_fit
@@ -30,7 +32,7 @@ def check_init_from(config: RunConfig, info: BaseInfo, model: Model, layout: Lay
     if config.lora.init_from is None:
         return None
     key = f"lora.init_from = {config.lora.init_from}"
-    start = load_adapter(config.lora.init_from)
+    start = _load_start(config.lora.init_from, info)
     warning = check_base(start, family=info.family, name=info.name, digest=info.digest, source=key)
     check_start(start, layout.ranks, key)
     check_fit(start, model)
@@ -50,4 +52,13 @@ def make_adapter(
         init=lora.init,
         family=info.family,
     )
-    return adapter, start_from(adapter, load_adapter(lora.init_from)) if lora.init_from else None
+    return adapter, start_from(adapter, _load_start(lora.init_from, info)) if lora.init_from else None
+
+
+def _load_start(file: str, info: BaseInfo) -> Adapter:
+    """The LoRA to start from, without what other trainers adapt though nobody reads it."""
+    start = load_adapter(file)
+    unread = info.unread_layer
+    if unread is None:
+        return start
+    return replace(start, modules={n: pair for n, pair in start.modules.items() if not n.startswith(unread)})

@@ -9,11 +9,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sdlora
-from sdlora.config import load_config
+from sdlora.config import BaseSection, load_config
 from sdlora.errors import ConfigError, RunStopped
-from sdlora.lora.files import load_adapter
+from sdlora.lora.adapter import create_adapter
+from sdlora.lora.attach import match_targets
+from sdlora.lora.files import load_adapter, save_adapter
 from sdlora.models.info import inspect_base
-from sdlora.models.load import empty_components, load_stock_pipeline
+from sdlora.models.load import empty_components, load_base, load_stock_pipeline
 from sdlora.sampling.session import sample
 from sdlora.training.checkpoint import read_checkpoint
 from sdlora.training.plan import make_plan
@@ -199,3 +201,31 @@ def test_targets(make_images, small, sdxl_folder, targets, kinds):
     }
     empty = empty_components(plan.info, text=True)
     assert {p.device.type for part in empty.values() for p in part.parameters()} == {"meta"}
+
+
+def test_starting_from_a_file_of_another_trainer(make_images, small, sdxl_folder, make_trainer, tmp_path):
+    """Others adapt SDXL's unread layer too; that part of their files is left behind, the rest goes on."""
+    base = load_base(inspect_base(BaseSection(source=str(sdxl_folder))), dtype=torch.float32, device="cpu")
+    names = match_targets(base.components, ["attention", "text_attention"])
+    other = create_adapter(base.components, names, 2, 2.0, seed=5, family="sdxl").to()
+    for number, pair in enumerate(other.modules.values()):
+        pair.up.fill_(0.01 + 0.001 * number)
+    file = save_adapter(tmp_path / "other.safetensors", other, dialect="kohya")
+    settings = {"base__source": str(sdxl_folder), "lora__init_from": str(file)}
+    trainer = make_trainer(small(make_images(), **settings, lora__text_encoder=True), tmp_path / "run")
+    started, unread = trainer.learner.adapter.modules, trainer.plan.info.unread_layer
+    assert set(names) - set(started) == {name for name in names if name.startswith(unread)} != set()
+    assert all(torch.equal(pair.up, other.modules[name].up) for name, pair in started.items())
+    with pytest.raises(ConfigError, match=r"also changes \d+ of its .*set lora\.text_encoder=true"):
+        make_plan(small(make_images("more"), **settings))
+
+
+@pytest.mark.slow
+def test_a_bf16_base(make_images, small, sdxl_folder, tmp_path):
+    """R-11, R-34: the encoders are fp32 beside a bf16 UNet; the run ends with both files proven."""
+    config = small(make_images(), base__source=str(sdxl_folder), **CHANGES, train__precision="bf16")
+    run = train(config.images, config=config, out=tmp_path / "run", quiet=True)
+    assert [event["event"] for event in run.events()][-1] == "done"
+    [prepared] = run.events("prepared")
+    assert prepared["dtypes"]["unet"] == "bfloat16"
+    assert prepared["dtypes"]["text_encoder"] == prepared["dtypes"]["text_encoder_2"] == "float32"
