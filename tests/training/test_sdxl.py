@@ -58,6 +58,9 @@ def test_the_whole_path(run, tmp_path):
         assert metadata["ss_v2"] == "False"
         assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
         assert load_adapter(run.final_adapter(dialect)).family == "sdxl"
+    with safe_open(run.final_adapter("kohya"), "pt") as file:
+        blocks = {"_".join(key.split("_")[:3]) for key in file.keys()}  # noqa: SIM118
+    assert blocks == {"lora_unet_input", "lora_unet_middle", "lora_unet_output"}
     grid = sample(run, step=2, out=tmp_path / "again")
     for name in ("grid.png", "00.png", "01.png"):
         one, other = (np.asarray(Image.open(f / name)) for f in (run.sample_folder(2), grid.parent))
