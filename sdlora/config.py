@@ -109,8 +109,16 @@ class LoraSection(Section):
         "gaussian", "use gaussian, kaiming or orthogonal"
     )
     init_from: str | None = None
+    parent: str | None = _field(None, "give a LoRA file, a run or a node, or leave it out", min_length=1)
+    force_parent: bool = False
     dropout: float = _field(0.0, "use 0 to switch off, or about 0.1", ge=0, lt=1)
     max_norm: float = _field(0.0, "use 0 to switch off, or about 1", ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> LoraSection:
+        if self.force_parent and self.parent is None:
+            raise ValueError("lora.force_parent = true has no effect alone; set lora.parent or leave it out")
+        return self
 
     @property
     def trained_alpha(self) -> float:
@@ -287,9 +295,10 @@ class RunConfig(Section):
 
     def replace(self, **sections: Mapping[str, Any]) -> RunConfig:
         """A copy with some keys of some sections changed, checked again."""
-        values = self.model_dump()
+        # What was left out stays left out, so that a default that depends on other settings can tell.
+        values = self.model_dump(exclude_unset=True)
         for name, changes in sections.items():
-            values[name] = {**values[name], **changes}
+            values[name] = {**values.get(name, {}), **changes}
         return validate_config(values)
 
 

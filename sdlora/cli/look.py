@@ -38,6 +38,9 @@ def sample(
     ] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder for grid.png and the single pictures.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Stand on a parent that is not the one trained on.")
+    ] = False,
 ) -> None:
     """Make a grid: prompts and seeds down, the base and the strengths across."""
     from sdlora.cli.values import parse_numbers, parse_size, read_prompts
@@ -70,6 +73,7 @@ def sample(
                 step=step,
                 out=folder,
                 size=pixels,
+                force=force,
                 progress=meter.show,
                 warn=report.warn,
                 **changes,

@@ -32,6 +32,13 @@ def train(
         Path | None, typer.Option(help="The run folder.  [default: runs/ and the image folder's name]")
     ] = None,
     trigger: Annotated[str | None, typer.Option(help="Words that call the style.")] = None,
+    parent: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|RUN|NODE", help="A LoRA to train on top of, with all it stands on."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Stand on a parent of the right name that holds other tensors.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Train a style LoRA on an image folder."""
@@ -40,6 +47,10 @@ def train(
 
     # Settings and folder are checked before torch is imported.
     settings = load_config(config, overrides or [], images=images)
+    if parent is not None:
+        settings = settings.replace(lora={"parent": parent})
+    if force:
+        settings = settings.replace(lora={"force_parent": True})
     if out is not None:
         RunFolder(out).check_free()
     from sdlora.training.train import train as start

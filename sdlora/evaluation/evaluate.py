@@ -20,7 +20,7 @@ from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.errors import RunError
 from sdlora.evaluation.heldout import HeldoutItem, HeldoutLoss, heldout_loss
 from sdlora.evaluation.pictures import PictureDistance, mean_distance, picture_distances, to_pixels
-from sdlora.lora.adapter import Adapter
+from sdlora.lora.ancestors import Stack, find_ancestors, stack_of
 from sdlora.lora.attach import mounted
 from sdlora.lora.files import load_adapter
 from sdlora.models.condition import Condition
@@ -29,7 +29,7 @@ from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.runs import RunFolder
-from sdlora.sampling.generate import generate
+from sdlora.sampling.generate import Column, generate_columns
 from sdlora.sampling.session import choose_device, make_request
 from sdlora.writing import write_json
 
@@ -113,6 +113,7 @@ def evaluate(
             f"run {folder.path} has no held-out pictures; train with data.heldout=0.1 or a folder heldout/"
         )
     adapter = load_adapter(folder.adapter)
+    style = (*stack_of(find_ancestors(folder.adapter, adapter)), (adapter, 1.0))
     device = choose_device()
     base = load_base(info, dtype=DTYPES[folder.base_dtype], device=device)
     plan = plan_buckets(
@@ -124,18 +125,18 @@ def evaluate(
         seed=config.train.seed,
     )
     drawings = [_as_seen(record, plan, config) for record in records]
-    base_loss, style_loss = _losses(base, adapter, records, drawings, plan)
+    base_loss, style_loss = _losses(base, style, records, drawings, plan)
     trigger = config.data.trigger
     total = len(records) * (3 if trigger else 2)
     captions = [record.caption for record in records]
-    samples = _samples(base, adapter, config, records, captions, plan, seed)
+    samples = _samples(base, style, config, records, captions, plan, seed)
     plain, styled = (picture_distances(base, samples[strength], drawings) for strength in (0.0, 1.0))
     if progress is not None:
         progress(2 * len(records), total)
     untriggered = None
     if trigger:
         bare = [remove_trigger(caption, trigger) for caption in captions]
-        without = _samples(base, adapter, config, records, bare, plan, seed)[1.0]
+        without = _samples(base, style, config, records, bare, plan, seed)[1.0]
         untriggered = mean_distance(picture_distances(base, without, drawings))
     result = Evaluation(
         images=len(records),
@@ -164,7 +165,7 @@ def _as_seen(record: ImageRecord, plan: BucketPlan, config: RunConfig) -> Tensor
 
 def _losses(
     base: StableDiffusion,
-    adapter: Adapter,
+    style: Stack,
     records: Sequence[ImageRecord],
     drawings: Sequence[Tensor],
     plan: BucketPlan,
@@ -180,7 +181,7 @@ def _losses(
         return heldout_loss(base.denoise, schedule, items, batch_size=8, device=base.device)
 
     plain = measure()
-    with mounted(base.components, [(adapter, 1.0)]):
+    with mounted(base.components, style):
         return plain, measure()
 
 
@@ -193,7 +194,7 @@ def _condition(base: StableDiffusion, record: ImageRecord, plan: BucketPlan) -> 
 
 def _samples(
     base: StableDiffusion,
-    adapter: Adapter,
+    style: Stack,
     config: RunConfig,
     records: Sequence[ImageRecord],
     captions: Sequence[str],
@@ -210,7 +211,7 @@ def _samples(
         prompts = [captions[number] for number in numbers]
         # Measured, not shown: a blank in place of a picture would be measured too.
         settings = replace(request.settings, safety_checker=False)
-        pictures = generate(base, adapter, prompts, [seed], [1.0], settings)
+        pictures = generate_columns(base, [Column(), Column(style, 1.0)], prompts, [seed], settings)
         by_strength = {strength: [p for p in pictures if p.strength == strength] for strength in (0.0, 1.0)}
         for strength, made in by_strength.items():
             found |= {(strength, n): to_pixels(p.image) for n, p in zip(numbers, made, strict=True)}

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from sdlora.lora.lineage import Ancestor, lineage_notes
+
 _PREDICTIONS = {"v_prediction": "v"}
 _OPTIONS = {
     "dropout": "ss_network_dropout",
@@ -61,6 +63,10 @@ class RunFacts:
     """When the run was started, ISO 8601; never the time of the export."""
     text_learning_rate: float | None = None
     """Of text encoders, where they learn."""
+    ancestors: Sequence[Ancestor] = ()
+    """What it was trained on top of, the root first."""
+    heldout_loss: float | None = None
+    """On the held-out pictures, at this step."""
     captions: Sequence[str] | None = None
     """All captions, only by consent (`export.include_captions`)."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -116,6 +122,9 @@ def run_metadata(facts: RunFacts) -> dict[str, str]:
     }
     if facts.text_learning_rate is not None:
         texts["ss_text_encoder_lr"] = facts.text_learning_rate
+    texts |= lineage_notes(facts.ancestors)
+    if facts.heldout_loss is not None:
+        texts["sdlora.heldout_loss"] = f"{facts.heldout_loss:.6g}"
     if facts.trigger:
         texts |= {"modelspec.trigger_phrase": facts.trigger, "sdlora.trigger": facts.trigger}
     texts |= {f"sdlora.{name}": json.dumps(value) for name, value in facts.options.items()}

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdlora.lora.adapter import Adapter
+from sdlora.lora.ancestors import Stack
 from sdlora.lora.attach import mounted
 from sdlora.models.condition import Condition
 from sdlora.models.load import pipeline_of
@@ -57,7 +58,7 @@ class Column:
         adapter: What to call that one, in a grid that compares several.
     """
 
-    stack: tuple[tuple[Adapter, float], ...] = ()
+    stack: Stack = ()
     strength: float = 0.0
     adapter: str = ""
 
@@ -70,7 +71,7 @@ class Column:
 def make_columns(
     adapter: Adapter | None,
     strengths: Sequence[float],
-    ancestors: Sequence[tuple[Adapter, float]] = (),
+    ancestors: Stack = (),
     names: tuple[str, str] = ("parent", "child"),
 ) -> list[Column]:
     """The base, what the adapter was trained on top of if that is more, then each other strength once.
@@ -83,10 +84,10 @@ def make_columns(
     """
     if adapter is None:
         return [Column()]
-    below, (parent, name) = tuple(ancestors), names if ancestors else ("", "")
-    columns = [Column(), Column(below, 1.0, parent)] if below else [Column()]
+    parent, name = names if ancestors else ("", "")
+    columns = [Column(), Column(ancestors, 1.0, parent)] if ancestors else [Column()]
     shown = [float(strength) for strength in dict.fromkeys(strengths) if strength]
-    return columns + [Column((*below, (adapter, strength)), strength, name) for strength in shown]
+    return columns + [Column((*ancestors, (adapter, strength)), strength, name) for strength in shown]
 
 
 def generate(

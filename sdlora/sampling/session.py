@@ -12,6 +12,7 @@ import torch
 from sdlora.config import RunConfig, SampleSection, load_config
 from sdlora.errors import ConfigError
 from sdlora.lora.adapter import Adapter, check_base
+from sdlora.lora.ancestors import Step, find_ancestors, stack_of
 from sdlora.lora.files import load_adapter, lora_file
 from sdlora.models.condition import Condition
 from sdlora.models.dtypes import DTYPES
@@ -81,11 +82,12 @@ def sample(
     step: int | None = None,
     out: str | Path | None = None,
     size: tuple[int, int] | None = None,
+    force: bool = False,
     progress: Callable[[int, int], None] | None = None,
     warn: Callable[[str], None] | None = None,
     **changes: Any,
 ) -> Path:
-    """Makes a grid of a run, a LoRA file, or the base alone.
+    """Makes a grid of a run, a LoRA file, or the base alone; a child is shown on top of its ancestors.
 
     Args:
         source: A run folder or a LoRA file; None shows the base.
@@ -93,6 +95,7 @@ def sample(
         step: The adapter that a run saved at this step; the final one if not given.
         out: The folder for the pictures; `samples/NAME` if not given.
         size: Width and height in pixels; those of the training if not given.
+        force: Stands a child on ancestors that are not those that it was trained on.
         progress: Told (finished, total) pictures.
         warn: Told what deserves attention, such as another base of the same family.
         changes: Keys of the section `sample`: prompts, seeds, strengths, steps, guidance …
@@ -104,6 +107,9 @@ def sample(
         SdloraError: If something asked for is not there or does not fit.
     """
     subject = _find_subject(source, base, step)
+    ancestors: list[Step] = []
+    if subject.adapter is not None and subject.file is not None:
+        ancestors = find_ancestors(subject.file, subject.adapter, force=force)
     config = subject.config.replace(sample=changes) if changes else subject.config
     if not config.sample.prompts:
         raise ConfigError("there is no prompt; give --prompt TEXT, or a run folder that has its own")
@@ -128,7 +134,12 @@ def sample(
     loaded = load_base(info, dtype=subject.dtype or choose_dtype(device), device=device)
     return sample_to_folder(
         loaded,
-        make_columns(subject.adapter, request.strengths),
+        make_columns(
+            subject.adapter,
+            request.strengths,
+            stack_of(ancestors),
+            (ancestors[-1].ancestor.name if ancestors else "", subject.name),
+        ),
         request,
         folder,
         name=subject.name if subject.adapter is not None else None,

@@ -38,13 +38,21 @@ class Encodings:
         settings: Alpha colour, and whether the cache must work.
         text_learns: Text encoders learn: captions are encoded anew at each use, with gradients, and never
             kept (R-34).
+        text_digest: Of what encodes captions, where that is more than the base's own text encoders.
     """
 
     def __init__(
-        self, base: StableDiffusion, cache: TensorCache | None, settings: DataSection, *, text_learns: bool
+        self,
+        base: StableDiffusion,
+        cache: TensorCache | None,
+        settings: DataSection,
+        *,
+        text_learns: bool,
+        text_digest: str | None = None,
     ) -> None:
         self.base = base
         self.text_learns = text_learns
+        self.text_digest = text_digest or base.info.text_digest
         self.cache = cache
         self.background = settings.background
         self.is_required = settings.cache is True
@@ -158,4 +166,4 @@ class Encodings:
 
     def _text_key(self, caption: str) -> str:
         dtype = str(self.base.text_dtype)
-        return text_key(caption, encoder_digest=self.base.info.text_digest, dtype=dtype)
+        return text_key(caption, encoder_digest=self.text_digest, dtype=dtype)

@@ -43,13 +43,22 @@ def describe_run(run: RunFolder, plan: RunPlan, *, step: int, images_seen: int) 
         seed=config.train.seed,
         date=datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         text_learning_rate=config.train.text_encoder_rate if config.lora.text_encoder else None,
+        ancestors=[parent.ancestor for parent in plan.parents],
+        heldout_loss=_heldout_loss(run, step),
         captions=captions,
         options=_options(config),
         versions=dict(environment.get("versions") or {}),
     )
 
 
+def _heldout_loss(run: RunFolder, step: int) -> float | None:
+    """As measured at this step, if it was."""
+    losses = [event for event in run.events("heldout") if event["split"] == "heldout"]
+    return losses[-1]["loss"] if losses and losses[-1]["step"] == step else None
+
+
 def _options(config: RunConfig) -> dict[str, Any]:
     """What differs from the defaults in adapter and objective, beside what has a place of its own."""
-    lora = config.lora.model_dump(exclude_defaults=True, exclude={"rank", "alpha", "targets", "init_from"})
+    elsewhere = {"rank", "alpha", "targets", "init_from", "parent", "force_parent"}
+    lora = config.lora.model_dump(exclude_defaults=True, exclude=elsewhere)
     return lora | config.objective.model_dump(exclude_defaults=True, exclude={"prediction_type"})

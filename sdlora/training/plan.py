@@ -18,6 +18,7 @@ from sdlora.data.scan import scan_dataset
 from sdlora.diffusion.objective import Objective, describe_objective
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.errors import DataError, RunError
+from sdlora.lora.ancestors import Step
 from sdlora.lora.attach import count_parameters, match_modules
 from sdlora.lora.layout import Layout, plan_layout
 from sdlora.lora.names import component_of
@@ -29,6 +30,7 @@ from sdlora.training.adapter import check_init_from
 from sdlora.training.defaults import check_objective, global_batch, resolve_config
 from sdlora.training.groups import describe_rates
 from sdlora.training.optimizer import check_optimizer, find_optimizer, num_warmup_steps
+from sdlora.training.parents import check_parents, describe_parents, find_parents, with_parents
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class RunPlan:
         num_processes: Processes of the run.
         findings: What preflight noticed; errors have already stopped the run.
         data_lines: What preflight prints about the pictures.
+        parents: What the new adapter stands on, the root first.
     """
 
     config: RunConfig
@@ -62,6 +65,7 @@ class RunPlan:
     num_processes: int
     findings: list[Finding]
     data_lines: list[str]
+    parents: tuple[Step, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -166,6 +170,7 @@ class RunPlan:
             f"base      {info.name} ({info.family}, {info.prediction_type}, {info.resolution} px, "
             f"{self.num_base / 1e6:.1f} M in the UNet)",
             *self.data_lines,
+            *describe_parents(self.parents),
             f"adapter   {self.layout.describe()}; {len(self.layout.ranks)} modules{self._text_modules()}, "
             f"{self.num_trainable / 1e6:.2f} M trainable ({share:.2%} of the UNet), "
             f"file {self.adapter_bytes / 1e6:.1f} MB",
@@ -232,6 +237,7 @@ class RunPlan:
             "exchange_bytes": self.exchange_bytes,
             "dataset_digest": self.index.digest,
             "base_digest": self.info.digest,
+            "parents": [parent.ancestor.digest for parent in self.parents],
         }
 
 
@@ -262,6 +268,8 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     info = inspect_base(config.base, config.objective)
     check_objective(config, info)
     index = scan_dataset(config.images, config.data, config.train.seed)
+    parents = find_parents(config.lora)
+    config, about_rank = with_parents(config, parents)
     config = resolve_config(config, info, index, num_processes)
     assert config.data.resolution
     buckets = plan_buckets(
@@ -282,6 +290,8 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     if unchecked:
         findings.append(Finding("notice", unchecked))
     parts = empty_components(info, text=config.lora.text_encoder)
+    findings += [Finding("warning", line) for line in check_parents(parents, info, parts)]
+    findings += [Finding("notice", about_rank)] if about_rank else []
     layout = plan_layout(config.lora, match_modules(parts, config.lora.targets))
     check_optimizer(config.train, list(layout.ranks))
     if other_base := check_init_from(config, info, parts, layout):
@@ -305,6 +315,7 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
         num_processes=num_processes,
         findings=findings,
         data_lines=summary(index, buckets, count),
+        parents=parents,
     )
 
 

@@ -18,6 +18,7 @@ from sdlora.diffusion.objective import Objective
 from sdlora.evaluation.heldout import HeldoutItem
 from sdlora.evaluation.prediction import recognise_prediction
 from sdlora.lora.adapter import Adapter
+from sdlora.lora.ancestors import Stack, stack_of
 from sdlora.lora.attach import mount
 from sdlora.lora.layers import Dropout
 from sdlora.models.condition import Condition
@@ -28,6 +29,7 @@ from sdlora.training.console import Report
 from sdlora.training.defaults import spread_records
 from sdlora.training.device import Precision
 from sdlora.training.encodings import Encodings
+from sdlora.training.parents import text_digest
 from sdlora.training.plan import RunPlan
 
 NUM_HELDOUT = 64
@@ -55,6 +57,7 @@ class Prepared:
         prompt_states: Text states of the sample prompts and the negative prompt; none where they change.
         dropout: Of the adapter; the learner says when and with which seeds.
         max_norm: Limit on the change of a module after each update; 0 for none.
+        parents: What is mounted below the adapter, frozen: (adapter, strength), the root first.
     """
 
     base: StableDiffusion
@@ -65,6 +68,7 @@ class Prepared:
     prompt_states: Mapping[str, Condition]
     dropout: Dropout
     max_norm: float
+    parents: Stack = ()
 
     @torch.no_grad()
     def heldout_items(self, split: str, most: int | None = None) -> list[HeldoutItem]:
@@ -84,14 +88,24 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, repor
     config = plan.config
     text_learns = config.lora.text_encoder
     base = load_base(plan.info, dtype=precision.base_dtype, device=accelerator.device)
-    encodings = Encodings(base, _open_cache(config), config.data, text_learns=text_learns)
+    parents = stack_of(plan.parents)
+    mount(base.components, parents)
+    encodings = Encodings(
+        base,
+        _open_cache(config),
+        config.data,
+        text_learns=text_learns,
+        text_digest=text_digest(plan.info, plan.parents),
+    )
     heldout = spread_records(plan.index.heldout, NUM_HELDOUT)
     train = spread_records(
         plan.index.records, len(heldout) or min(NUM_HELDOUT, max(2, plan.num_images // 10))
     )
     _encode(plan, encodings, accelerator, report)
     prompts = dict.fromkeys([*config.sample.prompts, config.sample.negative_prompt])
-    prompt_states = {} if text_learns else {prompt: encodings.condition(prompt) for prompt in prompts}
+    # The base's own column of a grid needs the base's own text states: sampling encodes them itself.
+    text_differs = text_learns or any(adapter.changes_text for adapter, _ in parents)
+    prompt_states = {} if text_differs else {prompt: encodings.condition(prompt) for prompt in prompts}
     splits = {
         split: [_heldout_view(plan, encodings, record) for record in records]
         for split, records in (("train", train), ("heldout", heldout))
@@ -105,9 +119,18 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, repor
     if started:
         report.say(f"start     {config.lora.init_from}: {started}")
     dropout = Dropout(config.lora.dropout)
-    mount(base.components, [(adapter, 1.0)], dropout)
-    max_norm = config.lora.max_norm
-    return Prepared(base, adapter, plan.objective, encodings, splits, prompt_states, dropout, max_norm)
+    mount(base.components, [*parents, (adapter, 1.0)], dropout)
+    return Prepared(
+        base=base,
+        adapter=adapter,
+        objective=plan.objective,
+        encodings=encodings,
+        splits=splits,
+        prompt_states=prompt_states,
+        dropout=dropout,
+        max_norm=config.lora.max_norm,
+        parents=parents,
+    )
 
 
 def doubt_prediction(plan: RunPlan, prepared: Prepared) -> str | None:

@@ -34,7 +34,8 @@ def sample_step(
     # The main process has just written the adapter that all now read.
     meet(accelerator)
     request = request_of_run(plan.config, plan.info)
-    columns = make_columns(load_adapter(run.step_adapter(step)), request.strengths)
+    names = (plan.parents[-1].ancestor.name if plan.parents else "", run.name)
+    columns = make_columns(load_adapter(run.step_adapter(step)), request.strengths, prepared.parents, names)
     pictures: list[Picture] = []
     with report.progress(f"samples of step {step}", 1) as meter:
         with suppress(torch.OutOfMemoryError):

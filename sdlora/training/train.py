@@ -48,6 +48,7 @@ def train(
     base: str | None = None,
     out: str | Path | None = None,
     trigger: str | None = None,
+    parent: str | Path | RunFolder | None = None,
     config: str | Path | RunConfig | None = None,
     overrides: Iterable[str] | Mapping[str, Any] = (),
     dry_run: bool = False,
@@ -60,6 +61,7 @@ def train(
         base: `builtin`, a diffusers folder, a `.safetensors` file or a hub id; `builtin` if none is given.
         out: The run folder; `runs/NAME` after the image folder if not given.
         trigger: Words that call the style; placed in captions that lack them.
+        parent: A LoRA file, run or node that the new adapter is trained on top of, with all it stands on.
         config: A TOML file that says what differs from the defaults, or a whole configuration.
         overrides: `section.key=value` texts, or a mapping from `section.key` to values.
         dry_run: Prints the plan and stops before weights are loaded; writes nothing.
@@ -72,7 +74,11 @@ def train(
         SdloraError: One line (or a line for each mistake) that says what to do.
     """
     settings = config if isinstance(config, RunConfig) else load_config(config, overrides, images=images)
-    direct = {"base": {"source": base}, "data": {"trigger": trigger}}
+    direct = {
+        "base": {"source": base},
+        "data": {"trigger": trigger},
+        "lora": {"parent": str(parent.path if isinstance(parent, RunFolder) else parent) if parent else None},
+    }
     given = {name: values for name, values in direct.items() if None not in values.values()}
     settings = settings.replace(**given).model_copy(update={"images": str(images)})
     accelerator, precision, report = _start(settings, quiet)
@@ -269,6 +275,7 @@ def _check_same_plan(accelerator: Accelerator, plan: RunPlan) -> None:
         "the pictures or captions": plan.index.digest,
         "the held-out pictures": [(record.digest, record.caption) for record in plan.index.heldout],
         "the base": plan.info.digest,
+        "the parent": [parent.ancestor.digest for parent in plan.parents],
         "the versions": package_versions(),
     }
     for what, value in seen.items():

@@ -1,0 +1,155 @@
+"""Finding what an adapter stands on: its ancestors' files, wherever they lie and whatever they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+
+from sdlora.errors import AdapterError, ConfigError, RunError
+from sdlora.lora.adapter import Adapter
+from sdlora.lora.files import load_adapter
+from sdlora.lora.lineage import (
+    KOHYA_ENDING,
+    Ancestor,
+    check_digest,
+    digest_adapter,
+    noted_digest,
+    read_lineage,
+)
+from sdlora.runs import RunFolder
+
+Stack: TypeAlias = tuple[tuple[Adapter, float], ...]
+"""Adapters with their strengths, in the order they are mounted."""
+
+ENDING = ".safetensors"
+_LEVELS = 4
+
+
+@dataclass(frozen=True)
+class Step:
+    """One adapter of a path, found and loaded.
+
+    Args:
+        ancestor: Its name, its digest as it is, and its strength.
+        file: Where it is.
+        adapter: In fp32.
+    """
+
+    ancestor: Ancestor
+    file: Path
+    adapter: Adapter
+
+
+def stack_of(path: Sequence[Step]) -> Stack:
+    """What `mount` takes."""
+    return tuple((step.adapter, step.ancestor.strength) for step in path)
+
+
+def load_path(source: str | Path, *, force: bool = False) -> list[Step]:
+    """An adapter and all it stands on, the root first: the path that a child of it is trained on.
+
+    Args:
+        source: A LoRA file, a run folder, or a file without its ending, as a tree calls it.
+        force: Takes a file of the right name that holds other tensors.
+
+    Raises:
+        AdapterError: If there is no such file, or an ancestor is missing or changed.
+    """
+    file = find_source(source)
+    loaded = load_adapter(file, dtype=None)
+    own = Ancestor(name_of(file), digest_adapter(loaded))
+    return [*find_ancestors(file, loaded, force=force), Step(own, file, loaded.to(dtype=torch.float32))]
+
+
+def find_source(source: str | Path) -> Path:
+    """The file that a file, a run or a node stands for.
+
+    Raises:
+        AdapterError: If there is none.
+    """
+    path = Path(source)
+    run = RunFolder(path)
+    if run.config_file.is_file():
+        return run.adapter
+    candidates = [path, *(path.with_name(path.name + ending) for ending in (ENDING, KOHYA_ENDING))]
+    found = next((file for file in candidates if file.is_file()), None)
+    if found is None:
+        raise AdapterError(f"{source} is no LoRA file, no run and no node; give one of them")
+    return found
+
+
+def name_of(file: Path) -> str:
+    """What to call an adapter: its run's name, or the file's without the ending."""
+    run = _run_of(file)
+    return run.name if run else file.name.removesuffix(KOHYA_ENDING).removesuffix(ENDING)
+
+
+def find_ancestors(file: Path, adapter: Adapter, *, force: bool = False) -> list[Step]:
+    """Finds and loads the adapters that another one was trained on top of, the root first.
+
+    They are looked for where the run of the file says, beside the file, in the folders beside it, and
+    likewise up to three folders above; each next one also around the one before.
+
+    Args:
+        file: Where the adapter is from.
+        adapter: As loaded.
+        force: Takes a file of the right name that holds other tensors.
+
+    Raises:
+        AdapterError: If one is not there, or is not what it was; says what was expected and found.
+    """
+    path: list[Step] = []
+    child, places = file, list(_places(file))
+    for ancestor in reversed(read_lineage(adapter.notes)):
+        place = _find(ancestor, places, name_of(child), force)
+        loaded = load_adapter(place, dtype=None)
+        digest = digest_adapter(loaded)
+        if not force:
+            check_digest(name_of(child), ancestor, str(place), digest)
+        path.insert(0, Step(replace(ancestor, digest=digest), place, loaded.to(dtype=torch.float32)))
+        child, places = place, list(dict.fromkeys([*_places(place), *places]))
+    return path
+
+
+def _find(ancestor: Ancestor, places: Sequence[Path], child: str, force: bool) -> Path:
+    """The file with the ancestor's tensors; with `force`, else one of its name."""
+    namesakes: list[Path] = []
+    for place in places:
+        with suppress(AdapterError):
+            if noted_digest(place) == ancestor.digest:
+                return place
+            if name_of(place) == ancestor.name:
+                namesakes.append(place)
+    if not namesakes:
+        raise AdapterError(
+            f"{child} was trained on {ancestor}, which is not beside it, nor in the folders above; "
+            "put that file there"
+        )
+    if not force:
+        check_digest(child, ancestor, str(namesakes[0]), noted_digest(namesakes[0]))
+    return namesakes[0]
+
+
+def _run_of(file: Path) -> RunFolder | None:
+    """The run that a file is an adapter of."""
+    run = RunFolder(file.absolute().parent.parent)
+    return run if file.absolute().parent == run.adapters and run.config_file.is_file() else None
+
+
+def _places(file: Path) -> Iterator[Path]:
+    """Files that may be the parent of one, the likeliest first."""
+    if run := _run_of(file):
+        with suppress(RunError, ConfigError):
+            if parent := run.read_config().lora.parent:
+                yield Path(parent)
+    folder = file.absolute().parent
+    for place in [folder, *folder.parents[: _LEVELS - 1]]:
+        for pattern in (f"*{ENDING}", f"*/*{ENDING}", f"*/adapters/final{ENDING}"):
+            # kohya's files must be read whole to know what they hold, so they come last.
+            found = sorted(place.glob(pattern), key=lambda other: (other.name.endswith(KOHYA_ENDING), other))
+            yield from (other for other in found if other != file.absolute())
