@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdlora.config import RunConfig, load_config
+    from sdlora.conversion import extract, merge_into_base
     from sdlora.errors import SdloraError
     from sdlora.evaluation.evaluate import evaluate
     from sdlora.export import export_adapter
@@ -32,10 +33,12 @@ _PUBLIC = {
     "SdloraError": "sdlora.errors",
     "evaluate": "sdlora.evaluation.evaluate",
     "export_adapter": "sdlora.export",
+    "extract": "sdlora.conversion",
     "inspect_adapter": "sdlora.lora.files",
     "load_adapter": "sdlora.lora.files",
     "load_config": "sdlora.config",
     "merge": "sdlora.lora.merge",
+    "merge_into_base": "sdlora.conversion",
     "resize": "sdlora.lora.resize",
     "resume": "sdlora.training.train",
     "sample": "sdlora.sampling.session",
@@ -53,10 +56,12 @@ __all__ = [
     "__version__",
     "evaluate",
     "export_adapter",
+    "extract",
     "inspect_adapter",
     "load_adapter",
     "load_config",
     "merge",
+    "merge_into_base",
     "resize",
     "resume",
     "sample",

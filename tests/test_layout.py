@@ -25,9 +25,10 @@ ALLOWED = {
     "sampling": GROUND | COLUMNS,
     "export": GROUND | COLUMNS | {"sampling"},
     "postflight": GROUND | COLUMNS,
+    "conversion": GROUND | COLUMNS,
     "evaluation": GROUND | COLUMNS | {"sampling", "export", "postflight"},
     "training": GROUND | COLUMNS | {"sampling", "export", "postflight", "evaluation"},
-    "cli": GROUND | COLUMNS | {"sampling", "export", "postflight", "evaluation", "training"},
+    "cli": GROUND | COLUMNS | {"sampling", "export", "postflight", "conversion", "evaluation", "training"},
 }
 LIBRARIES = {
     "diffusers": {"models", "sampling"},

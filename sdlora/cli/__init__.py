@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from sdlora.cli import files, look, rank, train, tree
+from sdlora.cli import conversion, files, look, rank, train, tree
 from sdlora.cli.processes import wait_for_first
 from sdlora.errors import ProcessLost, SdloraError
 
@@ -41,6 +41,7 @@ look.register(app)
 files.register(app)
 rank.register(app)
 tree.register(app)
+conversion.register(app)
 
 
 def main() -> None:

@@ -94,6 +94,11 @@ def resize(
     ratio: Annotated[
         float | None, typer.Option(help="Keep directions of this share of a module's largest, such as 0.05.")
     ] = None,
+    score: Annotated[
+        float | None,
+        typer.Option(help="Keep directions of this share of the base weight's norm, such as 0.003."),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base, for --score.")] = None,
     size_mb: Annotated[float | None, typer.Option(help="The most that fits into so many megabytes.")] = None,
     format: Dialect = "diffusers",
     precision: Precision = "fp16",
@@ -102,20 +107,26 @@ def resize(
     from sdlora.config import load_config
 
     settings = load_config(None, {"export.formats": [format], "export.precision": precision}).export
+    from sdlora.conversion import weight_norms
     from sdlora.export import export_adapter, find_adapter
     from sdlora.lora.files import load_adapter
     from sdlora.lora.resize import resize as shrink
 
     dialect = settings.formats[0]
+    adapter = load_adapter(find_adapter(source), dtype=None)
+    norms = weight_norms(base, list(adapter.modules)) if base and score is not None else None
     small, report = shrink(
-        load_adapter(find_adapter(source), dtype=None),
+        adapter,
         rank=rank,
         energy=energy,
         ratio=ratio,
+        score=score,
+        base_norms=norms,
         size_mb=size_mb,
         precision=settings.precision,
         dialect=dialect,
     )
+    del adapter  # a large file, which the smaller one no longer needs
     written = export_adapter(small, out, dialect=dialect, precision=settings.precision)
     for line in (*report.lines(), *written.lines()):
         typer.echo(line)

@@ -108,6 +108,11 @@ class Adapter:
         """All tensors, module by module, down before up."""
         return [tensor for pair in self.modules.values() for tensor in (pair.down, pair.up)]
 
+    def without(self, start: str | None) -> Adapter:
+        """The adapter without the modules whose names start so; itself if there are none."""
+        kept = {name: pair for name, pair in self.modules.items() if not (start and name.startswith(start))}
+        return self if len(kept) == len(self.modules) else replace(self, modules=kept)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
         """A copy that shares nothing with this one and needs no gradient."""
         modules = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from sdlora.errors import ModelError
 from sdlora.models.parts import Part
 from sdlora.models.quantize import quantize_layer
 from sdlora.models.weights import read_header
+from sdlora.reading import Header
 
 DTYPES = {
     "F64": torch.float64,
@@ -44,13 +46,17 @@ def read_part(part: Part, names: Mapping[str, str] | None = None) -> Iterator[tu
         with file.open("rb") as handle:
             for stored in sorted(header.spans, key=lambda name: header.spans[name]):
                 name = stored if names is None else names.get(stored)
-                if name is None or not stored.startswith(part.prefix):
-                    continue
-                start, size = header.spans[stored]
-                handle.seek(start)
-                content = torch.empty(size, dtype=torch.uint8)
-                handle.readinto(content.numpy().data)
-                yield name, content.view(DTYPES[header.dtypes[stored]]).reshape(header.shapes[stored])
+                if name is not None and stored.startswith(part.prefix):
+                    yield name, read_stored(handle, header, stored)
+
+
+def read_stored(handle: BinaryIO, header: Header, stored: str) -> Tensor:
+    """One tensor of an open file, in memory of its own."""
+    start, size = header.spans[stored]
+    handle.seek(start)
+    content = torch.empty(size, dtype=torch.uint8)
+    handle.readinto(content.numpy().data)  # type: ignore[attr-defined]
+    return content.view(DTYPES[header.dtypes[stored]]).reshape(header.shapes[stored])
 
 
 def fill(

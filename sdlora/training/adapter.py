@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from sdlora.config import RunConfig
 from sdlora.lora.adapter import Adapter, check_base, draw_adapter
 from sdlora.lora.attach import check_fit
@@ -57,8 +55,4 @@ def make_adapter(
 
 def _load_start(file: str, info: BaseInfo) -> Adapter:
     """The LoRA to start from, without what other trainers adapt though nobody reads it."""
-    start = load_adapter(file)
-    unread = info.unread_layer
-    if unread is None:
-        return start
-    return replace(start, modules={n: pair for n, pair in start.modules.items() if not n.startswith(unread)})
+    return load_adapter(file).without(info.unread_layer)

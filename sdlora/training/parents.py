@@ -46,8 +46,9 @@ def check_parents(parents: Sequence[Step], info: BaseInfo, model: Model) -> list
             step.adapter, family=info.family, name=info.name, digest=info.digest, source=str(step.file)
         )
         parts = components(model)
-        own = {name: pair for name, pair in step.adapter.modules.items() if component_of(name) in parts}
-        check_fit(replace(step.adapter, modules=own), model)
+        read = step.adapter.without(info.unread_layer)
+        own = {name: pair for name, pair in read.modules.items() if component_of(name) in parts}
+        check_fit(replace(read, modules=own), model)
         lines += [line] if line else []
     return lines
 

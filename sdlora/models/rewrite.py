@@ -1,0 +1,93 @@
+"""The weights of a base as files of their own: looked at one tensor at a time, and written anew likewise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdlora.models.original import names_of_unet
+from sdlora.models.parts import Part
+from sdlora.models.stream import DTYPES, read_stored
+from sdlora.models.weights import read_header
+from sdlora.writing import write_file
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def stored_weights(part: Part) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What a part's files hold: the name in the file to diffusers' (or transformers') name and the shape.
+
+    OpenCLIP's fused layers, which single files of SD 2 and SDXL have, keep their own names.
+    """
+    names = names_of_unet(part) if part.folder is None and part.name == "unet" else None
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in part.files:
+        for stored, shape in read_header(file).shapes.items():
+            if stored.startswith(part.prefix):
+                name = stored.removeprefix(part.prefix) if names is None else names.get(stored)
+                if name is not None:
+                    found[stored] = (name, shape)
+    return found
+
+
+def read_weights(part: Part, wanted: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """Some tensors of a part, one after the other.
+
+    Args:
+        part: The part.
+        wanted: Name in the file to what to call it; in the order they are read.
+    """
+    headers = [(file, read_header(file)) for file in part.files]
+    places = {stored: (file, header) for file, header in headers for stored in header.shapes}
+    for stored, name in wanted.items():
+        file, header = places[stored]
+        with file.open("rb") as handle:
+            yield name, read_stored(handle, header, stored)
+
+
+def rewrite(
+    files: Sequence[Path],
+    out: Path,
+    change: Callable[[str, Tensor], Tensor],
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Writes the tensors of some safetensors files into one, each as a function of what it was.
+
+    Args:
+        files: Of one part, or a whole base in one file.
+        out: The file to write; it is complete or not there.
+        change: Given the name in the file and the tensor; gives one of the same shape.
+        dtype: Of all that is no whole number; None keeps what each tensor has.
+    """
+    headers = [(file, read_header(file)) for file in files]
+    table: dict[str, object] = {"__metadata__": {**headers[0][1].metadata, "format": "pt"}}
+    kinds: dict[str, torch.dtype] = {}
+    offset = 0
+    for _, header in headers:
+        for stored in sorted(header.spans, key=lambda name: header.spans[name]):
+            own = DTYPES[header.dtypes[stored]]
+            kinds[stored] = dtype if dtype is not None and own.is_floating_point else own
+            size = kinds[stored].itemsize * torch.Size(header.shapes[stored]).numel()
+            table[stored] = {
+                "dtype": NAMES[kinds[stored]],
+                "shape": list(header.shapes[stored]),
+                "data_offsets": [offset, offset + size],
+            }
+            offset += size
+    raw = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)
+
+    def write(path: Path) -> None:
+        with path.open("wb") as handle:
+            handle.write(len(raw).to_bytes(8, "little") + raw)
+            for file, header in headers:
+                with file.open("rb") as source:
+                    for stored in sorted(header.spans, key=lambda name: header.spans[name]):
+                        value = change(stored, read_stored(source, header, stored)).to(kinds[stored])
+                        handle.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    return write_file(out, write, read_header)

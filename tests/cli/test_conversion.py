@@ -1,0 +1,91 @@
+"""`sdlora extract` and `sdlora merge-into-base` as people type them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sdlora.config import BaseSection
+from sdlora.lora.adapter import create_adapter
+from sdlora.lora.attach import match_targets
+from sdlora.lora.files import inspect_adapter, load_adapter, save_adapter
+from sdlora.lora.lineage import lineage_below, lineage_notes
+from sdlora.models.info import inspect_base
+from sdlora.models.load import empty_unet
+
+
+@pytest.fixture(scope="module")
+def styles(tmp_path_factory):
+    """A LoRA of rank 2 for the built-in base, and a child of it of rank 1."""
+    folder = tmp_path_factory.mktemp("styles")
+    unet = empty_unet(inspect_base(BaseSection())).to_empty(device="cpu")
+    notes = {"sdlora.base_name": "builtin", "sdlora.family": "sd1"}
+    for name, rank in (("ink", 2), ("portraits", 1)):
+        adapter = create_adapter(
+            unet, match_targets(unet, ["*attn1.to_q"]), rank, rank, seed=rank, family="sd1"
+        )
+        for pair in adapter.modules.values():
+            pair.up.data.normal_(std=0.1, generator=torch.Generator().manual_seed(rank))
+        save_adapter(folder / f"{name}.safetensors", adapter, metadata=notes)
+        parent = load_adapter(folder / "ink.safetensors", dtype=None)
+        notes = {**notes, **lineage_notes(lineage_below("ink", parent))}
+    return folder
+
+
+def test_there_and_back(sdlora, styles, tmp_path):
+    """A child is merged with its parent; what is extracted again has the ranks of both."""
+    place, out = tmp_path / "base", tmp_path / "out.safetensors"
+    command = ("merge-into-base", styles / "portraits.safetensors", "--out", place, "--dtype", "fp32")
+    code, printed, errors = sdlora(*command)
+    assert (code, printed) == (0, f"wrote     {place}\n"), errors
+    code, printed, errors = sdlora("extract", place, "--out", out, "--rank", 3, "--format", "kohya")
+    assert code == 0, errors
+    assert "were not changed; error 0.0" in printed
+    assert "outside   0.00% of the energy" in printed
+    info = inspect_adapter(out)
+    assert (info.rank, info.dialect) == (3, "kohya")
+    found, parts = (
+        load_adapter(out),
+        [load_adapter(styles / f"{n}.safetensors") for n in ("ink", "portraits")],
+    )
+    for name, pair in found.modules.items():
+        expected = sum(part.modules[name].up @ part.modules[name].down for part in parts)
+        torch.testing.assert_close(pair.up @ pair.down, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_score_against_the_base(sdlora, styles, tmp_path):
+    """`resize --score` measures against the weights of a base."""
+    out = tmp_path / "small.safetensors"
+    code, printed, errors = sdlora(
+        "resize", styles / "ink.safetensors", "--score", 0.01, "--base", "builtin", "--out", out
+    )
+    assert code == 0, errors
+    assert "resized   by score 0.01" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["extract", "builtin", "--out", "x.safetensors"], "changes nothing of builtin in all-linear"),
+        (["extract", "builtin", "--out", "x.safetensors", "--rank", "0"], "lora.rank = 0 must be at least 1"),
+        (
+            ["merge-into-base", "{ink}", "--out", "{here}"],
+            "is already there; a base is never changed in place",
+        ),
+        (
+            ["merge-into-base", "{ink}", "--out", "x", "--dtype", "fp8"],
+            "export.precision = 'fp8' must be one of",
+        ),
+        (
+            ["resize", "{ink}", "--score", "0.1", "--out", "x.safetensors"],
+            "needs the norm of the base weights",
+        ),
+    ],
+)
+def test_mistakes(sdlora, styles, tmp_path, arguments, message):
+    """One line, exit code 2."""
+    places = {"ink": styles / "ink.safetensors", "here": tmp_path}
+    code, _, errors = sdlora(*(argument.format(**places) for argument in arguments))
+    assert code == 2
+    assert len(errors) == 1
+    assert message in errors[0]
