@@ -312,3 +312,9 @@ def vae_tensors() -> Callable[[AutoencoderKL], dict[str, Tensor]]:
 def open_clip_tensors() -> Callable[..., dict[str, Tensor]]:
     """A text encoder by OpenCLIP's names."""
     return open_clip
+
+
+@pytest.fixture(scope="session")
+def original_tensors() -> Callable[[Any], dict[str, Tensor]]:
+    """All tensors of a pipeline by original names."""
+    return single_file

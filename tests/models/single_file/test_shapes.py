@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +13,11 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from sdlora.config import BaseSection
 from sdlora.errors import ModelError
+from sdlora.models.info import inspect_base
+from sdlora.models.load import empty_unet
+from sdlora.models.original import names_of_unet
 from sdlora.models.shapes import clip_config, open_clip_config, unet_config, vae_config
 
 ATTENDS = "CrossAttnDownBlock2D"
@@ -72,6 +79,12 @@ UNETS: dict[str, dict[str, Any]] = {
         "layers_per_block": 3,
     },
 }
+VAE: dict[str, Any] = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+}
 NUM_TENSORS = {"sd1": 686, "sd2": 686, "sdxl": 1680}
 
 
@@ -99,12 +112,7 @@ def test_unets_are_told_by_their_shapes(name: str, unet_names: Callable[[Any], M
 def test_vae_is_told_by_its_shapes(vae_tensors: Callable[[Any], Mapping[str, torch.Tensor]]) -> None:
     """R-40: by original and by diffusers' names."""
     with torch.device("meta"):
-        vae = AutoencoderKL(
-            block_out_channels=[128, 256, 512, 512],
-            down_block_types=["DownEncoderBlock2D"] * 4,
-            up_block_types=["UpDecoderBlock2D"] * 4,
-            layers_per_block=2,
-        )
+        vae = AutoencoderKL(**VAE)
     original = vae_tensors(vae)
     assert len(original) == 248
     for tensors in (original, vae.state_dict()):
@@ -185,3 +193,48 @@ def test_what_no_configuration_can_say_is_refused() -> None:
     }
     with pytest.raises(ModelError, match="attention behind some layers of a level only"):
         unet_config({**wide, **more})
+
+
+# Tensors, and GB in fp16, as published (SD 2.1's file is fp32, twice as large).
+PUBLISHED = {"sd1": (1130, 2.13), "sd2": (1228, 2.61), "sdxl": (2514, 6.94)}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_published_bases_are_read_whole(
+    family: str, original_tensors: Callable[[Any], Mapping[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """R-25, R-40: files of the real layout and size, with holes for weights; every tensor has a place."""
+    with torch.device("meta"):
+        parts = SimpleNamespace(
+            unet=UNet2DConditionModel(**UNETS[family]),
+            vae=AutoencoderKL(**VAE),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**TEXTS["clip-h" if family == "sd2" else "clip-l"])),
+        )
+        if family == "sdxl":
+            parts.text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**TEXTS["clip-g"]))
+        tensors = original_tensors(parts)
+    file = tmp_path / f"{family}.safetensors"
+    write_hole(file, tensors)
+    assert len(tensors) == PUBLISHED[family][0]
+    assert file.stat().st_size / 1e9 == pytest.approx(PUBLISHED[family][1], abs=0.01)
+    info = inspect_base(BaseSection(source=str(file)))
+    assert info.family == family
+    assert info.unet_config["attention_head_dim"] == UNETS[family]["attention_head_dim"]
+    unet = empty_unet(info).state_dict()
+    names = names_of_unet(info.parts["unet"])
+    assert {new: tensors[old].shape for old, new in names.items()} == {n: t.shape for n, t in unet.items()}
+    assert [info.parts["vae"].config[key] for key in VAE] == list(VAE.values())
+    assert info.parts["text_encoder"].config["num_hidden_layers"] == (23 if family == "sd2" else 12)
+
+
+def write_hole(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A safetensors file of fp16 zeros that takes no room."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in sorted(tensors.items()):
+        start, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    raw = json.dumps(header).encode()
+    with file.open("wb") as handle:
+        handle.write(len(raw).to_bytes(8, "little") + raw)
+        handle.truncate(8 + len(raw) + end)
