@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from sdlora.models.load import (
     attention_kernel,
     empty_unet,
     load_base,
+    load_part,
     load_stock_pipeline,
     vae_dtype,
 )
@@ -210,3 +212,31 @@ def test_parts_are_where_they_were_sent(info: BaseInfo) -> None:
     latents = torch.randn(2, info.latent_channels, 16, 16, device="cuda", dtype=torch.bfloat16)
     assert base.decode_latents(latents).device.type == "cpu"
     assert base.vae.device.type == "cpu"
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_folders_of_one_precision(copy_base: CopyBase, info: BaseInfo, kind: str) -> None:
+    """R-40: only variant files, the UNet's in shards; loaded as plain ones, in the stock pipeline too."""
+    folder = copy_base()
+    for file in list(folder.rglob("*.safetensors")):
+        file.rename(file.with_suffix(f".{kind}.safetensors"))
+    whole = folder / "unet" / f"diffusion_pytorch_model.{kind}.safetensors"
+    state = load_file(whole)
+    whole.unlink()
+    names, table = sorted(state), {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        shard = f"diffusion_pytorch_model.{kind}-0000{number}-of-00002.safetensors"
+        save_file({name: state[name] for name in part}, folder / "unet" / shard, {"format": "pt"})
+        table |= dict.fromkeys(part, shard)
+    index = folder / "unet" / f"diffusion_pytorch_model.safetensors.index.{kind}.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    found = inspect_base(BaseSection(source=str(folder)))
+    assert {part.variant for part in found.parts.values()} == {kind}
+    assert found.num_parameters == info.num_parameters
+    ours = load_base(found, dtype=torch.float32, device="cpu")
+    for one, part in (("unet", ours.unet), ("vae", ours.vae), ("text_encoder", ours.text_encoders[0])):
+        plain = load_part(info.parts[one], torch.float32).state_dict()
+        stock = getattr(load_stock_pipeline(found), one).state_dict()
+        for name, tensor in part.state_dict().items():
+            assert torch.equal(tensor, plain[name])
+            assert torch.equal(tensor, stock[name])
