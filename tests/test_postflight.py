@@ -191,7 +191,7 @@ def test_stock_pipeline_at_strength_zero_and_after_unloading(tmp_path, unet, inf
     assert torch.equal(run(), base)
 
 
-@pytest.fixture(scope="module", params=["builtin", "sdxl"])
+@pytest.fixture(scope="module", params=[pytest.param("builtin", marks=pytest.mark.slow), "sdxl"])
 def whole_base(request, sdxl_folder):
     """A base with one text encoder, and one with two."""
     source = "builtin" if request.param == "builtin" else str(sdxl_folder)
