@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sdlora.config import RunConfig, load_config
     from sdlora.conversion import extract, merge_into_base
     from sdlora.errors import SdloraError
+    from sdlora.evaluation.advise import advise_rank
     from sdlora.evaluation.evaluate import evaluate
     from sdlora.export import export_adapter
     from sdlora.lora.adapter import Adapter
@@ -31,6 +32,7 @@ _PUBLIC = {
     "RunConfig": "sdlora.config",
     "RunFolder": "sdlora.runs",
     "SdloraError": "sdlora.errors",
+    "advise_rank": "sdlora.evaluation.advise",
     "evaluate": "sdlora.evaluation.evaluate",
     "export_adapter": "sdlora.export",
     "extract": "sdlora.conversion",
@@ -54,6 +56,7 @@ __all__ = [
     "RunFolder",
     "SdloraError",
     "__version__",
+    "advise_rank",
     "evaluate",
     "export_adapter",
     "extract",

@@ -143,6 +143,16 @@ class RunFolder:
         return self.path / "evaluation.json"
 
     @property
+    def advice_file(self) -> Path:
+        """What `sdlora advise-rank` measured."""
+        return self.path / "rank.json"
+
+    @property
+    def rank_curve(self) -> Path:
+        """The picture of what each rank keeps."""
+        return self.path / "rank.png"
+
+    @property
     def model_card(self) -> Path:
         """The card beside the final adapter, as Hugging Face reads it."""
         return self.adapters / "README.md"
@@ -170,6 +180,10 @@ class RunFolder:
         return self.adapters / (
             "final.safetensors" if dialect == "diffusers" else f"final.{dialect}.safetensors"
         )
+
+    def ranked_adapter(self, rank: int, dialect: str = "diffusers") -> Path:
+        """Where the final adapter at a smaller rank is, or will be."""
+        return self.adapters / f"rank-{rank}{self.final_adapter(dialect).name.removeprefix('final')}"
 
     def step_adapter(self, step: int) -> Path:
         """Where the adapter saved at a step is, or will be."""

@@ -12,6 +12,7 @@ def register(app: typer.Typer) -> None:
     """Adds the verbs."""
     app.command()(sample)
     app.command()(evaluate)
+    app.command("advise-rank")(advise_rank)
     app.command()(doctor)
 
 
@@ -95,6 +96,28 @@ def evaluate(
     with report.progress("evaluating", 1) as meter:
         result = measure(run, progress=meter.show)
     for line in result.lines():
+        typer.echo(line)
+
+
+def advise_rank(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    keep: Annotated[float, typer.Option(help="The share of what was learned that is enough.")] = 0.99,
+    ranks: Annotated[
+        str | None, typer.Option(help="To try, such as 2,4,8.  [default: powers of two]")
+    ] = None,
+) -> None:
+    """Measure a run's adapter at smaller ranks, without training; write the smallest that is enough."""
+    from sdlora.cli.values import parse_numbers
+    from sdlora.runs import RunFolder
+
+    tried = parse_numbers(ranks, int, "--ranks") or ()
+    RunFolder.open(run)
+    from sdlora.evaluation.advise import advise_rank as advise
+    from sdlora.training.console import Report
+
+    with Report().progress("measuring", 1) as meter:
+        advice = advise(run, keep=keep, ranks=tried, progress=meter.show)
+    for line in advice.lines():
         typer.echo(line)
 
 

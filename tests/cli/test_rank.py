@@ -1,4 +1,4 @@
-"""`sdlora spectrum`, `resize` and `merge` as people type them."""
+"""`sdlora spectrum`, `resize`, `merge` and `advise-rank` as people type them."""
 
 from __future__ import annotations
 
@@ -81,3 +81,15 @@ def test_mistakes(sdlora, style, tmp_path, arguments, message):
     assert len(errors) == 1
     assert message in errors[0]
     assert not out.exists()
+
+
+def test_advise_rank_wants_a_run(sdlora, style):
+    """What it is given is looked at before anything heavy."""
+    code, _, errors = sdlora("advise-rank", "nowhere", "--ranks", "2,4")
+    assert code == 2
+    assert errors == [
+        "sdlora: run folder nowhere does not exist; give the folder that `sdlora train` printed"
+    ]
+    code, _, errors = sdlora("advise-rank", "nowhere", "--ranks", "2-4")
+    assert code == 2
+    assert "--ranks 2-4 must be numbers with commas between them" in errors[0]

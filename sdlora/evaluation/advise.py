@@ -1,0 +1,217 @@
+"""How much rank a run needed: its adapter at smaller ranks, measured, without training anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from sdlora.errors import ConfigError, RunError
+from sdlora.evaluation.bench import Bench, open_bench
+from sdlora.evaluation.pictures import mean_distance, picture_distances
+from sdlora.export import export_adapter
+from sdlora.lora.adapter import Adapter
+from sdlora.lora.formats import Precision
+from sdlora.lora.rank import Spectrum, spectrum
+from sdlora.lora.resize import resize
+from sdlora.report.rank import draw_rank_curve
+from sdlora.runs import RunFolder
+from sdlora.writing import write_json
+
+MAX_PICTURES = 8
+_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The adapter at one rank.
+
+    Args:
+        rank: The largest of its modules.
+        megabytes: Of the file, its header left out.
+        energy: The share of the whole adapter's energy that is left.
+        loss: The held-out loss.
+        kept: The share of what was learned: how far the loss fell below that of no adapter, of how far it
+            falls with the whole one.
+        distance: Of its samples from those of the whole adapter, over that of samples without it.
+    """
+
+    rank: int
+    megabytes: float
+    energy: float
+    loss: float
+    kept: float
+    distance: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What each rank keeps, and the smallest that keeps enough.
+
+    Args:
+        candidates: From the smallest rank to that of the run.
+        loss_without: The held-out loss without the adapter, on what it stands on.
+        keep: The share asked for.
+        rank: The advised one.
+        images: Held-out pictures.
+        files: What was written.
+        curve: The picture.
+    """
+
+    candidates: list[Candidate]
+    loss_without: float
+    keep: float
+    rank: int
+    images: int
+    files: tuple[Path, ...]
+    curve: Path
+
+    def lines(self) -> list[str]:
+        """As printed."""
+        whole = self.candidates[-1]
+        best = next(one for one in self.candidates if one.rank == self.rank)
+        lines = [f"held-out loss on {self.images} pictures, {self.loss_without:.4f} without the adapter"]
+        lines += [
+            f"rank {one.rank:>4}  {one.megabytes:>7.2f} MB  energy {one.energy:>6.1%}  loss {one.loss:.4f}  "
+            f"keeps {one.kept:>6.1%}  pictures {one.distance:.1%} away"
+            for one in self.candidates
+        ]
+        if best is whole:
+            lines.append(
+                f"advice    keep rank {whole.rank}: no smaller one keeps {self.keep:.0%} of what it learned"
+            )
+        else:
+            lines.append(
+                f"advice    rank {best.rank} keeps {min(best.kept, 1):.0%} of what rank {whole.rank} learned"
+                f": {best.megabytes:.1f} MB instead of {whole.megabytes:.1f}"
+            )
+        return [*lines, f"curve     {self.curve}", *(f"wrote     {file}" for file in self.files)]
+
+
+def advise_rank(
+    run: str | Path | RunFolder,
+    *,
+    keep: float = 0.99,
+    ranks: Sequence[int] = (),
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Advice:
+    """Truncates a run's adapter to smaller ranks, measures each, and writes the smallest that is enough.
+
+    Held-out loss decides. The spectrum alone cannot: directions of little energy may matter, and of much
+    energy may be noise that overfitting has learnt.
+
+    Args:
+        run: The run folder; it gets the file, `rank.json` and the curve `rank.png`.
+        keep: The share of what was learned that is enough.
+        ranks: To try; powers of two if not given.
+        seed: Of the samples.
+        progress: Told (finished, total) ranks.
+
+    Raises:
+        ConfigError: If `keep` or a rank is out of range.
+        RunError: If there are no held-out pictures, or the adapter has learnt nothing that they show.
+    """
+    if not 0 < keep <= 1:
+        raise ConfigError(f"--keep {keep:g} must be above 0 and at most 1; use 0.99")
+    if any(rank < 1 for rank in ranks):
+        raise ConfigError(f"--ranks {','.join(map(str, ranks))} must be at least 1 each; use 1,2,4,8")
+    bench = open_bench(run)
+    found = spectrum(bench.adapter)
+    tried = candidate_ranks(bench.adapter.rank, ranks)
+    adapters = {rank: resize(bench.adapter, rank=rank)[0] for rank in tried} | {
+        bench.adapter.rank: bench.adapter
+    }
+    without = bench.loss(bench.ancestors).loss
+    losses: dict[int, float] = {}
+    for number, (rank, adapter) in enumerate(adapters.items(), 1):
+        losses[rank] = bench.loss((*bench.ancestors, (adapter, 1.0))).loss
+        if progress is not None:
+            progress(number, len(adapters) + 1)
+    learned = without - losses[bench.adapter.rank]
+    if learned <= 0:
+        raise RunError(
+            f"run {bench.run.path} has not lowered the held-out loss ({without:.4f} without its adapter, "
+            f"{losses[bench.adapter.rank]:.4f} with it), so no rank can be advised; see `sdlora spectrum`"
+        )
+    distances = _picture_distances(bench, adapters, seed)
+    candidates = [
+        Candidate(
+            rank=rank,
+            megabytes=adapter.num_parameters * _BYTES[bench.config.export.precision] / 1e6,
+            energy=1 - found.error(_ranks(found, rank)) ** 2,
+            loss=losses[rank],
+            kept=(without - losses[rank]) / learned,
+            distance=distances[rank],
+        )
+        for rank, adapter in adapters.items()
+    ]
+    best = next(one.rank for one in candidates if one.kept >= keep or one.rank == bench.adapter.rank)
+    advice = Advice(
+        candidates,
+        without,
+        keep,
+        best,
+        len(bench.records),
+        _write(bench, adapters[best]) if best != bench.adapter.rank else (),
+        _draw(bench, candidates, without, best),
+    )
+    values = {**asdict(advice), "files": [file.name for file in advice.files], "curve": advice.curve.name}
+    write_json(bench.run.advice_file, {**values, "adapter": bench.run.adapter.name, "seed": seed})
+    return advice
+
+
+def candidate_ranks(largest: int, asked: Sequence[int] = ()) -> list[int]:
+    """The ranks below that of the adapter: those asked for, or the powers of two."""
+    powers = [2**number for number in range(largest.bit_length())]
+    return sorted({rank for rank in asked or powers if rank < largest})
+
+
+def _ranks(found: Spectrum, rank: int) -> dict[str, int]:
+    return {name: min(rank, len(values)) for name, values in found.values.items()}
+
+
+def _picture_distances(bench: Bench, adapters: dict[int, Adapter], seed: int) -> dict[int, float]:
+    """How far samples are from those of the whole adapter, over how far they are without any."""
+    captions = [record.caption for record in bench.records[:MAX_PICTURES]]
+    stacks = [bench.ancestors, *((*bench.ancestors, (adapter, 1.0)) for adapter in adapters.values())]
+    without, *shown = bench.samples(stacks, captions, seed)
+    whole = shown[list(adapters).index(bench.adapter.rank)]
+
+    def distance(pictures: list[Tensor]) -> float:
+        return mean_distance(picture_distances(bench.base, pictures, whole)).content
+
+    far = distance(without) or 1.0
+    return {rank: distance(pictures) / far for rank, pictures in zip(adapters, shown, strict=True)}
+
+
+def _write(bench: Bench, adapter: Adapter) -> tuple[Path, ...]:
+    """The adapter in the dialects of the run, with what the run's own file says."""
+    settings = bench.config.export
+    return tuple(
+        export_adapter(
+            adapter,
+            bench.run.ranked_adapter(adapter.rank, dialect),
+            dialect=dialect,
+            precision=settings.precision,
+        ).path
+        for dialect in dict.fromkeys(settings.formats)
+    )
+
+
+def _draw(bench: Bench, candidates: Sequence[Candidate], without: float, best: int) -> Path:
+    return draw_rank_curve(
+        bench.run.rank_curve,
+        [one.rank for one in candidates],
+        [one.loss for one in candidates],
+        {
+            "of what was learned": [one.kept for one in candidates],
+            "of the energy": [one.energy for one in candidates],
+            "of the way to the pictures": [1 - one.distance for one in candidates],
+        },
+        without=without,
+        best=best,
+        title=bench.run.name,
+    )

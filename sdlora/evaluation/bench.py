@@ -1,0 +1,142 @@
+"""A run's held-out pictures and its base, ready to measure adapters on."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from sdlora.config import RunConfig
+from sdlora.data.buckets import BucketPlan, plan_buckets
+from sdlora.data.images import crop_image, load_record
+from sdlora.data.records import ImageRecord, Size
+from sdlora.data.scan import scan_dataset
+from sdlora.data.tensors import crop_to_time_ids, image_to_tensor
+from sdlora.diffusion.schedule import schedule_from_config
+from sdlora.errors import RunError
+from sdlora.evaluation.heldout import HeldoutItem, HeldoutLoss, heldout_loss
+from sdlora.evaluation.pictures import to_pixels
+from sdlora.lora.adapter import Adapter
+from sdlora.lora.ancestors import Stack, find_ancestors, stack_of
+from sdlora.lora.attach import mounted
+from sdlora.lora.files import load_adapter
+from sdlora.models.condition import Condition
+from sdlora.models.dtypes import DTYPES
+from sdlora.models.info import inspect_base
+from sdlora.models.load import load_base
+from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.runs import RunFolder
+from sdlora.sampling.generate import Column, generate_columns
+from sdlora.sampling.session import choose_device, make_request
+
+MAX_IMAGES = 40
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What there is to measure with.
+
+    Args:
+        run: The run.
+        config: Its settings.
+        base: Its base, in the dtype of the training.
+        adapter: Its final adapter.
+        ancestors: What the adapter stands on.
+        records: Held-out pictures.
+        plan: Their buckets and crops.
+        drawings: As the model sees them, (3, H, W) in [-1, 1].
+        latents: Of the drawings, (C, h, w).
+    """
+
+    run: RunFolder
+    config: RunConfig
+    base: StableDiffusion
+    adapter: Adapter
+    ancestors: Stack
+    records: Sequence[ImageRecord]
+    plan: BucketPlan
+    drawings: Sequence[Tensor]
+    latents: Sequence[Tensor]
+
+    @property
+    def style(self) -> Stack:
+        """The adapter on top of what it stands on."""
+        return (*self.ancestors, (self.adapter, 1.0))
+
+    def loss(self, stack: Stack) -> HeldoutLoss:
+        """The held-out loss with some adapters mounted; with none, the base's."""
+        schedule = schedule_from_config(self.base.info.scheduler_config)
+        with mounted(self.base.components, stack):
+            items = [
+                HeldoutItem(record.digest, latents, self._condition(record))
+                for record, latents in zip(self.records, self.latents, strict=True)
+            ]
+            return heldout_loss(self.base.denoise, schedule, items, batch_size=8, device=self.base.device)
+
+    def _condition(self, record: ImageRecord) -> Condition:
+        condition = self.base.encode_captions([record.caption])[0].to("cpu")
+        if not self.base.info.has_time_ids:
+            return condition
+        return condition.with_time_ids(crop_to_time_ids(record.size, self.plan.crops[record.name][0]))
+
+    def samples(self, stacks: Sequence[Stack], captions: Sequence[str], seed: int) -> list[list[Tensor]]:
+        """Samples of captions, each in the size of its picture, for each of some stacks.
+
+        Args:
+            stacks: What to mount; none of it is the base.
+            captions: One for each of the first pictures.
+            seed: Of the noise.
+        """
+        groups: dict[Size, list[int]] = defaultdict(list)
+        for number in range(len(captions)):
+            groups[self.plan.bucket_of(self.records[number].name)].append(number)
+        columns = [Column(stack, 1.0 if stack else 0.0) for stack in stacks]
+        found: list[dict[int, Tensor]] = [{} for _ in stacks]
+        for size, numbers in groups.items():
+            request = make_request(self.config.sample, self.base.info, (size.width, size.height))
+            # Measured, not shown: a blank in place of a picture would be measured too.
+            settings = replace(request.settings, safety_checker=False)
+            prompts = [captions[number] for number in numbers]
+            pictures = generate_columns(self.base, columns, prompts, [seed], settings)
+            for place, made in enumerate(found):
+                own = pictures[place :: len(columns)]
+                made |= {number: to_pixels(p.image) for number, p in zip(numbers, own, strict=True)}
+        return [[made[number] for number in range(len(captions))] for made in found]
+
+
+def open_bench(run: str | Path | RunFolder) -> Bench:
+    """Loads a run's base, its final adapter with all it stands on, and its held-out pictures.
+
+    Raises:
+        RunError: If the run has no held-out pictures.
+        AdapterError: If an ancestor is missing or changed.
+    """
+    folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
+    config = folder.read_config()
+    info = inspect_base(config.base, config.objective)
+    index = scan_dataset(config.images, config.data, config.train.seed)
+    records = index.heldout[:MAX_IMAGES]
+    if not records:
+        raise RunError(
+            f"run {folder.path} has no held-out pictures; train with data.heldout=0.1 or a folder heldout/"
+        )
+    adapter = load_adapter(folder.adapter)
+    ancestors = stack_of(find_ancestors(folder.adapter, adapter))
+    base = load_base(info, dtype=DTYPES[folder.base_dtype], device=choose_device())
+    plan = plan_buckets(
+        index.records,
+        config.data.resolution or info.resolution,
+        config.data,
+        heldout=index.heldout,
+        min_step=info.min_step,
+        seed=config.train.seed,
+    )
+    drawings = [
+        image_to_tensor(crop_image(load_record(record, config.data.background), plan.crops[record.name][0]))
+        for record in records
+    ]
+    latents = [base.encode_images(drawing[None])[0][0].cpu() for drawing in drawings]
+    return Bench(folder, config, base, adapter, ancestors, records, plan, drawings, latents)
