@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # One thread each for two test processes: on a small machine that is quicker than two threads in one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow fuzz lint figures clean
+.PHONY: demo test test-slow fuzz kill-test lint figures clean
 
 demo: $(INSTALLED)
 	$(BIN)/sdlora train datasets/openmoji --config configs/openmoji.toml
@@ -20,6 +20,10 @@ test-slow: $(INSTALLED)
 # New inputs for each reader of files at every run: make fuzz SDLORA_FUZZ=100000
 fuzz: $(INSTALLED)
 	SDLORA_FUZZ=$(or $(SDLORA_FUZZ),10000) $(PYTEST) tests/fuzz -m slow
+
+# A thousand runs are killed at random moments and gone on with; KILLS and SEED say how many and when.
+kill-test: $(INSTALLED)
+	KILLS=$(or $(KILLS),1000) SEED=$(or $(SEED),2) $(BIN)/python -m pytest -s -m slow -k killed_at_random_on_the_builtin_base tests/training/test_faults.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -14,7 +14,15 @@ from typing import Any
 from sdlora.config import RunConfig, read_config
 from sdlora.errors import ConfigError, RunError
 from sdlora.reading import UnfitFileError, read_json
-from sdlora.writing import append_lines, read_lines, to_lines, write_json, write_text
+from sdlora.writing import (
+    append_lines,
+    read_lines,
+    remove_leftovers,
+    temporary_name,
+    to_lines,
+    write_json,
+    write_text,
+)
 
 MAX_JSON_BYTES = 16 * 2**20
 DTYPES = ("fp32", "bf16", "fp16")
@@ -43,6 +51,8 @@ class RunFolder:
         run = cls(path)
         run.check_free()
         try:
+            for file in (run.environment_file, run.config_file):
+                remove_leftovers(run.path, name=file.name)
             write_json(run.environment_file, dict(environment))
             run.write_config(config)
         except OSError as error:
@@ -222,18 +232,14 @@ class RunFolder:
         for step in self.checkpoint_steps()[:-keep]:
             folder = self.checkpoint(step)
             # A state that is half deleted must not have the name of one.
-            leaving = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+            leaving = temporary_name(folder)
             with suppress(OSError):
                 folder.rename(leaving)
             shutil.rmtree(leaving, ignore_errors=True)
 
     def remove_leftovers(self) -> None:
         """Deletes the temporary files and folders of writes that were cut short."""
-        for rest in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp"), *self.path.glob("*/*/.*.tmp")]:
-            if rest.is_dir():
-                shutil.rmtree(rest, ignore_errors=True)
-            else:
-                rest.unlink(missing_ok=True)
+        remove_leftovers(self.path, self.adapters, self.checkpoints, *self.samples.glob("step-*"))
 
     def read_config(self) -> RunConfig:
         """The resolved configuration of the run.
@@ -305,7 +311,7 @@ class RunFolder:
     def cut_events(self, step: int) -> None:
         """Drops the events, and the trace, after a step, since they will happen again."""
         # What follows the checkpoint of a step, or at step 0 the start, happens again as well.
-        again = {"done", "failed", *(["heldout"] if step == 0 else [])}
+        again = {"done", "exported", "failed", "postflight", *(["heldout"] if step == 0 else [])}
         kept = [event for event in self.events() if event["step"] <= step and event["event"] not in again]
         write_text(self.events_file, to_lines(kept))
         if self.trace_file.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ def write_file(
         verify: Re-opens the temporary file and raises if it is not right.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         write(temporary)
         with temporary.open("rb+") as handle:
@@ -36,6 +37,28 @@ def write_file(
     return path
 
 
+def temporary_name(path: Path) -> Path:
+    """What a file or folder is called while this process writes it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(*folders: Path, name: str = "*") -> None:
+    """Deletes what writes that were cut short left in some folders.
+
+    Args:
+        folders: Those below them are left alone.
+        name: A pattern of the names that were to be.
+    """
+    for folder in folders:
+        for rest in folder.glob(f".{name}.*.tmp"):
+            if not rest.name.split(".")[-2].isdigit():
+                continue
+            if rest.is_dir():
+                shutil.rmtree(rest, ignore_errors=True)
+            else:
+                rest.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> Path:
     """Writes UTF-8 text atomically."""
     return write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
@@ -44,6 +67,18 @@ def write_text(path: Path, text: str) -> Path:
 def write_json(path: Path, value: Any) -> Path:
     """Writes JSON atomically, readable by people."""
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes what was renamed or made in a folder last through a power cut, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def to_lines(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdlora.errors import RunError
+from sdlora.writing import sync_folder, temporary_name
 
 ADAPTER_FILE = "adapter.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -32,14 +33,17 @@ def save_checkpoint(
         tensors: The trained values, fp32.
         optimizer: A torch optimizer's `state_dict()`.
         state: Counters; JSON values.
+
+    Raises:
+        OSError: If there is no room; nothing is left behind.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(folder)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         numbers, values = _split_tensors(dict(optimizer))
-        save_file(_detached(tensors), temporary / ADAPTER_FILE)
-        save_file(_detached(values), temporary / OPTIMIZER_FILE)
+        _save(tensors, temporary / ADAPTER_FILE)
+        _save(values, temporary / OPTIMIZER_FILE)
         text = json.dumps({**state, "optimizer": numbers}, indent=1)
         (temporary / STATE_FILE).write_text(text, encoding="utf-8")
         for file in temporary.iterdir():
@@ -47,8 +51,10 @@ def save_checkpoint(
                 os.fsync(handle.fileno())
         read_checkpoint(temporary)
         if folder.exists():
+            # A run goes on from before a state that is damaged, and comes to it again.
             shutil.rmtree(folder)
         temporary.rename(folder)
+        sync_folder(folder.parent)
     except BaseException:
         with suppress(OSError):
             shutil.rmtree(temporary, ignore_errors=True)
@@ -76,9 +82,18 @@ def read_state(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
 
 
-def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Writes tensors.
+
+    Raises:
+        OSError: If there is no room.
+    """
     # Some optimizers keep one table in the state of every parameter; a file holds no shared memory.
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        save_file(own, file)
+    except SafetensorError as error:
+        raise OSError(f"{file} cannot be written: {error}") from None
 
 
 def _split_tensors(value: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:

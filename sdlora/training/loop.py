@@ -86,7 +86,7 @@ class Trainer:
                 self.evaluate_if_due()
                 self.save_if_due(stopping)
                 if stopping:
-                    raise self.stopped(signals.received)
+                    raise self.stopped(signals.exit_signal)
                 self.sample_if_due()
 
     def begin(self) -> None:
@@ -240,10 +240,10 @@ class Trainer:
         received = signals.received is not None
         return count_over(self.accelerator, received) > 0
 
-    def stopped(self, signal_number: int | None) -> RunStopped:
+    def stopped(self, signal_number: int) -> RunStopped:
         """What is raised after the state was saved."""
         message = f"stopped at step {self.step} of {self.plan.steps}; {self.way_on()}"
-        return RunStopped(message, signal_number or 15)
+        return RunStopped(message, signal_number)
 
     def way_on(self) -> str:
         """How a run that ended early is taken up again."""

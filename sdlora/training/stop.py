@@ -34,6 +34,11 @@ class StopSignals:
     ) -> None:
         self._restore()
 
+    @property
+    def exit_signal(self) -> int:
+        """What the exit code says: SIGINT, or SIGTERM for all that a scheduler sends."""
+        return signal.SIGINT if self.received == signal.SIGINT else signal.SIGTERM
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._time = number, time.monotonic()

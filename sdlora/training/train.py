@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 
 from sdlora.config import RunConfig, load_config
 from sdlora.diffusion.objective import derive_seed
-from sdlora.errors import AdapterError, ConfigError, ProcessLost, RunError, TrainingDiverged
+from sdlora.errors import ConfigError, ProcessLost, RunError, RunStopped, SdloraError
 from sdlora.models.load import attention_kernel
 from sdlora.runs import RunFolder, next_free_folder
 from sdlora.training.changes import apply_changes, global_batch_of
@@ -247,21 +247,29 @@ def _run(
     try:
         trainer.train()
         finish(trainer)
-    except (TrainingDiverged, AdapterError) as error:
-        trainer.event("failed", message=str(error))
+    except RunStopped:
         raise
-    except ProcessLost as error:
-        lost = ProcessLost(f"{error}; {trainer.way_on()}", error.exit_code, is_told=error.is_told)
-        trainer.event("failed", message=str(lost))
-        raise lost from error
-    except OSError as error:
-        failure = RunError(f"{error}; make room or put it right, then {trainer.way_on()}")
-        failure.exit_code = 1
+    except (SdloraError, OSError) as error:
+        failure = _explain_failure(error, trainer)
+        trainer.event("failed", message=str(failure))
+        if failure is error:
+            raise
         raise failure from error
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
     return run
+
+
+def _explain_failure(error: SdloraError | OSError, trainer: Trainer) -> SdloraError:
+    """What ended a run that had begun, with the way on where it can be put right."""
+    if isinstance(error, ProcessLost):
+        return ProcessLost(f"{error}; {trainer.way_on()}", error.exit_code, is_told=error.is_told)
+    if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
+        failure = RunError(f"{error}; then {trainer.way_on()}")
+        failure.exit_code = 1
+        return failure
+    return error
 
 
 def _check_same_plan(accelerator: Accelerator, plan: RunPlan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,16 +10,21 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 from sdlora.config import RunConfig, load_config
+from sdlora.lora.files import load_adapter
 from sdlora.runs import RunFolder
+from sdlora.training.checkpoint import read_checkpoint
 from sdlora.training.console import Report
 from sdlora.training.device import describe_environment, make_accelerator
 from sdlora.training.journal import StepResult
@@ -124,14 +130,21 @@ class Fork:
     """A copy of this warm process that runs something of its own, and what it printed."""
 
     pid: int
-    log: Path
+    output: int
+    """The end of a pipe: a limit on the size of files does not reach it."""
+    printed: str = ""
+    """What it wrote to the terminal so far."""
     code: int | None = None
 
     def poll(self) -> int | None:
         """Its exit code, or minus the signal that ended it; None while it runs."""
+        with suppress(BlockingIOError):
+            while chunk := os.read(self.output, 2**16):
+                self.printed += chunk.decode("utf-8", errors="replace")
         if self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self.code = os.waitstatus_to_exitcode(status) if pid else None
+            return self.poll() if pid else None
         return self.code
 
     def wait(self, seconds: float = 60) -> int:
@@ -148,26 +161,24 @@ class Fork:
         if self.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
             self.wait()
-
-    @property
-    def printed(self) -> str:
-        """What it wrote to the terminal."""
-        return self.log.read_text(encoding="utf-8", errors="replace")
+        os.close(self.output)
 
 
 @pytest.fixture
-def fork(tmp_path: Path) -> Iterator[Callable[..., Fork]]:
+def fork() -> Iterator[Callable[..., Fork]]:
     """Forks this process, which has imported everything already; `fork(function, **environment)`."""
     children: list[Fork] = []
 
     def start(function: Callable[[], Any], **environment: str) -> Fork:
-        log = tmp_path / f"fork-{len(children)}.log"
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
         if pid == 0:
-            _run_in_fork(function, environment, log)
-        children.append(Fork(pid, log))
+            _run_in_fork(function, environment, writer)
+        os.close(writer)
+        children.append(Fork(pid, reader))
         return children[-1]
 
     yield start
@@ -175,12 +186,11 @@ def fork(tmp_path: Path) -> Iterator[Callable[..., Fork]]:
         child.kill()
 
 
-def _run_in_fork(function: Callable[[], Any], environment: dict[str, str], log: Path) -> None:
+def _run_in_fork(function: Callable[[], Any], environment: dict[str, str], output: int) -> None:
     code = 1
     try:
-        with log.open("w", encoding="utf-8") as out:
-            os.dup2(out.fileno(), 1)
-            os.dup2(out.fileno(), 2)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         os.environ.update(environment)
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -218,3 +228,58 @@ def fork_processes(fork: Callable[..., Fork]) -> Callable[..., list[Fork]]:
         ]
 
     return start
+
+
+def runs_are_the_same(one: RunFolder, other: RunFolder) -> None:
+    """Two runs are one to the bit: draws, numbers, state, what is given away, and pictures."""
+    assert list(one.trace()) == list(other.trace())
+    for name, keys in {
+        "step": ("step", "loss", "loss_ema", "learning_rate", "grad_norm", "images_seen", "skipped"),
+        "heldout": ("step", "split", "loss"),
+        "samples": ("step", "path"),
+    }.items():
+        assert events_of(one, name, keys) == events_of(other, name, keys)
+    last = max(one.checkpoint_steps())
+    (tensors, optimizer, state), (tensors_2, optimizer_2, state_2) = (
+        read_checkpoint(run.checkpoint(last)) for run in (one, other)
+    )
+    assert tensors.keys() == tensors_2.keys()
+    assert all(torch.equal(tensors_2[name], tensor) for name, tensor in tensors.items())
+    for number, moments in optimizer["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(optimizer_2["state"][number][name], value)
+    assert state == state_2
+    saved, saved_2 = (load_adapter(run.step_adapter(last)).modules for run in (one, other))
+    assert all(torch.equal(saved_2[name].up, pair.up) for name, pair in saved.items())
+    for picture in one.samples.rglob("0*.png"):
+        same = other.samples / picture.relative_to(one.samples)
+        assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(Image.open(same)))
+
+
+def events_of(run: RunFolder, name: str, keys: tuple[str, ...]) -> list[tuple[Any, ...]]:
+    """Some values of the events of a name."""
+    return [tuple(event[key] for key in keys) for event in run.events(name)]
+
+
+@pytest.fixture
+def check_same() -> Callable[[RunFolder, RunFolder], None]:
+    """Compares two runs to the bit."""
+    return runs_are_the_same
+
+
+@pytest.fixture
+def command_line() -> Callable[..., list[str]]:
+    """The arguments of `sdlora train` for a configuration."""
+
+    def make(images: Path, run: RunFolder, config: RunConfig) -> list[str]:
+        file = run.path.with_suffix(".toml")
+        values = config.model_dump(exclude_defaults=True, exclude={"images"})
+        lines = [
+            line
+            for section, keys in values.items()
+            for line in (f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items()))
+        ]
+        file.write_text("\n".join(lines), encoding="utf-8")
+        return ["sdlora", "train", str(images), "--out", str(run.path), "--config", str(file)]
+
+    return make

@@ -247,19 +247,6 @@ def launch(children, seconds=30):
     return [codes[number] for number in sorted(codes)]
 
 
-def arguments(images, run, config):
-    """The command line of a configuration."""
-    file = run.path.with_suffix(".toml")
-    values = config.model_dump(exclude_defaults=True, exclude={"images"})
-    lines = [
-        line
-        for section, keys in values.items()
-        for line in (f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items()))
-    ]
-    file.write_text("\n".join(lines), encoding="utf-8")
-    return ["sdlora", "train", str(images), "--out", str(run.path), "--config", str(file)]
-
-
 def failing_at(step, error, train_step):
     """The second process fails in the middle of a run; with no error to raise it is killed."""
 
@@ -286,13 +273,13 @@ def failing_at(step, error, train_step):
     ids=["fails", "is killed"],
 )
 def test_a_process_that_ends_ends_all(
-    images, tiny, tmp_path, fork_processes, monkeypatch, error, codes, line
+    images, tiny, tmp_path, fork_processes, monkeypatch, command_line, error, codes, line
 ):
     """R-23: within seconds, with its reason where it could say one; the last checkpoint resumes."""
     run = RunFolder(tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", failing_at(4, error, Trainer.train_step))
-        patch.setattr(sys, "argv", arguments(images, run, tiny(images, **EVERYTHING)))
+        patch.setattr(sys, "argv", command_line(images, run, tiny(images, **EVERYTHING)))
         children = fork_processes(2, main)
         assert launch(children) == codes
     assert re.search(line, children[0].printed.splitlines()[-1]), children[0].printed
@@ -303,10 +290,10 @@ def test_a_process_that_ends_ends_all(
     assert [step for (step,) in events_of(run, "step", "step")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_mistake_is_told_once(images, tiny, tmp_path, fork_processes, monkeypatch):
+def test_a_mistake_is_told_once(images, tiny, tmp_path, fork_processes, monkeypatch, command_line):
     """R-35: before training, by the first process; all end with 2, and nothing is written."""
     run = RunFolder(tmp_path / "run")
-    monkeypatch.setattr(sys, "argv", [*arguments(images, run, tiny(images)), "data.resolution=100"])
+    monkeypatch.setattr(sys, "argv", [*command_line(images, run, tiny(images)), "data.resolution=100"])
     children = fork_processes(2, main)
     assert launch(children) == [2, 2]
     assert "sdlora: data.resolution = 100 must be a multiple of 8" in children[0].printed

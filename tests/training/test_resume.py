@@ -7,14 +7,9 @@ import math
 import signal
 from importlib.metadata import version
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from sdlora.errors import ConfigError, RunError, RunStopped
-from sdlora.lora.files import load_adapter
-from sdlora.training.checkpoint import read_checkpoint
 from sdlora.training.learner import Draw
 from sdlora.training.train import resume, train
 
@@ -67,38 +62,8 @@ EVERYTHING = {
 }
 
 
-def check_same(one, other):
-    """Two runs are one to the bit: draws, numbers, state, what is given away, and pictures."""
-    assert list(one.trace()) == list(other.trace())
-    for name, keys in {
-        "step": ("step", "loss", "loss_ema", "learning_rate", "grad_norm", "images_seen", "skipped"),
-        "heldout": ("step", "split", "loss"),
-        "samples": ("step", "path"),
-    }.items():
-        assert events_of(one, name, keys) == events_of(other, name, keys)
-    last = max(one.checkpoint_steps())
-    (tensors, optimizer, state), (tensors_2, optimizer_2, state_2) = (
-        read_checkpoint(run.checkpoint(last)) for run in (one, other)
-    )
-    assert tensors.keys() == tensors_2.keys()
-    assert all(torch.equal(tensors_2[name], tensor) for name, tensor in tensors.items())
-    for number, moments in optimizer["state"].items():
-        for name, value in moments.items():
-            assert torch.equal(optimizer_2["state"][number][name], value)
-    assert state == state_2
-    saved, saved_2 = (load_adapter(run.step_adapter(last)).modules for run in (one, other))
-    assert all(torch.equal(saved_2[name].up, pair.up) for name, pair in saved.items())
-    for picture in one.samples.rglob("0*.png"):
-        same = other.samples / picture.relative_to(one.samples)
-        assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(Image.open(same)))
-
-
-def events_of(run, name, keys):
-    return [tuple(event[key] for key in keys) for event in run.events(name)]
-
-
 @pytest.mark.parametrize("cache", ["auto", False])
-def test_stopped_equals_straight(make_images, tiny, make_trainer, tmp_path, cache):
+def test_stopped_equals_straight(make_images, tiny, make_trainer, tmp_path, check_same, cache):
     """R-03: stopped by a real signal (R-23) and gone on with after any step, in an epoch and at its border.
 
     With buckets, caches on and off, accumulation, dropout of captions and of the adapter, a schedule, the
@@ -120,7 +85,7 @@ def test_stopped_equals_straight(make_images, tiny, make_trainer, tmp_path, cach
 
 
 @pytest.mark.slow
-def test_stopped_often_equals_straight(make_images, small, make_trainer, tmp_path):
+def test_stopped_often_equals_straight(make_images, small, make_trainer, tmp_path, check_same):
     """R-03: all modules, 20 steps, stopped after each of them."""
     images = make_images(sizes=SIZES)
     config = small(images, **{**CONFIG, **EVERYTHING, "data__heldout": 0, "train__steps": STEPS})

@@ -1,0 +1,459 @@
+"""A run that is killed, starved or told to stop: nothing is lost but the steps since the last checkpoint.
+
+| fault | where it is injected | outcome | steps lost |
+|---|---|---|---|
+| killed | before each operation on a file of the run or the cache | `resume`: the same bits | <= save_every |
+| killed | inside each write: half of the file or line is there | the same | <= save_every |
+| killed | after any amount of work, at random | the same | <= save_every |
+| SIGINT, SIGTERM, SIGUSR1 | in a step | finishes it, saves; exit 130, 143, 143 | 0 |
+| a second signal | after the first | ends at once | <= save_every |
+| disk full | at a state (`test_resume.py`) | a warning; the adapter is saved; goes on | 0 |
+| disk full | at an adapter, a grid, an event | a warning; goes on | 0 |
+| disk full | from one moment on | exit 1 at its end, one line; `resume` finishes | <= save_every |
+| read-only folder | before the run | exit 2, one line, before anything is loaded | - |
+| read-only folder | in mid-run | as a full disk | <= save_every |
+| a damaged entry of the cache | before the run (`test_encodings.py`) | encoded anew | 0 |
+| a picture vanishes | in mid-run, encodings cached | nobody notices | 0 |
+| a picture vanishes | the same, without a cache (`test_encodings.py`) | exit 2, its name | <= save_every |
+| a damaged state | before `resume` | a warning; the one before is taken | <= 2 save_every |
+| a process of several ends | in a step (`test_processes.py`) | all end, with its reason | <= save_every |
+| a host is cut off | in a step (`test_launchers.py`) | ends in train.timeout_seconds | <= save_every |
+
+Victims are forks of the warm test process. They die of SIGKILL at a file operation, or of a timer that counts
+their own CPU time, whose signal nothing handles either: at any instruction, in Rust and C too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import stat
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import sdlora.postflight
+import sdlora.runs
+from sdlora.cli import main
+from sdlora.errors import RunError
+from sdlora.lora.files import load_adapter
+from sdlora.runs import RunFolder
+from sdlora.training import prepare as preparation
+from sdlora.training.checkpoint import read_checkpoint
+from sdlora.training.loop import Trainer
+from sdlora.training.train import resume, train
+from sdlora.writing import to_lines
+
+WRITING = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "shutil.copyfile"}
+
+
+SHORT = {
+    "train__steps": 2,
+    "train__save_every": 1,
+    "train__sample_every": 2,
+    "train__evaluate_every": 0,
+    "data__heldout": 0,
+}
+
+
+@pytest.fixture
+def warm(monkeypatch):
+    """The base is loaded once in this process; every fork has a copy of its own."""
+    for module, name in ((preparation, "load_base"), (sdlora.postflight, "load_stock_pipeline")):
+        monkeypatch.setattr(module, name, kept(getattr(module, name)))
+
+
+def kept(load):
+    loaded = []
+
+    def once(*args, **kwargs):
+        if not loaded:
+            loaded.append(load(*args, **kwargs))
+        return loaded[0]
+
+    return once
+
+
+class Bench:
+    """A run that can be killed, the same run unharmed, and the comparison of both."""
+
+    def __init__(self, images, config, folder, fork, check_same):
+        self.images, self.config, self.folder = images, config, folder
+        self.fork, self.check_same = fork, check_same
+        self.number = 0
+        # Loads what every fork has then.
+        train(images, config=config, out=folder / "warm", quiet=True)
+        self.reference = RunFolder(folder / "reference")
+        self.run_whole(self.reference)
+
+    def run_whole(self, run):
+        child = self.start(run, lambda: None)
+        assert child.wait() == 0, child.printed
+
+    def start(self, run, arm):
+        """Forks a victim; `arm` decides in it when it dies."""
+
+        def victim():
+            arm()
+            train(self.images, config=self.config, out=run.path, quiet=True)
+
+        return self.fork(victim, SDLORA_CACHE=str(run.path) + "-cache")
+
+    def kill(self, arm):
+        """Kills a run, looks at what is left, goes on with it, and compares; False if it outlived."""
+        self.number += 1
+        run = RunFolder(self.folder / f"killed-{self.number}")
+        code = self.start(run, arm).wait()
+        assert code in (0, -signal.SIGKILL, -signal.SIGPROF)
+        check_whole(run, self.reference, self.config.train.save_every)
+        child = self.fork(lambda: self.go_on(run), SDLORA_CACHE=str(run.path) + "-cache")
+        assert child.wait() == 0, child.printed
+        assert files_of(run) == files_of(self.reference)
+        self.check_same(self.reference, run)
+        return code != 0
+
+    def go_on(self, run):
+        if run.config_file.exists():
+            resume(run.path, quiet=True)
+        else:
+            with pytest.raises(RunError, match=r"does not exist|holds no run"):
+                resume(run.path, quiet=True)
+            train(self.images, config=self.config, out=run.path, quiet=True)
+
+
+def files_of(run):
+    return sorted(str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file())
+
+
+def check_whole(run, reference, save_every):
+    """Whatever has the name of a file of a run is whole, and no more than save_every steps are lost."""
+    complete = [0]
+    for step in run.checkpoint_steps():
+        tensors, _, state = read_checkpoint(run.checkpoint(step))
+        assert state["counters"]["step"] == step
+        if step in reference.checkpoint_steps():
+            expected = read_checkpoint(reference.checkpoint(step))[0]
+            assert all(torch.equal(expected[name], tensor) for name, tensor in tensors.items())
+        complete.append(step)
+    done = max((event["step"] for event in run.events("step")), default=0)
+    assert done - max(complete) <= save_every
+    for file in run.adapters.glob("[!.]*.safetensors"):
+        saved, expected = (load_adapter(r.adapters / file.name).modules for r in (run, reference))
+        assert all(torch.equal(expected[name].up, pair.up) for name, pair in saved.items())
+    for picture in run.path.rglob("[!.]*.png"):
+        with Image.open(picture) as image:
+            image.verify()
+    for file in (run.config_file, run.environment_file):
+        assert not file.exists() or json.loads(file.read_text(encoding="utf-8"))
+    if run.config_file.exists():
+        run.read_config()
+
+
+@pytest.fixture
+def bench(make_images, tiny, tmp_path, fork, check_same, warm):
+    """A short run with everything that writes: states, adapters, grids, losses, a trace, the export."""
+
+    def make(**changes):
+        images = make_images(sizes=((32, 32),) * 3 + ((48, 32),) * 2)
+        settings = {
+            "train__steps": 4,
+            "train__save_every": 2,
+            "train__keep_checkpoints": 1,
+            "train__sample_every": 4,
+            "train__evaluate_every": 4,
+            "train__ema_decay": 0.5,
+            "train__trace": True,
+            "data__heldout": 0.2,
+            "data__caption_dropout": 0.3,
+        }
+        config = tiny(images, **{**settings, **changes})
+        return Bench(images, config, tmp_path, fork, check_same)
+
+    return make
+
+
+def die_after(seconds):
+    """Dies of the timer of its own CPU time; no handler is called and nothing is cleaned up."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def cpu_of_children():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def kill_at_random(bench, count, seed):
+    """Kills so many runs after a random share of the work of one; gives how many did not outlive it."""
+    before = cpu_of_children()
+    bench.run_whole(RunFolder(bench.folder / "measured"))
+    whole = cpu_of_children() - before
+    draws = random.Random(seed)
+    moments = [draws.uniform(0.001, whole) for _ in range(count)]
+    return sum(bench.kill(partial(die_after, moment)) for moment in moments)
+
+
+def test_killed_at_random(bench, sd15_folder):
+    """R-03, R-23, R-24: twenty kills, as many resumes, no divergence; on a tiny base."""
+    runs = bench(base__source=str(sd15_folder), **{**SHORT, "train__steps": 3})
+    assert kill_at_random(runs, 20, seed=0) >= 15
+
+
+@pytest.mark.slow
+def test_killed_at_random_on_the_builtin_base(bench):
+    """R-03, R-23, R-24: as above; KILLS sets how many (`make kill-test`)."""
+    count = int(os.environ.get("KILLS", "300"))
+    killed = kill_at_random(bench(), count, seed=int(os.environ.get("SEED", "1")))
+    assert killed >= 0.75 * count
+    print(f"{killed} of {count} runs were killed before their end; all went on to the same bits")
+
+
+class Operations:
+    """Counts the operations on files below some folders, as audit hooks see them; dies before the n-th."""
+
+    def __init__(self, *folders, die_before=None, note=None):
+        self.folders = tuple(map(str, folders))
+        self.die_before, self.note = die_before, note
+        self.count = 0
+
+    def watch(self):
+        sys.addaudithook(self.hook)
+
+    def hook(self, event, values):
+        is_writing = event in WRITING or (event == "open" and values[1] and set(str(values[1])) & set("wa+x"))
+        if not is_writing or not any(str(value).startswith(self.folders) for value in values[:2]):
+            return
+        self.count += 1
+        if self.count == self.die_before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.note is not None:
+            self.note.write_text(str(self.count), encoding="utf-8")
+
+
+class Tearing:
+    """Counts writes, and dies in the middle of the n-th: half of the file or of the line is on the disk."""
+
+    def __init__(self, *, die_in=None, note=None):
+        self.die_in, self.note = die_in, note
+        self.count = 0
+
+    def watch(self):
+        fsync, append = os.fsync, sdlora.runs.append_lines
+
+        def tear_file(handle):
+            # Every file is synced once it is written, under its temporary name.
+            if stat.S_ISREG(os.fstat(handle).st_mode) and self.is_now():
+                os.ftruncate(handle, os.fstat(handle).st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            fsync(handle)
+
+        def tear_line(file, rows):
+            if self.is_now():
+                line = to_lines(rows).encode()
+                with file.open("ab") as handle:
+                    handle.write(line[: len(line) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            append(file, rows)
+
+        os.fsync, sdlora.runs.append_lines = tear_file, tear_line
+
+    def is_now(self):
+        self.count += 1
+        if self.note is not None:
+            self.note.write_text(str(self.count), encoding="utf-8")
+        return self.count == self.die_in
+
+
+@pytest.mark.slow
+def test_killed_before_every_operation(bench, sd15_folder, tmp_path):
+    """R-23, R-24: and so after every one, since the next is what follows."""
+    runs = bench(base__source=str(sd15_folder), **SHORT)
+    note, run = tmp_path / "count", RunFolder(tmp_path / "counted")
+    assert runs.start(run, Operations(run.path, f"{run.path}-cache", note=note).watch).wait() == 0
+    count = int(note.read_text(encoding="utf-8"))
+    assert count > 80
+    for number in range(1, count + 1):
+        run = RunFolder(runs.folder / f"killed-{runs.number + 1}")
+        assert runs.kill(Operations(run.path, f"{run.path}-cache", die_before=number).watch), number
+
+
+@pytest.mark.slow
+def test_killed_inside_every_write(bench, sd15_folder, tmp_path):
+    """R-23, R-24: half a file never has the name of one, and half a line is no event."""
+    runs = bench(base__source=str(sd15_folder), **SHORT)
+    note = tmp_path / "count"
+    assert runs.start(RunFolder(tmp_path / "counted"), Tearing(note=note).watch).wait() == 0
+    count = int(note.read_text(encoding="utf-8"))
+    assert count > 30
+    for number in range(1, count + 1):
+        assert runs.kill(Tearing(die_in=number).watch), number
+
+
+@pytest.fixture
+def tiny_run(make_images, tiny, tmp_path, sd15_folder, warm):
+    """A configuration and a folder for a run on the tiny base, which is loaded already."""
+    images = make_images(sizes=((32, 32),) * 3)
+    config = tiny(images, base__source=str(sd15_folder), train__steps=4, train__save_every=2)
+    train(images, config=config, out=tmp_path / "warm", quiet=True)
+    return images, config, RunFolder(tmp_path / "run")
+
+
+def at_step(step, happen):
+    """Lets something happen in a run, after a step was done and before it is saved."""
+    record = Trainer.record
+
+    def recorded(trainer, result, seconds):
+        record(trainer, result, seconds)
+        if result.step == step:
+            happen(trainer)
+
+    Trainer.record = recorded
+
+
+def sdlora_train(argv, *arms):
+    """The command as a function for a fork, which is armed first."""
+
+    def start():
+        for arm in arms:
+            arm()
+        sys.argv = argv
+        main()
+
+    return start
+
+
+def send(*numbers):
+    def happen(trainer):
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    return happen
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)], ids=str
+)
+def test_a_signal_saves(tiny_run, fork, command_line, number, code):
+    """R-23: the step is finished and saved, the exit code says stopped, and `resume` goes on from there."""
+    images, config, run = tiny_run
+    argv = command_line(images, run, config)
+    child = fork(sdlora_train(argv, partial(at_step, 3, send(number))))
+    assert child.wait() == code, child.printed
+    line = child.printed.splitlines()[-1]
+    assert line == f"sdlora: stopped at step 3 of 4; `sdlora resume {run.path}` goes on from step 3"
+    assert run.checkpoint_steps() == [2, 3]
+    assert [event["step"] for event in run.events("step")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)], ids=str
+)
+def test_a_second_signal_stops_at_once(tiny_run, fork, command_line, number, code):
+    """R-23: nothing more is done or saved."""
+    images, config, run = tiny_run
+    argv = command_line(images, run, config)
+    child = fork(sdlora_train(argv, partial(at_step, 3, send(number, number))))
+    assert child.wait() == code, child.printed
+    assert run.checkpoint_steps() == [2]
+    assert "stopped at step" not in child.printed
+
+
+def test_a_launcher_that_passes_a_signal_on(tiny_run, fork_processes, command_line):
+    """R-23: what a process got already, from the same Ctrl-C, is no second signal."""
+    images, config, run = tiny_run
+    argv = command_line(images, run, config)
+    twice = partial(at_step, 3, send(signal.SIGINT, signal.SIGTERM))
+    [child] = fork_processes(1, sdlora_train(argv, twice))
+    assert child.wait() == 130, child.printed
+    assert run.checkpoint_steps() == [2, 3]
+
+
+def fill_disk(trainer):
+    """No file can grow beyond 100 bytes from here on."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+
+def test_a_disk_that_is_full(tiny_run, fork, command_line):
+    """R-24: adapters, states, samples and events are warnings; the end is exit 1 with one line."""
+    images, config, run = tiny_run
+    argv = [*command_line(images, run, config), "train.sample_every=3"]
+    child = fork(sdlora_train(argv, partial(at_step, 3, fill_disk)))
+    assert child.wait() == 1, child.printed
+    *told, last = child.printed.splitlines()
+    assert last.startswith(f"sdlora: LoRA file {run.final_adapter()} cannot be written: File too large; ")
+    assert last.endswith(f"then `sdlora resume {run.path}` goes on from step 2")
+    for what in ("the event", "the adapter of step 3", "the adapter of step 4", "the state of step 4"):
+        assert any(line.startswith(f"warning: {what}") for line in told), what
+    assert run.checkpoint_steps() == [2]
+    check_events(run, 3)
+    resume(run.path, quiet=True)
+    check_events(run, 4)
+    assert run.final_adapter().is_file()
+    assert not list(run.path.rglob(".*"))
+
+
+def check_events(run, last):
+    """Every line of the events is whole."""
+    lines = run.events_file.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["event"] for line in lines]
+    assert [event["step"] for event in run.events("step")] == list(range(1, last + 1))
+
+
+@pytest.fixture
+def open_place():
+    """A folder that every user of the machine can reach; pytest's own are private."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def make_read_only(trainer):
+    """As root nothing is read-only, so root becomes nobody."""
+    for folder in (trainer.run.path, *trainer.run.path.iterdir()):
+        if folder.is_dir():
+            folder.chmod(0o555)
+    trainer.run.events_file.chmod(0o444)
+    if os.geteuid() == 0:
+        os.setuid(65534)
+
+
+def test_a_folder_that_becomes_read_only(tiny_run, open_place, fork, command_line):
+    """R-24: as a full disk."""
+    images, config, _ = tiny_run
+    run = RunFolder(open_place / "run")
+    child = fork(sdlora_train(command_line(images, run, config), partial(at_step, 3, make_read_only)))
+    assert child.wait() == 1, child.printed
+    last = child.printed.splitlines()[-1]
+    assert last.startswith(f"sdlora: LoRA file {run.final_adapter()} cannot be written: Permission denied; ")
+    for folder in (run.path, *run.path.iterdir()):
+        folder.chmod(0o755)
+    resume(run.path, quiet=True)
+    check_events(run, 4)
+
+
+def test_a_place_that_is_read_only(tiny_run, open_place, fork, command_line):
+    """R-24: told before anything is loaded."""
+    images, config, _ = tiny_run
+    open_place.chmod(0o555)
+    argv = command_line(images, RunFolder(images.parent / "x"), config)
+    argv[argv.index("--out") + 1] = str(open_place / "run")
+
+    def become_nobody():
+        for folder in (images, *images.parents[:3]):
+            folder.chmod(0o755)
+        os.environ["SDLORA_CACHE"] = str(open_place / "cache")
+        if os.geteuid() == 0:
+            os.setuid(65534)
+
+    child = fork(sdlora_train(argv, become_nobody))
+    assert child.wait() == 2, child.printed
+    last = child.printed.splitlines()[-1]
+    assert last.startswith(f"sdlora: --out {open_place / 'run'} cannot be written ({open_place} is not wri")
