@@ -52,6 +52,7 @@ FIXED = {
     "lora.rank_pattern",
     "lora.rslora",
     "lora.targets",
+    "lora.text_encoder",
     "train.ema_decay",
     "train.optimizer",
     "train.seed",
