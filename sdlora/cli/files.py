@@ -46,13 +46,21 @@ def export(
 
 def info(file: Annotated[Path, typer.Argument(help="A LoRA file of any dialect, or a run folder.")]) -> None:
     """Say what a LoRA file is: family, rank, alpha, targets, metadata."""
+    from contextlib import suppress
+
+    from sdlora.errors import AdapterError
     from sdlora.lora.files import inspect_adapter, lora_file
+    from sdlora.lora.lineage import read_lineage
     from sdlora.runs import RunFolder
 
     path = lora_file(file)
     path = RunFolder.open(path).adapter if path.is_dir() else path
-    for line in inspect_adapter(path).lines():
+    found = inspect_adapter(path)
+    for line in found.lines():
         typer.echo(line)
+    with suppress(AdapterError):
+        if above := read_lineage(found.metadata):
+            typer.echo(f"stands on {' > '.join(map(str, above))}")
 
 
 def cache(

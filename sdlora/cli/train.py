@@ -88,4 +88,9 @@ def _print_result(run: RunFolder) -> None:  # type: ignore[name-defined]  # noqa
         typer.echo(f"grid      {grids[-1]}")
     if run.loss_curve.is_file():
         typer.echo(f"losses    {run.loss_curve}")
-    typer.echo(f'load it   pipe.load_lora_weights("{run.adapter}")')
+    if parent := run.read_config().lora.parent:
+        typer.echo(
+            f"stands on {parent}: `sdlora sample {run.path}` shows both, `sdlora tree flatten` joins them"
+        )
+    else:
+        typer.echo(f'load it   pipe.load_lora_weights("{run.adapter}")')

@@ -46,8 +46,12 @@ def _draw(tree: AdapterTree) -> Tree:
     from rich.text import Text
     from rich.tree import Tree
 
+    from sdlora.errors import shorten
+
     bases = {
-        node.notes["sdlora.base_name"] for node in tree.nodes.values() if "sdlora.base_name" in node.notes
+        shorten(node.notes["sdlora.base_name"])
+        for node in tree.nodes.values()
+        if "sdlora.base_name" in node.notes
     }
     drawing = Tree(Text(", ".join(sorted(bases)) or "base", style="bold"))
     left = [(drawing, node) for node in tree.children(None)]

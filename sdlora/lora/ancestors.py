@@ -18,6 +18,7 @@ from sdlora.lora.lineage import (
     Ancestor,
     check_digest,
     digest_adapter,
+    digest_file,
     noted_digest,
     read_lineage,
 )
@@ -118,20 +119,26 @@ def find_ancestors(file: Path, adapter: Adapter, *, force: bool = False) -> list
 
 def _find(ancestor: Ancestor, places: Sequence[Path], child: str, force: bool) -> Path:
     """The file with the ancestor's tensors; with `force`, else one of its name."""
-    namesakes: list[Path] = []
+    unknown: list[Path] = []
     for place in places:
         with suppress(AdapterError):
-            if noted_digest(place) == ancestor.digest:
+            noted = noted_digest(place)
+            if noted == ancestor.digest:
                 return place
-            if name_of(place) == ancestor.name:
-                namesakes.append(place)
+            unknown += [place] if noted is None else []
+    # Others must be read whole, which takes time where many lie about.
+    for place in unknown:
+        with suppress(AdapterError):
+            if digest_file(place) == ancestor.digest:
+                return place
+    namesakes = [place for place in places if place.is_file() and name_of(place) == ancestor.name]
     if not namesakes:
         raise AdapterError(
             f"{child} was trained on {ancestor}, which is not beside it, nor in the folders above; "
             "put that file there"
         )
     if not force:
-        check_digest(child, ancestor, str(namesakes[0]), noted_digest(namesakes[0]))
+        check_digest(child, ancestor, str(namesakes[0]), digest_file(namesakes[0]))
     return namesakes[0]
 
 
@@ -150,6 +157,4 @@ def _places(file: Path) -> Iterator[Path]:
     folder = file.absolute().parent
     for place in [folder, *folder.parents[: _LEVELS - 1]]:
         for pattern in (f"*{ENDING}", f"*/*{ENDING}", f"*/adapters/final{ENDING}"):
-            # kohya's files must be read whole to know what they hold, so they come last.
-            found = sorted(place.glob(pattern), key=lambda other: (other.name.endswith(KOHYA_ENDING), other))
-            yield from (other for other in found if other != file.absolute())
+            yield from (other for other in sorted(place.glob(pattern)) if other != file.absolute())

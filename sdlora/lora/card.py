@@ -60,9 +60,14 @@ def _front_matter(facts: RunFacts, prompts: Sequence[str], grid: str | None) -> 
 
 def _summary(facts: RunFacts) -> str:
     trigger = f" Write `{facts.trigger}` in the prompt." if facts.trigger else ""
+    path = " and ".join(map(str, facts.ancestors))
+    parents = (
+        f"\n\nIt was trained on top of {path}, and is right only there: load them as named adapters "
+        "together, or join them into one file with `sdlora tree flatten`."
+    )
     return (
         f"A style LoRA for {facts.base_name} ({facts.architecture}), trained with sdlora on "
-        f"{facts.num_images} pictures.{trigger}"
+        f"{facts.num_images} pictures.{trigger}{parents if path else ''}"
     )
 
 

@@ -7,11 +7,12 @@ counts is what they hold.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sdlora.errors import AdapterError
+from sdlora.errors import AdapterError, shorten
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.container import digest_tensors, read_lora_header
 from sdlora.lora.files import load_adapter
@@ -56,11 +57,10 @@ def digest_file(path: Path) -> str:
     return digest_adapter(load_adapter(path, dtype=None))
 
 
-def noted_digest(path: Path) -> str:
-    """The digest that a diffusers file names in its header, else the computed one."""
+def noted_digest(path: Path) -> str | None:
+    """The digest that a diffusers file names in its header; None if the file must be read to know it."""
     header = read_lora_header(path)
-    noted = header.metadata.get(HASH)
-    return noted if noted and not any(map(is_kohya_key, header.shapes)) else digest_file(path)
+    return None if any(map(is_kohya_key, header.shapes)) else header.metadata.get(HASH)
 
 
 def read_lineage(notes: Mapping[str, str]) -> tuple[Ancestor, ...]:
@@ -74,14 +74,16 @@ def read_lineage(notes: Mapping[str, str]) -> tuple[Ancestor, ...]:
         return ()
     try:
         chain = tuple(
-            Ancestor(str(item["name"]), str(item["digest"]), float(item["strength"]))
+            Ancestor(shorten(str(item["name"])), shorten(str(item["digest"])), float(item["strength"]))
             for item in json.loads(notes.get(LINEAGE) or "[]")
         )
-    except (ValueError, TypeError, KeyError):
+        if not all(math.isfinite(ancestor.strength) for ancestor in chain):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise AdapterError(f"holds {LINEAGE} that cannot be read; export the LoRA again") from None
     if chain and chain[-1].digest != parent:
         raise AdapterError(
-            f"names the parent {short(parent)} in {PARENT}, but {chain[-1]} in {LINEAGE}; "
+            f"names the parent {shorten(short(parent))} in {PARENT}, but {chain[-1]} in {LINEAGE}; "
             "export the LoRA again"
         )
     return chain or (Ancestor("its parent", parent),)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdlora.errors import AdapterError, RunError
+from sdlora.errors import AdapterError, RunError, shorten
 from sdlora.lora.files import inspect_adapter
-from sdlora.lora.lineage import KOHYA_ENDING, Ancestor, noted_digest, read_lineage
+from sdlora.lora.lineage import KOHYA_ENDING, Ancestor, digest_file, noted_digest, read_lineage
 from sdlora.runs import RunFolder
 
 ENDING = ".safetensors"
@@ -39,13 +39,15 @@ class Node:
     @property
     def images(self) -> str:
         """How many pictures it was trained on; empty if the file does not say."""
-        return self.notes.get("ss_num_train_images", "")
+        return shorten(self.notes.get("ss_num_train_images", ""))
 
     @property
     def heldout_loss(self) -> float | None:
         """As measured when it was saved, on top of its ancestors."""
-        text = self.notes.get("sdlora.heldout_loss")
-        return float(text) if text else None
+        try:
+            return float(self.notes["sdlora.heldout_loss"])
+        except (KeyError, ValueError):
+            return None
 
 
 def find_files(root: Path) -> dict[str, Path]:
@@ -81,4 +83,12 @@ def read_node(name: str, file: Path) -> Node:
         lineage = read_lineage(info.metadata)
     except AdapterError as error:
         raise AdapterError(f"{file} {error}") from None
-    return Node(name, file, noted_digest(file), lineage, info.rank, info.size_bytes, info.metadata)
+    return Node(
+        name,
+        file,
+        noted_digest(file) or digest_file(file),
+        lineage,
+        info.rank,
+        info.size_bytes,
+        info.metadata,
+    )

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sdlora.config import LoraSection, RunConfig
+from sdlora.errors import AdapterError
 from sdlora.lora.adapter import check_base
-from sdlora.lora.ancestors import Step, load_path
+from sdlora.lora.ancestors import Step, find_source, load_path
 from sdlora.lora.attach import check_fit
 from sdlora.lora.modules import Model, components
 from sdlora.lora.names import component_of
@@ -23,7 +24,13 @@ def find_parents(lora: LoraSection) -> tuple[Step, ...]:
     Raises:
         AdapterError: If the parent, or one of its ancestors, is missing or changed.
     """
-    return tuple(load_path(lora.parent, force=lora.force_parent)) if lora.parent else ()
+    if lora.parent is None:
+        return ()
+    try:
+        file = find_source(lora.parent)
+    except AdapterError as error:
+        raise AdapterError(f"lora.parent = {error}") from None
+    return tuple(load_path(file, force=lora.force_parent))
 
 
 def check_parents(parents: Sequence[Step], info: BaseInfo, model: Model) -> list[str]:

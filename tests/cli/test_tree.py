@@ -130,6 +130,35 @@ def test_mistakes(sdlora, styles, broken, arguments, message):
     assert message in errors[0]
 
 
+def test_info_names_the_path(sdlora, styles):
+    """`sdlora info` says what a file stands on."""
+    code, printed, _ = sdlora("info", styles / "ink" / "portraits.safetensors")
+    assert code == 0
+    assert printed.splitlines()[-1].startswith("stands on ink (")
+    assert "stands on" not in sdlora("info", styles / "ink.safetensors")[1]
+
+
+def test_a_child_is_planned(sdlora, styles, make_images):
+    """`train --parent NODE`: what it stands on, and the rank that follows."""
+    images, node = make_images(), styles / "ink" / "portraits"
+    code, printed, errors = sdlora("train", images, "--parent", node, "--dry-run", "data.resolution=64")
+    assert code == 0, errors
+    lines = printed.splitlines()
+    parent = next(line for line in lines if line.startswith("parent    "))
+    assert "ink (" in parent
+    assert parent.index("portraits (") > parent.index("ink (")
+    assert "mounted and frozen" in parent
+    assert any("lora.rank = 4: half of the 2 of its parent, at least 4" in line for line in lines)
+    code, _, errors = sdlora("train", images, "--parent", "nowhere", "--dry-run")
+    assert (code, errors) == (
+        2,
+        ["sdlora: lora.parent = nowhere is no LoRA file, no run and no node; give one of them"],
+    )
+    code, _, errors = sdlora("train", images, "--force", "--dry-run")
+    assert code == 2
+    assert "lora.force_parent = true has no effect alone" in errors[0]
+
+
 def test_force(sdlora, broken, tmp_path):
     """For those who know: a missing parent is gone without."""
     out = tmp_path / "flat.safetensors"

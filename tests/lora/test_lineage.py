@@ -44,7 +44,7 @@ def test_digest_is_of_the_content(rounded, tmp_path, make_adapter, unet):
     save_file(load_file(tmp_path / "a.safetensors"), other_writer)
     again = save_adapter(tmp_path / "d.safetensors", load_adapter(kohya, dtype=None))
     assert {digest_file(file) for file in (kohya, other_writer, again)} == {digest}
-    assert {noted_digest(file) for file in (kohya, other_writer, again)} == {digest}
+    assert [noted_digest(file) for file in (kohya, other_writer, again)] == [None, None, digest]
     next(iter(rounded.modules.values())).up[0, 0] += 0.01
     assert digest_file(save_adapter(tmp_path / "e.safetensors", rounded)) != digest
     mixed = round_adapter(make_adapter(unet, rank=2))[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -89,8 +90,16 @@ def test_it_starts_where_its_parent_is(save_style, small, make_trainer, images, 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"train__gradient_checkpointing": True}, {"base__quantize": "int8"}, {"train__precision": "bf16"}],
-    ids=["checkpointing", "int8", "bf16"],
+    [
+        {"train__gradient_checkpointing": True},
+        {"base__quantize": "int8"},
+        pytest.param(
+            {"base__quantize": "nf4"},
+            marks=pytest.mark.skipif(not find_spec("bitsandbytes"), reason="no bitsandbytes"),
+        ),
+        {"train__precision": "bf16"},
+    ],
+    ids=["checkpointing", "int8", "nf4", "bf16"],
 )
 def test_in_any_precision(changes, save_style, small, make_trainer, images, tmp_path):
     """R-09 R-11: every module of the child gets a gradient, whatever it stands on."""
