@@ -1,6 +1,6 @@
 """Runs a reader on many inputs: whatever they are, only our own errors come out, a line each.
 
-By default each reader gets a few dozen inputs, the same at every run; `make test-slow` gives a thousand, and
+By default each reader gets a hundred inputs, the same at every run; `make test-slow` gives a thousand, and
 `make fuzz` (SDLORA_FUZZ inputs, 10,000 unless set) new ones at every run.
 """
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from sdlora.errors import SdloraError
 
-FEW, MANY = 40, 1000
+FEW, MANY = 100, 1000
 ASKED = int(os.environ.get("SDLORA_FUZZ", "0"))
 Fuzz = Callable[[st.SearchStrategy[Any], Callable[[Any], object]], None]
 
@@ -105,14 +105,21 @@ SCALARS = (
 )
 
 
+ODD = [
+    *([], {}, [[]], [1, [2, [3]]], {"a": {"b": [None]}}, {"text": "x"}, {"r": 4, "lora_alpha": -1}),
+    *([None] * 9, {"": ""}, {"unet.r": "8"}, [True], ["\ud800"], {"\x1b[2J": "\x07"}, [10**30], {"a": 1e999}),
+]
+
+
 @pytest.fixture(scope="session")
 def json_values() -> st.SearchStrategy[Any]:
     """Any JSON value, flat or nested, with names that readers look for."""
-    return st.recursive(
-        SCALARS,
-        lambda inner: (
-            st.lists(inner, max_size=4)
-            | st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=8), inner, max_size=4)
-        ),
-        max_leaves=12,
+    keys = st.sampled_from(NAMES) | st.text(max_size=8)
+    flat = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(keys, SCALARS, max_size=3)
+    return (
+        SCALARS
+        | st.sampled_from(ODD)
+        | flat
+        | st.lists(flat, max_size=2)
+        | st.dictionaries(keys, flat, max_size=2)
     )

@@ -58,24 +58,32 @@ HONEST = {
     "ss_base_model_version": "sdxl_base_v1-0",
     "sdlora.layers_per_block": "2",
 }
-PEFT = ("r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "peft_type", "init_lora_weights")
 
 
 @st.composite
 def metadata(draw: st.DrawFn, json_values: st.SearchStrategy[Any]) -> dict[str, Any]:
     """What a file says of itself: true, nonsense, or JSON of the wrong kind."""
-    peft = st.dictionaries(
-        st.sampled_from(PEFT).flatmap(lambda key: st.sampled_from([key, f"unet.{key}"])),
-        json_values | st.dictionaries(st.sampled_from(["to_q", "(a+)+$", "[", ".*", "^x"]), json_values),
-        max_size=5,
+    numbers = st.sampled_from([1, 4, 0.5, 0, -1, 10**400, 1e999, "8", True]) | json_values
+    patterns = st.dictionaries(
+        st.sampled_from(["to_q", "attn2.to_k", "(a+)+$", "[", ".*", "^x"]), numbers, max_size=2
     )
-    ranks = st.dictionaries(st.sampled_from([f"{BLOCK}.attn2.to_k", "x"]), json_values, max_size=2)
-    texts = st.text(max_size=30) | json_values.map(json.dumps) | peft.map(json.dumps) | ranks.map(json.dumps)
-    found = {key: draw(texts) for key in draw(st.lists(st.sampled_from(KEYS), max_size=4))}
-    return {
-        **{key: HONEST[key] for key in draw(st.lists(st.sampled_from(list(HONEST)), max_size=3))},
-        **found,
-    }
+    peft = st.fixed_dictionaries(
+        {"unet.lora_alpha": numbers},
+        optional={
+            "unet.alpha_pattern": patterns | json_values,
+            **{
+                f"unet.{key}": json_values
+                for key in ("use_rslora", "use_dora", "peft_type", "init_lora_weights")
+            },
+        },
+    )
+    ranks = st.dictionaries(st.sampled_from([f"{BLOCK}.attn2.to_k", "x"]), numbers, max_size=2)
+    by_key = {"lora_adapter_metadata": peft, "sdlora.ranks": ranks}
+    texts = {key: draw(st.sampled_from([text, None])) for key, text in HONEST.items()}
+    for key in draw(st.lists(st.sampled_from(KEYS), max_size=3)):
+        value = by_key.get(key, json_values).map(json.dumps)
+        texts[key] = draw(st.one_of(value, value, value, st.text(max_size=30), json_values.map(json.dumps)))
+    return {key: text for key, text in texts.items() if text is not None}
 
 
 @st.composite
