@@ -10,13 +10,13 @@ from pathlib import Path
 from torch import Tensor
 
 from sdlora.config import RunConfig
-from sdlora.data.buckets import BucketPlan, plan_buckets
+from sdlora.data.buckets import BucketPlan
 from sdlora.data.images import crop_image, load_record
 from sdlora.data.records import ImageRecord, Size
-from sdlora.data.scan import scan_dataset
 from sdlora.data.tensors import crop_to_time_ids, image_to_tensor
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.errors import RunError
+from sdlora.evaluation.dataset import read_dataset
 from sdlora.evaluation.heldout import HeldoutItem, HeldoutLoss, heldout_loss
 from sdlora.evaluation.pictures import to_pixels
 from sdlora.lora.adapter import Adapter
@@ -117,7 +117,7 @@ def open_bench(run: str | Path | RunFolder) -> Bench:
     folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
     config = folder.read_config()
     info = inspect_base(config.base, config.objective)
-    index = scan_dataset(config.images, config.data, config.train.seed)
+    index, plan = read_dataset(config, info)
     records = index.heldout[:MAX_IMAGES]
     if not records:
         raise RunError(
@@ -126,14 +126,6 @@ def open_bench(run: str | Path | RunFolder) -> Bench:
     adapter = load_adapter(folder.adapter)
     ancestors = stack_of(find_ancestors(folder.adapter, adapter))
     base = load_base(info, dtype=DTYPES[folder.base_dtype], device=choose_device())
-    plan = plan_buckets(
-        index.records,
-        config.data.resolution or info.resolution,
-        config.data,
-        heldout=index.heldout,
-        min_step=info.min_step,
-        seed=config.train.seed,
-    )
     drawings = [
         image_to_tensor(crop_image(load_record(record, config.data.background), plan.crops[record.name][0]))
         for record in records

@@ -5,19 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sdlora.config import RunConfig
 from sdlora.data.batches import BatchOrder
-from sdlora.data.buckets import BucketPlan, plan_buckets
-from sdlora.data.doctor import examine, summary
+from sdlora.data.buckets import BucketPlan
 from sdlora.data.records import DatasetIndex, Finding
-from sdlora.data.scan import scan_dataset
 from sdlora.diffusion.objective import Objective, describe_objective
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.errors import DataError, RunError
+from sdlora.evaluation.dataset import read_dataset
 from sdlora.lora.ancestors import Step
 from sdlora.lora.attach import count_parameters, match_modules
 from sdlora.lora.layout import Layout, plan_layout
@@ -25,12 +23,12 @@ from sdlora.lora.names import component_of
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import empty_components
 from sdlora.models.safety import missing_checker
-from sdlora.models.tokens import count_tokens, load_tokenizer
 from sdlora.training.adapter import check_init_from
 from sdlora.training.defaults import check_objective, global_batch, resolve_config
 from sdlora.training.groups import describe_rates
 from sdlora.training.optimizer import check_optimizer, find_optimizer, num_warmup_steps
 from sdlora.training.parents import check_parents, describe_parents, find_parents, with_parents
+from sdlora.training.preflight import examine_images
 
 
 @dataclass(frozen=True)
@@ -267,22 +265,11 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     find_optimizer(config.train)
     info = inspect_base(config.base, config.objective)
     check_objective(config, info)
-    index = scan_dataset(config.images, config.data, config.train.seed)
+    index, buckets = read_dataset(config, info)
     parents = find_parents(config.lora)
     config, about_rank = with_parents(config, parents)
     config = resolve_config(config, info, index, num_processes)
-    assert config.data.resolution
-    buckets = plan_buckets(
-        index.records,
-        config.data.resolution,
-        config.data,
-        heldout=index.heldout,
-        min_step=info.min_step,
-        seed=config.train.seed,
-    )
-    count = partial(count_tokens, load_tokenizer(info), info.text_length)
-    findings = [Finding("notice", text) for text in info.notices]
-    findings += examine(index, buckets, config.data, count)
+    findings, data_lines = examine_images(config, info, index, buckets)
     errors = [finding.message for finding in findings if finding.severity == "error"]
     if errors:
         raise DataError("\n".join(errors))
@@ -314,7 +301,7 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
         num_base=sum(parameter.numel() for parameter in parts["unet"].parameters()),
         num_processes=num_processes,
         findings=findings,
-        data_lines=summary(index, buckets, count),
+        data_lines=data_lines,
         parents=parents,
     )
 

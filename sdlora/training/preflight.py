@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from sdlora.config import RunConfig
-from sdlora.data.buckets import plan_buckets
+from sdlora.data.buckets import BucketPlan
 from sdlora.data.doctor import contact_sheet, examine, summary
-from sdlora.data.records import Finding
-from sdlora.data.scan import scan_dataset
-from sdlora.models.info import inspect_base
+from sdlora.data.records import DatasetIndex, Finding
+from sdlora.evaluation.dataset import read_dataset
+from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.tokens import count_tokens, load_tokenizer
 from sdlora.writing import write_file
 
@@ -54,20 +54,19 @@ def check_folder(config: RunConfig, sheet: Path | None = None) -> Checkup:
         SdloraError: If there are no images at all, or the base is not there.
     """
     info = inspect_base(config.base, config.objective)
-    index = scan_dataset(config.images, config.data, config.train.seed)
-    resolution = config.data.resolution or info.resolution
-    buckets = plan_buckets(
-        index.records,
-        resolution,
-        config.data,
-        heldout=index.heldout,
-        min_step=info.min_step,
-        seed=config.train.seed,
-    )
-    count = partial(count_tokens, load_tokenizer(info), info.text_length)
-    findings = [Finding("notice", text) for text in info.notices]
-    findings += examine(index, buckets, config.data, count)
+    index, buckets = read_dataset(config, info)
+    findings, lines = examine_images(config, info, index, buckets)
     if sheet is not None:
         drawing = contact_sheet(index, buckets, config.data)
         write_file(sheet, lambda path: drawing.save(path, format="PNG"))
-    return Checkup(summary(index, buckets, count), findings, sheet)
+    return Checkup(lines, findings, sheet)
+
+
+def examine_images(
+    config: RunConfig, info: BaseInfo, index: DatasetIndex, buckets: BucketPlan
+) -> tuple[list[Finding], list[str]]:
+    """What preflight says of pictures and captions: findings, and the lines of a summary."""
+    count = partial(count_tokens, load_tokenizer(info), info.text_length)
+    findings = [Finding("notice", text) for text in info.notices]
+    findings += examine(index, buckets, config.data, count)
+    return findings, summary(index, buckets, count)

@@ -1,0 +1,27 @@
+"""The pictures of a run as its base takes them: scanned, and each with its bucket and crops."""
+
+from __future__ import annotations
+
+from sdlora.config import RunConfig
+from sdlora.data.buckets import BucketPlan, plan_buckets
+from sdlora.data.records import DatasetIndex
+from sdlora.data.scan import scan_dataset
+from sdlora.models.info import BaseInfo
+
+
+def read_dataset(config: RunConfig, info: BaseInfo) -> tuple[DatasetIndex, BucketPlan]:
+    """Scans the image folder and plans its buckets; the same settings give the same crops everywhere.
+
+    Raises:
+        DataError: If the folder is missing or holds no picture to train on.
+    """
+    index = scan_dataset(config.images, config.data, config.train.seed)
+    buckets = plan_buckets(
+        index.records,
+        config.data.resolution or info.resolution,
+        config.data,
+        heldout=index.heldout,
+        min_step=info.min_step,
+        seed=config.train.seed,
+    )
+    return index, buckets
