@@ -79,7 +79,7 @@ def read_lineage(notes: Mapping[str, str]) -> tuple[Ancestor, ...]:
         )
         if not all(math.isfinite(ancestor.strength) for ancestor in chain):
             raise ValueError
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
         raise AdapterError(f"holds {LINEAGE} that cannot be read; export the LoRA again") from None
     if chain and chain[-1].digest != parent:
         raise AdapterError(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sdlora.errors import unfit_letters
 from sdlora.lora.adapter import check_base
 from sdlora.lora.files import inspect_adapter, load_adapter, save_adapter
+from sdlora.lora.nodes import read_node
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
 MODULES = (
@@ -48,6 +49,7 @@ SIZES = {
 KEYS = (
     *("lora_adapter_metadata", "sdlora.ranks", "sdlora.family", "sdlora.parent", "sdlora.layers_per_block"),
     *("ss_base_model_version", "modelspec.architecture", "sdlora.trained_alpha", "sdlora.base_digest", "x"),
+    *("sdlora.lineage", "sdlora.heldout_loss", "sshs_model_hash"),
 )
 HONEST = {
     "lora_adapter_metadata": json.dumps(
@@ -57,6 +59,7 @@ HONEST = {
     "sdlora.family": "sd1",
     "ss_base_model_version": "sdxl_base_v1-0",
     "sdlora.layers_per_block": "2",
+    "sdlora.parent": "ab",
 }
 
 
@@ -78,7 +81,9 @@ def metadata(draw: st.DrawFn, json_values: st.SearchStrategy[Any]) -> dict[str, 
         },
     )
     ranks = st.dictionaries(st.sampled_from([f"{BLOCK}.attn2.to_k", "x"]), numbers, max_size=2)
-    by_key = {"lora_adapter_metadata": peft, "sdlora.ranks": ranks}
+    ancestors = st.fixed_dictionaries({"name": json_values, "digest": json_values, "strength": numbers})
+    lineage = st.lists(ancestors | json_values, max_size=2)
+    by_key = {"lora_adapter_metadata": peft, "sdlora.ranks": ranks, "sdlora.lineage": lineage}
     texts = {key: draw(st.sampled_from([text, None])) for key, text in HONEST.items()}
     for key in draw(st.lists(st.sampled_from(KEYS), max_size=3)):
         value = by_key.get(key, json_values).map(json.dumps)
@@ -136,6 +141,7 @@ def test_lora_files(fuzz, damaged, json_values, tmp_path: Path) -> None:
         finally:
             load_adapter(path, dtype=None)
             assert not any(unfit_letters(line) for line in inspect_adapter(path).lines())
+        assert read_node("x", path).heldout_loss != 0.125
         check_base(adapter, family="sd1", name="base", digest="0", source="x")
         for dialect in ("diffusers", "kohya"):
             save_adapter(tmp_path / "y.safetensors", adapter, dialect=dialect)
