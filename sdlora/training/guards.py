@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,45 @@ from sdlora.lora.adapter import Adapter
 
 NUM_ZERO_LOSSES = 5
 EMA = 0.98
+# A value is far if its logarithm is so many deviations above the mean of about the last 100, at least 30.
+FAR, LEAST_DEVIATION = 6.0, 0.1
+SPREAD, LEAST_COUNT = 0.99, 30
+
+
+@dataclass
+class Spread:
+    """Where the logarithms of a positive number lie: a loss, or a norm, varies by factors.
+
+    Args:
+        count: Values so far.
+        mean: Of their logarithms, the older the less.
+        variance: Likewise.
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+
+    @property
+    def limit(self) -> float:
+        """Logarithms above it are far outside."""
+        if self.count < LEAST_COUNT:
+            return math.inf
+        return self.mean + FAR * max(math.sqrt(self.variance), LEAST_DEVIATION)
+
+    def take(self, value: float) -> bool:
+        """Takes a value in, and says whether it lies far above those before."""
+        if not (value > 0 and math.isfinite(value)):
+            return False
+        own = math.log(value)
+        is_far = own > self.limit
+        self.count += 1
+        weight = max(1 / self.count, 1 - SPREAD)
+        # Something far may move the distribution, but not make it wide at once.
+        delta = min(own, self.limit) - self.mean
+        self.mean += weight * delta
+        self.variance = (1 - weight) * (self.variance + weight * delta**2)
+        return is_far
 
 
 @dataclass
@@ -27,6 +67,8 @@ class Counters:
         skipped: Steps whose update was skipped.
         skipped_in_row: The newest of them without a good step in between.
         zeros_in_row: The newest steps whose loss was exactly 0.
+        losses: How the loss is distributed.
+        norms: How the gradient's norm is.
     """
 
     step: int = 0
@@ -35,15 +77,36 @@ class Counters:
     skipped: int = 0
     skipped_in_row: int = 0
     zeros_in_row: int = 0
+    losses: Spread = field(default_factory=Spread)
+    norms: Spread = field(default_factory=Spread)
 
-    def count(self, loss: float, *, is_good: bool) -> None:
-        """Notes how a step went."""
+    @classmethod
+    def restore(cls, values: Mapping[str, Any]) -> Counters:
+        """From what `asdict` gave."""
+        spreads = {name: Spread(**values[name]) for name in ("losses", "norms")}
+        return cls(**{**values, **spreads})
+
+    def count(self, loss: float, norm: float, *, is_good: bool) -> list[str]:
+        """Notes how a step went.
+
+        Returns:
+            What was far outside the run's own distribution, in words.
+        """
+        far = [
+            f"{name} {value:.3g} where {math.exp(usual):.3g} is usual"
+            for name, value, spread, usual in (
+                ("loss", loss, self.losses, self.losses.mean),
+                ("gradient norm", norm, self.norms, self.norms.mean),
+            )
+            if spread.take(value)
+        ]
         if math.isfinite(loss):
             ema = self.loss_ema
             self.loss_ema = loss if ema is None else EMA * ema + (1 - EMA) * loss
         self.zeros_in_row = self.zeros_in_row + 1 if loss == 0 else 0
         self.skipped_in_row = 0 if is_good else self.skipped_in_row + 1
         self.skipped += not is_good
+        return far
 
 
 def check_counters(counters: Counters, max_skipped: int, situation: str) -> None:
@@ -67,6 +130,12 @@ def check_counters(counters: Counters, max_skipped: int, situation: str) -> None
             f"loss or gradient was not finite for {counters.skipped_in_row} steps in a row; "
             f"lower train.learning_rate or use train.precision=bf16 ({situation})"
         )
+
+
+def is_finite(parameters: Sequence[Tensor]) -> bool:
+    """Whether all values are numbers; one look at the device for all of them."""
+    norms = torch.stack(torch._foreach_norm(list(parameters)))
+    return bool(torch.isfinite(norms).all())
 
 
 def check_parameters(adapter: Adapter, situation: str) -> None:

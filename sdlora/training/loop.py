@@ -24,6 +24,7 @@ from sdlora.training.guards import (
     check_parameters,
     copy_ups,
     find_dead_modules,
+    is_finite,
 )
 from sdlora.training.journal import Journal, StepResult
 from sdlora.training.learner import Learner
@@ -110,13 +111,17 @@ class Trainer:
         self.learner.update(rate, skip=not gradient.is_finite)
         counters.step += 1
         counters.images_seen += len(samples)
-        counters.count(gradient.loss, is_good=gradient.is_finite)
+        far = counters.count(gradient.loss, gradient.norm, is_good=gradient.is_finite)
         images = tuple(sample.record.name for sample in samples)
         situation = (
             f"step {counters.step}, loss {gradient.loss:g}, gradient norm {gradient.norm:g}, "
             f"learning rate {rate:g}, images {', '.join(images)}; {self._last_good()}"
         )
         check_counters(counters, self.settings.max_skipped_steps, situation)
+        if not is_finite(self.learner.parameters):
+            check_parameters(adapter, situation)
+        if far:
+            self.warn(f"step {counters.step} is far from the others: {', '.join(far)}", images=images)
         if ups is not None and gradient.is_finite:
             dead = check_dead_modules(
                 find_dead_modules(adapter, ups), self._is_single_token(samples[0].crop.size)
@@ -181,7 +186,6 @@ class Trainer:
         saves, samples = self.step in self.plan.save_steps, self.step in self.plan.sample_steps
         if not (saves or samples or stopping):
             return
-        check_parameters(self.learner.adapter, f"step {self.step}; {self._last_good()}")
         if self.accelerator.is_main_process:
             self._save_adapter()
             if saves or stopping:

@@ -82,7 +82,7 @@ def load_state(run: RunFolder, step: int, learner: Learner) -> Counters:
     """
     tensors, optimizer, state = read_checkpoint(run.checkpoint(step))
     _restore(run, learner, tensors, optimizer, state)
-    return Counters(**state["counters"])
+    return Counters.restore(state["counters"])
 
 
 def _restore(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from sdlora.errors import TrainingDiverged
 from sdlora.lora.adapter import Adapter, LowRank
 from sdlora.training.guards import (
     Counters,
+    Spread,
     check_counters,
     check_dead_modules,
     check_parameters,
@@ -22,7 +26,7 @@ from sdlora.training.learner import Gradient
 
 def check(counters: Counters, loss: float, norm: float = 1.0) -> bool:
     is_good = Gradient(loss, norm, ()).is_finite
-    counters.count(loss, is_good=is_good)
+    counters.count(loss, norm, is_good=is_good)
     check_counters(counters, 3, "step 3, images cat.png; the last good checkpoint is X")
     return is_good
 
@@ -57,6 +61,28 @@ def test_a_loss_of_zero_stops():
         assert check(counters, 0.0)
     with pytest.raises(TrainingDiverged, match="exactly 0"):
         check(counters, 0.0)
+
+
+def test_what_is_far():
+    """A spike is told by the run's own distribution, whatever its scale; ordinary draws never are."""
+    draws = random.Random(0)
+    for width in (0.01, 0.5, 1.5):
+        spread = Spread()
+        ordinary = [0.3 * math.exp(draws.gauss(0, width)) for _ in range(2000)]
+        assert not any(spread.take(value) for value in ordinary)
+        assert spread.mean == pytest.approx(math.log(0.3), abs=width / 2)
+        assert spread.take(0.3 * math.exp(12 * max(width, 0.1)))
+        assert not spread.take(0.3)
+    assert not Spread().take(1e9), "nothing is known yet"
+    assert not any(spread.take(value) for value in (0.0, math.nan, math.inf)), "other guards tell those"
+
+
+def test_counters_survive_json():
+    """R-03: whatever a run has counted comes back with its checkpoint."""
+    counters = Counters()
+    for step in range(40):
+        counters.count(0.1 + step / 100, math.inf if step == 5 else 2.0, is_good=step != 5)
+    assert Counters.restore(json.loads(json.dumps(asdict(counters)))) == counters
 
 
 def make_adapter(**ups: float) -> Adapter:

@@ -1,0 +1,133 @@
+"""Numbers that go wrong in the middle of a run (R-06, R-09, R-19)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sdlora.errors import TrainingDiverged
+from sdlora.training import learner
+
+SMALL_RUN = {"train__steps": 4, "train__save_every": 2, "train__sample_every": 0, "train__evaluate_every": 0}
+
+
+@pytest.fixture
+def make(make_images, tiny, make_trainer, tmp_path, sd15_folder):
+    """A trainer on the tiny base."""
+
+    def make(**changes):
+        images = make_images(sizes=((32, 32),) * 4)
+        config = tiny(images, **{"base__source": str(sd15_folder), **SMALL_RUN, **changes})
+        return make_trainer(config, tmp_path / "run")
+
+    return make
+
+
+def spoil_loss(trainer, value):
+    denoise = trainer.learner.denoise
+    trainer.learner.denoise = lambda noisy, *rest: denoise(noisy, *rest) * value
+
+
+def spoil_latent(trainer, value):
+    posterior = trainer.prepared.encodings.posterior
+
+    def spoilt(*view):
+        mean, std = posterior(*view)
+        mean = mean.clone()
+        mean[0, 0, 0] = value
+        return mean, std
+
+    trainer.prepared.encodings.posterior = spoilt
+
+
+def spoil_gradient(trainer, value):
+    def spoil(gradient):
+        gradient = gradient.clone()
+        gradient.view(-1)[0] = value
+        return gradient
+
+    trainer.learner.parameters[-1].register_hook(spoil)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("spoil", [spoil_loss, spoil_latent, spoil_gradient])
+def test_one_bad_step_is_skipped(make, spoil, value):
+    """R-06: the step is skipped, counted, and told with its pictures; the adapter is what it was."""
+    trainer = make(train__batch_size=2, train__max_skipped_steps=2)
+    trainer.record(trainer.train_step(), 1.0)
+    before = [parameter.detach().clone() for parameter in trainer.learner.parameters]
+    spoil(trainer, value)
+    samples = trainer.plan.order.step(1)
+    result = trainer.train_step()
+    trainer.record(result, 1.0)
+    assert not result.updated
+    assert trainer.counters.skipped == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.learner.parameters, strict=True))
+    [warning] = trainer.run.events("warning")
+    assert warning["message"].startswith("step 2 skipped: loss ")
+    assert warning["images"] == [sample.record.name for sample in samples]
+    with pytest.raises(
+        TrainingDiverged, match=r"not finite for 2 steps in a row; .*\(step 3, loss .*images "
+    ):
+        trainer.train_step()
+    assert trainer.run.saved_steps() == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_a_bad_parameter_stops_at_once(make, value):
+    """R-06: with the module, the step, the pictures, the rate and the last good checkpoint."""
+    trainer = make()
+    name, pair = list(trainer.learner.adapter.modules.items())[3]
+    step = trainer.learner.optimizer.step
+
+    def spoilt(*args):
+        step(*args)
+        if trainer.step == 2:
+            pair.up.data[0, 0] = value
+
+    trainer.learner.optimizer.step = spoilt
+    with pytest.raises(TrainingDiverged) as caught:
+        trainer.train()
+    last = trainer.run.checkpoint(2)
+    [image] = [sample.record.name for sample in trainer.plan.order.step(2)]
+    for part in (f"such as {name};", "(step 3, loss ", "learning rate 0.001", f"images {image};", str(last)):
+        assert part in str(caught.value)
+    assert trainer.run.saved_steps() == trainer.run.checkpoint_steps() == [2]
+
+
+def test_a_loss_of_zero_stops(make, monkeypatch):
+    """R-06: nothing is learnt from it; after five steps of it the run says so."""
+    trainer = make(train__steps=9, train__save_every=0)
+    trainer.record(trainer.train_step(), 1.0)
+    up = trainer.learner.parameters[-1]
+    monkeypatch.setattr(learner, "denoising_loss", lambda *rest: 0 * up.sum() + torch.zeros(1))
+    with pytest.raises(TrainingDiverged, match=r"exactly 0 for 5 steps: .*\(step 6, loss 0"):
+        trainer.train()
+
+
+def test_a_spike_is_told_with_its_pictures(make, sd21_folder):
+    """R-06: a picture unlike the others shows as a loss far outside the run's own distribution."""
+    trainer = make(base__source=str(sd21_folder), train__steps=60, train__save_every=0)
+    posterior = trainer.prepared.encodings.posterior
+
+    def strange(record, crop):
+        mean, std = posterior(record, crop)
+        return (mean + 3e3, std) if trainer.step == 50 else (mean, std)
+
+    trainer.prepared.encodings.posterior = strange
+    trainer.train()
+    [warning] = trainer.run.events("warning")
+    assert warning["step"] == 51
+    assert warning["message"].startswith("step 51 is far from the others: loss ")
+    assert warning["images"] == [sample.record.name for sample in trainer.plan.order.step(50)]
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(make):
+    """R-19: at step 500 within 2 % of step 50, samples, saves and held-out losses included."""
+    trainer = make(train__steps=500, train__save_every=25, train__sample_every=100, train__evaluate_every=50)
+    trainer.train()
+    memory = {event["step"]: event["memory_mb"] for event in trainer.run.events("step")}
+    assert memory[500] <= 1.02 * memory[50]
