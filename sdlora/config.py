@@ -213,7 +213,7 @@ class TrainSection(Section):
     seed: int = _field(0, "give a whole number, such as 0", ge=0, lt=2**32)
     ema_decay: float = _field(0.0, "use 0 to switch off, or 0.99 to 0.9999", ge=0, lt=1)
     grad_clip: float = _field(1.0, "use 1, or 0 to switch clipping off", ge=0)
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = _field("auto", "use auto, true or false")
     max_skipped_steps: int = _field(10, "give how many bad steps in a row are too many", ge=1)
     save_every: int | None = _field(None, "give a number of steps, or 0 for the end only", ge=0)
     keep_checkpoints: int = _field(2, "keep at least 1", ge=1)

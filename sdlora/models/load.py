@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import diffusers
@@ -33,6 +33,7 @@ __all__ = [
     "StockPipeline",
     "attention_kernel",
     "empty_components",
+    "empty_model",
     "empty_unet",
     "inspect_base",
     "load_base",
@@ -44,8 +45,9 @@ StockPipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 PIPELINES: dict[str, Any] = {
     cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)
 }
+DIFFUSERS: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 MODELS: dict[str, Any] = {
-    "vae": AutoencoderKL,
+    **DIFFUSERS,
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection,
 }
@@ -57,17 +59,24 @@ ALIGNMENT = 64  # bytes, of memory that torch allocates
 SAFE = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
 
 
-def load_base(info: BaseInfo, *, dtype: torch.dtype, device: torch.device | str) -> StableDiffusion:
+def load_base(
+    info: BaseInfo,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    unet_device: torch.device | str | None = None,
+) -> StableDiffusion:
     """Loads and freezes a base.
 
     Args:
         dtype: Of the UNet. Text encoders are fp32, the VAE as `vae_dtype` says.
         device: Where all parts go; `StableDiffusion.encoders_to` moves the encoders away.
+        unet_device: Where the UNet waits meanwhile, if not there too.
 
     Raises:
         ModelError: If the files lack weights that the configuration asks for.
     """
-    unet = load_unet(info.parts["unet"], dtype, device, info.quantize)
+    unet = load_unet(info.parts["unet"], dtype, unet_device or device, info.quantize)
     vae = load_part(info.parts["vae"], vae_dtype(info, dtype, device))
     text_encoders = tuple(load_part(info.parts[name], torch.float32) for name in info.traits.text_encoders)
     tokenizers = tuple(load_tokenizer(info, number) for number in range(len(info.words)))
@@ -86,7 +95,7 @@ def load_unet(
     Raises:
         ModelError: If weights would be left at random, or are not numbers.
     """
-    unet = _build_empty(part)
+    unet = empty_model("unet", part.config)
     names = None if part.folder is not None else names_of_unet(part)
     _check_complete(part, fill(unet, read_part(part, names), part, dtype=dtype, device=device, scheme=scheme))
     return unet.requires_grad_(False).eval()
@@ -146,7 +155,7 @@ def empty_unet(info: BaseInfo) -> UNet2DConditionModel:
     Raises:
         ModelError: If its files hold less than its configuration asks for (R-25).
     """
-    unet = _build_empty(info.parts["unet"])
+    unet = empty_model("unet", info.unet_config)
     asked = sum(parameter.numel() for parameter in unet.parameters())
     if info.num_parameters < asked:
         raise ModelError(
@@ -156,10 +165,14 @@ def empty_unet(info: BaseInfo) -> UNet2DConditionModel:
     return unet
 
 
-def _build_empty(part: Part) -> UNet2DConditionModel:
+def empty_model(name: str, config: Mapping[str, Any]) -> Any:
+    """The network of a configuration without weights, on the meta device.
+
+    Args:
+        name: `unet` or `vae`.
+    """
     with quiet(), torch.device("meta"):
-        unet: UNet2DConditionModel = UNet2DConditionModel.from_config(dict(part.config))
-    return unet
+        return DIFFUSERS[name].from_config(dict(config))
 
 
 def empty_components(info: BaseInfo, *, text: bool) -> dict[str, nn.Module]:

@@ -26,6 +26,7 @@ from sdlora.models.safety import missing_checker
 from sdlora.training.adapter import check_init_from
 from sdlora.training.defaults import check_objective, global_batch, resolve_config
 from sdlora.training.groups import describe_rates
+from sdlora.training.memory import ANY_MACHINE, Machine, Memory, Workload, plan_memory
 from sdlora.training.optimizer import check_optimizer, find_optimizer, num_warmup_steps
 from sdlora.training.parents import check_parents, describe_parents, find_parents, with_parents
 from sdlora.training.preflight import examine_images
@@ -46,6 +47,7 @@ class RunPlan:
         num_padded: The same with every module at the largest rank, as kohya's format has them.
         num_base: Parameters of the UNet.
         num_processes: Processes of the run.
+        memory: What the run will need of the device's.
         findings: What preflight noticed; errors have already stopped the run.
         data_lines: What preflight prints about the pictures.
         parents: What the new adapter stands on, the root first.
@@ -61,6 +63,7 @@ class RunPlan:
     num_padded: int
     num_base: int
     num_processes: int
+    memory: Memory
     findings: list[Finding]
     data_lines: list[str]
     parents: tuple[Step, ...] = ()
@@ -177,6 +180,7 @@ class RunPlan:
             f"{self.images_seen} images seen",
             *self._average_lines(),
             *self._exchange_lines(),
+            *self.memory.lines(self.info.quantize),
             f"rate      {train.learning_rate:g}, {train.schedule} after {warmup} warm-up steps, "
             f"{train.optimizer}{f'; {rates}' if rates else ''}",
             f"loss      {describe_objective(self.objective)}",
@@ -231,6 +235,7 @@ class RunPlan:
             "base_parameters": self.num_base,
             "adapter_bytes": self.adapter_bytes,
             "disk_bytes": self.disk_bytes,
+            "memory": self.memory.as_event(),
             "num_processes": self.num_processes,
             "exchange_bytes": self.exchange_bytes,
             "dataset_digest": self.index.digest,
@@ -256,8 +261,13 @@ def _points(steps: Sequence[int]) -> str:
     return f"at {steps[0]}, {steps[1]} … {steps[-1]}"
 
 
-def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
+def make_plan(config: RunConfig, num_processes: int = 1, machine: Machine = ANY_MACHINE) -> RunPlan:
     """Reads every picture and caption and the base's description; loads no weights.
+
+    Args:
+        config: The settings.
+        num_processes: Of the run.
+        machine: Where it shall be.
 
     Raises:
         SdloraError: For anything that is wrong with the pictures, the base or the settings.
@@ -281,6 +291,13 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     findings += [Finding("notice", about_rank)] if about_rank else []
     layout = plan_layout(config.lora, match_modules(parts, config.lora.targets))
     check_optimizer(config.train, list(layout.ranks))
+    largest = max((crops[0].size for crops in buckets.crops.values()), key=lambda size: size.area)
+    num_frozen = sum(step.adapter.num_parameters for step in parents)
+    work = Workload(config, info, parts, layout.ranks, num_frozen, largest)
+    memory, problem = plan_memory(work, machine)
+    config = config.replace(train={"gradient_checkpointing": memory.checkpointing})
+    if problem:
+        findings.append(Finding("warning", problem))
     if other_base := check_init_from(config, info, parts, layout):
         findings.append(Finding("warning", other_base))
     return RunPlan(
@@ -300,6 +317,7 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
         num_padded=count_parameters(parts, dict.fromkeys(layout.ranks, max(layout.ranks.values()))),
         num_base=sum(parameter.numel() for parameter in parts["unet"].parameters()),
         num_processes=num_processes,
+        memory=memory,
         findings=findings,
         data_lines=data_lines,
         parents=parents,

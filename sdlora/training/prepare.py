@@ -87,7 +87,10 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, repor
     """Loads the base, encodes, lets the encoders leave the device, and mounts a fresh adapter."""
     config = plan.config
     text_learns = config.lora.text_encoder
-    base = load_base(plan.info, dtype=precision.base_dtype, device=accelerator.device)
+    # The device never holds the encoders and the UNet at once, if the encodings are kept.
+    device = accelerator.device
+    waits = "cpu" if config.data.cache is not False else device
+    base = load_base(plan.info, dtype=precision.base_dtype, device=device, unet_device=waits)
     parents = stack_of(plan.parents)
     mount(base.components, parents)
     encodings = Encodings(
@@ -113,6 +116,7 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, repor
     }
     if encodings.cache is not None:
         base.encoders_to("cpu", text=not text_learns)
+    base.unet.to(device)
     if config.train.gradient_checkpointing:
         base.enable_gradient_checkpointing(text=text_learns)
     adapter, started = make_adapter(config, plan.info, base.components, plan.layout)

@@ -29,6 +29,7 @@ from sdlora.training.device import (
 from sdlora.training.finish import finish
 from sdlora.training.identity import Change
 from sdlora.training.loop import Trainer
+from sdlora.training.memory import Machine, free_bytes
 from sdlora.training.plan import RunPlan, check_disk, make_plan
 from sdlora.training.prepare import doubt_prediction, prepare
 from sdlora.training.processes import (
@@ -84,7 +85,7 @@ def train(
     accelerator, precision, report = _start(settings, quiet)
     with failing_together(accelerator):
         run = _choose_folder(images, out, accelerator)
-        plan = make_plan(settings, accelerator.num_processes)
+        plan = make_plan(settings, accelerator.num_processes, find_machine(accelerator, precision))
         _announce(plan, report, is_default_base=base is None and settings.base.source == "builtin")
         _check_same_plan(accelerator, plan)
         check_disk(plan, run.path)
@@ -138,7 +139,7 @@ def resume(
         if count_over(accelerator, is_finished):
             report.say(f"{run.path} is finished at step {steps}: {run.adapter}; a larger train.steps goes on")
             return run
-        plan = make_plan(changed, accelerator.num_processes)
+        plan = make_plan(changed, accelerator.num_processes, find_machine(accelerator, precision))
         _check_same_plan(accelerator, plan)
         check_disk(plan, run.path)
         step = count_over(
@@ -304,3 +305,11 @@ def flat_settings(settings: RunConfig) -> dict[str, str]:
         if isinstance(keys, dict)
         for key, value in keys.items()
     }
+
+
+def find_machine(accelerator: Accelerator, precision: Precision) -> Machine:
+    """What all processes can count on: the least that one of them has, and of one CPU's memory a share."""
+    own = free_bytes(accelerator.device)
+    least = min(gather_numbers(accelerator, -1 if own is None else own))
+    share = accelerator.num_processes if accelerator.device.type == "cpu" else 1
+    return Machine(precision, accelerator.device, None if least < 0 else least // share)

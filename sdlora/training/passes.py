@@ -1,0 +1,149 @@
+"""Passes of a run's networks without numbers, on the meta device: how much memory each needs beside weights.
+
+B batch, C channels, H W picture size, h w latent size, L tokens, D width, P pooled width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdlora.data.records import Size
+from sdlora.lora.adapter import Adapter, LowRank
+from sdlora.lora.attach import mount
+from sdlora.lora.layers import pair_shapes
+from sdlora.lora.modules import carrier_layers
+from sdlora.models.info import NUM_TIME_IDS
+from sdlora.models.load import empty_model
+from sdlora.models.quantize import quantize
+from sdlora.training.live_bytes import peak_bytes
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class UnetPass:
+    """One pass of a UNet with an adapter.
+
+    Args:
+        config: The UNet's, as JSON.
+        ranks: Of the adapter's modules.
+        latents: h and w.
+        tokens: L.
+        dtype: Of arithmetic and activations.
+        is_quantized: Whether weights are expanded for each product.
+        batch_size: B.
+        learns: With the backward pass.
+        checkpointing: Whether activations are recomputed for that.
+    """
+
+    config: str
+    ranks: tuple[tuple[str, int], ...]
+    latents: Size
+    tokens: int
+    dtype: torch.dtype
+    is_quantized: bool
+    batch_size: int
+    learns: bool
+    checkpointing: bool = False
+
+
+@lru_cache(maxsize=64)
+def unet_peak(task: UnetPass) -> int:
+    """The most bytes alive at once, weights left out, gradients of the adapter included."""
+    config = json.loads(task.config)
+    unet = empty_model("unet", config)
+    nn.Module.to(unet, task.dtype)
+    if task.is_quantized:
+        # Any scheme expands to the same weights, and this one needs no tables of another package.
+        quantize(unet, "int8")
+    unet.requires_grad_(False).train(task.checkpointing)
+    if task.checkpointing:
+        unet.enable_gradient_checkpointing()
+    adapter = _empty_adapter(unet, dict(task.ranks), learns=task.learns)
+    if adapter is not None:
+        mount(unet, [(adapter, 1.0)])
+
+    def make(*shape: int) -> Tensor:
+        return torch.empty(task.batch_size, *shape, dtype=task.dtype, device=META)
+
+    noisy = make(config.get("in_channels", 4), task.latents.height, task.latents.width)
+    hidden = make(task.tokens, int(config["cross_attention_dim"]))
+    added = None
+    if config.get("addition_embed_type") == "text_time":
+        ids_width = NUM_TIME_IDS * int(config["addition_time_embed_dim"])
+        pooled = int(config["projection_class_embeddings_input_dim"]) - ids_width
+        added = {"text_embeds": make(pooled), "time_ids": make(NUM_TIME_IDS)}
+    timesteps = torch.zeros(task.batch_size, dtype=torch.long, device=META)
+
+    def compute() -> None:
+        with torch.set_grad_enabled(task.learns):
+            answer = unet(noisy, timesteps, hidden, added_cond_kwargs=added, return_dict=False)[0]
+            if task.learns:
+                answer.float().square().mean().backward()
+
+    known = [*unet.parameters(), *unet.buffers(), *(adapter.parameters() if adapter else [])]
+    return peak_bytes(compute, known)
+
+
+@lru_cache(maxsize=64)
+def vae_peaks(config: str, size: Size, dtype: torch.dtype) -> tuple[int, int]:
+    """What encoding and decoding one picture need.
+
+    Args:
+        config: The VAE's, as JSON.
+        size: H and W.
+        dtype: Of the VAE.
+    """
+    settings = json.loads(config)
+    vae = empty_model("vae", settings)
+    nn.Module.to(vae, dtype)
+    weights = [*vae.parameters(), *vae.buffers()]
+    factor = 2 ** (len(settings["block_out_channels"]) - 1)
+    latents = (int(settings["latent_channels"]), size.height // factor, size.width // factor)
+
+    def make(*shape: int) -> Tensor:
+        return torch.empty(1, *shape, dtype=dtype, device=META)
+
+    pixels, noise = make(3, size.height, size.width), make(*latents)
+    with torch.no_grad():
+        return peak_bytes(lambda: vae.encode(pixels), weights), peak_bytes(lambda: vae.decode(noise), weights)
+
+
+def text_peak(encoders: Mapping[str, nn.Module], ranks: Mapping[str, int], tokens: int, captions: int) -> int:
+    """What text encoders that learn keep for their backward pass, in fp32, and their adapter's gradients.
+
+    Args:
+        encoders: By component, on the meta device; an adapter stays mounted on them.
+        ranks: Of the modules that learn.
+        tokens: L.
+        captions: B.
+    """
+    adapter = _empty_adapter(encoders, ranks, learns=True)
+    if adapter is None:
+        return 0
+    mount(encoders, [(adapter, 1.0)])
+    ids = torch.zeros(captions, tokens, dtype=torch.long, device=META)
+    weights = [tensor for part in encoders.values() for tensor in (*part.parameters(), *part.buffers())]
+
+    def compute() -> None:
+        answers: list[Any] = [encoder(ids)[0] for encoder in encoders.values()]
+        torch.cat([answer.flatten() for answer in answers]).square().mean().backward()
+
+    return peak_bytes(compute, [*weights, *adapter.parameters()])
+
+
+def _empty_adapter(model: Any, ranks: Mapping[str, int], *, learns: bool) -> Adapter | None:
+    layers = carrier_layers(model)
+
+    def make(shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, device=META, requires_grad=learns)
+
+    pairs = {name: LowRank(*map(make, pair_shapes(layers[name], rank))) for name, rank in ranks.items()}
+    return Adapter(pairs, max(ranks.values()), 1.0) if pairs else None
