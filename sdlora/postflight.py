@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,31 +66,51 @@ def postflight(
     """
     parts = {name: part for name, part in components(model).items() if name in adapter.components}
     weights = {name: next(part.parameters()) for name, part in components(model).items()}
-    pipeline = load_stock_pipeline(info, dtype=weights["unet"].dtype, only=["unet", *parts])
-    fresh = {name: getattr(pipeline, name).to(weights[name].device) for name in parts}
+    places = {name: (weight.device, weight.dtype) for name, weight in weights.items()}
     # A base of few bits answers otherwise than the full one, which is where a LoRA is used.
-    own = parts if info.quantize == "none" else fresh
-    with mounted(own, []):
-        base = {name: _run(name, part) for name, part in own.items()}
-    with mounted(own, [(adapter, 1.0)]):
-        trained = {name: _run(name, part) for name, part in own.items()}
-    reports = []
-    for path in map(Path, paths):
-        problems = _load(pipeline, path, list(parts)) + _compare_modules(adapter, fresh)
-        stock = {name: _run(name, part) for name, part in fresh.items()}
-        for name in parts:
-            problems += _compare_outputs(name, base[name], trained[name], stock[name], weights[name].dtype)
-        if problems:
-            error = AdapterError(
-                f"{path} does not do in a fresh pipeline what was trained: {'; '.join(problems)}"
-            )
-            error.exit_code = 1
-            raise error
-        first = next(iter(parts))
-        difference, effect = _distance(stock[first], trained[first]), _distance(stock[first], base[first])
-        reports.append(PostflightReport(path, len(adapter.modules), difference, effect))
-        pipeline.unload_lora_weights()
+    outputs = _outputs(parts, adapter) if info.quantize == "none" else None
+    with _waiting(components(model).values()):
+        pipeline = load_stock_pipeline(info, dtype=places["unet"][1], only=["unet", *parts])
+        fresh = {name: getattr(pipeline, name).to(places[name][0]) for name in parts}
+        base, trained = outputs or _outputs(fresh, adapter)
+        reports = []
+        for path in map(Path, paths):
+            problems = _load(pipeline, path, list(parts)) + _compare_modules(adapter, fresh)
+            stock = {name: _run(name, part) for name, part in fresh.items()}
+            for name in parts:
+                problems += _compare_outputs(name, base[name], trained[name], stock[name], places[name][1])
+            if problems:
+                error = AdapterError(
+                    f"{path} does not do in a fresh pipeline what was trained: {'; '.join(problems)}"
+                )
+                error.exit_code = 1
+                raise error
+            first = next(iter(parts))
+            difference, effect = _distance(stock[first], trained[first]), _distance(stock[first], base[first])
+            reports.append(PostflightReport(path, len(adapter.modules), difference, effect))
+            pipeline.unload_lora_weights()
     return reports
+
+
+def _outputs(parts: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What parts answer without and with the adapter."""
+    with mounted(parts, []):
+        base = {name: _run(name, part) for name, part in parts.items()}
+    with mounted(parts, [(adapter, 1.0)]):
+        return base, {name: _run(name, part) for name, part in parts.items()}
+
+
+@contextmanager
+def _waiting(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """Parts leave their device for a while: it need not hold two UNets."""
+    homes = [(part, next(part.parameters()).device) for part in parts]
+    try:
+        for part, _ in homes:
+            part.to("cpu")
+        yield
+    finally:
+        for part, device in homes:
+            part.to(device)
 
 
 @torch.no_grad()

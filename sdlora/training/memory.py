@@ -87,6 +87,7 @@ class Memory:
         sample: The most that the UNet needs to sample a batch, its own copy of the adapter included; 0 if
             there are no samples.
         decode: The most that decoding a picture needs; 0 likewise.
+        prove: The most that the UNet needs for the one pass that proves an export.
         checkpointing: Whether activations are recomputed.
         staying: Which encoders stay on the device while the UNet learns: `vae`, `text_encoders`.
         shares: Whether encoders that leave the device still take of the same memory.
@@ -100,6 +101,7 @@ class Memory:
     learn: int
     sample: int
     decode: int
+    prove: int
     checkpointing: bool
     staying: tuple[str, ...]
     shares: bool
@@ -123,6 +125,9 @@ class Memory:
         if self.sample:
             vae = 0 if self.shares or "vae" in self.staying else self.vae
             stages["sampling"] = trained + max(self.sample, vae + self.decode)
+        # A fresh UNet of full size, while the trained one waits in the computer's memory.
+        plain = sum(part.plain for part in self.unet.values())
+        stages["postflight"] = trained + plain + self.prove - (0 if self.shares else self.unet_bytes)
         return stages
 
     @property
@@ -138,7 +143,10 @@ class Memory:
         whole |= {"encoders": beside} if beside else {}
         parts = ", ".join(f"{name} {as_size(size)}" for name, size in whole.items())
         how = "with" if self.checkpointing else "without"
-        lines = [f"memory    about {as_size(self.peak)}: {stages} ({parts}), {how} gradient checkpointing"]
+        lines = [
+            f"memory    about {as_size(self.peak)}: {stages}",
+            f"          training: {parts}, {how} gradient checkpointing",
+        ]
         if quantize != "none":
             kinds = ", ".join(
                 f"{name} {as_size(part.plain)} to {as_size(part.stored)}" for name, part in self.unet.items()
@@ -228,6 +236,7 @@ def estimate_memory(work: Workload, machine: Machine, *, checkpointing: bool) ->
         learn=learn,
         sample=unet_peak(sampling) + 4 * trained if has_samples else 0,
         decode=decode if has_samples else 0,
+        prove=unet_peak(replace(sampling, batch_size=1, is_quantized=False)),
         checkpointing=checkpointing,
         staying=("vae",) * no_cache + ("text_encoders",) * (no_cache or bool(texts)),
         shares=machine.device.type == "cpu",
