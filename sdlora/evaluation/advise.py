@@ -85,9 +85,13 @@ class Advice:
         else:
             lines.append(
                 f"advice    rank {best.rank} keeps {min(best.kept, 1):.0%} of what rank {whole.rank} learned"
-                f": {best.megabytes:.1f} MB instead of {whole.megabytes:.1f}"
+                f": {_size(best.megabytes)} MB instead of {_size(whole.megabytes)}"
             )
         return [*lines, f"curve     {self.curve}", *(f"wrote     {file}" for file in self.files)]
+
+
+def _size(megabytes: float) -> str:
+    return f"{megabytes:.2g}" if megabytes < 99 else f"{megabytes:.0f}"
 
 
 def advise_rank(

@@ -30,6 +30,7 @@ def run(tmp_path_factory, draw_images):
         "train.warmup": 2,
         "train.save_every": 0,
         "train.sample_every": 0,
+        "train.evaluate_every": 0,
         "sample.steps": 2,
         "sample.prompts": ["a circle"],
     }

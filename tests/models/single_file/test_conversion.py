@@ -32,7 +32,9 @@ def make(base: StableDiffusion, targets: list[str]) -> Adapter:
     return adapter.to()
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize(
+    "family", ["sd2", *(pytest.param(other, marks=pytest.mark.slow) for other in ("sd1", "sdxl"))]
+)
 def test_one_file_in_one_file_out(family: str, tiny_bases: Mapping[str, Any], tmp_path: Path) -> None:
     """R-40: the merged file is the merged folder, weight by weight; and the LoRA comes out of it again."""
     file, folder = tiny_bases[family].file, tiny_bases[family].folder
