@@ -39,7 +39,14 @@ FORBIDDEN_KEYWORDS = {"trust_remote_code", "allow_pickle", "weights_only", "cust
 ALLOWED = {
     "subprocess": {"builtin/icons.py"},  # npm, to fetch drawings when the base is made anew
     "socket": {"training/processes.py"},  # the host's own name
-    "importlib": {"__init__.py", "cli/__init__.py", "training/optimizer.py", "training/device.py"},
+    # models/info.py only asks whether bitsandbytes is there
+    "importlib": {
+        "__init__.py",
+        "cli/__init__.py",
+        "models/info.py",
+        "training/optimizer.py",
+        "training/device.py",
+    },
     "huggingface_hub": {"models/hub.py", "export.py"},
     "multiprocessing": set(),
     "ctypes": set(),
