@@ -52,6 +52,16 @@ class BaseSection(Section):
     dtype: Dtype = _field("auto", "use auto, fp32, bf16 or fp16")
     vae: str | None = None
     quantize: Quantize = _field("none", "use none, int8 or nf4")
+    quantize_correction: int = _field(0, "use a rank such as 16, or 0 for none", ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> BaseSection:
+        if self.quantize_correction and self.quantize != "nf4":
+            raise ValueError(
+                f"base.quantize_correction = {self.quantize_correction} needs base.quantize = nf4, not "
+                f"{self.quantize}; set base.quantize=nf4, or leave base.quantize_correction out"
+            )
+        return self
 
 
 class DataSection(Section):

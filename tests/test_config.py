@@ -41,6 +41,10 @@ def problems(*overrides: str) -> list[str]:
         ("train.learning_rates=1e-4", "train.learning_rates = 0.0001 must be a table"),
         ("train.precision=fp8", "train.precision = 'fp8' must be one of"),
         ("base.quantize=fp4", "base.quantize = 'fp4' must be one of 'none', 'int8' or 'nf4'; use none, int8"),
+        (
+            "base.quantize_correction=16",
+            "base.quantize_correction = 16 needs base.quantize = nf4, not none; set base.quantize=nf4",
+        ),
         ("data.cache=maybe", "data.cache = 'maybe' must be true or false"),
         ("data.crop_variants=3", "data.crop_variants = 3 needs data.crop = random"),
         ("data.heldout=1.5", "data.heldout = 1.5 must be a share below 1"),
@@ -218,7 +222,7 @@ def test_presets_are_valid_and_short():
 def test_the_keys_are_pinned():
     """One way in: a new setting is a decision, made here too."""
     keys = {
-        "base": "dtype quantize revision source vae variant",
+        "base": "dtype quantize quantize_correction revision source vae variant",
         "data": "allow_missing_captions background cache caption_dropout crop crop_variants flip "
         "follow_links heldout on_bad_image resolution trigger",
         "lora": "alpha alpha_pattern dropout force_parent init init_from max_norm parent rank rank_pattern "

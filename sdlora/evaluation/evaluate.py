@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from sdlora.evaluation.bench import open_bench
+from sdlora.evaluation.bench import Bench, open_bench
+from sdlora.evaluation.gap import Gap, full_base
 from sdlora.evaluation.heldout import HeldoutLoss
 from sdlora.evaluation.pictures import PictureDistance, mean_distance, picture_distances
 from sdlora.runs import RunFolder
@@ -28,6 +29,7 @@ class Evaluation:
         style_wins: For how many pictures the style's sample is nearer in style than the base's.
         untriggered_distance: And with the adapter, but the trigger taken out of the captions; None
             without a trigger.
+        gap: The style's loss on the full base beside that on a base of few bits, where it was trained.
     """
 
     images: int
@@ -37,6 +39,7 @@ class Evaluation:
     style_distance: PictureDistance
     style_wins: int
     untriggered_distance: PictureDistance | None = None
+    gap: Gap | None = None
 
     @property
     def bleed(self) -> float | None:
@@ -61,7 +64,7 @@ class Evaluation:
         if self.untriggered_distance is not None:
             share = "" if self.bleed is None else f": {self.bleed:.0%} of the style is there without it"
             lines.append(f"without trigger   style distance {self.untriggered_distance.style:.3f}{share}")
-        return lines
+        return lines + ([f"gap               {self.gap}"] if self.gap else [])
 
 
 def _beside(title: str, base: float, style: float) -> str:
@@ -103,10 +106,21 @@ def evaluate(
         style_distance=mean_distance(styled),
         style_wins=sum(style.style < base.style for base, style in zip(plain, styled, strict=True)),
         untriggered_distance=untriggered,
+        gap=_gap(bench, style_loss),
     )
     values = {**asdict(result), "bleed": result.bleed, "adapter": bench.run.adapter.name, "seed": seed}
     write_json(bench.run.evaluation_file, values)
     return result
+
+
+def _gap(bench: Bench, trained: HeldoutLoss) -> Gap | None:
+    """How the style does on the full base, where its own has few bits (R-48)."""
+    quantize = bench.base.info.quantize
+    if quantize == "none":
+        return None
+    with full_base(bench.base) as full:
+        used = replace(bench, base=full).loss(bench.style)
+    return Gap(quantize, trained.loss, used.loss, trained.num_images)
 
 
 def remove_trigger(caption: str, trigger: str) -> str:

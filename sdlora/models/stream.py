@@ -67,6 +67,7 @@ def fill(
     dtype: torch.dtype,
     device: torch.device | str,
     scheme: Quantize,
+    correction: int = 0,
 ) -> list[str]:
     """Gives a network on the meta device its frozen weights.
 
@@ -79,6 +80,7 @@ def fill(
         dtype: Of all that is not quantised; whole numbers keep theirs.
         device: Where it shall be.
         scheme: How layers are quantised.
+        correction: As `quantize_layer` has it.
 
     Returns:
         What it still lacks: names that did not come, or came in another shape.
@@ -92,22 +94,22 @@ def fill(
         if shapes.get(name) == tensor.shape:
             value = tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
             check_finite(part, name, value)
-            _place(module, name, value, tensor, scheme)
+            path, _, own = name.rpartition(".")
+            layer = module.get_submodule(path)
+            small = quantize_layer(layer, tensor.to(device), scheme, correction) if own == "weight" else None
+            if small is None:
+                _set(layer, own, value)
+            else:
+                parent, _, child = path.rpartition(".")
+                setattr(module.get_submodule(parent), child, small)
             missing.pop(name, None)
     return list(missing)
 
 
-def _place(module: nn.Module, name: str, value: Tensor, exact: Tensor, scheme: Quantize) -> None:
-    path, _, own = name.rpartition(".")
-    layer = module.get_submodule(path)
-    small = quantize_layer(layer, exact.to(value.device), scheme) if own == "weight" else None
-    if small is not None:
-        parent, _, child = path.rpartition(".")
-        setattr(module.get_submodule(parent), child, small)
-    elif own in layer._parameters:
-        setattr(layer, own, nn.Parameter(value, requires_grad=False))
-    else:
-        setattr(layer, own, value)
+def _set(layer: nn.Module, name: str, value: Tensor) -> None:
+    if name in layer._parameters:
+        value = nn.Parameter(value, requires_grad=False)
+    setattr(layer, name, value)
 
 
 def check_finite(part: Part, name: str, weight: Tensor) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 
+import torch
+
+from sdlora.evaluation.gap import measure_gap
 from sdlora.export import export_adapter
 from sdlora.lora.card import write_model_card
 from sdlora.lora.metadata import run_metadata
@@ -24,6 +28,8 @@ def finish(trainer: Trainer) -> None:
     if trainer.accelerator.is_main_process:
         with trainer.learner.averaged():
             export_final(trainer)
+            if trainer.plan.info.quantize != "none":
+                tell_gap(trainer)
         draw_loss_curve(trainer.run)
         trainer.report.say(*describe_losses(trainer))
         trainer.event("done", loss_ema=trainer.counters.loss_ema, skipped=trainer.counters.skipped)
@@ -60,6 +66,21 @@ def export_final(trainer: Trainer) -> None:
         grid="grid.png" if grids else None,
         weights=run.adapter.name,
     )
+
+
+def tell_gap(trainer: Trainer) -> None:
+    """Says how the LoRA does on the full base, which is not what it was trained on (R-48)."""
+    prepared = trainer.prepared
+    split = "heldout" if "heldout" in prepared.splits else "train"
+    stack = (*prepared.parents, (trainer.learner.adapter, 1.0))
+    try:
+        gap = measure_gap(prepared.base, stack, prepared.heldout_items(split), prepared.objective.schedule)
+    except torch.OutOfMemoryError:
+        trainer.warn("out of memory for the full base; `sdlora evaluate` measures the gap on another device")
+        return
+    pictures = {"train": "training", "heldout": "held-out"}[split]
+    trainer.report.say(f"gap       {pictures} {gap}")
+    trainer.event("gap", split=split, **asdict(gap), relative=gap.relative)
 
 
 def describe_losses(trainer: Trainer) -> list[str]:

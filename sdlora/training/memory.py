@@ -228,7 +228,7 @@ def estimate_memory(work: Workload, machine: Machine, *, checkpointing: bool) ->
     has_samples = bool(config.train.sample_every)
     no_cache = config.data.cache is False
     return Memory(
-        unet=bytes_by_part(work.parts["unet"], precision.base_dtype, info.quantize),
+        unet=bytes_by_part(work.parts["unet"], precision.base_dtype, info.quantize, info.correction),
         vae=info.parts["vae"].num_parameters * vae.itemsize,
         text_encoders=4 * sum(info.parts[name].num_parameters for name in info.traits.text_encoders),
         adapter=trained * (4 + _moment_bytes(config.train)) + 4 * work.num_frozen,

@@ -12,25 +12,40 @@ from safetensors.torch import load_file
 
 from sdlora.config import load_config
 from sdlora.errors import ConfigError
+from sdlora.evaluation.evaluate import evaluate
 from sdlora.sampling.session import sample
 from sdlora.training.train import resume, train
 
 
-@pytest.mark.parametrize("quantize", ["int8", "nf4"])
-def test_a_run_on_few_bits(make_images, small, tmp_path, capsys, quantize):
+def test_a_run_on_four_bits(make_images, small, tmp_path, capsys):
     """R-01, R-03, R-10, R-11, R-48: twice the same bits, stopped or not; what it saw is what is sampled."""
     images = make_images()
     config = small(
-        images, base__quantize=quantize, train__steps=4, train__save_every=2, train__sample_every=4
+        images,
+        base__quantize="nf4",
+        data__heldout=0.25,
+        train__steps=4,
+        train__save_every=2,
+        train__sample_every=4,
     )
     run = train(images, config=config, out=tmp_path / "straight")
-    first = capsys.readouterr().out.splitlines()
-    assert first[0].endswith(f"base stored in fp32 with {quantize} layers, adapter fp32")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].endswith("base stored in fp32 with nf4 layers, adapter fp32")
     [prepared] = run.events("prepared")
-    assert prepared["dtypes"]["unet"] == f"float32 with {quantize} layers"
-    assert run.read_environment()["base_quantize"] == quantize
+    assert prepared["dtypes"]["unet"] == "float32 with nf4 layers"
+    assert run.read_environment()["base_quantize"] == "nf4"
     [passed] = run.events("postflight")
     assert passed["files"] == ["final.safetensors", "final.kohya.safetensors"]
+    [gap] = run.events("gap")
+    assert (gap["quantize"], gap["split"], gap["images"]) == ("nf4", "heldout", 1)
+    assert 0 < abs(gap["used"] / gap["trained"] - 1) == pytest.approx(abs(gap["relative"]))
+    assert any(line.startswith("gap       held-out loss ") for line in printed)
+    evaluation = evaluate(run)
+    assert evaluation.gap is not None
+    assert evaluation.gap.trained == evaluation.style_loss.loss
+    assert evaluation.gap.used == pytest.approx(gap["used"], rel=1e-3)
+    assert json.loads(run.evaluation_file.read_text())["gap"]["quantize"] == "nf4"
+    assert evaluation.lines()[-1].startswith("gap               loss ")
 
     half = train(images, config=config.replace(train={"steps": 2}), out=tmp_path / "halves", quiet=True)
     resume(half.path, {"train.steps": 4}, quiet=True)
@@ -46,6 +61,9 @@ def test_the_base_s_bits_cannot_change(make_images, small, tmp_path):
     """R-48: a run goes on with the base that it began on, in as many bits."""
     config = small(make_images(), base__quantize="int8", train__steps=1)
     run = train(config.images, config=config, out=tmp_path / "run", quiet=True)
+    [gap] = run.events("gap")
+    assert (gap["quantize"], gap["split"]) == ("int8", "train")
+    assert abs(gap["relative"]) < 0.01
     with pytest.raises(ConfigError, match=r"base\.quantize cannot change"):
         resume(run.path, ["base.quantize=none"])
     assert json.loads(run.config_file.read_text())["base"]["quantize"] == "int8"
