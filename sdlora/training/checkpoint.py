@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdlora.errors import RunError
+from sdlora.reading import UnfitFileError, read_header, read_json
 from sdlora.writing import sync_folder, temporary_name
 
 ADAPTER_FILE = "adapter.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+MAX_STATE_BYTES = 2**28
 
 
 def save_checkpoint(
@@ -44,7 +47,8 @@ def save_checkpoint(
         numbers, values = _split_tensors(dict(optimizer))
         _save(tensors, temporary / ADAPTER_FILE)
         _save(values, temporary / OPTIMIZER_FILE)
-        text = json.dumps({**state, "optimizer": numbers}, indent=1)
+        digests = {name: _digest_file(temporary / name) for name in (ADAPTER_FILE, OPTIMIZER_FILE)}
+        text = seal_state({**state, "optimizer": numbers, "digests": digests})
         (temporary / STATE_FILE).write_text(text, encoding="utf-8")
         for file in temporary.iterdir():
             with file.open("rb+") as handle:
@@ -65,21 +69,58 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], di
     """Reads a state back: trained values, the optimizer's `state_dict()`, counters.
 
     Raises:
-        RunError: If it is incomplete.
+        RunError: If it is incomplete, or not to the bit what was saved.
     """
+    state = read_state(folder)
     try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        tensors = load_file(folder / ADAPTER_FILE)
-        values = load_file(folder / OPTIMIZER_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
+        digests, numbers = state.pop("digests"), state.pop("optimizer")
+        tensors, values = (
+            _read_tensors(folder / name, digests[name]) for name in (ADAPTER_FILE, OPTIMIZER_FILE)
+        )
+        return tensors, _join_tensors(numbers, values), state
+    except (OSError, UnfitFileError) as error:
         raise RunError(f"checkpoint {folder} is not complete: {error}") from None
-    numbers = state.pop("optimizer")
-    return tensors, _join_tensors(numbers, values), state
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"checkpoint {folder} is of another program ({type(error).__name__})") from None
+
+
+def _read_tensors(file: Path, digest: str) -> dict[str, Tensor]:
+    try:
+        read_header(file)
+        if _digest_file(file) != digest:
+            raise UnfitFileError("is not what was saved")
+        return load_file(file)
+    except (UnfitFileError, SafetensorError) as error:
+        raise UnfitFileError(f"{file.name} {error}") from None
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Counters and identity alone, of a state that is known to be complete."""
-    return dict(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+    """Counters and identity alone.
+
+    Raises:
+        RunError: If they cannot be read, or are not what was saved.
+    """
+    try:
+        outer = read_json(folder / STATE_FILE, MAX_STATE_BYTES)
+        if not isinstance(outer, dict) or outer.get("digest") != _digest_json(outer.get("state")):
+            raise UnfitFileError("is not what was saved")
+    except (OSError, UnfitFileError, RecursionError) as error:
+        raise RunError(f"checkpoint {folder} is not complete: {STATE_FILE} {error}") from None
+    return dict(outer["state"])
+
+
+def seal_state(state: Mapping[str, Any]) -> str:
+    """JSON of a state with its own digest, so that what is read back is what was saved, to the bit."""
+    return json.dumps({"digest": _digest_json(state), "state": state}, indent=1)
+
+
+def _digest_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _digest_file(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path) -> None:

@@ -78,11 +78,18 @@ def load_state(run: RunFolder, step: int, learner: Learner) -> Counters:
     """Puts a learner back to the state of a step.
 
     Raises:
-        RunError: If it is of another adapter or another optimizer.
+        RunError: If it is of another adapter or another optimizer, or of another program.
     """
-    tensors, optimizer, state = read_checkpoint(run.checkpoint(step))
-    _restore(run, learner, tensors, optimizer, state)
-    return Counters.restore(state["counters"])
+    folder = run.checkpoint(step)
+    tensors, optimizer, state = read_checkpoint(folder)
+    try:
+        _restore(run, learner, tensors, optimizer, state)
+        return Counters.restore(state["counters"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise RunError(
+            f"checkpoint {folder} does not fit the run ({type(error).__name__}: {error}); "
+            "take it away to go on from the one before"
+        ) from None
 
 
 def _restore(
@@ -101,6 +108,8 @@ def _restore(
             f"the checkpoint in {run.path} adapts other modules than lora.targets; start a new run"
         )
     for name, tensor in own.items():
+        if tensors[name].shape != tensor.shape:
+            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
         tensor.data.copy_(tensors[name])
     if learner.average is not None:
         learner.average.restore(averages, state["num_averaged"])

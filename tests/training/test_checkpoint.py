@@ -70,14 +70,22 @@ def test_only_safetensors_and_json(tmp_path):
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_damaged_state_is_noticed(tmp_path, name):
-    """R-23: a file cut short is no state."""
+    """R-23: a file cut short, with one bit changed, or with something else in it is no state."""
     parameters, optimizer = train_a_little()
     save_checkpoint(
         tmp_path / "s", tensors={"a": parameters[0]}, optimizer=optimizer.state_dict(), state={"step": 2}
     )
     file = tmp_path / "s" / name
-    file.write_bytes(file.read_bytes()[:-7])
-    with pytest.raises(RunError, match="is not complete"):
+    sound = file.read_bytes()
+    changed = sound[:-9] + bytes([sound[-9] ^ 1]) + sound[-8:]
+    for content in (sound[:-7], changed, b"", b"{}", b"[1]", b'{"state": {}}', b"[" * 100_000):
+        file.write_bytes(content)
+        with pytest.raises(RunError, match=rf"checkpoint .* is not complete: .*{name}") as caught:
+            read_checkpoint(tmp_path / "s")
+        assert "\n" not in str(caught.value)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(RunError, match="is a folder, not a file"):
         read_checkpoint(tmp_path / "s")
 
 

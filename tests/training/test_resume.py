@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 from importlib.metadata import version
 
 import pytest
+from safetensors.torch import load_file
 
 from sdlora.errors import ConfigError, RunError, RunStopped
+from sdlora.training.checkpoint import read_state, save_checkpoint, seal_state
 from sdlora.training.learner import Draw
+from sdlora.training.resume import load_state
 from sdlora.training.train import resume, train
 
 STEPS = 20
@@ -156,10 +158,39 @@ def edit_settings(run, **sections):
 
 
 def edit_identity(run, step, **fields):
-    file = run.checkpoint(step) / "state.json"
-    state = json.loads(file.read_text(encoding="utf-8"))
+    state = read_state(run.checkpoint(step))
     state["identity"] |= fields
-    file.write_text(json.dumps(state), encoding="utf-8")
+    (run.checkpoint(step) / "state.json").write_text(seal_state(state), encoding="utf-8")
+
+
+FORGERIES = (
+    {"counters": None},
+    {"counters": {"step": 2, "nonsense": 1}},
+    {"counters": [1, 2]},
+    {"optimizer": None},
+    {"optimizer": {"__map__": [["state", {"__map__": []}], ["param_groups", []]]}},
+    {"optimizer": {"__map__": 3}},
+    {"optimizer": {"__tensor__": "nothing"}},
+    {"digests": {"../../config.json": "0"}},
+    {"digests": []},
+)
+
+
+def test_a_state_of_another_program(make_images, tiny, make_trainer, tmp_path):
+    """R-44: a state that is sealed but holds something else is one line, whatever it holds."""
+    trainer = make_trainer(tiny(make_images(), train__steps=2), tmp_path / "run")
+    trainer.train()
+    folder = trainer.run.checkpoint(2)
+    sound = read_state(folder)
+    for forgery in FORGERIES:
+        (folder / "state.json").write_text(seal_state({**sound, **forgery}), encoding="utf-8")
+        with pytest.raises(RunError, match=r"^(the )?checkpoint ") as caught:
+            load_state(trainer.run, 2, trainer.learner)
+        assert "\n" not in str(caught.value)
+    other = {name: tensor[:1].clone() for name, tensor in load_file(folder / "adapter.safetensors").items()}
+    save_checkpoint(folder, tensors=other, optimizer=trainer.learner.optimizer.state_dict(), state=sound)
+    with pytest.raises(RunError, match=r"does not fit the run \(ValueError: .* is \(1, \d+\), not \(2, "):
+        load_state(trainer.run, 2, trainer.learner)
 
 
 def test_an_identity_is_compared_field_by_field(make_images, tiny, make_trainer, tmp_path):
