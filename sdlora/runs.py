@@ -305,7 +305,7 @@ class RunFolder:
         A crash may have cut the last one short.
         """
         for record in read_lines(self.events_file):
-            if "event" in record and (not names or record["event"] in names):
+            if isinstance(name := record.get("event"), str) and (not names or name in names):
                 yield record
 
     def cut_events(self, step: int) -> None:

@@ -160,7 +160,15 @@ def test_events_and_steps_that_are_none(tmp_path):
     """Lines that are no events, and files with other names, are passed over."""
     run = RunFolder(tmp_path / "run")
     run.append("step", 1)
-    lines = [b"5", b"[]", b"null", b"{}", b'{"event": "step"}', b'{"event": "step", "step": "x"}']
+    lines = [
+        b"5",
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"event": "step"}',
+        b'{"event": "step", "step": "x"}',
+        b'{"event": [], "step": 1}',
+    ]
     with run.events_file.open("ab") as handle:
         handle.write(b"\n".join([*lines, b"\xff\xfe", b"[" * 100_000, b"9" * 5000, b""]))
     assert [event["step"] for event in run.events()] == [1]
