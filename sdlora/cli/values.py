@@ -33,7 +33,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit()):
+    if not (width.isdecimal() and height.isdecimal() and len(text) < 12):
         raise ConfigError(f"--size {text} must be WIDTHxHEIGHT, such as 768x512")
     return int(width), int(height)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def sample_tree(
     trigger = next((t for node in nodes if (t := node.notes.get("modelspec.trigger_phrase"))), "{trigger}")
     changes["prompts"] = [prompt.replace("{trigger}", trigger) for prompt in changes["prompts"]]
     side = first.notes.get("sdlora.resolution", "")
-    pixels = int(side) if side.isdigit() else info.resolution
+    pixels = int(side) if re.fullmatch("[0-9]{2,4}", side) else info.resolution
     request = make_request(config.replace(sample=changes).sample, info, size or (pixels, pixels))
     check_prompts(request.prompts)
     resolve_settings(info, request.settings)

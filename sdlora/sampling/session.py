@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,7 +178,7 @@ def _find_subject(source: str | Path | RunFolder | None, base: str | None, step:
         if base is None:
             config = config.replace(base={"source": base_of(file, adapter.notes)})
         side = adapter.notes.get("sdlora.resolution", "")
-        config = config.replace(data={"resolution": int(side) if side.isdigit() else None})
+        config = config.replace(data={"resolution": int(side) if re.fullmatch("[0-9]{2,4}", side) else None})
         subject = _Subject(file.stem, file.name, config, file, adapter)
     else:
         subject = _Subject("base", "base", load_config())

@@ -1,0 +1,29 @@
+"""Values of options: read, or one line with what they should be."""
+
+from __future__ import annotations
+
+import pytest
+
+from sdlora.cli.values import parse_numbers, parse_size
+from sdlora.errors import ConfigError
+
+
+def test_values():
+    """Sizes and lists of numbers as people type them."""
+    assert parse_size("768x512") == parse_size("768X512") == (768, 512)
+    assert parse_numbers("0,0.5,1", float, "--strengths") == [0.0, 0.5, 1.0]
+    assert parse_size(None) is parse_numbers(None, int, "--seeds") is None
+
+
+@pytest.mark.parametrize("text", ["", "x", "768", "768x", "²x²", "-1x5", "1.5x2", "9" * 5000 + "x1", "7x7x7"])
+def test_sizes_that_are_none(text):
+    """Digits of other kinds and sizes of thousands of digits are no sizes."""
+    with pytest.raises(ConfigError, match="must be WIDTHxHEIGHT, such as 768x512"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,,2", "²", "9" * 5000])
+def test_numbers_that_are_none(text):
+    """Likewise for seeds."""
+    with pytest.raises(ConfigError, match="must be numbers with commas"):
+        parse_numbers(text, int, "--seeds")
