@@ -205,7 +205,9 @@ class TrainSection(Section):
     """The loop."""
 
     steps: int | None = _field(None, "give the number of optimizer steps, such as 400", ge=1, le=1_000_000)
-    batch_size: int | None = _field(None, "use 1 to 8", ge=1)
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = _field(
+        None, "use 1 to 8, or auto with train.accumulate"
+    )
     accumulate: int = _field(1, "use 1 to switch accumulation off", ge=1)
     learning_rate: float = _field(1e-4, "use 1e-5 to 1e-3 on SD 1.5", gt=0)
     learning_rates: dict[str, Annotated[float, Field(gt=0)]] = _field(
@@ -232,6 +234,11 @@ class TrainSection(Section):
     trackers: Texts = Field(default_factory=list)
     trace: bool = False
     timeout_seconds: float = _field(600.0, "give how long a process waits for the others, such as 600", gt=0)
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples in one forward and backward pass; what `auto` finds is not known yet."""
+        return self.batch_size if isinstance(self.batch_size, int) else 1
 
     @property
     def text_encoder_rate(self) -> float:

@@ -108,14 +108,15 @@ def apply_changes(
     for key in keys:
         section, name = key.split(".")
         changes.setdefault(section, {})[name] = getattr(getattr(asked, section), name)
-    given = {name: value for name, value in changes.get("train", {}).items() if name in SHARED}
-    changed = settings.replace(**changes)
-    return changed.replace(train=_divide(changed, given, global_batch, num_processes))
+    train = changes.setdefault("train", {})
+    given = {name: train.pop(name) for name in SHARED if name in train}
+    train |= _divide(settings, given, global_batch, num_processes)
+    return settings.replace(**changes)
 
 
 def _divide(
-    settings: RunConfig, given: Mapping[str, int], global_batch: int, num_processes: int
-) -> dict[str, int]:
+    settings: RunConfig, given: Mapping[str, Any], global_batch: int, num_processes: int
+) -> dict[str, Any]:
     """batch_size and accumulate of each process, as given; else no larger a batch_size than before."""
     if global_batch % num_processes:
         counts = ", ".join(str(n) for n in range(1, global_batch + 1) if global_batch % n == 0)
@@ -124,6 +125,10 @@ def _divide(
             f"use {counts}"
         )
     share = global_batch // num_processes
+    if given.get("batch_size", settings.train.batch_size) == "auto":
+        if share > 1 and given.get("accumulate", share) == share:
+            return {"batch_size": "auto", "accumulate": share}
+        given = {"accumulate": 1, **given, "batch_size": 1}
     product = " x ".join(f"train.{name} = {given[name]}" for name in SHARED if name in given)
     if len(given) == len(SHARED):
         batch_size, rest = given["batch_size"], share - given["batch_size"] * given["accumulate"]
@@ -131,7 +136,7 @@ def _divide(
         number = next(iter(given.values()))
         batch_size, rest = number if "batch_size" in given else share // number, share % number
     else:
-        largest = settings.train.batch_size or 1
+        largest = settings.train.micro_batch
         batch_size, rest = max(n for n in range(1, largest + 1) if share % n == 0), 0
     if rest:
         raise ConfigError(
@@ -149,4 +154,4 @@ def global_batch_of(run: RunFolder, settings: RunConfig) -> int:
     for event in run.events("plan"):
         return int(event["global_batch"])
     processes = int(run.read_environment()["num_processes"])
-    return (settings.train.batch_size or 1) * settings.train.accumulate * processes
+    return settings.train.micro_batch * settings.train.accumulate * processes

@@ -49,9 +49,15 @@ def check_objective(config: RunConfig, info: BaseInfo) -> None:
 def resolve_config(config: RunConfig, info: BaseInfo, index: DatasetIndex, num_processes: int) -> RunConfig:
     """Fills in every default that depends on the base or the pictures."""
     train = config.train
+    if train.batch_size == "auto" and train.accumulate == 1:
+        raise ConfigError(
+            "train.batch_size = auto divides what train.accumulate gives each process to do in a step, and "
+            "train.accumulate = 1 leaves nothing to divide; give both, such as train.accumulate=8"
+        )
     batch_size = train.batch_size or (BUILTIN_BATCH_SIZE if info.is_builtin else 1)
+    micro_batch = 1 if batch_size == "auto" else batch_size
     count = sum(record.repeats for record in index.records)
-    steps = train.steps or _default_steps(count, batch_size * train.accumulate * num_processes)
+    steps = train.steps or _default_steps(count, micro_batch * train.accumulate * num_processes)
     tenth = max(1, round(steps / 10))
     cadence = {
         name: tenth if getattr(train, name) is None else getattr(train, name)
@@ -78,7 +84,7 @@ def resolve_config(config: RunConfig, info: BaseInfo, index: DatasetIndex, num_p
 
 def global_batch(config: RunConfig, num_processes: int) -> int:
     """batch_size × accumulate × num_processes."""
-    return (config.train.batch_size or 1) * config.train.accumulate * num_processes
+    return config.train.micro_batch * config.train.accumulate * num_processes
 
 
 def _default_steps(num_images: int, batch: int) -> int:

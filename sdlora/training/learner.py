@@ -91,21 +91,35 @@ class Learner:
         draws: list[Draw] = []
         micro_batches = deal(
             samples,
-            batch_size=self.settings.batch_size or 1,
+            batch_size=self.settings.micro_batch,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
         )
         for micro_batch in filter(None, micro_batches):
-            seeds = self._seeds("dropout", step, micro_batch) if dropout else []
-            with self.prepared.dropout.drawn(seeds):
-                losses, drawn = self._losses(step, micro_batch)
-                loss = losses.sum() / len(samples)
-                self.accelerator.backward(loss)
-            total += loss.detach()
+            loss, drawn = self.go_through(step, micro_batch, len(samples), dropout=dropout)
+            total += loss
             draws += drawn
         if self.accelerator.num_processes > 1:
             total = self._exchange(total)
         return Gradient(float(total), self._clip(), tuple(draws))
+
+    def go_through(
+        self, step: int, micro_batch: list[Sample], count: int, *, dropout: bool = True
+    ) -> tuple[Tensor, list[Draw]]:
+        """Forward and backward pass of a micro-batch: its share of the loss of a step, and what was drawn.
+
+        Args:
+            step: Seeds the draws.
+            micro_batch: Of this process.
+            count: Samples of the whole step.
+            dropout: As in `accumulate`.
+        """
+        seeds = self._seeds("dropout", step, micro_batch) if dropout else []
+        with self.prepared.dropout.drawn(seeds):
+            losses, drawn = self._losses(step, micro_batch)
+            loss = losses.sum() / count
+            self.accelerator.backward(loss)
+        return loss.detach(), drawn
 
     def _seeds(self, purpose: str, step: int, samples: list[Sample]) -> list[int]:
         return [derive_seed(purpose, self.settings.seed, step, sample.index) for sample in samples]

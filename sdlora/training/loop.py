@@ -17,6 +17,7 @@ from sdlora.runs import RunFolder
 from sdlora.training.console import Report
 from sdlora.training.device import Precision
 from sdlora.training.facts import describe_run
+from sdlora.training.fit import fit_batch
 from sdlora.training.guards import (
     Counters,
     check_counters,
@@ -73,6 +74,14 @@ class Trainer:
         """Continues from the state of a step, or the newest complete one; 0 is the start."""
         step = newest_complete_step(self.run, self.report) if step is None else step
         self.counters = load_state(self.run, step, self.learner) if step else Counters()
+
+    def fit_batch(self) -> None:
+        """Finds what `train.batch_size = auto` stands for."""
+        self.plan = fit_batch(self.plan, self.learner, self.accelerator)
+        self.settings = self.learner.settings = self.plan.config.train
+        size, count = self.settings.batch_size, self.settings.accumulate
+        self.report.say(f"batch     {size} fit at once, {count} times a step (train.batch_size = auto)")
+        self.event("batch_size", batch_size=size, accumulate=count)
 
     def train(self) -> None:
         """Runs the remaining steps; a signal ends the run after the step it came in."""
@@ -175,7 +184,7 @@ class Trainer:
                 self.learner.denoise,
                 self.prepared.objective.schedule,
                 self.prepared.heldout_items(split),
-                batch_size=max(4, self.settings.batch_size or 1),
+                batch_size=max(4, self.settings.micro_batch),
                 device=self.accelerator.device,
                 share=(self.accelerator.process_index, self.accelerator.num_processes),
                 add_shares=lambda sums: sum_over(self.accelerator, sums.to(self.accelerator.device)).cpu(),

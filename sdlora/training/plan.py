@@ -166,6 +166,8 @@ class RunPlan:
         epochs = self.steps / self.order.steps_per_epoch
         rates = describe_rates(self.targets, train)
         accumulation = f" x {train.accumulate} accumulated" if train.accumulate > 1 else ""
+        if train.batch_size == "auto":
+            accumulation = f", 1 to {train.accumulate} as the memory allows, {train.accumulate} in all"
         processes = f" x {self.num_processes} processes" if self.num_processes > 1 else ""
         return [
             f"base      {info.name} ({info.family}, {info.prediction_type}, {info.resolution} px, "

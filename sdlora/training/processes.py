@@ -89,7 +89,7 @@ def sum_over(accelerator: Accelerator, values: Tensor) -> Tensor:
 
 def count_over(accelerator: Accelerator, count: int) -> int:
     """The sum of a number over all processes."""
-    return int(sum_over(accelerator, torch.tensor(count, device=accelerator.device)))
+    return int(sum_over(accelerator, torch.tensor(int(count), device=accelerator.device)))
 
 
 def gather_numbers(accelerator: Accelerator, number: int) -> list[int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -246,11 +247,15 @@ def _run(
     if trainer.step == 0 and (doubt := doubt_prediction(plan, prepared)):
         trainer.warn(doubt)
     try:
+        if plan.config.train.batch_size == "auto":
+            trainer.fit_batch()
+            if accelerator.is_main_process:
+                run.write_config(with_absolute_paths(trainer.plan.config))
         trainer.train()
         finish(trainer)
     except RunStopped:
         raise
-    except (SdloraError, OSError) as error:
+    except (SdloraError, OSError, torch.OutOfMemoryError) as error:
         failure = _explain_failure(error, trainer)
         trainer.event("failed", message=str(failure))
         if failure is error:
@@ -262,8 +267,12 @@ def _run(
     return run
 
 
-def _explain_failure(error: SdloraError | OSError, trainer: Trainer) -> SdloraError:
+def _explain_failure(error: SdloraError | OSError | torch.OutOfMemoryError, trainer: Trainer) -> SdloraError:
     """What ended a run that had begun, with the way on where it can be put right."""
+    if isinstance(error, torch.OutOfMemoryError):
+        failure = RunError(f"out of memory at step {trainer.step + 1}; {trainer.way_on()}")
+        failure.exit_code = 1
+        return failure
     if isinstance(error, ProcessLost):
         return ProcessLost(f"{error}; {trainer.way_on()}", error.exit_code, is_told=error.is_told)
     if isinstance(error, OSError) or isinstance(error.__cause__, OSError):

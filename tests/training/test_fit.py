@@ -1,0 +1,123 @@
+"""Out of memory: what is skipped, what is found before the run, and what is told (R-18)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from sdlora.errors import ConfigError
+from sdlora.runs import RunFolder
+from sdlora.sampling import generate
+from sdlora.training.changes import apply_changes
+from sdlora.training.fit import halve
+from sdlora.training.learner import Learner
+from sdlora.training.train import train
+
+STEPS = {"train__steps": 2, "train__save_every": 1}
+
+
+@pytest.fixture
+def make(make_images, tiny, sd15_folder):
+    """Pictures of two sizes, and a configuration on the tiny base."""
+    images = make_images(sizes=((32, 32),) * 4 + ((64, 32),) * 2)
+    return images, lambda **changes: tiny(images, base__source=str(sd15_folder), **STEPS, **changes)
+
+
+def limit_memory(monkeypatch, samples):
+    """A device that holds so many samples of a micro-batch; gives the list of those that were tried."""
+    tried, losses = [], Learner._losses
+
+    def limited(self, step, micro_batch):
+        tried.append(len(micro_batch))
+        if len(micro_batch) > samples:
+            raise torch.OutOfMemoryError("out of memory")
+        return losses(self, step, micro_batch)
+
+    monkeypatch.setattr(Learner, "_losses", limited)
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"), [(8, [8, 4, 2, 1]), (12, [12, 6, 3, 1]), (9, [9, 3, 1]), (7, [7, 1]), (1, [1])]
+)
+def test_halving(share, expected):
+    """Every try divides the share, and is at most half of the one before."""
+    assert list(halve(share)) == expected
+
+
+@pytest.mark.parametrize(("fits", "found", "tries"), [(9, (8, 1), [8]), (3, (2, 4), [8, 4, 2])])
+def test_the_largest_batch_that_fits(make, monkeypatch, tmp_path, fits, found, tries, check_same):
+    """R-16, R-18: it is found before the run, which is then that of the same settings given by hand."""
+    images, config = make
+    tried = limit_memory(monkeypatch, fits)
+    automatic = config(train__batch_size="auto", train__accumulate=8)
+    run = train(images, config=automatic, out=tmp_path / "auto", quiet=True)
+    assert tried[: len(tries)] == tries
+    settings = run.read_config().train
+    assert (settings.batch_size, settings.accumulate) == found
+    [event] = run.events("batch_size")
+    assert (event["batch_size"], event["accumulate"]) == found
+    by_hand = config(train__batch_size=found[0], train__accumulate=found[1])
+    check_same(train(images, config=by_hand, out=tmp_path / "given", quiet=True), run)
+
+
+def run_out(*args):
+    raise torch.OutOfMemoryError("out of memory")
+
+
+def test_all_processes_take_what_fits_each(make, monkeypatch, tmp_path, fork_processes):
+    """R-17, R-18: the smallest of what they find; a grid that one of them cannot make is left out by all."""
+    images, config = make
+    changes = {"train__batch_size": "auto", "train__accumulate": 4, "train__sample_every": 1}
+    run = RunFolder(tmp_path / "run")
+
+    def start():
+        is_first = os.environ["RANK"] == "0"
+        limit_memory(monkeypatch, 4 if is_first else 2)
+        if not is_first:
+            monkeypatch.setattr(generate, "_denoise", run_out)
+        train(images, config=config(sample__batch_size=1, **changes), out=run.path)
+
+    children = fork_processes(2, start)
+    assert [child.wait() for child in children] == [0, 0], [child.printed for child in children]
+    settings = run.read_config().train
+    assert (settings.batch_size, settings.accumulate) == (2, 2)
+    assert list(run.events("samples")) == []
+    warnings = [event for event in run.events("warning") if "out of memory" in event["message"]]
+    assert [event["step"] for event in warnings] == [1, 2]
+    assert not run.samples.exists()
+
+
+def test_a_grid_that_does_not_fit_is_left_out(make, monkeypatch, tmp_path):
+    """R-18: a warning, and the run goes on as without it."""
+    images, config = make
+    monkeypatch.setattr(generate, "_denoise", run_out)
+    run = train(images, config=config(train__sample_every=2), out=tmp_path / "run", quiet=True)
+    [warning] = [event for event in run.events("warning") if "memory" in event["message"]]
+    assert warning["message"].startswith("out of memory while sampling at step 2; the run goes on")
+    assert run.checkpoint_steps() == [1, 2]
+
+
+def test_auto_needs_something_to_divide(make, tmp_path):
+    """R-35: a conflict names both settings."""
+    images, config = make
+    with pytest.raises(ConfigError, match=r"train\.batch_size = auto divides .*train\.accumulate = 1 leaves"):
+        train(images, config=config(train__batch_size="auto"), out=tmp_path / "run", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes", "expected"),
+    [
+        (["train.batch_size=auto"], 1, ("auto", 8)),
+        (["train.batch_size=auto"], 2, ("auto", 4)),
+        (["train.batch_size=auto"], 8, (1, 1)),
+        (["train.batch_size=auto", "train.accumulate=8"], 1, ("auto", 8)),
+    ],
+)
+def test_auto_in_a_resumed_run(make, overrides, processes, expected):
+    """R-16: the global batch is kept."""
+    settings = make[1](train__batch_size=4, train__accumulate=2)
+    found = apply_changes(settings, overrides, global_batch=8, num_processes=processes).train
+    assert (found.batch_size, found.accumulate) == expected
