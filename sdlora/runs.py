@@ -227,9 +227,16 @@ class RunFolder:
         """Steps whose state is complete, in order."""
         return _steps(folder.name for folder in self.checkpoints.glob("step-*") if folder.is_dir())
 
-    def remove_checkpoints(self, keep: int) -> None:
-        """Deletes all but the newest states."""
-        for step in self.checkpoint_steps()[:-keep]:
+    def remove_checkpoints(self, keep: int, last: int | None = None) -> None:
+        """Deletes all but the newest states.
+
+        Args:
+            keep: How many stay.
+            last: States of later steps go too: a run that goes on from here could not read them.
+        """
+        steps = self.checkpoint_steps()
+        good = [step for step in steps if last is None or step <= last]
+        for step in set(steps) - set(good[-keep:]):
             folder = self.checkpoint(step)
             # A state that is half deleted must not have the name of one.
             leaving = temporary_name(folder)

@@ -100,6 +100,10 @@ def test_paths_and_steps(tmp_path):
         run.saved_adapter(30)
     run.remove_checkpoints(keep=1)
     assert run.checkpoint_steps() == [100]
+    for step in (110, 120, 130):
+        write_text(run.checkpoint(step) / "state.json", "{}")
+    run.remove_checkpoints(keep=2, last=120)
+    assert run.checkpoint_steps() == [110, 120]
     write_text(run.final_adapter(), "x")
     assert run.adapter.name == "final.safetensors"
     assert run.final_adapter("kohya").name == "final.kohya.safetensors"

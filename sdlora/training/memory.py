@@ -182,7 +182,7 @@ def plan_memory(work: Workload, machine: Machine) -> tuple[Memory, str | None]:
     remedies = {
         "train.gradient_checkpointing=true": not memory.checkpointing,
         "base.quantize=int8": work.info.quantize == "none",
-        "train.batch_size=1 with train.accumulate": (train.batch_size or 1) > 1,
+        "train.batch_size=1 with train.accumulate": train.micro_batch > 1,
         "a smaller sample.batch_size": memory.peak == memory.stages.get("sampling"),
         "a smaller data.resolution": True,
     }
@@ -208,7 +208,7 @@ def estimate_memory(work: Workload, machine: Machine, *, checkpointing: bool) ->
         tokens=info.text_length,
         dtype=precision.base_dtype,
         is_quantized=info.quantize != "none",
-        batch_size=config.train.batch_size or 1,
+        batch_size=config.train.micro_batch,
         learns=True,
         checkpointing=checkpointing,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class RunPlan:
         num_base: Parameters of the UNet.
         num_processes: Processes of the run.
         memory: What the run will need of the device's.
+        work: What it was estimated from.
+        machine: Where.
         findings: What preflight noticed; errors have already stopped the run.
         data_lines: What preflight prints about the pictures.
         parents: What the new adapter stands on, the root first.
@@ -64,6 +66,8 @@ class RunPlan:
     num_base: int
     num_processes: int
     memory: Memory
+    work: Workload
+    machine: Machine
     findings: list[Finding]
     data_lines: list[str]
     parents: tuple[Step, ...] = ()
@@ -320,6 +324,8 @@ def make_plan(config: RunConfig, num_processes: int = 1, machine: Machine = ANY_
         num_base=sum(parameter.numel() for parameter in parts["unet"].parameters()),
         num_processes=num_processes,
         memory=memory,
+        work=replace(work, config=config),
+        machine=machine,
         findings=findings,
         data_lines=data_lines,
         parents=parents,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,29 +13,27 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from sdlora.config import RunConfig, load_config
-from sdlora.diffusion.objective import derive_seed
-from sdlora.errors import ConfigError, ProcessLost, RunError, RunStopped, SdloraError
+from sdlora.errors import ConfigError, RunStopped, SdloraError
 from sdlora.models.load import attention_kernel
 from sdlora.runs import RunFolder, next_free_folder
+from sdlora.training.agreement import check_same_plan, find_machine
 from sdlora.training.changes import apply_changes, global_batch_of
 from sdlora.training.console import Report
 from sdlora.training.device import (
     Precision,
     describe_environment,
     make_accelerator,
-    package_versions,
     start_trackers,
 )
+from sdlora.training.failure import explain_failure
 from sdlora.training.finish import finish
 from sdlora.training.identity import Change
 from sdlora.training.loop import Trainer
-from sdlora.training.memory import Machine, free_bytes
 from sdlora.training.plan import RunPlan, check_disk, make_plan
 from sdlora.training.prepare import doubt_prediction, prepare
 from sdlora.training.processes import (
     count_over,
     failing_together,
-    gather_numbers,
     meet,
     num_launched,
     text_of_main,
@@ -88,7 +85,7 @@ def train(
         run = _choose_folder(images, out, accelerator)
         plan = make_plan(settings, accelerator.num_processes, find_machine(accelerator, precision))
         _announce(plan, report, is_default_base=base is None and settings.base.source == "builtin")
-        _check_same_plan(accelerator, plan)
+        check_same_plan(accelerator, plan)
         check_disk(plan, run.path)
         if dry_run:
             report.say("dry run: nothing was loaded, nothing was written")
@@ -141,7 +138,7 @@ def resume(
             report.say(f"{run.path} is finished at step {steps}: {run.adapter}; a larger train.steps goes on")
             return run
         plan = make_plan(changed, accelerator.num_processes, find_machine(accelerator, precision))
-        _check_same_plan(accelerator, plan)
+        check_same_plan(accelerator, plan)
         check_disk(plan, run.path)
         step = count_over(
             accelerator, newest_complete_step(run, report) if accelerator.is_main_process else 0
@@ -166,6 +163,7 @@ class Resumption:
     def bring_back(self, run: RunFolder, plan: RunPlan) -> None:
         """Brings a run folder back to the step: what came after it will happen again."""
         run.remove_leftovers()
+        run.remove_checkpoints(plan.config.train.keep_checkpoints, last=self.step)
         run.write_config(plan.config)
         run.cut_events(self.step)
         if not any(run.events("plan")):
@@ -256,7 +254,7 @@ def _run(
     except RunStopped:
         raise
     except (SdloraError, OSError, torch.OutOfMemoryError) as error:
-        failure = _explain_failure(error, trainer)
+        failure = explain_failure(error, trainer)
         trainer.event("failed", message=str(failure))
         if failure is error:
             raise
@@ -267,45 +265,6 @@ def _run(
     return run
 
 
-def _explain_failure(error: SdloraError | OSError | torch.OutOfMemoryError, trainer: Trainer) -> SdloraError:
-    """What ended a run that had begun, with the way on where it can be put right."""
-    if isinstance(error, torch.OutOfMemoryError):
-        failure = RunError(f"out of memory at step {trainer.step + 1}; {trainer.way_on()}")
-        failure.exit_code = 1
-        return failure
-    if isinstance(error, ProcessLost):
-        return ProcessLost(f"{error}; {trainer.way_on()}", error.exit_code, is_told=error.is_told)
-    if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
-        failure = RunError(f"{error}; then {trainer.way_on()}")
-        failure.exit_code = 1
-        return failure
-    return error
-
-
-def _check_same_plan(accelerator: Accelerator, plan: RunPlan) -> None:
-    """All processes must have planned the same run, or they would train different ones.
-
-    Raises:
-        ConfigError: Naming what differs, on every process.
-    """
-    seen = {
-        "the settings": plan.config.model_dump_json(exclude={"images"}),
-        "the pictures or captions": plan.index.digest,
-        "the held-out pictures": [(record.digest, record.caption) for record in plan.index.heldout],
-        "the base": plan.info.digest,
-        "the parent": [parent.ancestor.digest for parent in plan.parents],
-        "the versions": package_versions(),
-    }
-    for what, value in seen.items():
-        numbers = gather_numbers(accelerator, derive_seed(json.dumps(value)))
-        others = [str(process) for process, number in enumerate(numbers) if number != numbers[0]]
-        if others:
-            raise ConfigError(
-                f"{what} of process {', '.join(others)} differ from those of process 0; "
-                "give every host the same files"
-            )
-
-
 def flat_settings(settings: RunConfig) -> dict[str, str]:
     """Every setting by its `section.key`, as text."""
     return {
@@ -314,11 +273,3 @@ def flat_settings(settings: RunConfig) -> dict[str, str]:
         if isinstance(keys, dict)
         for key, value in keys.items()
     }
-
-
-def find_machine(accelerator: Accelerator, precision: Precision) -> Machine:
-    """What all processes can count on: the least that one of them has, and of one CPU's memory a share."""
-    own = free_bytes(accelerator.device)
-    least = min(gather_numbers(accelerator, -1 if own is None else own))
-    share = accelerator.num_processes if accelerator.device.type == "cpu" else 1
-    return Machine(precision, accelerator.device, None if least < 0 else least // share)

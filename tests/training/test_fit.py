@@ -7,13 +7,15 @@ import os
 import pytest
 import torch
 
-from sdlora.errors import ConfigError
+from sdlora.errors import ConfigError, RunError
 from sdlora.runs import RunFolder
 from sdlora.sampling import generate
 from sdlora.training.changes import apply_changes
 from sdlora.training.fit import halve
 from sdlora.training.learner import Learner
-from sdlora.training.train import train
+from sdlora.training.plan import make_plan
+from sdlora.training.remedies import find_remedies
+from sdlora.training.train import resume, train
 
 STEPS = {"train__steps": 2, "train__save_every": 1}
 
@@ -121,3 +123,51 @@ def test_auto_in_a_resumed_run(make, overrides, processes, expected):
     settings = make[1](train__batch_size=4, train__accumulate=2)
     found = apply_changes(settings, overrides, global_batch=8, num_processes=processes).train
     assert (found.batch_size, found.accumulate) == expected
+
+
+def test_a_step_that_does_not_fit(make, monkeypatch, tmp_path):
+    """R-18: one line names the settings that help most, each with what it would free; exit 1."""
+    images, config = make
+    losses, calls = Learner._losses, []
+
+    def run_out_in_the_end(self, step, micro_batch):
+        calls.append(step)
+        if step == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return losses(self, step, micro_batch)
+
+    monkeypatch.setattr(Learner, "_losses", run_out_in_the_end)
+    settings = config(train__batch_size=4, train__gradient_checkpointing=False)
+    with pytest.raises(RunError) as caught:
+        train(images, config=settings, out=tmp_path / "run", quiet=True)
+    run = RunFolder(tmp_path / "run")
+    assert caught.value.exit_code == 1
+    line = str(caught.value)
+    assert line.startswith("out of memory in step 2, with 4 pictures of up to ")
+    assert line.endswith(f"`sdlora resume {run.path}` goes on from step 1")
+    assert line.count(" less") == 3
+    assert "train.batch_size=2 train.accumulate=2 (" in line
+    assert "\n" not in line
+    [failed] = run.events("failed")
+    assert failed["message"] == line
+    monkeypatch.undo()
+    resume(run.path, ["train.batch_size=2", "train.accumulate=2"], quiet=True)
+    assert [event["step"] for event in run.events("step")] == [1, 2]
+
+
+def test_remedies_are_what_the_estimate_says(make):
+    """R-18: each frees what the plan of a run with it says, the most first; buckets are rounded anew."""
+    _, config = make
+    quick = {"train__gradient_checkpointing": False, "train__batch_size": 4, "data__resolution": 64}
+    plan = make_plan(config(**quick))
+    found = dict(find_remedies(plan.work, plan.machine))
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    for setting, changes, tolerance in (
+        ("train.batch_size=2 train.accumulate=2", {"train__batch_size": 2, "train__accumulate": 2}, 0),
+        ("data.resolution=48", {"data__resolution": 48}, 0.3),
+        ("lora.rank=1", {"lora__rank": 1}, 0),
+    ):
+        other = make_plan(config(**{**quick, **changes}))
+        freed = plan.memory.stages["training"] - other.memory.stages["training"]
+        assert found[setting] == pytest.approx(freed, rel=tolerance), setting
+    assert len(found) >= 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 from importlib.metadata import version
 
@@ -10,8 +11,9 @@ import pytest
 from safetensors.torch import load_file
 
 from sdlora.errors import ConfigError, RunError, RunStopped
-from sdlora.training.checkpoint import read_state, save_checkpoint, seal_state
+from sdlora.training.checkpoint import read_checkpoint, read_state, save_checkpoint, seal_state
 from sdlora.training.learner import Draw
+from sdlora.training.loop import Trainer
 from sdlora.training.resume import load_state
 from sdlora.training.train import resume, train
 
@@ -120,6 +122,26 @@ def test_the_newest_complete_state_is_taken(make_images, small, make_trainer, tm
     again = make_trainer(config, tmp_path / "run")
     again.resume()
     assert again.step == 2
+
+
+def test_a_damaged_state_does_not_push_a_good_one_out(make_images, tiny, make_trainer, tmp_path, monkeypatch):
+    """R-24: a run that goes on from before it drops it, so that retention keeps what can be read."""
+    config = tiny(make_images(), train__save_every=2, train__keep_checkpoints=2)
+    trainer = make_trainer(config, tmp_path / "run")
+    trainer.train()
+    edit_settings(trainer.run, train={"keep_checkpoints": 1})
+    (trainer.run.checkpoint(4) / "state.json").unlink()
+    record = Trainer.record
+
+    def stop(own, result, seconds):
+        record(own, result, seconds)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "record", stop)
+    with pytest.raises(RunStopped, match=r"at step 3 of 4; .* goes on from step 3"):
+        resume(trainer.run.path, quiet=True)
+    assert trainer.run.checkpoint_steps() == [3]
+    read_checkpoint(trainer.run.checkpoint(3))
 
 
 def test_no_state_starts_again(make_images, small, make_trainer, tmp_path):

@@ -1,0 +1,33 @@
+"""What ended a run that had begun, in one line with the way on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from sdlora.data.records import count_of
+from sdlora.errors import ProcessLost, RunError, SdloraError
+from sdlora.training.loop import Trainer
+from sdlora.training.remedies import describe_remedies
+
+
+def explain_failure(error: SdloraError | OSError | torch.OutOfMemoryError, trainer: Trainer) -> SdloraError:
+    """What ended a run that had begun, with the way on where it can be put right."""
+    if isinstance(error, torch.OutOfMemoryError):
+        plan = trainer.plan
+        advice = describe_remedies(replace(plan.work, config=plan.config), plan.machine)
+        pictures = count_of(plan.config.train.micro_batch, "picture")
+        failure = RunError(
+            f"out of memory in step {trainer.step + 1}, with {pictures} of up to {plan.work.size} at once; "
+            f"{advice}; {trainer.way_on()}"
+        )
+        failure.exit_code = 1
+        return failure
+    if isinstance(error, ProcessLost):
+        return ProcessLost(f"{error}; {trainer.way_on()}", error.exit_code, is_told=error.is_told)
+    if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
+        failure = RunError(f"{error}; then {trainer.way_on()}")
+        failure.exit_code = 1
+        return failure
+    return error
