@@ -10,7 +10,7 @@ from sdlora.errors import ConfigError
 from sdlora.runs import RunFolder
 
 # Sections whose settings decide what a step does.
-SECTIONS = ("data", "lora", "objective", "train")
+SECTIONS = ("base", "data", "lora", "objective", "train")
 RESUMABLE = {
     "train.steps",
     "train.save_every",
@@ -26,6 +26,11 @@ RESUMABLE = {
 }
 # These change nothing in a step that is not seen elsewhere: in the pictures, the precision, the checkpoint.
 FREE = RESUMABLE | {
+    "base.dtype",
+    "base.revision",
+    "base.source",
+    "base.vae",
+    "base.variant",
     "data.allow_missing_captions",
     "data.cache",
     "data.heldout",
