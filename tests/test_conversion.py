@@ -174,10 +174,12 @@ def test_extraction_to_a_rank_says_what_it_lost(tuned):
 
 def test_a_copy_in_fp16_holds_no_change(tmp_path):
     """Rounding is no fine-tuning."""
+    exact = tmp_path / "exact"
+    merge_into_base([(make_adapter(BUILTIN, ALL)[0], 1.0)], "builtin", exact, dtype=torch.float32)
     adapter, _ = make_adapter(BUILTIN, ["*attn1.to_q"])
     adapter.modules = {name: pair for name, pair in adapter.modules.items() if name.startswith("mid_block")}
-    place = merge_into_base([(adapter, 1.0)], "builtin", tmp_path / "half", dtype=torch.float16)
-    found, report = extract(place, "builtin", targets=["attention"])
+    place = merge_into_base([(adapter, 1.0)], exact, tmp_path / "half", dtype=torch.float16)
+    found, report = extract(place, exact, targets=["attention"])
     assert set(found.modules) == set(adapter.modules)
     assert report.num_unchanged > 20
     assert report.outside == 0

@@ -118,6 +118,7 @@ def test_kohya_twins_are_no_nodes(grow):
     tree = AdapterTree.from_folder(grow.folder)
     assert list(tree.nodes) == ["alone", "child", "ink"]
     assert tree.parent("child").name == "alone"
+    assert tree.node("ink").file.name == "ink.safetensors"
     assert tree.verify() == []
     grow("ink.kohya", dialect="kohya", **SHAPES[0], seed=4)
     assert "ink.kohya.safetensors holds" in tree.verify()[0]

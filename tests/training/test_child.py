@@ -230,10 +230,15 @@ def test_wrong_parents_are_refused(save_style, small, images):
     """R-41: before any weight is loaded; --force is for those who know."""
     root = save_style("ink")
     leaf = save_style("portraits", parent=root, seed=1)
+    # The same file with one bit changed under its old hash, then another file.
+    data = bytearray(root.read_bytes())
+    data[-1] ^= 1
+    root.write_bytes(data)
+    changed = r"portraits was trained on ink \(\w{12}\), but .*ink.safetensors is \w{12}"
+    with pytest.raises(AdapterError, match=changed):
+        make_plan(small(images, lora__parent=str(leaf)))
     save_style("ink", seed=9)
-    with pytest.raises(
-        AdapterError, match=r"portraits was trained on ink \(\w{12}\), but .*ink.safetensors is \w{12}"
-    ):
+    with pytest.raises(AdapterError, match=changed):
         make_plan(small(images, lora__parent=str(leaf)))
     plan = make_plan(small(images, lora__parent=str(leaf), lora__force_parent=True))
     assert [step.ancestor.digest for step in plan.parents] == [digest_file(root), digest_file(leaf)]
