@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from sdlora.data.heldout import HELDOUT, is_heldout
 from sdlora.data.images import IMAGE_SUFFIXES
 from sdlora.data.records import join_names
-from sdlora.errors import DataError, unfit_letters
+from sdlora.errors import DataError, shorten, unfit_letters
 
 LINKS_REMEDY = "copy what they point to, or set data.follow_links=true"
 
@@ -118,9 +118,13 @@ def read_repeats(root: Path, name: str) -> int:
 
 def check_folder(root: Path) -> None:
     """Raises a DataError if a folder is not there."""
-    if root.is_dir():
+    try:
+        is_folder, is_there = root.is_dir(), root.exists()
+    except OSError as error:
+        raise DataError(f"image folder {shorten(str(root))} cannot be opened: {error.strerror}") from None
+    if is_folder:
         return
-    if root.exists():
+    if is_there:
         raise DataError(f"image folder {root} is a file; give the folder that it is in: {root.parent}")
     parent = root.absolute().parent
     siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from sdlora.data.records import ImageRecord
-from sdlora.errors import DataError
+from sdlora.errors import DataError, shorten
 
 HELDOUT = "heldout"
 AUTO_SHARE, AUTO_FROM, AUTO_LEAST = 0.1, 12, 2
@@ -39,10 +40,15 @@ def locate_heldout(root: Path, images: Iterable[str], value: float | str) -> tup
     if not isinstance(value, str):
         return None, None
     for folder in (root / value, Path(value).expanduser()):
-        if folder.is_dir():
+        is_folder = False
+        with suppress(OSError):  # A name that is too long is none.
+            is_folder = folder.is_dir()
+        if is_folder:
             inside = _relative(folder, root)
             return (inside, None) if inside else (None, folder)
-    raise DataError(f"data.heldout = {value} is not a folder; give a folder, a share such as 0.1, or 0")
+    raise DataError(
+        f"data.heldout = {shorten(value)} is not a folder; give a folder, a share such as 0.1, or 0"
+    )
 
 
 def _relative(folder: Path, root: Path) -> str:

@@ -54,7 +54,8 @@ def scan_dataset(
 
     Args:
         root: The image folder; classes and `N_name` folders inside it are found.
-        settings: `trigger`, `heldout`, `allow_missing_captions`, `on_bad_image`, `background`.
+        settings: `trigger`, `heldout`, `allow_missing_captions`, `on_bad_image`, `background`,
+            `follow_links`.
         seed: Decides, with the pictures' digests, which share is held out.
         progress: Called with (pictures read, pictures in all).
 

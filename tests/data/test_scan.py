@@ -92,6 +92,17 @@ def test_folder_missing_or_a_file(tmp_path: Path, write_image) -> None:
         scan(path)
 
 
+def test_paths_that_are_too_long(tmp_path: Path, write_image) -> None:
+    """R-26: a path that no system takes is one line, of a length that can be read."""
+    write_image("a.png", caption="x")
+    with pytest.raises(DataError, match="cannot be opened: File name too long") as caught:
+        scan(tmp_path / ("x" * 5000))
+    assert len(str(caught.value)) < 400
+    with pytest.raises(DataError, match=r"data\.heldout = xxx.* is not a folder") as caught:
+        scan(tmp_path, heldout="x" * 5000)
+    assert len(str(caught.value)) < 400
+
+
 def test_no_images_tells_what_is_there(tmp_path: Path, write_image) -> None:
     """R-26: what was found, and the nearest folder that has images."""
     write_image("shoot/photos/a.png")
