@@ -11,11 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from sdlora.runs import RunFolder
+from sdlora.training.train import resume
 
 RUN = [
     "data.resolution=32",
@@ -34,9 +36,9 @@ def launch():
     """Starts a launcher as a module of this Python; it is ended with the test."""
     started = []
 
-    def start(*command, **environment):
+    def start(*command, prefix=(), **environment):
         child = subprocess.Popen(
-            [sys.executable, "-m", *map(str, command)],
+            [*prefix, sys.executable, "-m", *map(str, command)],
             env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -120,3 +122,94 @@ def test_a_killed_process_ends_the_run(launch, make_images, tmp_path):
     [failed] = run.events("failed")
     assert failed["step"] - run.checkpoint_steps()[-1] <= 2
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+@dataclass
+class Host:
+    """One of two hosts: a network namespace, its address, and its end of the cable."""
+
+    name: str
+    address: str
+    cable: str
+
+
+HOSTS = ((1, "a"), (2, "b"))
+
+
+def ip(*arguments):
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with a cable between them, and a way to pull it out."""
+    hosts = [Host(f"sdlora{os.getpid()}{end}", f"10.77.0.{number}", f"sdl{end}") for number, end in HOSTS]
+    one, other = hosts
+    try:
+        for host in hosts:
+            ip("netns", "add", host.name)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this machine makes no network namespaces")
+    try:
+        ip(*f"link add {one.cable} netns {one.name} type veth peer {other.cable} netns {other.name}".split())
+        for host in hosts:
+            ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.cable)
+            for interface in ("lo", host.cable):
+                ip("-n", host.name, "link", "set", interface, "up")
+        yield hosts, lambda: ip("-n", other.name, "link", "set", other.cable, "down")
+    finally:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "del", host.name], check=False, capture_output=True)
+
+
+@pytest.mark.slow
+def test_a_host_that_is_cut_off(launch, two_hosts, make_images, tmp_path):
+    """R-17, R-23: one run on two hosts; when the cable is pulled both end with a line, and the run resumes.
+
+    A cable that is pulled says nothing to either end: only the time set for an answer ends the wait.
+    """
+    (one, other), pull_cable = two_hosts
+    run, images = RunFolder(tmp_path / "run"), make_images()
+    seconds = 20
+    settings = [*RUN, "train.steps=100000", f"train.timeout_seconds={seconds}"]
+    started = [
+        launch(
+            *torchrun("--nnodes", 2, "--node-rank", number, "--nproc-per-node", 1, *meeting_at(one)),
+            *("train", images, "--out", run.path, *settings),
+            prefix=["ip", "netns", "exec", host.name],
+            GLOO_SOCKET_IFNAME=host.cable,
+            TP_SOCKET_IFNAME=host.cable,
+        )
+        for number, host in enumerate((one, other))
+    ]
+    wait_for_step(run, 5, started[0])
+    pull_cable()
+    pulled = time.monotonic()
+    printed = [child.communicate(timeout=120)[0] for child in started]
+    assert time.monotonic() - pulled < 2 * seconds + 30
+    for child, text in zip(started, printed, strict=True):
+        assert child.returncode != 0
+        assert "sdlora: another process ended or does not answer" in text, text
+        assert f"`sdlora resume {run.path}` goes on from step" in text
+    [failed] = run.events("failed")
+    assert failed["step"] - run.checkpoint_steps()[-1] <= 2
+    last = run.checkpoint_steps()[-1]
+    resume(run.path, [f"train.steps={last + 2}"], quiet=True)
+    assert [event["step"] for event in run.events("step")] == list(range(1, last + 3))
+
+
+def meeting_at(host):
+    return ["--master-addr", host.address, "--master-port", 29517]
+
+
+@pytest.mark.slow
+def test_accelerate_launch(launch, make_images, tmp_path):
+    """R-11, R-17: on a CPU it starts one process; what it exports (precision `no`, threads) is no setting."""
+    run = RunFolder(tmp_path / "run")
+    command = ["accelerate.commands.launch", "--cpu", "--num_processes", 1, "--num_machines", 1]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "sdlora"]
+    child = launch(*command, "train", make_images(), "--out", run.path, *RUN, "train.steps=2")
+    printed, _ = child.communicate(timeout=120)
+    assert child.returncode == 0, printed
+    assert run.read_environment()["compute_dtype"] == "fp32"
+    assert [event["step"] for event in run.events("step")] == [1, 2]
