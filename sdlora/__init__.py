@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdlora.config import RunConfig, load_config
-    from sdlora.conversion import extract, merge_into_base
+    from sdlora.conversion.extract import extract
+    from sdlora.conversion.merge import merge_into_base
     from sdlora.errors import SdloraError
     from sdlora.evaluation.advise import advise_rank
     from sdlora.evaluation.evaluate import evaluate
@@ -35,12 +36,12 @@ _PUBLIC = {
     "advise_rank": "sdlora.evaluation.advise",
     "evaluate": "sdlora.evaluation.evaluate",
     "export_adapter": "sdlora.export",
-    "extract": "sdlora.conversion",
+    "extract": "sdlora.conversion.extract",
     "inspect_adapter": "sdlora.lora.files",
     "load_adapter": "sdlora.lora.files",
     "load_config": "sdlora.config",
     "merge": "sdlora.lora.merge",
-    "merge_into_base": "sdlora.conversion",
+    "merge_into_base": "sdlora.conversion.merge",
     "resize": "sdlora.lora.resize",
     "resume": "sdlora.training.train",
     "sample": "sdlora.sampling.session",

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdlora.config import BaseSection
-from sdlora.conversion import extract, merge_into_base, weight_norms
+from sdlora.conversion.extract import extract
+from sdlora.conversion.merge import merge_into_base
+from sdlora.conversion.places import weight_norms
 from sdlora.errors import AdapterError, ModelError
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_targets, mounted

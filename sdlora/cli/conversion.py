@@ -35,7 +35,7 @@ def extract(
 
     keys = {"export.formats": [format], "export.precision": precision}
     config = load_config(None, {**keys, "lora.rank": rank, "lora.targets": targets.split(",")})
-    from sdlora.conversion import extract as find
+    from sdlora.conversion.extract import extract as find
     from sdlora.export import export_adapter
     from sdlora.training.console import Report
 
@@ -73,7 +73,7 @@ def merge_into_base(
 
     if dtype is not None:
         load_config(None, {"export.precision": dtype})
-    from sdlora.conversion import merge_into_base as write
+    from sdlora.conversion.merge import merge_into_base as write
     from sdlora.lora.ancestors import load_path
     from sdlora.models.dtypes import DTYPES
     from sdlora.sampling.session import base_of

@@ -107,7 +107,7 @@ def resize(
     from sdlora.config import load_config
 
     settings = load_config(None, {"export.formats": [format], "export.precision": precision}).export
-    from sdlora.conversion import weight_norms
+    from sdlora.conversion.places import weight_norms
     from sdlora.export import export_adapter, find_adapter
     from sdlora.lora.files import load_adapter
     from sdlora.lora.resize import resize as shrink

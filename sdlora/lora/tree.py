@@ -23,14 +23,13 @@ from sdlora.lora.lineage import (
     KOHYA_ENDING,
     LINEAGE,
     PARENT,
-    Ancestor,
-    check_digest,
     digest_adapter,
     digest_file,
     short,
 )
 from sdlora.lora.merge import merge
 from sdlora.lora.nodes import ENDING, Node, find_files, read_node
+from sdlora.lora.parentage import find_parentage, path_of
 from sdlora.lora.resize import ResizeReport, resize
 
 
@@ -56,20 +55,16 @@ class AdapterTree:
         problems: Files that are no nodes, one line each.
     """
 
-    def __init__(self, folder: Path, nodes: Mapping[str, Node], problems: list[str]) -> None:
+    def __init__(self, folder: Path, nodes: Mapping[str, Node], problems: Sequence[str] = ()) -> None:
         self.folder = folder
         self.nodes = dict(sorted(nodes.items()))
-        self.problems = problems
-        self.parents: dict[str, str] = {}
+        parentage = find_parentage(self.nodes, str(folder))
+        self.problems = [*problems, *parentage.problems]
+        self.parents = parentage.parents
         """Node to parent, whether or not it is the right one."""
-        self.refused: dict[str, str] = {}
+        self.refused = parentage.refused
         """Node to the line that says why it must not be used."""
         self._loaded: dict[tuple[str, str], Adapter] = {}
-        self._find_parents()
-        for name in self.nodes:
-            self._cut_circle(name)
-        for name in self.nodes:
-            self._check_lineage(name)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> AdapterTree:
@@ -95,53 +90,6 @@ class AdapterTree:
                 "\n".join([f"tree {folder} holds no LoRA file; give another folder", *problems])
             )
         return cls(root, nodes, problems)
-
-    def _find_parents(self) -> None:
-        by_digest: dict[str, str] = {}
-        for name, node in self.nodes.items():
-            first = by_digest.setdefault(node.digest, name)
-            if first != name:
-                self.problems.append(f"{name} holds the same tensors as {first}; keep one of them")
-        for name, node in self.nodes.items():
-            if not node.lineage:
-                continue
-            expected = node.lineage[-1]
-            parent = by_digest.get(expected.digest) or self._namesake(expected)
-            if parent is None:
-                self.refused[name] = (
-                    f"{name} was trained on {expected}, which is not in {self.folder}; put that file there"
-                )
-                continue
-            self.parents[name] = parent
-            try:
-                check_digest(name, expected, parent, self.nodes[parent].digest)
-            except AdapterError as error:
-                self.refused[name] = str(error)
-
-    def _namesake(self, ancestor: Ancestor) -> str | None:
-        """A node that is called as the ancestor was."""
-        same = [name for name in self.nodes if ancestor.name in (name, name.rpartition("/")[2])]
-        return same[0] if same else None
-
-    def _cut_circle(self, name: str) -> None:
-        """Refuses a node that is among its own ancestors, which only edited metadata makes."""
-        above = [name]
-        while (step := self.parents.get(above[-1])) is not None and step not in above:
-            above.append(step)
-        if step == name:
-            self.refused[name] = f"{name} is among its own ancestors ({' < '.join([*above, name])})"
-            self.parents.pop(name)
-
-    def _check_lineage(self, name: str) -> None:
-        """Whether the ancestors are those that were there at the training, all the way up."""
-        *above, node = self.path(name, force=True)
-        if any(step.name in self.refused for step in (*above, node)):
-            return
-        if [ancestor.digest for ancestor in node.lineage] != [step.digest for step in above]:
-            expected, found = (
-                " > ".join(map(str, chain)) for chain in (node.lineage, [a.name for a in above])
-            )
-            self.refused[name] = f"{name} was trained on {expected}, but stands on {found} here"
 
     def node(self, name: str) -> Node:
         """A node by name.
@@ -172,13 +120,11 @@ class AdapterTree:
         Raises:
             AdapterError: If one of them stands on a wrong, changed or missing parent.
         """
-        nodes = [self.node(name)]
-        while (above := self.parents.get(nodes[0].name)) is not None:
-            nodes.insert(0, self.nodes[above])
-        for node in nodes:
-            if node.name in self.refused and not force:
-                raise AdapterError(self.refused[node.name])
-        return nodes
+        names = path_of(self.node(name).name, self.parents)
+        for step in names:
+            if step in self.refused and not force:
+                raise AdapterError(self.refused[step])
+        return [self.nodes[step] for step in names]
 
     def common_ancestor(self, first: str, second: str) -> Node | None:
         """The lowest node that is on both paths (a node is on its own); None if only the base is."""

@@ -269,6 +269,32 @@ def test_several_leaves_in_one_batch(small, pipe, unet, run):
     torch.testing.assert_close(both[1], alone["water"][1], rtol=1e-4, atol=1e-5)
 
 
+def test_several_leaves_under_guidance(small, pipe):
+    """The stock pipeline doubles the batch for guidance; each half has the samples in the same order."""
+    tree = AdapterTree.from_folder(small)
+    generator = torch.Generator().manual_seed(2)
+    text, negative = torch.randn(2, 2, 5, 24, generator=generator)
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+
+    def draw(rows):
+        return pipe(
+            prompt_embeds=text[rows],
+            negative_prompt_embeds=negative[rows],
+            latents=latents[rows],
+            guidance_scale=4.0,
+            num_inference_steps=2,
+            output_type="latent",
+        ).images
+
+    pipe.set_progress_bar_config(disable=True)
+    tree.mount(pipe, ["ink/portraits/old", "water"])
+    both = draw([0, 1])
+    for row, name in enumerate(("ink/portraits/old", "water")):
+        tree.mount(pipe, name)
+        torch.testing.assert_close(both[row], draw([row])[0], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(both[0], draw([0])[0], atol=1e-2)
+
+
 def test_stock_diffusers_alone_gives_the_same(small, make_unet, make_pipeline, unet, run):
     """R-37: the path's files as named adapters with set_adapters, without sdlora."""
     tree = AdapterTree.from_folder(small)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from sdlora.config import BaseSection
-from sdlora.conversion import extract, merge_into_base
+from sdlora.conversion.extract import extract
+from sdlora.conversion.merge import merge_into_base
 from sdlora.errors import AdapterError
 from sdlora.lora.adapter import Adapter, create_adapter
 from sdlora.lora.attach import match_targets
