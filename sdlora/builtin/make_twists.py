@@ -1,4 +1,4 @@
-"""Makes small datasets out of a larger one: the same drawings with a twist, for the leaves of an adapter tree."""
+"""Makes small datasets out of a larger one: its drawings with a twist, for the leaves of an adapter tree."""
 
 from __future__ import annotations
 
