@@ -17,7 +17,7 @@ from sdlora.training.train import train
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1, 2)
-STEPS = 120
+STEPS = 100
 
 
 def measure(images: Path, rank: int, rate: float, seed: int, steps: int, folder: Path) -> dict[str, Any]:
@@ -53,7 +53,9 @@ def measure(images: Path, rank: int, rate: float, seed: int, steps: int, folder:
     }
 
 
-def sweep(images: Path, out: Path, ranks: Sequence[int], seeds: Sequence[int], steps: int) -> None:
+def sweep(
+    images: Path, out: Path, ranks: Sequence[int], rates: Sequence[float], seeds: Sequence[int], steps: int
+) -> None:
     """Adds what is missing to a table of runs, seed by seed, so that it can be stopped at any time.
 
     Args:
@@ -61,7 +63,7 @@ def sweep(images: Path, out: Path, ranks: Sequence[int], seeds: Sequence[int], s
     """
     rows: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []
     known = {(row["seed"], row["rank"], row["learning_rate"], row["steps"]) for row in rows}
-    for seed, rank, rate in itertools.product(seeds, ranks, RATES):
+    for seed, rank, rate in itertools.product(seeds, ranks, rates):
         if (seed, rank, rate, steps) in known:
             continue
         with tempfile.TemporaryDirectory() as folder:
@@ -76,10 +78,18 @@ def main() -> None:
     parser.add_argument("images", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="JSON table; what it holds is not run again")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
-    sweep(arguments.images, arguments.out, arguments.ranks, arguments.seeds, arguments.steps)
+    sweep(
+        arguments.images,
+        arguments.out,
+        arguments.ranks,
+        arguments.rates,
+        arguments.seeds,
+        arguments.steps,
+    )
 
 
 if __name__ == "__main__":
