@@ -46,17 +46,31 @@ def test_is_it_learnt(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("shared_cache")
-def test_is_rank_8_enough(monkeypatch, tmp_path):
-    """The table of ranks, at fewer steps and ranks."""
+def test_how_much_rank(monkeypatch, tmp_path):
+    """The table of the sweep is read, and two ranks are trained for 20 steps."""
+    monkeypatch.setenv("SDLORA_FIGURES", str(tmp_path))
+    execute("how_much_rank.ipynb")
+    committed = (NOTEBOOKS / "figures" / "ranks.md").read_text(encoding="utf-8")
+    assert (tmp_path / "ranks.md").read_text(encoding="utf-8") == committed
+    assert (tmp_path / "ranks.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("shared_cache")
+def test_grow_an_adapter_tree(monkeypatch, tmp_path):
+    """Root, leaf, switching and flattening, at fewer steps, seeds and leaves."""
     for name, value in {
-        "RANKS": "[2, 4]",
-        "RATES": "[1e-3]",
-        "NOTEBOOK_STEPS": "3",
+        "TWISTS": '["duotone"]',
+        "SEEDS": "[0]",
+        "NOTEBOOK_STEPS": "2",
         "FIGURES": str(tmp_path),
     }.items():
         monkeypatch.setenv(f"SDLORA_{name}", value)
-    execute("is_rank_8_enough.ipynb")
-    assert len((tmp_path / "rank.md").read_text(encoding="utf-8").splitlines()) == 4
+    notebook = execute("grow_an_adapter_tree.ipynb")
+    printed = "".join(o.text for cell in notebook.cells for o in cell.get("outputs", []) if "text" in o)
+    assert "nothing is wrong" in printed
+    assert "rank 20" in printed
+    assert len((tmp_path / "tree.md").read_text(encoding="utf-8").splitlines()) == 3
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)
