@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # One thread each for two test processes: on a small machine that is quicker than two threads in one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow fuzz kill-test lint figures clean
+.PHONY: demo test test-slow fuzz kill-test lint figures ranks clean
 
 demo: $(INSTALLED)
 	$(BIN)/sdlora train datasets/openmoji --config configs/openmoji.toml
