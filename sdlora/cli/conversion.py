@@ -19,7 +19,7 @@ def extract(
         str, typer.Argument(help="A fine-tuned base: a diffusers folder, a .safetensors file, a hub id.")
     ],
     out: Annotated[Path, typer.Option(help="The file to write.")],
-    base: Annotated[str, typer.Option(help="The base that it was made of.")] = "builtin",
+    base: Annotated[str, typer.Option(help="The base that it was made of.")],
     rank: Annotated[int, typer.Option(help="Of each module; `sdlora resize` makes it smaller later.")] = 32,
     targets: Annotated[
         str, typer.Option(help="Such as attention, all-linear, all, or patterns; commas between them.")

@@ -105,8 +105,11 @@ def resize(
 ) -> None:
     """Write a LoRA with less rank, as near to the old one as can be; say what it lost. Give one rule."""
     from sdlora.config import load_config
+    from sdlora.errors import ConfigError
 
     settings = load_config(None, {"export.formats": [format], "export.precision": precision}).export
+    if base is not None and score is None:
+        raise ConfigError(f"--base {base} has no effect without --score; leave it out")
     from sdlora.conversion.places import weight_norms
     from sdlora.export import export_adapter, find_adapter
     from sdlora.lora.files import load_adapter
@@ -144,8 +147,10 @@ def merge(
     rank: Annotated[
         int | None, typer.Option(help="Of the result, but for concatenate.  [default: the largest]")
     ] = None,
-    density: Annotated[float, typer.Option(help="The share of elements that ties and dare keep.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Of dare.")] = 0,
+    density: Annotated[
+        float | None, typer.Option(help="The share of elements that ties and dare keep.  [default: 0.5]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of dare.  [default: 0]")] = None,
     format: Dialect = "diffusers",
     precision: Precision = "fp16",
 ) -> None:

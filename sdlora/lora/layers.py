@@ -122,12 +122,12 @@ class LoraLinear(nn.Module):
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., in) to (..., out); the pairs are cast to `x.dtype` for the product."""
+        """Maps (..., in) to (..., out); pairs go where `x` is, in its dtype, for the product."""
         y: Tensor = self.base(x)
         for entry in self.stack:
             if not entry.is_silent:
-                hidden = entry.scaled(F.linear(x, entry.down.to(x.dtype)))
-                y = y + F.linear(hidden, entry.up.to(x.dtype))
+                hidden = entry.scaled(F.linear(x, entry.down.to(x)))
+                y = y + F.linear(hidden, entry.up.to(x))
         return y
 
 
@@ -154,13 +154,13 @@ class LoraConv2d(nn.Module):
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, in, H, W) to (B, out, H', W'); the pairs are cast to `x.dtype` for the product."""
+        """Maps (B, in, H, W) to (B, out, H', W'); pairs go where `x` is, in its dtype, for the product."""
         base = self.base
         y: Tensor = base(x)
         for entry in self.stack:
             if not entry.is_silent:
-                hidden = F.conv2d(x, entry.down.to(x.dtype), None, base.stride, base.padding, base.dilation)
-                y = y + F.conv2d(entry.scaled(hidden), entry.up.to(x.dtype))
+                hidden = F.conv2d(x, entry.down.to(x), None, base.stride, base.padding, base.dilation)
+                y = y + F.conv2d(entry.scaled(hidden), entry.up.to(x))
         return y
 
 

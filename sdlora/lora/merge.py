@@ -20,6 +20,7 @@ from sdlora.lora.decompose import decompose, decompose_dense
 
 Method = Literal["concatenate", "svd", "ties", "dare"]
 METHODS: tuple[Method, ...] = get_args(Method)
+DENSITY = 0.5
 
 # What a file says of how it was trained is not true of a sum.
 _KEPT_NOTES = (
@@ -36,8 +37,8 @@ def merge(
     method: Method = "concatenate",
     *,
     rank: int | None = None,
-    density: float = 0.5,
-    seed: int = 0,
+    density: float | None = None,
+    seed: int | None = None,
 ) -> Adapter:
     """Joins adapters of one family into one; modules that only some of them have are joined from those.
 
@@ -48,8 +49,8 @@ def merge(
             takes the mean of those that agree (TIES-Merging, arXiv 2306.01708). `dare` drops elements by
             chance and scales the others up, so that the expected sum is the same (arXiv 2311.03099).
         rank: Of the result; the largest of the ranks if not given. Not for `concatenate`.
-        density: The share of elements that `ties` and `dare` keep.
-        seed: Of `dare`; the draw depends on it, the adapter's place and the module's name alone.
+        density: The share of elements that `ties` and `dare` keep; 0.5 if not given.
+        seed: Of `dare`, 0 if not given; a draw depends on it, the adapter's place and the module's name.
 
     Returns:
         An adapter with alpha == rank, in fp32.
@@ -58,9 +59,10 @@ def merge(
         ConfigError: If the settings do not go together.
         AdapterError: If the adapters do not fit each other.
     """
-    _check(adapters, method, rank, density)
+    _check(adapters, method, rank=rank, density=density, seed=seed)
+    density = DENSITY if density is None else density
     largest = rank or max(adapter.rank for adapter, _ in adapters)
-    join = _joiner(method, largest, density, seed)
+    join = _joiner(method, largest, density, seed or 0)
     names = dict.fromkeys(name for adapter, _ in adapters for name in adapter.modules)
     modules: dict[str, LowRank] = {}
     for name in names:
@@ -81,21 +83,24 @@ def merge(
     return Adapter(modules, total, float(total), family, first.parent, notes)
 
 
-def _check(
-    adapters: Sequence[tuple[Adapter, float]], method: Method, rank: int | None, density: float
-) -> None:
+def _check(adapters: Sequence[tuple[Adapter, float]], method: Method, **given: float | None) -> None:
+    """Refuses what does not go together; a setting that the method does not use is a mistake."""
     if not adapters:
         raise ConfigError("merge needs at least one LoRA; give files")
     if method not in METHODS:
         raise ConfigError(f"method = {method!r} must be one of {', '.join(METHODS)}")
+    uses = {"rank": ("svd", "ties", "dare"), "density": ("ties", "dare"), "seed": ("dare",)}
+    for name, value in given.items():
+        if value is not None and method not in uses[name]:
+            raise ConfigError(
+                f"{name} = {value:g} has no effect with method = {method}; leave it out, or use method = "
+                f"{' or '.join(uses[name])}"
+            )
+    rank, density = given["rank"], given["density"]
     if rank is not None and rank < 1:
-        raise ConfigError(f"rank = {rank} must be at least 1; leave it out for the largest of the LoRAs")
-    if rank is not None and method == "concatenate":
-        raise ConfigError(
-            f"rank = {rank} does not go with method = concatenate, which is exact; use method = svd"
-        )
-    if not 0 < density <= 1:
-        raise ConfigError(f"density = {density:g} must be above 0 and at most 1; use 0.5")
+        raise ConfigError(f"rank = {rank:g} must be at least 1; leave it out for the largest of the LoRAs")
+    if density is not None and not 0 < density <= 1:
+        raise ConfigError(f"density = {density:g} must be above 0 and at most 1; use {DENSITY}")
     families = sorted({adapter.family for adapter, _ in adapters if adapter.family})
     if len(families) > 1:
         raise AdapterError(f"the LoRAs are for {' and '.join(families)}; give LoRAs of one family")

@@ -38,7 +38,9 @@ def test_there_and_back(sdlora, styles, tmp_path):
     command = ("merge-into-base", styles / "portraits.safetensors", "--out", place, "--dtype", "fp32")
     code, printed, errors = sdlora(*command)
     assert (code, printed) == (0, f"wrote     {place}\n"), errors
-    code, printed, errors = sdlora("extract", place, "--out", out, "--rank", 3, "--format", "kohya")
+    code, printed, errors = sdlora(
+        "extract", place, "--base", "builtin", "--out", out, "--rank", 3, "--format", "kohya"
+    )
     assert code == 0, errors
     assert "were not changed; error 0.0" in printed
     assert "outside   0.00% of the energy" in printed
@@ -66,8 +68,14 @@ def test_score_against_the_base(sdlora, styles, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["extract", "builtin", "--out", "x.safetensors"], "changes nothing of builtin in all-linear"),
-        (["extract", "builtin", "--out", "x.safetensors", "--rank", "0"], "lora.rank = 0 must be at least 1"),
+        (
+            ["extract", "builtin", "--base", "builtin", "--out", "x.safetensors"],
+            "changes nothing of builtin in all-linear",
+        ),
+        (
+            ["extract", "builtin", "--base", "builtin", "--out", "x.safetensors", "--rank", "0"],
+            "lora.rank = 0 must be at least 1",
+        ),
         (
             ["merge-into-base", "{ink}", "--out", "{here}"],
             "is already there; a base is never changed in place",

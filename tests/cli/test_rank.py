@@ -68,9 +68,10 @@ def test_merge(sdlora, style, tmp_path):
         (["resize"], "resize takes one of rank, energy, ratio, score, size_mb, not none; give exactly one"),
         (["resize", "--rank", 2, "--energy", 0.9], "not rank = 2 and energy = 0.9; give exactly one"),
         (["resize", "--rank", 2, "--format", "webui"], "export.formats = 'webui' must be one of"),
+        (["resize", "--rank", 2, "--base", "builtin"], "--base builtin has no effect without --score"),
         (["merge", "--weights", "1,2"], "--weights 1,2 has 2 numbers for 1 LoRAs; give as many"),
         (["merge", "--method", "mean"], "method = 'mean' must be one of concatenate, svd, ties, dare"),
-        (["merge", "--rank", 2], "rank = 2 does not go with method = concatenate"),
+        (["merge", "--rank", 2], "rank = 2 has no effect with method = concatenate"),
     ],
 )
 def test_mistakes(sdlora, style, tmp_path, arguments, message):

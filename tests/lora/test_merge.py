@@ -135,7 +135,15 @@ def test_file_says_what_it_was_made_of(two, tmp_path):
     ("changes", "message"),
     [
         ({"method": "sum"}, "method = 'sum' must be one of concatenate, svd, ties, dare"),
-        ({"rank": 4}, "rank = 4 does not go with method = concatenate, which is exact; use method = svd"),
+        (
+            {"rank": 4},
+            "rank = 4 has no effect with method = concatenate; leave it out, or use method = svd or",
+        ),
+        (
+            {"method": "svd", "density": 0.2},
+            "density = 0.2 has no effect with method = svd; leave it out, or",
+        ),
+        ({"method": "ties", "seed": 1}, "seed = 1 has no effect with method = ties; leave it out, or use"),
         ({"method": "svd", "rank": 0}, "rank = 0 must be at least 1"),
         ({"method": "ties", "density": 0}, "density = 0 must be above 0 and at most 1; use 0.5"),
     ],
