@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdlora.runs import write_json
+from sdlora.writing import write_json
 from sdlora.training.train import train
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
