@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdlora.writing import write_json
 from sdlora.training.train import train
+from sdlora.writing import write_json
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 RATES = (1e-3, 2e-3, 4e-3)
