@@ -60,8 +60,9 @@ def remove_leftovers(*folders: Path, name: str = "*") -> None:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Writes UTF-8 text atomically."""
-    return write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+    """Writes UTF-8 text atomically; half of a letter becomes the escape that JSON has for it."""
+    raw = text.encode("utf-8", "backslashreplace")
+    return write_file(path, lambda temporary: temporary.write_bytes(raw))
 
 
 def write_json(path: Path, value: Any) -> Path:

@@ -126,11 +126,11 @@ def test_text_is_utf8(tmp_path):
 def test_line_separators_in_events(tmp_path):
     """R-45: a caption or a file's name may hold separators that end a line elsewhere."""
     run = RunFolder(tmp_path / "run")
-    run.append("warning", 1, names=["a\u2028b\x85c.png"])
+    run.append("warning", 1, names=["a\u2028b\x85c.png", "\ud800"])
     run.append("step", 2)
     run.cut_events(2)
     assert [event["event"] for event in run.events()] == ["warning", "step"]
-    assert next(run.events())["names"] == ["a\u2028b\x85c.png"]
+    assert next(run.events())["names"] == ["a\u2028b\x85c.png", "\ud800"]
 
 
 @pytest.mark.parametrize(
