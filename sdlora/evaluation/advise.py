@@ -112,7 +112,7 @@ def advise_rank(
         keep: The share of what was learned that is enough.
         ranks: To try; powers of two if not given.
         seed: Of the samples.
-        progress: Told (finished, total) ranks.
+        progress: Told (finished, total): the losses of each rank, then all pictures.
 
     Raises:
         ConfigError: If `keep` or a rank is out of range.
@@ -141,6 +141,8 @@ def advise_rank(
             f"{losses[bench.adapter.rank]:.4f} with it), so no rank can be advised; see `sdlora spectrum`"
         )
     distances = _picture_distances(bench, adapters, seed)
+    if progress is not None:
+        progress(len(adapters) + 1, len(adapters) + 1)
     candidates = [
         Candidate(
             rank=rank,

@@ -87,7 +87,9 @@ def test_the_smallest_that_keeps_enough(run, advice):
 
 def test_when_no_smaller_rank_is_enough(run):
     """Nothing is written; the line says so."""
-    advice = advise_rank(run, keep=1.0, ranks=[1])
+    told = []
+    advice = advise_rank(run, keep=1.0, ranks=[1], progress=lambda *done: told.append(done))
+    assert told == [(1, 3), (2, 3), (3, 3)]
     assert [one.rank for one in advice.candidates] == [1, 6]
     assert (advice.rank, advice.files) == (6, ())
     assert "keep rank 6: no smaller one keeps 100% of what it learned" in "\n".join(advice.lines())
