@@ -64,24 +64,25 @@ def load_base(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
-    unet_device: torch.device | str | None = None,
+    waits: bool = False,
 ) -> StableDiffusion:
     """Loads and freezes a base.
 
     Args:
         dtype: Of the UNet. Text encoders are fp32, the VAE as `vae_dtype` says.
         device: Where all parts go; `StableDiffusion.encoders_to` moves the encoders away.
-        unet_device: Where the UNet waits meanwhile, if not there too.
+        waits: Whether UNet, VAE and text encoders stay on the CPU until they are wanted.
 
     Raises:
         ModelError: If the files lack weights that the configuration asks for.
     """
-    unet = load_unet(info.parts["unet"], dtype, unet_device or device, info.quantize, info.correction)
+    place = "cpu" if waits else device
+    unet = load_unet(info.parts["unet"], dtype, place, info.quantize, info.correction)
     vae = load_part(info.parts["vae"], vae_dtype(info, dtype, device))
     text_encoders = tuple(load_part(info.parts[name], torch.float32) for name in info.traits.text_encoders)
     tokenizers = tuple(load_tokenizer(info, number) for number in range(len(info.words)))
     for part in (vae, *text_encoders):
-        _unmap(part.to(device).requires_grad_(False).eval())
+        _unmap(part.to(place).requires_grad_(False).eval())
     return StableDiffusion(
         info, unet, vae, text_encoders, tokenizers, dtype, withhold=find_checker(info, device)
     )

@@ -74,9 +74,14 @@ class StableDiffusion:
         dtype: torch.dtype = self.text_encoders[0].dtype
         return dtype
 
-    def encoders_to(self, device: torch.device | str, *, text: bool = True) -> None:
-        """Moves the VAE and, unless they shall stay with the UNet, the text encoders."""
-        for part in (self.vae, *(self.text_encoders if text else ())):
+    def encoders_to(self, device: torch.device | str) -> None:
+        """Moves VAE and text encoders; the UNet stays."""
+        self.vae.to(device)
+        self.text_encoders_to(device)
+
+    def text_encoders_to(self, device: torch.device | str) -> None:
+        """Moves the text encoders."""
+        for part in self.text_encoders:
             part.to(device)
 
     def enable_gradient_checkpointing(self, *, text: bool) -> None:

@@ -78,7 +78,14 @@ class Encodings:
         self._encode(jobs[accelerator.process_index :: accelerator.num_processes], accelerator, report)
         # What the others put where this process cannot see it: on a host with a cache of its own.
         self._encode([job for job in jobs if not self._is_known(job)], accelerator, report)
-        if self.cache.problem:
+
+    def check_cache(self, report: Report) -> None:
+        """Says it if nothing can be kept on the disk.
+
+        Raises:
+            DataError: If that was asked for.
+        """
+        if self.cache is not None and self.cache.problem:
             if self.is_required:
                 raise DataError(
                     f"{self.cache.problem}, but data.cache = true needs it; set SDLORA_CACHE to a folder"

@@ -118,10 +118,11 @@ class Memory:
         beside = sum(size for name, size in encoders.items() if self.shares or name in self.staying)
         trained = self.unet_bytes + self.adapter + beside
         waiting = self.unet_bytes if self.shares else 0
-        stages = {
-            "encoding": waiting + self.vae + self.text_encoders + self.encode,
-            "training": trained + self.learn,
-        }
+        encoding = max(self.text_encoders, self.vae + self.encode)
+        if self.shares:
+            encoding = waiting + self.vae + self.text_encoders + self.encode
+        at_once = max(self.learn, self.encode if "vae" in self.staying else 0)
+        stages = {"encoding": encoding, "training": trained + at_once}
         if self.sample:
             vae = 0 if self.shares or "vae" in self.staying else self.vae
             stages["sampling"] = trained + max(self.sample, vae + self.decode)

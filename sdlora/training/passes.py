@@ -57,18 +57,11 @@ class UnetPass:
 @lru_cache(maxsize=64)
 def unet_peak(task: UnetPass) -> int:
     """The most bytes alive at once, weights left out, gradients of the adapter included."""
-    config = json.loads(task.config)
-    unet = empty_model("unet", config)
-    nn.Module.to(unet, task.dtype)
-    if task.is_quantized:
-        # Any scheme expands to the same weights, and this one needs no tables of another package.
-        quantize(unet, "int8")
-    unet.requires_grad_(False).train(task.checkpointing)
-    if task.checkpointing:
-        unet.enable_gradient_checkpointing()
+    config, unet = json.loads(task.config), _build_unet(task.config, task.dtype, task.is_quantized)
+    unet.train(task.checkpointing)
+    (unet.enable_gradient_checkpointing if task.checkpointing else unet.disable_gradient_checkpointing)()
     adapter = _empty_adapter(unet, dict(task.ranks), learns=task.learns)
-    if adapter is not None:
-        mount(unet, [(adapter, 1.0)])
+    mount(unet, [(adapter, 1.0)] if adapter else [])
 
     def make(*shape: int) -> Tensor:
         return torch.empty(task.batch_size, *shape, dtype=task.dtype, device=META)
@@ -90,6 +83,16 @@ def unet_peak(task: UnetPass) -> int:
 
     known = [*unet.parameters(), *unet.buffers(), *(adapter.parameters() if adapter else [])]
     return peak_bytes(compute, known)
+
+
+@lru_cache(maxsize=2)
+def _build_unet(config: str, dtype: torch.dtype, is_quantized: bool) -> Any:
+    unet = empty_model("unet", json.loads(config))
+    nn.Module.to(unet, dtype)
+    if is_quantized:
+        # Any scheme expands to the same weights, and this one needs no tables of another package.
+        quantize(unet, "int8")
+    return unet.requires_grad_(False)
 
 
 @lru_cache(maxsize=64)

@@ -87,12 +87,9 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, repor
     """Loads the base, encodes, lets the encoders leave the device, and mounts a fresh adapter."""
     config = plan.config
     text_learns = config.lora.text_encoder
-    # The device never holds the encoders and the UNet at once, if the encodings are kept.
-    device = accelerator.device
-    waits = "cpu" if config.data.cache is not False else device
-    base = load_base(plan.info, dtype=precision.base_dtype, device=device, unet_device=waits)
+    device, waits = accelerator.device, config.data.cache is not False
+    base = load_base(plan.info, dtype=precision.base_dtype, device=device, waits=waits)
     parents = stack_of(plan.parents)
-    mount(base.components, parents)
     encodings = Encodings(
         base,
         _open_cache(config),
@@ -114,8 +111,6 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, repor
         for split, records in (("train", train), ("heldout", heldout))
         if records
     }
-    if encodings.cache is not None:
-        base.encoders_to("cpu", text=not text_learns)
     base.unet.to(device)
     if config.train.gradient_checkpointing:
         base.enable_gradient_checkpointing(text=text_learns)
@@ -172,7 +167,19 @@ def _encode(plan: RunPlan, encodings: Encodings, accelerator: Accelerator, repor
     ]
     captions = [record.caption for record in (*plan.index.records, *plan.index.heldout)]
     captions += ["", *config.sample.prompts, config.sample.negative_prompt]
-    encodings.prepare(dict.fromkeys(views), captions, accelerator, report)
+    base, device = encodings.base, accelerator.device
+    base.text_encoders_to(device)
+    mount(base.components, stack_of(plan.parents))
+    if encodings.cache is None:
+        return
+    # One after the other: the device never holds text encoders, VAE and UNet at once.
+    encodings.prepare((), captions, accelerator, report)
+    if not encodings.text_learns:
+        base.text_encoders_to("cpu")
+    base.vae.to(device)
+    encodings.prepare(dict.fromkeys(views), (), accelerator, report)
+    base.vae.to("cpu")
+    encodings.check_cache(report)
 
 
 def _heldout_view(plan: RunPlan, encodings: Encodings, record: ImageRecord) -> HeldoutView:

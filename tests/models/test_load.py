@@ -203,6 +203,16 @@ def test_shipped_base_is_an_ordinary_folder() -> None:
 
 
 @pytest.mark.gpu
+def test_parts_wait_on_the_cpu(info: BaseInfo) -> None:
+    """R-20: in the dtypes of the device where they will be used."""
+    base = load_base(info, dtype=torch.bfloat16, device="cuda", waits=True)
+    assert {part.device.type for part in (base.unet, base.vae, *base.text_encoders)} == {"cpu"}
+    base.text_encoders_to("cuda")
+    assert base.vae.device.type == "cpu"
+    assert base.encode_captions(["a cat"]).hidden.device.type == "cuda"
+
+
+@pytest.mark.gpu
 def test_parts_are_where_they_were_sent(info: BaseInfo) -> None:
     """R-20: the encoders leave the device, the UNet stays; decoding brings the VAE back only meanwhile."""
     base = load_base(info, dtype=torch.bfloat16, device="cuda")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +19,8 @@ from sdlora.data.records import Size
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_modules, match_targets, mount
 from sdlora.models.info import inspect_base
-from sdlora.models.load import empty_components, load_base
+from sdlora.models.load import empty_components, empty_model, load_base
+from sdlora.models.parts import Part
 from sdlora.training.device import Precision
 from sdlora.training.live_bytes import peak_bytes
 from sdlora.training.memory import Machine, Workload, as_size, estimate_memory, plan_memory
@@ -119,10 +121,10 @@ def test_stages_add_up():
     cpu = estimate_memory(work(), Machine(FP32, CPU), checkpointing=False)
     kept = estimate_memory(work(data__cache=False), Machine(FP32, CUDA), checkpointing=False)
     encoders = gpu.vae + gpu.text_encoders
-    assert gpu.stages["encoding"] == encoders + gpu.encode
+    assert gpu.stages["encoding"] == max(gpu.text_encoders, gpu.vae + gpu.encode)
     assert gpu.stages["training"] == gpu.unet_bytes + gpu.adapter + gpu.learn
     assert cpu.stages["training"] == kept.stages["training"] == gpu.stages["training"] + encoders
-    assert cpu.stages["encoding"] == gpu.stages["encoding"] + gpu.unet_bytes
+    assert cpu.stages["encoding"] == encoders + gpu.encode + gpu.unet_bytes
     assert gpu.stages["sampling"] == gpu.unet_bytes + gpu.adapter + max(gpu.sample, gpu.vae + gpu.decode)
     assert gpu.stages["postflight"] - gpu.adapter - gpu.prove == sum(p.plain for p in gpu.unet.values())
     assert (
@@ -187,6 +189,66 @@ def test_the_plan_says_what_is_really_saved():
     assert third.startswith("nf4       linear 17 MB to 2 MB, convolution 23 MB to 6 MB, rest 0 MB")
     assert third.endswith("the UNet takes 80% less")
     assert json.loads(json.dumps(memory.as_event()))["peak"] == memory.peak
+
+
+SD15 = {"in_channels": 4, "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+SDXL = {
+    "in_channels": 4,
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "use_linear_projection": True,
+}
+VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+TEXTS = {"sd1": {"text_encoder": 123_060_480}}
+TEXTS["sdxl"] = {**TEXTS["sd1"], "text_encoder_2": 694_659_840}
+LARGE = ("sdxl-qlora-8gb", "sdxl-qlora-12gb", "sdxl-24gb")
+
+
+def full_size(family, settings):
+    """A real base's description, without its weights."""
+    configs = {"unet": SDXL if family == "sdxl" else SD15, "vae": {**VAE, "force_upcast": family == "sdxl"}}
+    parts = {
+        name: Part(name, config, (), "", sum(p.numel() for p in empty_model(name, config).parameters()))
+        for name, config in configs.items()
+    }
+    positions = {"max_position_embeddings": 77}
+    parts |= {name: Part(name, positions, (), "", count) for name, count in TEXTS[family].items()}
+    known = inspect_base(settings)
+    return replace(known, source=family, family=family, parts=parts, words=(), scheduler_config={})
+
+
+@pytest.mark.parametrize(
+    "preset", ["sd15-8gb", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
+)
+def test_presets_say_what_the_plan_estimates(repository, preset):
+    """R-18: in their first line, for a GPU in bf16; the card has a tenth and the driver's to spare."""
+    file = repository / "configs" / f"{preset}.toml"
+    first = file.read_text(encoding="utf-8").splitlines()[0]
+    card, stated = re.search(r"with (\d+) GB: about ([\d.]+ GB) by the plan's estimate", first).groups()
+    config = load_config(file, {"train.sample_every": 100})
+    info = full_size("sdxl" if "sdxl" in preset else "sd1", config.base)
+    parts = empty_components(info, text=False)
+    ranks = dict.fromkeys(match_modules(parts, config.lora.targets), config.lora.rank)
+    asked = Workload(config, info, parts, ranks, 0, Size(info.resolution, info.resolution))
+    free = int(int(card) * 1e9 - 0.6e9)
+    memory, problem = plan_memory(asked, Machine(Precision("bf16", "bf16"), CUDA, free))
+    assert as_size(memory.peak) == stated
+    assert problem is None
+    assert memory.checkpointing == config.train.gradient_checkpointing
 
 
 MEASURE = """
