@@ -26,7 +26,7 @@ def check_same_plan(accelerator: Accelerator, plan: RunPlan) -> None:
         "the held-out pictures": [(record.digest, record.caption) for record in plan.index.heldout],
         "the base": plan.info.digest,
         "the parent": [parent.ancestor.digest for parent in plan.parents],
-        "the versions": package_versions(),
+        "the versions": dict(package_versions()),
     }
     for what, value in seen.items():
         numbers = gather_numbers(accelerator, derive_seed(json.dumps(value)))

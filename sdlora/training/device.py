@@ -6,8 +6,10 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -174,14 +176,15 @@ def describe_environment(accelerator: Accelerator, precision: Precision, **value
         "autocast": precision.compute != precision.base,
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
-        "versions": package_versions(),
+        "versions": dict(package_versions()),
         **values,
     }
 
 
-def package_versions() -> dict[str, str]:
+@cache
+def package_versions() -> Mapping[str, str]:
     """What decides the bits of a run, and what its files say they were made with."""
-    return {package: _version(package) for package in PACKAGES}
+    return MappingProxyType({package: _version(package) for package in PACKAGES})
 
 
 def _version(package: str) -> str:

@@ -41,7 +41,7 @@ def save_state(run: RunFolder, plan: RunPlan, learner: Learner, counters: Counte
             "num_averaged": average.num_updates if average else 0,
             "scaler": scaler.state_dict() if scaler else None,
             "identity": identify(plan, learner.precision),
-            "versions": package_versions(),
+            "versions": dict(package_versions()),
         },
     )
     run.remove_checkpoints(keep=plan.config.train.keep_checkpoints)

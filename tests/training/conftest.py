@@ -21,9 +21,11 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+import sdlora.postflight
 from sdlora.config import RunConfig, load_config
 from sdlora.lora.files import load_adapter
 from sdlora.runs import RunFolder
+from sdlora.training import prepare as preparation
 from sdlora.training.checkpoint import read_checkpoint
 from sdlora.training.console import Report
 from sdlora.training.device import describe_environment, make_accelerator
@@ -281,5 +283,34 @@ def command_line() -> Callable[..., list[str]]:
         ]
         file.write_text("\n".join(lines), encoding="utf-8")
         return ["sdlora", "train", str(images), "--out", str(run.path), "--config", str(file)]
+
+    return make
+
+
+@pytest.fixture
+def warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base is loaded once in this process; every fork has a copy of its own."""
+    for module, name in ((preparation, "load_base"), (sdlora.postflight, "load_stock_pipeline")):
+        monkeypatch.setattr(module, name, kept(getattr(module, name)))
+
+
+def kept(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Loads once, whatever is asked for."""
+    loaded: list[Any] = []
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        if not loaded:
+            loaded.append(load(*args, **kwargs))
+        return loaded[0]
+
+    return once
+
+
+@pytest.fixture
+def quick(tiny: Callable[..., RunConfig], sd15_folder: Path) -> Callable[..., RunConfig]:
+    """A configuration of a tiny run on the tiny base; keys may be changed."""
+
+    def make(images: Path, **changes: Any) -> RunConfig:
+        return tiny(images, **{"base__source": str(sd15_folder), **changes})
 
     return make

@@ -30,12 +30,12 @@ def test_the_average_is_the_formula():
     assert torch.equal(tensor, values[-1])
 
 
-def test_the_average_is_what_is_given_away(make_images, tiny, make_trainer, tmp_path):
+def test_the_average_is_what_is_given_away(make_images, quick, make_trainer, tmp_path):
     """R-10: measured, saved and exported is the average; training goes on at its own point."""
     images = make_images(sizes=((64, 64),) * 8)
     keys = {"train__save_every": 4, "data__heldout": 0.25, "export__precision": "fp32"}
-    plain = make_trainer(tiny(images, **keys), tmp_path / "plain")
-    averaged = make_trainer(tiny(images, train__ema_decay=0.5, **keys), tmp_path / "averaged")
+    plain = make_trainer(quick(images, **keys), tmp_path / "plain")
+    averaged = make_trainer(quick(images, train__ema_decay=0.5, **keys), tmp_path / "averaged")
     names = list(named_tensors(plain.learner.adapter))
     points = []
     for _ in range(4):
@@ -62,10 +62,10 @@ def test_the_average_is_what_is_given_away(make_images, tiny, make_trainer, tmp_
     assert state["num_averaged"] == 4
 
 
-def test_no_average_of_an_average(make_images, tiny, tmp_path, monkeypatch):
+def test_no_average_of_an_average(make_images, quick, tmp_path, monkeypatch):
     """R-35: a conflict names both settings, before a weight is loaded."""
     schedule_free = type("ScheduleFree", (torch.optim.SGD,), {"eval": lambda self: None})
     monkeypatch.setattr(torch.optim, "ScheduleFree", schedule_free, raising=False)
-    config = tiny(make_images(), train__ema_decay=0.9, train__optimizer="torch.optim.ScheduleFree")
+    config = quick(make_images(), train__ema_decay=0.9, train__optimizer="torch.optim.ScheduleFree")
     with pytest.raises(ConfigError, match=r"train\.ema_decay = 0\.9 averages what train\.optimizer = torch"):
         train(config.images, config=config, out=tmp_path / "run", quiet=True)

@@ -69,15 +69,15 @@ def images(make_images):
     return make_images(sizes=SIZES)
 
 
-def test_two_processes_are_one(images, tiny, tmp_path, fork_processes, monkeypatch):
+def test_two_processes_are_one(images, quick, tmp_path, fork_processes, monkeypatch):
     """R-03, R-08, R-16, R-17: to the bit, also stopped and resumed; rates, losses, files and pictures too.
 
     A sum of two gradients is the same in either order, so here nothing needs a tolerance.
     """
-    config = tiny(images, train__accumulate=2, **EVERYTHING)
+    config = quick(images, train__accumulate=2, **EVERYTHING)
     alone = train(images, config=config, out=tmp_path / "alone", quiet=True)
 
-    config, run = tiny(images, **EVERYTHING), RunFolder(tmp_path / "together")
+    config, run = quick(images, **EVERYTHING), RunFolder(tmp_path / "together")
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "record", stopping_at(4, Trainer.record))
         stopped = fork_processes(2, lambda: train(images, config=config, out=run.path))
@@ -166,7 +166,7 @@ def watch(patch):
     return watched
 
 
-def test_the_number_of_processes_may_change(images, tiny, tmp_path, fork_processes):
+def test_the_number_of_processes_may_change(images, quick, tmp_path, fork_processes):
     """R-08, R-17: four, then two, then one process go on with a run; global batch and result are kept.
 
     The order of the sums differs, so tensors are equal to 1e-6 where they moved by 1e-3. With AdamW they
@@ -174,10 +174,10 @@ def test_the_number_of_processes_may_change(images, tiny, tmp_path, fork_process
     """
     keys = {"train__optimizer": "torch.optim.SGD", "train__learning_rate": 0.1, "train__steps": 6}
     alone = train(
-        images, config=tiny(images, train__batch_size=4, **keys), out=tmp_path / "alone", quiet=True
+        images, config=quick(images, train__batch_size=4, **keys), out=tmp_path / "alone", quiet=True
     )
     run = RunFolder(tmp_path / "changing")
-    config = tiny(images, **{**keys, "train__steps": 2})
+    config = quick(images, **{**keys, "train__steps": 2})
     end_well(fork_processes(4, lambda: train(images, config=config, out=run.path)))
     end_well(fork_processes(2, lambda: resume(run.path, ["train.steps=4"])))
     assert (run.read_config().train.batch_size, run.read_config().train.accumulate) == (1, 2)
@@ -206,9 +206,9 @@ def test_the_number_of_processes_may_change(images, tiny, tmp_path, fork_process
         (["lora.rank=4"], 1, "lora.rank cannot change in a resumed run; only"),
     ],
 )
-def test_what_cannot_be_divided(images, tiny, overrides, processes, line):
+def test_what_cannot_be_divided(images, quick, overrides, processes, line):
     """R-16, R-17: one line, with what can be."""
-    config = tiny(images, train__batch_size=4, train__accumulate=2)
+    config = quick(images, train__batch_size=4, train__accumulate=2)
     with pytest.raises(ConfigError, match=line) as caught:
         apply_changes(config, overrides, global_batch=8, num_processes=processes)
     assert len(caught.value.problems) == 1
@@ -224,9 +224,9 @@ def test_what_cannot_be_divided(images, tiny, overrides, processes, line):
         (["train.batch_size=2"], 2, (2, 2)),
     ],
 )
-def test_how_it_is_divided(images, tiny, overrides, processes, expected):
+def test_how_it_is_divided(images, quick, overrides, processes, expected):
     """R-16: no larger a batch than fitted before, unless asked for."""
-    config = tiny(images, train__batch_size=4, train__accumulate=2)
+    config = quick(images, train__batch_size=4, train__accumulate=2)
     train = apply_changes(config, overrides, global_batch=8, num_processes=processes).train
     assert (train.batch_size, train.accumulate) == expected
 
@@ -273,13 +273,13 @@ def failing_at(step, error, train_step):
     ids=["fails", "is killed"],
 )
 def test_a_process_that_ends_ends_all(
-    images, tiny, tmp_path, fork_processes, monkeypatch, command_line, error, codes, line
+    images, quick, tmp_path, fork_processes, monkeypatch, command_line, error, codes, line
 ):
     """R-23: within seconds, with its reason where it could say one; the last checkpoint resumes."""
     run = RunFolder(tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", failing_at(4, error, Trainer.train_step))
-        patch.setattr(sys, "argv", command_line(images, run, tiny(images, **EVERYTHING)))
+        patch.setattr(sys, "argv", command_line(images, run, quick(images, **EVERYTHING)))
         children = fork_processes(2, main)
         assert launch(children) == codes
     assert re.search(line, children[0].printed.splitlines()[-1]), children[0].printed
@@ -290,10 +290,10 @@ def test_a_process_that_ends_ends_all(
     assert [step for (step,) in events_of(run, "step", "step")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_mistake_is_told_once(images, tiny, tmp_path, fork_processes, monkeypatch, command_line):
+def test_a_mistake_is_told_once(images, quick, tmp_path, fork_processes, monkeypatch, command_line):
     """R-35: before training, by the first process; all end with 2, and nothing is written."""
     run = RunFolder(tmp_path / "run")
-    monkeypatch.setattr(sys, "argv", [*command_line(images, run, tiny(images)), "data.resolution=100"])
+    monkeypatch.setattr(sys, "argv", [*command_line(images, run, quick(images)), "data.resolution=100"])
     children = fork_processes(2, main)
     assert launch(children) == [2, 2]
     assert "sdlora: data.resolution = 100 must be a multiple of 8" in children[0].printed
@@ -301,14 +301,14 @@ def test_a_mistake_is_told_once(images, tiny, tmp_path, fork_processes, monkeypa
     assert not run.path.exists()
 
 
-def test_processes_that_see_other_files(make_images, tiny, tmp_path, fork_processes):
+def test_processes_that_see_other_files(make_images, quick, tmp_path, fork_processes):
     """R-17: two hosts with different copies of the pictures are told so, before a weight is loaded."""
     folders = [make_images("here"), make_images("there")]
     (folders[1] / "00.txt").write_text("another caption", encoding="utf-8")
 
     def start():
         own = folders[int(os.environ["RANK"])]
-        train(own, config=tiny(own), out=tmp_path / "run", quiet=True)
+        train(own, config=quick(own), out=tmp_path / "run", quiet=True)
 
     children = fork_processes(2, start)
     assert [child.wait() for child in children] == [1, 1]
@@ -318,16 +318,16 @@ def test_processes_that_see_other_files(make_images, tiny, tmp_path, fork_proces
 
 
 @pytest.mark.parametrize("variable", sorted(ENGINES))
-def test_engines_that_are_not_used(images, tiny, tmp_path, monkeypatch, variable):
+def test_engines_that_are_not_used(images, quick, tmp_path, monkeypatch, variable):
     """R-11: what `accelerate launch` asks for by its environment has an effect or is refused."""
     monkeypatch.setenv(variable, "true")
     with pytest.raises(ConfigError, match=f"the launcher asks for .*{variable}"):
-        train(images, config=tiny(images), out=tmp_path / "run", quiet=True)
+        train(images, config=quick(images), out=tmp_path / "run", quiet=True)
 
 
-def test_processes_that_never_come(images, tiny, tmp_path, fork):
+def test_processes_that_never_come(images, quick, tmp_path, fork):
     """R-23: one that waits for others that were not started ends with a line, within the time set."""
-    config = tiny(images, train__timeout_seconds=1)
+    config = quick(images, train__timeout_seconds=1)
     alone = {
         "WORLD_SIZE": "2",
         "RANK": "0",

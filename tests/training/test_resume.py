@@ -67,14 +67,14 @@ EVERYTHING = {
 
 
 @pytest.mark.parametrize("cache", ["auto", False])
-def test_stopped_equals_straight(make_images, tiny, make_trainer, tmp_path, check_same, cache):
+def test_stopped_equals_straight(make_images, quick, make_trainer, tmp_path, check_same, cache):
     """R-03: stopped by a real signal (R-23) and gone on with after any step, in an epoch and at its border.
 
     With buckets, caches on and off, accumulation, dropout of captions and of the adapter, a schedule, the
     moving average, held-out losses and samples in between.
     """
     images = make_images(sizes=((64, 64),) * 7 + ((96, 64),) * 3)
-    config = tiny(images, data__cache=cache, **EVERYTHING)
+    config = quick(images, data__cache=cache, **EVERYTHING)
     straight, results = run_to_end(make_trainer, config, tmp_path / "straight")
     rows = list(straight.run.trace())
     assert straight.plan.order.steps_per_epoch == 4
@@ -124,9 +124,9 @@ def test_the_newest_complete_state_is_taken(make_images, small, make_trainer, tm
     assert again.step == 2
 
 
-def test_a_damaged_state_does_not_push_a_good_one_out(make_images, tiny, make_trainer, tmp_path, monkeypatch):
+def test_a_damaged_state_pushes_no_good_one_out(make_images, quick, make_trainer, tmp_path, monkeypatch):
     """R-24: a run that goes on from before it drops it, so that retention keeps what can be read."""
-    config = tiny(make_images(), train__save_every=2, train__keep_checkpoints=2)
+    config = quick(make_images(), train__save_every=2, train__keep_checkpoints=2)
     trainer = make_trainer(config, tmp_path / "run")
     trainer.train()
     edit_settings(trainer.run, train={"keep_checkpoints": 1})
@@ -161,10 +161,10 @@ def drop_picture(images):
 
 
 @pytest.mark.parametrize("change", [change_caption, drop_picture])
-def test_other_pictures_are_refused(make_images, tiny, make_trainer, tmp_path, change):
+def test_other_pictures_are_refused(make_images, quick, make_trainer, tmp_path, change):
     """R-03: a resumed run has the data that it began with, or is told that it may have other."""
     images = make_images()
-    trainer = make_trainer(tiny(images, train__steps=2), tmp_path / "run")
+    trainer = make_trainer(quick(images, train__steps=2), tmp_path / "run")
     trainer.train()
     change(images)
     with pytest.raises(RunError, match=r"the pictures or captions changed \(.*--allow-changed dataset"):
@@ -198,9 +198,9 @@ FORGERIES = (
 )
 
 
-def test_a_state_of_another_program(make_images, tiny, make_trainer, tmp_path):
+def test_a_state_of_another_program(make_images, quick, make_trainer, tmp_path):
     """R-44: a state that is sealed but holds something else is one line, whatever it holds."""
-    trainer = make_trainer(tiny(make_images(), train__steps=2), tmp_path / "run")
+    trainer = make_trainer(quick(make_images(), train__steps=2), tmp_path / "run")
     trainer.train()
     folder = trainer.run.checkpoint(2)
     sound = read_state(folder)
@@ -215,9 +215,9 @@ def test_a_state_of_another_program(make_images, tiny, make_trainer, tmp_path):
         load_state(trainer.run, 2, trainer.learner)
 
 
-def test_an_identity_is_compared_field_by_field(make_images, tiny, make_trainer, tmp_path):
+def test_an_identity_is_compared_field_by_field(make_images, quick, make_trainer, tmp_path):
     """R-03: a line for each field, with the flag where it can make sense, before a weight is loaded."""
-    trainer = make_trainer(tiny(make_images(), train__steps=2), tmp_path / "run")
+    trainer = make_trainer(quick(make_images(), train__steps=2), tmp_path / "run")
     trainer.train()
     run = trainer.run
     edit_settings(run, train={"grad_clip": 0.5, "seed": 3}, objective={"noise_offset": 0.1})
@@ -239,9 +239,9 @@ def test_an_identity_is_compared_field_by_field(make_images, tiny, make_trainer,
     )
 
 
-def test_a_setting_that_is_allowed_to_change(make_images, tiny, make_trainer, tmp_path):
+def test_a_setting_that_is_allowed_to_change(make_images, quick, make_trainer, tmp_path):
     """`--allow-changed` lets a setting through that decides what a step does; the run keeps note of it."""
-    trainer = make_trainer(tiny(make_images(), train__steps=2), tmp_path / "run")
+    trainer = make_trainer(quick(make_images(), train__steps=2), tmp_path / "run")
     trainer.train()
     change = ["train.learning_rate=0.5", "train.steps=3"]
     with pytest.raises(ConfigError, match=r"in a resumed run add --allow-changed train\.learning"):
