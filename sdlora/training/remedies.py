@@ -46,7 +46,10 @@ def _candidates(work: Workload, machine: Machine) -> Iterator[tuple[str, Workloa
         count = train.accumulate * train.micro_batch // size
         setting = f"train.batch_size={size} train.accumulate={count}"
         yield setting, _with(work, train={"batch_size": size, "accumulate": count}), machine, False
-    if work.info.quantize == "none" and machine.device.type != "mps":
+    # Four bits free a little more than eight, and answer much further from the full base: they come second.
+    if work.info.quantize == "none":
+        yield "base.quantize=int8", replace(work, info=replace(work.info, quantize="int8")), machine, False
+    if work.info.quantize == "int8" and machine.device.type != "mps":
         yield "base.quantize=nf4", replace(work, info=replace(work.info, quantize="nf4")), machine, False
     if machine.precision.base == "fp32" and machine.device.type != "cpu":
         yield "train.precision=bf16", work, replace(machine, precision=Precision("bf16", "bf16")), False
