@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 
 import pytest
 
@@ -85,6 +86,27 @@ def test_events_are_one_object_a_line(tmp_path):
         ("step", 1),
         ("step", 2),
     ]
+
+
+def test_a_line_is_whole_or_not_there(tmp_path):
+    """R-24: what a full disk cut short is taken back, so that the next line is one; the trace is cut too."""
+    run = RunFolder(tmp_path / "run")
+    run.append_trace([{"step": step, "image": f"{number}.png"} for step in (1, 2) for number in (0, 1)])
+    before = run.trace_file.read_bytes()
+    small = len(before) + 10
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (small, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            run.append_trace([{"step": 3, "image": "long enough to be cut"}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert run.trace_file.read_bytes() == before
+    run.append_trace([{"step": 3, "image": "2.png"}])
+    assert [row["step"] for row in run.trace()] == [1, 1, 2, 2, 3]
+    run.append("step", 1)
+    run.cut_events(1)
+    assert [row["step"] for row in run.trace()] == [1, 1]
 
 
 def test_paths_and_steps(tmp_path):
