@@ -318,7 +318,7 @@ class RunFolder:
     def cut_events(self, step: int) -> None:
         """Drops the events, and the trace, after a step, since they will happen again."""
         # What follows the checkpoint of a step, or at step 0 the start, happens again as well.
-        again = {"done", "exported", "failed", "postflight", *(["heldout"] if step == 0 else [])}
+        again = {"done", "exported", "failed", "gap", "postflight", *(["heldout"] if step == 0 else [])}
         kept = [event for event in self.events() if event["step"] <= step and event["event"] not in again]
         write_text(self.events_file, to_lines(kept))
         if self.trace_file.is_file():

@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from torch import distributed as dist
 
 from sdlora.cli import main
 from sdlora.errors import ConfigError, DataError
+from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.runs import RunFolder
 from sdlora.sampling import generate
 from sdlora.training.changes import apply_changes
@@ -245,6 +247,42 @@ def launch(children, seconds=30):
                         os.kill(other.pid, signal.SIGTERM)
         time.sleep(0.01)
     return [codes[number] for number in sorted(codes)]
+
+
+@pytest.mark.parametrize("is_shared", [True, False], ids=["one cache", "a cache each"])
+def test_encoding_is_dealt(images, quick, tmp_path, fork_processes, monkeypatch, is_shared):
+    """R-17: each process encodes its share once; where hosts share no cache, each what it cannot see."""
+    config = quick(images, train__steps=1, train__save_every=0)
+    counts, encode = {}, {}
+    for name in ("encode_images", "encode_captions"):
+        counts[name], encode[name] = [], getattr(StableDiffusion, name)
+
+    def count(name):
+        def counted(self, given):
+            counts[name].append(1)
+            return encode[name](self, given)
+
+        return counted
+
+    def start():
+        process = os.environ["RANK"]
+        place = tmp_path / ("cache" if is_shared else f"cache-{process}")
+        os.environ["SDLORA_CACHE"] = str(place)
+        train(images, config=config, out=tmp_path / "run", quiet=True)
+        seen = {name: len(calls) for name, calls in counts.items()}
+        (tmp_path / f"encoded-{process}.json").write_text(json.dumps(seen), encoding="utf-8")
+
+    for name in counts:
+        monkeypatch.setattr(StableDiffusion, name, count(name))
+    end_well(fork_processes(2, start))
+    seen = [json.loads((tmp_path / f"encoded-{n}.json").read_text(encoding="utf-8")) for n in range(2)]
+    # Eight pictures in one crop each; their captions, the empty one, and a prompt.
+    expected = Counter(encode_images=8, encode_captions=10)
+    if is_shared:
+        assert Counter(seen[0]) + Counter(seen[1]) == expected
+        assert all(abs(sum(own.values()) - 9) <= 1 for own in seen)
+    else:
+        assert all(Counter(own) == expected for own in seen)
 
 
 def failing_at(step, error, train_step):
