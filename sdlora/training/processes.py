@@ -89,11 +89,13 @@ def sum_over(accelerator: Accelerator, values: Tensor) -> Tensor:
 
 def count_over(accelerator: Accelerator, count: int) -> int:
     """The sum of a number over all processes."""
-    return int(sum_over(accelerator, torch.tensor(int(count), device=accelerator.device)))
+    return sum(gather_numbers(accelerator, int(count)))
 
 
 def gather_numbers(accelerator: Accelerator, number: int) -> list[int]:
     """A whole number of each process, in their order."""
+    if accelerator.num_processes == 1:
+        return [number]
     numbers = torch.zeros(accelerator.num_processes, dtype=torch.int64, device=accelerator.device)
     numbers[accelerator.process_index] = number
     return [int(value) for value in sum_over(accelerator, numbers)]
@@ -103,10 +105,10 @@ def text_of_main(accelerator: Accelerator, text: str) -> str:
     """The main process's text, on every process."""
     letters = torch.zeros(TEXT_BYTES, dtype=torch.uint8, device=accelerator.device)
     if accelerator.is_main_process:
-        raw = text.encode("utf-8")
+        raw = text.encode("utf-8", "surrogateescape")
         assert len(raw) <= TEXT_BYTES
         letters[: len(raw)] = torch.tensor(list(raw), dtype=torch.uint8)
-    return bytes(sum_over(accelerator, letters).tolist()).rstrip(b"\0").decode("utf-8")
+    return bytes(sum_over(accelerator, letters).tolist()).rstrip(b"\0").decode("utf-8", "surrogateescape")
 
 
 def meet(accelerator: Accelerator) -> None:
