@@ -49,6 +49,8 @@ FIXED = {
     "text",
     "parent",
     "global_batch",
+    "base.quantize",
+    "base.quantize_correction",
     "data.resolution",
     "lora.alpha",
     "lora.alpha_pattern",
