@@ -29,6 +29,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import stat
 import sys
@@ -430,18 +431,18 @@ def test_a_folder_that_becomes_read_only(tiny_run, open_place, fork, command_lin
 def test_a_place_that_is_read_only(tiny_run, open_place, fork, command_line):
     """R-24: told before anything is loaded."""
     images, config, _ = tiny_run
-    open_place.chmod(0o555)
-    argv = command_line(images, RunFolder(images.parent / "x"), config)
-    argv[argv.index("--out") + 1] = str(open_place / "run")
+    images = shutil.copytree(images, open_place / "images")
+    argv = command_line(images, RunFolder(open_place / "x"), config)
+    shut = open_place / "shut"
+    shut.mkdir(mode=0o555)
+    argv[argv.index("--out") + 1] = str(shut / "run")
 
     def become_nobody():
-        for folder in (images, *images.parents[:3]):
-            folder.chmod(0o755)
-        os.environ["SDLORA_CACHE"] = str(open_place / "cache")
+        os.environ["SDLORA_CACHE"] = str(shut / "cache")
         if os.geteuid() == 0:
             os.setuid(65534)
 
     child = fork(sdlora_train(argv, become_nobody))
     assert child.wait() == 2, child.printed
     last = child.printed.splitlines()[-1]
-    assert last.startswith(f"sdlora: --out {open_place / 'run'} cannot be written ({open_place} is not wri")
+    assert last.startswith(f"sdlora: --out {shut / 'run'} cannot be written ({shut} is not wri")
