@@ -178,9 +178,14 @@ def with_absolute_paths(settings: RunConfig) -> RunConfig:
     def resolve(path: str | None) -> str | None:
         return str(Path(path).resolve()) if path and path != "builtin" and Path(path).exists() else path
 
-    base = {"source": resolve(settings.base.source), "vae": resolve(settings.base.vae)}
-    changed = settings.replace(base=base, lora={"init_from": resolve(settings.lora.init_from)})
-    return changed.model_copy(update={"images": resolve(settings.images)})
+    heldout = settings.data.heldout
+    if isinstance(heldout, str) and heldout != "auto" and not (Path(settings.images) / heldout).is_dir():
+        heldout = resolve(heldout) or heldout
+    return settings.replace(
+        base={"source": resolve(settings.base.source), "vae": resolve(settings.base.vae)},
+        data={"heldout": heldout},
+        lora={"init_from": resolve(settings.lora.init_from)},
+    ).model_copy(update={"images": resolve(settings.images)})
 
 
 def _choose_folder(images: str | Path, out: str | Path | None, accelerator: Accelerator) -> RunFolder:

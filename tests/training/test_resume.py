@@ -14,8 +14,9 @@ from sdlora.errors import ConfigError, RunError, RunStopped
 from sdlora.training.checkpoint import read_checkpoint, read_state, save_checkpoint, seal_state
 from sdlora.training.learner import Draw
 from sdlora.training.loop import Trainer
+from sdlora.training.plan import make_plan
 from sdlora.training.resume import load_state
-from sdlora.training.train import resume, train
+from sdlora.training.train import resume, train, with_absolute_paths
 
 STEPS = 20
 # Five pictures of one shape and two of another at batch 2 are 4 steps an epoch, with short steps.
@@ -300,3 +301,17 @@ def test_what_may_not_change(make_images, small, tmp_path):
         resume(run.path, ["train.batch_size=4"])
     resume(run.path, ["train.batch_size=1", "train.accumulate=2", "train.steps=2"], quiet=True)
     assert run.saved_steps() == [1, 2]
+
+
+def test_going_on_from_another_folder(make_images, quick, tmp_path, monkeypatch):
+    """R-03: pictures and held-out pictures that were named from where the run began are found again."""
+    make_images("pictures", ((64, 64),) * 4)
+    make_images("hands", ((64, 64),) * 2)
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan(quick("pictures", data__heldout="hands").model_copy(update={"images": "pictures"}))
+    kept = with_absolute_paths(plan.config)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = make_plan(kept)
+    assert again.index.digest == plan.index.digest
+    assert [one.digest for one in again.index.heldout] == [one.digest for one in plan.index.heldout]
