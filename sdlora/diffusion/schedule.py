@@ -85,9 +85,17 @@ def schedule_from_config(config: Mapping[str, Any], prediction_type: str | None 
         prediction_type: Replaces the configuration's own.
 
     Raises:
-        ModelError: If the beta schedule is not known.
+        ModelError: If the beta schedule is not known, or its numbers are none.
     """
-    betas = betas_from_config(config)
+    try:
+        betas = betas_from_config(config)
+    except (TypeError, ValueError, RuntimeError):
+        betas = torch.empty(0)
+    if len(betas) < 2 or not bool(((betas >= 0) & (betas < 1)).all()):
+        raise ModelError(
+            "the base's scheduler_config.json gives no noise schedule (num_train_timesteps, beta_start, "
+            "beta_end, trained_betas); download or copy the base again"
+        )
     if config.get("rescale_betas_zero_snr"):
         betas = rescale_to_zero_terminal_snr(betas)
     alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,15 +11,12 @@ from typing import Any
 
 from sdlora.config import BaseSection, ObjectiveSection, Quantize
 from sdlora.errors import ConfigError, ModelError
+from sdlora.models.configuration import check_inputs, check_latents, check_part, check_prediction, check_texts
 from sdlora.models.families import Family, describe_family
 from sdlora.models.folder import find_vae_folder, read_folder, read_part
 from sdlora.models.hub import find_base
 from sdlora.models.parts import Layout, Part, Words
 from sdlora.models.single_file import read_facts, read_single_file, read_vae_file
-
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-NUM_TIME_IDS = 6
-CHANNELS = {5: "a depth", 7: "an upscaling", 8: "an instruct-pix2pix", 9: "an inpainting"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,12 +122,12 @@ class BaseInfo:
     @property
     def vae_factor(self) -> int:
         """Pixels per latent pixel, along a side."""
-        return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
+        return int(2 ** (len(self.vae_config.get("block_out_channels", (64,))) - 1))
 
     @property
     def latent_channels(self) -> int:
         """C of the latents."""
-        return int(self.vae_config["latent_channels"])
+        return int(self.vae_config.get("latent_channels", 4))
 
     @property
     def has_time_ids(self) -> bool:
@@ -192,13 +189,16 @@ def inspect_base(settings: BaseSection, objective: ObjectiveSection | None = Non
         parts["vae"] = _find_vae(settings.vae, layout)
     elif "vae" not in parts:
         raise ModelError(f"{key} holds no VAE; give one that fits with base.vae")
-    _check_latents(
+    for part in parts.values():
+        check_part(part)
+    check_inputs(parts["unet"].config, key)
+    check_latents(
         parts["unet"].config, parts["vae"].config, f"base.vae = {settings.vae}" if settings.vae else key
     )
     texts = [part.config for name, part in parts.items() if name.startswith("text_encoder")]
-    _check_texts(parts["unet"].config, texts, key)
+    check_texts(parts["unet"].config, texts, key)
     scheduler = {**layout.scheduler_config, **({"prediction_type": forced} if forced else {})}
-    _check_prediction(scheduler, key)
+    check_prediction(scheduler, key)
     is_local = settings.source != "builtin" and Path(settings.source).expanduser().exists()
     own_name = path.stem if path.is_file() else path.resolve().name
     return BaseInfo(
@@ -233,54 +233,3 @@ def _find_vae(source: str, layout: Layout) -> Part:
         own = layout.parts.get("vae")
         return read_vae_file(path, key, own.config if own else read_facts(layout.family)["vae"])
     return read_part(find_vae_folder(path, key), "vae", key)
-
-
-def _check_latents(unet: Mapping[str, Any], vae: Mapping[str, Any], key: str) -> None:
-    """Refuses a UNet and a VAE that cannot work together."""
-    channels, latent = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-    if channels != latent and unet.get("out_channels", 4) == latent:
-        raise ModelError(
-            f"{key} is {CHANNELS.get(channels, 'an inpainting or depth')} base "
-            f"(UNet {channels} channels, VAE {latent}); "
-            "give the text-to-image base of the family"
-        )
-    if channels != latent:
-        raise ModelError(
-            f"{key}: the UNet takes {channels} latent channels, the VAE makes {latent}; give a VAE that fits"
-        )
-
-
-def _check_texts(unet: Mapping[str, Any], texts: Sequence[Mapping[str, Any]], key: str) -> None:
-    """Refuses a UNet and text encoders that cannot work together."""
-    width, given = unet.get("cross_attention_dim", 1280), sum(text.get("hidden_size", 0) for text in texts)
-    if given != width:
-        raise ModelError(
-            f"{key}: the UNet reads text of width {width}, "
-            f"the text encoder{'s' * (len(texts) > 1)} give {given}; the parts are of different bases"
-        )
-    if unet.get("addition_embed_type") == "text_time":
-        wanted = unet.get("projection_class_embeddings_input_dim")
-        sizes, pooled = (
-            NUM_TIME_IDS * unet.get("addition_time_embed_dim", 256),
-            texts[-1].get("projection_dim", 512),
-        )
-        if wanted != sizes + pooled:
-            raise ModelError(
-                f"{key}: the UNet reads pooled text and sizes of width {wanted}, here they have "
-                f"{pooled} and {sizes}; the parts are of different bases"
-            )
-
-
-def _check_prediction(scheduler: Mapping[str, Any], key: str) -> None:
-    name = str(scheduler.get("_class_name"))
-    if name.startswith("EDM"):
-        raise ModelError(
-            f"{key} was trained the EDM way ({name}), which sdlora does not train; "
-            "give a base with an ordinary scheduler"
-        )
-    kind = scheduler.get("prediction_type") or "epsilon"
-    if kind not in PREDICTIONS:
-        raise ModelError(
-            f"{key}: prediction_type = {kind!r} in its scheduler_config.json is not known; "
-            f"it must be one of {', '.join(PREDICTIONS)}"
-        )

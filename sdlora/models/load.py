@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import diffusers
 import torch
 from diffusers import schedulers
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora.config import Quantize
 from sdlora.errors import ModelError
+from sdlora.models.empty import MODELS, UNFIT, empty_components, empty_model, empty_unet, reason_of
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.original import load_original, names_of_unet
 from sdlora.models.parts import Part
@@ -44,12 +43,6 @@ __all__ = [
 StockPipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 PIPELINES: dict[str, Any] = {
     cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)
-}
-DIFFUSERS: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
-MODELS: dict[str, Any] = {
-    **DIFFUSERS,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
 }
 
 # No pickles, no trust_remote_code (R-44); a base that was found is on the disk (R-39).
@@ -125,18 +118,29 @@ def load_part(part: Part, dtype: torch.dtype) -> Any:
     """
     if part.name == "unet":
         return load_unet(part, dtype)
-    model = MODELS[part.name]
     with quiet():
-        if part.folder is None:
-            loaded, missing = load_original(model, part, dtype)
-        else:
-            name = "dtype" if part.name.startswith("text_encoder") else DTYPE
-            loaded, report = model.from_pretrained(part.folder, variant=part.variant, **SAFE, **{name: dtype})
-            missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+        loaded, missing = (
+            _load_folder(part, dtype) if part.folder else load_original(MODELS[part.name], part, dtype)
+        )
     _check_complete(part, missing)
     for name, weight in loaded.named_parameters():
         check_finite(part, name, weight)
     return loaded
+
+
+def _load_folder(part: Part, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """A part in a folder of its own, and the weights that it lacks."""
+    name = "dtype" if part.name.startswith("text_encoder") else DTYPE
+    try:
+        loaded, report = MODELS[part.name].from_pretrained(
+            part.folder, variant=part.variant, **SAFE, **{name: dtype}
+        )
+    except UNFIT as error:
+        raise ModelError(
+            f"{part.folder}: config.json and weights do not belong together ({reason_of(error)}); "
+            "download or copy the base again"
+        ) from None
+    return loaded, sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
 
 
 def _unmap(model: nn.Module) -> nn.Module:
@@ -163,48 +167,6 @@ def vae_dtype(info: BaseInfo, dtype: torch.dtype, device: torch.device | str) ->
     """bf16 on CUDA beside a bf16 UNet, unless the VAE's configuration asks for fp32; else fp32 (R-22)."""
     small = dtype == torch.bfloat16 and torch.device(device).type == "cuda"
     return torch.bfloat16 if small and not info.vae_config.get("force_upcast", True) else torch.float32
-
-
-def empty_unet(info: BaseInfo) -> UNet2DConditionModel:
-    """The UNet without weights (on the meta device), to find and count modules in.
-
-    Raises:
-        ModelError: If its files hold less than its configuration asks for (R-25).
-    """
-    unet = empty_model("unet", info.unet_config)
-    asked = sum(parameter.numel() for parameter in unet.parameters())
-    if info.num_parameters < asked:
-        raise ModelError(
-            f"{info.path} is incomplete: its UNet holds {info.num_parameters:,} numbers, "
-            f"its configuration asks for {asked:,}; download or copy it again"
-        )
-    return unet
-
-
-def empty_model(name: str, config: Mapping[str, Any]) -> Any:
-    """The network of a configuration without weights, on the meta device.
-
-    Args:
-        name: `unet` or `vae`.
-    """
-    with quiet(), torch.device("meta"):
-        return DIFFUSERS[name].from_config(dict(config))
-
-
-def empty_components(info: BaseInfo, *, text: bool) -> dict[str, nn.Module]:
-    """The parts that can learn, without weights (on the meta device), to find and count modules in.
-
-    Args:
-        text: With text encoders, as deep as they are read (`BaseInfo.unread_layer`).
-    """
-    parts: dict[str, nn.Module] = {"unet": empty_unet(info)}
-    for name in info.traits.text_encoders if text else ():
-        config = CLIPTextConfig.from_dict(dict(info.parts[name].config))
-        if info.unread_layer and info.unread_layer.startswith(f"{name}."):
-            config.num_hidden_layers -= 1
-        with quiet(), torch.device("meta"):
-            parts[name] = MODELS[name](config)
-    return parts
 
 
 def pipeline_of(info: BaseInfo, **parts: Any) -> Any:

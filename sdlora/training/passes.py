@@ -19,7 +19,7 @@ from sdlora.lora.adapter import Adapter, LowRank
 from sdlora.lora.attach import mount
 from sdlora.lora.layers import pair_shapes
 from sdlora.lora.modules import carrier_layers
-from sdlora.models.info import NUM_TIME_IDS
+from sdlora.models.configuration import NUM_TIME_IDS
 from sdlora.models.load import empty_model
 from sdlora.models.quantize import quantize
 from sdlora.training.live_bytes import peak_bytes
@@ -57,7 +57,8 @@ class UnetPass:
 @lru_cache(maxsize=64)
 def unet_peak(task: UnetPass) -> int:
     """The most bytes alive at once, weights left out, gradients of the adapter included."""
-    config, unet = json.loads(task.config), _build_unet(task.config, task.dtype, task.is_quantized)
+    unet = _build_unet(task.config, task.dtype, task.is_quantized)
+    config = unet.config
     unet.train(task.checkpointing)
     (unet.enable_gradient_checkpointing if task.checkpointing else unet.disable_gradient_checkpointing)()
     adapter = _empty_adapter(unet, dict(task.ranks), learns=task.learns)
@@ -66,12 +67,12 @@ def unet_peak(task: UnetPass) -> int:
     def make(*shape: int) -> Tensor:
         return torch.empty(task.batch_size, *shape, dtype=task.dtype, device=META)
 
-    noisy = make(config.get("in_channels", 4), task.latents.height, task.latents.width)
-    hidden = make(task.tokens, int(config["cross_attention_dim"]))
+    noisy = make(config.in_channels, task.latents.height, task.latents.width)
+    hidden = make(task.tokens, config.cross_attention_dim)
     added = None
-    if config.get("addition_embed_type") == "text_time":
-        ids_width = NUM_TIME_IDS * int(config["addition_time_embed_dim"])
-        pooled = int(config["projection_class_embeddings_input_dim"]) - ids_width
+    if config.addition_embed_type == "text_time":
+        ids_width = NUM_TIME_IDS * config.addition_time_embed_dim
+        pooled = config.projection_class_embeddings_input_dim - ids_width
         added = {"text_embeds": make(pooled), "time_ids": make(NUM_TIME_IDS)}
     timesteps = torch.zeros(task.batch_size, dtype=torch.long, device=META)
 
@@ -104,12 +105,11 @@ def vae_peaks(config: str, size: Size, dtype: torch.dtype) -> tuple[int, int]:
         size: H and W.
         dtype: Of the VAE.
     """
-    settings = json.loads(config)
-    vae = empty_model("vae", settings)
+    vae = empty_model("vae", json.loads(config))
     nn.Module.to(vae, dtype)
     weights = [*vae.parameters(), *vae.buffers()]
-    factor = 2 ** (len(settings["block_out_channels"]) - 1)
-    latents = (int(settings["latent_channels"]), size.height // factor, size.width // factor)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    latents = (vae.config.latent_channels, size.height // factor, size.width // factor)
 
     def make(*shape: int) -> Tensor:
         return torch.empty(1, *shape, dtype=dtype, device=META)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -62,6 +64,16 @@ def test_unknown_betas_are_refused():
     """R-32: nothing is guessed."""
     with pytest.raises(ModelError, match="beta_schedule = 'sigmoid'"):
         schedule_from_config({"beta_schedule": "sigmoid"})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_train_timesteps": "x"}, {"beta_end": None}, {"trained_betas": [2, 3]}, {"trained_betas": []}],
+)
+def test_numbers_that_are_none_are_refused(changes: dict[str, Any]) -> None:
+    """R-32: one line, whatever a damaged scheduler_config.json holds."""
+    with pytest.raises(ModelError, match=r"gives no noise schedule .*; download or copy the base again"):
+        schedule_from_config(changes)
 
 
 def test_log_snr():

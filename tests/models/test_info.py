@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -217,8 +218,48 @@ def test_other_pipelines_are_named(copy_base: CopyBase) -> None:
     assert "is a FluxPipeline" in refusal(copy_base("flux", model_index={"_class_name": "FluxPipeline"}))
     assert "is an inpainting or depth base" in refusal(copy_base("inpaint", unet__config={"in_channels": 17}))
     assert "of different bases" in refusal(copy_base("mixed", unet__config={"cross_attention_dim": 768}))
-    edm = copy_base("edm", scheduler__scheduler_config={"_class_name": "EDMEulerScheduler"})
-    assert "was trained the EDM way (EDMEulerScheduler)" in refusal(edm)
+    for name, way in (
+        ("EDMEulerScheduler", "the EDM way"),
+        ("FlowMatchEulerDiscreteScheduler", "by flow matching"),
+    ):
+        other = copy_base(name, scheduler__scheduler_config={"_class_name": name})
+        assert f"was trained {way} ({name})" in refusal(other)
+
+
+@pytest.mark.parametrize(
+    ("edits", "words"),
+    [
+        ({"vae__config": {"_class_name": "AutoencoderTiny"}}, "AutoencoderTiny, not an AutoencoderKL; give"),
+        ({"text_encoder__config": {"model_type": "t5"}}, "is of a t5, not CLIP's text encoder; give"),
+        ({"unet__config": {"num_class_embeds": 1000}}, "reads more than text (num_class_embeds = 1000"),
+        ({"unet__config": {"addition_embed_type": "image"}}, "(addition_embed_type = 'image'"),
+        (
+            {"unet__config": {"block_out_channels": "abc"}},
+            "unet/config.json: block_out_channels = 'abc' must",
+        ),
+        ({"vae__config": {"block_out_channels": []}}, "vae/config.json: block_out_channels = [] must"),
+        ({"vae__config": {"scaling_factor": None}}, "scaling_factor = None must be a number above 0; "),
+        ({"text_encoder__config": {"num_hidden_layers": 0}}, "num_hidden_layers = 0 must be whole numbers"),
+    ],
+)
+def test_configurations_of_something_else(copy_base: CopyBase, edits: Any, words: str) -> None:
+    """R-25, R-40: other classes, inputs that nobody gives, and numbers that are none."""
+    assert words in refusal(copy_base("odd", **edits))
+
+
+def test_an_own_vae_may_be_of_another_class(copy_base: CopyBase) -> None:
+    """R-40: `base.vae` is the way out."""
+    folder = copy_base("tiny", vae__config={"_class_name": "AutoencoderTiny"})
+    assert inspect(folder, vae="builtin").vae_config["_class_name"] == "AutoencoderKL"
+
+
+def test_what_an_old_configuration_leaves_out(sd15_folder: Path, copy_folder: CopyBase) -> None:
+    """R-40: files of 2022 lack keys that came later; diffusers' defaults are meant."""
+    folder = copy_folder(sd15_folder, "old")
+    file = folder / "vae" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in config.items() if key != "latent_channels"}))
+    assert inspect(folder).latent_channels == 4
 
 
 def test_sdxl_is_read_from_its_own_files(sdxl_info: BaseInfo) -> None:

@@ -26,6 +26,7 @@ from sdlora.models.hub import BUILTIN
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import (
     attention_kernel,
+    empty_components,
     empty_unet,
     load_base,
     load_part,
@@ -160,6 +161,38 @@ def test_missing_tensors_are_an_error(copy_base: CopyBase, part: str) -> None:
     with pytest.raises(ModelError, match="lacks 1 weights") as error:
         load_base(info, dtype=torch.float32, device="cpu")
     assert gone in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("edits", "words"),
+    [
+        ({"unet__config": {"block_out_channels": [64]}}, "of the base's unet describes no network"),
+        (
+            {"text_encoder__config": {"num_attention_heads": 7}},
+            "of the base's text_encoder describes no network",
+        ),
+    ],
+)
+def test_a_configuration_of_no_network_is_one_line(copy_base: CopyBase, edits: Any, words: str) -> None:
+    """R-25: whatever a library says of it, before any weight is loaded."""
+    info = inspect_base(BaseSection(source=str(copy_base("odd", **edits))))
+    with pytest.raises(ModelError, match=r"that can be built .*; download or copy the base again") as error:
+        empty_components(info, text=True)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [("text_encoder", {"intermediate_size": 99}), ("text_encoder", {"num_attention_heads": 7})],
+)
+def test_a_configuration_of_other_weights_is_one_line(
+    copy_base: CopyBase, part: str, changes: dict[str, Any]
+) -> None:
+    """R-25: parts whose two halves are of different bases."""
+    info = inspect_base(BaseSection(source=str(copy_base("odd", **{f"{part}__config": changes}))))
+    with pytest.raises(ModelError, match=f"{part}: config.json and weights do not belong together"):
+        load_part(info.parts[part], torch.float32)
 
 
 def test_pickles_and_foreign_code_are_out_of_reach() -> None:
