@@ -53,11 +53,15 @@ def find_base(source: str, key: str, revision: str | None = None, variant: str |
     Raises:
         ModelError: If it is neither here nor on the hub, or is a file of another kind.
     """
+    path = BUILTIN if source == "builtin" else Path(source).expanduser()
+    if revision and path.exists():
+        raise ModelError(
+            f"base.revision = {revision} is for a base on the hub, and {key} is here; leave base.revision out"
+        )
     if source == "builtin":
         if not BUILTIN.is_dir():
             raise ModelError(f"{key}: {BUILTIN} is missing from this installation; install sdlora again")
         return BUILTIN
-    path = Path(source).expanduser()
     if path.is_file():
         refuse_file(path, key)
         return path
@@ -79,13 +83,12 @@ def download(source: str, key: str, revision: str | None, variant: str | None = 
     at = f" at revision {revision}" if revision else ""
     try:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=TEXTS))
-        for kind in dict.fromkeys((variant, None, *VARIANTS)):
-            lacking = [
-                part
-                for part, stem in WEIGHTS.items()
-                if (folder / part / "config.json").is_file() and not has_weights(folder / part, stem)
-            ]
-            if lacking:
+        if variant:
+            _fetch(source, revision, weight_patterns(_lacking(folder, variant), variant))
+            if not any(has_weights(folder / part, stem, variant) for part, stem in WEIGHTS.items()):
+                raise ModelError(f"{key}{at} {lacks_variant(variant)}")
+        for kind in (None, *VARIANTS):
+            if lacking := _lacking(folder):
                 _fetch(source, revision, weight_patterns(lacking, kind))
     except GatedRepoError:
         reason = "needs your consent on its page at huggingface.co, and then `hf auth login`"
@@ -106,6 +109,20 @@ def download(source: str, key: str, revision: str | None, variant: str | None = 
     else:
         return folder
     raise ModelError(f"{key}{at} {reason}")
+
+
+def lacks_variant(variant: str) -> str:
+    """The end of the message for a base without files of the precision that was asked for."""
+    return f"has no files of base.variant = {variant}; leave base.variant out"
+
+
+def _lacking(folder: Path, variant: str | None = None) -> list[str]:
+    """Parts without weights in a precision, or in any."""
+    return [
+        part
+        for part, stem in WEIGHTS.items()
+        if (folder / part / "config.json").is_file() and not has_weights(folder / part, stem, variant)
+    ]
 
 
 def weight_patterns(parts: Iterable[str], kind: str | None) -> list[str]:

@@ -14,7 +14,7 @@ from sdlora.errors import ConfigError, ModelError
 from sdlora.models.configuration import check_inputs, check_latents, check_part, check_prediction, check_texts
 from sdlora.models.families import Family, describe_family
 from sdlora.models.folder import find_vae_folder, read_folder, read_part
-from sdlora.models.hub import find_base
+from sdlora.models.hub import find_base, lacks_variant
 from sdlora.models.parts import Layout, Part, Words
 from sdlora.models.single_file import read_facts, read_single_file, read_vae_file
 
@@ -185,8 +185,12 @@ def inspect_base(settings: BaseSection, objective: ObjectiveSection | None = Non
         read_single_file(path, key, forced) if path.is_file() else read_folder(path, key, settings.variant)
     )
     parts = dict(layout.parts)
+    if settings.variant and all(part.variant != settings.variant for part in parts.values()):
+        raise ModelError(f"{key} {lacks_variant(settings.variant)}")
+    notices = layout.notices
     if settings.vae:
         parts["vae"] = _find_vae(settings.vae, layout)
+        notices += _doubt_vae(settings.vae, layout.parts.get("vae"), parts["vae"])
     elif "vae" not in parts:
         raise ModelError(f"{key} holds no VAE; give one that fits with base.vae")
     for part in parts.values():
@@ -209,7 +213,7 @@ def inspect_base(settings: BaseSection, objective: ObjectiveSection | None = Non
         parts=parts,
         words=layout.words,
         zeroes_empty_prompt=layout.zeroes_empty_prompt,
-        notices=layout.notices,
+        notices=notices,
         quantize=settings.quantize,
         correction=settings.quantize_correction,
         scheduler_config=scheduler,
@@ -233,3 +237,14 @@ def _find_vae(source: str, layout: Layout) -> Part:
         own = layout.parts.get("vae")
         return read_vae_file(path, key, own.config if own else read_facts(layout.family)["vae"])
     return read_part(find_vae_folder(path, key), "vae", key)
+
+
+def _doubt_vae(source: str, own: Part | None, other: Part) -> tuple[str, ...]:
+    """A notice if a separate VAE has other latents than the base's own; SD's and SDXL's are of one shape."""
+    scales = [part.config.get("scaling_factor", 0.18215) for part in (own, other) if part]
+    if len(set(scales)) < 2:
+        return ()
+    return (
+        f"base.vae = {source} has a scaling_factor of {scales[1]:g}, the base's own VAE {scales[0]:g}: "
+        "it may be the VAE of another family, whose latents this UNet does not know",
+    )

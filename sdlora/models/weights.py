@@ -87,9 +87,10 @@ def check_dtypes(header: Header, key: str, prefix: str = "") -> None:
         )
 
 
-def has_weights(folder: Path, stem: str) -> bool:
-    """Whether a part's folder holds its weights in any precision; see `find_weights`."""
-    return any(place.is_file() for kind in (None, *VARIANTS) for place in _places(folder, stem, kind))
+def has_weights(folder: Path, stem: str, variant: str | None = None) -> bool:
+    """Whether a part's folder holds its weights in a precision, or in any; see `find_weights`."""
+    kinds = (variant,) if variant else (None, *VARIANTS)
+    return any(place.is_file() for kind in kinds for place in _places(folder, stem, kind))
 
 
 def find_weights(

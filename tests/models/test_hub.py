@@ -91,9 +91,29 @@ def test_a_cache_of_one_variant_is_enough(cached: tuple[str, Path]) -> None:
     source, snapshot = cached
     for file in list(snapshot.rglob("*.safetensors")):
         file.rename(file.with_suffix(".fp16.safetensors"))
-    for settings in ({}, {"variant": "fp16"}, {"variant": "bf16"}):
+    for settings in ({}, {"variant": "fp16"}):
         info = inspect(source, **settings)
         assert {part.variant for part in info.parts.values()} == {"fp16"}
+
+
+@pytest.mark.parametrize("source", ["cached", "builtin", "folder"])
+def test_a_precision_that_is_not_there_is_refused(
+    cached: tuple[str, Path], copy_base: Callable[..., Path], source: str
+) -> None:
+    """R-35: no base.variant without effect, wherever the base lies."""
+    source = {"cached": cached[0], "folder": str(copy_base("folder"))}.get(source, source)
+    with pytest.raises(ModelError, match=r"has no files of base.variant = bf16; leave base.variant out"):
+        inspect_base(BaseSection(source=source, variant="bf16"))
+
+
+@pytest.mark.parametrize("source", ["builtin", "folder"])
+def test_a_revision_of_what_is_here_is_refused(copy_base: Callable[..., Path], source: str) -> None:
+    """R-35: no base.revision without effect; both settings are named."""
+    source = str(copy_base("folder")) if source == "folder" else source
+    with pytest.raises(
+        ModelError, match=f"base.revision = main is for .*base.source = {source} is here; leave"
+    ):
+        inspect_base(BaseSection(source=source, revision="main"))
 
 
 def test_half_a_download_in_the_cache_is_named(cached: tuple[str, Path]) -> None:

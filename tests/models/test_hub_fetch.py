@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from sdlora.models.hub import BUILTIN
 
@@ -138,9 +139,14 @@ def test_the_precision_that_is_there_or_asked_for(hub: tuple[Path, Callable[...,
     plain = folder / f"unet/{STEM}.safetensors"
     plain.rename(plain.with_suffix(".fp16.safetensors"))
     (folder / f"unet/{STEM}.bf16.safetensors").symlink_to(plain.with_suffix(".fp16.safetensors").resolve())
-    (folder / f"vae/{STEM}.fp16.safetensors").symlink_to((folder / f"vae/{STEM}.safetensors").resolve())
+    # With other bytes, or the hub's cache would know them.
+    save_file(
+        load_file(folder / f"vae/{STEM}.safetensors"), folder / f"vae/{STEM}.fp16.safetensors", {"a": "b"}
+    )
     assert sorted(name for name in fetch(variant="bf16") if name.endswith(".safetensors")) == [
         "text_encoder/model.safetensors",
         f"unet/{STEM}.bf16.safetensors",
         f"vae/{STEM}.safetensors",
     ]
+    # Plain files in the cache are no reason to leave what was asked for on the hub.
+    assert f"vae/{STEM}.fp16.safetensors" in fetch(variant="fp16")

@@ -108,6 +108,8 @@ def test_separate_vae(copy_base: CopyBase, info: BaseInfo) -> None:
         assert found.parts["vae"].folder == other / "vae"
         assert found.vae_config["scaling_factor"] == 0.5
         assert found.vae_digest != info.vae_digest
+        assert "has a scaling_factor of 0.5, the base's own VAE " in found.notices[0]
+    assert inspect("builtin", vae=str(copy_base("same"))).notices == ()
     assert "is no VAE" in refusal("builtin", vae=str(other / "unet"))
     narrow = copy_base("narrow", vae__config={"latent_channels": info.latent_channels + 3})
     line = refusal("builtin", vae=str(narrow))
