@@ -9,7 +9,7 @@ from typing import Any
 from diffusers import schedulers
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
-from sdlora.errors import ConfigError
+from sdlora.errors import ConfigError, shorten
 from sdlora.models.info import BaseInfo
 from sdlora.models.quiet import quiet
 
@@ -35,6 +35,11 @@ def make_scheduler(info: BaseInfo, name: str | None = None) -> Any:
     if entry is None:
         guess = difflib.get_close_matches(wanted, SCHEDULERS, 1, 0.4)
         remedy = f"did you mean {guess[0]}?" if guess else "use DDIMScheduler or EulerDiscreteScheduler"
+        if name is None:
+            raise ConfigError(
+                f"the base {info.name} names the scheduler {shorten(wanted)}, with which sdlora cannot "
+                "sample; set sample.scheduler, such as DDIMScheduler"
+            )
         raise ConfigError(f"sample.scheduler = {wanted!r} is no scheduler that fits this base; {remedy}")
     try:
         with quiet():

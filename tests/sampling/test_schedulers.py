@@ -35,6 +35,16 @@ def test_names_may_be_short(info: BaseInfo) -> None:
     assert type(make_scheduler(info)).__name__ == info.scheduler_config["_class_name"]
 
 
+def test_a_base_with_a_scheduler_of_its_own(info: BaseInfo) -> None:
+    """R-35: who did not set sample.scheduler is told whose name it is, and that setting it helps."""
+    other = replace(info, scheduler_config={**info.scheduler_config, "_class_name": "OwnScheduler"})
+    with pytest.raises(
+        ConfigError, match=r"the base builtin names the scheduler OwnScheduler.*; set sample\.s"
+    ):
+        make_scheduler(other)
+    assert type(make_scheduler(other, "DDIM")).__name__ == "DDIMScheduler"
+
+
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_missing_package_is_one_line(info: BaseInfo, name: str) -> None:
     """R-27: a scheduler that needs another package works, or says which."""
