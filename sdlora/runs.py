@@ -71,6 +71,8 @@ class RunFolder:
         run = cls(path)
         if not run.path.is_dir():
             raise RunError(f"run folder {path} does not exist; give the folder that `sdlora train` printed")
+        if (run.path / "model_index.json").is_file():
+            raise RunError(f"{path} is a base, not a run or a LoRA; give it with --base")
         if not run.config_file.is_file():
             raise RunError(
                 f"{path} holds no run (no config.json); give the folder that `sdlora train` printed"

@@ -206,36 +206,43 @@ def mounted(model: Model, adapters: Sequence[tuple[Adapter, Scale]]) -> Iterator
         replace_modules(model, {name: layer.base for name, layer in layers.items() if name not in before})
 
 
-def check_fit(adapter: Adapter, model: Model) -> None:
+def check_fit(adapter: Adapter, model: Model, source: str = "the LoRA") -> None:
     """Whether an adapter can be mounted.
+
+    Args:
+        adapter: The adapter.
+        model: The network, or components by name; it may lie on the meta device.
+        source: What to call the adapter.
 
     Raises:
         AdapterError: If it is for another network, or for more components than these.
     """
-    _check_fit(adapter, carrier_layers(model), list(components(model)))
+    _check_fit(adapter, carrier_layers(model), list(components(model)), source)
 
 
-def _check_fit(adapter: Adapter, layers: Mapping[str, nn.Module], parts: Sequence[str]) -> None:
+def _check_fit(
+    adapter: Adapter, layers: Mapping[str, nn.Module], parts: Sequence[str], source: str = "the LoRA"
+) -> None:
     trained_on = adapter.notes.get("sdlora.base_name") or adapter.notes.get("ss_sd_model_name")
     origin = f" (it was trained on {trained_on})" if trained_on else ""
     for component in (prefix.removesuffix(".") for prefix in TEXT_ENCODERS):
         texts = [name for name in adapter.modules if name.startswith(f"{component}.")]
         if texts and component not in parts:
             raise AdapterError(
-                f"the LoRA changes {len(texts)} modules of {component}, but it is used on the "
+                f"{source} changes {len(texts)} modules of {component}, but it is used on the "
                 f"{' and '.join(parts)} alone; load it with diffusers, or train one for the UNet alone"
             )
     missing = [name for name in adapter.modules if name not in layers]
     if missing:
         raise AdapterError(
-            f"the LoRA does not fit this base: {len(missing)} of its {len(adapter.modules)} modules are not "
+            f"{source} does not fit this base: {len(missing)} of its {len(adapter.modules)} modules are not "
             f"there, such as {_some(missing)}; use a base of the family it was trained on{origin}"
         )
     for name, pair in adapter.modules.items():
         down, up = pair_shapes(layers[name], pair.rank)
         if tuple(pair.down.shape) != down or tuple(pair.up.shape) != up:
             raise AdapterError(
-                f"the LoRA does not fit this base: {name} maps {pair.down.shape[1]} to {pair.up.shape[0]} "
+                f"{source} does not fit this base: {name} maps {pair.down.shape[1]} to {pair.up.shape[0]} "
                 f"features in the LoRA and {down[1]} to {up[0]} in the base; "
                 f"use a base of the family it was trained on{origin}"
             )

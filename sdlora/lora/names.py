@@ -214,12 +214,13 @@ def _other_kind(names: Sequence[str]) -> str:
     for prefix, kind in (
         ("control_model.", "is a ControlNet, not a LoRA"),
         ("controlnet_", "is a ControlNet, not a LoRA"),
-        ("model.diffusion_model.", "is a whole checkpoint, not a LoRA (it belongs to --base)"),
+        ("model.diffusion_model.", "is a whole base, not a LoRA (it belongs to --base)"),
         ("first_stage_model.", "is a VAE, not a LoRA (it belongs to base.vae)"),
         ("quant_conv.", "is a VAE, not a LoRA (it belongs to base.vae)"),
         ("encoder.conv_in.", "is a VAE, not a LoRA (it belongs to base.vae)"),
         ("text_model.", "is a text encoder, not a LoRA"),
         ("emb_params", "is a textual inversion embedding, not a LoRA"),
+        ("input_blocks.", "is a whole UNet, not a LoRA (its base belongs to --base)"),
         ("down_blocks.", "is a whole UNet, not a LoRA (its base belongs to --base)"),
     ):
         if any(name.startswith(prefix) for name in names):

@@ -93,10 +93,16 @@ def split_state(state: Mapping[str, Tensor], notes: Mapping[str, str]) -> dict[s
         else:
             parts[split[0]][split[1]] = tensor
     if foreign:
-        raise AdapterError(f"holds {len(foreign)} tensors that are no part of a LoRA: {_some(foreign)}")
+        raise AdapterError(
+            f"holds tensors that are no part of a LoRA that sdlora knows, {len(foreign)} of {len(state)}: "
+            f"{_some(foreign)}; export it again as a plain LoRA"
+        )
     incomplete = [name for name, found in parts.items() if not {"down", "up"} <= set(found)]
     if incomplete:
-        raise AdapterError(f"lacks the other half of {len(incomplete)} modules: {_some(incomplete)}")
+        raise AdapterError(
+            f"lacks the other half of modules, {len(incomplete)} of {len(parts)}: {_some(incomplete)}; "
+            "get the file again"
+        )
     for name, found in parts.items():
         _check_pair(name, found)
     return parts
@@ -108,7 +114,8 @@ def _check_pair(name: str, found: Mapping[str, Tensor]) -> None:
     fits = len(down) == len(up) and len(down) in (2, 4) and up[1] == down[0] and set(up[2:]) <= {1}
     if not fits:
         raise AdapterError(
-            f"holds a pair that does not fit together: {name} has down {tuple(down)} and up {tuple(up)}"
+            f"holds a pair that does not fit together: {name} has down {tuple(down)} and up {tuple(up)}; "
+            "get the file again"
         )
     alpha = found.get("alpha")
     if alpha is not None and not (alpha.numel() == 1 and math.isfinite(float(alpha))):

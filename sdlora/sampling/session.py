@@ -14,11 +14,12 @@ from sdlora.config import RunConfig, SampleSection, load_config
 from sdlora.errors import ConfigError
 from sdlora.lora.adapter import Adapter, check_base
 from sdlora.lora.ancestors import Step, find_ancestors, stack_of
+from sdlora.lora.attach import check_fit
 from sdlora.lora.files import load_adapter, lora_file
 from sdlora.models.condition import Condition
 from sdlora.models.dtypes import DTYPES
 from sdlora.models.info import BaseInfo, inspect_base
-from sdlora.models.load import load_base
+from sdlora.models.load import empty_components, load_base
 from sdlora.models.safety import missing_checker
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.runs import RunFolder, next_free_folder
@@ -131,6 +132,7 @@ def sample(
     request = make_request(_place_trigger(config, subject.adapter), info, size or (side, side))
     check_prompts(request.prompts)
     resolve_settings(info, request.settings)
+    _check_fits(subject, ancestors, info)
     device = choose_device()
     loaded = load_base(info, dtype=subject.dtype or choose_dtype(device), device=device)
     return sample_to_folder(
@@ -161,6 +163,17 @@ class _Subject:
     dtype: torch.dtype | None = None
 
 
+def _check_fits(subject: _Subject, ancestors: Sequence[Step], info: BaseInfo) -> None:
+    """Whether all that is shown can be mounted, before any weight is loaded."""
+    adapters = [(step.file, step.adapter) for step in ancestors]
+    adapters += [(subject.file, subject.adapter)] if subject.file and subject.adapter else []
+    if not adapters:
+        return
+    parts = empty_components(info, text=any(adapter.changes_text for _, adapter in adapters))
+    for file, adapter in adapters:
+        check_fit(adapter.without(info.unread_layer), parts, str(file))
+
+
 def _find_subject(source: str | Path | RunFolder | None, base: str | None, step: int | None) -> _Subject:
     if isinstance(source, RunFolder) or (source is not None and lora_file(source).is_dir()):
         run = source if isinstance(source, RunFolder) else RunFolder.open(source)
@@ -184,7 +197,7 @@ def _find_subject(source: str | Path | RunFolder | None, base: str | None, step:
         subject = _Subject("base", "base", load_config())
     if base is None:
         return subject
-    changed = subject.config.replace(base={"source": base, "revision": None})
+    changed = subject.config.replace(base={"source": base, "revision": None, "variant": None})
     return replace(subject, config=changed)
 
 

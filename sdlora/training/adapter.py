@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sdlora.config import RunConfig
+from sdlora.errors import AdapterError
 from sdlora.lora.adapter import Adapter, check_base, draw_adapter
 from sdlora.lora.attach import check_fit
 from sdlora.lora.files import load_adapter
 from sdlora.lora.layout import Layout
-from sdlora.lora.modules import Model
+from sdlora.lora.modules import Model, components
+from sdlora.lora.names import component_of
 from sdlora.lora.start import StartReport, check_start, start_from
 from sdlora.models.info import BaseInfo
 
@@ -32,8 +36,10 @@ def check_init_from(config: RunConfig, info: BaseInfo, model: Model, layout: Lay
     key = f"lora.init_from = {config.lora.init_from}"
     start = _load_start(config.lora.init_from, info)
     warning = check_base(start, family=info.family, name=info.name, digest=info.digest, source=key)
+    # What another network has is not for lora.targets to reach.
+    own = {name: pair for name, pair in start.modules.items() if component_of(name) in components(model)}
+    check_fit(replace(start, modules=own), model, key)
     check_start(start, layout.ranks, key)
-    check_fit(start, model)
     return warning
 
 
@@ -55,4 +61,7 @@ def make_adapter(
 
 def _load_start(file: str, info: BaseInfo) -> Adapter:
     """The LoRA to start from, without what other trainers adapt though nobody reads it."""
-    return load_adapter(file).without(info.unread_layer)
+    try:
+        return load_adapter(file).without(info.unread_layer)
+    except AdapterError as error:
+        raise AdapterError(f"lora.init_from: {error}") from None

@@ -55,7 +55,7 @@ def check_parents(parents: Sequence[Step], info: BaseInfo, model: Model) -> list
         parts = components(model)
         read = step.adapter.without(info.unread_layer)
         own = {name: pair for name, pair in read.modules.items() if component_of(name) in parts}
-        check_fit(replace(read, modules=own), model)
+        check_fit(replace(read, modules=own), model, str(step.file))
         lines += [line] if line else []
     return lines
 

@@ -251,7 +251,7 @@ def test_a_base_given_for_a_lora(tmp_path, unet):
         load_adapter(tmp_path / "u.safetensors")
     (tmp_path / "c.safetensors").write_bytes(save({"model.diffusion_model.x": torch.ones(1)}))
     with pytest.raises(
-        AdapterError, match=r"c.safetensors is a whole checkpoint, not a LoRA \(it belongs to --base\)"
+        AdapterError, match=r"c.safetensors is a whole base, not a LoRA \(it belongs to --base\)"
     ):
         inspect_adapter(tmp_path / "c.safetensors")
 

@@ -113,7 +113,7 @@ def test_keys_of_all_dialects(key, module, part):
     [
         (
             ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.encoder.conv_in.weight"],
-            "whole checkpoint",
+            "whole base",
         ),
         (["encoder.conv_in.weight", "decoder.conv_in.weight", "quant_conv.weight"], "is a VAE"),
         (["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"], "whole UNet"),

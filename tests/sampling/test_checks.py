@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
+from pathlib import Path
 
-from sdlora.errors import ConfigError
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sdlora.errors import AdapterError, ConfigError, ModelError
+from sdlora.lora.adapter import Adapter, LowRank
+from sdlora.lora.files import save_adapter
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.sampling.checks import check_prompts
 from sdlora.sampling.generate import generate
 from sdlora.sampling.pictures import SampleSettings
+from sdlora.sampling.session import sample
 
 PROMPTS = ["a tractor"]
 
@@ -52,3 +60,19 @@ def test_bad_settings(base: StableDiffusion, settings: SampleSettings, message: 
     """R-35: each names the key, the value and the remedy."""
     with pytest.raises(ConfigError, match=message):
         generate(base, None, PROMPTS, [0], [], settings)
+
+
+def test_a_misfit_is_said_before_any_weight_is_loaded(
+    sd15_folder: Path, copy_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """R-41: a file that does not say its family is told by its modules; file, base and remedy are named."""
+    base = copy_folder(sd15_folder)
+    weights = base / "text_encoder" / "model.safetensors"
+    weights.unlink()
+    save_file({}, weights, {"format": "pt"})
+    pair = LowRank(torch.ones(1, 16), torch.ones(16, 1))
+    file = save_adapter(tmp_path / "other.safetensors", Adapter({"down_blocks.9.to_q": pair}, 1, 1.0))
+    with pytest.raises(AdapterError, match=r"^.*other.safetensors does not fit this base: .*; use a base of"):
+        sample(file, base=str(base), prompts=["a cat"], out=tmp_path / "grid")
+    with pytest.raises(ModelError, match=r"lacks .* weights of its text_encoder"):
+        sample(base=str(base), prompts=["a cat"], out=tmp_path / "grid")

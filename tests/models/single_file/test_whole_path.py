@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sdlora
-from sdlora.errors import AdapterError, ConfigError
+from sdlora.errors import AdapterError, ConfigError, RunError
 from sdlora.lora.files import inspect_adapter, load_adapter
 from sdlora.runs import RunFolder
 
@@ -157,12 +157,16 @@ def test_a_base_is_no_lora_and_a_lora_no_base(
     """R-25, R-40: each is named for what it is, wherever it was given."""
     base, lora = tiny_bases["sdxl"].file, runs["sdxl"].file.adapter
     for read in (inspect_adapter, load_adapter):
-        with pytest.raises(AdapterError, match="is a whole checkpoint, not a LoRA"):
+        with pytest.raises(AdapterError, match="is a whole base, not a LoRA"):
             read(base)
+    with pytest.raises(AdapterError, match="is a base, not a LoRA"):
+        load_adapter(tiny_bases["sdxl"].folder)
+    with pytest.raises(RunError, match=r"is a base, not a run or a LoRA; give it with --base"):
+        sdlora.sample(tiny_bases["sdxl"].folder, prompts=["a cat"], out=tmp_path / "grid")
     images = make_images(sizes=((32, 32),) * 2)
     with pytest.raises(sdlora.errors.ModelError, match="is a LoRA file, not a base"):
         sdlora.train(images, base=str(lora), out=tmp_path / "run", quiet=True)
-    with pytest.raises(AdapterError, match="is a whole checkpoint, not a LoRA"):
+    with pytest.raises(AdapterError, match=r"^lora\.init_from: .* is a whole base, not a LoRA"):
         sdlora.train(
             images,
             base=str(base),
