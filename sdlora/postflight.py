@@ -20,6 +20,7 @@ from sdlora.lora.attach import mounted
 from sdlora.lora.modules import Model, components, named_modules
 from sdlora.models.info import BaseInfo
 from sdlora.models.load import load_stock_pipeline
+from sdlora.models.quiet import without_bars
 
 # Of the change of the output, and of a module's: fp16 rounding is at most 1e-3 of the whole, but a pipeline
 # in bf16 rounds the factors to 8 bits.
@@ -160,7 +161,7 @@ def _run_text_encoder(encoder: Any) -> Tensor:
 
 def _load(pipeline: Any, path: Path, parts: Sequence[str]) -> list[str]:
     """Loads a file as a user does; what the libraries complain about are the problems."""
-    with _heard() as complaints:
+    with _heard() as complaints, without_bars():
         try:
             pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=_CHECK_NAME)
         except Exception as error:

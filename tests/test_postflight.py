@@ -207,8 +207,8 @@ def make_text_adapter(base, targets=("attention", "text_attention", "text_mlp"))
     return adapter
 
 
-def test_postflight_of_text_encoders(tmp_path, whole_base):
-    """R-01, R-07, R-34: modules and outputs of each text encoder too, in both dialects."""
+def test_postflight_of_text_encoders(tmp_path, whole_base, capfd):
+    """R-01, R-07, R-34: modules and outputs of each text encoder too, in both dialects, and no bars."""
     adapter = make_text_adapter(whole_base)
     assert adapter.components == ["unet", *whole_base.info.traits.text_encoders]
     paths = [
@@ -222,6 +222,7 @@ def test_postflight_of_text_encoders(tmp_path, whole_base):
     alone = make_text_adapter(whole_base, ["text_attention"])
     path = export_adapter(alone, tmp_path / "alone.safetensors").path
     assert postflight([path], alone, whole_base.components, whole_base.info)[0].effect > 0
+    assert capfd.readouterr() == ("", "")
 
 
 LOST_TEXT = r"missing \(text_encoder.*the text_encoder's output is the base's"

@@ -13,6 +13,19 @@ LIBRARIES = {"diffusers": diffusers_logging, "transformers": transformers_loggin
 
 
 @contextmanager
+def without_bars() -> Iterator[None]:
+    """Mutes diffusers' and transformers' progress bars; then all is put back."""
+    bars = [module for module in LIBRARIES.values() if module.is_progress_bar_enabled()]
+    try:
+        for module in bars:
+            module.disable_progress_bar()
+        yield
+    finally:
+        for module in bars:
+            module.enable_progress_bar()
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """Mutes diffusers' and transformers' warnings and progress bars; errors pass, and all is put back.
 
@@ -20,15 +33,11 @@ def quiet() -> Iterator[None]:
     """
     loggers = {name: logging.getLogger(name) for name in LIBRARIES}
     levels = {name: logger.level for name, logger in loggers.items()}
-    bars = [module for module in LIBRARIES.values() if module.is_progress_bar_enabled()]
     try:
         for logger in loggers.values():
             logger.setLevel(logging.ERROR)
-        for module in bars:
-            module.disable_progress_bar()
-        yield
+        with without_bars():
+            yield
     finally:
         for name, logger in loggers.items():
             logger.setLevel(levels[name])
-        for module in bars:
-            module.enable_progress_bar()

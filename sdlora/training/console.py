@@ -54,7 +54,8 @@ class Report:
         try:
             yield Meter(progress, progress.add_task(title, total=total, completed=done, note=""))
         finally:
-            progress.stop()
+            if progress.live.is_started:
+                progress.stop()
 
 
 class Meter:

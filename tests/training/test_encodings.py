@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from sdlora.data.cache import cache_folder
 from sdlora.errors import DataError
+from sdlora.training.console import Report
 
 
 def test_a_cache_of_somebody_else_changes_nothing(
@@ -64,3 +65,10 @@ def test_a_picture_that_goes_in_mid_run(make_images, small, make_trainer, tmp_pa
     again.resume()
     again.train()
     assert [result.step for result in again.results] == [3, 4, 5]
+
+
+def test_nothing_to_encode_prints_nothing(capsys):
+    """R-20: where all is cached there is no progress to show, nor an empty line for it."""
+    with Report().progress("encoding", 0):
+        pass
+    assert capsys.readouterr().out == ""
