@@ -15,6 +15,9 @@ from sdlora.config import ObjectiveSection
 def draw_noise(shape: torch.Size, settings: ObjectiveSection, generator: Generator) -> Tensor:
     """The noise ε that the UNet is asked for, (C, H, W).
 
+    Offset noise (Guttenberg 2023, "Diffusion with Offset Noise"): ε' = ε + s ξ, where ξ ~ N(0, I) is one
+    number for each channel: the mean of a picture is noised as well, so that the UNet learns to move it.
+
     Args:
         shape: (C, H, W).
         settings: `noise_offset`, or `pyramid_noise` with `pyramid_discount`.
