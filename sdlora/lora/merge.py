@@ -26,7 +26,8 @@ DENSITY = 0.5
 _KEPT_NOTES = (
     "sdlora.parent", "sdlora.lineage", "sdlora.family", "sdlora.base_name", "sdlora.base_digest",
     "sdlora.prediction_type", "sdlora.resolution",
-    "ss_base_model_version", "ss_sd_model_name", "ss_new_sd_model_hash", "ss_v2", "ss_resolution",
+    "ss_base_model_version", "ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash", "ss_v2",
+    "ss_resolution",
     "modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation", "modelspec.resolution",
     "modelspec.prediction_type",
 )  # fmt: skip

@@ -61,6 +61,8 @@ class RunFacts:
     seed: int
     date: str
     """When the run was started, ISO 8601; never the time of the export."""
+    base_hashes: tuple[str, str] | None = None
+    """Of a base in one file, as kohya and the web UIs have them: old and new; a folder has none."""
     text_learning_rate: float | None = None
     """Of text encoders, where they learn."""
     ancestors: Sequence[Ancestor] = ()
@@ -91,7 +93,6 @@ def run_metadata(facts: RunFacts) -> dict[str, str]:
         "ss_v2": facts.kohya_v2,
         "ss_base_model_version": facts.kohya_version,
         "ss_sd_model_name": facts.base_name,
-        "ss_new_sd_model_hash": facts.base_digest,
         "ss_training_started_at": started.timestamp(),
         "ss_steps": facts.steps,
         "ss_max_train_steps": facts.steps,
@@ -122,6 +123,8 @@ def run_metadata(facts: RunFacts) -> dict[str, str]:
     }
     if facts.text_learning_rate is not None:
         texts["ss_text_encoder_lr"] = facts.text_learning_rate
+    if facts.base_hashes:
+        texts["ss_sd_model_hash"], texts["ss_new_sd_model_hash"] = facts.base_hashes
     texts |= lineage_notes(facts.ancestors)
     if facts.heldout_loss is not None:
         texts["sdlora.heldout_loss"] = f"{facts.heldout_loss:.6g}"

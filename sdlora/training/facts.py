@@ -7,6 +7,7 @@ from typing import Any
 
 from sdlora.config import RunConfig
 from sdlora.lora.metadata import RunFacts
+from sdlora.models.weights import kohya_hashes
 from sdlora.runs import RunFolder
 from sdlora.training.plan import RunPlan
 
@@ -42,6 +43,7 @@ def describe_run(run: RunFolder, plan: RunPlan, *, step: int, images_seen: int) 
         precision=str(environment.get("compute_dtype")),
         seed=config.train.seed,
         date=datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        base_hashes=kohya_hashes(info.path) if info.path.is_file() else None,
         text_learning_rate=config.train.text_encoder_rate if config.lora.text_encoder else None,
         ancestors=[parent.ancestor for parent in plan.parents],
         heldout_loss=_heldout_loss(run, step),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -88,6 +89,17 @@ def test_a_file_trains_as_its_folder(runs: Mapping[str, Pair], family: str) -> N
     adapter = load_adapter(pair.file.adapter)
     assert adapter.family == family
     assert adapter.notes["sdlora.base_name"] == f"tiny-{family}"
+
+
+def test_the_base_s_hashes_are_the_file_s(runs: Mapping[str, Pair], tiny_bases: Mapping[str, Any]) -> None:
+    """R-42: as web UIs compute them, so that they find the base; a folder has none."""
+    raw = tiny_bases["sdxl"].file.read_bytes()
+    metadata = inspect_adapter(runs["sdxl"].file.adapter).metadata
+    assert metadata["ss_new_sd_model_hash"] == hashlib.sha256(raw).hexdigest()
+    assert metadata["ss_sd_model_hash"] == hashlib.sha256(raw[2**20 : 2**20 + 2**16]).hexdigest()[:8]
+    assert not any(
+        "model_hash" in key for key in inspect_adapter(runs["sdxl"].folder.adapter).metadata if "sd_" in key
+    )
 
 
 def test_a_run_finds_its_file_from_anywhere(
