@@ -282,6 +282,22 @@ def test_version_and_help(sdlora):
         assert "Usage" in printed
 
 
+@pytest.mark.parametrize(
+    ("verb", "default"),
+    [
+        (("train",), "(builtin)"),
+        (("sample",), "(the run's, or builtin)"),
+        (("merge",), "(1 for each)"),
+        (("tree", "flatten"), "(exact)"),
+    ],
+)
+def test_help_says_what_happens_without_an_option(sdlora, verb, default, monkeypatch):
+    """Square brackets in a help text are taken for markup and vanish."""
+    monkeypatch.setenv("COLUMNS", "200")
+    _, printed, _ = sdlora(*verb, "--help")
+    assert f"[default: {default}]" in printed
+
+
 def test_help_is_quick():
     """`sdlora --help` takes under 0.3 s of processor time: nothing heavy is imported."""
     code = "import sys; sys.argv = ['sdlora', '--help']; from sdlora.cli import main; main()"

@@ -60,10 +60,10 @@ def merge_into_base(
     ],
     out: Annotated[Path, typer.Option(help="The folder to write; a file where the base is one.")],
     base: Annotated[
-        str | None, typer.Option(help="The base.  [default: the one that the file names]")
+        str | None, typer.Option(help="The base.", show_default="the one that the file names")
     ] = None,
     strength: Annotated[float, typer.Option(help="Of the LoRA.")] = 1.0,
-    dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32.  [default: as the base]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32.", show_default="as the base")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Stand on a parent that is not the one trained on.")
     ] = False,

@@ -21,7 +21,7 @@ def sample(
         list[Path] | None,
         typer.Argument(metavar="[RUN|LORA]...", help="Runs or LoRA files; none: the base alone."),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The base.  [default: the run's, or builtin]")] = None,
+    base: Annotated[str | None, typer.Option(help="The base.", show_default="the run's, or builtin")] = None,
     step: Annotated[int | None, typer.Option(help="The adapter that a run saved at this step.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line.")] = None,
@@ -103,7 +103,7 @@ def advise_rank(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
     keep: Annotated[float, typer.Option(help="The share of what was learned that is enough.")] = 0.99,
     ranks: Annotated[
-        str | None, typer.Option(help="To try, such as 2,4,8.  [default: powers of two]")
+        str | None, typer.Option(help="To try, such as 2,4,8.", show_default="powers of two")
     ] = None,
 ) -> None:
     """Measure a run's adapter at smaller ranks, without training; write the smallest that is enough."""
@@ -128,7 +128,7 @@ def doctor(
         typer.Argument(metavar="[section.key=value]...", help="Settings, such as data.trigger=x."),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="The base whose tokenizer and size count.  [default: builtin]")
+        str | None, typer.Option(help="The base whose tokenizer and size count.", show_default="builtin")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file; presets are in configs/.")] = None,
     contact_sheet: Annotated[

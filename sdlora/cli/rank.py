@@ -140,17 +140,17 @@ def merge(
         list[Path], typer.Argument(metavar="RUN|LORA ...", help="Run folders, or LoRA files of any dialect.")
     ],
     out: Out,
-    weights: Annotated[str | None, typer.Option(help="Such as 0.7,0.3.  [default: 1 for each]")] = None,
+    weights: Annotated[str | None, typer.Option(help="Such as 0.7,0.3.", show_default="1 for each")] = None,
     method: Annotated[
         str, typer.Option(help="concatenate (the exact sum), svd, ties or dare.")
     ] = "concatenate",
     rank: Annotated[
-        int | None, typer.Option(help="Of the result, but for concatenate.  [default: the largest]")
+        int | None, typer.Option(help="Of the result, but for concatenate.", show_default="the largest")
     ] = None,
     density: Annotated[
-        float | None, typer.Option(help="The share of elements that ties and dare keep.  [default: 0.5]")
+        float | None, typer.Option(help="The share of elements that ties and dare keep.", show_default="0.5")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of dare.  [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of dare.", show_default="0")] = None,
     format: Dialect = "diffusers",
     precision: Precision = "fp16",
 ) -> None:

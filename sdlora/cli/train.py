@@ -25,11 +25,11 @@ def train(
     overrides: Overrides = None,
     base: Annotated[
         str | None,
-        typer.Option(help="builtin, a folder, a .safetensors file or a hub id.  [default: builtin]"),
+        typer.Option(help="builtin, a folder, a .safetensors file or a hub id.", show_default="builtin"),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file; presets are in configs/.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The run folder.  [default: runs/ and the image folder's name]")
+        Path | None, typer.Option(help="The run folder.", show_default="runs/ and the image folder's name")
     ] = None,
     trigger: Annotated[str | None, typer.Option(help="Words that call the style.")] = None,
     parent: Annotated[

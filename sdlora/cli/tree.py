@@ -89,11 +89,13 @@ def verify(folder: Folder) -> None:
 
 def sample(
     folder: Folder,
-    nodes: Annotated[list[str] | None, typer.Argument(help="The nodes to compare.  [default: all]")] = None,
+    nodes: Annotated[
+        list[str] | None, typer.Argument(help="The nodes to compare.", show_default="all")
+    ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line.")] = None,
     base: Annotated[
-        str | None, typer.Option(help="The base.  [default: the one that the files name]")
+        str | None, typer.Option(help="The base.", show_default="the one that the files name")
     ] = None,
     strengths: StepStrengths = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, such as 0,1.")] = None,
@@ -141,7 +143,7 @@ def flatten(
     folder: Folder,
     node: Annotated[str, typer.Argument(help="The node: its path in the folder, without the ending.")],
     out: Annotated[Path, typer.Option(help="The file to write.")],
-    rank: Annotated[int | None, typer.Option(help="The nearest of this rank.  [default: exact]")] = None,
+    rank: Annotated[int | None, typer.Option(help="The nearest of this rank.", show_default="exact")] = None,
     strengths: StepStrengths = None,
     format: Annotated[str, typer.Option(help="diffusers, or kohya for A1111, Forge, ComfyUI.")] = "diffusers",
     precision: Annotated[str, typer.Option(help="fp16, bf16 or fp32.")] = "fp16",
