@@ -20,6 +20,9 @@ StepStrengths = Annotated[
 ]
 
 
+_WIDEST = 10_000
+
+
 def register(app: typer.Typer) -> None:
     """Adds the verbs."""
     verbs = typer.Typer(no_args_is_help=True)
@@ -37,7 +40,8 @@ def show(folder: Folder) -> None:
     from sdlora.lora.tree import AdapterTree
 
     tree = AdapterTree.from_folder(folder)
-    Console(highlight=False, soft_wrap=True).print(_draw(tree))
+    # A tree cuts what is wider than the console; what it refuses, and why, must be read whole.
+    Console(highlight=False, width=_WIDEST).print(_draw(tree))
     for line in tree.problems:
         typer.echo(f"warning: {line}")
 

@@ -61,6 +61,7 @@ def test_show(sdlora, styles, broken):
     code, printed, _ = sdlora("tree", "show", broken)
     assert code == 0
     assert "ink/portraits was trained on ink (" in printed
+    assert "; put that file there\n" in printed, "a narrow console cuts nothing"
 
 
 def test_verify(sdlora, styles, broken):
