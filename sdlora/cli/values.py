@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +20,7 @@ def parse_numbers(text: str | None, kind: type[Number], option: str) -> list[Num
     if text is None:
         return None
     try:
-        return [kind(part) for part in text.split(",")]
+        return [_finite(kind(part)) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"{option} {text} must be numbers with commas between them, such as 0,1") from None
 
@@ -62,8 +63,15 @@ def parse_strengths(text: str | None) -> dict[str, float]:
     """
     try:
         pairs = (part.rpartition("=") for part in (text or "").split(",") if part)
-        return {name.strip(): float(number) for name, _, number in pairs}
+        return {name.strip(): _finite(float(number)) for name, _, number in pairs}
     except ValueError:
         raise ConfigError(
             f"--strengths {text} must be NODE=NUMBER, such as ink=0.5,ink/portraits=1"
         ) from None
+
+
+def _finite(number: Number) -> Number:
+    """The number; ValueError if it is infinite or none."""
+    if not -math.inf < number < math.inf:
+        raise ValueError
+    return number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sdlora.cli.values import parse_numbers, parse_size
+from sdlora.cli.values import parse_numbers, parse_size, parse_strengths
 from sdlora.errors import ConfigError
 
 
@@ -27,3 +27,13 @@ def test_numbers_that_are_none(text):
     """Likewise for seeds."""
     with pytest.raises(ConfigError, match="must be numbers with commas"):
         parse_numbers(text, int, "--seeds")
+
+
+@pytest.mark.parametrize("text", ["nan", "1,inf", "-inf"])
+def test_weights_that_are_none(text):
+    """R-06: what is no number would become every value of a file."""
+    with pytest.raises(ConfigError, match=r"--weights .* must be numbers with commas"):
+        parse_numbers(text, float, "--weights")
+    with pytest.raises(ConfigError, match=r"--strengths ink=.* must be NODE=NUMBER"):
+        parse_strengths(",".join(f"ink={number}" for number in text.split(",")))
+    assert parse_strengths("ink=-0.5,a=b=2") == {"ink": -0.5, "a=b": 2.0}
