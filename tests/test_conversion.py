@@ -206,6 +206,8 @@ def test_mistakes(tmp_path, sdxl_folder, tuned):
         merge_into_base([(adapter, 1.0)], "builtin", taken)
     with pytest.raises(ModelError, match="does not go with the base builtin, which is a folder"):
         merge_into_base([(adapter, 1.0)], "builtin", tmp_path / "merged.safetensors")
+    with pytest.raises(ModelError, match=r"inside the base .*, which is never changed; give another place"):
+        merge_into_base([(adapter, 1.0)], tuned[0], tuned[0] / "merged")
     with pytest.raises(AdapterError, match="does not fit this base"):
         merge_into_base([(adapter, 1.0)], sdxl_folder, tmp_path / "merged")
     with pytest.raises(ModelError, match="give the base that it was made of"):
@@ -215,6 +217,15 @@ def test_mistakes(tmp_path, sdxl_folder, tuned):
     ):
         extract("builtin", "builtin")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize(("strength", "dtype"), [(float("nan"), torch.float32), (1e8, torch.float16)])
+def test_a_base_that_is_not_finite_is_never_written(strength, dtype, tmp_path):
+    """R-06: neither a strength of nan nor an overflow; nothing is left of the attempt."""
+    adapter, _ = make_adapter(BUILTIN, ["attention"])
+    with pytest.raises(ModelError, match=r"values that are not finite in float\d\d; use a smaller"):
+        merge_into_base([(adapter, strength)], "builtin", tmp_path / "merged", dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_norms_of_the_base():

@@ -49,7 +49,7 @@ def merge_into_base(
 
     Raises:
         AdapterError: If an adapter does not fit, or changes layers that the base's file has in another form.
-        ModelError: If the place is taken, or is no place for this base.
+        ModelError: If the place is taken, or is no place for this base, or weights would not be finite.
     """
     info, place = inspect_base(BaseSection(source=str(base))), Path(out)
     _check_place(info, place)
@@ -78,6 +78,10 @@ def _check_place(info: BaseInfo, place: Path) -> None:
     if place.exists():
         raise ModelError(
             f"--out {place} is already there; a base is never changed in place, so give another name"
+        )
+    if info.path.resolve() in place.resolve().parents:
+        raise ModelError(
+            f"--out {place} is inside the base {info.path}, which is never changed; give another place"
         )
     if info.path.is_file() != (place.suffix == ".safetensors"):
         kind = (

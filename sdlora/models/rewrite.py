@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sdlora.errors import ModelError
 from sdlora.models.original import names_of_unet
 from sdlora.models.parts import Part
 from sdlora.models.stream import DTYPES, read_stored
@@ -62,6 +63,9 @@ def rewrite(
         out: The file to write; it is complete or not there.
         change: Given the name in the file and the tensor; gives one of the same shape.
         dtype: Of all that is no whole number; None keeps what each tensor has.
+
+    Raises:
+        ModelError: If values that were finite would not be.
     """
     headers = [(file, read_header(file)) for file in files]
     table: dict[str, object] = {"__metadata__": {**headers[0][1].metadata, "format": "pt"}}
@@ -87,7 +91,19 @@ def rewrite(
             for file, header in headers:
                 with file.open("rb") as source:
                     for stored in sorted(header.spans, key=lambda name: header.spans[name]):
-                        value = change(stored, read_stored(source, header, stored)).to(kinds[stored])
+                        before = read_stored(source, header, stored)
+                        value = change(stored, before).to(kinds[stored])
+                        _check_values(stored, before, value)
                         handle.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     return write_file(out, write, read_header)
+
+
+def _check_values(name: str, before: Tensor, after: Tensor) -> None:
+    # Some files hold masks of -inf, which are right.
+    if not after.float().isfinite().all() and before.float().isfinite().all():
+        dtype = str(after.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"{name} would hold values that are not finite in {dtype}; use a smaller --strength, "
+            "or --dtype fp32"
+        )
