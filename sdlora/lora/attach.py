@@ -233,6 +233,11 @@ def _check_fit(
                 f"{' and '.join(parts)} alone; load it with diffusers, or train one for the UNet alone"
             )
     missing = [name for name in adapter.modules if name not in layers]
+    if any(f"{name}.base_layer" in layers for name in missing):
+        raise AdapterError(
+            "the pipeline carries LoRAs that diffusers has loaded; take them off with "
+            "pipe.unload_lora_weights() first"
+        )
     if missing:
         raise AdapterError(
             f"{source} does not fit this base: {len(missing)} of its {len(adapter.modules)} modules are not "

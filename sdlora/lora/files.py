@@ -269,7 +269,7 @@ def _check_values(path: Path, adapter: Adapter) -> None:
             f"values are not finite in {len(broken)} of {len(adapter.modules)} modules, such as {broken[0]}"
         )
     elif not any(bool(pair.up.any()) for pair in adapter.modules.values()):
-        problem = "every up-matrix is zero, so it would change nothing; it has not been trained"
+        problem = "every up-matrix is zero, so it would change nothing; train it, or give other weights"
     if problem:
         error = AdapterError(f"LoRA file {path} was not written: {problem}")
         error.exit_code = 1

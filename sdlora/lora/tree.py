@@ -208,7 +208,7 @@ class AdapterTree:
     def mount(
         self,
         pipe: Any,
-        names: str | Sequence[str | None],
+        names: str | Sequence[str | None] | None,
         *,
         strengths: Mapping[str, float] | None = None,
         force: bool = False,
@@ -228,7 +228,8 @@ class AdapterTree:
         """
         model = _components(pipe)
         device = next(model["unet"].parameters()).device
-        rows = self.strengths([names] if isinstance(names, str) else names, strengths, force=force)
+        steps = [names] if names is None or isinstance(names, str) else names
+        rows = self.strengths(steps, strengths, force=force)
         stack: list[tuple[Adapter, Scale]] = []
         for step in dict.fromkeys(step for row in rows for step in row):
             values = [row.get(step, 0.0) for row in rows]

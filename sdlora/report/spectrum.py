@@ -9,6 +9,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sdlora.writing import write_file
 
@@ -44,6 +45,7 @@ def draw_spectrum(path: Path, values: Values, blocks: Mapping[str, str], *, titl
     for share in (0.5, 0.9, 0.99):
         right.axhline(share, color="0.8", linewidth=0.8, zorder=0)
     for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.2)
     right.legend(fontsize=7, loc="lower right")
     figure.suptitle(title, fontsize=10)

@@ -231,9 +231,25 @@ def test_a_path_is_the_sum_of_its_steps(small, pipe, unet, run):
     mount(unet, [(load_adapter(small / f"{name}.safetensors"), 1.0) for name in names])
     assert torch.equal(found, run(unet))
     assert digest_of(unet) == before
+    tree.mount(pipe, None)
+    assert torch.equal(run(unet), base)
     tree.unmount(pipe)
     assert torch.equal(run(unet), base)
     assert digest_of(unet) == before
+
+
+def test_a_pipeline_with_loras_of_its_own(small, pipe, unet, run):
+    """The message says what is in the way, and how to take it off."""
+    tree = AdapterTree.from_folder(small)
+    pipe.load_lora_weights(str(small), weight_name="water.safetensors", adapter_name="water_5d")
+    with pytest.raises(
+        AdapterError, match=r"carries LoRAs that diffusers has loaded; .* pipe\.unload_lora_weights\(\) first"
+    ):
+        tree.mount(pipe, "ink")
+    pipe.unload_lora_weights()
+    base = run(unet)
+    tree.mount(pipe, "ink")
+    assert not torch.equal(run(unet), base)
 
 
 def test_strengths(grow, small, pipe, unet, run):
