@@ -36,9 +36,9 @@ def draw_spectrum(path: Path, values: Values, blocks: Mapping[str, str], *, titl
         rows = [row for module, row in values.items() if blocks[module] == block]
         _draw_energy(right, rows, label=block, color=colours[block], linewidth=1.2)
     _draw_energy(right, list(values.values()), label="all modules", color="black", linewidth=2)
-    left.set(
-        title="singular values of each module", xlabel="direction", ylabel="singular value", yscale="log"
-    )
+    left.set(title="singular values of each module", xlabel="direction", ylabel="singular value")
+    if any(value > 0 for row in values.values() for value in row):
+        left.set_yscale("log")
     right.set(
         title="energy in the first directions", xlabel="directions kept", ylabel="share", ylim=(0, 1.02)
     )

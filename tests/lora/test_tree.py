@@ -357,7 +357,8 @@ def test_flattened_to_a_rank(small):
     assert 0 < report.error < 1
 
 
-def test_a_thousand_switches(grow, pipe, unet, run):
+@pytest.mark.parametrize("every", [30, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_thousand_switches(every, grow, pipe, unet, run):
     """R-38: over 15 nodes of depth 4, outputs are those of a fresh mount, and the base is untouched."""
     names = ["/".join(steps) for depth in range(4) for steps in product("a", *["ab"] * depth)]
     for number, name in enumerate(names):
@@ -374,7 +375,7 @@ def test_a_thousand_switches(grow, pipe, unet, run):
     for number in range(1000):
         name = order.choice(names)
         tree.mount(pipe, name)
-        if number % 30 == 0 or number > 995:
+        if number % every == 0 or number > 995:
             assert torch.equal(run(unet), expected[name])
     assert digest_of(unet) == before
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from PIL import Image
 
 from sdlora.report.spectrum import draw_spectrum
@@ -16,3 +17,9 @@ def test_a_picture_of_the_values(tmp_path):
         assert picture.width > 2 * picture.height > 400
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
     assert draw_spectrum(tmp_path / "two.png", values, blocks, title="style").read_bytes() == first
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_change_of_nothing_is_drawn(tmp_path):
+    """A file whose alpha is 0 has no positive value, which no logarithm shows."""
+    assert draw_spectrum(tmp_path / "zero.png", {"a": [0.0, 0.0]}, {"a": "mid_block"}).is_file()
