@@ -17,10 +17,11 @@ from safetensors.torch import load, save
 from sdlora.data.buckets import Crop
 from sdlora.data.images import parse_colour
 from sdlora.data.records import ImageRecord
-from sdlora.reading import UnfitFileError, read_bytes, read_header
+from sdlora.reading import Header, UnfitFileError, read_bytes, read_header
 from sdlora.writing import write_file
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
+DIGEST = "sha256"
 MAX_BYTES = 2**28
 DTYPES = {"F32", "F16", "BF16"}
 Shapes = dict[str, tuple[int, ...]]
@@ -63,11 +64,13 @@ class TensorCache:
 
     Attributes:
         problem: Why the last file could not be written, empty if all were; the copy in memory serves then.
+        damaged: Files that were there, but not as they were written; what they held is made anew.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.problem = ""
+        self.damaged: set[Path] = set()
         self._memory: dict[str, dict[str, torch.Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,8 +89,13 @@ class TensorCache:
             shapes: What the tensors must be.
         """
         if key not in self._memory and self.folder is not None:
-            with suppress(OSError, UnfitFileError, SafetensorError):
-                self._memory[key] = _read_tensors(self._file(key), shapes)
+            file = self._file(key)
+            try:
+                self._memory[key] = _read_tensors(file, shapes)
+            except FileNotFoundError:
+                return None
+            except (OSError, UnfitFileError, SafetensorError):
+                self.damaged.add(file)
         return self._memory.get(key)
 
     def put(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -98,21 +106,13 @@ class TensorCache:
             return
         file = self._file(key)
         try:
-            write_file(file, lambda temporary: temporary.write_bytes(save(kept)), _read_tensors)
+            write_file(file, lambda temporary: temporary.write_bytes(seal(kept)), _read_tensors)
         except (OSError, UnfitFileError, SafetensorError) as error:
             self.problem = f"{file} cannot be written: {error}"
 
     def contains(self, key: str, shapes: Shapes | None = None) -> bool:
-        """Whether `get` would find the key; reads a file's header only."""
-        if key in self._memory:
-            return True
-        if self.folder is None:
-            return False
-        try:
-            _check_header(self._file(key), shapes)
-        except (OSError, UnfitFileError):
-            return False
-        return True
+        """Whether `get` would find the key."""
+        return self.get(key, shapes) is not None
 
     def _file(self, key: str) -> Path:
         kind, _, name = key.partition("/")
@@ -120,18 +120,31 @@ class TensorCache:
         return self.folder / kind / name[:2] / f"{name}.safetensors"
 
 
+def seal(tensors: dict[str, torch.Tensor]) -> bytes:
+    """What is written for an entry: its tensors, with the digest of their values."""
+    return save(tensors, {DIGEST: _digest(save(tensors))})
+
+
+def _digest(entry: bytes) -> str:
+    """Of the values alone, which follow the header."""
+    return hashlib.sha256(memoryview(entry)[8 + int.from_bytes(entry[:8], "little") :]).hexdigest()
+
+
 def _read_tensors(file: Path, shapes: Shapes | None = None) -> dict[str, torch.Tensor]:
     """Reads an entry into memory; a map of the file for each would run into the system's limit on maps."""
-    _check_header(file, shapes)
-    tensors: dict[str, torch.Tensor] = load(read_bytes(file, MAX_BYTES))
+    header = read_header(file)
+    _check_header(header, shapes)
+    data = read_bytes(file, MAX_BYTES)
+    if header.metadata.get(DIGEST) != _digest(data):
+        raise UnfitFileError("is not what was written")
+    tensors: dict[str, torch.Tensor] = load(data)
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise UnfitFileError("holds values that are not finite")
     return tensors
 
 
-def _check_header(file: Path, shapes: Shapes | None) -> None:
-    """Refuses an entry that is not whole, or not what an encoder makes."""
-    header = read_header(file)
+def _check_header(header: Header, shapes: Shapes | None) -> None:
+    """Refuses an entry that is not what an encoder makes."""
     if not DTYPES.issuperset(header.dtypes.values()) or any(0 in shape for shape in header.shapes.values()):
         raise UnfitFileError("holds what no encoder makes")
     if shapes is not None and header.shapes != shapes:

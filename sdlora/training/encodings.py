@@ -15,7 +15,7 @@ from sdlora.config import DataSection
 from sdlora.data.buckets import Crop
 from sdlora.data.cache import Shapes, TensorCache, latent_key, text_key
 from sdlora.data.images import crop_image, load_record
-from sdlora.data.records import ImageRecord
+from sdlora.data.records import ImageRecord, count_of
 from sdlora.data.tensors import crop_to_time_ids, image_to_tensor
 from sdlora.errors import DataError, ModelError
 from sdlora.models.condition import Condition
@@ -80,12 +80,18 @@ class Encodings:
         self._encode([job for job in jobs if not self._is_known(job)], accelerator, report)
 
     def check_cache(self, report: Report) -> None:
-        """Says it if nothing can be kept on the disk.
+        """Says it if files of the cache were damaged, or nothing can be kept on the disk.
 
         Raises:
             DataError: If that was asked for.
         """
-        if self.cache is not None and self.cache.problem:
+        if self.cache is None:
+            return
+        if damaged := sorted(map(str, self.cache.damaged)):
+            report.warn(
+                f"the cache held {count_of(len(damaged), 'damaged file')}, encoded anew: {damaged[0]}"
+            )
+        if self.cache.problem:
             if self.is_required:
                 raise DataError(
                     f"{self.cache.problem}, but data.cache = true needs it; set SDLORA_CACHE to a folder"
@@ -146,7 +152,7 @@ class Encodings:
         return together.with_time_ids(torch.stack(sizes))
 
     def _is_known(self, job: str | View) -> bool:
-        """Whether the cache has a caption or picture, by the header of its file."""
+        """Whether the cache has a caption or picture."""
         assert self.cache is not None
         if isinstance(job, str):
             return self.cache.contains(self._text_key(job), self._text_shapes())

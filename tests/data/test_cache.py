@@ -14,7 +14,15 @@ from safetensors.torch import save
 
 from sdlora.data import cache as cache_module
 from sdlora.data.buckets import Crop
-from sdlora.data.cache import TensorCache, cache_folder, clear_cache, latent_key, measure_cache, text_key
+from sdlora.data.cache import (
+    TensorCache,
+    cache_folder,
+    clear_cache,
+    latent_key,
+    measure_cache,
+    seal,
+    text_key,
+)
 from sdlora.data.records import Size
 
 CROP = Crop(Size(140, 128), 6, 0, Size(128, 128))
@@ -122,17 +130,25 @@ def test_memory_copy_outlives_the_file(tmp_path: Path) -> None:
     assert cache.get("text/a") is not None
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "header", "text"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "header", "text", "bit", "no digest"])
 def test_a_damaged_file_counts_as_missing(tmp_path: Path, damage: str) -> None:
-    """R-21: a file cut short or overwritten is computed again, never an error."""
+    """R-21: a file cut short, overwritten or with one bit changed is computed again, never an error."""
     TensorCache(tmp_path).put("latents/abc", {"mean": torch.randn(64)})
     (file,) = tmp_path.rglob("*.safetensors")
     data = file.read_bytes()
-    broken = {"cut": data[:-10], "empty": b"", "header": b"\xff" * 8 + data[8:], "text": b"hello"}
+    broken = {
+        "cut": data[:-10],
+        "empty": b"",
+        "header": b"\xff" * 8 + data[8:],
+        "text": b"hello",
+        "bit": data[:-1] + bytes([data[-1] ^ 1]),
+        "no digest": save({"mean": torch.ones(64)}),
+    }
     file.write_bytes(broken[damage])
     cache = TensorCache(tmp_path)
     assert not cache.contains("latents/abc")
     assert cache.get("latents/abc") is None
+    assert cache.damaged == {file}
     cache.put("latents/abc", {"mean": torch.ones(64)})
     assert torch.equal(TensorCache(tmp_path).get("latents/abc")["mean"], torch.ones(64))
 
@@ -193,13 +209,13 @@ def replace_file(folder: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        save({"mean": torch.ones(2, dtype=torch.int64)}),
-        save({"mean": torch.ones(2, dtype=torch.complex64)}),
-        save({"mean": torch.ones(2, dtype=torch.float64)}),
-        save({"mean": torch.ones(0, 2**40)}),
-        save({}),
-        save({"mean": torch.ones(5)}),
-        save({"mean": torch.ones(4), "more": torch.ones(4)}),
+        seal({"mean": torch.ones(2, dtype=torch.int64)}),
+        seal({"mean": torch.ones(2, dtype=torch.complex64)}),
+        seal({"mean": torch.ones(2, dtype=torch.float64)}),
+        seal({"mean": torch.ones(0, 2**40)}),
+        seal({}),
+        seal({"mean": torch.ones(5)}),
+        seal({"mean": torch.ones(4), "more": torch.ones(4)}),
         (2**63).to_bytes(8, "little") + b"{}",
         (10**8).to_bytes(8, "little") + b"{" + bytes(100),
         b"\x80\x04\x95" + bytes(100),
@@ -221,7 +237,7 @@ def test_a_file_of_somebody_else_counts_as_missing(tmp_path: Path, content: byte
 def test_numbers_that_are_not_finite_count_as_missing(tmp_path: Path, value: float) -> None:
     """R-21, R-22: no encoder's latents are kept that are not finite, so such a file is none of ours."""
     TensorCache(tmp_path).put("latents/abc", {"mean": torch.ones(4)})
-    replace_file(tmp_path, save({"mean": torch.tensor([1.0, value])}))
+    replace_file(tmp_path, seal({"mean": torch.tensor([1.0, value])}))
     assert TensorCache(tmp_path).get("latents/abc") is None
 
 

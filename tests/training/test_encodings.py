@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from sdlora.data.cache import cache_folder
+from sdlora.data.cache import cache_folder, seal
 from sdlora.errors import DataError
 from sdlora.training.console import Report
 
 
 def test_a_cache_of_somebody_else_changes_nothing(
-    make_images, small, make_trainer, snapshot, sdxl_folder, tmp_path
+    make_images, small, make_trainer, snapshot, sdxl_folder, tmp_path, capsys
 ):
     """R-20, R-21: entries with other names, shapes or types are encoded anew; the run is the same."""
     images = make_images()
@@ -33,8 +33,10 @@ def test_a_cache_of_somebody_else_changes_nothing(
             {**tensors, "more": torch.ones(1)},
             {**tensors, name: tensors[name].to(torch.int32)},
         ]
-        save_file(forged[number % len(forged)], file)
+        file.write_bytes(seal(forged[number % len(forged)]))
     two = make_trainer(config, tmp_path / "two")
+    two.prepared.encodings.check_cache(Report())
+    assert f"the cache held {len(files)} damaged files, encoded anew: {files[0]}" in capsys.readouterr().out
     # What was forged has been encoded before the encoders leave.
     two.prepared.base.encoders_to("meta")
     two.train()
