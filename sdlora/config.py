@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from sdlora.errors import ConfigError, shorten
+from sdlora.errors import MAX_PROBLEMS, ConfigError, shorten
 from sdlora.problems import describe_error
 from sdlora.reading import MAX_DEPTH, UnfitFileError, parse_toml, read_bytes, read_json
 
@@ -67,7 +67,7 @@ class BaseSection(Section):
 class DataSection(Section):
     """The image folder, and how a picture becomes a training sample."""
 
-    trigger: str | None = _field(None, "give a word, or leave it out", min_length=1)
+    trigger: str | None = _field(None, "give a word, or leave it out", min_length=1, max_length=1000)
     resolution: int | None = _field(None, "give a side in pixels, such as 512", ge=16, le=8192)
     background: str = "white"
     crop: Literal["centre", "random"] = _field("centre", "use centre or random")
@@ -413,7 +413,8 @@ def validate_config(values: Mapping[str, Any], problems: Iterable[str] = ()) -> 
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         # A union reports each of its branches; one line for each key is enough.
-        for line in dict.fromkeys(describe_error(dict(item), RunConfig) for item in error.errors()):
+        mistakes = error.errors()[: 4 * MAX_PROBLEMS]
+        for line in dict.fromkeys(describe_error(dict(item), RunConfig) for item in mistakes):
             key = line.split(" ", 1)[0]
             if not any(other.startswith(f"{key} ") for other in lines):
                 lines.append(line)

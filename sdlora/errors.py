@@ -16,6 +16,8 @@ from __future__ import annotations
 import unicodedata
 
 MAX_SHOWN = 200
+MAX_LINE = 2000
+MAX_PROBLEMS = 40
 
 
 def unfit_letters(text: str) -> set[str]:
@@ -37,7 +39,11 @@ def one_line(text: str) -> str:
 
 def shorten(text: str) -> str:
     """A value in a message: on one line however long it is and whatever it holds."""
-    return one_line(text) if len(text) <= MAX_SHOWN else f"{one_line(text[:MAX_SHOWN])}…"
+    return one_line(_cut(text, MAX_SHOWN))
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 class SdloraError(Exception):
@@ -46,17 +52,19 @@ class SdloraError(Exception):
     exit_code = 2
 
     def __str__(self) -> str:
-        return "\n".join(map(one_line, super().__str__().split("\n")))
+        return "\n".join(one_line(_cut(line, MAX_LINE)) for line in super().__str__().split("\n"))
 
 
 class ConfigError(SdloraError):
     """One or more settings are wrong.
 
     Args:
-        problems: One line for each mistake, all of those found.
+        problems: One line for each mistake; of thousands, which nobody made by hand, the first.
     """
 
     def __init__(self, *problems: str) -> None:
+        if len(problems) > MAX_PROBLEMS:
+            problems = (*problems[:MAX_PROBLEMS], f"and more mistakes, {len(problems):,} or more in all")
         super().__init__("\n".join(problems))
         self.problems = problems
 

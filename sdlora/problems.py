@@ -49,6 +49,7 @@ def _reason(item: dict[str, Any]) -> str:
         "literal_error": "must be one of {expected}",
         "too_short": "must not be empty",
         "string_too_short": "must not be empty",
+        "string_too_long": "must have at most {max_length} letters",
         "int_parsing": "must be a whole number",
         "int_type": "must be a whole number",
         "int_from_float": "must be a whole number",

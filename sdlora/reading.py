@@ -16,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 100_000
+MAX_NOTES = 10_000
 MAX_NAME = 500
 MAX_DEPTH = 8
+MAX_VALUES = 5000
 # A TOML key of thousands of dots takes the parser minutes.
 MAX_DOTS = 500
 _END = re.compile(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,18})\s*\]')
@@ -112,10 +114,14 @@ def parse_toml(text: str) -> dict[str, Any]:
     except ValueError as error:  # Also numbers of thousands of digits.
         raise UnfitFileError(f"is not TOML: {error}") from None
     level: list[Any] = [values]
+    count = 0
     for _ in range(MAX_DEPTH):
+        count += sum(map(len, level))
         level = [inner for value in level for inner in _containers(value)]
     if level:
         raise UnfitFileError("is nested too deeply")
+    if count > MAX_VALUES:
+        raise UnfitFileError(f"holds {count:,} values, which no settings do; at most {MAX_VALUES:,} are read")
     return values
 
 
@@ -168,6 +174,8 @@ def _parse_header(raw: bytes, size: int) -> Header:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UnfitFileError("has a damaged header") from None
+    if len(metadata) > MAX_NOTES:
+        raise UnfitFileError(f"has {len(metadata):,} entries in its metadata, which no program writes")
     for name in shapes:
         if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
             raise UnfitFileError(f"holds a tensor with the name {name[:40]!r}, which no program writes")

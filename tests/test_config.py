@@ -192,6 +192,27 @@ def test_problems_are_short(tmp_path):
     assert "…" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "lines", "message"),
+    [
+        ("[train]\n" + "\n".join(f"k{n} = 1" for n in range(20_000)), 1, "holds 20,001 values, which no"),
+        ("[lora]\ntargets = [" + "'x', " * 8000 + "]", 1, "holds 8,002 values, which no"),
+        ("[train]\n" + "\n".join(f"k{n} = 1" for n in range(4000)), 41, "and more mistakes, "),
+        (f"[data]\ntrigger = '{'x' * 10**5}'", 1, "must have at most 1000 letters"),
+    ],
+    ids=["many keys", "a long list", "fewer keys", "a long trigger"],
+)
+def test_bombs_of_values(tmp_path, content, lines, message):
+    """Thousands of settings cost neither minutes nor the terminal's history."""
+    file = tmp_path / "bomb.toml"
+    file.write_text(content, encoding="utf-8")
+    started = time.process_time()
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(file)
+    assert time.process_time() - started < 2
+    assert len(str(caught.value).splitlines()) == lines
+
+
 def test_resolved_configuration_survives_json(tmp_path):
     """The run keeps the configuration whole."""
     config = load_config(

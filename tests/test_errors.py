@@ -34,6 +34,14 @@ def test_long_values_are_cut():
     assert shorten("x" * 200) == "x" * 200
 
 
+def test_long_lines_are_cut():
+    """Whatever a message quotes, its lines can be read, and there are not thousands of them."""
+    assert [len(line) for line in str(DataError("x" * 10**6 + "\nshort")).split("\n")] == [2001, 5]
+    error = ConfigError(*(f"mistake {number}" for number in range(9000)))
+    assert len(str(error).split("\n")) == len(error.problems) == 41
+    assert error.problems[-1] == "and more mistakes, 9,000 or more in all"
+
+
 def test_errors_steer_no_terminal():
     """An error's text has the lines it was given, and nothing that a terminal obeys."""
     error = ConfigError("one\x1b[31m", "two\x07")

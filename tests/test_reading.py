@@ -112,6 +112,14 @@ def test_millions_of_keys(tmp_path: Path) -> None:
         read_header(path)
 
 
+def test_metadata_of_many_keys(tmp_path: Path) -> None:
+    """R-25: `sdlora info` would print a line for each."""
+    header = {"__metadata__": {str(number): "" for number in range(20_000)}, "a": entry([2], 0, 8)}
+    path = write_container(tmp_path / "x.safetensors", header, 8)
+    with bounded(), pytest.raises(UnfitFileError, match="has 20,000 entries in its metadata, which no prog"):
+        read_header(path)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are a matter of POSIX")
 def test_pipes_devices_and_folders(tmp_path: Path) -> None:
     """R-25: nothing waits for a pipe, or reads a device to its end."""

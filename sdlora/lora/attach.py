@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from sdlora.errors import AdapterError, ConfigError
+from sdlora.errors import AdapterError, ConfigError, shorten
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.layers import (
     Dropout,
@@ -73,13 +73,14 @@ def match_targets(model: Model, targets: Sequence[str]) -> list[str]:
         ConfigError: With one line for each pattern that matches nothing.
     """
     layers = list(carrier_layers(model))
+    shown = shorten(repr(list(targets)))
     problems: list[str] = []
     chosen: set[str] = set()
     for target in targets:
         found = match_names(layers, target)
         if not found:
             reason, remedy = _explain(model, layers, target)
-            problems.append(f"lora.targets = {list(targets)!r}: {target!r} {reason}; {remedy}")
+            problems.append(f"lora.targets = {shown}: {shorten(repr(target))} {reason}; {remedy}")
         chosen.update(found)
     if problems:
         raise ConfigError(*problems)

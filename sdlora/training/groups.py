@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sdlora.config import TrainSection
-from sdlora.errors import ConfigError
+from sdlora.errors import ConfigError, shorten
 from sdlora.lora.attach import match_names
 from sdlora.lora.names import component_of
 
@@ -55,7 +55,7 @@ def match_rates(modules: Sequence[str], settings: TrainSection) -> dict[str, str
                 if matches
                 else f"matches no module that is trained; the nearest is {nearest[0]}"
             )
-            problems.append(f"train.learning_rates: {pattern!r} {reason}")
+            problems.append(f"train.learning_rates: {shorten(repr(pattern))} {reason}")
     if problems:
         raise ConfigError(*problems)
     return chosen

@@ -63,6 +63,13 @@ def test_a_target_without_a_match_is_named(unet, target, message):
     assert "\n" not in str(caught.value)
 
 
+def test_hundreds_of_wrong_targets(unet):
+    """R-35: no line repeats them all."""
+    with pytest.raises(ConfigError) as caught:
+        match_targets(unet, [f"no-{number}" for number in range(200)])
+    assert len(str(caught.value)) < 40_000
+
+
 def test_style_only_needs_sdxl(unet, sd15):
     """The block that B-LoRA trains is not in SD 1.x: refused for what it is."""
     for model in (unet, sd15):
