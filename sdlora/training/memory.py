@@ -136,8 +136,8 @@ class Memory:
         """The most of all stages."""
         return max(self.stages.values())
 
-    def lines(self, quantize: Quantize) -> list[str]:
-        """For the plan."""
+    def lines(self, quantize: Quantize, correction: int) -> list[str]:
+        """For the plan, with `base.quantize` and `base.quantize_correction`."""
         stages = ", ".join(f"{stage} {as_size(size)}" for stage, size in self.stages.items())
         whole = {"UNet": self.unet_bytes, "adapter": self.adapter, "activations": self.learn}
         beside = self.stages["training"] - sum(whole.values())
@@ -153,7 +153,8 @@ class Memory:
                 f"{name} {as_size(part.plain)} to {as_size(part.stored)}" for name, part in self.unet.items()
             )
             saved = 1 - self.unet_bytes / sum(part.plain for part in self.unet.values())
-            lines.append(f"{quantize:<9} {kinds}: the UNet takes {saved:.0%} less")
+            extra = f", with a correction of rank {correction}" if correction else ""
+            lines.append(f"{quantize:<9} {kinds}: the UNet takes {saved:.0%} less{extra}")
         return lines
 
     def as_event(self) -> dict[str, Any]:
@@ -183,6 +184,7 @@ def plan_memory(work: Workload, machine: Machine) -> tuple[Memory, str | None]:
     remedies = {
         "train.gradient_checkpointing=true": not memory.checkpointing,
         "base.quantize=int8": work.info.quantize == "none",
+        "base.quantize=nf4": work.info.quantize == "int8" and machine.device.type != "mps",
         "train.batch_size=1 with train.accumulate": train.micro_batch > 1,
         "a smaller sample.batch_size": memory.peak == memory.stages.get("sampling"),
         "a smaller data.resolution": True,

@@ -186,7 +186,7 @@ class RunPlan:
             f"{self.images_seen} images seen",
             *self._average_lines(),
             *self._exchange_lines(),
-            *self.memory.lines(self.info.quantize),
+            *self.memory.lines(self.info.quantize, self.info.correction),
             f"rate      {train.learning_rate:g}, {train.schedule} after {warmup} warm-up steps, "
             f"{train.optimizer}{f'; {rates}' if rates else ''}",
             f"loss      {describe_objective(self.objective)}",
