@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # One thread each for two test processes: on a small machine that is quicker than two threads in one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow fuzz kill-test lint figures ranks clean
+.PHONY: demo test test-slow fuzz kill-test lint figures ranks bits clean
 
 demo: $(INSTALLED)
 	$(BIN)/sdlora train datasets/openmoji --config configs/openmoji.toml
@@ -38,6 +38,10 @@ figures: $(INSTALLED)
 ranks: $(INSTALLED)
 	$(BIN)/python -m sdlora.builtin.sweep_ranks datasets/openmoji --out notebooks/figures/ranks.json
 	$(BIN)/jupyter execute --inplace notebooks/how_much_rank.ipynb
+
+# What a base of few bits saves and costs, for the README's table: twelve runs.
+bits: $(INSTALLED)
+	$(BIN)/python -m sdlora.builtin.measure_bits datasets/openmoji --out notebooks/figures/bits.json
 
 clean:
 	rm -rf build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache

@@ -15,9 +15,15 @@ from sdlora.training.train import train
 from sdlora.writing import write_json
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1, 2)
 STEPS = 100
+
+
+def rates_of(rank: int) -> tuple[float, ...]:
+    """Learning rates on both sides of the best, which falls with the rank."""
+    if rank <= 8:
+        return (1e-3, 2e-3, 4e-3, 8e-3)
+    return (1e-3, 2e-3, 4e-3) if rank <= 32 else (5e-4, 1e-3, 2e-3, 4e-3)
 
 
 def measure(images: Path, rank: int, rate: float, seed: int, steps: int, folder: Path) -> dict[str, Any]:
@@ -54,16 +60,23 @@ def measure(images: Path, rank: int, rate: float, seed: int, steps: int, folder:
 
 
 def sweep(
-    images: Path, out: Path, ranks: Sequence[int], rates: Sequence[float], seeds: Sequence[int], steps: int
+    images: Path,
+    out: Path,
+    ranks: Sequence[int],
+    rates: Sequence[float] | None,
+    seeds: Sequence[int],
+    steps: int,
 ) -> None:
     """Adds what is missing to a table of runs, seed by seed, so that it can be stopped at any time.
 
     Args:
         out: A JSON list, read and written.
+        rates: For every rank; None for those of `rates_of`.
     """
     rows: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []
     known = {(row["seed"], row["rank"], row["learning_rate"], row["steps"]) for row in rows}
-    for seed, rank, rate in itertools.product(seeds, ranks, rates):
+    wanted = [(rank, rate) for rank in ranks for rate in rates or rates_of(rank)]
+    for seed, (rank, rate) in itertools.product(seeds, wanted):
         if (seed, rank, rate, steps) in known:
             continue
         with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +91,7 @@ def main() -> None:
     parser.add_argument("images", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="JSON table; what it holds is not run again")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
-    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--rates", type=float, nargs="+", help="default: three or four for each rank")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()

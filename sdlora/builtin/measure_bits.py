@@ -1,0 +1,83 @@
+"""Trains one style on a base of full, eight and four bits, and keeps what each run cost and learnt (R-48)."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sdlora.runs import RunFolder
+from sdlora.training.train import train
+from sdlora.writing import write_json
+
+BASES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "int8": {"base.quantize": "int8"},
+    "nf4": {"base.quantize": "nf4"},
+    "nf4, corrected at rank 16": {"base.quantize": "nf4", "base.quantize_correction": 16},
+}
+SEEDS = (0, 1, 2)
+
+
+def measure(images: Path, base: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
+    """One run: its UNet's bytes, the seconds of a step, and its loss where it learnt and where it is used."""
+    run = train(
+        images,
+        out=folder,
+        overrides={
+            **BASES[base],
+            "train.learning_rate": 2e-3,
+            "train.seed": seed,
+            "train.steps": steps,
+            "train.schedule": "cosine",
+            "train.save_every": 0,
+            "train.sample_every": 0,
+            "train.evaluate_every": steps,
+        },
+        quiet=True,
+    )
+    rates = [event["steps_per_second"] for event in run.events("step")]
+    memory = next(run.events("plan"))["memory"]["unet"]
+    return {
+        "base": base,
+        "seed": seed,
+        "steps": steps,
+        "unet_bytes": sum(part["stored"] for part in memory.values()),
+        "step_seconds": round(1 / statistics.median(rates), 3),
+        **losses_of(run),
+    }
+
+
+def losses_of(run: RunFolder) -> dict[str, float]:
+    """The held-out loss on the base it was trained on, and on the full one."""
+    gap = next(run.events("gap"), None)
+    if gap is not None:
+        return {"trained": gap["trained"], "used": gap["used"]}
+    last = [event["loss"] for event in run.events("heldout") if event["split"] == "heldout"][-1]
+    return {"trained": last, "used": last}
+
+
+def main() -> None:
+    """Reads the arguments and measures what is missing, seed by seed."""
+    parser = argparse.ArgumentParser(prog="python -m sdlora.builtin.measure_bits", description=__doc__)
+    parser.add_argument("images", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="JSON table; what it holds is not run again")
+    parser.add_argument("--steps", type=int, default=100)
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    rows: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []
+    known = {(row["seed"], row["base"], row["steps"]) for row in rows}
+    for seed, base in itertools.product(SEEDS, BASES):
+        if (seed, base, arguments.steps) not in known:
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(measure(arguments.images, base, seed, arguments.steps, Path(folder) / "run"))
+            write_json(out, rows)
+            print(json.dumps(rows[-1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
