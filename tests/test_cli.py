@@ -312,6 +312,24 @@ def test_help_is_quick():
     assert min(times) < 0.3
 
 
+@pytest.mark.parametrize("verb", ["train pictures", "sample --prompt cat"])
+def test_a_wrong_base_needs_no_torch(verb, tmp_path):
+    """R-25, R-35: half a download is named at once, not after the seconds that torch and diffusers take."""
+    file = tmp_path / "half.safetensors"
+    file.write_bytes((2**20).to_bytes(8, "little") + b"{")
+    code = (
+        f"import sys; sys.argv = ['sdlora', *{verb.split()!r}, '--base', {str(file)!r}]\n"
+        "from sdlora.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as stop:\n    assert stop.code == 2 and 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith(f"sdlora: {file} is incomplete")
+
+
 def start_training(images: Path, out: Path, steps: int) -> subprocess.Popen[str]:
     quick = [part for part in QUICK if not part.startswith(("train.steps", "train.save_every"))]
     return subprocess.Popen(

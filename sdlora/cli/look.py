@@ -44,8 +44,8 @@ def sample(
     ] = False,
 ) -> None:
     """Make a grid: prompts and seeds down, the base and the strengths across."""
-    from sdlora.cli.values import parse_numbers, parse_size, read_prompts
-    from sdlora.config import load_config
+    from sdlora.cli.values import check_base, parse_numbers, parse_size, read_prompts
+    from sdlora.config import BaseSection, load_config
 
     given = {
         "prompts": [*(prompt or []), *(read_prompts(prompts) if prompts else [])] or None,
@@ -60,6 +60,8 @@ def sample(
     changes = {name: value for name, value in given.items() if value is not None}
     load_config(None, {f"sample.{name}": value for name, value in changes.items() if name != "prompts"})
     pixels = parse_size(size)
+    if base is not None:
+        check_base(BaseSection(source=base))
     from sdlora.sampling.session import sample as make_samples
     from sdlora.training.console import Report
 

@@ -42,10 +42,11 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Train a style LoRA on an image folder."""
+    from sdlora.cli.values import check_base
     from sdlora.config import load_config
     from sdlora.runs import RunFolder
 
-    # Settings and folder are checked before torch is imported.
+    # Settings, folder and base are checked before torch is imported.
     settings = load_config(config, overrides or [], images=images)
     if parent is not None:
         settings = settings.replace(lora={"parent": parent})
@@ -53,6 +54,8 @@ def train(
         settings = settings.replace(lora={"force_parent": True})
     if out is not None:
         RunFolder(out).check_free()
+    chosen = settings if base is None else settings.replace(base={"source": base})
+    check_base(chosen.base, chosen.objective)
     from sdlora.training.train import train as start
 
     run = start(images, base=base, out=out, trigger=trigger, config=settings, dry_run=dry_run)

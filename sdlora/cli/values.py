@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TypeVar
 
+from sdlora.config import BaseSection, ObjectiveSection
 from sdlora.errors import ConfigError
 
 Number = TypeVar("Number", int, float)
@@ -37,6 +38,19 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if not (width.isdecimal() and height.isdecimal() and len(text) < 12):
         raise ConfigError(f"--size {text} must be WIDTHxHEIGHT, such as 768x512")
     return int(width), int(height)
+
+
+def check_base(settings: BaseSection, objective: ObjectiveSection | None = None) -> None:
+    """Looks at a base that is on this machine: that takes no torch, whose import costs seconds.
+
+    Raises:
+        SdloraError: If it is no base, or not whole.
+    """
+    from sdlora.models.hub import is_on_hub
+    from sdlora.models.info import inspect_base
+
+    if not any(is_on_hub(source) for source in (settings.source, settings.vae) if source):
+        inspect_base(settings, objective)
 
 
 def read_prompts(file: Path) -> list[str]:

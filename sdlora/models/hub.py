@@ -67,9 +67,15 @@ def find_base(source: str, key: str, revision: str | None = None, variant: str |
         return path
     if path.is_dir():
         return path
-    if HUB_ID.fullmatch(source) and not source.endswith((".safetensors", ".ckpt")):
+    if is_on_hub(source):
         return download(source, key, revision, variant)
     raise ModelError(f"{key} does not exist; give {SOURCES} such as owner/name")
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether a source is to be looked for on the hub, since nothing here has its name."""
+    is_file = source.endswith((".safetensors", ".ckpt"))
+    return bool(HUB_ID.fullmatch(source)) and not is_file and not Path(source).exists()
 
 
 def download(source: str, key: str, revision: str | None, variant: str | None = None) -> Path:
