@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sdlora.config import BaseSection, ObjectiveSection
-from sdlora.errors import ConfigError
+from sdlora.errors import ConfigError, shorten
 
 Number = TypeVar("Number", int, float)
 
@@ -23,7 +23,9 @@ def parse_numbers(text: str | None, kind: type[Number], option: str) -> list[Num
     try:
         return [_finite(kind(part)) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"{option} {text} must be numbers with commas between them, such as 0,1") from None
+        raise ConfigError(
+            f"{option} {shorten(text)} must be numbers with commas between them, such as 0,1"
+        ) from None
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
@@ -36,7 +38,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
         return None
     width, _, height = text.lower().partition("x")
     if not (width.isdecimal() and height.isdecimal() and len(text) < 12):
-        raise ConfigError(f"--size {text} must be WIDTHxHEIGHT, such as 768x512")
+        raise ConfigError(f"--size {shorten(text)} must be WIDTHxHEIGHT, such as 768x512")
     return int(width), int(height)
 
 
@@ -80,7 +82,7 @@ def parse_strengths(text: str | None) -> dict[str, float]:
         return {name.strip(): _finite(float(number)) for name, _, number in pairs}
     except ValueError:
         raise ConfigError(
-            f"--strengths {text} must be NODE=NUMBER, such as ink=0.5,ink/portraits=1"
+            f"--strengths {shorten(text or '')} must be NODE=NUMBER, such as ink=0.5,ink/portraits=1"
         ) from None
 
 
