@@ -85,9 +85,11 @@ def find_source(source: str | Path) -> Path:
 
 
 def name_of(file: Path) -> str:
-    """What to call an adapter: its run's name, or the file's without the ending."""
-    run = _run_of(file)
-    return run.name if run else file.name.removesuffix(KOHYA_ENDING).removesuffix(ENDING)
+    """What to call an adapter: its run's name (`ink`, or `ink/rank-4`), or the file's without the ending."""
+    run, own = _run_of(file), file.name.removesuffix(KOHYA_ENDING).removesuffix(ENDING)
+    if run is None:
+        return own
+    return run.name if own == "final" else f"{run.name}/{own}"
 
 
 def find_ancestors(file: Path, adapter: Adapter, *, force: bool = False) -> list[Step]:
@@ -156,5 +158,10 @@ def _places(file: Path) -> Iterator[Path]:
                 yield Path(parent)
     folder = file.absolute().parent
     for place in [folder, *folder.parents[: _LEVELS - 1]]:
-        for pattern in (f"*{ENDING}", f"*/*{ENDING}", f"*/adapters/final{ENDING}"):
+        for pattern in (
+            f"*{ENDING}",
+            f"*/*{ENDING}",
+            f"*/adapters/final{ENDING}",
+            f"*/adapters/*-*[0-9]{ENDING}",
+        ):
             yield from (other for other in sorted(place.glob(pattern)) if other != file.absolute())

@@ -53,7 +53,7 @@ class Node:
 def find_files(root: Path) -> dict[str, Path]:
     """Files by node name; of a run its final one, of two dialects the diffusers one."""
     files: dict[str, Path] = {}
-    runs = {config.parent for config in root.rglob("config.json") if (config.parent / "adapters").is_dir()}
+    runs = _runs(root)
     for folder in sorted(runs):
         try:
             files[node_name(root, folder)] = RunFolder(folder).adapter
@@ -64,6 +64,18 @@ def find_files(root: Path) -> dict[str, Path]:
     for file in sorted(found, key=lambda file: file.name.endswith(KOHYA_ENDING)):
         files.setdefault(node_name(root, file), file)
     return files
+
+
+def spare_files(root: Path) -> dict[str, Path]:
+    """What runs have saved beside the final file, by node name: earlier steps, smaller ranks."""
+    found = [
+        file for run in sorted(_runs(root)) for file in sorted(RunFolder(run).adapters.glob(f"*{ENDING}"))
+    ]
+    return {node_name(root, file): file for file in found if not file.name.endswith(KOHYA_ENDING)}
+
+
+def _runs(root: Path) -> set[Path]:
+    return {config.parent for config in root.rglob("config.json") if (config.parent / "adapters").is_dir()}
 
 
 def node_name(root: Path, file: Path) -> str:

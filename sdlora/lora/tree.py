@@ -7,6 +7,7 @@ the tensors that it was trained on, wherever that lies and whatever it is called
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from sdlora.lora.lineage import (
     PARENT,
     digest_adapter,
     digest_file,
+    noted_digest,
     short,
 )
 from sdlora.lora.merge import merge
-from sdlora.lora.nodes import ENDING, Node, find_files, read_node
+from sdlora.lora.nodes import ENDING, Node, find_files, read_node, spare_files
 from sdlora.lora.parentage import find_parentage, path_of
 from sdlora.lora.resize import ResizeReport, resize
 
@@ -70,7 +72,8 @@ class AdapterTree:
     def from_folder(cls, folder: str | Path) -> AdapterTree:
         """Reads the headers of all LoRA files in a folder, and below it.
 
-        A run folder is one node, its final adapter. Files that are no LoRAs are problems, not errors.
+        A run folder is one node, its final adapter; another one that it has saved is a node where one stands
+        on that. Files that are no LoRAs are problems, not errors.
 
         Raises:
             AdapterError: If there is no folder, or nothing in it.
@@ -85,6 +88,13 @@ class AdapterTree:
                 nodes[name] = read_node(name, file)
             except AdapterError as error:
                 problems.append(str(error))
+        wanted = {ancestor.digest for node in nodes.values() for ancestor in node.lineage}
+        wanted -= {node.digest for node in nodes.values()}
+        for name, file in (spare_files(root) if wanted else {}).items():
+            with suppress(AdapterError):
+                if noted_digest(file) in wanted:
+                    nodes[name] = read_node(name, file)
+                    wanted.remove(nodes[name].digest)
         if not nodes:
             raise AdapterError(
                 "\n".join([f"tree {folder} holds no LoRA file; give another folder", *problems])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sdlora.builtin.make_twists import make_twist
 from sdlora.config import BaseSection
 from sdlora.errors import AdapterError, ConfigError, RunError
 from sdlora.evaluation.evaluate import evaluate
@@ -22,9 +23,11 @@ from sdlora.lora.attach import match_targets, mounted
 from sdlora.lora.files import load_adapter, save_adapter
 from sdlora.lora.formats import round_adapter
 from sdlora.lora.lineage import digest_file, lineage_below, lineage_notes, read_lineage
+from sdlora.lora.resize import resize
 from sdlora.lora.tree import AdapterTree
 from sdlora.models.info import inspect_base
 from sdlora.models.load import empty_unet
+from sdlora.runs import RunFolder
 from sdlora.sampling.session import sample
 from sdlora.training.plan import make_plan
 from sdlora.training.train import resume, train
@@ -145,6 +148,23 @@ def test_a_run_says_what_it_stands_on(family, tmp_path):
     assert tree.node("child").images == "2"
 
 
+def test_a_child_of_another_file_than_the_final_one(family, make_style, tmp_path):
+    """A smaller rank or an earlier step of a run is a node where one stands on it, and found likewise."""
+    root, child, _ = family
+    shutil.copytree(child.path, tmp_path / "runs" / "child")
+    shutil.copyfile(root, tmp_path / "runs" / "ink.safetensors")
+    run = RunFolder(tmp_path / "runs" / "child")
+    small, _ = resize(load_adapter(run.adapter), rank=1)
+    parent = save_adapter(run.ranked_adapter(1), round_adapter(small)[0])
+    leaf = make_style(tmp_path / "runs" / "leaves", "leaf", parent=parent, seed=9)
+    tree = AdapterTree.from_folder(tmp_path / "runs")
+    assert list(tree.nodes) == ["child", "child/adapters/rank-1", "ink", "leaves/leaf"]
+    assert [node.name for node in tree.path("leaves/leaf")] == ["ink", "child/adapters/rank-1", "leaves/leaf"]
+    assert tree.verify() == []
+    assert [step.ancestor.name for step in load_path(leaf)] == ["ink", "rank-1", "leaf"]
+    assert load_path(parent)[-1].ancestor.name == "child/rank-1"
+
+
 def test_pictures_show_the_path(family, tmp_path):
     """R-10: base, parent, child side by side; the same pixels afterwards from the files."""
     _, child, grandchild = family
@@ -189,6 +209,26 @@ def test_resume_checks_the_parent(save_style, small, images, tmp_path):
         AdapterError, match=r"lora\.parent = .*ink.safetensors is no LoRA file, no run and no"
     ):
         resume(run.path, {"train.steps": 2}, quiet=True)
+
+
+@pytest.mark.slow
+def test_a_leaf_gains_from_its_root(repository, small, tmp_path):
+    """From twelve pictures of a twist: better on the root than on the base, same steps, rank and seed."""
+    make_twist(repository / "datasets" / "openmoji", "duotone", tmp_path / "duotone")
+
+    def learn(images, name, parent=None, **keys):
+        keys = {"train__learning_rate": 3e-3, "train__batch_size": 4, "data__heldout": "auto", **keys}
+        config = small(images, train__evaluate_every=keys["train__steps"], **keys)
+        run = train(images, config=config, out=tmp_path / name, parent=parent, quiet=True)
+        return run, [event["loss"] for event in run.events("heldout") if event["split"] == "heldout"]
+
+    root, _ = learn(repository / "datasets" / "openmoji", "root", train__steps=40, lora__rank=8)
+    for seed in range(3):
+        leaf = {"train__steps": 10, "train__seed": seed, "lora__rank": 4}
+        _, on_root = learn(tmp_path / "duotone", f"on-root-{seed}", root, **leaf)
+        _, on_base = learn(tmp_path / "duotone", f"on-base-{seed}", **leaf)
+        assert on_root[-1] < on_root[0], seed
+        assert on_root[-1] < on_base[-1], seed
 
 
 @pytest.mark.slow
