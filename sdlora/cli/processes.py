@@ -15,6 +15,12 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def heed_schedulers() -> None:
+    """SIGUSR1 ends the process as SIGTERM does, until a run listens to both."""
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+
+
 def wait_for_first(exit_code: int) -> None:
     """Lets the first process of this host say what all of them met, and be ended by the launcher after it.
 

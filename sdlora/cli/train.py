@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sdlora.cli.processes import is_first
+from sdlora.cli.processes import heed_schedulers, is_first
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings, such as lora.rank=8.")
@@ -46,6 +46,7 @@ def train(
     from sdlora.config import load_config
     from sdlora.runs import RunFolder
 
+    heed_schedulers()
     # Settings, folder and base are checked before torch is imported.
     settings = load_config(config, overrides or [], images=images)
     if parent is not None:
@@ -75,6 +76,7 @@ def resume(
     from sdlora.config import load_config
     from sdlora.runs import RunFolder
 
+    heed_schedulers()
     RunFolder.open(run)
     load_config(None, overrides or [])
     from sdlora.training.train import resume as go_on

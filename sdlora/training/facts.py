@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from sdlora.config import RunConfig
@@ -43,7 +44,7 @@ def describe_run(run: RunFolder, plan: RunPlan, *, step: int, images_seen: int) 
         precision=str(environment.get("compute_dtype")),
         seed=config.train.seed,
         date=datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
-        base_hashes=kohya_hashes(info.path) if info.path.is_file() else None,
+        base_hashes=_base_hashes(info.path),
         text_learning_rate=config.train.text_encoder_rate if config.lora.text_encoder else None,
         ancestors=[parent.ancestor for parent in plan.parents],
         heldout_loss=_heldout_loss(run, step),
@@ -51,6 +52,14 @@ def describe_run(run: RunFolder, plan: RunPlan, *, step: int, images_seen: int) 
         options=_options(config),
         versions=dict(environment.get("versions") or {}),
     )
+
+
+def _base_hashes(path: Path) -> tuple[str, str] | None:
+    """Of a base in one file; none where it is out of reach by now, since a save must not fail for it."""
+    try:
+        return kohya_hashes(path) if path.is_file() else None
+    except OSError:
+        return None
 
 
 def _heldout_loss(run: RunFolder, step: int) -> float | None:

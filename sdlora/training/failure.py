@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from sdlora.data.records import count_of
-from sdlora.errors import ProcessLost, RunError, SdloraError
+from sdlora.errors import DataError, ProcessLost, RunError, SdloraError
 from sdlora.training.loop import Trainer
 from sdlora.training.remedies import describe_remedies
 
@@ -26,6 +26,8 @@ def explain_failure(error: SdloraError | OSError | torch.OutOfMemoryError, train
         return failure
     if isinstance(error, ProcessLost):
         return ProcessLost(f"{error}; {trainer.way_on()}", error.exit_code, is_told=error.is_told)
+    if isinstance(error, DataError):
+        return DataError(f"{error}; {trainer.way_on()}")
     if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
         failure = RunError(f"{error}; then {trainer.way_on()}")
         failure.exit_code = 1

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdlora.data.batches import Sample
 from sdlora.training.learner import Learner
+from sdlora.training.out_of_memory import as_out_of_memory
 from sdlora.training.plan import RunPlan
 from sdlora.training.processes import count_over
 
@@ -66,7 +67,7 @@ def largest_samples(plan: RunPlan, count: int) -> list[Sample]:
 def _try(learner: Learner, samples: Sequence[Sample]) -> bool:
     """Whether a micro-batch goes through, with what the optimizer will take lying beside it."""
     fits = False
-    with suppress(torch.OutOfMemoryError):
+    with suppress(torch.OutOfMemoryError), as_out_of_memory():
         moments: list[Tensor] = [torch.empty_like(p) for p in learner.parameters for _ in range(MOMENTS)]
         learner.go_through(0, list(samples), len(samples))
         fits = bool(moments)

@@ -94,8 +94,8 @@ def check_identity(
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
     # What only one of two versions knows cannot be compared; that the version changed is a field itself.
-    for field in saved.keys() & now.keys():
-        if saved[field] != now[field]:
+    for field in now:
+        if field in saved and saved[field] != now[field]:
             yield Change(field, saved[field], now[field])
 
 

@@ -62,6 +62,7 @@ class Trainer:
         self.learner = Learner(self.settings, prepared, accelerator, precision)
         # how far it is
         self.counters = Counters()
+        self.signals = StopSignals()
         self.report = report
         self.journal = Journal(run, accelerator, report, self.settings)
 
@@ -85,19 +86,22 @@ class Trainer:
 
     def train(self) -> None:
         """Runs the remaining steps; a signal ends the run after the step it came in."""
-        with StopSignals() as signals, self.report.progress("training", self.plan.steps, self.step) as meter:
+        with self.signals, self.report.progress("training", self.plan.steps, self.step) as meter:
             self.begin()
             while self.step < self.plan.steps:
                 started = time.monotonic()
                 result = self.train_step()
                 self.record(result, time.monotonic() - started)
                 meter.advance(note=f"loss {self.counters.loss_ema or math.nan:.4f}")
-                stopping = self.is_stopping(signals)
+                stopping = self.is_stopping()
                 self.evaluate_if_due()
                 self.save_if_due(stopping)
+                if not stopping and self.step in self.plan.sample_steps:
+                    self.sample_if_due()
+                    stopping = self.is_stopping()
+                    self.save_state_if_missing(stopping)
                 if stopping:
-                    raise self.stopped(signals.exit_signal)
-                self.sample_if_due()
+                    raise self.stopped()
 
     def begin(self) -> None:
         """Measures the base; or makes the grid that a stop after the checkpoint left out."""
@@ -195,12 +199,23 @@ class Trainer:
         saves, samples = self.step in self.plan.save_steps, self.step in self.plan.sample_steps
         if not (saves or samples or stopping):
             return
-        if self.accelerator.is_main_process:
-            self._save_adapter()
-            if saves or stopping:
-                self._save_state()
+        if not self.accelerator.is_main_process:
+            return
+        is_kept = self._save_adapter()
+        if saves or stopping:
+            is_kept = self._save_state() or is_kept
+            if not is_kept:
+                # Nor could what the run does from here on be kept.
+                raise OSError(
+                    f"neither the adapter nor the state of step {self.step} could be saved; make room"
+                )
 
-    def _save_adapter(self) -> None:
+    def save_state_if_missing(self, stopping: bool) -> None:
+        """Saves the state of a step at which a signal came while its grid was made."""
+        if stopping and self.step not in self.plan.save_steps and self.accelerator.is_main_process:
+            self._save_state()
+
+    def _save_adapter(self) -> bool:
         facts = describe_run(self.run, self.plan, step=self.step, images_seen=self.counters.images_seen)
         try:
             with self.learner.averaged():
@@ -213,20 +228,21 @@ class Trainer:
         except AdapterError as error:
             if not isinstance(error.__cause__, OSError):
                 raise
-            self.warn(
-                f"the adapter of step {self.step} could not be saved ({error.__cause__}); the run goes on"
-            )
-            return
+            self.warn(f"the adapter of step {self.step} could not be saved ({error.__cause__})")
+            return False
         self.event("saved", path=str(report.path.relative_to(self.run.path)), precision=report.precision)
+        return True
 
-    def _save_state(self) -> None:
+    def _save_state(self) -> bool:
         try:
             save_state(self.run, self.plan, self.learner, self.counters)
         except OSError as error:
-            self.warn(f"the state of step {self.step} could not be saved ({error}); the run goes on")
+            self.warn(f"the state of step {self.step} could not be saved ({error})")
+            return False
+        return True
 
     def sample_if_due(self) -> None:
-        """Makes a grid of the adapter as saved; running out of memory skips it."""
+        """Makes a grid of the adapter as saved; running out of memory skips it, a signal puts it off."""
         if self.step not in self.plan.sample_steps:
             return
         is_missing = self.accelerator.is_main_process and not self.run.step_adapter(self.step).is_file()
@@ -234,7 +250,15 @@ class Trainer:
             self.warn(f"no samples of step {self.step}, since its adapter could not be saved")
             return
         try:
-            grid = sample_step(self.run, self.plan, self.prepared, self.step, self.accelerator, self.report)
+            grid = sample_step(
+                self.run,
+                self.plan,
+                self.prepared,
+                self.step,
+                self.accelerator,
+                self.report,
+                stops=lambda: self.signals.received is not None,
+            )
         except torch.OutOfMemoryError:
             self.warn(f"out of memory while sampling at step {self.step}; the run goes on without this grid")
             return
@@ -248,15 +272,15 @@ class Trainer:
             except Exception as error:
                 self.warn(f"a tracker failed: {error}")
 
-    def is_stopping(self, signals: StopSignals) -> bool:
+    def is_stopping(self) -> bool:
         """Whether any process was told to stop."""
-        received = signals.received is not None
+        received = self.signals.received is not None
         return count_over(self.accelerator, received) > 0
 
-    def stopped(self, signal_number: int) -> RunStopped:
+    def stopped(self) -> RunStopped:
         """What is raised after the state was saved."""
         message = f"stopped at step {self.step} of {self.plan.steps}; {self.way_on()}"
-        return RunStopped(message, signal_number)
+        return RunStopped(message, self.signals.exit_signal)
 
     def way_on(self) -> str:
         """How a run that ended early is taken up again."""

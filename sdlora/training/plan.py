@@ -155,12 +155,19 @@ class RunPlan:
 
     @property
     def disk_bytes(self) -> int:
-        """What the run will write, samples left out: adapters, and states of weights and two moments."""
+        """What the run will write, samples left out."""
+        return self.bytes_after(0)
+
+    def bytes_after(self, step: int) -> int:
+        """What it will write from a step on: adapters, and states of weights, two moments and the average."""
         final = {"diffusers": self.num_trainable, "kohya": self.num_padded}
         exports = self._value_bytes * sum(final[name] for name in self.config.export.formats)
-        adapters = len({*self.save_steps, *self.sample_steps})
-        states = min(self.config.train.keep_checkpoints + 1, len(self.save_steps) + 1)
-        return adapters * self.adapter_bytes + exports + states * 12 * self.num_trainable
+        adapters = sum(due > step for due in {*self.save_steps, *self.sample_steps})
+        # One more than are kept, until the newest is whole; a resumed run has that one already.
+        states = min(self.config.train.keep_checkpoints, sum(due > step for due in self.save_steps))
+        states += step == 0
+        state_bytes = (16 if self.config.train.ema_decay else 12) * self.num_trainable
+        return adapters * self.adapter_bytes + exports + states * state_bytes
 
     def lines(self) -> list[str]:
         """What is printed first."""
@@ -332,16 +339,23 @@ def make_plan(config: RunConfig, num_processes: int = 1, machine: Machine = ANY_
     )
 
 
-def check_disk(plan: RunPlan, folder: Path) -> None:
+def check_disk(plan: RunPlan, folder: Path, step: int = 0) -> None:
     """Compares what the run will write with the free space.
+
+    Args:
+        plan: The run.
+        folder: Where it writes.
+        step: Where it goes on.
 
     Raises:
         RunError: If it does not fit.
     """
     parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(parent).free
-    if plan.disk_bytes > free:
+    needed = plan.bytes_after(step)
+    if needed > free:
+        where = "make room" if step else "give another --out"
         raise RunError(
-            f"the run will write up to {plan.disk_bytes / 1e6:.0f} MB but {parent} has "
-            f"{free / 1e6:.0f} MB free; give another --out, or a larger train.save_every"
+            f"the run will write up to {needed / 1e6:.1f} MB{' more' if step else ''} but {parent} has "
+            f"{free / 1e6:.1f} MB free; {where}, or a larger train.save_every"
         )

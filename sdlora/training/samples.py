@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +18,30 @@ from sdlora.sampling.generate import make_columns
 from sdlora.sampling.pictures import Picture
 from sdlora.sampling.session import make_pictures, request_of_run, write_pictures
 from sdlora.training.console import Report
+from sdlora.training.out_of_memory import as_out_of_memory
 from sdlora.training.plan import RunPlan
 from sdlora.training.prepare import Prepared
 from sdlora.training.processes import count_over, meet, sum_over
 
 
+class _Stopping(Exception):
+    """A signal came while pictures were made."""
+
+
 def sample_step(
-    run: RunFolder, plan: RunPlan, prepared: Prepared, step: int, accelerator: Accelerator, report: Report
+    run: RunFolder,
+    plan: RunPlan,
+    prepared: Prepared,
+    step: int,
+    accelerator: Accelerator,
+    report: Report,
+    stops: Callable[[], bool] = lambda: False,
 ) -> Path | None:
     """Samples the adapter saved at a step, each process a share; the main one returns the grid's path.
+
+    Args:
+        stops: Whether this process was told to stop. Then the grid is left out, since it may take longer than
+            a batch scheduler waits; a resumed run makes it first.
 
     Raises:
         OutOfMemoryError: On all processes, if one of them ran out of memory.
@@ -38,16 +53,24 @@ def sample_step(
     columns = make_columns(load_adapter(run.step_adapter(step)), request.strengths, prepared.parents, names)
     pictures: list[Picture] = []
     with report.progress(f"samples of step {step}", 1) as meter:
-        with suppress(torch.OutOfMemoryError):
+
+        def show(done: int, total: int) -> None:
+            meter.show(done, total)
+            if stops():
+                raise _Stopping
+
+        with suppress(torch.OutOfMemoryError, _Stopping), as_out_of_memory():
             pictures = make_pictures(
                 prepared.base,
                 columns,
                 request,
                 text=prepared.prompt_states,
-                progress=meter.show,
+                progress=show,
                 share=(accelerator.process_index, accelerator.num_processes),
             )
         if count_over(accelerator, not pictures):
+            if count_over(accelerator, stops()):
+                return None
             torch.cuda.empty_cache()
             raise torch.OutOfMemoryError("out of memory while sampling")
     pictures = _add_shares(accelerator, pictures)

@@ -29,6 +29,7 @@ from sdlora.training.failure import explain_failure
 from sdlora.training.finish import finish
 from sdlora.training.identity import Change
 from sdlora.training.loop import Trainer
+from sdlora.training.out_of_memory import as_out_of_memory
 from sdlora.training.plan import RunPlan, check_disk, make_plan
 from sdlora.training.prepare import doubt_prediction, prepare
 from sdlora.training.processes import (
@@ -135,11 +136,11 @@ def resume(
         steps = changed.train.steps or 0
         is_finished = accelerator.is_main_process and run.is_finished(steps)
         if count_over(accelerator, is_finished):
-            report.say(f"{run.path} is finished at step {steps}: {run.adapter}; a larger train.steps goes on")
+            last = max((event["step"] for event in run.events("done")), default=steps)
+            report.say(f"{run.path} is finished at step {last}: {run.adapter}; a larger train.steps goes on")
             return run
         plan = make_plan(changed, accelerator.num_processes, find_machine(accelerator, precision))
         check_same_plan(accelerator, plan)
-        check_disk(plan, run.path)
         step = count_over(
             accelerator, newest_complete_step(run, report) if accelerator.is_main_process else 0
         )
@@ -148,6 +149,7 @@ def resume(
             raise ConfigError(
                 f"train.steps = {plan.steps} but {run.path} is at step {step} already; give a larger one"
             )
+        check_disk(plan, run.path, step)
         nothing = f"{run.path} has no complete checkpoint: starting at step 0"
         report.say(f"resuming from step {step}" if step else nothing)
         return _run(run, plan, accelerator, precision, report, Resumption(step, changes))
@@ -250,12 +252,13 @@ def _run(
     if trainer.step == 0 and (doubt := doubt_prediction(plan, prepared)):
         trainer.warn(doubt)
     try:
-        if plan.config.train.batch_size == "auto":
-            trainer.fit_batch()
-            if accelerator.is_main_process:
-                run.write_config(with_absolute_paths(trainer.plan.config))
-        trainer.train()
-        finish(trainer)
+        with as_out_of_memory():
+            if plan.config.train.batch_size == "auto":
+                trainer.fit_batch()
+                if accelerator.is_main_process:
+                    run.write_config(with_absolute_paths(trainer.plan.config))
+            trainer.train()
+            finish(trainer)
     except RunStopped:
         raise
     except (SdloraError, OSError, torch.OutOfMemoryError) as error:

@@ -6,16 +6,24 @@
 | killed | inside each write: half of the file or line is there | the same | <= save_every |
 | killed | after any amount of work, at random | the same | <= save_every |
 | SIGINT, SIGTERM, SIGUSR1 | in a step | finishes it, saves; exit 130, 143, 143 | 0 |
+| the same | while a grid is made | saves, leaves the grid to `resume`; the same codes | 0 |
+| the same | before the first step | ends at once; exit 130, 143, 143 | 0 |
 | a second signal | after the first | ends at once | <= save_every |
 | disk full | at a state (`test_resume.py`) | a warning; the adapter is saved; goes on | 0 |
 | disk full | at an adapter, a grid, an event | a warning; goes on | 0 |
-| disk full | from one moment on | exit 1 at its end, one line; `resume` finishes | <= save_every |
+| disk full | at an adapter and its state | exit 1, one line; `resume` goes on | <= save_every |
+| disk full, read-only folder | at the export | exit 1, one line; `resume` finishes | 0 |
 | read-only folder | before the run | exit 2, one line, before anything is loaded | - |
 | read-only folder | in mid-run | as a full disk | <= save_every |
-| a damaged entry of the cache | before the run (`test_encodings.py`) | encoded anew | 0 |
+| a damaged file of the cache | before the run (`test_encodings.py`) | a warning; encoded anew | 0 |
 | a picture vanishes | in mid-run, encodings cached | nobody notices | 0 |
 | a picture vanishes | the same, without a cache (`test_encodings.py`) | exit 2, its name | <= save_every |
 | a damaged state | before `resume` | a warning; the one before is taken | <= 2 save_every |
+| another base, data, setting | before `resume` (`test_resume.py`) | exit 2, a line for each | 0 |
+| NaN, inf: loss, latent, gradient | in a step (`test_numbers.py`) | skips it; many: exit 1 | <= save_every |
+| NaN, inf: parameter; losses of 0 | in a step (`test_numbers.py`) | exit 1, one line | <= save_every |
+| out of memory | in a grid (`test_fit.py`) | a warning; goes on without it | 0 |
+| out of memory | in a step (`test_fit.py`) | exit 1, settings that help | <= save_every |
 | a process of several ends | in a step (`test_processes.py`) | all end, with its reason | <= save_every |
 | a host is cut off | in a step (`test_launchers.py`) | ends in train.timeout_seconds | <= save_every |
 
@@ -46,7 +54,9 @@ from sdlora.cli import main
 from sdlora.errors import RunError
 from sdlora.lora.files import load_adapter
 from sdlora.runs import RunFolder
+from sdlora.sampling import generate
 from sdlora.training import finish
+from sdlora.training import train as training
 from sdlora.training.checkpoint import read_checkpoint
 from sdlora.training.loop import Trainer
 from sdlora.training.train import resume, train
@@ -307,6 +317,18 @@ def at_step(step, happen):
     Trainer.record = recorded
 
 
+def after_saving(step, happen):
+    """Lets something happen after a step was saved."""
+    save = Trainer.save_if_due
+
+    def saved(trainer, stopping=False):
+        save(trainer, stopping)
+        if trainer.step == step:
+            happen(trainer)
+
+    Trainer.save_if_due = saved
+
+
 def sdlora_train(argv, *arms):
     """The command as a function for a fork, which is armed first."""
 
@@ -342,6 +364,46 @@ def test_a_signal_saves(tiny_run, fork, command_line, number, code):
     assert [event["step"] for event in run.events("step")] == [1, 2, 3]
 
 
+def test_a_signal_while_a_grid_is_made(tiny_run, fork, command_line, monkeypatch):
+    """R-23: a grid may take longer than a batch scheduler waits; it is made when the run goes on."""
+    images, config, run = tiny_run
+    argv = [*command_line(images, run, config), "train.sample_every=3"]
+    denoise, calls = generate._denoise, run.path.with_suffix(".calls")
+
+    def interrupted(*args):
+        with calls.open("a", encoding="utf-8") as file:
+            file.write("x")
+        os.kill(os.getpid(), signal.SIGTERM)
+        return denoise(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "_denoise", interrupted)
+        child = fork(sdlora_train(argv))
+        assert child.wait() == 143, child.printed
+    assert child.printed.splitlines()[-1].endswith(f"`sdlora resume {run.path}` goes on from step 3")
+    assert calls.read_text(encoding="utf-8") == "x", "the first of two pictures"
+    assert run.checkpoint_steps() == [2, 3]
+    assert [event for event in run.events("samples", "warning") if event["step"]] == []
+    resume(run.path, quiet=True)
+    assert [event["step"] for event in run.events("samples")] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGUSR1, -signal.SIGTERM)],
+    ids=str,
+)
+def test_a_signal_before_the_first_step(tiny_run, fork, command_line, monkeypatch, number, code):
+    """R-23: there is nothing to save yet; also SIGUSR1 ends as a batch scheduler's SIGTERM does."""
+    images, config, run = tiny_run
+    monkeypatch.setattr(training, "prepare", lambda *rest: os.kill(os.getpid(), number))
+    child = fork(sdlora_train(command_line(images, run, config)))
+    assert child.wait() == code, child.printed
+    monkeypatch.undo()
+    resume(run.path, quiet=True)
+    assert run.is_finished(4)
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)], ids=str
 )
@@ -371,13 +433,13 @@ def fill_disk(trainer):
 
 
 def test_a_disk_that_is_full(tiny_run, fork, command_line):
-    """R-24: adapters, states, samples and events are warnings; the end is exit 1 with one line."""
+    """R-24: adapters, samples and events are warnings; when nothing can be kept, exit 1 with one line."""
     images, config, run = tiny_run
     argv = [*command_line(images, run, config), "train.sample_every=3"]
     child = fork(sdlora_train(argv, partial(at_step, 3, fill_disk)))
     assert child.wait() == 1, child.printed
     *told, last = child.printed.splitlines()
-    assert last.startswith(f"sdlora: LoRA file {run.final_adapter()} cannot be written: File too large; ")
+    assert last.startswith("sdlora: neither the adapter nor the state of step 4 could be saved; make room; ")
     assert last.endswith(f"then `sdlora resume {run.path}` goes on from step 2")
     for what in ("the event", "the adapter of step 3", "the adapter of step 4", "the state of step 4"):
         assert any(line.startswith(f"warning: {what}") for line in told), what
@@ -414,14 +476,23 @@ def make_read_only(trainer):
         os.setuid(65534)
 
 
-def test_a_folder_that_becomes_read_only(tiny_run, open_place, fork, command_line):
+@pytest.mark.parametrize(
+    ("when", "line", "left"),
+    [
+        (partial(at_step, 3), "neither the adapter nor the state of step 4 could be saved; ", 2),
+        (partial(after_saving, 4), "LoRA file {} cannot be written: Permission denied; ", 4),
+    ],
+    ids=["in mid-run", "at the export"],
+)
+def test_a_folder_that_becomes_read_only(tiny_run, open_place, fork, command_line, when, line, left):
     """R-24: as a full disk."""
     images, config, _ = tiny_run
     run = RunFolder(open_place / "run")
-    child = fork(sdlora_train(command_line(images, run, config), partial(at_step, 3, make_read_only)))
+    child = fork(sdlora_train(command_line(images, run, config), partial(when, make_read_only)))
     assert child.wait() == 1, child.printed
     last = child.printed.splitlines()[-1]
-    assert last.startswith(f"sdlora: LoRA file {run.final_adapter()} cannot be written: Permission denied; ")
+    assert last.startswith("sdlora: " + line.format(run.final_adapter()))
+    assert last.endswith(f"goes on from step {left}")
     for folder in (run.path, *run.path.iterdir()):
         folder.chmod(0o755)
     resume(run.path, quiet=True)

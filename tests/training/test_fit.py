@@ -13,6 +13,7 @@ from sdlora.sampling import generate
 from sdlora.training.changes import apply_changes
 from sdlora.training.fit import halve
 from sdlora.training.learner import Learner
+from sdlora.training.out_of_memory import as_out_of_memory
 from sdlora.training.plan import make_plan
 from sdlora.training.remedies import find_remedies
 from sdlora.training.train import resume, train
@@ -27,6 +28,11 @@ def make(make_images, tiny, sd15_folder):
     return images, lambda **changes: tiny(images, base__source=str(sd15_folder), **STEPS, **changes)
 
 
+def run_out(*args):
+    """As the CPU's allocator says it: no address space is that large."""
+    torch.empty(2**48, dtype=torch.uint8)
+
+
 def limit_memory(monkeypatch, samples):
     """A device that holds so many samples of a micro-batch; gives the list of those that were tried."""
     tried, losses = [], Learner._losses
@@ -34,7 +40,7 @@ def limit_memory(monkeypatch, samples):
     def limited(self, step, micro_batch):
         tried.append(len(micro_batch))
         if len(micro_batch) > samples:
-            raise torch.OutOfMemoryError("out of memory")
+            run_out()
         return losses(self, step, micro_batch)
 
     monkeypatch.setattr(Learner, "_losses", limited)
@@ -63,10 +69,6 @@ def test_the_largest_batch_that_fits(make, monkeypatch, tmp_path, fits, found, t
     assert (event["batch_size"], event["accumulate"]) == found
     by_hand = config(train__batch_size=found[0], train__accumulate=found[1])
     check_same(train(images, config=by_hand, out=tmp_path / "given", quiet=True), run)
-
-
-def run_out(*args):
-    raise torch.OutOfMemoryError("out of memory")
 
 
 def test_all_processes_take_what_fits_each(make, monkeypatch, tmp_path, fork_processes):
@@ -102,6 +104,23 @@ def test_a_grid_that_does_not_fit_is_left_out(make, monkeypatch, tmp_path):
     assert run.checkpoint_steps() == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("text", "is_memory"),
+    [
+        ("MPS backend out of memory (MPS allocated: 9 GB)", True),
+        ("CUDA out of memory. Tried to allocate 2 GB", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_who_runs_out_and_how_it_says_so(text, is_memory):
+    """R-18: each allocator has an error of its own; any other error stays what it is."""
+    with pytest.raises(RuntimeError, match=text[:12]) as caught, as_out_of_memory():
+        raise RuntimeError(text)
+    assert isinstance(caught.value, torch.OutOfMemoryError) == is_memory
+    with pytest.raises(torch.OutOfMemoryError, match="can't allocate memory"), as_out_of_memory():
+        run_out()
+
+
 def test_auto_needs_something_to_divide(make, tmp_path):
     """R-35: a conflict names both settings."""
     images, config = make
@@ -133,7 +152,7 @@ def test_a_step_that_does_not_fit(make, monkeypatch, tmp_path):
     def run_out_in_the_end(self, step, micro_batch):
         calls.append(step)
         if step == 1:
-            raise torch.OutOfMemoryError("out of memory")
+            run_out()
         return losses(self, step, micro_batch)
 
     monkeypatch.setattr(Learner, "_losses", run_out_in_the_end)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -14,7 +16,7 @@ from sdlora.errors import ConfigError, RunError, RunStopped
 from sdlora.training.checkpoint import read_checkpoint, read_state, save_checkpoint, seal_state
 from sdlora.training.learner import Draw
 from sdlora.training.loop import Trainer
-from sdlora.training.plan import make_plan
+from sdlora.training.plan import check_disk, make_plan
 from sdlora.training.resume import load_state
 from sdlora.training.train import resume, train, with_absolute_paths
 
@@ -228,16 +230,14 @@ def test_an_identity_is_compared_field_by_field(make_images, quick, make_trainer
     start = f"put it back, or start a new run with lora.init_from={run.step_adapter(2)}"
     step = "since the checkpoint of step 2"
     base = trainer.plan.info.digest[:12]
-    assert sorted(str(caught.value).splitlines()) == sorted(
-        [
-            f"the base changed (0123, now {base}…) {step}; {start}",
-            f"the version of sdlora changed (0.0.1, now {version('sdlora')}) {step}; "
-            "put it back, or allow it: --allow-changed sdlora",
-            f"train.grad_clip changed (1.0, now 0.5) {step}; "
-            "put it back, or allow it: --allow-changed train.grad_clip",
-            f"train.seed changed (0, now 3) {step}; {start}",
-        ]
-    )
+    assert str(caught.value).splitlines() == [
+        f"the base changed (0123, now {base}…) {step}; {start}",
+        f"the version of sdlora changed (0.0.1, now {version('sdlora')}) {step}; "
+        "put it back, or allow it: --allow-changed sdlora",
+        f"train.seed changed (0, now 3) {step}; {start}",
+        f"train.grad_clip changed (1.0, now 0.5) {step}; "
+        "put it back, or allow it: --allow-changed train.grad_clip",
+    ]
 
 
 def test_a_setting_that_is_allowed_to_change(make_images, quick, make_trainer, tmp_path):
@@ -276,13 +276,38 @@ def test_a_full_disk_costs_the_state_only(make_images, small, make_trainer, tmp_
     assert "could not be saved" in warnings[0]
 
 
+def test_what_a_run_writes_is_known_before(make_images, quick, make_trainer, tmp_path, monkeypatch):
+    """R-24: states with the average, and of a resumed run what is left to write."""
+    config = quick(make_images(), train__save_every=1, train__ema_decay=0.5, train__steps=4)
+    trainer = make_trainer(config, tmp_path / "run")
+    trainer.train()
+    plan, folder = trainer.plan, trainer.run.checkpoint(4)
+    files = [load_file(folder / f"{name}.safetensors") for name in ("adapter", "optimizer")]
+    num_bytes = sum(tensor.nbytes for file in files for tensor in file.values() if tensor.ndim)
+    assert plan.bytes_after(3) - plan.bytes_after(4) == num_bytes + plan.adapter_bytes
+    assert plan.disk_bytes - plan.bytes_after(4) == 3 * num_bytes + 4 * plan.adapter_bytes
+
+    def usage(place):
+        return SimpleNamespace(free=plan.bytes_after(3))
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    check_disk(plan, trainer.run.path, 3)
+    with pytest.raises(
+        RunError, match=r"up to \d\.\d MB more but .* free; make room, or a larger train\.save"
+    ):
+        check_disk(plan, trainer.run.path, 2)
+    with pytest.raises(RunError, match=r"up to \d\.\d MB but .* free; give another --out, or a larger"):
+        check_disk(plan, trainer.run.path)
+
+
 def test_resume_verb(make_images, small, tmp_path, capsys):
     """A finished run says so and changes nothing; a larger train.steps goes on."""
     config = small(make_images(), train__steps=2)
     run = train(config.images, config=config, out=tmp_path / "run", quiet=True)
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
-    resume(run.path)
-    assert "is finished at step 2" in capsys.readouterr().out
+    for steps in (2, 1):
+        resume(run.path, [f"train.steps={steps}"])
+        assert "is finished at step 2" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
     resume(run.path, ["train.steps=3"], quiet=True)
     assert run.saved_steps() == [2, 3]
