@@ -87,10 +87,13 @@ def export(
         out: The `.safetensors` file to write.
 
     Raises:
-        AdapterError: If the source is no LoRA, or the file cannot be written.
+        AdapterError: If the source is no LoRA, or the file cannot be written or is the source itself.
         RunError: If the run has saved no adapter yet.
     """
-    return export_adapter(load_adapter(find_adapter(source)), out, dialect=dialect, precision=precision)
+    file = find_adapter(source)
+    if Path(out).exists() and file.exists() and Path(out).samefile(file):
+        raise AdapterError(f"--out {out} is the file that is exported; give another name, it stays as it is")
+    return export_adapter(load_adapter(file), out, dialect=dialect, precision=precision)
 
 
 def find_adapter(source: str | Path) -> Path:

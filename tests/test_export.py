@@ -220,6 +220,16 @@ def test_bad_places_and_sources(tmp_path, make_adapter):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_file_is_never_exported_onto_itself(tmp_path, make_adapter):
+    """R-42: the source stays, by whatever path it is named."""
+    source = export_adapter(make_adapter(), tmp_path / "x.safetensors", precision="fp32").path
+    before = source.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(source)
+    with pytest.raises(AdapterError, match="is the file that is exported; give another name"):
+        export(source, tmp_path / "link.safetensors", dialect="kohya")
+    assert source.read_bytes() == before
+
+
 def read_front_matter(path):
     _, front, body = path.read_text(encoding="utf-8").split("---\n", 2)
     return yaml.safe_load(front), body

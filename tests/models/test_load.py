@@ -81,10 +81,11 @@ def test_vae_precision_follows_its_configuration(info: BaseInfo, copy_base: Copy
 
 
 def test_loading_prints_nothing() -> None:
-    """R-27: importing and loading the built-in base is silent, also as a stock pipeline."""
+    """R-27: importing and loading the built-in base is silent, also in few bits and as a stock pipeline."""
     code = (
         "import torch; from sdlora.config import BaseSection; from sdlora.models.load import *;"
         "info = inspect_base(BaseSection()); load_base(info, dtype=torch.float32, device='cpu');"
+        "few = inspect_base(BaseSection(quantize='nf4')); load_base(few, dtype=torch.float32, device='cpu');"
         "empty_unet(info); load_stock_pipeline(info); load_stock_pipeline(info, only=['unet'])"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
