@@ -149,7 +149,7 @@ def _ranks_by_rule(
     missing = [name for name in found.values if name not in (base_norms or {})]
     if base_norms is None or missing:
         raise ConfigError(
-            f"resize by score needs the norm of the base weights ({len(missing)} are missing); give the base"
+            f"resize by score needs the norm of the base weights ({len(missing)} are missing); give --base"
         )
     return {name: int((values >= value * base_norms[name]).sum()) for name, values in found.values.items()}
 

@@ -12,6 +12,7 @@ from sdlora.runs import RunFolder
 # Sections whose settings decide what a step does.
 SECTIONS = ("base", "data", "lora", "objective", "train")
 RESUMABLE = {
+    "lora.parent",
     "train.steps",
     "train.save_every",
     "train.keep_checkpoints",
@@ -37,7 +38,6 @@ FREE = RESUMABLE | {
     "data.on_bad_image",
     "lora.force_parent",
     "lora.init_from",
-    "lora.parent",
     "train.max_skipped_steps",
     "train.precision",
     "train.trace",

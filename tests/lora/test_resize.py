@@ -130,7 +130,7 @@ def test_what_was_measured_of_the_old_one_is_not_said_of_the_new_one(uneven):
         ({"rank": 0}, "rank = 0 is out of range; use 1 or more"),
         ({"energy": 99}, "energy = 99 is out of range; use a share such as 0.99"),
         ({"ratio": math.nan}, "ratio = nan is out of range"),
-        ({"score": 0.1}, "needs the norm of the base weights (2 are missing); give the base"),
+        ({"score": 0.1}, "needs the norm of the base weights (2 are missing); give --base"),
     ],
 )
 def test_mistakes(rule, message, make_pair):

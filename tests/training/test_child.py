@@ -209,6 +209,9 @@ def test_resume_checks_the_parent(save_style, small, images, tmp_path):
         AdapterError, match=r"lora\.parent = .*ink.safetensors is no LoRA file, no run and no"
     ):
         resume(run.path, {"train.steps": 2}, quiet=True)
+    moved = save_style("sepia")
+    resume(run.path, {"train.steps": 2, "lora.parent": str(moved)}, quiet=True)
+    assert run.read_config().lora.parent == str(moved)
 
 
 @pytest.mark.slow
