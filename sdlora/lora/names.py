@@ -196,6 +196,11 @@ def dialect_of(keys: Iterable[str]) -> str:
         raise AdapterError(
             "is a LoRA for a transformer such as Flux or SD 3; sdlora does SD 1.x, 2.x and SDXL"
         )
+    if strange := [name for name in names if name.startswith("lora_") and not is_kohya_key(name)]:
+        raise AdapterError(
+            f"has keys of a dialect that sdlora does not know, such as {strange[0]}; kohya's for "
+            "SD 1.x, 2.x and SDXL start with lora_unet_, lora_te_, lora_te1_ or lora_te2_"
+        )
     if any(name.startswith("lycoris_") for name in names):
         return "lycoris"
     if any(is_kohya_key(name) for name in names):

@@ -129,6 +129,11 @@ def test_keys_of_all_dialects(key, module, part):
         (["bundle_emb.x.clip_l"], "textual inversion"),
         (["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"], "Flux or SD 3"),
         (["lora_unet_double_blocks_0_img_attn_proj.lora_down.weight"], "Flux or SD 3"),
+        (
+            ["lora_unet_x.lora_down.weight", "lora_te3_y.lora_down.weight"],
+            r"keys of a dialect that sdlora does not know, such as lora_te3_y.*; kohya's .* start with lora",
+        ),
+        (["lora_prior_unet_x.lora_down.weight"], r"does not know, such as lora_prior_unet_x"),
         (["x.weight", "y.bias"], r"holds no LoRA \(its tensors are x.weight, y.bias"),
         ([], "holds no tensors"),
     ],
