@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,9 +91,19 @@ def export(
         RunError: If the run has saved no adapter yet.
     """
     file = find_adapter(source)
-    if Path(out).exists() and file.exists() and Path(out).samefile(file):
-        raise AdapterError(f"--out {out} is the file that is exported; give another name, it stays as it is")
+    check_out(out, [file])
     return export_adapter(load_adapter(file), out, dialect=dialect, precision=precision)
+
+
+def check_out(out: str | Path, sources: Iterable[Path]) -> None:
+    """Refuses to write over one of the files that the new one is made of.
+
+    Raises:
+        AdapterError: If it is one of them, under whatever name.
+    """
+    place = Path(out)
+    if place.exists() and any(file.exists() and place.samefile(file) for file in sources):
+        raise AdapterError(f"--out {out} is the file that is read; give another name, it stays as it is")
 
 
 def find_adapter(source: str | Path) -> Path:

@@ -225,7 +225,7 @@ def test_a_file_is_never_exported_onto_itself(tmp_path, make_adapter):
     source = export_adapter(make_adapter(), tmp_path / "x.safetensors", precision="fp32").path
     before = source.read_bytes()
     (tmp_path / "link.safetensors").symlink_to(source)
-    with pytest.raises(AdapterError, match="is the file that is exported; give another name"):
+    with pytest.raises(AdapterError, match="is the file that is read; give another name"):
         export(source, tmp_path / "link.safetensors", dialect="kohya")
     assert source.read_bytes() == before
 

@@ -36,9 +36,10 @@ def extract(
     keys = {"export.formats": [format], "export.precision": precision}
     config = load_config(None, {**keys, "lora.rank": rank, "lora.targets": targets.split(",")})
     from sdlora.conversion.extract import extract as find
-    from sdlora.export import export_adapter
+    from sdlora.export import check_out, export_adapter
     from sdlora.training.console import Report
 
+    check_out(out, [Path(tuned), Path(base)])
     with Report().progress("modules", 1) as meter:
         adapter, report = find(
             tuned,

@@ -111,12 +111,13 @@ def resize(
     if base is not None and score is None:
         raise ConfigError(f"--base {base} has no effect without --score; leave it out")
     from sdlora.conversion.places import weight_norms
-    from sdlora.export import export_adapter, find_adapter
+    from sdlora.export import check_out, export_adapter, find_adapter
     from sdlora.lora.files import load_adapter
     from sdlora.lora.resize import resize as shrink
 
-    dialect = settings.formats[0]
-    adapter = load_adapter(find_adapter(source), dtype=None)
+    dialect, file = settings.formats[0], find_adapter(source)
+    check_out(out, [file])
+    adapter = load_adapter(file, dtype=None)
     norms = weight_norms(base, list(adapter.modules)) if base and score is not None else None
     small, report = shrink(
         adapter,
@@ -165,11 +166,13 @@ def merge(
         raise ConfigError(
             f"--weights {weights} has {len(factors)} numbers for {len(sources)} LoRAs; give as many"
         )
-    from sdlora.export import export_adapter, find_adapter
+    from sdlora.export import check_out, export_adapter, find_adapter
     from sdlora.lora.files import load_adapter
     from sdlora.lora.merge import merge as join
 
-    adapters = [load_adapter(find_adapter(source), dtype=None) for source in sources]
+    files = [find_adapter(source) for source in sources]
+    check_out(out, files)
+    adapters = [load_adapter(file, dtype=None) for file in files]
     pairs = list(zip(adapters, factors, strict=True))
     joined = join(pairs, method, rank=rank, density=density, seed=seed)  # type: ignore[arg-type]
     for line in export_adapter(

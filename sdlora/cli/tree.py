@@ -159,10 +159,11 @@ def flatten(
 
     settings = load_config(None, {"export.formats": [format], "export.precision": precision}).export
     changes = parse_strengths(strengths)
-    from sdlora.export import export_adapter
+    from sdlora.export import check_out, export_adapter
     from sdlora.lora.tree import AdapterTree
 
     tree = AdapterTree.from_folder(folder)
+    check_out(out, (step.file for step in tree.nodes.values()))
     flat, cost = tree.flatten(node, strengths=changes, rank=rank, force=force)
     report = export_adapter(flat, out, dialect=settings.formats[0], precision=settings.precision)
     typer.echo(f"path      {flat.notes['sdlora.flattened']}")

@@ -84,6 +84,16 @@ def test_mistakes(sdlora, style, tmp_path, arguments, message):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("verb", [["resize", "--rank", 2], ["merge"], ["extract", "--base", "builtin"]])
+def test_a_source_is_never_written_over(sdlora, style, verb):
+    """What is smaller, or a sum, cannot be turned back."""
+    before = style.read_bytes()
+    code, _, errors = sdlora(verb[0], style, *verb[1:], "--out", style)
+    assert code == 2
+    assert errors == [f"sdlora: --out {style} is the file that is read; give another name, it stays as it is"]
+    assert style.read_bytes() == before
+
+
 def test_advise_rank_wants_a_run(sdlora, style):
     """What it is given is looked at before anything heavy."""
     code, _, errors = sdlora("advise-rank", "nowhere", "--ranks", "2,4")

@@ -118,6 +118,10 @@ def test_sample(sdlora, styles, tmp_path):
             ["flatten", "{styles}", "ink", "--strengths", "ink", "--out", "x.safetensors"],
             "must be NODE=NUMBER",
         ),
+        (
+            ["flatten", "{styles}", "ink/portraits", "--out", "{styles}/ink.safetensors"],
+            "is the file that is read; give another name",
+        ),
         (["sample", "{styles}"], "there is no prompt; give --prompt TEXT"),
         (["sample", "{styles}", "ink", "--prompt", "x", "--strengths", "sea=1"], "strengths name sea"),
         (["show", "nowhere"], "tree nowhere is no folder"),
