@@ -9,15 +9,18 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
+from sdlora.errors import ModelError
+from sdlora.models.empty import SAFE, UNFIT, reason_of
 from sdlora.models.info import BaseInfo
 from sdlora.models.quiet import quiet
-from sdlora.models.weights import find_weights, has_weights, read_json
+from sdlora.models.weights import find_weights, has_weights, read_header, read_json
 
 with quiet():
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPImageProcessor
 
 CHECKER, EXTRACTOR, WEIGHTS = "safety_checker", "feature_extractor", "model"
+REMEDY = "download or copy the base again, or set sample.safety_checker=false"
 
 
 class SafetyChecker:
@@ -53,11 +56,16 @@ class SafetyChecker:
     def _load(self) -> tuple[StableDiffusionSafetyChecker, CLIPImageProcessor]:
         folder = self.folder / CHECKER
         _, variant = find_weights(folder, WEIGHTS, f"the base {self.folder}")
-        with quiet():
-            model = StableDiffusionSafetyChecker.from_pretrained(
-                folder, variant=variant, dtype=torch.float32, use_safetensors=True, local_files_only=True
-            )
-            extractor = CLIPImageProcessor.from_pretrained(self.folder / EXTRACTOR, local_files_only=True)
+        try:
+            with quiet():
+                model, report = StableDiffusionSafetyChecker.from_pretrained(
+                    folder, variant=variant, dtype=torch.float32, **SAFE
+                )
+                extractor = CLIPImageProcessor.from_pretrained(self.folder / EXTRACTOR, local_files_only=True)
+        except UNFIT as error:
+            raise ModelError(f"{folder} cannot be loaded ({reason_of(error)}); {REMEDY}") from None
+        if missing := sorted(report["missing_keys"]):
+            raise ModelError(f"{folder} lacks {len(missing)} weights ({missing[0]} ...); {REMEDY}")
         return model.requires_grad_(False).eval(), extractor
 
 
@@ -67,8 +75,16 @@ def find_checker(info: BaseInfo, device: torch.device | str) -> SafetyChecker | 
 
 
 def missing_checker(info: BaseInfo) -> str | None:
-    """A line to warn with, if a base names a safety checker whose files are not there."""
-    if not _names_checker(info) or _has_files(info):
+    """A line to warn with, if a base names a safety checker whose files are not there.
+
+    Raises:
+        ModelError: If they are there, but not whole.
+    """
+    if not _names_checker(info):
+        return None
+    if _has_files(info):
+        for file in find_weights(info.path / CHECKER, WEIGHTS, f"the base {info.path}")[0]:
+            read_header(file)
         return None
     return (
         f"the base {info.name} names a safety checker, but its files are not in {info.path}: pictures are "

@@ -13,9 +13,11 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from sdlora.config import BaseSection
+from sdlora.errors import ModelError
 from sdlora.models.hub import BUILTIN
 from sdlora.models.info import inspect_base
 from sdlora.models.load import DTYPE, PIPELINES, load_base
@@ -129,3 +131,27 @@ def test_a_checker_that_is_named_but_not_there(careful: Path, tmp_path: Path) ->
     sample(out=tmp_path / "two", warn=said.append, safety_checker=False, **asked)
     assert len(said) == 1
     assert missing_checker(inspect_base(BaseSection())) is None
+
+
+def test_a_checker_that_is_not_whole(careful: Path, tmp_path: Path) -> None:
+    """R-25, R-47: half a download is named before the base is loaded; no checker is left at random."""
+    folder = tmp_path / "base"
+    shutil.copytree(careful, folder)
+    file = folder / "safety_checker" / "model.safetensors"
+    state = load_file(file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    asked: dict[str, Any] = {"base": str(folder), "prompts": PROMPTS[:1], "steps": 1, "size": (64, 64)}
+    with pytest.raises(ModelError, match=r"safety_checker/model.safetensors is incomplete"):
+        sample(out=tmp_path / "half", **asked)
+    sample(out=tmp_path / "without", safety_checker=False, **asked)
+    state.pop("visual_projection.weight")
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 weights .*; .* or set sample\.safety_checker=false"):
+        sample(out=tmp_path / "part", **asked)
+    file.write_bytes(whole)
+    config = json.loads((folder / "safety_checker" / "config.json").read_text(encoding="utf-8"))
+    config["vision_config"]["num_attention_heads"] = 7
+    (folder / "safety_checker" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"safety_checker cannot be loaded .*sample\.safety_checker=false"):
+        sample(out=tmp_path / "other", **asked)
