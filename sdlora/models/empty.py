@@ -1,4 +1,4 @@
-"""The networks of a base without weights, to find and count modules in, and how they are loaded safely."""
+"""The networks of a base without weights, to find and count modules in."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ MODELS: dict[str, Any] = {
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection,
 }
-# No pickles, no trust_remote_code (R-44); a base that was found is on the disk (R-39).
-SAFE = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
 # What building a network from a damaged configuration ends in.
 UNFIT = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),

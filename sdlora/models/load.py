@@ -13,7 +13,7 @@ from torch import nn
 
 from sdlora.config import Quantize
 from sdlora.errors import ModelError
-from sdlora.models.empty import MODELS, SAFE, UNFIT, empty_components, empty_model, empty_unet, reason_of
+from sdlora.models.empty import MODELS, UNFIT, empty_components, empty_model, empty_unet, reason_of
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.original import load_original, names_of_unet
 from sdlora.models.parts import Part
@@ -45,6 +45,8 @@ PIPELINES: dict[str, Any] = {
     cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)
 }
 
+# No pickles, no trust_remote_code; a base that was found is on the disk.
+SAFE = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
 # diffusers renamed an argument of from_pretrained.
 DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
 ALIGNMENT = 64  # bytes, of memory that torch allocates

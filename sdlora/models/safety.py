@@ -10,7 +10,7 @@ import torch
 from PIL.Image import Image
 
 from sdlora.errors import ModelError
-from sdlora.models.empty import SAFE, UNFIT, reason_of
+from sdlora.models.empty import UNFIT, reason_of
 from sdlora.models.info import BaseInfo
 from sdlora.models.quiet import quiet
 from sdlora.models.weights import find_weights, has_weights, read_header, read_json
@@ -59,7 +59,12 @@ class SafetyChecker:
         try:
             with quiet():
                 model, report = StableDiffusionSafetyChecker.from_pretrained(
-                    folder, variant=variant, dtype=torch.float32, **SAFE
+                    folder,
+                    variant=variant,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    output_loading_info=True,
                 )
                 extractor = CLIPImageProcessor.from_pretrained(self.folder / EXTRACTOR, local_files_only=True)
         except UNFIT as error:
