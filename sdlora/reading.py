@@ -68,7 +68,10 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
     data = b""
     if size <= max_bytes:
         with path.open("rb") as handle:
-            data = handle.read(max_bytes + 1)
+            # A buffer is made for all that is asked for, whatever the file has.
+            data = handle.read(size + 1)
+            if len(data) > size:
+                data += handle.read(max_bytes + 1 - len(data))
         size = max(size, len(data))
     if size > max_bytes:
         raise UnfitFileError(f"is too large ({_megabytes(size)}; at most {_megabytes(max_bytes)} are read)")

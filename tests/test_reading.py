@@ -140,6 +140,8 @@ def test_size_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"x" * 1000)
     assert read_bytes(path, 1000) == b"x" * 1000
+    with bounded(1, 1):
+        assert read_bytes(path, 2**30) == b"x" * 1000, "without room for a gigabyte"
     with pytest.raises(UnfitFileError, match=r"is too large \(0\.0 MB; at most 0\.0 MB"):
         read_bytes(path, 999)
     with path.open("rb+") as handle:
