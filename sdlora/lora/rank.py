@@ -18,6 +18,8 @@ from sdlora.lora.decompose import singular_values
 from sdlora.lora.names import TEXT_ENCODERS
 
 SHARES = (0.5, 0.9, 0.99)
+# Of the largest value: what is below is the rounding of the decomposition, and fp16 could not hold it.
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,11 @@ class Spectrum:
             return 0
         # A share of all is reached by the last of them, whatever rounding says.
         return min(int((cumulated < share * cumulated[-1]).sum()) + 1, int((self.values[name] > 0).sum()))
+
+    def numerical_rank(self, name: str) -> int:
+        """The directions of the module that are more than rounding; 0 for no change."""
+        values = self.values[name]
+        return int((values > ROUNDING * values.max()).sum())
 
     def error(self, ranks: Mapping[str, int]) -> float:
         """What truncation to these ranks costs: norm of the difference over the norm of the whole change.

@@ -66,7 +66,7 @@ def resize(
 
     Args:
         adapter: Any; it is not changed.
-        rank: The same for all modules.
+        rank: The same for all modules, but for those that have less.
         energy: Each module keeps at least this share of its energy.
         ratio: Each module keeps the directions of at least this share of its largest singular value.
         score: Keeps the directions of at least this share of the base weight's own norm; modules that
@@ -138,7 +138,7 @@ def _ranks_by_rule(
 ) -> dict[str, int]:
     """Each module's rank; 0 leaves it out."""
     if rule == "rank":
-        return {name: min(int(value), len(values)) for name, values in found.values.items()}
+        return {name: min(int(value), found.numerical_rank(name)) for name in found.values}
     if rule == "energy":
         return {name: found.rank_for_energy(name, value) for name in found.values}
     if rule == "ratio":
@@ -159,11 +159,11 @@ def _ranks_for_size(adapter: Adapter, found: Spectrum, budget: float, dialect: D
     costs = {name: (p.down.numel() + p.up.numel()) // p.rank for name, p in adapter.modules.items()}
     if dialect == "kohya":
         rank = int(budget // sum(costs.values()))
-        return {name: min(rank, len(values)) for name, values in found.values.items()}
+        return {name: min(rank, found.numerical_rank(name)) for name in found.values}
     gains = [
         (float(value) ** 2 / costs[name], name)
         for name, values in found.values.items()
-        for value in values[values > 0]
+        for value in values[: found.numerical_rank(name)]
     ]
     ranks = dict.fromkeys(found.values, 0)
     for _, name in sorted(gains, reverse=True):

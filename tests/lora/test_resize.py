@@ -14,7 +14,9 @@ from sdlora.errors import AdapterError, ConfigError
 from sdlora.lora.adapter import Adapter, LowRank
 from sdlora.lora.attach import match_targets
 from sdlora.lora.files import inspect_adapter, load_adapter, save_adapter
+from sdlora.lora.formats import round_adapter
 from sdlora.lora.layers import pair_shapes
+from sdlora.lora.merge import merge
 from sdlora.lora.modules import carrier_layers
 from sdlora.lora.resize import resize
 
@@ -97,6 +99,19 @@ def test_size_is_spent_where_the_energy_is(uneven):
     uniform, other = resize(uneven, rank=2)
     assert small.num_parameters < uniform.num_parameters
     assert report.error < other.error
+
+
+@pytest.mark.parametrize("rule", [{"rank": 12}, {"size_mb": 9.0}, {"size_mb": 9.0, "dialect": "kohya"}])
+def test_directions_of_rounding_are_no_directions(rule, uneven):
+    """R-36: a sum of twice the same has the rank of one; what only rounds away would keep a file in fp32."""
+    names = list(uneven.modules)
+    uneven.modules[names[0]].up.zero_()
+    twice = merge([(uneven, 0.5), (uneven, 0.5)])
+    small, report = resize(twice, **rule)
+    assert small.rank == uneven.rank
+    assert report.ranks[names[0]] == 0
+    assert report.error < 1e-6
+    assert round_adapter(small, "fp16")[1].used == "fp16"
 
 
 def test_mixed_ranks_load_in_diffusers(uneven, unet, tmp_path, make_pipeline, peft_deltas, deltas):
