@@ -61,6 +61,9 @@ def load_base(
 ) -> StableDiffusion:
     """Loads and freezes a base.
 
+    `base.quantize` is for the UNet alone: text encoders are on the device before it, never at a run's peak,
+    and the states that they give in full are those that every user of the adapter has.
+
     Args:
         dtype: Of the UNet. Text encoders are fp32, the VAE as `vae_dtype` says.
         device: Where all parts go; `StableDiffusion.encoders_to` moves the encoders away.
