@@ -73,8 +73,14 @@ def sample_tree(
         )
         if line and warn:
             warn(line)
-    trigger = next((t for node in nodes if (t := node.notes.get("modelspec.trigger_phrase"))), "{trigger}")
-    changes["prompts"] = [prompt.replace("{trigger}", trigger) for prompt in changes["prompts"]]
+    trigger = next((t for node in nodes if (t := node.notes.get("modelspec.trigger_phrase"))), None)
+    for prompt in changes["prompts"]:
+        if trigger is None and "{trigger}" in prompt:
+            raise ConfigError(
+                f"prompt {prompt!r} has {{trigger}} in it but no file of the tree says its trigger; "
+                "write the words"
+            )
+    changes["prompts"] = [prompt.replace("{trigger}", trigger or "") for prompt in changes["prompts"]]
     side = first.notes.get("sdlora.resolution", "")
     pixels = int(side) if re.fullmatch("[0-9]{2,4}", side) else info.resolution
     request = make_request(config.replace(sample=changes).sample, info, size or (pixels, pixels))

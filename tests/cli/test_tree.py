@@ -124,6 +124,7 @@ def test_sample(sdlora, styles, tmp_path):
         ),
         (["sample", "{styles}"], "there is no prompt; give --prompt TEXT"),
         (["sample", "{styles}", "ink", "--prompt", "x", "--strengths", "sea=1"], "strengths name sea"),
+        (["sample", "{styles}", "ink", "--prompt", "{{trigger}}, x"], "no file of the tree says its trigger"),
         (["show", "nowhere"], "tree nowhere is no folder"),
     ],
 )
