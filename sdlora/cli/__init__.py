@@ -7,8 +7,8 @@ import sys
 import typer
 
 from sdlora.cli import conversion, files, look, rank, train, tree
-from sdlora.cli.processes import wait_for_first
-from sdlora.errors import ProcessLost, SdloraError
+from sdlora.cli.processes import STOP_SECONDS, speaks_for_host, wait_for_first
+from sdlora.errors import ProcessLost, RunStopped, SdloraError
 
 app = typer.Typer(
     name="sdlora",
@@ -53,6 +53,10 @@ def main() -> None:
     except SdloraError as error:
         if debug:
             raise
+        if isinstance(error, RunStopped) and not speaks_for_host():
+            # All have met this, so one tells it.
+            wait_for_first(error.exit_code, STOP_SECONDS)
+            raise SystemExit(error.exit_code) from None
         if not (isinstance(error, ProcessLost) and not error.is_told):
             wait_for_first(error.exit_code)
         for line in str(error).splitlines():

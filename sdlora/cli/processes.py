@@ -8,6 +8,8 @@ import time
 
 # The launcher ends the other processes as soon as one has ended: the one that speaks gets this long to do it.
 GRACE_SECONDS = 10.0
+# After a signal a launcher only waits: the others need not.
+STOP_SECONDS = 2.0
 
 
 def is_first() -> bool:
@@ -21,16 +23,21 @@ def heed_schedulers() -> None:
         signal.signal(signal.SIGUSR1, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
 
 
-def wait_for_first(exit_code: int) -> None:
+def speaks_for_host() -> bool:
+    """Whether this is the only process of its host, or the first."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def wait_for_first(exit_code: int, seconds: float = GRACE_SECONDS) -> None:
     """Lets the first process of this host say what all of them met, and be ended by the launcher after it.
 
     Returns only if nobody ended this process: then the others have not met it.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if speaks_for_host():
         return
 
     def end(number: int, frame: object) -> None:
         raise SystemExit(exit_code)
 
     signal.signal(signal.SIGTERM, end)
-    time.sleep(GRACE_SECONDS)
+    time.sleep(seconds)

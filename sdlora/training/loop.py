@@ -32,7 +32,7 @@ from sdlora.training.learner import Learner
 from sdlora.training.optimizer import learning_rate
 from sdlora.training.plan import RunPlan
 from sdlora.training.prepare import Prepared
-from sdlora.training.processes import count_over, sum_over
+from sdlora.training.processes import count_over, meet, sum_over
 from sdlora.training.resume import load_state, newest_complete_step, save_state
 from sdlora.training.samples import log_grid, sample_step
 from sdlora.training.stop import StopSignals
@@ -101,6 +101,8 @@ class Trainer:
                     stopping = self.is_stopping()
                     self.save_state_if_missing(stopping)
                 if stopping:
+                    # Each names the step that it goes on from, so all wait until that is saved.
+                    meet(self.accelerator)
                     raise self.stopped()
 
     def begin(self) -> None:

@@ -102,7 +102,7 @@ def test_a_signal_to_torchrun_saves(launch, make_images, tmp_path):
     os.kill(child.pid, signal.SIGUSR1)
     printed, _ = child.communicate(timeout=60)
     last = [event["step"] for event in run.events("step")][-1]
-    assert f"sdlora: stopped at step {last} of 100000" in printed
+    assert printed.count(f"sdlora: stopped at step {last} of 100000") == printed.count("sdlora: ") == 1
     assert run.checkpoint_steps()[-1] == last
     assert list(run.events("failed")) == []
 

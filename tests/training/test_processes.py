@@ -328,6 +328,20 @@ def test_a_process_that_ends_ends_all(
     assert [step for (step,) in events_of(run, "step", "step")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_stop_is_told_once(images, quick, tmp_path, fork_processes, monkeypatch, command_line):
+    """R-23: by one process, with the step that is saved; the others end without a word, and soon."""
+    run = RunFolder(tmp_path / "run")
+    config = quick(images, **{**EVERYTHING, "train__save_every": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "record", stopping_at(3, Trainer.record))
+        patch.setattr(sys, "argv", command_line(images, run, config))
+        children = fork_processes(2, main)
+        assert [child.wait() for child in children] == [143, 143]
+    last = children[0].printed.splitlines()[-1]
+    assert last == f"sdlora: stopped at step 3 of 6; `sdlora resume {run.path}` goes on from step 3"
+    assert children[1].printed == ""
+
+
 def test_a_mistake_is_told_once(images, quick, tmp_path, fork_processes, monkeypatch, command_line):
     """R-35: before training, by the first process; all end with 2, and nothing is written."""
     run = RunFolder(tmp_path / "run")
