@@ -54,7 +54,11 @@ def find_base(source: str, key: str, revision: str | None = None, variant: str |
         ModelError: If it is neither here nor on the hub, or is a file of another kind.
     """
     path = BUILTIN if source == "builtin" else Path(source).expanduser()
-    if revision and path.exists():
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError as error:
+        raise ModelError(f"{key} cannot be read: {error.strerror}; give {SOURCES}") from None
+    if revision and (is_file or is_folder):
         raise ModelError(
             f"base.revision = {revision} is for a base on the hub, and {key} is here; leave base.revision out"
         )
@@ -62,10 +66,10 @@ def find_base(source: str, key: str, revision: str | None = None, variant: str |
         if not BUILTIN.is_dir():
             raise ModelError(f"{key}: {BUILTIN} is missing from this installation; install sdlora again")
         return BUILTIN
-    if path.is_file():
+    if is_file:
         refuse_file(path, key)
         return path
-    if path.is_dir():
+    if is_folder:
         return path
     if is_on_hub(source):
         return download(source, key, revision, variant)

@@ -11,7 +11,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from sdlora.config import BaseSection
 from sdlora.errors import ModelError
-from sdlora.models.hub import BUILTIN, TEXTS, WEIGHTS, weight_patterns
+from sdlora.models.hub import BUILTIN, TEXTS, WEIGHTS, find_base, weight_patterns
 from sdlora.models.info import BaseInfo, inspect_base
 
 STEM = "diffusion_pytorch_model"
@@ -134,3 +134,9 @@ def test_separate_vae_by_hub_id(cached: tuple[str, Path]) -> None:
     """R-40: base.vae takes a hub id too."""
     source, snapshot = cached
     assert inspect("builtin", vae=source).parts["vae"].folder == snapshot / "vae"
+
+
+def test_a_name_that_no_system_takes() -> None:
+    """R-40: what cannot even be looked for is one line."""
+    with pytest.raises(ModelError, match=r"^base\.source = x cannot be read: File name too long; give "):
+        find_base("a" * 5000, "base.source = x")

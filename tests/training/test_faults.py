@@ -499,9 +499,13 @@ def test_a_folder_that_becomes_read_only(tiny_run, open_place, fork, command_lin
     check_events(run, 4)
 
 
-def test_a_place_that_is_read_only(tiny_run, open_place, fork, command_line):
+def test_a_place_that_is_read_only(tiny_run, sd15_folder, open_place, fork, command_line):
     """R-24: told before anything is loaded."""
     images, config, _ = tiny_run
+    base = shutil.copytree(sd15_folder, open_place / "base")
+    for file in (base, *base.rglob("*")):
+        file.chmod(0o755)
+    config = config.replace(base={"source": str(base)})
     images = shutil.copytree(images, open_place / "images")
     argv = command_line(images, RunFolder(open_place / "x"), config)
     shut = open_place / "shut"
