@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sdlora.config import RunConfig
-from sdlora.errors import AdapterError
+from sdlora.errors import AdapterError, RunError
+from sdlora.export import find_adapter
 from sdlora.lora.adapter import Adapter, check_base, draw_adapter
 from sdlora.lora.attach import check_fit
 from sdlora.lora.files import load_adapter
@@ -59,9 +60,9 @@ def make_adapter(
     return adapter, start_from(adapter, _load_start(lora.init_from, info)) if lora.init_from else None
 
 
-def _load_start(file: str, info: BaseInfo) -> Adapter:
-    """The LoRA to start from, without what other trainers adapt though nobody reads it."""
+def _load_start(source: str, info: BaseInfo) -> Adapter:
+    """The LoRA to start from, a file or a run's, without what other trainers adapt though nobody reads it."""
     try:
-        return load_adapter(file).without(info.unread_layer)
-    except AdapterError as error:
+        return load_adapter(find_adapter(source)).without(info.unread_layer)
+    except (AdapterError, RunError) as error:
         raise AdapterError(f"lora.init_from: {error}") from None

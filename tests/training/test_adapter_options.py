@@ -87,12 +87,15 @@ def test_dropout_resumes_exactly(make_images, small, make_trainer, snapshot, tmp
 
 
 def test_starting_from_another_rank(make_images, small, make_trainer, tmp_path):
-    """lora.init_from: any dialect and rank; what does not go with base or targets is said before loading."""
+    """lora.init_from: a run, or a file of any dialect and rank; what does not go is said before loading."""
     images = make_images()
     first = make_trainer(small(images, data__heldout=0.25, lora__alpha=8), tmp_path / "first")
     for pair in first.learner.adapter.modules.values():
         pair.up.data.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
     file = save_adapter(tmp_path / "start.safetensors", first.learner.adapter, dialect="kohya")
+    save_adapter(first.run.final_adapter(), first.learner.adapter)
+    for source in (file, first.run.path):
+        assert make_plan(small(images, lora__init_from=str(source))).config.lora.init_from == str(source)
     larger = small(images, data__heldout=0.25, lora__init_from=str(file), lora__rank=5, lora__alpha=3)
     second = make_trainer(larger, tmp_path / "second")
     assert second.evaluate("train").loss == pytest.approx(first.evaluate("train").loss, rel=1e-4)
