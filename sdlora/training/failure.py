@@ -8,7 +8,10 @@ import torch
 
 from sdlora.data.records import count_of
 from sdlora.errors import DataError, ProcessLost, RunError, SdloraError
+from sdlora.runs import RunFolder
 from sdlora.training.loop import Trainer
+from sdlora.training.memory import as_size
+from sdlora.training.plan import RunPlan
 from sdlora.training.remedies import describe_remedies
 
 
@@ -33,3 +36,15 @@ def explain_failure(error: SdloraError | OSError | torch.OutOfMemoryError, train
         failure.exit_code = 1
         return failure
     return error
+
+
+def explain_no_start(plan: RunPlan, run: RunFolder) -> RunError:
+    """Out of memory before the first step."""
+    needed = f"{as_size(plan.memory.stages['encoding'])} of {plan.machine.device.type} memory"
+    failure = RunError(
+        f"out of memory while the base was loaded and the pictures encoded, which takes about {needed}; "
+        f"free some and `sdlora resume {run.path}`, or start a new run with base.quantize=int8 or a smaller "
+        "data.resolution"
+    )
+    failure.exit_code = 1
+    return failure

@@ -25,7 +25,7 @@ from sdlora.training.device import (
     make_accelerator,
     start_trackers,
 )
-from sdlora.training.failure import explain_failure
+from sdlora.training.failure import explain_failure, explain_no_start
 from sdlora.training.finish import finish
 from sdlora.training.identity import Change
 from sdlora.training.loop import Trainer
@@ -233,7 +233,11 @@ def _run(
     resumption: Resumption | None = None,
 ) -> RunFolder:
     set_seed(plan.config.train.seed)
-    prepared = prepare(plan, accelerator, precision, report)
+    try:
+        with as_out_of_memory():
+            prepared = prepare(plan, accelerator, precision, report)
+    except torch.OutOfMemoryError as error:
+        raise explain_no_start(plan, run) from error
     kernel, dtypes = attention_kernel(prepared.base.unet), prepared.base.dtypes
     autocast = "on" if precision.compute != precision.base else "off"
     report.say(

@@ -10,6 +10,7 @@ import torch
 from sdlora.errors import ConfigError, RunError
 from sdlora.runs import RunFolder
 from sdlora.sampling import generate
+from sdlora.training import prepare as preparation
 from sdlora.training.changes import apply_changes
 from sdlora.training.fit import halve
 from sdlora.training.learner import Learner
@@ -28,7 +29,7 @@ def make(make_images, tiny, sd15_folder):
     return images, lambda **changes: tiny(images, base__source=str(sd15_folder), **STEPS, **changes)
 
 
-def run_out(*args):
+def run_out(*args, **options):
     """As the CPU's allocator says it: no address space is that large."""
     torch.empty(2**48, dtype=torch.uint8)
 
@@ -45,6 +46,18 @@ def limit_memory(monkeypatch, samples):
 
     monkeypatch.setattr(Learner, "_losses", limited)
     return tried
+
+
+def test_a_base_that_does_not_fit(make, monkeypatch, tmp_path):
+    """R-18: before the first step too it is one line, and the run can be tried again."""
+    images, config = make
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "load_base", run_out)
+        with pytest.raises(RunError, match="out of memory while the base was loaded") as caught:
+            train(images, out=tmp_path / "run", config=config(), quiet=True)
+    assert caught.value.exit_code == 1
+    assert f"`sdlora resume {tmp_path / 'run'}`" in str(caught.value)
+    assert resume(tmp_path / "run", quiet=True).adapter.is_file()
 
 
 @pytest.mark.parametrize(
