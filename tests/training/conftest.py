@@ -195,6 +195,8 @@ def _run_in_fork(function: Callable[[], Any], environment: dict[str, str], outpu
         os.dup2(output, 2)
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         os.environ.update(environment)
+        # A shell's background jobs do not heed it, and their children neither.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
             function()

@@ -54,7 +54,8 @@ def make_style():
 
 @pytest.fixture
 def save_style(make_style, tmp_path):
-    return partial(make_style, tmp_path / "styles")
+    """Deep enough that no file of another test is near."""
+    return partial(make_style, tmp_path / "a" / "b" / "styles")
 
 
 @pytest.fixture
