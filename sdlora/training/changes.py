@@ -12,6 +12,10 @@ from sdlora.runs import RunFolder
 # Sections whose settings decide what a step does.
 SECTIONS = ("base", "data", "lora", "objective", "train")
 RESUMABLE = {
+    # Where things lie; what is in them is compared.
+    "base.source",
+    "base.vae",
+    "data.heldout",
     "lora.parent",
     "train.steps",
     "train.save_every",
@@ -29,12 +33,9 @@ RESUMABLE = {
 FREE = RESUMABLE | {
     "base.dtype",
     "base.revision",
-    "base.source",
-    "base.vae",
     "base.variant",
     "data.allow_missing_captions",
     "data.cache",
-    "data.heldout",
     "data.on_bad_image",
     "lora.force_parent",
     "lora.init_from",

@@ -166,7 +166,7 @@ class Resumption:
         """Brings a run folder back to the step: what came after it will happen again."""
         run.remove_leftovers()
         run.remove_checkpoints(plan.config.train.keep_checkpoints, last=self.step)
-        run.write_config(plan.config)
+        run.write_config(with_absolute_paths(plan.config))
         run.cut_events(self.step)
         if not any(run.events("plan")):
             run.append("plan", 0, **plan.as_event())

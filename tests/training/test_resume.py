@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
-from sdlora.errors import ConfigError, RunError, RunStopped
+from sdlora.errors import ConfigError, ModelError, RunError, RunStopped
 from sdlora.training.checkpoint import read_checkpoint, read_state, save_checkpoint, seal_state
 from sdlora.training.learner import Draw
 from sdlora.training.loop import Trainer
@@ -340,3 +340,20 @@ def test_going_on_from_another_folder(make_images, quick, tmp_path, monkeypatch)
     again = make_plan(kept)
     assert again.index.digest == plan.index.digest
     assert [one.digest for one in again.index.heldout] == [one.digest for one in plan.index.heldout]
+
+
+def test_a_base_that_was_moved(make_images, quick, sd15_folder, tmp_path, monkeypatch):
+    """R-03: its new place is a setting that may change; what is in it may not."""
+    base = shutil.copytree(sd15_folder, tmp_path / "base")
+    config = quick(make_images(), base__source=str(base), train__steps=1, export__formats=["diffusers"])
+    run = train(config.images, out=tmp_path / "run", config=config, quiet=True).path
+    base.rename(tmp_path / "moved")
+    longer = {"train.steps": 2}
+    with pytest.raises(ModelError, match=r"base\.source = .*base does not exist"):
+        resume(run, longer, quiet=True)
+    monkeypatch.chdir(tmp_path)
+    moved = resume(run, {**longer, "base.source": "moved"}, quiet=True)
+    assert moved.is_finished(2)
+    assert moved.read_config().base.source == str(tmp_path / "moved")
+    with pytest.raises(RunError, match="the base changed"):
+        resume(run, {"train.steps": 3, "base.source": "builtin"}, quiet=True)
