@@ -52,6 +52,12 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
+def full_size() -> dict[str, dict[str, Any]]:
+    """The configurations of the UNets of SD 1.5 and SDXL, by family."""
+    return FULL_SIZE
+
+
+@pytest.fixture(scope="session")
 def draw_images() -> Callable[..., Path]:
     """Fills a new folder with small captioned drawings, one for each size given."""
 
@@ -103,6 +109,21 @@ TINY_SDXL: dict[str, Any] = {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 6 * 8 + 20,
     "norm_num_groups": 8,
+}
+FULL_SIZE: dict[str, dict[str, Any]] = {
+    "sd1": {"in_channels": 4, "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "sdxl": {
+        **TINY_SDXL,
+        "in_channels": 4,
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "norm_num_groups": 32,
+    },
 }
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 WORDS = REPOSITORY / "sdlora" / "builtin" / "base" / "tokenizer"

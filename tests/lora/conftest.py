@@ -60,29 +60,6 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-SD15: Mapping[str, Any] = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-
-SDXL: Mapping[str, Any] = {
-    **FAMILIES["sdxl"],
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "cross_attention_dim": 2048,
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-
 
 @pytest.fixture(scope="session")
 def make_unet() -> Callable[..., UNet2DConditionModel]:
@@ -149,17 +126,17 @@ def make_family(
 
 
 @pytest.fixture(scope="session")
-def sd15() -> UNet2DConditionModel:
+def sd15(full_size: dict[str, dict[str, Any]]) -> UNet2DConditionModel:
     """The architecture of Stable Diffusion 1.5, without weights."""
     with torch.device("meta"):
-        return UNet2DConditionModel(**SD15)
+        return UNet2DConditionModel(**full_size["sd1"])
 
 
 @pytest.fixture(scope="session")
-def sdxl() -> UNet2DConditionModel:
+def sdxl(full_size: dict[str, dict[str, Any]]) -> UNet2DConditionModel:
     """The architecture of SDXL, without weights."""
     with torch.device("meta"):
-        return UNet2DConditionModel(**SDXL)
+        return UNet2DConditionModel(**full_size["sdxl"])
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from sdlora.errors import AdapterError, ConfigError
 from sdlora.lora.adapter import Adapter, LowRank
@@ -19,21 +18,6 @@ from sdlora.lora.layers import pair_shapes
 from sdlora.lora.merge import merge
 from sdlora.lora.modules import carrier_layers
 from sdlora.lora.resize import resize
-
-SDXL = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "layers_per_block": 2,
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 def test_rules_keep_what_they_say(make_pair):
@@ -165,13 +149,11 @@ def test_nothing_left_is_refused(make_pair):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's count of memory")
-def test_an_sdxl_file_of_rank_256(tmp_path):
+def test_an_sdxl_file_of_rank_256(sdxl, tmp_path):
     """R-33: all 560 attention projections of SDXL, in less than 60 CPU seconds and 2 GB."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**SDXL)
-    layers, generator = carrier_layers(unet), torch.Generator().manual_seed(0)
+    layers, generator = carrier_layers(sdxl), torch.Generator().manual_seed(0)
     modules = {}
-    for name in match_targets(unet, ["attention"]):
+    for name in match_targets(sdxl, ["attention"]):
         down, up = (torch.randn(s, generator=generator) / 256 for s in pair_shapes(layers[name], 256))
         modules[name] = LowRank(down.half(), up.half())
     assert len(modules) == 560

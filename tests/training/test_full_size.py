@@ -12,31 +12,14 @@ import pytest
 from sdlora.lora.attach import count_parameters, match_modules
 from sdlora.models.load import empty_model
 
-SD15 = {"in_channels": 4, "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-SDXL = {
-    "in_channels": 4,
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
-
 
 @pytest.mark.parametrize(
-    ("config", "numbers", "modules", "trained"),
-    [(SD15, 859_520_964, 128, 3_188_736), (SDXL, 2_567_463_684, 560, 23_224_320)],
-    ids=["sd15", "sdxl"],
+    ("family", "numbers", "modules", "trained"),
+    [("sd1", 859_520_964, 128, 3_188_736), ("sdxl", 2_567_463_684, 560, 23_224_320)],
 )
-def test_attention_projections(config, numbers, modules, trained):
+def test_attention_projections(full_size, family, numbers, modules, trained):
     """R-07: all are found, and at rank 16 a file in fp16 holds 6.4 or 46.4 MB."""
-    unet = empty_model("unet", config)
+    unet = empty_model("unet", full_size[family])
     assert sum(parameter.numel() for parameter in unet.parameters()) == numbers
     names = match_modules(unet, ["attention"])
     assert len(names) == modules
@@ -89,9 +72,9 @@ print(json.dumps({
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize(("scheme", "most"), [("none", 6e9), ("nf4", 5e9)])
-def test_a_real_step_of_sd15(scheme, most):
+def test_a_real_step_of_sd15(full_size, scheme, most):
     """R-18, R-48: one step at 512 px in bf16 within 6 GB of resident memory, on NF4 within 5 GB."""
-    command = [sys.executable, "-c", STEP, json.dumps(SD15), scheme]
+    command = [sys.executable, "-c", STEP, json.dumps(full_size["sd1"]), scheme]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout)
     print(found)

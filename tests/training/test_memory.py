@@ -192,21 +192,6 @@ def test_the_plan_says_what_is_really_saved():
     assert json.loads(json.dumps(memory.as_event()))["peak"] == memory.peak
 
 
-SD15 = {"in_channels": 4, "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-SDXL = {
-    "in_channels": 4,
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -219,9 +204,9 @@ TEXTS["sdxl"] = {**TEXTS["sd1"], "text_encoder_2": 694_659_840}
 LARGE = ("sdxl", "sdxl-qlora-8gb", "sdxl-qlora-12gb", "sdxl-24gb")
 
 
-def full_size(family, settings):
+def describe_real_base(family, unet, settings):
     """A real base's description, without its weights."""
-    configs = {"unet": SDXL if family == "sdxl" else SD15, "vae": {**VAE, "force_upcast": family == "sdxl"}}
+    configs = {"unet": unet, "vae": {**VAE, "force_upcast": family == "sdxl"}}
     parts = {
         name: Part(name, config, (), "", sum(p.numel() for p in empty_model(name, config).parameters()))
         for name, config in configs.items()
@@ -235,13 +220,14 @@ def full_size(family, settings):
 @pytest.mark.parametrize(
     "preset", ["sd15", "sd15-8gb", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
 )
-def test_presets_say_what_the_plan_estimates(repository, preset):
+def test_presets_say_what_the_plan_estimates(repository, full_size, preset):
     """R-18: in their first line, for a GPU in bf16; the card has a tenth and the driver's to spare."""
     file = repository / "configs" / f"{preset}.toml"
     first = file.read_text(encoding="utf-8").splitlines()[0]
     card, stated = re.search(r"(?:with (\d+) GB)?: about ([\d.]+ GB) by the plan's estimate", first).groups()
     config = load_config(file, {"train.sample_every": 100})
-    info = full_size("sdxl" if "sdxl" in preset else "sd1", config.base)
+    family = "sdxl" if "sdxl" in preset else "sd1"
+    info = describe_real_base(family, full_size[family], config.base)
     parts = empty_components(info, text=False)
     ranks = dict.fromkeys(match_modules(parts, config.lora.targets), config.lora.rank)
     asked = Workload(config, info, parts, ranks, 0, Size(info.resolution, info.resolution))
