@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from sdlora.builtin.short_run import heldout_losses, train_shortly
 from sdlora.runs import RunFolder
-from sdlora.training.train import train
 from sdlora.writing import write_json
 
 BASES: dict[str, dict[str, Any]] = {
@@ -25,21 +25,7 @@ SEEDS = (0, 1, 2)
 
 def measure(images: Path, base: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     """One run: its UNet's bytes, the seconds of a step, and its loss where it learnt and where it is used."""
-    run = train(
-        images,
-        out=folder,
-        overrides={
-            **BASES[base],
-            "train.learning_rate": 2e-3,
-            "train.seed": seed,
-            "train.steps": steps,
-            "train.schedule": "cosine",
-            "train.save_every": 0,
-            "train.sample_every": 0,
-            "train.evaluate_every": steps,
-        },
-        quiet=True,
-    )
+    run = train_shortly(images, folder, rate=2e-3, seed=seed, steps=steps, settings=BASES[base])
     rates = [event["steps_per_second"] for event in run.events("step")]
     memory = next(run.events("plan"))["memory"]["unet"]
     return {
@@ -57,7 +43,7 @@ def losses_of(run: RunFolder) -> dict[str, float]:
     gap = next(run.events("gap"), None)
     if gap is not None:
         return {"trained": gap["trained"], "used": gap["used"]}
-    last = [event["loss"] for event in run.events("heldout") if event["split"] == "heldout"][-1]
+    last = heldout_losses(run)[-1]
     return {"trained": last, "used": last}
 
 

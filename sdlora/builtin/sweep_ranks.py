@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdlora.training.train import train
+from sdlora.builtin.short_run import heldout_losses, train_shortly
 from sdlora.writing import write_json
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -32,20 +32,10 @@ def measure(images: Path, rank: int, rate: float, seed: int, steps: int, folder:
     Args:
         folder: Gets the run.
     """
-    overrides = {
-        "lora.rank": rank,
-        "train.learning_rate": rate,
-        "train.seed": seed,
-        "train.steps": steps,
-        "train.schedule": "cosine",
-        "train.save_every": 0,
-        "train.sample_every": 0,
-        "train.evaluate_every": steps,
-    }
     started = time.process_time()
-    run = train(images, out=folder, overrides=overrides, quiet=True)
+    run = train_shortly(images, folder, rate=rate, seed=seed, steps=steps, settings={"lora.rank": rank})
     plan = next(run.events("plan"))
-    losses = [event["loss"] for event in run.events("heldout") if event["split"] == "heldout"]
+    losses = heldout_losses(run)
     return {
         "rank": rank,
         "learning_rate": rate,
