@@ -27,7 +27,7 @@ def test_attention_projections(full_size, family, numbers, modules, trained):
 
 
 STEP = """
-import json, sys, time, psutil, torch
+import ctypes, gc, json, sys, time, psutil, torch
 from pathlib import Path
 torch.set_num_threads(1)
 from sdlora.lora.adapter import create_adapter
@@ -54,6 +54,9 @@ unet.requires_grad_(False).eval()
 adapter = create_adapter(unet, match_modules(unet, ["attention"]), 16, 16.0, seed=0, family="sd1")
 mount(unet, [(adapter, 1.0)])
 optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4, fused=True)
+gc.collect()
+if hasattr(ctypes.CDLL(None), "malloc_trim"):
+    ctypes.CDLL(None).malloc_trim(0)  # what was let go may stay with glibc: how much is chance
 loaded, begun = psutil.Process().memory_info().rss, time.process_time()
 latents, hidden = torch.randn(1, 4, 64, 64).bfloat16(), torch.randn(1, 77, 768).bfloat16()
 answer = unet(latents, torch.tensor([500]), hidden, return_dict=False)[0].float()
@@ -82,5 +85,4 @@ def test_a_real_step_of_sd15(full_size, scheme, most):
     assert 0 < found["loss"] < 100
     assert found["peak"] < most
     stored = 2 * 859_520_964 * {"none": 1, "nf4": 0.43}[scheme]
-    # The allocator keeps room of the tensors that were let go.
-    assert found["loaded"] - found["started"] < stored + 600e6
+    assert found["loaded"] - found["started"] < stored + 150e6
