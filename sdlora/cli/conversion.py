@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sdlora.cli.tree import Force
+
 
 def register(app: typer.Typer) -> None:
     """Adds the verbs."""
@@ -65,9 +67,7 @@ def merge_into_base(
     ] = None,
     strength: Annotated[float, typer.Option(help="Of the LoRA.")] = 1.0,
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32.", show_default="as the base")] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Stand on a parent that is not the one trained on.")
-    ] = False,
+    force: Force = False,
 ) -> None:
     """Write a base that draws like a LoRA, with all it stands on; the base itself is only read."""
     from sdlora.config import load_config
@@ -80,8 +80,9 @@ def merge_into_base(
     from sdlora.sampling.session import base_of
     from sdlora.training.console import Report
 
-    *below, top = load_path(source, force=force)
+    warn = Report().warn
+    *below, top = load_path(source, force=force, warn=warn)
     stack = [*((step.adapter, step.ancestor.strength) for step in below), (top.adapter, strength)]
     name = base or base_of(top.file, top.adapter.notes)
-    place = write(stack, name, out, dtype=DTYPES[dtype] if dtype else None, warn=Report().warn)
+    place = write(stack, name, out, dtype=DTYPES[dtype] if dtype else None, warn=warn)
     typer.echo(f"wrote     {place}")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sdlora.cli.tree import Force
+
 
 def register(app: typer.Typer) -> None:
     """Adds the verbs."""
@@ -39,9 +41,7 @@ def sample(
     ] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder for grid.png and the single pictures.")] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Stand on a parent that is not the one trained on.")
-    ] = False,
+    force: Force = False,
 ) -> None:
     """Make a grid: prompts and seeds down, the base and the strengths across."""
     from sdlora.cli.values import check_base, parse_numbers, parse_size, read_prompts

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sdlora.cli.processes import heed_schedulers, is_first
+from sdlora.cli.tree import Force
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings, such as lora.rank=8.")
@@ -36,9 +37,7 @@ def train(
         str | None,
         typer.Option(metavar="FILE|RUN|NODE", help="A LoRA to train on top of, with all it stands on."),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Stand on a parent of the right name that holds other tensors.")
-    ] = False,
+    force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Train a style LoRA on an image folder."""

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from sdlora.lora.tree import AdapterTree
 
 Folder = Annotated[Path, typer.Argument(help="A folder of LoRA files, or of runs.")]
-Force = Annotated[bool, typer.Option("--force", help="Stand on a parent that is not the one trained on.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Take a changed parent for the right one; go without a missing one.")
+]
 StepStrengths = Annotated[
     str | None, typer.Option(metavar="NODE=NUMBER,...", help="Other strengths than those of the training.")
 ]
@@ -165,6 +167,8 @@ def flatten(
     tree = AdapterTree.from_folder(folder)
     check_out(out, (step.file for step in tree.nodes.values()))
     flat, cost = tree.flatten(node, strengths=changes, rank=rank, force=force)
+    for line in tree.refusals(node):
+        typer.echo(f"warning: {line}")
     report = export_adapter(flat, out, dialect=settings.formats[0], precision=settings.precision)
     typer.echo(f"path      {flat.notes['sdlora.flattened']}")
     for line in (*(cost.lines() if cost else ()), *report.lines()):

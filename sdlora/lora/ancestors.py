@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,9 +16,9 @@ from sdlora.lora.files import load_adapter
 from sdlora.lora.lineage import (
     KOHYA_ENDING,
     Ancestor,
-    check_digest,
     digest_adapter,
     digest_file,
+    explain_refusal,
     noted_digest,
     read_lineage,
 )
@@ -51,20 +51,27 @@ def stack_of(path: Sequence[Step]) -> Stack:
     return tuple((step.adapter, step.ancestor.strength) for step in path)
 
 
-def load_path(source: str | Path, *, force: bool = False) -> list[Step]:
+def load_path(
+    source: str | Path, *, force: bool = False, warn: Callable[[str], None] | None = None
+) -> list[Step]:
     """An adapter and all it stands on, the root first: the path that a child of it is trained on.
 
     Args:
         source: A LoRA file, a run folder, or a file without its ending, as a tree calls it.
-        force: Takes a file of the right name that holds other tensors.
+        force: As in `find_ancestors`, and so is `warn`.
 
     Raises:
         AdapterError: If there is no such file, or an ancestor is missing or changed.
     """
     file = find_source(source)
+    own = _load_step(file, name_of(file))
+    return [*find_ancestors(file, own.adapter, force=force, warn=warn), own]
+
+
+def _load_step(file: Path, name: str, strength: float = 1.0) -> Step:
     loaded = load_adapter(file, dtype=None)
-    own = Ancestor(name_of(file), digest_adapter(loaded))
-    return [*find_ancestors(file, loaded, force=force), Step(own, file, loaded.to(dtype=torch.float32))]
+    ancestor = Ancestor(name, digest_adapter(loaded), strength)
+    return Step(ancestor, file, loaded.to(dtype=torch.float32))
 
 
 def find_source(source: str | Path) -> Path:
@@ -92,7 +99,9 @@ def name_of(file: Path) -> str:
     return run.name if own == "final" else f"{run.name}/{own}"
 
 
-def find_ancestors(file: Path, adapter: Adapter, *, force: bool = False) -> list[Step]:
+def find_ancestors(
+    file: Path, adapter: Adapter, *, force: bool = False, warn: Callable[[str], None] | None = None
+) -> list[Step]:
     """Finds and loads the adapters that another one was trained on top of, the root first.
 
     They are looked for where the run of the file says, beside the file, in the folders beside it, and
@@ -101,7 +110,8 @@ def find_ancestors(file: Path, adapter: Adapter, *, force: bool = False) -> list
     Args:
         file: Where the adapter is from.
         adapter: As loaded.
-        force: Takes a file of the right name that holds other tensors.
+        force: Takes a file of the right name that holds other tensors, and goes without one that is missing.
+        warn: Told of each that is taken, or gone without, by force.
 
     Raises:
         AdapterError: If one is not there, or is not what it was; says what was expected and found.
@@ -109,18 +119,22 @@ def find_ancestors(file: Path, adapter: Adapter, *, force: bool = False) -> list
     path: list[Step] = []
     child, places = file, list(_places(file))
     for ancestor in reversed(read_lineage(adapter.notes)):
-        place = _find(ancestor, places, name_of(child), force)
-        loaded = load_adapter(place, dtype=None)
-        digest = digest_adapter(loaded)
-        if not force:
-            check_digest(name_of(child), ancestor, str(place), digest)
-        path.insert(0, Step(replace(ancestor, digest=digest), place, loaded.to(dtype=torch.float32)))
-        child, places = place, list(dict.fromkeys([*_places(place), *places]))
+        place = _find(ancestor, places)
+        step = _load_step(place, ancestor.name, ancestor.strength) if place else None
+        found = str(place or "beside it, nor in the folders above")
+        refusal = explain_refusal(name_of(child), ancestor, found, step.ancestor.digest if step else None)
+        if refusal and not force:
+            raise AdapterError(refusal)
+        if refusal and warn:
+            warn(refusal)
+        if step is not None:
+            path.insert(0, step)
+            child, places = step.file, list(dict.fromkeys([*_places(step.file), *places]))
     return path
 
 
-def _find(ancestor: Ancestor, places: Sequence[Path], child: str, force: bool) -> Path:
-    """The file with the ancestor's tensors; with `force`, else one of its name."""
+def _find(ancestor: Ancestor, places: Sequence[Path]) -> Path | None:
+    """The file with the ancestor's tensors, else one of its name."""
     unknown: list[Path] = []
     for place in places:
         with suppress(AdapterError):
@@ -133,15 +147,7 @@ def _find(ancestor: Ancestor, places: Sequence[Path], child: str, force: bool) -
         with suppress(AdapterError):
             if digest_file(place) == ancestor.digest:
                 return place
-    namesakes = [place for place in places if place.is_file() and name_of(place) == ancestor.name]
-    if not namesakes:
-        raise AdapterError(
-            f"{child} was trained on {ancestor}, which is not beside it, nor in the folders above; "
-            "put that file there"
-        )
-    if not force:
-        check_digest(child, ancestor, str(namesakes[0]), digest_file(namesakes[0]))
-    return namesakes[0]
+    return next((place for place in places if place.is_file() and name_of(place) == ancestor.name), None)
 
 
 def _run_of(file: Path) -> RunFolder | None:

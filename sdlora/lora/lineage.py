@@ -108,20 +108,21 @@ def lineage_below(name: str, parent: Adapter, strength: float = 1.0) -> tuple[An
     return (*read_lineage(parent.notes), Ancestor(name, digest_adapter(parent), strength))
 
 
-def check_digest(child: str, expected: Ancestor, found: str, digest: str) -> None:
-    """Refuses a parent that is not the one that a child was trained on.
+def explain_refusal(child: str, expected: Ancestor, found: str, digest: str | None) -> str | None:
+    """Why a child must not be used as things are: an error, and with `--force` a warning.
 
     Args:
         child: What to call it.
         expected: As the child's file names it.
-        found: What to call the one that is there.
-        digest: Of that one.
+        found: What to call the one that is there; where it was looked for, if there is none.
+        digest: Of that one; None if there is none.
 
-    Raises:
-        AdapterError: With what was expected and what was found.
+    Returns:
+        What was expected and what was found; None if that is the same.
     """
-    if digest != expected.digest:
-        raise AdapterError(
-            f"{child} was trained on {expected}, but {found} is {short(digest)} now; put the old file back, "
-            "or use --force to stand on this one"
-        )
+    if digest == expected.digest:
+        return None
+    trained = f"{child} was trained on {expected}"
+    if digest is None:
+        return f"{trained}, which is not {found}; put that file there (--force goes without it)"
+    return f"{trained}, but {found} is {short(digest)} now; put the old file back (--force takes this one)"

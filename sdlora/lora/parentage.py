@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sdlora.errors import AdapterError
-from sdlora.lora.lineage import Ancestor, check_digest
+from sdlora.lora.lineage import Ancestor, explain_refusal
 from sdlora.lora.nodes import Node
 
 
@@ -15,7 +14,7 @@ class Parentage:
     """The parents of nodes.
 
     Args:
-        parents: Node to parent, whether or not it is the right one.
+        parents: Node to parent, or to the nearest ancestor that is there, whether or not it is the right one.
         refused: Node to the line that says why it must not be used.
         problems: What is odd but does no harm, one line each.
     """
@@ -41,18 +40,14 @@ def find_parentage(nodes: Mapping[str, Node], place: str) -> Parentage:
     for name, node in nodes.items():
         if not node.lineage:
             continue
-        expected = node.lineage[-1]
-        parent = by_digest.get(expected.digest) or _namesake(expected, nodes)
-        if parent is None:
-            found.refused[name] = (
-                f"{name} was trained on {expected}, which is not in {place}; put that file there"
-            )
-            continue
-        found.parents[name] = parent
-        try:
-            check_digest(name, expected, parent, nodes[parent].digest)
-        except AdapterError as error:
-            found.refused[name] = str(error)
+        there = [by_digest.get(one.digest) or _namesake(one, name, nodes) for one in node.lineage]
+        parent = there[-1]
+        digest = nodes[parent].digest if parent else None
+        if refusal := explain_refusal(name, node.lineage[-1], parent or f"in {place}", digest):
+            found.refused[name] = refusal
+        # Below a gap, the path goes on with the next ancestor that is there.
+        if nearest := next(filter(None, reversed(there)), None):
+            found.parents[name] = nearest
     for name in nodes:
         _cut_circle(name, found)
     for name in nodes:
@@ -68,9 +63,10 @@ def path_of(name: str, parents: Mapping[str, str]) -> list[str]:
     return path
 
 
-def _namesake(ancestor: Ancestor, nodes: Mapping[str, Node]) -> str | None:
-    """A node that is called as the ancestor was."""
-    return next((name for name in nodes if ancestor.name in (name, name.rpartition("/")[2])), None)
+def _namesake(ancestor: Ancestor, child: str, nodes: Mapping[str, Node]) -> str | None:
+    """Another node that is called as the ancestor of a child was."""
+    called_so = (name for name in nodes if ancestor.name in (name, name.rpartition("/")[2]))
+    return next((name for name in called_so if name != child), None)
 
 
 def _cut_circle(name: str, found: Parentage) -> None:

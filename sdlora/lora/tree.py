@@ -63,7 +63,7 @@ class AdapterTree:
         parentage = find_parentage(self.nodes, str(folder))
         self.problems = [*problems, *parentage.problems]
         self.parents = parentage.parents
-        """Node to parent, whether or not it is the right one."""
+        """Node to parent, or to the nearest ancestor that is there, whether or not it is the right one."""
         self.refused = parentage.refused
         """Node to the line that says why it must not be used."""
         self._loaded: dict[tuple[str, str], Adapter] = {}
@@ -130,11 +130,14 @@ class AdapterTree:
         Raises:
             AdapterError: If one of them stands on a wrong, changed or missing parent.
         """
-        names = path_of(self.node(name).name, self.parents)
-        for step in names:
-            if step in self.refused and not force:
-                raise AdapterError(self.refused[step])
-        return [self.nodes[step] for step in names]
+        if not force and (lines := self.refusals(name)):
+            raise AdapterError(lines[0])
+        return [self.nodes[step] for step in path_of(name, self.parents)]
+
+    def refusals(self, name: str) -> list[str]:
+        """Why a node must not be used, one line for each step of its path; `force` uses it nevertheless."""
+        path = path_of(self.node(name).name, self.parents)
+        return [self.refused[step] for step in path if step in self.refused]
 
     def common_ancestor(self, first: str, second: str) -> Node | None:
         """The lowest node that is on both paths (a node is on its own); None if only the base is."""
@@ -197,7 +200,7 @@ class AdapterTree:
         Args:
             names: Nodes; None is the base, whose path is empty.
             changes: By node name.
-            force: Takes wrong parents for right ones.
+            force: As in `path`.
 
         Raises:
             AdapterError: If a node stands on a wrong parent, or a change is for none of the paths.
@@ -231,7 +234,7 @@ class AdapterTree:
             pipe: A stock diffusers pipeline.
             names: A node, or one for each sample of the batches to come; None is the base.
             strengths: By node name, where another than the one of the training is wanted.
-            force: Takes wrong parents for right ones.
+            force: As in `path`.
 
         Raises:
             AdapterError: If there is no such node, or one stands on a wrong, changed or missing parent.
@@ -264,7 +267,7 @@ class AdapterTree:
             name: The node.
             strengths: By node name, where another than the one of the training is wanted.
             rank: The nearest adapter of this rank; not given, ranks are joined and nothing is lost.
-            force: Takes wrong parents for right ones.
+            force: As in `path`.
 
         Returns:
             The adapter, and what a given rank has cost.

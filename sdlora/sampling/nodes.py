@@ -41,7 +41,7 @@ def sample_tree(
         base: The base; the one that the first node names if not given.
         out: The folder for the pictures; `samples/NAME` after the tree's folder if not given.
         size: Width and height in pixels; those of the training if not given.
-        force: Takes wrong parents for right ones.
+        force: Takes wrong parents for right ones, and goes without missing ones.
         progress: Told (finished, total) pictures.
         warn: Told what deserves attention, such as another base of the same family.
         changes: Keys of the section `sample`: prompts, seeds, steps, guidance …
@@ -60,6 +60,9 @@ def sample_tree(
     for name, path in zip(names, tree.strengths(names, strengths, force=force), strict=True):
         stack = tuple((tree.load(step), strength) for step, strength in path.items())
         columns.append(Column(stack, path[name], name))
+    for forced in dict.fromkeys(line for name in names for line in tree.refusals(name)):
+        if warn:
+            warn(forced)
     folder = Path(out) if out is not None else next_free_folder(Path("samples") / tree.folder.resolve().name)
     if (folder / "grid.png").exists():
         raise ConfigError(f"--out {folder} already holds a grid; give another folder")

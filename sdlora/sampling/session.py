@@ -97,7 +97,7 @@ def sample(
         step: The adapter that a run saved at this step; the final one if not given.
         out: The folder for the pictures; `samples/NAME` if not given.
         size: Width and height in pixels; those of the training if not given.
-        force: Stands a child on ancestors that are not those that it was trained on.
+        force: Takes wrong ancestors of a child for right ones, and goes without missing ones.
         progress: Told (finished, total) pictures.
         warn: Told what deserves attention, such as another base of the same family.
         changes: Keys of the section `sample`: prompts, seeds, strengths, steps, guidance …
@@ -111,7 +111,7 @@ def sample(
     subject = _find_subject(source, base, step)
     ancestors: list[Step] = []
     if subject.adapter is not None and subject.file is not None:
-        ancestors = find_ancestors(subject.file, subject.adapter, force=force)
+        ancestors = find_ancestors(subject.file, subject.adapter, force=force, warn=warn)
     config = subject.config.replace(sample=changes) if changes else subject.config
     if not config.sample.prompts:
         raise ConfigError("there is no prompt; give --prompt TEXT, or a run folder that has its own")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sdlora.config import LoraSection, RunConfig
@@ -18,8 +18,12 @@ from sdlora.models.info import BaseInfo
 SMALLEST_RANK = 4
 
 
-def find_parents(lora: LoraSection) -> tuple[Step, ...]:
+def find_parents(lora: LoraSection, warn: Callable[[str], None]) -> tuple[Step, ...]:
     """The path that the run stands on, the root first; empty without `lora.parent`.
+
+    Args:
+        lora: The settings.
+        warn: Told of what `lora.force_parent` takes or goes without.
 
     Raises:
         AdapterError: If the parent, or one of its ancestors, is missing or changed.
@@ -30,7 +34,7 @@ def find_parents(lora: LoraSection) -> tuple[Step, ...]:
         file = find_source(lora.parent)
     except AdapterError as error:
         raise AdapterError(f"lora.parent = {error}") from None
-    return tuple(load_path(file, force=lora.force_parent))
+    return tuple(load_path(file, force=lora.force_parent, warn=warn))
 
 
 def check_parents(parents: Sequence[Step], info: BaseInfo, model: Model) -> list[str]:

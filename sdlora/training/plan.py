@@ -289,7 +289,8 @@ def make_plan(config: RunConfig, num_processes: int = 1, machine: Machine = ANY_
     info = inspect_base(config.base, config.objective)
     check_objective(config, info)
     index, buckets = read_dataset(config, info)
-    parents = find_parents(config.lora)
+    forced: list[str] = []
+    parents = find_parents(config.lora, forced.append)
     config, about_rank = with_parents(config, parents)
     config = resolve_config(config, info, index, num_processes)
     findings, data_lines = examine_images(config, info, index, buckets)
@@ -300,7 +301,7 @@ def make_plan(config: RunConfig, num_processes: int = 1, machine: Machine = ANY_
     if unchecked:
         findings.append(Finding("notice", unchecked))
     parts = empty_components(info, text=config.lora.text_encoder)
-    findings += [Finding("warning", line) for line in check_parents(parents, info, parts)]
+    findings += [Finding("warning", line) for line in (*forced, *check_parents(parents, info, parts))]
     findings += [Finding("notice", about_rank)] if about_rank else []
     layout = plan_layout(config.lora, match_modules(parts, config.lora.targets))
     check_optimizer(config.train, list(layout.ranks))

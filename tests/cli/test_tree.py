@@ -61,7 +61,7 @@ def test_show(sdlora, styles, broken):
     code, printed, _ = sdlora("tree", "show", broken)
     assert code == 0
     assert "ink/portraits was trained on ink (" in printed
-    assert "; put that file there\n" in printed, "a narrow console cuts nothing"
+    assert "; put that file there (--force goes without it)\n" in printed, "a narrow console cuts nothing"
 
 
 def test_verify(sdlora, styles, broken):
@@ -165,9 +165,25 @@ def test_a_child_is_planned(sdlora, styles, make_images):
     assert "lora.force_parent = true has no effect alone" in errors[0]
 
 
-def test_force(sdlora, broken, tmp_path):
-    """For those who know: a missing parent is gone without."""
-    out = tmp_path / "flat.safetensors"
-    code, printed, _ = sdlora("tree", "flatten", broken, "ink/portraits", "--out", out, "--force")
-    assert code == 0
-    assert "path      ink/portraits" in printed
+def test_force(sdlora, broken, make_images, tmp_path):
+    """R-41: every verb refuses a child whose parent is missing; with --force it goes without, and says so."""
+    quick = ("--prompt", "x", "--steps", 1, "--size", "64x64")
+    child = broken / "ink" / "portraits.safetensors"
+    commands = {
+        "flat.safetensors": ("tree", "flatten", broken, "ink/portraits"),
+        "nodes": ("tree", "sample", broken, *quick),
+        "grid": ("sample", child, *quick),
+        "merged": ("merge-into-base", child),
+        "run": ("train", make_images(), "--parent", child, "--dry-run", "data.resolution=64"),
+    }
+    for out, command in commands.items():
+        code, _, errors = sdlora(*command, "--out", tmp_path / out)
+        assert (code, len(errors)) == (2, 1)
+        assert "portraits was trained on ink (" in errors[0]
+        assert "(--force goes without it)" in errors[0]
+        assert not (tmp_path / out).exists()
+        code, printed, errors = sdlora(*command, "--out", tmp_path / out, "--force")
+        assert code == 0, errors
+        warnings = [line for line in printed.splitlines() if line.startswith("warning: ") and "ink" in line]
+        assert [line.endswith("(--force goes without it)") for line in warnings] == [True]
+    assert inspect_adapter(tmp_path / "flat.safetensors").rank == 2

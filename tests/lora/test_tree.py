@@ -151,6 +151,27 @@ def test_a_missing_parent_is_refused(small, pipe):
     ]  # fmt: skip
 
 
+def test_a_gap_in_the_path(small):
+    """A child whose parent is missing is shown, and by force used, on the nearest ancestor that is there."""
+    (small / "ink" / "portraits.safetensors").unlink()
+    tree = AdapterTree.from_folder(small)
+    assert tree.parent("ink/portraits/old").name == "ink"
+    assert tree.refusals("ink/portraits/old") == [tree.refused["ink/portraits/old"]]
+    with pytest.raises(AdapterError, match="which is not in"):
+        tree.path("ink/portraits/old")
+    assert [node.name for node in tree.path("ink/portraits/old", force=True)] == ["ink", "ink/portraits/old"]
+
+
+def test_a_node_that_is_called_as_its_missing_parent(grow):
+    """The missing parent is named; the node is not taken for it."""
+    grow("ink", **SHAPES[0])
+    grow("new/ink", "ink", **SHAPES[1])
+    (grow.folder / "ink.safetensors").unlink()
+    tree = AdapterTree.from_folder(grow.folder)
+    assert "new/ink was trained on ink (" in tree.refused["new/ink"]
+    assert "which is not in" in tree.refused["new/ink"]
+
+
 def test_tensors_that_were_changed_under_the_old_hash_are_found(small, pipe):
     """A header can say anything; what is mounted was checked."""
     file = small / "ink" / "maps.safetensors"

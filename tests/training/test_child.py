@@ -291,6 +291,9 @@ def test_wrong_parents_are_refused(save_style, small, images):
         AdapterError, match=r"portraits was trained on ink \(\w{12}\), which is not beside it"
     ):
         make_plan(small(images, lora__parent=str(leaf)))
+    plan = make_plan(small(images, lora__parent=str(leaf), lora__force_parent=True))
+    assert [step.ancestor.digest for step in plan.parents] == [digest_file(leaf)]
+    assert any("which is not beside it" in found.message for found in plan.findings)
     other = save_style("other", **{"sdlora.family": "sdxl"})
     with pytest.raises(AdapterError, match="is for family sdxl"):
         make_plan(small(images, lora__parent=str(other)))
