@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -99,14 +99,18 @@ class Dropout:
         return drop
 
 
-class LoraLinear(nn.Module):
-    """`base(x) + sum of scale * up(down(x))` over the stack (LoRA, arXiv 2106.09685, equation 3).
+class _Carrier(nn.Module):
+    """A frozen layer with a stack. Its state is the layer's, under the layer's names.
+
+    So a network that carries adapters is saved and loaded as its base: what is mounted is a file of its own.
 
     Args:
         base: The layer as it was; left untouched.
     """
 
-    def __init__(self, base: nn.Linear) -> None:
+    base: nn.Linear | nn.Conv2d
+
+    def __init__(self, base: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
         self.base = base
         self.stack: tuple[StackEntry, ...] = ()
@@ -120,6 +124,26 @@ class LoraLinear(nn.Module):
     def bias(self) -> Tensor | None:
         """The base's bias."""
         return self.base.bias
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the base."""
+        return self.base.state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Passes what is for the layer down to it."""
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}base.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LoraLinear(_Carrier):
+    """`base(x) + sum of scale * up(down(x))` over the stack (LoRA, arXiv 2106.09685, equation 3).
+
+    Args:
+        base: The layer as it was; left untouched.
+    """
+
+    base: nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., in) to (..., out); pairs go where `x` is, in its dtype, for the product."""
@@ -131,27 +155,14 @@ class LoraLinear(nn.Module):
         return y
 
 
-class LoraConv2d(nn.Module):
+class LoraConv2d(_Carrier):
     """As `LoraLinear`: `down` has the base's kernel, stride and padding, `up` is 1x1.
 
     Args:
         base: The layer as it was; left untouched.
     """
 
-    def __init__(self, base: nn.Conv2d) -> None:
-        super().__init__()
-        self.base = base
-        self.stack: tuple[StackEntry, ...] = ()
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight; other code asks a layer for its dtype and device by it."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias."""
-        return self.base.bias
+    base: nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, in, H, W) to (B, out, H', W'); pairs go where `x` is, in its dtype, for the product."""

@@ -229,6 +229,7 @@ class AdapterTree:
         """Makes a pipeline draw like a node: what is mounted is taken off, the node's path is put on.
 
         Nothing is fused, so base weights stay as they are to the last bit, and a switch takes milliseconds.
+        What `pipe.save_pretrained` writes is the base; `flatten` and `merge-into-base` take a node along.
 
         Args:
             pipe: A stock diffusers pipeline.

@@ -233,6 +233,27 @@ def test_mounting_on_components(components, make_adapter):
     assert {name: dict(model.named_modules()) for name, model in components.items()} == before
 
 
+def test_a_mounted_network_is_saved_as_its_base(components, make_adapter, tmp_path):
+    """R-38: what other libraries save and load is the plain base; a copy carries what it carries."""
+    plain = {part: copy.deepcopy(network).state_dict() for part, network in components.items()}
+    mount(components, [(make_adapter(components, targets=["all", "text_attention"]), 1.0)])
+    for part, network in components.items():
+        assert lora_layers({part: network})
+        assert network.state_dict().keys() == plain[part].keys()
+        network.save_pretrained(tmp_path / part)
+        loaded, report = type(network).from_pretrained(tmp_path / part, output_loading_info=True)
+        assert not report["missing_keys"]
+        assert not report["unexpected_keys"]
+        again = copy.deepcopy(network)
+        for parameter in again.parameters():
+            parameter.data.zero_()
+        again.load_state_dict(plain[part])
+        assert lora_layers({part: again}).keys() == lora_layers({part: network}).keys()
+        for name, tensor in plain[part].items():
+            assert torch.equal(loaded.state_dict()[name], tensor)
+            assert torch.equal(again.state_dict()[name], tensor)
+
+
 def test_a_module_may_have_its_own_scale(unet, run, make_adapter):
     """R-33: `scales` is a factor for each module, in the network as in the folded adapter."""
     adapter = make_adapter(unet, alpha=2)
