@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from sdlora.errors import MAX_PROBLEMS, ConfigError, shorten
-from sdlora.problems import describe_error
+from sdlora.problems import describe_error, guess_key
 from sdlora.reading import MAX_DEPTH, UnfitFileError, parse_toml, read_bytes, read_json
 
 MAX_TOML_BYTES = 256 * 2**10
@@ -350,8 +350,13 @@ def load_config(
 def _set_nested(values: dict[str, Any], key: str, value: Any) -> str:
     """Puts a value where its key says; gives the problem if it cannot be put there."""
     *tables, name = key.split(".")
+    if not tables and (guess := guess_key(name, RunConfig)):
+        return f"{shorten(key)} is not a setting; {guess}"
     if not tables or "" in (*tables, name) or len(tables) > MAX_DEPTH:
-        return f"{shorten(key)}: give settings as section.key=value, such as lora.rank=8"
+        return (
+            f"{shorten(key)}: give settings as section.key=value, such as lora.rank=8; "
+            "`sdlora settings` lists all"
+        )
     place = values
     for number, table in enumerate(tables, 1):
         inner = place.setdefault(table, {})

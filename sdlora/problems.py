@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from sdlora.errors import shorten
+from sdlora.settings import ELSEWHERE
 
 
 def describe_error(item: dict[str, Any], model: type[BaseModel]) -> str:
@@ -66,18 +67,28 @@ def _reason(item: dict[str, Any]) -> str:
     return text.format(**context) if text else f"is not valid ({item['msg'].lower()})"
 
 
+def guess_key(name: str, model: type[BaseModel]) -> str:
+    """What is probably meant by a name without its section, or another trainer's; nothing if unknown."""
+    key = name.lstrip("-").replace("-", "_")
+    if known := ELSEWHERE.get(key):
+        return f"in sdlora: {known}"
+    same = [f"{section}.{key}" for section, kind in _sections(model).items() if key in kind.model_fields]
+    return f"did you mean {' or '.join(same)}?" if same else ""
+
+
 def _nearest(path: list[str], model: type[BaseModel]) -> str:
     """Names the setting that was probably meant."""
     sections = _sections(model)
+    if known := guess_key(path[-1], model):
+        return known
     if len(path) == 1:
         guess = difflib.get_close_matches(path[0], list(sections), 1, 0.5)
         return (
             f"did you mean the section [{guess[0]}]?" if guess else f"the sections are {', '.join(sections)}"
         )
     keys = sorted(f"{section}.{name}" for section, kind in sections.items() for name in kind.model_fields)
-    same = [key for key in keys if key.split(".")[1] == path[1]]
     own = [key for key in keys if key.startswith(f"{path[0]}.")]
-    guess = same or difflib.get_close_matches(".".join(path), own, 1, 0.5)
+    guess = difflib.get_close_matches(".".join(path), own, 1, 0.5)
     guess = guess or difflib.get_close_matches(".".join(path), keys, 1, 0.5)
     return (
         f"did you mean {guess[0]}?" if guess else f"[{path[0]}] has {', '.join(k.split('.')[1] for k in own)}"

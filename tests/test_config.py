@@ -32,7 +32,11 @@ def problems(*overrides: str) -> list[str]:
         ("lora.rnk=3", "lora.rnk is not a setting; did you mean lora.rank?"),
         ("lroa.rank=3", "lroa is not a setting; did you mean the section [lora]?"),
         ("train.rank=4", "train.rank is not a setting; did you mean lora.rank?"),
-        ("rank=4", "rank: give settings as section.key=value, such as lora.rank=8"),
+        ("rank=4", "rank is not a setting; did you mean lora.rank?"),
+        ("x=4", "x: give settings as section.key=value, such as lora.rank=8; `sdlora settings` lists all"),
+        ("network_dim=4", "network_dim is not a setting; in sdlora: lora.rank"),
+        ("train.network_dim=4", "train.network_dim is not a setting; in sdlora: lora.rank"),
+        ("data.keep_tokens=1", "data.keep_tokens is not a setting; in sdlora: nothing: captions are used as"),
         ("train.learning_rate=-1", "train.learning_rate = -1 must be above 0; use 1e-5 to 1e-3 on SD 1.5"),
         (
             'train.learning_rates={"*.attn2.*"=0}',

@@ -18,7 +18,8 @@ ALLOWED = {
     "errors": set(),
     "reading": set(),
     "writing": set(),
-    "problems": {"errors"},
+    "settings": set(),
+    "problems": {"errors", "settings"},
     "config": {"errors", "reading", "problems"},
     "runs": {"errors", "reading", "writing", "config"},
     **dict.fromkeys(COLUMNS, GROUND),
@@ -28,7 +29,10 @@ ALLOWED = {
     "conversion": GROUND | COLUMNS,
     "evaluation": GROUND | COLUMNS | {"sampling", "export", "postflight"},
     "training": GROUND | COLUMNS | {"sampling", "export", "postflight", "evaluation"},
-    "cli": GROUND | COLUMNS | {"sampling", "export", "postflight", "conversion", "evaluation", "training"},
+    "cli": GROUND
+    | COLUMNS
+    | {"sampling", "export", "postflight", "conversion", "evaluation", "training"}
+    | {"problems", "settings"},
 }
 LIBRARIES = {
     "diffusers": {"models", "sampling"},
@@ -37,7 +41,7 @@ LIBRARIES = {
     "peft": set(),
     "bitsandbytes": {"models"},
 }
-WITHOUT_TORCH = {"errors", "reading", "writing", "problems", "config", "runs", "report"}
+WITHOUT_TORCH = {"errors", "reading", "writing", "settings", "problems", "config", "runs", "report"}
 
 
 def unit_of(path: Path) -> str:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from sdlora.cli import conversion, files, look, rank, train, tree
+from sdlora.cli import conversion, files, look, rank, settings, train, tree
 from sdlora.cli.processes import STOP_SECONDS, speaks_for_host, wait_for_first
 from sdlora.errors import ProcessLost, RunStopped, SdloraError
 
@@ -37,6 +37,7 @@ def _options(
 
 
 train.register(app)
+settings.register(app)
 look.register(app)
 files.register(app)
 rank.register(app)

@@ -11,7 +11,10 @@ from sdlora.cli.processes import heed_schedulers, is_first
 from sdlora.cli.tree import Force
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings, such as lora.rank=8.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[section.key=value]...", help="Settings, such as lora.rank=8; `sdlora settings` lists them."
+    ),
 ]
 
 
@@ -22,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    images: Annotated[Path, typer.Argument(help="A folder of captioned pictures.")],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of captioned pictures.")],
     overrides: Overrides = None,
     base: Annotated[
         str | None,
@@ -64,7 +67,7 @@ def train(
 
 
 def resume(
-    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
     overrides: Overrides = None,
     allow_changed: Annotated[
         list[str] | None,
