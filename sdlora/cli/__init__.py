@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
 
@@ -45,12 +46,40 @@ tree.register(app)
 conversion.register(app)
 
 
+# Typer exports none of its usage errors but this one; they have one parent.
+USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+def describe_usage(error: Any) -> str:
+    """One line for a command that cannot be parsed; empty where the help was printed instead."""
+    from sdlora.config import RunConfig
+    from sdlora.problems import guess_key
+
+    option = getattr(error, "option_name", "")
+    if guess := guess_key(option, RunConfig):
+        return f"{option} is no option; {guess}"
+    text = " ".join(error.format_message().split())
+    command = error.ctx.command_path if error.ctx else "sdlora"
+    return f"{text.rstrip('.')}; see `{command} --help`" if text else ""
+
+
 def main() -> None:
     """Runs a command; the exit code says how it went."""
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
-        app([argument for argument in arguments if argument != "--debug"], prog_name="sdlora")
+        code = app(
+            [argument for argument in arguments if argument != "--debug"],
+            prog_name="sdlora",
+            standalone_mode=False,
+        )
+        raise SystemExit(code or 0)
+    except USAGE_ERROR as error:
+        if debug:
+            raise
+        if text := describe_usage(error):
+            typer.echo(f"sdlora: {text}", err=True)
+        raise SystemExit(2) from None
     except SdloraError as error:
         if debug:
             raise

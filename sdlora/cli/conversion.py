@@ -18,7 +18,8 @@ def register(app: typer.Typer) -> None:
 
 def extract(
     tuned: Annotated[
-        str, typer.Argument(help="A fine-tuned base: a diffusers folder, a .safetensors file, a hub id.")
+        str,
+        typer.Argument(metavar="TUNED", help="A fine-tuned base: a folder, a .safetensors file, a hub id."),
     ],
     out: Annotated[Path, typer.Option(help="The file to write.")],
     base: Annotated[str, typer.Option(help="The base that it was made of.")],

@@ -44,7 +44,11 @@ def export(
         typer.echo(f"uploaded  {push_run(source, push_to_hub)}")
 
 
-def info(file: Annotated[Path, typer.Argument(help="A LoRA file of any dialect, or a run folder.")]) -> None:
+def info(
+    file: Annotated[
+        Path, typer.Argument(metavar="RUN|LORA", help="A LoRA file of any dialect, or a run folder.")
+    ],
+) -> None:
     """Say what a LoRA file is: family, rank, alpha, targets, metadata."""
     from contextlib import suppress
 

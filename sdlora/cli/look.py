@@ -85,7 +85,7 @@ def sample(
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
 ) -> None:
     """Measure a run: held-out loss, and how far its samples are from the held-out pictures."""
     from sdlora.runs import RunFolder
@@ -102,7 +102,7 @@ def evaluate(
 
 
 def advise_rank(
-    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
     keep: Annotated[float, typer.Option(help="The share of what was learned that is enough.")] = 0.99,
     ranks: Annotated[
         str | None, typer.Option(help="To try, such as 2,4,8.", show_default="powers of two")
@@ -124,7 +124,7 @@ def advise_rank(
 
 
 def doctor(
-    images: Annotated[Path, typer.Argument(help="A folder of pictures.")],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of pictures.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[section.key=value]...", help="Settings, such as data.trigger=x."),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sdlora.lora.nodes import Node
     from sdlora.lora.tree import AdapterTree
 
-Folder = Annotated[Path, typer.Argument(help="A folder of LoRA files, or of runs.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of LoRA files, or of runs.")]
 Force = Annotated[
     bool, typer.Option("--force", help="Take a changed parent for the right one; go without a missing one.")
 ]
@@ -96,7 +96,8 @@ def verify(folder: Folder) -> None:
 def sample(
     folder: Folder,
     nodes: Annotated[
-        list[str] | None, typer.Argument(help="The nodes to compare.", show_default="all")
+        list[str] | None,
+        typer.Argument(metavar="[NODE]...", help="The nodes to compare.", show_default="all"),
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line.")] = None,
@@ -147,7 +148,9 @@ def sample(
 
 def flatten(
     folder: Folder,
-    node: Annotated[str, typer.Argument(help="The node: its path in the folder, without the ending.")],
+    node: Annotated[
+        str, typer.Argument(metavar="NODE", help="The node: its path in the folder, less the ending.")
+    ],
     out: Annotated[Path, typer.Option(help="The file to write.")],
     rank: Annotated[int | None, typer.Option(help="The nearest of this rank.", show_default="exact")] = None,
     strengths: StepStrengths = None,

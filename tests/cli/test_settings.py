@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any, get_args
 
+import pytest
+
 from sdlora.config import RunConfig, Section
 from sdlora.settings import ELSEWHERE, MEANINGS
 
@@ -70,3 +72,28 @@ def test_other_trainers_names():
     for row in table.splitlines():
         for option in re.findall(r"`--([a-z0-9_]+)", " ".join(row.split("|")[1:3])):
             assert option in ELSEWHERE or option in own or option == "base", option
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        (("train", "x", "--network_dim", "8"), "--network_dim is no option; in sdlora: lora.rank"),
+        (("train", "x", "--rank=8"), "--rank is no option; did you mean lora.rank?"),
+        (("train",), "Missing argument 'IMAGES'; see `sdlora train --help`"),
+        (("trian", "x"), "No such command 'trian'. Did you mean 'train'?; see `sdlora --help`"),
+        (("sample", "--steps", "many"), "Invalid value for '--steps': "),
+    ],
+)
+def test_a_mistake_in_the_command_is_one_line(sdlora, command, line):
+    """R-35: in the same form as all others, without a frame and without the usage."""
+    code, printed, error = sdlora(*command)
+    assert (code, printed) == (2, "")
+    [told] = error
+    assert told.startswith(f"sdlora: {line}")
+
+
+def test_without_a_command(sdlora):
+    """The help, and nothing else."""
+    code, printed, error = sdlora()
+    assert (code, error) == (2, [])
+    assert "Usage: sdlora" in printed
