@@ -174,8 +174,7 @@ def merge(
     check_out(out, files)
     adapters = [load_adapter(file, dtype=None) for file in files]
     pairs = list(zip(adapters, factors, strict=True))
-    joined = join(pairs, method, rank=rank, density=density, seed=seed)  # type: ignore[arg-type]
-    for line in export_adapter(
-        joined, out, dialect=settings.formats[0], precision=settings.precision
-    ).lines():
+    joined, report = join(pairs, method, rank=rank, density=density, seed=seed)  # type: ignore[arg-type]
+    written = export_adapter(joined, out, dialect=settings.formats[0], precision=settings.precision)
+    for line in (*(report.lines() if report else ()), *written.lines()):
         typer.echo(line)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from sdlora.errors import AdapterError, ConfigError
 from sdlora.lora.adapter import Adapter, LowRank
 from sdlora.lora.decompose import decompose, decompose_dense
+from sdlora.lora.resize import describe_error
 
 Method = Literal["concatenate", "svd", "ties", "dare"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -33,6 +36,23 @@ _KEPT_NOTES = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What the rank of a merged adapter could not hold.
+
+    Args:
+        error: Norm of what is lost over the norm of the whole change.
+        worst: The module that lost most, with its own relative error.
+    """
+
+    error: float
+    worst: tuple[str, float]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        return [describe_error(self.error, self.worst)]
+
+
 def merge(
     adapters: Sequence[tuple[Adapter, float]],
     method: Method = "concatenate",
@@ -40,7 +60,7 @@ def merge(
     rank: int | None = None,
     density: float | None = None,
     seed: int | None = None,
-) -> Adapter:
+) -> tuple[Adapter, MergeReport | None]:
     """Joins adapters of one family into one; modules that only some of them have are joined from those.
 
     Args:
@@ -54,7 +74,7 @@ def merge(
         seed: Of `dare`, 0 if not given; a draw depends on it, the adapter's place and the module's name.
 
     Returns:
-        An adapter with alpha == rank, in fp32.
+        An adapter with alpha == rank, in fp32; and what its rank could not hold, where it was limited.
 
     Raises:
         ConfigError: If the settings do not go together.
@@ -65,7 +85,7 @@ def merge(
     largest = rank or max(adapter.rank for adapter, _ in adapters)
     join = _joiner(method, largest, density, seed or 0)
     names = dict.fromkeys(name for adapter, _ in adapters for name in adapter.modules)
-    modules: dict[str, LowRank] = {}
+    modules: dict[str, _Joined] = {}
     for name in names:
         parts = [
             (number, _weighted(adapter, name, weight))
@@ -79,9 +99,11 @@ def merge(
     first = adapters[0][0]
     family = next((adapter.family for adapter, _ in adapters if adapter.family), "")
     notes = {key: first.notes[key] for key in _KEPT_NOTES if key in first.notes}
-    notes["sdlora.merged"] = json.dumps(_describe(adapters, method, density), ensure_ascii=False)
-    total = max(pair.rank for pair in modules.values())
-    return Adapter(modules, total, float(total), family, first.parent, notes)
+    report = None if method == "concatenate" else _report(modules)
+    notes["sdlora.merged"] = json.dumps(_describe(adapters, method, density, report), ensure_ascii=False)
+    pairs = {name: joined.pair for name, joined in modules.items()}
+    total = max(pair.rank for pair in pairs.values())
+    return Adapter(pairs, total, float(total), family, first.parent, notes), report
 
 
 def _check(adapters: Sequence[tuple[Adapter, float]], method: Method, **given: float | None) -> None:
@@ -112,7 +134,9 @@ def _check(adapters: Sequence[tuple[Adapter, float]], method: Method, **given: f
         )
 
 
-def _describe(adapters: Sequence[tuple[Adapter, float]], method: Method, density: float) -> dict[str, object]:
+def _describe(
+    adapters: Sequence[tuple[Adapter, float]], method: Method, density: float, report: MergeReport | None
+) -> dict[str, object]:
     parts = [
         {
             "name": adapter.notes.get("ss_output_name", ""),
@@ -122,7 +146,16 @@ def _describe(adapters: Sequence[tuple[Adapter, float]], method: Method, density
         for adapter, w in adapters
     ]
     extra = {"density": density} if method in ("ties", "dare") else {}
-    return {"method": method, **extra, "parts": parts}
+    lost = {"error": float(f"{report.error:.2e}")} if report else {}
+    return {"method": method, **extra, **lost, "parts": parts}
+
+
+def _report(modules: Mapping[str, _Joined]) -> MergeReport:
+    errors = {name: joined.lost / joined.norm if joined.norm else 0.0 for name, joined in modules.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    lost = math.hypot(*(joined.lost for joined in modules.values()))
+    norm = math.hypot(*(joined.norm for joined in modules.values()))
+    return MergeReport(lost / norm if norm else 0.0, (worst, errors[worst]))
 
 
 def _weighted(adapter: Adapter, name: str, weight: float) -> LowRank:
@@ -135,19 +168,30 @@ def _weighted(adapter: Adapter, name: str, weight: float) -> LowRank:
 Parts = list[tuple[int, LowRank]]
 
 
-def _joiner(method: Method, rank: int, density: float, seed: int) -> Callable[[str, Parts], LowRank]:
+class _Joined(NamedTuple):
+    """One module of the result."""
+
+    pair: LowRank
+    norm: float = 0.0
+    """Of the change that the pair stands for, where its rank is limited."""
+    lost: float = 0.0
+    """The norm of what the pair could not hold."""
+
+
+def _joiner(method: Method, rank: int, density: float, seed: int) -> Callable[[str, Parts], _Joined]:
     """Joins the pairs of one module, given with the place of their adapter."""
 
-    def exact(name: str, parts: Parts) -> LowRank:
-        return concatenate([pair for _, pair in parts])
+    def exact(name: str, parts: Parts) -> _Joined:
+        return _Joined(concatenate([pair for _, pair in parts]))
 
-    def svd(name: str, parts: Parts) -> LowRank:
-        return decompose(exact(name, parts)).truncate(rank)
+    def svd(name: str, parts: Parts) -> _Joined:
+        whole = decompose(exact(name, parts).pair)
+        return _Joined(whole.truncate(rank), float(whole.values.norm()), float(whole.values[rank:].norm()))
 
-    def ties(name: str, parts: Parts) -> LowRank:
+    def ties(name: str, parts: Parts) -> _Joined:
         return _nearest(elect_signs([trim(delta(pair), density) for _, pair in parts]), rank, parts[0][1])
 
-    def dare(name: str, parts: Parts) -> LowRank:
+    def dare(name: str, parts: Parts) -> _Joined:
         kept = [drop(delta(pair), density, f"{seed}/dare/{place}/{name}") for place, pair in parts]
         return _nearest(torch.stack(kept).sum(0), rank, parts[0][1])
 
@@ -192,6 +236,7 @@ def drop(change: Tensor, density: float, key: str) -> Tensor:
     return change * kept / density
 
 
-def _nearest(change: Tensor, rank: int, like: LowRank) -> LowRank:
+def _nearest(change: Tensor, rank: int, like: LowRank) -> _Joined:
     """The nearest pair of a rank to a dense change of a module."""
-    return decompose_dense(change, rank, tuple(like.down.shape[1:])).truncate(rank)
+    pair = decompose_dense(change, rank, tuple(like.down.shape[1:])).truncate(rank)
+    return _Joined(pair, float(change.norm()), float((change - delta(pair)).norm()))

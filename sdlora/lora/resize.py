@@ -46,8 +46,13 @@ class ResizeReport:
             f"resized   by {self.rule}: {self.before:,} parameters become {self.after:,} "
             f"({self.after / self.before:.0%})",
             f"rank      {ranks}{more}{left_out}",
-            f"error     {self.error:.2%} of the whole change; most in {self.worst[0]} ({self.worst[1]:.2%})",
+            describe_error(self.error, self.worst),
         ]
+
+
+def describe_error(error: float, worst: tuple[str, float]) -> str:
+    """What a smaller rank costs, for people: norms of what is lost over norms of what there was."""
+    return f"error     {error:.2%} of the whole change; most in {worst[0]} ({worst[1]:.2%})"
 
 
 def resize(

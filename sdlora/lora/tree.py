@@ -274,7 +274,8 @@ class AdapterTree:
             The adapter, and what a given rank has cost.
         """
         path = self.strengths([name], strengths, force=force)[0]
-        joined = merge([(replace(self.load(step), parent=None), strength) for step, strength in path.items()])
+        parts = [(replace(self.load(step), parent=None), strength) for step, strength in path.items()]
+        joined, _ = merge(parts)
         own = {key: text for key, text in self.node(name).notes.items() if key not in (PARENT, LINEAGE)}
         if strengths or force:
             own.pop("sdlora.heldout_loss", None)

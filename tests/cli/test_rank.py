@@ -51,7 +51,7 @@ def test_resize(sdlora, style, tmp_path):
 
 
 def test_merge(sdlora, style, tmp_path):
-    """The exact weighted sum."""
+    """The exact weighted sum; to a rank with its cost."""
     out = tmp_path / "sum.safetensors"
     code, _, errors = sdlora("merge", style, style, "--weights", "0.5,1", "--out", out, "--precision", "fp32")
     assert code == 0, errors
@@ -60,6 +60,9 @@ def test_merge(sdlora, style, tmp_path):
         joined = both.modules[name]
         assert joined.rank == 8
         assert torch.allclose(joined.up @ joined.down, 1.5 * pair.up @ pair.down, atol=1e-5)
+    code, printed, errors = sdlora("merge", style, style, "--method", "svd", "--rank", 2, "--out", out)
+    assert code == 0, errors
+    assert [line[:10] for line in printed.splitlines()] == ["error     ", "wrote     "]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -36,7 +37,8 @@ def weighted_sum(deltas, adapters):
 def test_concatenation_is_the_exact_sum(two, deltas):
     """R-02: every module's change is the fp64 sum, ranks add where modules meet."""
     adapters = [(two[0], 0.7), (two[1], -0.3)]
-    joined = merge(adapters)
+    joined, report = merge(adapters)
+    assert report is None
     expected = weighted_sum(deltas, adapters)
     found = deltas(joined)
     assert set(found) == set(expected)
@@ -50,7 +52,7 @@ def test_concatenation_is_the_exact_sum(two, deltas):
 def test_sum_loads_in_diffusers(two, dialect, unet, tmp_path, make_pipeline, peft_deltas, deltas):
     """R-01: the file does in a stock pipeline what the two adapters do together."""
     adapters = [(two[0], 1.0), (two[1], 0.5)]
-    file = save_adapter(tmp_path / "sum.safetensors", merge(adapters), dialect=dialect)
+    file = save_adapter(tmp_path / "sum.safetensors", merge(adapters)[0], dialect=dialect)
     pipeline = make_pipeline(unet)
     pipeline.load_lora_weights(str(tmp_path), weight_name=file.name, adapter_name="sum_7f")
     loaded, expected = peft_deltas(pipeline.unet, "sum_7f"), weighted_sum(deltas, adapters)
@@ -62,18 +64,35 @@ def test_sum_loads_in_diffusers(two, dialect, unet, tmp_path, make_pipeline, pef
 def test_svd_is_the_nearest_of_its_rank(two, deltas):
     """As the dense SVD of the sum."""
     adapters = [(two[0], 1.0), (two[1], 1.0)]
-    joined = merge(adapters, "svd", rank=3)
+    joined, _ = merge(adapters, "svd", rank=3)
     for name, change in weighted_sum(deltas, adapters).items():
         left, values, right = torch.linalg.svd(change, full_matrices=False)
         nearest = (left[:, :3] * values[:3]) @ right[:3]
         assert float((deltas(joined)[name] - nearest).abs().max()) < 1e-5 * float(values[0])
 
 
+@pytest.mark.parametrize("method", ["svd", "ties", "dare"])
+def test_what_a_limited_rank_costs_is_said(two, method, deltas):
+    """As resize says it, and in the file: what is missing beside the change at full rank."""
+    adapters = [(two[0], 1.0), (two[1], 0.5)]
+    whole, nothing = merge(adapters, method, rank=64)
+    joined, report = merge(adapters, method, rank=2)
+    full, kept = deltas(whole), deltas(joined)
+    lost = {name: float((full[name] - kept[name]).norm()) for name in full}
+    norms = {name: float(change.norm()) for name, change in full.items()}
+    errors = {name: lost[name] / norms[name] for name in full}
+    assert report.error == pytest.approx(math.hypot(*lost.values()) / math.hypot(*norms.values()), rel=1e-3)
+    assert report.worst == (max(errors, key=errors.get), pytest.approx(max(errors.values()), rel=1e-3))
+    assert report.lines()[0].startswith(f"error     {report.error:.2%} of the whole change; most in ")
+    assert json.loads(joined.notes["sdlora.merged"])["error"] == pytest.approx(report.error, rel=1e-2)
+    assert nothing.error < 1e-5
+
+
 @pytest.mark.parametrize("weight", [1.0, 0.25])
 def test_ties_is_that_of_peft(two, weight, deltas):
     """arXiv 2306.01708: trimmed, elected, mean of those that agree; full rank keeps all of it."""
     adapters = [(two[0], weight), (two[1], weight)]
-    joined = merge(adapters, "ties", rank=64, density=0.25)
+    joined, _ = merge(adapters, "ties", rank=64, density=0.25)
     name = next(name for name in two[0].modules if name in two[1].modules)
     changes = [deltas(adapter)[name].float() for adapter in two]
     expected = peft_ties(changes, torch.tensor([weight, weight]), 0.25)
@@ -99,7 +118,7 @@ def test_dare_keeps_the_sum_on_average(two, deltas):
     assert float((drawn.mean(0) - change).norm() / change.norm()) < 0.12
     kept = drawn[0] != 0
     assert torch.allclose(drawn[0][kept], change[kept] / 0.3)
-    whole = merge([(two[0], 1.0), (two[1], 0.5)], "dare", density=1.0, rank=64)
+    whole, _ = merge([(two[0], 1.0), (two[1], 0.5)], "dare", density=1.0, rank=64)
     for name, expected in weighted_sum(deltas, [(two[0], 1.0), (two[1], 0.5)]).items():
         assert float((deltas(whole)[name] - expected).abs().max()) < 1e-6
 
@@ -109,10 +128,10 @@ def test_dare_depends_on_seed_place_and_name_alone(two):
     reversed_modules = dict(reversed(two[0].modules.items()))
     other_order = Adapter(reversed_modules, two[0].rank, two[0].alpha, two[0].family)
     torch.manual_seed(1)
-    first = merge([(two[0], 1.0)], "dare", seed=3)
+    first, _ = merge([(two[0], 1.0)], "dare", seed=3)
     torch.manual_seed(2)
-    again = merge([(other_order, 1.0)], "dare", seed=3)
-    other = merge([(two[0], 1.0)], "dare", seed=4)
+    again, _ = merge([(other_order, 1.0)], "dare", seed=3)
+    other, _ = merge([(two[0], 1.0)], "dare", seed=4)
     for name, pair in first.modules.items():
         assert torch.equal(pair.up, again.modules[name].up)
         assert not torch.equal(pair.up, other.modules[name].up)
@@ -121,7 +140,7 @@ def test_dare_depends_on_seed_place_and_name_alone(two):
 def test_file_says_what_it_was_made_of(two, tmp_path):
     """R-42: base and family go along; what was true of one training does not."""
     notes = load_adapter(
-        save_adapter(tmp_path / "sum.safetensors", merge([(two[0], 0.7), (two[1], 1)]))
+        save_adapter(tmp_path / "sum.safetensors", merge([(two[0], 0.7), (two[1], 1)])[0])
     ).notes
     assert notes["sdlora.base_name"] == "builtin"
     assert "sdlora.heldout_loss" not in notes

@@ -90,7 +90,7 @@ def test_directions_of_rounding_are_no_directions(rule, uneven):
     """R-36: a sum of twice the same has the rank of one; what only rounds away would keep a file in fp32."""
     names = list(uneven.modules)
     uneven.modules[names[0]].up.zero_()
-    twice = merge([(uneven, 0.5), (uneven, 0.5)])
+    twice, _ = merge([(uneven, 0.5), (uneven, 0.5)])
     small, report = resize(twice, **rule)
     assert small.rank == uneven.rank
     assert report.ranks[names[0]] == 0
