@@ -45,6 +45,8 @@ class _Search:
     root: Path
     candidates: dict[str, list[Caption]] = field(default_factory=lambda: defaultdict(list))
     findings: list[Finding] = field(default_factory=list)
+    unread: dict[str, str] = field(default_factory=dict)
+    """Files that cannot be read, and why."""
     guessed: list[str] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
 
@@ -87,6 +89,7 @@ def find_captions(
     known = {_normalise(name): name for name in images}
     for name in metadata:
         _read_metadata(search, name, known)
+    search.findings += _report_unread(search.unread)
     if search.guessed:
         search.findings.append(
             Finding(
@@ -147,11 +150,8 @@ def _clean(value: Any) -> str:
 def _read_text(search: _Search, name: str, max_bytes: int) -> str:
     try:
         text, encoding = decode_text(read_bytes(search.root / name, max_bytes))
-    except OSError as error:
-        search.findings.append(Finding("error", f"{name} cannot be read: {error.strerror}", (name,)))
-        return ""
-    except UnfitFileError as error:
-        search.findings.append(Finding("error", f"{name} {error}; shorten it, or move it away", (name,)))
+    except (OSError, UnfitFileError) as error:
+        search.unread[name] = f"({error.strerror})" if isinstance(error, OSError) else str(error)
         return ""
     if encoding == "cp1252":
         search.guessed.append(name)
@@ -183,6 +183,7 @@ def _read_metadata(search: _Search, name: str, known: Mapping[str, str]) -> None
     """Rows of a metadata file name pictures relative to the file."""
     path = PurePosixPath(name)
     missing: list[str] = []
+    long: dict[str, str] = {}
     rows = captions = 0
     columns: dict[str, None] = {}
     for row in _read_rows(search, name):
@@ -199,8 +200,7 @@ def _read_metadata(search: _Search, name: str, known: Mapping[str, str]) -> None
             missing.append(shorten(target))
         elif column is not None and (text := _clean(row[column])):
             if len(text) > MAX_CAPTION_BYTES:
-                message = f"{name} has a caption of {len(text):,} letters for {image}; shorten it"
-                search.findings.append(Finding("error", message, (image,)))
+                long[image] = f"{image} ({len(text):,})"
             else:
                 search.candidates[image].append(Caption(text, path.name))
     if rows and ("file_name" not in columns or not captions):
@@ -208,6 +208,10 @@ def _read_metadata(search: _Search, name: str, known: Mapping[str, str]) -> None
         found = join_names(map(shorten, columns))
         message = f"{name} has no column {wanted} (it has {found}); name the column so"
         search.findings.append(Finding("error", message, (name,)))
+    if long:
+        message = f"{name} has {count_of(len(long), 'caption')} of more than {MAX_CAPTION_BYTES:,} letters: "
+        message += f"{join_names(long.values())}; shorten them"
+        search.findings.append(Finding("error", message, tuple(long)))
     if missing:
         message = f"{name} names pictures that are not there ({len(missing)}): "
         search.findings.append(Finding("warning", message + join_names(missing), tuple(missing)))
@@ -250,6 +254,14 @@ def _find_image(folder: str, target: str, known: Mapping[str, str]) -> str | Non
         if image is not None:
             return image
     return None
+
+
+def _report_unread(reasons: Mapping[str, str]) -> list[Finding]:
+    if not reasons:
+        return []
+    listed = join_names(f"{name} {reason}" for name, reason in reasons.items())
+    message = f"{count_of(len(reasons), 'caption file')} that cannot be read: {listed}"
+    return [Finding("error", f"{message}; mend them, or move them away", tuple(reasons))]
 
 
 def _report_orphans(names: Sequence[str]) -> list[Finding]:

@@ -96,11 +96,11 @@ class DatasetIndex:
         return hashlib.sha256(json.dumps(rows, ensure_ascii=True).encode("ascii")).hexdigest()
 
 
-def join_names(names: Iterable[str], limit: int = 5) -> str:
+def join_names(names: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
     """The first names, then how many more there are."""
     listed = list(names)
     rest = len(listed) - limit
-    shown = ", ".join(listed[:limit])
+    shown = separator.join(listed[:limit])
     return f"{shown} and {rest} more" if rest > 0 else shown
 
 

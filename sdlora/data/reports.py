@@ -116,7 +116,7 @@ def report_records(training: Sequence[ImageRecord], heldout: Sequence[ImageRecor
     if shared:
         message = f"images with one stem share a caption file: {join_names(shared)}; rename one of each"
         findings.append(Finding("warning", message, tuple(shared)))
-    same = [" = ".join(names) for names in copies.values() if len(names) > 1]
+    same = [join_names(names, separator=" = ") for names in copies.values() if len(names) > 1]
     if same:
         names = tuple(name for group in copies.values() if len(group) > 1 for name in group)
         findings.append(Finding("warning", f"exact copies: {join_names(same)}; keep one of each", names))

@@ -223,7 +223,10 @@ def test_a_caption_of_megabytes(tmp_path: Path, write_image) -> None:
     write_image("a.png", caption="x" * 10_000_000)
     write_image("b.png", caption="a cat")
     (error, _) = messages(scan(tmp_path), "error")
-    assert error == ("a.txt is too large (10.0 MB; at most 0.1 MB are read); shorten it, or move it away")
+    assert error == (
+        "1 caption file that cannot be read: a.txt is too large (10.0 MB; at most 0.1 MB are read); "
+        "mend them, or move them away"
+    )
 
 
 def test_metadata_of_megabytes(tmp_path: Path, write_image) -> None:
@@ -240,11 +243,28 @@ def test_metadata_of_megabytes(tmp_path: Path, write_image) -> None:
     errors = messages(scan(tmp_path), "error")
     assert time.process_time() - started < 2
     assert sorted(errors) == [
-        "a/metadata.jsonl is too large (100.0 MB; at most 32.0 MB are read); shorten it, or move it away",
+        "1 caption file that cannot be read: a/metadata.jsonl is too large (100.0 MB; at most 32.0 MB are "
+        "read); mend them, or move them away",
         "b/metadata.csv has 1,000,000 lines; at most 500,000 are read, so split the folder",
-        "c/metadata.jsonl has a caption of 200,000 letters for c/1.png; shorten it",
+        "c/metadata.jsonl has 1 caption of more than 100,000 letters: c/1.png (200,000); shorten them",
         "d/metadata.csv is not a CSV table: field larger than field limit (131072)",
     ]
+
+
+def test_a_broken_table_is_one_line(tmp_path: Path, write_image) -> None:
+    """R-05: the first few and a count, as of all that goes wrong with many files."""
+    rows = []
+    for number in range(10):
+        write_image(f"{number}.png")
+        rows.append(json.dumps({"file_name": f"{number}.png", "text": "x" * 100_001}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    for number in range(10, 20):
+        write_image(f"{number}.png", caption="x" * 100_001)
+    long, unread = messages(scan(tmp_path), "error")[:2]
+    assert long.startswith("metadata.jsonl has 10 captions of more than 100,000 letters: 0.png (100,001), 1")
+    assert long.endswith("4.png (100,001) and 5 more; shorten them")
+    assert unread.startswith("10 caption files that cannot be read: 10.txt is too large (")
+    assert unread.endswith(" and 5 more; mend them, or move them away")
 
 
 @pytest.mark.parametrize(

@@ -319,6 +319,10 @@ def test_one_stem_twice_and_exact_copies(tmp_path: Path, write_image) -> None:
     assert "one stem" in warnings
     assert "a.jpg, a.png" in warnings
     assert "b.png = c.png" in warnings
+    for number in range(10):
+        shutil.copy(tmp_path / "b.png", tmp_path / f"c{number}.png")
+    many = messages(scan(tmp_path, allow_missing_captions=True), "warning")
+    assert "exact copies: b.png = c.png = c0.png = c1.png = c2.png and 7 more; keep one of each" in many
 
 
 def test_odd_paths(tmp_path: Path, write_image) -> None:
