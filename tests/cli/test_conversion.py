@@ -17,7 +17,8 @@ from sdlora.models.load import empty_unet
 @pytest.fixture(scope="module")
 def styles(tmp_path_factory):
     """A LoRA of rank 2 for the built-in base, and a child of it of rank 1."""
-    folder = tmp_path_factory.mktemp("styles")
+    folder = tmp_path_factory.mktemp("conversion") / "styles"
+    folder.mkdir()
     unet = empty_unet(inspect_base(BaseSection())).to_empty(device="cpu")
     notes = {"sdlora.base_name": "builtin", "sdlora.family": "sd1"}
     for name, rank in (("ink", 2), ("portraits", 1)):
