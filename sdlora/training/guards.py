@@ -63,7 +63,7 @@ class Counters:
     Args:
         step: Optimizer steps done.
         images_seen: Samples in them.
-        loss_ema: Running mean of the loss.
+        loss_ema: Mean of about the last 50 losses.
         skipped: Steps whose update was skipped.
         skipped_in_row: The newest of them without a good step in between.
         zeros_in_row: The newest steps whose loss was exactly 0.
@@ -102,7 +102,9 @@ class Counters:
         ]
         if math.isfinite(loss):
             ema = self.loss_ema
-            self.loss_ema = loss if ema is None else EMA * ema + (1 - EMA) * loss
+            # A plain mean at first: else the first loss, which is of one step, would weigh the most for long.
+            weight = max(1 / max(self.losses.count, 1), 1 - EMA)
+            self.loss_ema = loss if ema is None else ema + weight * (loss - ema)
         self.zeros_in_row = self.zeros_in_row + 1 if loss == 0 else 0
         self.skipped_in_row = 0 if is_good else self.skipped_in_row + 1
         self.skipped += not is_good

@@ -43,6 +43,17 @@ def test_bad_steps_are_skipped_and_counted():
     assert (counters.skipped, counters.skipped_in_row) == (2, 0)
 
 
+def test_the_running_mean_is_not_its_first_value():
+    """R-45: after few steps it is their mean, later that of about the last 50."""
+    counters = Counters()
+    for loss in (0.9, 0.1, 0.2, math.nan, 0.4):
+        counters.count(loss, 1.0, is_good=True)
+    assert counters.loss_ema == pytest.approx(0.4)
+    for _ in range(200):
+        counters.count(0.1, 1.0, is_good=True)
+    assert counters.loss_ema == pytest.approx(0.1, abs=0.01)
+
+
 def test_bad_steps_in_a_row_stop():
     """R-06: with the step, the images and the last good checkpoint."""
     counters = Counters()
