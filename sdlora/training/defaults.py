@@ -56,8 +56,9 @@ def resolve_config(config: RunConfig, info: BaseInfo, index: DatasetIndex, num_p
         )
     batch_size = train.batch_size or (BUILTIN_BATCH_SIZE if info.is_builtin else 1)
     micro_batch = 1 if batch_size == "auto" else batch_size
-    count = sum(record.repeats for record in index.records)
-    steps = train.steps or _default_steps(count, micro_batch * train.accumulate * num_processes)
+    # Repeats weigh pictures against each other: 10_name for all of them is no wish for ten times the steps.
+    batch = micro_batch * train.accumulate * num_processes
+    steps = train.steps or _default_steps(len(index.records), batch)
     tenth = max(1, round(steps / 10))
     cadence = {
         name: tenth if getattr(train, name) is None else getattr(train, name)

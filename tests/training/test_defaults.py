@@ -29,7 +29,7 @@ def make_index(count: int, heldout: int = 0, repeats: int = 1) -> DatasetIndex:
     [
         (3, 1, {}, 1, 100),  # never under 100
         (20, 1, {}, 1, 400),  # 80 × 20 / 4
-        (20, 2, {}, 1, 800),
+        (20, 10, {}, 1, 400),  # whatever the repeats
         (20, 1, {"train.batch_size": 2, "train.accumulate": 2}, 2, 200),
         (1000, 1, {}, 1, 3000),  # never over 3000
         (20, 1, {"train.steps": 7}, 1, 7),
