@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -263,6 +264,11 @@ class SampleSection(Section):
     def _check(self) -> SampleSection:
         if any(not prompt.strip() for prompt in self.prompts):
             raise ValueError("sample.prompts holds an empty prompt; write what the picture should show")
+        if file := next((prompt for prompt in self.prompts if re.fullmatch(r"\S+\.txt", prompt)), None):
+            raise ValueError(
+                f"sample.prompts has {shorten(file)}, the name of a file; write the prompts themselves "
+                "(`sdlora sample RUN --prompts FILE` reads a file)"
+            )
         return self
 
 

@@ -100,6 +100,10 @@ MISTAKES = {
     "a size that is none": (["sample", "--prompt", "x", "--size", "big"], "--size big must be WIDTHxHEIGHT"),
     "no such scheduler": (["sample", "--prompt", "x", "--scheduler", "Eulr"], "sample.scheduler = 'Eulr'"),
     "prompts that are none": (["sample", "--prompts", "{text}"], "holds no prompt"),
+    "prompts with options": (
+        ["sample", "--prompts", "{kohya}"],
+        "has sd-scripts' option --n behind a prompt",
+    ),
     "a LoRA of another family": (
         ["sample", "{lora2}", "--base", "builtin", "--prompt", "x"],
         "is for family sd2",
@@ -128,7 +132,7 @@ def test_a_mistake_is_one_line(sdlora, make_images, tmp_path, name):
     arguments, expected = MISTAKES[name]
     places = {
         kind: tmp_path / kind
-        for kind in ("empty", "texts", "bare", "text", "lora", "lora2", "cut", "weights", "pickle")
+        for kind in ("empty", "texts", "bare", "text", "kohya", "lora", "lora2", "cut", "weights", "pickle")
     }
     places["images"] = make_images("images")
     for kind in ("empty", "texts", "bare"):
@@ -136,6 +140,7 @@ def test_a_mistake_is_one_line(sdlora, make_images, tmp_path, name):
     (places["texts"] / "notes.md").write_text("# notes", encoding="utf-8")
     Image.new("RGB", (64, 64)).save(places["bare"] / "a.png")
     places["text"].write_text("# a comment\n", encoding="utf-8")
+    places["kohya"].write_text("a cat\na hill --n blurry --w 512\n", encoding="utf-8")
     for kind in ("lora", "lora2", "cut", "weights"):
         places[kind] = places[kind].with_suffix(".safetensors")
     make_lora(places["lora"])
@@ -171,6 +176,7 @@ def test_default_names(sdlora, make_images):
     assert code == 0
     assert printed.startswith("device    ")
     assert "no --base was given: training on the built-in base" in printed
+    assert "for UIs   runs/style/adapters/final.kohya.safetensors (A1111" in printed
     assert "load it   pipe.load_lora_weights(" in printed
     assert sdlora("train", images, *QUICK)[0] == 0
     assert files_below(Path("runs"))[0] == "style"

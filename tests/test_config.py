@@ -52,6 +52,10 @@ def problems(*overrides: str) -> list[str]:
         ("data.cache=maybe", "data.cache = 'maybe' must be true or false"),
         ("data.crop_variants=3", "data.crop_variants = 3 needs data.crop = random"),
         ("data.heldout=1.5", "data.heldout = 1.5 must be a share below 1"),
+        (
+            "sample.prompts=prompts.txt",
+            "sample.prompts has prompts.txt, the name of a file; write the prompts themselves",
+        ),
         ("sample.prompts=[' ']", "sample.prompts holds an empty prompt"),
         (
             "sample.prompts=a {trigger}",

@@ -100,4 +100,6 @@ def _print_result(run: RunFolder) -> None:  # type: ignore[name-defined]  # noqa
             f"stands on {parent}: `sdlora sample {run.path}` shows both, `sdlora tree flatten` joins them"
         )
     else:
+        if (kohya := run.final_adapter("kohya")).is_file():
+            typer.echo(f"for UIs   {kohya} (A1111, Forge, ComfyUI)")
         typer.echo(f'load it   pipe.load_lora_weights("{run.adapter}")')

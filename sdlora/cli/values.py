@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import TypeVar
 
@@ -59,7 +60,7 @@ def read_prompts(file: Path) -> list[str]:
     """A prompt on each line; empty lines and those that start with # are left out.
 
     Raises:
-        ConfigError: If the file cannot be read or holds none.
+        ConfigError: If the file cannot be read, holds none, or has sd-scripts' options in a line.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
@@ -68,6 +69,11 @@ def read_prompts(file: Path) -> list[str]:
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not prompts:
         raise ConfigError(f"--prompts {file} holds no prompt; write one on each line")
+    if found := next(filter(None, (re.search(r"\s--[a-z]{1,3}\s", prompt) for prompt in prompts)), None):
+        raise ConfigError(
+            f"--prompts {file} has sd-scripts' option {found[0].strip()} behind a prompt; leave such out, "
+            "and give --negative-prompt, --size, --seeds, --steps and --guidance for all prompts"
+        )
     return prompts
 
 
