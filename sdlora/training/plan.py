@@ -134,15 +134,12 @@ class RunPlan:
         return len(self.index.records)
 
     @property
-    def images_per_epoch(self) -> int:
-        """Pictures times their repeats."""
-        return sum(record.repeats for record in self.index.records)
-
-    @property
     def images_seen(self) -> int:
         """Samples of the whole run; short steps count what they hold."""
-        epochs, rest = divmod(self.steps, self.order.steps_per_epoch)
-        return epochs * self.images_per_epoch + sum(len(self.order.step(step)) for step in range(rest))
+        epochs = self.steps // self.order.steps_per_epoch
+        # Where an epoch has its short steps is drawn for each.
+        begun = range(epochs * self.order.steps_per_epoch, self.steps)
+        return epochs * self.order.samples_per_epoch + sum(len(self.order.step(step)) for step in begun)
 
     @property
     def adapter_bytes(self) -> int:
@@ -235,10 +232,10 @@ class RunPlan:
             "steps_per_epoch": self.order.steps_per_epoch,
             "global_batch": self.global_batch,
             "images": self.num_images,
-            "images_per_epoch": self.images_per_epoch,
+            "images_per_epoch": self.order.samples_per_epoch,
             "images_seen": self.images_seen,
             "heldout_images": len(self.index.heldout),
-            "buckets": {f"{size.width}x{size.height}": count for size, count in bucket_counts(self).items()},
+            "buckets": {str(size): images for size, images, _ in self.buckets.table()},
             "warmup_steps": num_warmup_steps(self.config.train.warmup, self.steps),
             "save_steps": self.save_steps,
             "sample_steps": self.sample_steps,
@@ -255,15 +252,6 @@ class RunPlan:
             "base_digest": self.info.digest,
             "parents": [parent.ancestor.digest for parent in self.parents],
         }
-
-
-def bucket_counts(plan: RunPlan) -> dict[Any, int]:
-    """Training pictures in each bucket."""
-    counts: dict[Any, int] = {}
-    for record in plan.index.records:
-        size = plan.buckets.bucket_of(record.name)
-        counts[size] = counts.get(size, 0) + 1
-    return counts
 
 
 def _points(steps: Sequence[int]) -> str:
