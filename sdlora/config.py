@@ -316,17 +316,20 @@ class RunConfig(Section):
             )
         return self
 
+    def given(self) -> dict[str, Any]:
+        """What is set; what was left out stays so, for defaults that depend on other settings."""
+        return self.model_dump(exclude_unset=True)
+
     def replace(self, **sections: Mapping[str, Any]) -> RunConfig:
         """A copy with some keys of some sections changed, checked again."""
-        # What was left out stays left out, so that a default that depends on other settings can tell.
-        values = self.model_dump(exclude_unset=True)
+        values = self.given()
         for name, changes in sections.items():
             values[name] = {**values.get(name, {}), **changes}
         return validate_config(values)
 
 
 def load_config(
-    file: str | Path | None = None,
+    file: str | Path | RunConfig | None = None,
     overrides: Iterable[str] | Mapping[str, Any] = (),
     *,
     images: str | Path = "",
@@ -334,22 +337,26 @@ def load_config(
     """Reads a TOML file, then overrides, and checks the whole.
 
     Args:
-        file: A TOML file that says what differs from the defaults.
+        file: A TOML file that says what differs from the defaults, or a configuration to start from.
         overrides: `section.key=value` texts (the value is TOML, else taken as text) or a mapping
             from `section.key` to a value. Later ones win.
-        images: The image folder.
+        images: The image folder; that of the configuration if not given.
 
     Raises:
         ConfigError: With one line for every mistake found.
     """
-    values = read_toml(Path(file)) if file is not None else {}
+    if isinstance(file, RunConfig):
+        values = file.given()
+    else:
+        values = read_toml(Path(file)) if file is not None else {}
     problems: list[str] = []
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
     for key, value in pairs:
         problem = _set_nested(values, key, value)
         if problem:
             problems.append(problem)
-    values["images"] = str(images)
+    if images or not isinstance(file, RunConfig):
+        values["images"] = str(images)
     return validate_config(values, problems)
 
 

@@ -158,6 +158,15 @@ def test_a_file_says_only_what_differs(tmp_path):
     assert config.lora.trained_alpha == 4
 
 
+def test_overrides_of_a_whole_configuration():
+    """R-35: they count there too; what it left out stays left out, and its folder is kept."""
+    whole = load_config(None, {"lora.rank": 4}, images="pictures")
+    config = load_config(whole, {"train.steps": 9})
+    assert (config.lora.rank, config.train.steps, config.images) == (4, 9, "pictures")
+    assert config.lora.model_fields_set == {"rank"}
+    assert load_config(whole, images="others").images == "others"
+
+
 @pytest.mark.parametrize(
     "content",
     [

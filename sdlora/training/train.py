@@ -73,14 +73,13 @@ def train(
     Raises:
         SdloraError: One line (or a line for each mistake) that says what to do.
     """
-    settings = config if isinstance(config, RunConfig) else load_config(config, overrides, images=images)
     direct = {
         "base": {"source": base},
         "data": {"trigger": trigger},
         "lora": {"parent": str(parent.path if isinstance(parent, RunFolder) else parent) if parent else None},
     }
     given = {name: values for name, values in direct.items() if None not in values.values()}
-    settings = settings.replace(**given).model_copy(update={"images": str(images)})
+    settings = load_config(config, overrides, images=images).replace(**given)
     accelerator, precision, report = _start(settings, quiet)
     with failing_together(accelerator):
         run = _choose_folder(images, out, accelerator)

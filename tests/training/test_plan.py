@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
+from sdlora.errors import ConfigError
 from sdlora.training.plan import make_plan
+from sdlora.training.train import train
 
 
 def test_images_seen_are_those_of_the_steps(make_images, tiny):
@@ -14,3 +18,13 @@ def test_images_seen_are_those_of_the_steps(make_images, tiny):
     for steps in range(1, 30):
         run = replace(plan, config=plan.config.replace(train={"steps": steps}))
         assert run.images_seen == sum(len(plan.order.step(step)) for step in range(steps)), steps
+
+
+def test_overrides_of_a_whole_configuration(make_images, tiny, tmp_path, capsys):
+    """R-35: `sdlora.train(config=..., overrides=...)` drops neither; a wrong key is refused."""
+    images = make_images()
+    config = tiny(images, train__steps=4)
+    train(images, config=config, overrides={"train.steps": 3}, out=tmp_path / "run", dry_run=True)
+    assert "steps     3 of" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="stepz is not a setting"):
+        train(images, config=config, overrides=["train.stepz=3"], dry_run=True, quiet=True)
