@@ -104,13 +104,18 @@ def find_captions(
     return {name: found[0] for name, found in search.candidates.items()}, search.findings
 
 
-def has_trigger(caption: str, trigger: str) -> bool:
-    """Whether the trigger stands in a caption as words of its own, in any case."""
+def trigger_pattern(trigger: str) -> re.Pattern[str]:
+    """Finds the trigger as words of its own, in any case and with any spaces."""
     # Scripts that are written without spaces have no word borders to look for.
     before = "" if _is_wide(trigger[0]) else r"(?<!\w)"
     after = "" if _is_wide(trigger[-1]) else r"(?!\w)"
     words = r"\s+".join(map(re.escape, trigger.split()))
-    return re.search(before + words + after, caption, re.IGNORECASE) is not None
+    return re.compile(before + words + after, re.IGNORECASE)
+
+
+def has_trigger(caption: str, trigger: str) -> bool:
+    """Whether the trigger stands in a caption."""
+    return trigger_pattern(trigger).search(caption) is not None
 
 
 def place_trigger(caption: str, trigger: str | None) -> str:

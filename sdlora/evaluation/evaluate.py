@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from sdlora.data.captions import trigger_pattern
 from sdlora.evaluation.bench import Bench, open_bench
 from sdlora.evaluation.gap import Gap, full_base
 from sdlora.evaluation.heldout import HeldoutLoss
@@ -125,5 +126,5 @@ def _gap(bench: Bench, trained: HeldoutLoss) -> Gap | None:
 
 def remove_trigger(caption: str, trigger: str) -> str:
     """The caption without its trigger, and without the comma that went with it."""
-    bare = re.sub(rf"\b{re.escape(trigger)}\b", "", caption, flags=re.IGNORECASE)
+    bare = trigger_pattern(trigger).sub("", caption)
     return re.sub(r"\s*,(?:\s*,)*\s*", ", ", bare).strip(" ,") or "a picture"

@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from sdlora.config import BaseSection
+from sdlora.data.captions import has_trigger
 from sdlora.evaluation.evaluate import Evaluation, remove_trigger
 from sdlora.evaluation.heldout import HeldoutLoss
 from sdlora.evaluation.pictures import PictureDistance, mean_distance, picture_distances, to_pixels
@@ -61,18 +62,23 @@ def test_style_distance_by_hand(base):
 
 
 @pytest.mark.parametrize(
-    ("caption", "bare"),
+    ("caption", "trigger", "bare"),
     [
-        ("woodcut, a cat", "a cat"),
-        ("a cat, Woodcut, night", "a cat, night"),
-        ("a woodcut", "a"),
-        ("woodcutter", "woodcutter"),
-        ("woodcut", "a picture"),
+        ("woodcut, a cat", "woodcut", "a cat"),
+        ("a cat, Woodcut, night", "woodcut", "a cat, night"),
+        ("a woodcut", "woodcut", "a"),
+        ("woodcutter", "woodcut", "woodcutter"),
+        ("woodcut", "woodcut", "a picture"),
+        ("<ink>, a cat", "<ink>", "a cat"),
+        ("a cat in ink style!", "ink style!", "a cat in"),
+        ("ink  wash, a cat", "ink wash", "a cat"),
+        ("水墨風の猫", "水墨風", "の猫"),
     ],
 )
-def test_captions_without_the_trigger(caption, bare):
-    """R-30: what bleed is measured with."""
-    assert remove_trigger(caption, "woodcut") == bare
+def test_captions_without_the_trigger(caption, trigger, bare):
+    """R-30: what bleed is measured with; a trigger need not begin and end with a letter."""
+    assert has_trigger(caption, trigger) == (caption != bare)
+    assert remove_trigger(caption, trigger) == bare
 
 
 def test_bleed():
