@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sdlora.errors import AdapterError, first_line
-from sdlora.lora.adapter import Adapter, LowRank
+from sdlora.lora.adapter import Adapter, LowRank, exact
 from sdlora.lora.attach import mounted
 from sdlora.lora.modules import Model, components, named_modules
 from sdlora.models.info import BaseInfo
@@ -209,18 +209,18 @@ def _compare_modules(adapter: Adapter, parts: Mapping[str, nn.Module]) -> list[s
         problems.append(f"{len(missing)} trained modules are missing ({_some(missing)})")
     if unexpected := sorted(set(loaded) - set(adapter.modules)):
         problems.append(f"{len(unexpected)} modules were not trained ({_some(unexpected)})")
-    exact = {
-        name: LowRank(pair.down, pair.up.detach().double() * adapter.scale_of(name))
+    trained = {
+        name: LowRank(pair.down, exact(pair.up) * adapter.scale_of(name))
         for name, pair in adapter.modules.items()
     }
-    norms = {name: pair.norm_squared() for name, pair in exact.items()}
+    norms = {name: pair.norm_squared() for name, pair in trained.items()}
     typical = sum(norms.values()) / len(norms)
     # `not <=`, so that an error that is no number counts; a tiny module is measured by the typical one.
     wrong = [
         name
         for name, pair in loaded.items()
-        if name in exact
-        and not exact[name].minus(pair).norm_squared() <= TOLERANCE**2 * max(norms[name], typical)
+        if name in trained
+        and not trained[name].minus(pair).norm_squared() <= TOLERANCE**2 * max(norms[name], typical)
     ]
     if wrong:
         problems.append(f"{len(wrong)} modules change in another way than trained ({_some(wrong)})")
@@ -234,7 +234,7 @@ def _loaded_pairs(parts: Mapping[str, nn.Module]) -> dict[str, LowRank]:
         layer: Any = module
         if isinstance(getattr(layer, "lora_A", None), nn.ModuleDict) and _CHECK_NAME in layer.lora_A:
             down, up = layer.lora_A[_CHECK_NAME].weight, layer.lora_B[_CHECK_NAME].weight
-            pairs[name] = LowRank(down, up.detach().double() * layer.scaling[_CHECK_NAME])
+            pairs[name] = LowRank(down, exact(up) * layer.scaling[_CHECK_NAME])
     return pairs
 
 

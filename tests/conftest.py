@@ -57,6 +57,26 @@ def full_size() -> dict[str, dict[str, Any]]:
     return FULL_SIZE
 
 
+class WithoutDoubles(torch.Tensor):
+    """A tensor as it is on MPS, where float64 is an error; on the CPU it is an ordinary one."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.cpu:
+            with torch._C.DisableTorchFunctionSubclass():
+                return args[0].as_subclass(torch.Tensor)
+        given = (*args, *(kwargs or {}).values())
+        if func is torch.Tensor.double or any(value is torch.float64 for value in given):
+            raise TypeError("the MPS framework doesn't support float64")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.fixture(scope="session")
+def without_doubles() -> Callable[[torch.Tensor], torch.Tensor]:
+    """Makes a tensor one of a device that has no float64."""
+    return lambda tensor: tensor.detach().as_subclass(WithoutDoubles)
+
+
 @pytest.fixture(scope="session")
 def draw_images() -> Callable[..., Path]:
     """Fills a new folder with small captioned drawings, one for each size given."""

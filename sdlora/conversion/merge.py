@@ -16,7 +16,7 @@ from torch import Tensor
 from sdlora.config import BaseSection
 from sdlora.conversion.places import module_of
 from sdlora.errors import AdapterError, ModelError
-from sdlora.lora.adapter import Adapter, check_base
+from sdlora.lora.adapter import Adapter, check_base, exact
 from sdlora.lora.attach import check_fit
 from sdlora.lora.names import component_of
 from sdlora.models.info import BaseInfo, inspect_base
@@ -115,8 +115,8 @@ class _Change:
         total = tensor.double()
         for adapter, strength in self.adapters:
             if pair := adapter.modules.get(module):
-                up, down = pair.up.detach().double().flatten(1), pair.down.detach().double().flatten(1)
-                total += (strength * adapter.scale_of(module) * (up @ down)).reshape(total.shape)
+                change = exact(pair.up) @ exact(pair.down)
+                total += (strength * adapter.scale_of(module) * change).reshape(total.shape)
         return total
 
 

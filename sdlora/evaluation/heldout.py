@@ -91,7 +91,7 @@ def heldout_loss(
     for number in range(share[0], len(batches), share[1]):
         band, batch = batches[number]
         losses = _losses(denoise, schedule, batch, band * width + width // 2, device)
-        sums[number] = losses.double().sum()
+        sums[number] = losses.cpu().double().sum()
     totals = [0.0] * NUM_BANDS
     for (band, _), total in zip(batches, add_shares(sums).tolist(), strict=True):
         totals[band] += total

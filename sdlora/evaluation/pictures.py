@@ -61,7 +61,7 @@ def mean_distance(distances: Sequence[PictureDistance]) -> PictureDistance:
 
 
 def _encode(base: StableDiffusion, pictures: Sequence[Tensor]) -> list[Tensor]:
-    return [base.encode_images(picture[None])[0][0].double() for picture in pictures]
+    return [base.encode_images(picture[None])[0][0].cpu().double() for picture in pictures]
 
 
 def _statistics(latents: Tensor) -> Tensor:

@@ -40,14 +40,12 @@ class LowRank:
 
     def norm_squared(self) -> float:
         """The squared Frobenius norm of `up @ down`, without forming the product."""
-        down, up = self.down.detach().double().flatten(1), self.up.detach().double().flatten(1)
+        down, up = exact(self.down), exact(self.up)
         return max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0)
 
     def minus(self, other: LowRank) -> LowRank:
         """A pair whose product is the difference of the two products; exactly zero for equal pairs."""
-        down, up = self.down.detach().double().flatten(1), self.up.detach().double().flatten(1)
-        other_down = other.down.detach().double().flatten(1).to(down.device)
-        other_up = other.up.detach().double().flatten(1).to(up.device)
+        down, up, other_down, other_up = map(exact, (self.down, self.up, other.down, other.up))
         rank = max(self.rank, other.rank)
         down, other_down = _pad(down, 0, rank), _pad(other_down, 0, rank)
         up, other_up = _pad(up, 1, rank), _pad(other_up, 1, rank)
@@ -258,6 +256,11 @@ def check_base(adapter: Adapter, *, family: str, name: str, digest: str = "", so
             "the same family, so it works, but the look may differ"
         )
     return None
+
+
+def exact(factor: Tensor) -> Tensor:
+    """A factor as a matrix in float64, on the CPU: MPS has none."""
+    return factor.detach().cpu().double().flatten(1)
 
 
 def _pad(matrix: Tensor, dim: int, size: int) -> Tensor:

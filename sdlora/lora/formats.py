@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sdlora.errors import AdapterError
-from sdlora.lora.adapter import Adapter, LowRank
+from sdlora.lora.adapter import Adapter, LowRank, exact
 from sdlora.lora.names import TEXT_ENCODERS, clean_module, module_to_kohya
 from sdlora.lora.sgm import LAYERS_PER_BLOCK, layers_per_block
 
@@ -49,7 +49,8 @@ def fold(adapter: Adapter) -> Adapter:
         return replace(adapter, alpha=float(adapter.rank), scales={}) if adapter.scales else adapter
     modules = {
         name: LowRank(
-            pair.down.detach().float(), (pair.up.detach().double() * adapter.scale_of(name)).float()
+            pair.down.detach().float(),
+            (exact(pair.up) * adapter.scale_of(name)).float().reshape(pair.up.shape).to(pair.up.device),
         )
         for name, pair in adapter.modules.items()
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -193,7 +194,7 @@ class Trainer:
                 batch_size=max(4, self.settings.micro_batch),
                 device=self.accelerator.device,
                 share=(self.accelerator.process_index, self.accelerator.num_processes),
-                add_shares=lambda sums: sum_over(self.accelerator, sums.to(self.accelerator.device)).cpu(),
+                add_shares=partial(sum_over, self.accelerator),
             )
 
     def save_if_due(self, stopping: bool = False) -> None:

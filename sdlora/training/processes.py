@@ -75,7 +75,7 @@ def leave() -> None:
 
 
 def sum_over(accelerator: Accelerator, values: Tensor) -> Tensor:
-    """The sum over all processes, on each of them.
+    """The sum over all processes, on each of them, wherever the values are.
 
     Raises:
         ProcessLost: If another process ended or does not answer.
@@ -83,8 +83,8 @@ def sum_over(accelerator: Accelerator, values: Tensor) -> Tensor:
     if accelerator.num_processes == 1:
         return values
     with listening():
-        total: Tensor = accelerator.reduce(values, "sum")
-        return total
+        total: Tensor = accelerator.reduce(values.to(accelerator.device), "sum")
+        return total.to(values.device)
 
 
 def count_over(accelerator: Accelerator, count: int) -> int:
@@ -96,14 +96,14 @@ def gather_numbers(accelerator: Accelerator, number: int) -> list[int]:
     """A whole number of each process, in their order."""
     if accelerator.num_processes == 1:
         return [number]
-    numbers = torch.zeros(accelerator.num_processes, dtype=torch.int64, device=accelerator.device)
+    numbers = torch.zeros(accelerator.num_processes, dtype=torch.int64)
     numbers[accelerator.process_index] = number
     return [int(value) for value in sum_over(accelerator, numbers)]
 
 
 def text_of_main(accelerator: Accelerator, text: str) -> str:
     """The main process's text, on every process."""
-    letters = torch.zeros(TEXT_BYTES, dtype=torch.uint8, device=accelerator.device)
+    letters = torch.zeros(TEXT_BYTES, dtype=torch.uint8)
     if accelerator.is_main_process:
         raw = text.encode("utf-8", "surrogateescape")
         assert len(raw) <= TEXT_BYTES

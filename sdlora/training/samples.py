@@ -86,8 +86,8 @@ def _add_shares(accelerator: Accelerator, pictures: Sequence[Picture]) -> list[P
         return list(pictures)
     pixels = torch.from_numpy(np.stack([np.asarray(picture.image) for picture in pictures]))
     withheld = torch.tensor([picture.withheld for picture in pictures], dtype=torch.uint8)
-    pixels = sum_over(accelerator, pixels.to(accelerator.device)).cpu()
-    withheld = sum_over(accelerator, withheld.to(accelerator.device)).cpu()
+    pixels = sum_over(accelerator, pixels)
+    withheld = sum_over(accelerator, withheld)
     return [
         replace(picture, image=Image.fromarray(own.numpy()), withheld=bool(hidden))
         for picture, own, hidden in zip(pictures, pixels, withheld, strict=True)

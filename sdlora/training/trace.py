@@ -21,7 +21,7 @@ def gather_draws(
         samples: Those of the step.
         own: This process's draws.
     """
-    numbers = torch.zeros((len(samples), 2), dtype=torch.int64, device=accelerator.device)
+    numbers = torch.zeros((len(samples), 2), dtype=torch.int64)
     places = {sample.index: place for place, sample in enumerate(samples)}
     for draw in own:
         numbers[places[draw.index]] = torch.tensor([draw.noise_seed, draw.timestep])

@@ -42,6 +42,16 @@ def test_equal_twice_and_alone():
     assert sum(alone) / len(alone) == pytest.approx(first.loss, rel=1e-6)
 
 
+def test_a_device_without_float64(without_doubles):
+    """R-12: the same on MPS."""
+    items = make_items((4, 4), (4, 4))
+
+    def denoise(noisy, timesteps, condition):
+        return without_doubles(noisy * 0.5)
+
+    assert measure(items, denoise) == measure(items)
+
+
 def test_by_hand():
     """R-12: the plain squared error at the middle of each band, with noise keyed by picture and timestep."""
     items = make_items((4, 4))

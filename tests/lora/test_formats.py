@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -304,6 +305,19 @@ def test_fp16_rounding_is_measured(unet, make_adapter, deltas):
     assert rounding.relative_error == pytest.approx(float((error / norm).sqrt()), rel=1e-3)
     assert 1e-5 < rounding.relative_error < 1e-3
     assert rounding.newly_zero_share == 0
+
+
+def test_a_device_without_float64(unet, make_adapter, without_doubles):
+    """R-36: on MPS an adapter is folded, rounded and measured as everywhere."""
+    adapter = make_adapter(unet, rank=4, alpha=3)
+    modules = {
+        name: LowRank(without_doubles(pair.down), without_doubles(pair.up))
+        for name, pair in adapter.modules.items()
+    }
+    rounded, rounding = round_adapter(adapter)
+    there, same = round_adapter(replace(adapter, modules=modules))
+    assert same == rounding
+    assert all(torch.equal(pair.up, there.modules[name].up) for name, pair in rounded.modules.items())
 
 
 def test_what_fp16_cannot_hold_stays_fp32(unet, make_adapter):
