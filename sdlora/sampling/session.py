@@ -17,7 +17,7 @@ from sdlora.lora.ancestors import Step, find_ancestors, stack_of
 from sdlora.lora.attach import check_fit
 from sdlora.lora.files import load_adapter, lora_file
 from sdlora.models.condition import Condition
-from sdlora.models.dtypes import DTYPES
+from sdlora.models.dtypes import DTYPES, has_bf16
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import empty_components, load_base
 from sdlora.models.safety import missing_checker
@@ -231,8 +231,7 @@ def choose_device() -> torch.device:
 
 def choose_dtype(device: torch.device) -> torch.dtype:
     """bf16 on a GPU that has it, else fp32."""
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.bfloat16 if has_bf16(device) else torch.float32
 
 
 def sample_to_folder(

@@ -20,7 +20,7 @@ from accelerate.utils import LoggerType, ProjectConfiguration
 
 from sdlora.config import RunConfig
 from sdlora.errors import ConfigError
-from sdlora.models.dtypes import DTYPES
+from sdlora.models.dtypes import DTYPES, has_bf16
 from sdlora.training.processes import check_launcher, group_settings, listening, needs_gloo, num_launched
 
 PACKAGES = (
@@ -69,9 +69,10 @@ def choose_precision(config: RunConfig, device: torch.device, environment: Mappi
             always exports `no` when it was not asked for one.
 
     Raises:
-        ConfigError: If the launcher disagrees, or the device cannot.
+        ConfigError: If the launcher disagrees, the device cannot, or the base is stored in less than it
+            shall compute in.
     """
-    asked: str = config.train.precision
+    asked, base = str(config.train.precision), config.base.dtype
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if launched != "no":
         if asked not in ("auto", launched):
@@ -81,14 +82,19 @@ def choose_precision(config: RunConfig, device: torch.device, environment: Mappi
             )
         asked = launched
     if asked == "auto":
-        asked = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        asked = "bf16" if has_bf16(device) else "fp32" if base == "auto" else base
     if asked not in DTYPES:
         raise ConfigError(
             f"--mixed_precision {asked} is not supported; use train.precision=bf16, fp16 or fp32"
         )
     if asked == "fp16" and device.type == "cpu":
         raise ConfigError("train.precision = fp16 needs a GPU (this is the cpu); use bf16 or fp32")
-    return Precision(asked, asked if config.base.dtype == "auto" else config.base.dtype)
+    if asked == "fp32" and base not in ("auto", "fp32"):
+        raise ConfigError(
+            f"train.precision = fp32 and base.dtype = {base} cannot be together: autocast computes in less "
+            f"than the base is stored in, never in more; leave base.dtype out, or set train.precision={base}"
+        )
+    return Precision(asked, asked if base == "auto" else base)
 
 
 def make_accelerator(config: RunConfig) -> tuple[Accelerator, Precision]:

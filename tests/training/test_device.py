@@ -1,0 +1,49 @@
+"""One source of truth for precision (R-11)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sdlora.config import load_config
+from sdlora.errors import ConfigError
+from sdlora.models.dtypes import has_bf16
+from sdlora.training.device import Precision, choose_precision
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "compute", "base"),
+    [
+        ({}, "fp32", "fp32"),
+        ({"base.dtype": "bf16"}, "bf16", "bf16"),
+        ({"train.precision": "bf16"}, "bf16", "bf16"),
+        ({"train.precision": "bf16", "base.dtype": "fp32"}, "bf16", "fp32"),
+    ],
+)
+def test_what_is_said_is_what_is_computed_in(overrides, compute, base):
+    """R-11: a base computes in what it is stored in, or by autocast in less."""
+    assert choose_precision(load_config(None, overrides), CPU, {}) == Precision(compute, base)
+
+
+@pytest.mark.parametrize("base", ["bf16", "fp16"])
+def test_more_than_the_base_has_is_refused(base):
+    """R-11: fp32 was said, and the UNet computed in what it was stored in."""
+    config = load_config(None, {"train.precision": "fp32", "base.dtype": base})
+    with pytest.raises(ConfigError, match=f"train.precision = fp32 and base.dtype = {base} cannot be"):
+        choose_precision(config, CPU, {})
+
+
+@pytest.mark.parametrize(("major", "compute"), [(7, "fp32"), (8, "bf16")])
+def test_emulated_bf16_does_not_count(monkeypatch, major, compute):
+    """R-11: a T4 or V100 emulates bf16, so that torch says it has it; that is slower than fp32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert torch.cuda.is_bf16_supported()
+    assert has_bf16(CUDA) == (compute == "bf16")
+    assert choose_precision(load_config(), CUDA, {}).compute == compute
