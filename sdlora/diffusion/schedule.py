@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,20 +29,28 @@ class NoiseSchedule:
 
     alphas_cumprod: Tensor
     prediction_type: str
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_timesteps(self) -> int:
         """T."""
         return int(self.alphas_cumprod.shape[0])
 
+    def alpha_bar(self, timesteps: Tensor) -> Tensor:
+        """ᾱ_t, shape (B,), from a copy on the timesteps' device, so that a step need not wait for that."""
+        device = timesteps.device
+        if device not in self._copies:
+            self._copies[device] = self.alphas_cumprod.to(device)
+        return self._copies[device][timesteps]
+
     def signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ_t and √(1 - ᾱ_t), each of shape (B, 1, 1, 1)."""
-        alpha_bar = self.alphas_cumprod[timesteps.cpu()].to(timesteps.device)
+        alpha_bar = self.alpha_bar(timesteps)
         return alpha_bar.sqrt().view(-1, 1, 1, 1), (1 - alpha_bar).sqrt().view(-1, 1, 1, 1)
 
     def snr(self, timesteps: Tensor) -> Tensor:
         """ᾱ_t / (1 - ᾱ_t), shape (B,); 0 at the last step of a zero-terminal-SNR schedule."""
-        alpha_bar = self.alphas_cumprod[timesteps.cpu()].to(timesteps.device)
+        alpha_bar = self.alpha_bar(timesteps)
         return alpha_bar / (1 - alpha_bar)
 
     @property

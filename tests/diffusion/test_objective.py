@@ -44,6 +44,26 @@ def make_posteriors(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     ]
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"debiased": True},
+        {"loss": "huber", "huber_schedule": "exponential"},
+        {"loss": "smooth_l1", "min_snr_gamma": 5.0},
+    ],
+)
+def test_the_loss_asks_no_device_for_a_value(prediction_type, settings):
+    """A step of many micro-batches must not wait for the GPU in each; on the meta device there is nothing
+    to wait for, and asking for a value is an error."""
+    objective = make_objective(prediction_type, **settings)
+    seeds = [derive_seed("sample", 0, index) for index in range(3)]
+    draws = draw(objective, make_posteriors(3), seeds).to(torch.device("meta"))
+    loss = denoising_loss(lambda noisy, timesteps: noisy * 0.5, objective, draws)
+    assert (loss.device.type, loss.shape) == ("meta", (3,))
+
+
 @pytest.mark.parametrize("settings", [{}, {"noise_offset": 0.1}, EVERYTHING], ids=["plain", "offset", "all"])
 def test_draws_ignore_neighbours_and_ambient_state(settings):
     """R-04: a sample's draws are the same alone, in a batch, and after any other use of the RNG."""
