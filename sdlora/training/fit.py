@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from sdlora.data.batches import Sample
@@ -73,5 +74,5 @@ def _try(learner: Learner, samples: Sequence[Sample]) -> bool:
         fits = bool(moments)
     moments = []
     learner.optimizer.zero_grad(set_to_none=True)
-    torch.cuda.empty_cache()
+    clear_device_cache()
     return fits

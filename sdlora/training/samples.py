@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 
 from sdlora.lora.files import load_adapter
@@ -71,7 +72,7 @@ def sample_step(
         if count_over(accelerator, not pictures):
             if count_over(accelerator, stops()):
                 return None
-            torch.cuda.empty_cache()
+            clear_device_cache()
             raise torch.OutOfMemoryError("out of memory while sampling")
     pictures = _add_shares(accelerator, pictures)
     if not accelerator.is_main_process:
