@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from sdlora.errors import MAX_PROBLEMS, ConfigError, shorten
 from sdlora.problems import describe_error, guess_key
-from sdlora.reading import MAX_DEPTH, UnfitFileError, parse_toml, read_bytes, read_json
+from sdlora.reading import MAX_DEPTH, MAX_NAME, UnfitFileError, parse_toml, read_bytes, read_json
 
 MAX_TOML_BYTES = 256 * 2**10
 MAX_JSON_BYTES = 16 * 2**20
@@ -26,6 +26,9 @@ def _as_list(value: Any) -> Any:
 
 
 Texts = Annotated[list[str], BeforeValidator(_as_list)]
+# Of module names, which are shorter; matching one of a hundred thousand letters takes minutes.
+Pattern = Annotated[str, Field(max_length=MAX_NAME)]
+Patterns = Annotated[list[Pattern], BeforeValidator(_as_list)]
 Numbers = Annotated[list[float], BeforeValidator(_as_list)]
 Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], BeforeValidator(_as_list)]
 Argument = bool | int | float | str | list[bool | int | float | str]
@@ -105,14 +108,14 @@ class LoraSection(Section):
 
     rank: int = _field(16, "use 4 to 32 for a style", ge=1, le=4096)
     alpha: float | None = _field(None, "leave it out to use the rank", gt=0)
-    targets: Texts = _field(
+    targets: Patterns = _field(
         ["attention"], "use attention, or name patterns such as *.attn2.to_v", min_length=1
     )
     text_encoder: bool = False
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = _field(
+    rank_pattern: dict[Pattern, Annotated[int, Field(ge=1)]] = _field(
         {}, "give module patterns with ranks, such as {convolutions = 4}"
     )
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = _field(
+    alpha_pattern: dict[Pattern, Annotated[float, Field(gt=0)]] = _field(
         {}, "give module patterns with alphas, such as {convolutions = 1}"
     )
     rslora: bool = False
@@ -211,7 +214,7 @@ class TrainSection(Section):
     )
     accumulate: int = _field(1, "use 1 to switch accumulation off", ge=1)
     learning_rate: float = _field(1e-4, "use 1e-5 to 1e-3 on SD 1.5", gt=0)
-    learning_rates: dict[str, Annotated[float, Field(gt=0)]] = _field(
+    learning_rates: dict[Pattern, Annotated[float, Field(gt=0)]] = _field(
         {}, "give patterns of module names and their rates, such as {'*.attn2.*' = 5e-5}"
     )
     text_encoder_learning_rate: float | None = _field(

@@ -216,8 +216,12 @@ def test_problems_are_short(tmp_path):
         ("[lora]\ntargets = [" + "'x', " * 8000 + "]", 1, "holds 8,002 values, which no"),
         ("[train]\n" + "\n".join(f"k{n} = 1" for n in range(4000)), 41, "and more mistakes, "),
         (f"[data]\ntrigger = '{'x' * 10**5}'", 1, "must have at most 1000 letters"),
+        (f"[lora]\ntargets = '{'[' * 10**5}'", 1, "must have at most 500 letters; use attention, or name"),
+        (f"[lora]\nrank_pattern = {{'{'[' * 10**5}' = 4}}", 1, "must have at most 500 letters; give module"),
+        (f"[lora]\nalpha_pattern = {{'{'[' * 10**5}' = 4}}", 1, "must have at most 500 letters; give module"),
+        (f"[train]\nlearning_rates = {{'{'[' * 10**5}' = 1}}", 1, "must have at most 500 letters; give patt"),
     ],
-    ids=["many keys", "a long list", "fewer keys", "a long trigger"],
+    ids=["many keys", "a long list", "fewer keys", "a long trigger", "target", "rank", "alpha", "rate"],
 )
 def test_bombs_of_values(tmp_path, content, lines, message):
     """Thousands of settings cost neither minutes nor the terminal's history."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from sdlora.errors import AdapterError, ConfigError, shorten
+from sdlora.errors import MAX_PROBLEMS, AdapterError, ConfigError, shorten
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.layers import (
     Dropout,
@@ -82,6 +82,8 @@ def match_targets(model: Model, targets: Sequence[str]) -> list[str]:
             reason, remedy = _explain(model, layers, target)
             problems.append(f"lora.targets = {shown}: {shorten(repr(target))} {reason}; {remedy}")
         chosen.update(found)
+        if len(problems) > MAX_PROBLEMS:
+            break
     if problems:
         raise ConfigError(*problems)
     return [name for name in layers if name in chosen]
