@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from sdlora.evaluation.evaluate import evaluate
 from sdlora.lora.adapter import Adapter, LowRank
 from sdlora.lora.files import save_adapter
 from sdlora.runs import RunFolder
@@ -276,6 +277,10 @@ def test_evaluate_verb(sdlora, make_images, tmp_path):
     assert "style distance" in printed
     assert "without trigger" in printed
     assert RunFolder(tmp_path / "run").evaluation_file.is_file()
+    told: list[tuple[int, int]] = []
+    evaluate(tmp_path / "run", progress=lambda *done: told.append(done))
+    # Two held-out pictures: by the base, by the style, and without the trigger.
+    assert told == [(2, 6), (4, 6), (6, 6)]
 
 
 def test_version_and_help(sdlora):

@@ -112,7 +112,7 @@ def advise_rank(
         keep: The share of what was learned that is enough.
         ranks: To try; powers of two if not given.
         seed: Of the samples.
-        progress: Told (finished, total): the losses of each rank, then all pictures.
+        progress: Told (finished, total): the losses of each rank, then the pictures.
 
     Raises:
         ConfigError: If `keep` or a rank is out of range.
@@ -129,20 +129,19 @@ def advise_rank(
         bench.adapter.rank: bench.adapter
     }
     without = bench.loss(bench.ancestors).loss
+    total = len(adapters) + (len(adapters) + 1) * min(len(bench.records), MAX_PICTURES)
+    show = progress or (lambda finished, total: None)
     losses: dict[int, float] = {}
     for number, (rank, adapter) in enumerate(adapters.items(), 1):
         losses[rank] = bench.loss((*bench.ancestors, (adapter, 1.0))).loss
-        if progress is not None:
-            progress(number, len(adapters) + 1)
+        show(number, total)
     learned = without - losses[bench.adapter.rank]
     if learned <= 0:
         raise RunError(
             f"run {bench.run.path} has not lowered the held-out loss ({without:.4f} without its adapter, "
             f"{losses[bench.adapter.rank]:.4f} with it), so no rank can be advised; see `sdlora spectrum`"
         )
-    distances = _picture_distances(bench, adapters, seed)
-    if progress is not None:
-        progress(len(adapters) + 1, len(adapters) + 1)
+    distances = _picture_distances(bench, adapters, seed, lambda done: show(len(adapters) + done, total))
     candidates = [
         Candidate(
             rank=rank,
@@ -179,11 +178,13 @@ def _ranks(found: Spectrum, rank: int) -> dict[str, int]:
     return {name: min(rank, len(values)) for name, values in found.values.items()}
 
 
-def _picture_distances(bench: Bench, adapters: dict[int, Adapter], seed: int) -> dict[int, float]:
+def _picture_distances(
+    bench: Bench, adapters: dict[int, Adapter], seed: int, progress: Callable[[int], object]
+) -> dict[int, float]:
     """How far samples are from those of the whole adapter, over how far they are without any."""
     captions = [record.caption for record in bench.records[:MAX_PICTURES]]
     stacks = [bench.ancestors, *((*bench.ancestors, (adapter, 1.0)) for adapter in adapters.values())]
-    without, *shown = bench.samples(stacks, captions, seed)
+    without, *shown = bench.samples(stacks, captions, seed, progress)
     whole = shown[list(adapters).index(bench.adapter.rank)]
 
     def distance(pictures: list[Tensor]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,13 +82,20 @@ class Bench:
             return condition
         return condition.with_time_ids(crop_to_time_ids(record.size, self.plan.crops[record.name][0]))
 
-    def samples(self, stacks: Sequence[Stack], captions: Sequence[str], seed: int) -> list[list[Tensor]]:
+    def samples(
+        self,
+        stacks: Sequence[Stack],
+        captions: Sequence[str],
+        seed: int,
+        progress: Callable[[int], object] = lambda finished: None,
+    ) -> list[list[Tensor]]:
         """Samples of captions, each in the size of its picture, for each of some stacks.
 
         Args:
             stacks: What to mount; none of it is the base.
             captions: One for each of the first pictures.
             seed: Of the noise.
+            progress: Called with the number of pictures finished so far.
         """
         groups: dict[Size, list[int]] = defaultdict(list)
         for number in range(len(captions)):
@@ -100,7 +107,14 @@ class Bench:
             # Measured, not shown: a blank in place of a picture would be measured too.
             settings = replace(request.settings, safety_checker=False)
             prompts = [captions[number] for number in numbers]
-            pictures = generate_columns(self.base, columns, prompts, [seed], settings)
+            pictures = generate_columns(
+                self.base,
+                columns,
+                prompts,
+                [seed],
+                settings,
+                progress=lambda done: progress(sum(map(len, found)) + done),
+            )
             for place, made in enumerate(found):
                 own = pictures[place :: len(columns)]
                 made |= {number: to_pixels(p.image) for number, p in zip(numbers, own, strict=True)}

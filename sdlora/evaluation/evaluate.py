@@ -90,14 +90,13 @@ def evaluate(
     trigger = bench.config.data.trigger
     captions = [record.caption for record in bench.records]
     count, total = len(captions), len(captions) * (3 if trigger else 2)
-    samples = bench.samples([(), bench.style], captions, seed)
+    show = progress or (lambda finished, total: None)
+    samples = bench.samples([(), bench.style], captions, seed, lambda done: show(done, total))
     plain, styled = (picture_distances(bench.base, made, bench.drawings) for made in samples)
-    if progress is not None:
-        progress(2 * count, total)
     untriggered = None
     if trigger:
         bare = [remove_trigger(caption, trigger) for caption in captions]
-        (without,) = bench.samples([bench.style], bare, seed)
+        (without,) = bench.samples([bench.style], bare, seed, lambda done: show(2 * count + done, total))
         untriggered = mean_distance(picture_distances(bench.base, without, bench.drawings))
     result = Evaluation(
         images=count,
