@@ -40,8 +40,8 @@ def styles(tmp_path_factory):
 
 @pytest.fixture
 def broken(styles, tmp_path):
-    """The same without its root."""
-    folder = tmp_path / "broken"
+    """The same without its root, so deep that no other test's files are near."""
+    folder = tmp_path / "far" / "away" / "broken"
     (folder / "ink").mkdir(parents=True)
     (folder / "ink" / "portraits.safetensors").write_bytes(
         (styles / "ink" / "portraits.safetensors").read_bytes()
