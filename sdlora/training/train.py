@@ -138,11 +138,14 @@ def resume(
             last = max((event["step"] for event in run.events("done")), default=steps)
             report.say(f"{run.path} is finished at step {last}: {run.adapter}; a larger train.steps goes on")
             return run
-        plan = make_plan(changed, accelerator.num_processes, find_machine(accelerator, precision))
-        check_same_plan(accelerator, plan)
         step = count_over(
             accelerator, newest_complete_step(run, report) if accelerator.is_main_process else 0
         )
+        if step:
+            # A checkpoint holds what was taken over from that file, which may be gone.
+            changed = changed.replace(lora={"init_from": None})
+        plan = make_plan(changed, accelerator.num_processes, find_machine(accelerator, precision))
+        check_same_plan(accelerator, plan)
         changes = check_state(run, step, plan, precision, allow_changed) if step else []
         if step > plan.steps:
             raise ConfigError(
@@ -151,21 +154,25 @@ def resume(
         check_disk(plan, run.path, step)
         nothing = f"{run.path} has no complete checkpoint: starting at step 0"
         report.say(f"resuming from step {step}" if step else nothing)
-        return _run(run, plan, accelerator, precision, report, Resumption(step, changes))
+        return _run(
+            run, plan, accelerator, precision, report, Resumption(step, changes, settings.lora.init_from)
+        )
 
 
 @dataclass(frozen=True)
 class Resumption:
-    """Where a run goes on, and what was allowed to change."""
+    """Where a run goes on, what was allowed to change, and where the run started from."""
 
     step: int
     changes: Sequence[Change]
+    init_from: str | None
 
     def bring_back(self, run: RunFolder, plan: RunPlan) -> None:
         """Brings a run folder back to the step: what came after it will happen again."""
         run.remove_leftovers()
         run.remove_checkpoints(plan.config.train.keep_checkpoints, last=self.step)
-        run.write_config(with_absolute_paths(plan.config))
+        config = plan.config.replace(lora={"init_from": self.init_from})
+        run.write_config(with_absolute_paths(config))
         run.cut_events(self.step)
         if not any(run.events("plan")):
             run.append("plan", 0, **plan.as_event())

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
-from sdlora.errors import ConfigError, ModelError, RunError, RunStopped
+from sdlora.errors import AdapterError, ConfigError, ModelError, RunError, RunStopped
 from sdlora.training.checkpoint import read_checkpoint, read_state, save_checkpoint, seal_state
 from sdlora.training.learner import Draw
 from sdlora.training.loop import Trainer
@@ -357,3 +357,20 @@ def test_a_base_that_was_moved(make_images, quick, sd15_folder, tmp_path, monkey
     assert moved.read_config().base.source == str(tmp_path / "moved")
     with pytest.raises(RunError, match="the base changed"):
         resume(run, {"train.steps": 3, "base.source": "builtin"}, quiet=True)
+
+
+def test_the_file_that_it_started_from_is_gone(make_images, quick, tmp_path, capsys):
+    """R-03: a checkpoint holds what was taken over from lora.init_from; the run still says where from."""
+    images = make_images()
+    first = train(images, out=tmp_path / "first", config=quick(images, train__steps=1), quiet=True)
+    start = first.adapter
+    config = quick(images, train__steps=1, lora__init_from=str(start))
+    run = train(images, out=tmp_path / "second", config=config, quiet=True)
+    start.unlink()
+    resume(run.path, {"train.steps": 2})
+    assert run.is_finished(2)
+    assert "start     " not in capsys.readouterr().out
+    assert run.read_config().lora.init_from == str(start)
+    shutil.rmtree(run.checkpoints)
+    with pytest.raises(AdapterError, match=r"lora\.init_from: .*does not exist"):
+        resume(run.path, {"train.steps": 3}, quiet=True)
