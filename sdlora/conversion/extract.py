@@ -15,8 +15,8 @@ from sdlora.errors import AdapterError, ModelError
 from sdlora.lora.adapter import Adapter, LowRank
 from sdlora.lora.attach import match_modules
 from sdlora.lora.decompose import decompose_dense
+from sdlora.models.empty import empty_components
 from sdlora.models.info import BaseInfo, inspect_base
-from sdlora.models.load import empty_components
 from sdlora.models.parts import Part
 from sdlora.models.rewrite import read_weights, stored_weights
 

@@ -19,8 +19,8 @@ from sdlora.errors import AdapterError, ModelError
 from sdlora.lora.adapter import Adapter, check_base, exact
 from sdlora.lora.attach import check_fit
 from sdlora.lora.names import component_of
+from sdlora.models.empty import empty_components
 from sdlora.models.info import BaseInfo, inspect_base
-from sdlora.models.load import empty_components
 from sdlora.models.rewrite import rewrite, stored_weights
 from sdlora.reading import PICKLES
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from sdlora.config import Quantize
 from sdlora.errors import ModelError
-from sdlora.models.empty import MODELS, UNFIT, empty_components, empty_model, empty_unet, reason_of
-from sdlora.models.info import BaseInfo, inspect_base
+from sdlora.models.empty import MODELS, UNFIT, empty_model, reason_of
+from sdlora.models.info import BaseInfo
 from sdlora.models.original import load_original, names_of_unet
 from sdlora.models.parts import Part
 from sdlora.models.quiet import quiet
@@ -26,19 +26,6 @@ from sdlora.models.tokens import load_tokenizer
 with quiet():
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
-
-__all__ = [
-    "BaseInfo",
-    "StockPipeline",
-    "attention_kernel",
-    "empty_components",
-    "empty_model",
-    "empty_unet",
-    "inspect_base",
-    "load_base",
-    "load_stock_pipeline",
-    "pipeline_of",
-]
 
 StockPipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 PIPELINES: dict[str, Any] = {

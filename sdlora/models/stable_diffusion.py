@@ -21,8 +21,6 @@ from sdlora.models.condition import Condition
 from sdlora.models.info import BaseInfo
 from sdlora.models.tokens import TokenCount, count_tokens
 
-__all__ = ["Condition", "StableDiffusion", "TextEncoder"]
-
 TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
 # A decoder needs gigabytes for each megapixel: small pictures are decoded together, large ones one by one.

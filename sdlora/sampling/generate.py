@@ -29,16 +29,6 @@ from sdlora.sampling.state import undisturbed
 LATENT_UNIT_PX = 8
 BLANK = "#e6e6e6"
 
-__all__ = [
-    "Column",
-    "Picture",
-    "SampleSettings",
-    "encode_prompts",
-    "generate",
-    "generate_columns",
-    "make_columns",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Row:

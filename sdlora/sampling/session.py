@@ -18,15 +18,16 @@ from sdlora.lora.attach import check_fit
 from sdlora.lora.files import load_adapter, lora_file
 from sdlora.models.condition import Condition
 from sdlora.models.dtypes import DTYPES, has_bf16
+from sdlora.models.empty import empty_components
 from sdlora.models.info import BaseInfo, inspect_base
-from sdlora.models.load import empty_components, load_base
+from sdlora.models.load import load_base
 from sdlora.models.safety import missing_checker
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.runs import RunFolder, next_free_folder
 from sdlora.sampling.checks import check_prompts, resolve_settings
-from sdlora.sampling.generate import Column, SampleSettings, generate_columns, make_columns
-from sdlora.sampling.grid import make_grid, save_pictures
-from sdlora.sampling.pictures import Picture
+from sdlora.sampling.generate import Column, generate_columns, make_columns
+from sdlora.sampling.grid import make_grid
+from sdlora.sampling.pictures import Picture, SampleSettings, save_pictures
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from sdlora.lora.attach import mount
 from sdlora.lora.layers import pair_shapes
 from sdlora.lora.modules import carrier_layers
 from sdlora.models.configuration import NUM_TIME_IDS
-from sdlora.models.load import empty_model
+from sdlora.models.empty import empty_model
 from sdlora.models.quantize import quantize
 from sdlora.training.live_bytes import peak_bytes
 

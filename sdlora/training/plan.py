@@ -20,8 +20,8 @@ from sdlora.lora.ancestors import Step
 from sdlora.lora.attach import count_parameters, match_modules
 from sdlora.lora.layout import Layout, plan_layout
 from sdlora.lora.names import component_of
+from sdlora.models.empty import empty_components
 from sdlora.models.info import BaseInfo, inspect_base
-from sdlora.models.load import empty_components
 from sdlora.models.safety import missing_checker
 from sdlora.training.adapter import check_init_from
 from sdlora.training.defaults import check_objective, global_batch, resolve_config

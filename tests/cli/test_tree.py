@@ -13,8 +13,8 @@ from sdlora.lora.attach import match_targets
 from sdlora.lora.files import inspect_adapter, load_adapter, save_adapter
 from sdlora.lora.formats import round_adapter
 from sdlora.lora.lineage import lineage_below, lineage_notes
+from sdlora.models.empty import empty_unet
 from sdlora.models.info import inspect_base
-from sdlora.models.load import empty_unet
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.evaluation.gap import Gap, full_base, measure_gap
 from sdlora.evaluation.heldout import HeldoutItem, heldout_loss
 from sdlora.lora.adapter import create_adapter
-from sdlora.lora.attach import lora_layers, match_targets, mount, mounted
+from sdlora.lora.attach import match_targets, mount, mounted
+from sdlora.lora.modules import lora_layers
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
 

@@ -23,7 +23,8 @@ from sdlora.models.info import inspect_base
 from sdlora.models.load import DTYPE, PIPELINES, load_base
 from sdlora.models.quiet import quiet
 from sdlora.models.safety import SafetyChecker, missing_checker
-from sdlora.sampling.generate import SampleSettings, generate
+from sdlora.sampling.generate import generate
+from sdlora.sampling.pictures import SampleSettings
 from sdlora.sampling.session import sample
 
 PROMPTS = ["a tractor", "a red apple on a blue background"]

@@ -20,7 +20,8 @@ from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base, load_stock_pipeline
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.sampling.checks import resolve_settings
-from sdlora.sampling.generate import Picture, SampleSettings, encode_prompts, generate
+from sdlora.sampling.generate import encode_prompts, generate
+from sdlora.sampling.pictures import Picture, SampleSettings
 
 # diffusers' schedulers speak to numpy in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")

@@ -25,8 +25,8 @@ from sdlora.lora.formats import round_adapter
 from sdlora.lora.lineage import digest_file, lineage_below, lineage_notes, read_lineage
 from sdlora.lora.resize import resize
 from sdlora.lora.tree import AdapterTree
+from sdlora.models.empty import empty_unet
 from sdlora.models.info import inspect_base
-from sdlora.models.load import empty_unet
 from sdlora.runs import RunFolder
 from sdlora.sampling.session import sample
 from sdlora.training.plan import make_plan

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sdlora.lora.attach import count_parameters, match_modules
-from sdlora.models.load import empty_model
+from sdlora.models.empty import empty_model
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from sdlora.config import BaseSection, load_config
 from sdlora.data.records import Size
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_modules, match_targets, mount
+from sdlora.models.empty import empty_components, empty_model
 from sdlora.models.info import inspect_base
-from sdlora.models.load import empty_components, empty_model, load_base
+from sdlora.models.load import load_base
 from sdlora.models.parts import Part
 from sdlora.training.device import Precision
 from sdlora.training.live_bytes import peak_bytes

@@ -14,8 +14,9 @@ from sdlora.errors import ConfigError, RunStopped
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_targets
 from sdlora.lora.files import load_adapter, save_adapter
+from sdlora.models.empty import empty_components
 from sdlora.models.info import inspect_base
-from sdlora.models.load import empty_components, load_base, load_stock_pipeline
+from sdlora.models.load import load_base, load_stock_pipeline
 from sdlora.sampling.session import sample
 from sdlora.training.checkpoint import read_checkpoint
 from sdlora.training.plan import make_plan

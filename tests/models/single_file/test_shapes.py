@@ -15,8 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sdlora.config import BaseSection
 from sdlora.errors import ModelError
+from sdlora.models.empty import empty_unet
 from sdlora.models.info import inspect_base
-from sdlora.models.load import empty_unet
 from sdlora.models.original import names_of_unet
 from sdlora.models.shapes import clip_config, open_clip_config, unet_config, vae_config
 
