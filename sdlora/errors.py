@@ -14,6 +14,7 @@ SdloraError
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 
 MAX_SHOWN = 200
 MAX_LINE = 2000
@@ -44,6 +45,14 @@ def shorten(text: str) -> str:
 
 def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[:length]}…"
+
+
+def join_names(names: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
+    """The first names, then how many more there are."""
+    listed = list(names)
+    rest = len(listed) - limit
+    shown = separator.join(listed[:limit])
+    return f"{shown} and {rest} more" if rest > 0 else shown
 
 
 class SdloraError(Exception):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdlora.errors import AdapterError, first_line
+from sdlora.errors import AdapterError, first_line, join_names
 from sdlora.lora.adapter import Adapter, LowRank, exact
 from sdlora.lora.attach import mounted
 from sdlora.lora.modules import Model, components, named_modules
@@ -206,9 +206,9 @@ def _compare_modules(adapter: Adapter, parts: Mapping[str, nn.Module]) -> list[s
     loaded = _loaded_pairs(parts)
     problems = []
     if missing := sorted(set(adapter.modules) - set(loaded)):
-        problems.append(f"{len(missing)} trained modules are missing ({_some(missing)})")
+        problems.append(f"{len(missing)} trained modules are missing ({join_names(missing)})")
     if unexpected := sorted(set(loaded) - set(adapter.modules)):
-        problems.append(f"{len(unexpected)} modules were not trained ({_some(unexpected)})")
+        problems.append(f"{len(unexpected)} modules were not trained ({join_names(unexpected)})")
     trained = {
         name: LowRank(pair.down, exact(pair.up) * adapter.scale_of(name))
         for name, pair in adapter.modules.items()
@@ -223,7 +223,7 @@ def _compare_modules(adapter: Adapter, parts: Mapping[str, nn.Module]) -> list[s
         and not trained[name].minus(pair).norm_squared() <= TOLERANCE**2 * max(norms[name], typical)
     ]
     if wrong:
-        problems.append(f"{len(wrong)} modules change in another way than trained ({_some(wrong)})")
+        problems.append(f"{len(wrong)} modules change in another way than trained ({join_names(wrong)})")
     return problems
 
 
@@ -255,8 +255,3 @@ def _compare_outputs(
 def _distance(one: Tensor, other: Tensor) -> float:
     """Largest absolute difference."""
     return float((one - other).abs().max())
-
-
-def _some(names: Sequence[str], count: int = 5) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more

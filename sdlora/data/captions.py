@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sdlora.data.records import Finding, count_of, join_names
-from sdlora.errors import DataError, shorten, unfit_letters
+from sdlora.data.records import Finding, count_of
+from sdlora.errors import DataError, join_names, shorten, unfit_letters
 from sdlora.reading import UnfitFileError, parse_json, read_bytes
 
 SIDECAR_SUFFIXES = (".txt", ".caption")

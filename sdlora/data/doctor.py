@@ -13,7 +13,8 @@ from sdlora.config import DataSection
 from sdlora.data.buckets import MAX_LOSS, BucketPlan
 from sdlora.data.captions import has_trigger
 from sdlora.data.images import crop_image, load_image
-from sdlora.data.records import DatasetIndex, Finding, ImageRecord, count_of, join_names
+from sdlora.data.records import DatasetIndex, Finding, ImageRecord, count_of
+from sdlora.errors import join_names
 
 LARGE_LOSS = 0.15
 LARGE_UPSCALE = 2.0

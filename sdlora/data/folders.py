@@ -14,8 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from sdlora.data.heldout import HELDOUT, is_heldout
 from sdlora.data.images import IMAGE_SUFFIXES
-from sdlora.data.records import join_names
-from sdlora.errors import DataError, shorten, unfit_letters
+from sdlora.errors import DataError, join_names, shorten, unfit_letters
 
 LINKS_REMEDY = "copy what they point to, or set data.follow_links=true"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -94,14 +93,6 @@ class DatasetIndex:
         """sha256 over what is trained on: (image digest, caption, repeats), in any order of files."""
         rows = sorted((record.digest, record.caption, record.repeats) for record in self.records)
         return hashlib.sha256(json.dumps(rows, ensure_ascii=True).encode("ascii")).hexdigest()
-
-
-def join_names(names: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
-    """The first names, then how many more there are."""
-    listed = list(names)
-    rest = len(listed) - limit
-    shown = separator.join(listed[:limit])
-    return f"{shown} and {rest} more" if rest > 0 else shown
 
 
 def count_of(number: int, noun: str) -> str:

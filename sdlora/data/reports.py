@@ -11,7 +11,8 @@ from sdlora.data.captions import METADATA_FILES, PLACEHOLDER, Caption
 from sdlora.data.folders import LINKS_REMEDY, Listing, is_image
 from sdlora.data.heldout import HELDOUT
 from sdlora.data.images import UNREAD_SUFFIXES
-from sdlora.data.records import Finding, ImageRecord, Severity, count_of, join_names
+from sdlora.data.records import Finding, ImageRecord, Severity, count_of
+from sdlora.errors import join_names
 
 MANY_REPEATS = 100
 MAX_REPEATS = 10_000

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from sdlora.errors import MAX_PROBLEMS, AdapterError, ConfigError, shorten
+from sdlora.errors import MAX_PROBLEMS, AdapterError, ConfigError, join_names, shorten
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.layers import (
     Dropout,
@@ -145,7 +145,7 @@ def attach(model: Model, names: Sequence[str]) -> None:
     layers = carrier_layers(model)
     if missing := [name for name in names if name not in layers]:
         raise AdapterError(
-            f"{len(missing)} of {len(names)} modules are not in this base ({_some(missing)}); "
+            f"{len(missing)} of {len(names)} modules are not in this base ({join_names(missing, 3)}); "
             "the LoRA is for another family, or the base is"
         )
     wrapped = lora_layers(model)
@@ -244,7 +244,7 @@ def _check_fit(
     if missing:
         raise AdapterError(
             f"{source} does not fit this base: {len(missing)} of its {len(adapter.modules)} modules are not "
-            f"there, such as {_some(missing)}; use a base of the family it was trained on{origin}"
+            f"there, such as {join_names(missing, 3)}; use a base of the family it was trained on{origin}"
         )
     for name, pair in adapter.modules.items():
         down, up = pair_shapes(layers[name], pair.rank)
@@ -254,8 +254,3 @@ def _check_fit(
                 f"features in the LoRA and {down[1]} to {up[0]} in the base; "
                 f"use a base of the family it was trained on{origin}"
             )
-
-
-def _some(names: Sequence[str], count: int = 3) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more

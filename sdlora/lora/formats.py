@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sdlora.errors import AdapterError
+from sdlora.errors import AdapterError, join_names
 from sdlora.lora.adapter import Adapter, LowRank, exact
 from sdlora.lora.names import TEXT_ENCODERS, clean_module, module_to_kohya
 from sdlora.lora.sgm import LAYERS_PER_BLOCK, layers_per_block
@@ -168,7 +168,7 @@ def _clean_modules(adapter: Adapter) -> dict[str, LowRank]:
     strange = [name for name in modules if re.search(r"lora_|(^|\.)(default|unet)(\.|$)", name)]
     if strange or len(modules) != len(adapter.modules):
         raise AdapterError(
-            f"module names cannot be written to a LoRA file: {_some(strange or list(adapter.modules))}"
+            f"module names cannot be written to a LoRA file: {join_names(strange or adapter.modules, 3)}"
         )
     return modules
 
@@ -177,8 +177,3 @@ def _resize(tensor: Tensor, dim: int, size: int) -> Tensor:
     shape = list(tensor.shape)
     shape[dim] = size - shape[dim]
     return torch.cat([tensor, tensor.new_zeros(shape)], dim) if shape[dim] > 0 else tensor
-
-
-def _some(names: list[str], count: int = 3) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more

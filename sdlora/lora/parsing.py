@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdlora.errors import AdapterError, shorten
+from sdlora.errors import AdapterError, join_names, shorten
 from sdlora.lora.adapter import Adapter, LowRank
 from sdlora.lora.names import TEXT_ENCODERS, dialect_of, has_sgm_names, split_key
 from sdlora.lora.sgm import LAYERS_PER_BLOCK, layers_per_block
@@ -95,13 +95,13 @@ def split_state(state: Mapping[str, Tensor], notes: Mapping[str, str]) -> dict[s
     if foreign:
         raise AdapterError(
             f"holds tensors that are no part of a LoRA that sdlora knows, {len(foreign)} of {len(state)}: "
-            f"{_some(foreign)}; export it again as a plain LoRA"
+            f"{join_names(foreign, 3)}; export it again as a plain LoRA"
         )
     incomplete = [name for name, found in parts.items() if not {"down", "up"} <= set(found)]
     if incomplete:
         raise AdapterError(
-            f"lacks the other half of modules, {len(incomplete)} of {len(parts)}: {_some(incomplete)}; "
-            "get the file again"
+            f"lacks the other half of modules, {len(incomplete)} of {len(parts)}: "
+            f"{join_names(incomplete, 3)}; get the file again"
         )
     for name, found in parts.items():
         _check_pair(name, found)
@@ -255,8 +255,3 @@ def _number(value: Any) -> float:
     if not is_number or not abs(value) <= sys.float_info.max:
         raise AdapterError(f"holds a lora_alpha of {shorten(repr(value))}, which is no number")
     return float(value)
-
-
-def _some(names: list[str], count: int = 3) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from sdlora.errors import ModelError
+from sdlora.errors import ModelError, join_names
 from sdlora.models.weights import read_json
 from sdlora.reading import PICKLES
 
@@ -97,7 +97,7 @@ def refuse_folder(folder: Path, key: str) -> ModelError:
         if kind:
             extra = ", and this as base.vae" if kind == "AutoencoderKL" else ""
             return ModelError(f"{key} is {CLASSES.get(kind, f'a {kind}')}, not a base; {remedy}{extra}")
-    shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     return ModelError(
-        f"{key} is not a diffusers folder: no model_index.json (it holds {shown or 'nothing'}); {remedy}"
+        f"{key} is not a diffusers folder: no model_index.json "
+        f"(it holds {join_names(names, 6) or 'nothing'}); {remedy}"
     )

@@ -13,8 +13,9 @@ from sdlora.config import DataSection
 from sdlora.data.batches import BatchOrder
 from sdlora.data.buckets import BucketPlan, plan_buckets
 from sdlora.data.doctor import contact_sheet, examine, summary
-from sdlora.data.records import DatasetIndex, join_names
+from sdlora.data.records import DatasetIndex
 from sdlora.data.scan import scan_dataset
+from sdlora.errors import join_names
 
 
 @dataclass(frozen=True)
