@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from sdlora.errors import ModelError
+from sdlora.errors import ModelError, first_line
 from sdlora.models.kinds import SOURCES, refuse_file
 from sdlora.models.weights import VARIANTS, has_weights
 
@@ -114,8 +114,7 @@ def download(source: str, key: str, revision: str | None, variant: str | None = 
     except HFValidationError:
         reason = f"is neither a folder here nor a hub id; give {SOURCES}"
     except (HfHubHTTPError, OSError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        reason = f"cannot be fetched from the hub ({first}); try again, or give a folder"
+        reason = f"cannot be fetched from the hub ({first_line(error)}); try again, or give a folder"
     else:
         return folder
     raise ModelError(f"{key}{at} {reason}")

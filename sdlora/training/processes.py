@@ -21,7 +21,7 @@ from torch import distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore
 
-from sdlora.errors import ConfigError, ProcessLost, RunStopped, SdloraError
+from sdlora.errors import ConfigError, ProcessLost, RunStopped, SdloraError, first_line
 
 T = TypeVar("T")
 # Between two meetings of the processes while each works on a share of its own.
@@ -166,8 +166,7 @@ def _explain(error: RuntimeError) -> ProcessLost:
     if told is not None:
         message = f"process {told['process']} on {told['host']} ended: {told['reason']}"
         return ProcessLost(message, told["code"], is_told=True)
-    first = str(error).strip().splitlines()[0]
-    return ProcessLost(f"another process ended or does not answer ({first})")
+    return ProcessLost(f"another process ended or does not answer ({first_line(error)})")
 
 
 def _say_why(process: int, error: BaseException) -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import distributed as dist
 
 from sdlora.cli import main
-from sdlora.errors import ConfigError, DataError
+from sdlora.errors import ConfigError, DataError, ProcessLost
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.runs import RunFolder
 from sdlora.sampling import generate
@@ -29,7 +29,7 @@ from sdlora.training.changes import apply_changes
 from sdlora.training.checkpoint import read_checkpoint
 from sdlora.training.learner import Learner
 from sdlora.training.loop import Trainer
-from sdlora.training.processes import ENGINES
+from sdlora.training.processes import ENGINES, listening
 from sdlora.training.train import resume, train
 
 SIZES = ((64, 64),) * 5 + ((96, 64),) * 3
@@ -390,3 +390,9 @@ def test_processes_that_never_come(images, quick, tmp_path, fork):
     child = fork(lambda: train(images, config=config, out=tmp_path / "run", quiet=True), **alone)
     assert child.wait(20) == 1
     assert "another process ended or does not answer" in child.printed
+
+
+def test_an_exchange_that_fails_without_a_word():
+    """R-17: some backends give an error no text; it is a lost process all the same."""
+    with pytest.raises(ProcessLost, match=r"does not answer \(RuntimeError\)"), listening():
+        raise RuntimeError("")
