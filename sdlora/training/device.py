@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import LoggerType, ProjectConfiguration
 
 from sdlora.config import RunConfig
@@ -23,6 +22,7 @@ from sdlora.errors import ConfigError
 from sdlora.models.dtypes import DTYPES, has_bf16
 from sdlora.training.processes import check_launcher, group_settings, listening, needs_gloo, num_launched
 
+NOT_INSTALLED = "not installed"
 PACKAGES = (
     "sdlora",
     "torch",
@@ -144,23 +144,16 @@ def check_trackers(trackers: list[str]) -> None:
     Raises:
         ConfigError: Naming it and what to install.
     """
-    known = {str(kind.value): kind for kind in LoggerType if kind != LoggerType.ALL}
-    from_package = {name: getattr(LOGGER_TYPE_TO_CLASS[name], "name", name) for name in LOGGER_TYPE_TO_CLASS}
+    known = sorted(str(kind.value) for kind in LoggerType if kind != LoggerType.ALL)
     for tracker in trackers:
         if tracker not in known:
-            raise ConfigError(f"train.trackers has {tracker!r}; known are {', '.join(sorted(known))}")
-        if not _is_installed(tracker):
-            name = from_package.get(tracker, tracker)
-            hint = "pip install 'sdlora[tensorboard]'" if tracker == "tensorboard" else f"pip install {name}"
-            raise ConfigError(f"train.trackers has {tracker!r} but its package is not installed; {hint}")
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        version({"comet_ml": "comet_ml"}.get(package, package))
-    except PackageNotFoundError:
-        return False
-    return True
+            raise ConfigError(f"train.trackers has {tracker!r}; known are {', '.join(known)}")
+        # Each has the name of its package.
+        if _version(tracker) == NOT_INSTALLED:
+            package = "'sdlora[tensorboard]'" if tracker == "tensorboard" else tracker
+            raise ConfigError(
+                f"train.trackers has {tracker!r} but its package is not installed; pip install {package}"
+            )
 
 
 def describe_environment(accelerator: Accelerator, precision: Precision, **values: Any) -> dict[str, Any]:
@@ -197,4 +190,4 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED
