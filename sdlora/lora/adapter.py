@@ -5,7 +5,6 @@ R rank; `in` and `out` are the features or channels of the adapted layer, kh and
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sdlora.errors import AdapterError
-from sdlora.lora.layers import pair_shapes
+from sdlora.lora.layers import pair_shapes, seed_of
 from sdlora.lora.modules import Model, carrier_layers, components
 from sdlora.lora.names import component_of
 from sdlora.lora.sgm import LAYERS_PER_BLOCK
@@ -47,8 +46,8 @@ class LowRank:
         """A pair whose product is the difference of the two products; exactly zero for equal pairs."""
         down, up, other_down, other_up = map(exact, (self.down, self.up, other.down, other.up))
         rank = max(self.rank, other.rank)
-        down, other_down = _pad(down, 0, rank), _pad(other_down, 0, rank)
-        up, other_up = _pad(up, 1, rank), _pad(other_up, 1, rank)
+        down, other_down = pad(down, 0, rank), pad(other_down, 0, rank)
+        up, other_up = pad(up, 1, rank), pad(other_up, 1, rank)
         return LowRank(torch.cat([down, down - other_down]), torch.cat([up - other_up, other_up], dim=1))
 
 
@@ -181,8 +180,7 @@ def draw_adapter(
     modules: dict[str, LowRank] = {}
     for name, rank in ranks.items():
         down_shape, up_shape = pair_shapes(layers[name], rank)
-        digest = hashlib.sha256(f"{seed}/adapter/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        generator = torch.Generator().manual_seed(seed_of(f"{seed}/adapter/{name}"))
         down = _draw_down(down_shape, init, generator)
         device = next(layers[name].parameters()).device
         modules[name] = LowRank(
@@ -263,8 +261,8 @@ def exact(factor: Tensor) -> Tensor:
     return factor.detach().cpu().double().flatten(1)
 
 
-def _pad(matrix: Tensor, dim: int, size: int) -> Tensor:
+def pad(factor: Tensor, dim: int, size: int) -> Tensor:
     """Appends zeros along a dimension up to a size."""
-    shape = list(matrix.shape)
+    shape = list(factor.shape)
     shape[dim] = size - shape[dim]
-    return torch.cat([matrix, matrix.new_zeros(shape)], dim=dim) if shape[dim] > 0 else matrix
+    return torch.cat([factor, factor.new_zeros(shape)], dim=dim) if shape[dim] > 0 else factor

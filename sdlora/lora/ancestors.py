@@ -14,6 +14,7 @@ from sdlora.errors import AdapterError, ConfigError, RunError
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.files import load_adapter
 from sdlora.lora.lineage import (
+    ENDING,
     KOHYA_ENDING,
     Ancestor,
     digest_adapter,
@@ -27,7 +28,6 @@ from sdlora.runs import RunFolder
 Stack: TypeAlias = tuple[tuple[Adapter, float], ...]
 """Adapters with their strengths, in the order they are mounted."""
 
-ENDING = ".safetensors"
 _LEVELS = 4
 
 

@@ -15,8 +15,7 @@ from sdlora.errors import MAX_PROBLEMS, AdapterError, ConfigError, join_names, s
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.layers import (
     Dropout,
-    LoraConv2d,
-    LoraLinear,
+    LoraLayer,
     Scale,
     StackEntry,
     pair_shapes,
@@ -181,7 +180,7 @@ def mount(model: Model, adapters: Sequence[tuple[Adapter, Scale]], dropout: Drop
     if new:
         replace_modules(model, new)
     for name, layer in (places | new).items():
-        if isinstance(layer, LoraLinear | LoraConv2d):
+        if isinstance(layer, LoraLayer):
             layer.stack = tuple(stacks.get(name, ()))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdlora.errors import AdapterError, one_line
+from sdlora.errors import AdapterError, one_line, shorten
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.container import read_tensors, write_tensors
 from sdlora.lora.formats import (
@@ -83,14 +83,11 @@ class AdapterInfo:
         }
         lines = [f"{key:<9} {value}" for key, value in about.items()]
         width = max((len(key) for key in self.metadata), default=0)
-        lines += [f"  {key:<{width}}  {_shorten(text)}" for key, text in sorted(self.metadata.items())]
+        lines += [
+            f"  {key:<{width}}  {shorten(' '.join(text.split()))}"
+            for key, text in sorted(self.metadata.items())
+        ]
         return [one_line(line) for line in lines]
-
-
-def _shorten(text: str, length: int = 200) -> str:
-    """One line of a text."""
-    line = " ".join(text.split())
-    return line if len(line) <= length else f"{line[:length]}…"
 
 
 def save_adapter(

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sdlora.errors import AdapterError, join_names
-from sdlora.lora.adapter import Adapter, LowRank, exact
-from sdlora.lora.names import TEXT_ENCODERS, clean_module, module_to_kohya
+from sdlora.lora.adapter import Adapter, LowRank, exact, pad
+from sdlora.lora.names import TEXT_ENCODERS, clean_module, component_of, module_to_kohya
 from sdlora.lora.sgm import LAYERS_PER_BLOCK, layers_per_block
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -118,8 +118,8 @@ def adapter_to_kohya(adapter: Adapter) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, pair in modules.items():
         key = module_to_kohya(name, sdxl=sdxl, layers=layers)
-        state[f"{key}.lora_down.weight"] = _resize(pair.down.detach(), 0, rank)
-        state[f"{key}.lora_up.weight"] = _resize(pair.up.detach(), 1, rank)
+        state[f"{key}.lora_down.weight"] = pad(pair.down.detach(), 0, rank)
+        state[f"{key}.lora_up.weight"] = pad(pair.up.detach(), 1, rank)
         state[f"{key}.alpha"] = alpha.clone()
     return state
 
@@ -131,7 +131,7 @@ def mixed_rank_metadata(adapter: Adapter) -> str | None:
     """
     ranks: dict[str, dict[str, int]] = {}
     for name, pair in _clean_modules(adapter).items():
-        component = next((text for text in TEXT_ENCODERS if name.startswith(text)), "unet.")
+        component = f"{component_of(name)}."
         # Whether text encoders have the level depends on the version of transformers.
         path = name.removeprefix(component).removeprefix("text_model.")
         ranks.setdefault(component, {})[path] = pair.rank
@@ -171,9 +171,3 @@ def _clean_modules(adapter: Adapter) -> dict[str, LowRank]:
             f"module names cannot be written to a LoRA file: {join_names(strange or adapter.modules, 3)}"
         )
     return modules
-
-
-def _resize(tensor: Tensor, dim: int, size: int) -> Tensor:
-    shape = list(tensor.shape)
-    shape[dim] = size - shape[dim]
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim) if shape[dim] > 0 else tensor

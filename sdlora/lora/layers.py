@@ -85,7 +85,7 @@ class Dropout:
         """What drops values (B, ...) of a module; None if nothing is ever dropped."""
         if self.share == 0:
             return None
-        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
+        key = seed_of(name)
 
         def drop(values: Tensor) -> Tensor:
             if not self.seeds:
@@ -99,7 +99,12 @@ class Dropout:
         return drop
 
 
-class _Carrier(nn.Module):
+def seed_of(text: str) -> int:
+    """A 63-bit seed that depends on a text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+class LoraLayer(nn.Module):
     """A frozen layer with a stack. Its state is the layer's, under the layer's names.
 
     So a network that carries adapters is saved and loaded as its base: what is mounted is a file of its own.
@@ -136,14 +141,8 @@ class _Carrier(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class LoraLinear(_Carrier):
-    """`base(x) + sum of scale * up(down(x))` over the stack (LoRA, arXiv 2106.09685, equation 3).
-
-    Args:
-        base: The layer as it was; left untouched.
-    """
-
-    base: nn.Linear
+class LoraLinear(LoraLayer):
+    """`base(x) + sum of scale * up(down(x))` over the stack (LoRA, arXiv 2106.09685, equation 3)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., in) to (..., out); pairs go where `x` is, in its dtype, for the product."""
@@ -155,12 +154,8 @@ class LoraLinear(_Carrier):
         return y
 
 
-class LoraConv2d(_Carrier):
-    """As `LoraLinear`: `down` has the base's kernel, stride and padding, `up` is 1x1.
-
-    Args:
-        base: The layer as it was; left untouched.
-    """
+class LoraConv2d(LoraLayer):
+    """As `LoraLinear`: `down` has the base's kernel, stride and padding, `up` is 1x1."""
 
     base: nn.Conv2d
 
@@ -173,9 +168,6 @@ class LoraConv2d(_Carrier):
                 hidden = F.conv2d(x, entry.down.to(x), None, base.stride, base.padding, base.dilation)
                 y = y + F.conv2d(entry.scaled(hidden), entry.up.to(x))
         return y
-
-
-LoraLayer: TypeAlias = LoraLinear | LoraConv2d
 
 
 def wrap_layer(layer: nn.Module) -> LoraLayer:

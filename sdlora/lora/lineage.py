@@ -20,7 +20,7 @@ from sdlora.lora.formats import adapter_to_diffusers
 from sdlora.lora.names import is_kohya_key
 
 PARENT, LINEAGE, HASH = "sdlora.parent", "sdlora.lineage", "sshs_model_hash"
-KOHYA_ENDING = ".kohya.safetensors"
+ENDING, KOHYA_ENDING = ".safetensors", ".kohya.safetensors"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ time, and give it back as the nearest pair of a rank.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 from sdlora.errors import AdapterError, ConfigError
 from sdlora.lora.adapter import Adapter, LowRank
 from sdlora.lora.decompose import decompose, decompose_dense
+from sdlora.lora.layers import seed_of
 from sdlora.lora.resize import describe_error
 
 Method = Literal["concatenate", "svd", "ties", "dare"]
@@ -230,8 +230,7 @@ def drop(change: Tensor, density: float, key: str) -> Tensor:
         density: The probability.
         key: Decides the draw.
     """
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed_of(key))
     kept = torch.rand(change.shape, generator=generator).to(change.device) < density
     return change * kept / density
 

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from sdlora.lora.layers import LoraConv2d, LoraLayer, LoraLinear, can_carry
+from sdlora.lora.layers import LoraLayer, can_carry
 from sdlora.lora.names import module_name
 
 Model: TypeAlias = nn.Module | Mapping[str, nn.Module]
@@ -38,15 +38,14 @@ def named_modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
                 continue
             seen.add(module)
             yield module_name(component, path), module
-            if not isinstance(module, LoraLinear | LoraConv2d):
+            if not isinstance(module, LoraLayer):
                 start = f"{path}." if path else ""
                 left += [(start + name, child) for name, child in module.named_children()][::-1]
 
 
 def carriers(model: Model) -> dict[str, nn.Module]:
     """What stands where a pair can be: a wrapped layer, or one that can be wrapped."""
-    kinds = (LoraLinear, LoraConv2d)
-    return {name: m for name, m in named_modules(model) if isinstance(m, kinds) or can_carry(m)}
+    return {name: m for name, m in named_modules(model) if isinstance(m, LoraLayer) or can_carry(m)}
 
 
 def carrier_layers(model: Model) -> dict[str, nn.Module]:
@@ -56,12 +55,12 @@ def carrier_layers(model: Model) -> dict[str, nn.Module]:
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The layer as the base has it."""
-    return module.base if isinstance(module, LoraLinear | LoraConv2d) else module
+    return module.base if isinstance(module, LoraLayer) else module
 
 
 def lora_layers(model: Model) -> dict[str, LoraLayer]:
     """The layers that are wrapped, by name."""
-    return {name: m for name, m in named_modules(model) if isinstance(m, LoraLinear | LoraConv2d)}
+    return {name: m for name, m in named_modules(model) if isinstance(m, LoraLayer)}
 
 
 def replace_modules(model: Model, modules: Mapping[str, nn.Module]) -> None:

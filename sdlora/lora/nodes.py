@@ -8,10 +8,8 @@ from pathlib import Path
 
 from sdlora.errors import AdapterError, RunError, shorten
 from sdlora.lora.files import inspect_adapter
-from sdlora.lora.lineage import KOHYA_ENDING, Ancestor, digest_file, noted_digest, read_lineage
+from sdlora.lora.lineage import ENDING, KOHYA_ENDING, Ancestor, digest_file, noted_digest, read_lineage
 from sdlora.runs import RunFolder
-
-ENDING = ".safetensors"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sdlora.errors import AdapterError, join_names, shorten
 from sdlora.lora.adapter import Adapter, LowRank
-from sdlora.lora.names import TEXT_ENCODERS, dialect_of, has_sgm_names, split_key
+from sdlora.lora.names import TEXT_ENCODERS, component_of, dialect_of, has_sgm_names, split_key
 from sdlora.lora.sgm import LAYERS_PER_BLOCK, layers_per_block
 from sdlora.reading import UnfitFileError, parse_json
 
@@ -189,7 +189,7 @@ def module_alphas(
     settings = {component: _settings(notes, component) for component in ("unet.", *TEXT_ENCODERS)}
     alphas: dict[str, float | None] = {}
     for name, found in parts.items():
-        component = next((text for text in TEXT_ENCODERS if name.startswith(text)), "unet.")
+        component = f"{component_of(name)}."
         own = settings[component]
         if "alpha" in found:
             alphas[name] = float(found["alpha"])

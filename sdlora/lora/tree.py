@@ -21,6 +21,7 @@ from sdlora.lora.attach import detach, mount
 from sdlora.lora.files import load_adapter
 from sdlora.lora.layers import Scale
 from sdlora.lora.lineage import (
+    ENDING,
     KOHYA_ENDING,
     LINEAGE,
     PARENT,
@@ -30,7 +31,7 @@ from sdlora.lora.lineage import (
     short,
 )
 from sdlora.lora.merge import merge
-from sdlora.lora.nodes import ENDING, Node, find_files, read_node, spare_files
+from sdlora.lora.nodes import Node, find_files, read_node, spare_files
 from sdlora.lora.parentage import find_parentage, path_of
 from sdlora.lora.resize import ResizeReport, resize
 
