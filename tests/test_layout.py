@@ -97,9 +97,10 @@ def test_no_python_outside():
 
 
 def test_public_names_are_there():
-    """What `sdlora.__all__` lists can be imported, and nothing else is promised."""
+    """What `sdlora.__all__` lists can be imported, and nothing else is promised or completed."""
     import sdlora
 
+    assert dir(sdlora) == sdlora.__all__
     assert sorted(sdlora.__all__) == sdlora.__all__
     for name in sdlora.__all__:
         assert getattr(sdlora, name) is not None
