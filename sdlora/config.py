@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -43,6 +44,17 @@ class Section(BaseModel):
     """A group of settings; unknown keys are mistakes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_text(cls, values: Any) -> Any:
+        """From Python, a path or a run is as good as its text."""
+        if not isinstance(values, Mapping):
+            return values
+        return {
+            key: os.fspath(value) if isinstance(value, os.PathLike) else value
+            for key, value in values.items()
+        }
 
 
 class BaseSection(Section):
@@ -353,6 +365,7 @@ def load_config(
     else:
         values = read_toml(Path(file)) if file is not None else {}
     problems: list[str] = []
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
     for key, value in pairs:
         problem = _set_nested(values, key, value)

@@ -11,6 +11,7 @@ import pytest
 
 from sdlora.config import RunConfig, Section, load_config, parse_override, read_config
 from sdlora.errors import ConfigError
+from sdlora.runs import RunFolder
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -108,6 +109,16 @@ def test_conflicts_name_both(first, second):
     for override in (first, second):
         assert override.replace("=", " = ") in problem
     assert "keep one of them" in problem
+
+
+def test_settings_from_python(tmp_path):
+    """A path or a run is as good as its text, and one override needs no list."""
+    overrides = {"base.source": tmp_path, "lora.parent": RunFolder(tmp_path / "run")}
+    config = load_config(None, overrides).replace(lora={"init_from": tmp_path / "a.safetensors"})
+    assert config.base.source == str(tmp_path)
+    assert config.lora.parent == str(tmp_path / "run")
+    assert config.lora.init_from == str(tmp_path / "a.safetensors")
+    assert load_config(None, "lora.rank=8").lora.rank == 8
 
 
 def test_all_mistakes_at_once():

@@ -42,6 +42,15 @@ def test_a_run_is_never_overwritten(tmp_path):
     assert run.read_environment() == {"device": "cpu"}
 
 
+def test_a_run_is_a_path(tmp_path):
+    """Where a path is taken, a run is too."""
+    run = RunFolder.create(tmp_path / "run", RunConfig(), {})
+    assert os.fspath(run) == str(tmp_path / "run")
+    assert RunFolder.open(run).path == run.path
+    with pytest.raises(RunError, match="already holds a run"):
+        RunFolder.create(run, RunConfig(), {})
+
+
 def test_wrong_folders(tmp_path):
     """`resume` on a folder that is no run, or is not there."""
     with pytest.raises(RunError, match="does not exist"):

@@ -81,7 +81,7 @@ def request_of_run(config: RunConfig, info: BaseInfo) -> SampleRequest:
 def sample(
     source: str | Path | RunFolder | None = None,
     *,
-    base: str | None = None,
+    base: str | Path | None = None,
     step: int | None = None,
     out: str | Path | None = None,
     size: tuple[int, int] | None = None,
@@ -175,7 +175,9 @@ def _check_fits(subject: _Subject, ancestors: Sequence[Step], info: BaseInfo) ->
         check_fit(adapter.without(info.unread_layer), parts, str(file))
 
 
-def _find_subject(source: str | Path | RunFolder | None, base: str | None, step: int | None) -> _Subject:
+def _find_subject(
+    source: str | Path | RunFolder | None, base: str | Path | None, step: int | None
+) -> _Subject:
     if isinstance(source, RunFolder) or (source is not None and lora_file(source).is_dir()):
         run = source if isinstance(source, RunFolder) else RunFolder.open(source)
         config = run.read_config()

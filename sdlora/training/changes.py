@@ -99,6 +99,7 @@ def apply_changes(
             f"--allow-changed {unknown[0]} is not possible; fields that can be allowed are "
             f"{', '.join(sorted(ALLOWABLE))}"
         )
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     pairs = overrides if isinstance(overrides, Mapping) else list(overrides)
     given_keys = pairs if isinstance(pairs, Mapping) else [text.partition("=")[0].strip() for text in pairs]
     asked = load_config(None, pairs)

@@ -45,7 +45,7 @@ from sdlora.training.resume import check_state, newest_complete_step
 def train(
     images: str | Path,
     *,
-    base: str | None = None,
+    base: str | Path | None = None,
     out: str | Path | None = None,
     trigger: str | None = None,
     parent: str | Path | RunFolder | None = None,
@@ -73,10 +73,10 @@ def train(
     Raises:
         SdloraError: One line (or a line for each mistake) that says what to do.
     """
-    direct = {
+    direct: dict[str, dict[str, Any]] = {
         "base": {"source": base},
         "data": {"trigger": trigger},
-        "lora": {"parent": str(parent.path if isinstance(parent, RunFolder) else parent) if parent else None},
+        "lora": {"parent": parent},
     }
     given = {name: values for name, values in direct.items() if None not in values.values()}
     settings = load_config(config, overrides, images=images).replace(**given)
@@ -102,7 +102,7 @@ def train(
 
 
 def resume(
-    run_folder: str | Path,
+    run_folder: str | Path | RunFolder,
     overrides: Iterable[str] | Mapping[str, Any] = (),
     *,
     allow_changed: Collection[str] = (),
