@@ -66,8 +66,6 @@ def export_adapter(
     Raises:
         AdapterError: If the adapter is not finite or changes nothing (R-06), or the place is not writable.
     """
-    if Path(path).suffix != ".safetensors":
-        raise AdapterError(f"--out {path} must end in .safetensors; other programs go by that")
     rounded, rounding = round_adapter(adapter, precision)
     file = save_adapter(path, rounded, dialect=dialect, metadata=metadata)
     return ExportReport(file, dialect, rounding, file.stat().st_size)

@@ -71,6 +71,13 @@ class Adapter:
     scales: dict[str, float] = field(default_factory=dict)
     """The factor of modules where it is not `scale`."""
 
+    def __repr__(self) -> str:
+        """Without the tensors: a notebook prints what stands last in a cell."""
+        return (
+            f"Adapter({len(self.modules)} modules, rank {self.rank}, alpha {self.alpha:g}, "
+            f"family {self.family!r})"
+        )
+
     @property
     def components(self) -> list[str]:
         """The parts of a base that it changes: `unet`, `text_encoder`, `text_encoder_2`."""

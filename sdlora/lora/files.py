@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from sdlora.errors import AdapterError, one_line, shorten
+from sdlora.errors import AdapterError, ConfigError, one_line, shorten
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.container import read_tensors, write_tensors
 from sdlora.lora.formats import (
@@ -107,9 +108,15 @@ def save_adapter(
             tensors (rank, alpha, hash) is written in any case.
 
     Raises:
-        AdapterError: If a value is not finite, every `up` is zero (R-06), or the place cannot be written.
+        AdapterError: If a value is not finite, every `up` is zero (R-06), the name does not end in
+            .safetensors, or the place cannot be written.
+        ConfigError: If there is no such dialect.
     """
     path = Path(path)
+    if path.suffix != ".safetensors":
+        raise AdapterError(f"--out {path} must end in .safetensors; other programs go by that")
+    if dialect not in get_args(Dialect):
+        raise ConfigError(f"dialect = {dialect!r} must be one of {', '.join(get_args(Dialect))}")
     _check_values(path, adapter)
     folded = fold(adapter)
     state = adapter_to_kohya(folded) if dialect == "kohya" else adapter_to_diffusers(folded)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sdlora.errors import AdapterError, join_names
+from sdlora.errors import AdapterError, ConfigError, join_names
 from sdlora.lora.adapter import Adapter, LowRank, exact, pad
 from sdlora.lora.names import TEXT_ENCODERS, clean_module, component_of, module_to_kohya
 from sdlora.lora.sgm import LAYERS_PER_BLOCK, layers_per_block
@@ -63,7 +63,12 @@ def round_adapter(adapter: Adapter, precision: Precision = "fp16") -> tuple[Adap
 
     The limits are a relative error of 1e-3 for fp16 (1e-2 for bf16, which is never better than 2e-3) and
     0.1 % of newly zero elements.
+
+    Raises:
+        ConfigError: If there is no such precision.
     """
+    if precision not in DTYPES:
+        raise ConfigError(f"precision = {precision!r} must be one of {', '.join(DTYPES)}")
     folded = fold(adapter)
     folded = folded if folded.dtype == torch.float32 else folded.to(dtype=torch.float32)
     rounded = folded.to(dtype=DTYPES[precision])

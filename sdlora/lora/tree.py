@@ -69,6 +69,9 @@ class AdapterTree:
         """Node to the line that says why it must not be used."""
         self._loaded: dict[tuple[str, str], Adapter] = {}
 
+    def __repr__(self) -> str:
+        return f"AdapterTree({str(self.folder)!r}: {', '.join(self.nodes)})"
+
     @classmethod
     def from_folder(cls, folder: str | Path) -> AdapterTree:
         """Reads the headers of all LoRA files in a folder, and below it.

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
-from sdlora.errors import AdapterError
+from sdlora.errors import AdapterError, ConfigError
 from sdlora.lora.attach import mount
 from sdlora.lora.container import write_tensors
 from sdlora.lora.files import inspect_adapter, load_adapter, save_adapter
@@ -254,6 +254,18 @@ def test_a_base_given_for_a_lora(tmp_path, unet):
         AdapterError, match=r"c.safetensors is a whole base, not a LoRA \(it belongs to --base\)"
     ):
         inspect_adapter(tmp_path / "c.safetensors")
+
+
+def test_a_file_that_no_program_would_read(tmp_path, unet, make_adapter):
+    """Another ending, dialect or precision is a mistake, and no file of another kind under that name."""
+    adapter = make_adapter(unet)
+    with pytest.raises(AdapterError, match=r"x\.pt must end in \.safetensors"):
+        save_adapter(tmp_path / "x.pt", adapter)
+    with pytest.raises(ConfigError, match="dialect = 'a1111' must be one of diffusers, kohya"):
+        save_adapter(tmp_path / "x.safetensors", adapter, dialect="a1111")
+    with pytest.raises(ConfigError, match="precision = 'fp8' must be one of fp32, bf16, fp16"):
+        round_adapter(adapter, "fp8")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_place_that_cannot_be_written(tmp_path, unet, make_adapter):

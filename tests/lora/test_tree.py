@@ -95,6 +95,16 @@ def test_structure(small):
         tree.node("sepia")
 
 
+def test_in_a_notebook(small, unet, make_adapter):
+    """What stands last in a cell is one line, not all tensors."""
+    assert repr(AdapterTree.from_folder(small)).endswith(
+        "styles': ink, ink/maps, ink/portraits, ink/portraits/old, water)"
+    )
+    adapter = make_adapter(unet, rank=3, alpha=1.5)
+    count = len(adapter.modules)
+    assert repr(adapter) == f"Adapter({count} modules, rank 3, alpha 1.5, family {adapter.family!r})"
+
+
 def test_moving_and_renaming_break_nothing(small):
     """The parent is found by its tensors."""
     (small / "roots").mkdir()
