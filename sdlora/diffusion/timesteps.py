@@ -52,8 +52,9 @@ def make_sampler(schedule: NoiseSchedule, settings: ObjectiveSection) -> Timeste
     high = min(high, schedule.num_timesteps)
     if settings.timesteps == "uniform":
         return TimestepSampler(low, high)
-    probabilities = timestep_probabilities(schedule, settings)
-    return TimestepSampler(low, high, probabilities.cumsum(0) / probabilities.sum())
+    cumulative = timestep_probabilities(schedule, settings).cumsum(0)
+    # By its own last number, which is 1 then to the bit: no share below 1 lies behind all timesteps.
+    return TimestepSampler(low, high, cumulative / cumulative[-1])
 
 
 def timestep_probabilities(schedule: NoiseSchedule, settings: ObjectiveSection) -> Tensor:

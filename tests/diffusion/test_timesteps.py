@@ -113,3 +113,12 @@ def test_nothing_left():
     line = r"style_friendly with mean -6 .* objective\.timestep_range = \[0, 9\]"
     with pytest.raises(ConfigError, match=line):
         make_sampler(SCHEDULE, section(timestep_std=0.5, timestep_range=(0, 9)))
+
+
+@pytest.mark.parametrize("timesteps", ["logit_normal", "style_friendly"])
+@pytest.mark.parametrize("last", [999, 1000])
+def test_the_largest_draw_is_in_the_range(timesteps, last):
+    """R-32: rounding in the sum of all probabilities leaves no share for a timestep that there is not."""
+    for mean in range(-6, 3):
+        settings = section(timesteps, timestep_mean=mean, timestep_range=(0, last))
+        assert make_sampler(SCHEDULE, settings).quantile(1 - 2**-53) < last, mean
