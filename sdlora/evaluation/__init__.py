@@ -1,1 +1,1 @@
-"""Judging an adapter: the held-out loss."""
+"""Judging an adapter: losses at fixed noise, distances between pictures, and how much rank it needs."""

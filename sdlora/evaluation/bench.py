@@ -18,7 +18,6 @@ from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.errors import RunError
 from sdlora.evaluation.dataset import read_dataset
 from sdlora.evaluation.heldout import HeldoutItem, HeldoutLoss, heldout_loss
-from sdlora.evaluation.pictures import to_pixels
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.ancestors import Stack, find_ancestors, stack_of
 from sdlora.lora.attach import mounted
@@ -117,7 +116,7 @@ class Bench:
             )
             for place, made in enumerate(found):
                 own = pictures[place :: len(columns)]
-                made |= {number: to_pixels(p.image) for number, p in zip(numbers, own, strict=True)}
+                made |= {number: image_to_tensor(p.image) for number, p in zip(numbers, own, strict=True)}
         return [[made[number] for number in range(len(captions))] for made in found]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdlora.diffusion.objective import derive_seed
+from sdlora.diffusion.objective import keyed_generator
 from sdlora.diffusion.schedule import NoiseSchedule
 from sdlora.models.condition import Condition
 
@@ -108,7 +108,7 @@ def _losses(
     device: torch.device,
 ) -> Tensor:
     latents = torch.stack([item.latents for item in items])
-    generators = [torch.Generator().manual_seed(derive_seed("heldout", item.key, timestep)) for item in items]
+    generators = [keyed_generator("heldout", item.key, timestep) for item in items]
     noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
     latents, noise = latents.to(device), noise.to(device)
     timesteps = torch.full((len(items),), timestep, device=device)

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sdlora.models.stable_diffusion import StableDiffusion
@@ -71,8 +69,3 @@ def _statistics(latents: Tensor) -> Tensor:
 
 def _rms(difference: Tensor) -> float:
     return float(difference.square().mean().sqrt())
-
-
-def to_pixels(image: Image.Image) -> Tensor:
-    """A picture as (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).float() / 127.5 - 1

@@ -13,8 +13,9 @@ import torch
 from sdlora.diffusion.objective import keyed_generator
 from sdlora.diffusion.schedule import NoiseSchedule
 from sdlora.evaluation.heldout import Denoise, HeldoutItem
+from sdlora.models.condition import Condition
+from sdlora.models.configuration import PREDICTIONS
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # There the three targets differ most from one another, and a trained UNet is still close to its own.
 SIGNAL = 0.6
 CLEARLY = 0.6
@@ -42,7 +43,7 @@ def recognise_prediction(
         latents = item.latents[None].to(device)
         generator = keyed_generator("prediction", item.key)
         noise = torch.randn(latents.shape, generator=generator).to(device)
-        condition = item.condition.stack([item.condition]).to(device)
+        condition = Condition.stack([item.condition]).to(device)
         answer = denoise(schedule.add_noise(latents, noise, timesteps), timesteps, condition).float()
         for kind in errors:
             target = replace(schedule, prediction_type=kind).target(latents, noise, timesteps)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
+from sdlora.config import PredictionType
 from sdlora.errors import ModelError, shorten
 from sdlora.models.kinds import GIVE_BASE
 from sdlora.models.parts import Part
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+PREDICTIONS: tuple[PredictionType, ...] = get_args(PredictionType)
 NUM_TIME_IDS = 6
 CHANNELS = {5: "a depth", 7: "an upscaling", 8: "an instruct-pix2pix", 9: "an inpainting"}
 

@@ -8,9 +8,10 @@ from PIL import Image, ImageDraw
 
 from sdlora.config import BaseSection
 from sdlora.data.captions import has_trigger
+from sdlora.data.tensors import image_to_tensor
 from sdlora.evaluation.evaluate import Evaluation, remove_trigger
 from sdlora.evaluation.heldout import HeldoutLoss
-from sdlora.evaluation.pictures import PictureDistance, mean_distance, picture_distances, to_pixels
+from sdlora.evaluation.pictures import PictureDistance, mean_distance, picture_distances
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
 
@@ -23,7 +24,7 @@ def base():
 def draw(shift: int = 0, colour: str = "red") -> torch.Tensor:
     image = Image.new("RGB", (64, 64), "white")
     ImageDraw.Draw(image).ellipse((12 + shift, 12, 50 + shift, 50), fill=colour, outline="black", width=3)
-    return to_pixels(image)
+    return image_to_tensor(image)
 
 
 def distance(base, sample: torch.Tensor, drawing: torch.Tensor) -> PictureDistance:
