@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,17 @@ from sdlora.lora.adapter import check_base
 from sdlora.lora.tree import AdapterTree
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
-from sdlora.runs import next_free_folder
 from sdlora.sampling.checks import check_prompts, resolve_settings
 from sdlora.sampling.generate import Column
-from sdlora.sampling.session import base_of, choose_device, choose_dtype, make_request, sample_to_folder
+from sdlora.sampling.pictures import choose_folder
+from sdlora.sampling.session import (
+    base_of,
+    choose_device,
+    choose_dtype,
+    make_request,
+    noted_resolution,
+    sample_to_folder,
+)
 
 
 def sample_tree(
@@ -63,9 +69,7 @@ def sample_tree(
     for forced in dict.fromkeys(line for name in names for line in tree.refusals(name)):
         if warn:
             warn(forced)
-    folder = Path(out) if out is not None else next_free_folder(Path("samples") / tree.folder.resolve().name)
-    if (folder / "grid.png").exists():
-        raise ConfigError(f"--out {folder} already holds a grid; give another folder")
+    folder = choose_folder(out, tree.folder.resolve().name)
     first = nodes[0]
     config = load_config(None, {"base.source": base or base_of(first.file, first.notes)})
     info = inspect_base(config.base)
@@ -84,9 +88,8 @@ def sample_tree(
                 "write the words"
             )
     changes["prompts"] = [prompt.replace("{trigger}", trigger or "") for prompt in changes["prompts"]]
-    side = first.notes.get("sdlora.resolution", "")
-    pixels = int(side) if re.fullmatch("[0-9]{2,4}", side) else info.resolution
-    request = make_request(config.replace(sample=changes).sample, info, size or (pixels, pixels))
+    side = noted_resolution(first.notes) or info.resolution
+    request = make_request(config.replace(sample=changes).sample, info, size or (side, side))
     check_prompts(request.prompts)
     resolve_settings(info, request.settings)
     device = choose_device()

@@ -11,6 +11,8 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from sdlora.errors import ConfigError
+from sdlora.runs import next_free_folder
 from sdlora.writing import write_file
 
 SAMPLERS = {
@@ -92,6 +94,18 @@ def parameters_text(picture: Picture, metadata: Mapping[str, Any]) -> str:
         lines.append(f"Negative prompt: {settings.negative_prompt}")
     lines.append(", ".join(f"{name}: {value}" for name, value in fields.items() if value is not None))
     return "\n".join(lines)
+
+
+def choose_folder(out: str | Path | None, name: str) -> Path:
+    """The folder for a grid; `samples/NAME`, or the next that is free, if none is given.
+
+    Raises:
+        ConfigError: If the one that is given holds a grid.
+    """
+    folder = Path(out) if out is not None else next_free_folder(Path("samples") / name)
+    if (folder / "grid.png").exists():
+        raise ConfigError(f"--out {folder} already holds a grid; give another folder")
+    return folder
 
 
 def save_pictures(

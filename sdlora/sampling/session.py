@@ -23,11 +23,11 @@ from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base
 from sdlora.models.safety import missing_checker
 from sdlora.models.stable_diffusion import StableDiffusion
-from sdlora.runs import RunFolder, next_free_folder
+from sdlora.runs import RunFolder
 from sdlora.sampling.checks import check_prompts, resolve_settings
 from sdlora.sampling.generate import Column, generate_columns, make_columns
 from sdlora.sampling.grid import make_grid
-from sdlora.sampling.pictures import Picture, SampleSettings, save_pictures
+from sdlora.sampling.pictures import Picture, SampleSettings, choose_folder, save_pictures
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,7 @@ def sample(
     config = subject.config.replace(sample=changes) if changes else subject.config
     if not config.sample.prompts:
         raise ConfigError("there is no prompt; give --prompt TEXT, or a run folder that has its own")
-    folder = Path(out) if out is not None else next_free_folder(Path("samples") / subject.name)
-    if (folder / "grid.png").exists():
-        raise ConfigError(f"--out {folder} already holds a grid; give another folder")
+    folder = choose_folder(out, subject.name)
     info = inspect_base(config.base, config.objective)
     if subject.adapter is not None:
         line = check_base(
@@ -193,8 +191,7 @@ def _find_subject(
         config = load_config()
         if base is None:
             config = config.replace(base={"source": base_of(file, adapter.notes)})
-        side = adapter.notes.get("sdlora.resolution", "")
-        config = config.replace(data={"resolution": int(side) if re.fullmatch("[0-9]{2,4}", side) else None})
+        config = config.replace(data={"resolution": noted_resolution(adapter.notes)})
         subject = _Subject(file.stem, file.name, config, file, adapter)
     else:
         subject = _Subject("base", "base", load_config())
@@ -215,6 +212,12 @@ def base_of(file: Path, notes: Mapping[str, str]) -> str:
         return name
     trained_on = f" ({file} was trained on {name})" if name else f" ({file} does not name one)"
     raise ConfigError(f"a LoRA file needs its base{trained_on}; give --base")
+
+
+def noted_resolution(notes: Mapping[str, str]) -> int | None:
+    """The side in pixels that a file was trained at, if it says one."""
+    side = notes.get("sdlora.resolution", "")
+    return int(side) if re.fullmatch("[0-9]{2,4}", side) else None
 
 
 def _place_trigger(config: RunConfig, adapter: Adapter | None) -> SampleSection:
