@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,6 +232,19 @@ def test_sample_verb(sdlora, small_run, tmp_path):
     code, _, errors = sdlora("sample", small_run.adapter, "--prompt", "a cat", "--steps", 2, "--seeds", 0)
     assert code == 0, errors
     assert files_below(Path("samples/final")) == ["00.png", "01.png", "grid.png"]
+
+
+def test_sample_several(sdlora, small_run, tmp_path):
+    """Each has a folder of its own, called as the run is, whatever the files are called."""
+    other = tmp_path / "ink.v2" / "adapters" / small_run.adapter.name
+    other.parent.mkdir(parents=True)
+    shutil.copy(small_run.adapter, other)
+    shutil.copy(small_run.config_file, other.parent.parent)
+    out = tmp_path / "grids"
+    common = ("--prompt", "a cat", "--steps", 2, "--seeds", 0, "--size", "64x64", "--strengths", 0)
+    code, _, errors = sdlora("sample", small_run.adapter, other, *common, "--out", out)
+    assert code == 0, errors
+    assert sorted(path.name for path in out.iterdir()) == sorted([small_run.name, "ink.v2"])
 
 
 def test_export_info_cache_doctor(sdlora, small_run, make_images, tmp_path):

@@ -62,13 +62,14 @@ def sample(
     pixels = parse_size(size)
     if base is not None:
         check_base(BaseSection(source=base))
+    from sdlora.lora.ancestors import name_of
     from sdlora.sampling.session import sample as make_samples
     from sdlora.training.console import Report
 
     report = Report()
     subjects: list[Path | None] = [*sources] if sources else [None]
     for source in subjects:
-        folder = out / source.stem if out and source and len(subjects) > 1 else out
+        folder = out / name_of(source) if out and source and len(subjects) > 1 else out
         with report.progress("sampling", 1) as meter:
             grid = make_samples(
                 source,
