@@ -1,4 +1,4 @@
-"""The run folder: its paths, its events, and atomic writes."""
+"""The run folder: its paths, its events, and reading it back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sdlora.config import RunConfig, read_config
+from sdlora.config import MAX_JSON_BYTES, RunConfig, read_config
 from sdlora.errors import ConfigError, RunError
 from sdlora.reading import UnfitFileError, read_json
 from sdlora.writing import (
@@ -24,7 +24,6 @@ from sdlora.writing import (
     write_text,
 )
 
-MAX_JSON_BYTES = 16 * 2**20
 DTYPES = ("fp32", "bf16", "fp16")
 
 

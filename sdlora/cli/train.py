@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sdlora.cli.processes import heed_schedulers, is_first
 from sdlora.cli.tree import Force
+
+if TYPE_CHECKING:
+    from sdlora.runs import RunFolder
 
 Overrides = Annotated[
     list[str] | None,
@@ -86,7 +89,7 @@ def resume(
     _print_result(go_on(run, overrides or [], allow_changed=allow_changed or ()))
 
 
-def _print_result(run: RunFolder) -> None:  # type: ignore[name-defined]  # noqa: F821
+def _print_result(run: RunFolder) -> None:
     if not is_first():
         return
     grids = sorted(run.samples.glob("*/grid.png"))

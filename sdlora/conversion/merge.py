@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +21,7 @@ from sdlora.models.empty import empty_components
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.rewrite import rewrite, stored_weights
 from sdlora.reading import PICKLES
+from sdlora.writing import temporary_name, write_json
 
 
 def merge_into_base(
@@ -62,7 +61,7 @@ def merge_into_base(
     change = _Change(info, adapters)
     if info.path.is_file():
         return rewrite([info.path], place, change, dtype)
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(place)
     try:
         _write_folder(info, temporary, change, dtype)
         inspect_base(BaseSection(source=str(temporary)))
@@ -123,7 +122,6 @@ class _Change:
 def _write_folder(info: BaseInfo, folder: Path, change: _Change, dtype: torch.dtype | None) -> None:
     """A whole diffusers folder: every part with plain file names, everything else as it was."""
     parts = {name: part for name, part in info.parts.items() if part.folder is not None}
-
     places = {info.path, *(part.folder for part in parts.values())}
 
     def left_out(path: str, names: list[str]) -> list[str]:
@@ -148,4 +146,4 @@ def _write_config(path: Path, config: Mapping[str, object], dtype: torch.dtype |
     for key in ("dtype", "torch_dtype"):
         if dtype is not None and key in values:
             values[key] = str(dtype).removeprefix("torch.")
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(path, values)
