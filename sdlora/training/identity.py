@@ -1,4 +1,4 @@
-"""What a checkpoint belongs to: a run goes on with what it began with, or with what was allowed to change."""
+"""What a run is: the same for all its processes, and when it goes on, but for what was allowed to change."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdlora.errors import RunError
+from accelerate import Accelerator
+
+from sdlora.diffusion.objective import derive_seed
+from sdlora.errors import ConfigError, RunError
 from sdlora.runs import RunFolder
 from sdlora.training.changes import FIXED, FREE, SECTIONS
 from sdlora.training.device import Precision, package_versions
 from sdlora.training.plan import RunPlan
+from sdlora.training.processes import gather_numbers
 
 TITLES = {
     "base": "the base",
@@ -41,15 +45,9 @@ class Change:
 
 def identify(plan: RunPlan, precision: Precision) -> dict[str, Any]:
     """Everything that decides what the next steps of a run do, by field."""
-    heldout = [(record.digest, record.caption) for record in plan.index.heldout]
     settings = plan.config.model_dump(mode="json")
     return {
-        "base": plan.info.digest,
-        "vae": plan.info.vae_digest,
-        "text": plan.info.text_digest,
-        "parent": [parent.ancestor.digest for parent in plan.parents],
-        "dataset": plan.index.digest,
-        "heldout": hashlib.sha256(json.dumps(heldout).encode()).hexdigest(),
+        **_identify_files(plan),
         "global_batch": plan.global_batch,
         "compute": f"{precision.compute} on a base in {precision.base}",
         "sdlora": package_versions()["sdlora"],
@@ -60,6 +58,40 @@ def identify(plan: RunPlan, precision: Precision) -> dict[str, Any]:
             if f"{section}.{key}" not in FREE
         },
     }
+
+
+def _identify_files(plan: RunPlan) -> dict[str, Any]:
+    """What is in the files that a run reads, wherever they lie."""
+    heldout = [(record.digest, record.caption) for record in plan.index.heldout]
+    return {
+        "base": plan.info.digest,
+        "vae": plan.info.vae_digest,
+        "text": plan.info.text_digest,
+        "parent": [parent.ancestor.digest for parent in plan.parents],
+        "dataset": plan.index.digest,
+        "heldout": hashlib.sha256(json.dumps(heldout).encode()).hexdigest(),
+    }
+
+
+def check_same_plan(accelerator: Accelerator, plan: RunPlan) -> None:
+    """All processes must have planned the same run, or they would train different ones.
+
+    Raises:
+        ConfigError: Naming what differs, on every process.
+    """
+    seen = {
+        "the settings": plan.config.model_dump_json(exclude={"images"}),
+        **{TITLES[field]: value for field, value in _identify_files(plan).items()},
+        "the versions": dict(package_versions()),
+    }
+    for what, value in seen.items():
+        numbers = gather_numbers(accelerator, derive_seed(json.dumps(value)))
+        others = [str(process) for process, number in enumerate(numbers) if number != numbers[0]]
+        if others:
+            raise ConfigError(
+                f"{what} of process {', '.join(others)} differ from those of process 0; "
+                "give every host the same files"
+            )
 
 
 def check_identity(

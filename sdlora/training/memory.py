@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from sdlora.config import Quantize, RunConfig, TrainSection
@@ -19,6 +20,7 @@ from sdlora.models.load import vae_dtype
 from sdlora.models.quantize import PartBytes, bytes_by_part
 from sdlora.training.device import Precision
 from sdlora.training.passes import UnetPass, text_peak, unet_peak, vae_peaks
+from sdlora.training.processes import gather_numbers
 
 # Moments of an optimizer, in bytes for each trained number: AdamW's two in fp32 unless the name says less.
 MOMENTS = {"8bit": 2, "sgd": 4, "lion": 4}
@@ -49,6 +51,14 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available) if device.type == "cpu" else None
+
+
+def find_machine(accelerator: Accelerator, precision: Precision) -> Machine:
+    """What all processes can count on: the least that one of them has, and of one CPU's memory a share."""
+    own = free_bytes(accelerator.device)
+    least = min(gather_numbers(accelerator, -1 if own is None else own))
+    share = accelerator.num_processes if accelerator.device.type == "cpu" else 1
+    return Machine(precision, accelerator.device, None if least < 0 else least // share)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from sdlora.config import RunConfig, load_config
 from sdlora.errors import ConfigError, RunStopped, SdloraError
 from sdlora.models.load import attention_kernel
 from sdlora.runs import RunFolder, next_free_folder
-from sdlora.training.agreement import check_same_plan, find_machine
 from sdlora.training.changes import apply_changes, global_batch_of
 from sdlora.training.console import Report
 from sdlora.training.device import (
@@ -27,8 +26,9 @@ from sdlora.training.device import (
 )
 from sdlora.training.failure import explain_failure, explain_no_start
 from sdlora.training.finish import finish
-from sdlora.training.identity import Change
+from sdlora.training.identity import Change, check_same_plan
 from sdlora.training.loop import Trainer
+from sdlora.training.memory import find_machine
 from sdlora.training.out_of_memory import as_out_of_memory
 from sdlora.training.plan import RunPlan, check_disk, make_plan
 from sdlora.training.prepare import doubt_prediction, prepare

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,8 +28,11 @@ from sdlora.runs import RunFolder
 from sdlora.sampling import generate
 from sdlora.training.changes import apply_changes
 from sdlora.training.checkpoint import read_checkpoint
+from sdlora.training.device import make_accelerator
+from sdlora.training.identity import check_same_plan
 from sdlora.training.learner import Learner
 from sdlora.training.loop import Trainer
+from sdlora.training.plan import make_plan
 from sdlora.training.processes import ENGINES, listening
 from sdlora.training.train import resume, train
 
@@ -367,6 +371,24 @@ def test_processes_that_see_other_files(make_images, quick, tmp_path, fork_proce
     for child in children:
         assert "the pictures or captions of process 1 differ from those of process 0" in child.printed
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_see_another_vae(images, quick, fork_processes):
+    """R-17: what encodes the pictures is a part of the base, and compared as its UNet is."""
+
+    def start():
+        config = quick(images)
+        accelerator, _ = make_accelerator(config)
+        plan = make_plan(config, accelerator.num_processes)
+        if accelerator.process_index == 1:
+            vae = replace(plan.info.parts["vae"], digest="another")
+            plan = replace(plan, info=replace(plan.info, parts={**plan.info.parts, "vae": vae}))
+        check_same_plan(accelerator, plan)
+
+    children = fork_processes(2, start)
+    assert [child.wait() for child in children] == [1, 1]
+    for child in children:
+        assert "the base's VAE of process 1 differ from those of process 0" in child.printed
 
 
 @pytest.mark.parametrize("variable", sorted(ENGINES))
