@@ -11,8 +11,8 @@ from sdlora.errors import DataError, ProcessLost, RunError, SdloraError
 from sdlora.runs import RunFolder
 from sdlora.training.loop import Trainer
 from sdlora.training.memory import as_size
+from sdlora.training.out_of_memory import describe_remedies
 from sdlora.training.plan import RunPlan
-from sdlora.training.remedies import describe_remedies
 
 
 def explain_failure(error: SdloraError | OSError | torch.OutOfMemoryError, trainer: Trainer) -> SdloraError:

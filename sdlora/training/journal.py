@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import psutil
@@ -11,11 +11,13 @@ import torch
 from accelerate import Accelerator
 
 from sdlora.config import TrainSection
+from sdlora.data.batches import Sample
 from sdlora.lora.norms import NormReport
 from sdlora.runs import RunFolder
 from sdlora.training.console import Report
 from sdlora.training.guards import Counters
 from sdlora.training.learner import Draw
+from sdlora.training.processes import sum_over
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,26 @@ class Journal:
             self.run.append_trace([{"step": result.step, **asdict(draw)} for draw in result.draws])
         except OSError as error:
             self.warn(result.step, f"the trace of step {result.step} could not be written: {error}")
+
+
+def gather_draws(
+    accelerator: Accelerator, samples: Sequence[Sample], own: Sequence[Draw]
+) -> tuple[Draw, ...]:
+    """The draws of all samples of a step, in their order.
+
+    Args:
+        samples: Those of the step.
+        own: This process's draws.
+    """
+    numbers = torch.zeros((len(samples), 2), dtype=torch.int64)
+    places = {sample.index: place for place, sample in enumerate(samples)}
+    for draw in own:
+        numbers[places[draw.index]] = torch.tensor([draw.noise_seed, draw.timestep])
+    rows = sum_over(accelerator, numbers).tolist()
+    return tuple(
+        Draw(sample.index, sample.record.name, sample.caption, seed, timestep)
+        for sample, (seed, timestep) in zip(samples, rows, strict=True)
+    )
 
 
 def _json_number(value: float | None) -> float | str | None:

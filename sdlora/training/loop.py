@@ -28,7 +28,7 @@ from sdlora.training.guards import (
     find_dead_modules,
     is_finite,
 )
-from sdlora.training.journal import Journal, StepResult
+from sdlora.training.journal import Journal, StepResult, gather_draws
 from sdlora.training.learner import Learner
 from sdlora.training.optimizer import learning_rate
 from sdlora.training.plan import RunPlan
@@ -37,7 +37,6 @@ from sdlora.training.processes import count_over, meet, sum_over
 from sdlora.training.resume import load_state, newest_complete_step, save_state
 from sdlora.training.samples import log_grid, sample_step
 from sdlora.training.stop import StopSignals
-from sdlora.training.trace import gather_draws
 
 
 class Trainer:

@@ -1,14 +1,22 @@
-"""Out of memory as one error, whatever ran out and however it says so."""
+"""Out of memory: as one error, whatever ran out, and the settings that help most, with what each frees."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
+from sdlora.data.records import Size
 from sdlora.errors import first_line
+from sdlora.training.changes import RESUMABLE
+from sdlora.training.device import Precision
+from sdlora.training.memory import Machine, Workload, as_size, estimate_memory
+
+NUM_REMEDIES = 3
 
 
 @contextmanager
@@ -22,3 +30,66 @@ def as_out_of_memory() -> Iterator[None]:
         if should_reduce_batch_size(error):
             raise torch.OutOfMemoryError(first_line(error)) from error
         raise
+
+
+def describe_remedies(work: Workload, machine: Machine) -> str:
+    """The settings that free the most memory in a step, by the estimate that the plan printed too."""
+    found = find_remedies(work, machine)[:NUM_REMEDIES]
+    if not found:
+        return "no setting of the run would free memory"
+    texts = [f"{setting} ({as_size(freed)} less{_when(setting)})" for setting, freed in found]
+    return f"what helps most: {', '.join(texts)}"
+
+
+def find_remedies(work: Workload, machine: Machine) -> list[tuple[str, int]]:
+    """Settings with the bytes that each would free in a step, the most first."""
+    checkpointing = work.config.train.gradient_checkpointing is True
+    now = estimate_memory(work, machine, checkpointing=checkpointing).stages["training"]
+    found = []
+    for setting, other, where, recomputes in _candidates(work, machine):
+        memory = estimate_memory(other, where, checkpointing=checkpointing or recomputes)
+        found.append((setting, now - memory.stages["training"]))
+    return sorted((row for row in found if row[1] > 0), key=lambda row: -row[1])
+
+
+def _candidates(work: Workload, machine: Machine) -> Iterator[tuple[str, Workload, Machine, bool]]:
+    """Changes that may help: setting, workload, machine, whether activations are recomputed."""
+    train = work.config.train
+    if not train.gradient_checkpointing:
+        yield "train.gradient_checkpointing=true", work, machine, True
+    if train.micro_batch > 1:
+        size = train.micro_batch // 2
+        while train.micro_batch % size:
+            size -= 1
+        count = train.accumulate * train.micro_batch // size
+        setting = f"train.batch_size={size} train.accumulate={count}"
+        yield setting, _with(work, train={"batch_size": size, "accumulate": count}), machine, False
+    # Four bits free a little more than eight, and answer much further from the full base: they come second.
+    if work.info.quantize == "none":
+        yield "base.quantize=int8", replace(work, info=replace(work.info, quantize="int8")), machine, False
+    if work.info.quantize == "int8" and machine.device.type != "mps":
+        yield "base.quantize=nf4", replace(work, info=replace(work.info, quantize="nf4")), machine, False
+    if machine.precision.base == "fp32" and machine.device.type != "cpu":
+        yield "train.precision=bf16", work, replace(machine, precision=Precision("bf16", "bf16")), False
+    step, resolution = work.info.min_step, work.config.data.resolution or work.info.resolution
+    if smaller := _shrink(resolution, step):
+        fewer = Size(_shrink(work.size.width, step) or step, _shrink(work.size.height, step) or step)
+        yield f"data.resolution={smaller}", replace(work, size=fewer), machine, False
+    rank = max(work.ranks.values(), default=1)
+    if rank > 1:
+        ranks = {name: max(1, own // 2) for name, own in work.ranks.items()}
+        yield f"lora.rank={rank // 2}", replace(work, ranks=ranks), machine, False
+
+
+def _shrink(side: int, step: int) -> int:
+    """Three quarters of a side, in whole steps."""
+    return side * 3 // 4 // step * step
+
+
+def _with(work: Workload, **sections: Any) -> Workload:
+    return replace(work, config=work.config.replace(**sections))
+
+
+def _when(setting: str) -> str:
+    keys = [part.partition("=")[0] for part in setting.split(" ")]
+    return "" if all(key in RESUMABLE for key in keys) else ", in a new run"

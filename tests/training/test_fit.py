@@ -14,9 +14,8 @@ from sdlora.training import prepare as preparation
 from sdlora.training.changes import apply_changes
 from sdlora.training.fit import halve
 from sdlora.training.learner import Learner
-from sdlora.training.out_of_memory import as_out_of_memory
+from sdlora.training.out_of_memory import as_out_of_memory, find_remedies
 from sdlora.training.plan import make_plan
-from sdlora.training.remedies import find_remedies
 from sdlora.training.train import resume, train
 
 STEPS = {"train__steps": 2, "train__save_every": 1}
