@@ -247,6 +247,27 @@ def test_sample_several(sdlora, small_run, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == sorted([small_run.name, "ink.v2"])
 
 
+def test_all_subjects_are_checked_before_the_first_picture(sdlora, small_run, tmp_path):
+    """A mistake in the second leaves nothing of the first; two of one name have a folder each."""
+    quick = ["--base", "builtin", "--prompt", "x", "--steps", 1, "--seeds", 0, "--size", "64x64"]
+    blocked = tmp_path / "blocked"
+    blocked.write_text("", encoding="utf-8")
+    for sources, out, message in (
+        ([small_run.adapter, "nowhere"], "grids", "nowhere"),
+        ([small_run.adapter, make_lora(tmp_path / "b.safetensors", "sdxl")], "grids", "is for family sdxl"),
+        ([small_run.adapter], blocked, "blocked cannot be written"),
+        ([small_run.adapter], blocked / "grids", "grids cannot be written"),
+    ):
+        code, _, errors = sdlora("sample", *sources, *quick, "--out", tmp_path / out)
+        assert (code, len(errors)) == (2, 1)
+        assert message in errors[0]
+        assert not (tmp_path / "grids").exists()
+    twice = [small_run.adapter, small_run.adapter]
+    code, _, errors = sdlora("sample", *twice, *quick, "--out", tmp_path / "grids")
+    assert code == 0, errors
+    assert sorted(path.name for path in (tmp_path / "grids").iterdir()) == ["run", "run-2"]
+
+
 def test_export_info_cache_doctor(sdlora, small_run, make_images, tmp_path):
     """The verbs that read and convert."""
     out = tmp_path / "mine.safetensors"

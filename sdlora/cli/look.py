@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -62,27 +63,40 @@ def sample(
     pixels = parse_size(size)
     if base is not None:
         check_base(BaseSection(source=base))
-    from sdlora.lora.ancestors import name_of
-    from sdlora.sampling.session import sample as make_samples
+    from sdlora.sampling.session import plan_sample
     from sdlora.training.console import Report
 
     report = Report()
     subjects: list[Path | None] = [*sources] if sources else [None]
-    for source in subjects:
-        folder = out / name_of(source) if out and source and len(subjects) > 1 else out
+    # All are checked before the first picture is made.
+    plans = [
+        plan_sample(
+            source,
+            base=base,
+            step=step,
+            out=folder,
+            size=pixels,
+            force=force,
+            warn=report.warn,
+            **changes,
+        )
+        for source, folder in zip(subjects, _folders(subjects, out), strict=True)
+    ]
+    for plan in plans:
         with report.progress("sampling", 1) as meter:
-            grid = make_samples(
-                source,
-                base=base,
-                step=step,
-                out=folder,
-                size=pixels,
-                force=force,
-                progress=meter.show,
-                warn=report.warn,
-                **changes,
-            )
+            grid = plan.make(meter.show)
         typer.echo(f"grid      {grid}")
+
+
+def _folders(subjects: Sequence[Path | None], out: Path | None) -> list[Path | None]:
+    """`--out`; for several a folder in it for each, called as the run is, with -2 behind for another so."""
+    if out is None or len(subjects) < 2:
+        return [out] * len(subjects)
+    from sdlora.lora.ancestors import name_of
+
+    names = [name_of(source) for source in subjects if source]
+    counts = [names[:place].count(name) for place, name in enumerate(names, 1)]
+    return [out / (f"{name}-{n}" if n > 1 else name) for name, n in zip(names, counts, strict=True)]
 
 
 def evaluate(

@@ -29,7 +29,7 @@ from sdlora.models.load import load_base
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.runs import RunFolder
 from sdlora.sampling.generate import Column, generate_columns
-from sdlora.sampling.session import choose_device, make_request
+from sdlora.sampling.request import choose_device, make_request
 
 MAX_IMAGES = 40
 

@@ -15,14 +15,8 @@ from sdlora.models.load import load_base
 from sdlora.sampling.checks import check_prompts, resolve_settings
 from sdlora.sampling.generate import Column
 from sdlora.sampling.pictures import choose_folder
-from sdlora.sampling.session import (
-    base_of,
-    choose_device,
-    choose_dtype,
-    make_request,
-    noted_resolution,
-    sample_to_folder,
-)
+from sdlora.sampling.request import choose_device, choose_dtype, make_request, sample_to_folder
+from sdlora.sampling.session import base_of, noted_resolution
 
 
 def sample_tree(

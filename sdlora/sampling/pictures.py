@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdlora.errors import ConfigError
-from sdlora.runs import next_free_folder
+from sdlora.runs import RunFolder, next_free_folder
 from sdlora.writing import write_file
 
 SAMPLERS = {
@@ -101,10 +101,12 @@ def choose_folder(out: str | Path | None, name: str) -> Path:
 
     Raises:
         ConfigError: If the one that is given holds a grid.
+        RunError: If it cannot be written.
     """
     folder = Path(out) if out is not None else next_free_folder(Path("samples") / name)
     if (folder / "grid.png").exists():
         raise ConfigError(f"--out {folder} already holds a grid; give another folder")
+    RunFolder(folder).check_writable()
     return folder
 
 

@@ -1,9 +1,9 @@
-"""Sampling as people ask for it: prompts × strengths × seeds into a folder with a grid."""
+"""Sampling as people ask for it: a run, a LoRA file or a base; checked whole, then made."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,66 +16,22 @@ from sdlora.lora.adapter import Adapter, check_base
 from sdlora.lora.ancestors import Step, find_ancestors, stack_of
 from sdlora.lora.attach import check_fit
 from sdlora.lora.files import load_adapter, lora_file
-from sdlora.models.condition import Condition
-from sdlora.models.dtypes import DTYPES, has_bf16
+from sdlora.models.dtypes import DTYPES
 from sdlora.models.empty import empty_components
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base
 from sdlora.models.safety import missing_checker
-from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.runs import RunFolder
 from sdlora.sampling.checks import check_prompts, resolve_settings
-from sdlora.sampling.generate import Column, generate_columns, make_columns
-from sdlora.sampling.grid import make_grid
-from sdlora.sampling.pictures import Picture, SampleSettings, choose_folder, save_pictures
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """What to sample.
-
-    Args:
-        prompts: With placeholders already replaced.
-        seeds: One picture for each prompt and seed.
-        strengths: Columns beside the base.
-        settings: How.
-    """
-
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    strengths: tuple[float, ...]
-    settings: SampleSettings
-
-
-def make_request(sample: SampleSection, info: BaseInfo, size: tuple[int, int]) -> SampleRequest:
-    """What the settings ask for; the guidance is the base's own unless they say one.
-
-    Args:
-        sample: The settings.
-        info: The base.
-        size: Width and height in pixels.
-    """
-    return SampleRequest(
-        tuple(sample.prompts),
-        tuple(sample.seeds),
-        tuple(sample.strengths),
-        SampleSettings(
-            steps=sample.steps,
-            guidance=info.guidance if sample.guidance is None else sample.guidance,
-            scheduler=sample.scheduler,
-            negative_prompt=sample.negative_prompt,
-            width=size[0],
-            height=size[1],
-            batch_size=sample.batch_size,
-            safety_checker=sample.safety_checker,
-        ),
-    )
-
-
-def request_of_run(config: RunConfig, info: BaseInfo) -> SampleRequest:
-    """What a run's resolved configuration asks for, at its training resolution."""
-    side = config.data.resolution or info.resolution
-    return make_request(config.sample, info, (side, side))
+from sdlora.sampling.generate import make_columns
+from sdlora.sampling.pictures import choose_folder
+from sdlora.sampling.request import (
+    SampleRequest,
+    choose_device,
+    choose_dtype,
+    make_request,
+    sample_to_folder,
+)
 
 
 def sample(
@@ -109,6 +65,26 @@ def sample(
     Raises:
         SdloraError: If something asked for is not there or does not fit.
     """
+    plan = plan_sample(source, base=base, step=step, out=out, size=size, force=force, warn=warn, **changes)
+    return plan.make(progress)
+
+
+def plan_sample(
+    source: str | Path | RunFolder | None = None,
+    *,
+    base: str | Path | None = None,
+    step: int | None = None,
+    out: str | Path | None = None,
+    size: tuple[int, int] | None = None,
+    force: bool = False,
+    warn: Callable[[str], None] | None = None,
+    **changes: Any,
+) -> SamplePlan:
+    """Checks all that `sample` was asked for, which it takes as `sample` does; loads no base.
+
+    Raises:
+        SdloraError: If something asked for is not there or does not fit.
+    """
     subject = _find_subject(source, base, step)
     ancestors: list[Step] = []
     if subject.adapter is not None and subject.file is not None:
@@ -116,7 +92,7 @@ def sample(
     config = subject.config.replace(sample=changes) if changes else subject.config
     if not config.sample.prompts:
         raise ConfigError("there is no prompt; give --prompt TEXT, or a run folder that has its own")
-    folder = choose_folder(out, subject.name)
+    choose_folder(out, subject.name)
     info = inspect_base(config.base, config.objective)
     if subject.adapter is not None:
         line = check_base(
@@ -132,22 +108,45 @@ def sample(
     check_prompts(request.prompts)
     resolve_settings(info, request.settings)
     _check_fits(subject, ancestors, info)
-    device = choose_device()
-    loaded = load_base(info, dtype=subject.dtype or choose_dtype(device), device=device)
-    return sample_to_folder(
-        loaded,
-        make_columns(
-            subject.adapter,
-            request.strengths,
-            stack_of(ancestors),
-            (ancestors[-1].ancestor.name if ancestors else "", subject.name),
-        ),
-        request,
-        folder,
-        name=subject.name if subject.adapter is not None else None,
-        title=subject.title,
-        progress=progress,
-    )
+    return SamplePlan(subject, ancestors, info, request, out)
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """A grid that can be made: all that was asked for is there and fits.
+
+    Args:
+        subject: What is shown.
+        ancestors: What it stands on.
+        info: The base.
+        request: Prompts, seeds, strengths, and how.
+        out: The folder, if one was given.
+    """
+
+    subject: _Subject
+    ancestors: list[Step]
+    info: BaseInfo
+    request: SampleRequest
+    out: str | Path | None
+
+    def make(self, progress: Callable[[int, int], None] | None = None) -> Path:
+        """Loads the base, makes the pictures, and gives the grid's path.
+
+        Args:
+            progress: Told (finished, total) pictures.
+        """
+        subject, device = self.subject, choose_device()
+        base = load_base(self.info, dtype=subject.dtype or choose_dtype(device), device=device)
+        names = (self.ancestors[-1].ancestor.name if self.ancestors else "", subject.name)
+        return sample_to_folder(
+            base,
+            make_columns(subject.adapter, self.request.strengths, stack_of(self.ancestors), names),
+            self.request,
+            choose_folder(self.out, subject.name),
+            name=subject.name if subject.adapter is not None else None,
+            title=subject.title,
+            progress=progress,
+        )
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ class _Subject:
     dtype: torch.dtype | None = None
 
 
-def _check_fits(subject: _Subject, ancestors: Sequence[Step], info: BaseInfo) -> None:
+def _check_fits(subject: _Subject, ancestors: list[Step], info: BaseInfo) -> None:
     """Whether all that is shown can be mounted, before any weight is loaded."""
     adapters = [(step.file, step.adapter) for step in ancestors]
     adapters += [(subject.file, subject.adapter)] if subject.file and subject.adapter else []
@@ -227,73 +226,3 @@ def _place_trigger(config: RunConfig, adapter: Adapter | None) -> SampleSection:
         return config.sample
     prompts = [prompt.replace("{trigger}", trigger) for prompt in config.sample.prompts]
     return config.sample.model_copy(update={"prompts": prompts})
-
-
-def choose_device() -> torch.device:
-    """The accelerator that torch finds, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
-
-
-def choose_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU that has it, else fp32."""
-    return torch.bfloat16 if has_bf16(device) else torch.float32
-
-
-def sample_to_folder(
-    base: StableDiffusion,
-    columns: Sequence[Column],
-    request: SampleRequest,
-    folder: Path,
-    *,
-    name: str | None = None,
-    title: str = "",
-    progress: Callable[[int, int], None] | None = None,
-) -> Path:
-    """Makes the pictures and their grid.
-
-    Args:
-        base: The base, with or without adapters mounted; they stay as they are.
-        columns: What to show.
-        request: What to sample; its strengths are those of the columns.
-        folder: Gets `grid.png` and the single pictures.
-        name: What the adapter is called in the pictures' metadata.
-        title: Written above the grid.
-        progress: Told (finished, total) pictures.
-
-    Returns:
-        The grid's path.
-    """
-    pictures = make_pictures(base, columns, request, progress=progress)
-    return write_pictures(folder, pictures, base=base.info.name, adapter=name, title=title)
-
-
-def write_pictures(
-    folder: Path, pictures: Sequence[Picture], *, base: str, adapter: str | None, title: str
-) -> Path:
-    """Writes the single pictures and their grid; gives the grid's path."""
-    metadata = {"base": base, "adapter": adapter}
-    return save_pictures(folder, pictures, make_grid(pictures, title=title), metadata)
-
-
-def make_pictures(
-    base: StableDiffusion,
-    columns: Sequence[Column],
-    request: SampleRequest,
-    *,
-    text: Mapping[str, Condition] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    share: tuple[int, int] = (0, 1),
-) -> list[Picture]:
-    """Makes what is asked for, or a share of it; see `generate_columns`."""
-    total = len(request.prompts) * len(request.seeds) * len(columns)
-    return generate_columns(
-        base,
-        columns,
-        request.prompts,
-        request.seeds,
-        request.settings,
-        text=text,
-        progress=None if progress is None else lambda done: progress(done, total),
-        share=share,
-    )

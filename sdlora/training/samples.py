@@ -17,7 +17,7 @@ from sdlora.lora.files import load_adapter
 from sdlora.runs import RunFolder
 from sdlora.sampling.generate import make_columns
 from sdlora.sampling.pictures import Picture
-from sdlora.sampling.session import make_pictures, request_of_run, write_pictures
+from sdlora.sampling.request import make_pictures, request_of_run, write_pictures
 from sdlora.training.console import Report
 from sdlora.training.out_of_memory import as_out_of_memory
 from sdlora.training.plan import RunPlan
