@@ -268,6 +268,32 @@ def test_all_subjects_are_checked_before_the_first_picture(sdlora, small_run, tm
     assert sorted(path.name for path in (tmp_path / "grids").iterdir()) == ["run", "run-2"]
 
 
+def test_a_run_that_is_not_finished(sdlora, small_run, tmp_path):
+    """Its newest adapter stands for it, and that is said; with none at all there is one line, and no file."""
+    for file in small_run.adapters.glob("final*"):
+        file.unlink()
+    commands = [
+        ("spectrum",),
+        ("sample", "--prompt", "x", "--steps", 1, "--seeds", 0, "--out", tmp_path / "grid"),
+        ("resize", "--rank", 1, "--out", tmp_path / "small.safetensors"),
+        ("merge", "--out", tmp_path / "sum.safetensors"),
+        ("export", "--out", tmp_path / "copy.safetensors"),
+        ("merge-into-base", "--out", tmp_path / "base"),
+    ]
+    for verb, *options in commands:
+        code, printed, errors = sdlora(verb, small_run.path, *options)
+        assert code == 0, errors
+        note = f"note: {small_run.path} is not finished; its newest adapter is taken, step-000002.safetensors"
+        assert printed.splitlines()[0] == note
+    shutil.rmtree(small_run.adapters)
+    before = files_below(tmp_path)
+    for verb, *options in [*commands, ("evaluate",), ("advise-rank",), ("info",), ("tree",)]:
+        code, _, errors = sdlora(verb, *(["show"] if verb == "tree" else []), small_run.path, *options)
+        assert (code, len(errors)) == (2, 1), verb
+        assert "has saved no adapter yet; `sdlora resume" in errors[0] or "holds no LoRA file" in errors[0]
+    assert files_below(tmp_path) == before
+
+
 def test_export_info_cache_doctor(sdlora, small_run, make_images, tmp_path):
     """The verbs that read and convert."""
     out = tmp_path / "mine.safetensors"

@@ -71,6 +71,7 @@ def merge_into_base(
     force: Force = False,
 ) -> None:
     """Write a base that draws like a LoRA, with all it stands on; the base itself is only read."""
+    from sdlora.cli.values import note_newest
     from sdlora.config import load_config
 
     if dtype is not None:
@@ -81,6 +82,7 @@ def merge_into_base(
     from sdlora.sampling.session import base_of
     from sdlora.training.console import Report
 
+    note_newest(source)
     warn = Report().warn
     *below, top = load_path(source, force=force, warn=warn)
     stack = [*((step.adapter, step.ancestor.strength) for step in below), (top.adapter, strength)]

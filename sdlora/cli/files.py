@@ -27,12 +27,14 @@ def export(
     ] = None,
 ) -> None:
     """Write a LoRA in another dialect or precision, or upload it."""
+    from sdlora.cli.values import note_newest
     from sdlora.config import load_config
     from sdlora.errors import ConfigError
 
     settings = load_config(None, {"export.formats": [format], "export.precision": precision}).export
     if out is None and push_to_hub is None:
         raise ConfigError("sdlora export needs --out FILE or --push-to-hub REPO")
+    note_newest(source)
     from sdlora.export import export as write
     from sdlora.export import push_run
 

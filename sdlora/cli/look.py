@@ -45,7 +45,7 @@ def sample(
     force: Force = False,
 ) -> None:
     """Make a grid: prompts and seeds down, the base and the strengths across."""
-    from sdlora.cli.values import check_base, parse_numbers, parse_size, read_prompts
+    from sdlora.cli.values import check_base, note_newest, parse_numbers, parse_size, read_prompts
     from sdlora.config import BaseSection, load_config
 
     given = {
@@ -63,6 +63,8 @@ def sample(
     pixels = parse_size(size)
     if base is not None:
         check_base(BaseSection(source=base))
+    if step is None:
+        note_newest(*(sources or []))
     from sdlora.sampling.session import plan_sample
     from sdlora.training.console import Report
 
@@ -103,9 +105,11 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
 ) -> None:
     """Measure a run: held-out loss, and how far its samples are from the held-out pictures."""
+    from sdlora.cli.values import note_newest
     from sdlora.runs import RunFolder
 
     RunFolder.open(run)
+    note_newest(run)
     from sdlora.evaluation.evaluate import evaluate as measure
     from sdlora.training.console import Report
 
@@ -124,11 +128,12 @@ def advise_rank(
     ] = None,
 ) -> None:
     """Measure a run's adapter at smaller ranks, without training; write the smallest that is enough."""
-    from sdlora.cli.values import parse_numbers
+    from sdlora.cli.values import note_newest, parse_numbers
     from sdlora.runs import RunFolder
 
     tried = parse_numbers(ranks, int, "--ranks") or ()
     RunFolder.open(run)
+    note_newest(run)
     from sdlora.evaluation.advise import advise_rank as advise
     from sdlora.training.console import Report
 

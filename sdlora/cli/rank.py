@@ -37,11 +37,13 @@ def spectrum(
     """Show how much of its rank a LoRA uses, block by block."""
     from rich.console import Console
 
+    from sdlora.cli.values import note_newest
     from sdlora.export import find_adapter
     from sdlora.lora.files import load_adapter
     from sdlora.lora.rank import block_of
     from sdlora.lora.rank import spectrum as measure
 
+    note_newest(source)
     file = find_adapter(source)
     found = measure(load_adapter(file, dtype=None))
     if modules:
@@ -104,6 +106,7 @@ def resize(
     precision: Precision = "fp16",
 ) -> None:
     """Write a LoRA with less rank, as near to the old one as can be; say what it lost. Give one rule."""
+    from sdlora.cli.values import note_newest
     from sdlora.config import load_config
     from sdlora.errors import ConfigError
 
@@ -115,6 +118,7 @@ def resize(
     from sdlora.lora.files import load_adapter
     from sdlora.lora.resize import resize as shrink
 
+    note_newest(source)
     dialect, file = settings.formats[0], find_adapter(source)
     check_out(out, [file])
     adapter = load_adapter(file, dtype=None)
@@ -156,7 +160,7 @@ def merge(
     precision: Precision = "fp16",
 ) -> None:
     """Join LoRAs into one file."""
-    from sdlora.cli.values import parse_numbers
+    from sdlora.cli.values import note_newest, parse_numbers
     from sdlora.config import load_config
     from sdlora.errors import ConfigError
 
@@ -170,6 +174,7 @@ def merge(
     from sdlora.lora.files import load_adapter
     from sdlora.lora.merge import merge as join
 
+    note_newest(*sources)
     files = [find_adapter(source) for source in sources]
     check_out(out, files)
     adapters = [load_adapter(file, dtype=None) for file in files]

@@ -7,8 +7,11 @@ import re
 from pathlib import Path
 from typing import TypeVar
 
+import typer
+
 from sdlora.config import BaseSection, ObjectiveSection
 from sdlora.errors import ConfigError, shorten
+from sdlora.runs import RunFolder
 
 Number = TypeVar("Number", int, float)
 
@@ -54,6 +57,17 @@ def check_base(settings: BaseSection, objective: ObjectiveSection | None = None)
 
     if not any(is_on_hub(source) for source in (settings.source, settings.vae) if source):
         inspect_base(settings, objective)
+
+
+def note_newest(*sources: Path) -> None:
+    """Says which adapter stands for a run that has no final one.
+
+    Raises:
+        RunError: If a run has none at all.
+    """
+    for run in map(RunFolder, sources):
+        if run.config_file.is_file() and (file := run.adapter).stem.startswith("step-"):
+            typer.echo(f"note: {run.path} is not finished; its newest adapter is taken, {file.name}")
 
 
 def read_prompts(file: Path) -> list[str]:

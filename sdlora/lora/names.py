@@ -216,6 +216,8 @@ def dialect_of(keys: Iterable[str]) -> str:
 
 def _other_kind(names: Sequence[str]) -> str:
     """What a file of weights is that is no LoRA."""
+    if names and all(name.endswith((".down", ".up")) for name in names):
+        return "is in a checkpoint, for `sdlora resume` alone; the LoRA of its step is in the run's adapters/"
     for prefix, kind in (
         ("control_model.", "is a ControlNet, not a LoRA"),
         ("controlnet_", "is a ControlNet, not a LoRA"),

@@ -73,7 +73,8 @@ def spare_files(root: Path) -> dict[str, Path]:
 
 
 def _runs(root: Path) -> set[Path]:
-    return {config.parent for config in root.rglob("config.json") if (config.parent / "adapters").is_dir()}
+    found = (RunFolder(config.parent) for config in root.rglob("config.json"))
+    return {run.path for run in found if run.adapters.is_dir() or run.checkpoints.is_dir()}
 
 
 def node_name(root: Path, file: Path) -> str:

@@ -117,6 +117,7 @@ def test_keys_of_all_dialects(key, module, part):
         ),
         (["encoder.conv_in.weight", "decoder.conv_in.weight", "quant_conv.weight"], "is a VAE"),
         (["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"], "whole UNet"),
+        (["down_blocks.0.attn1.to_q.down", "down_blocks.0.attn1.to_q.up"], "is in a checkpoint, for `sdlora"),
         (["text_model.encoder.layers.0.mlp.fc1.weight"], "text encoder"),
         (["control_model.input_blocks.0.0.weight"], "ControlNet"),
         (["emb_params"], "textual inversion"),
