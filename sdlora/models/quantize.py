@@ -227,21 +227,26 @@ def choose_packing(layer: nn.Module, scheme: Quantize) -> type[Int8] | type[Nf4]
 
 
 def quantize_layer(
-    layer: nn.Module, weight: Tensor, scheme: Quantize, correction: int = 0
+    layer: nn.Module,
+    weight: Tensor,
+    scheme: Quantize,
+    correction: int = 0,
+    device: torch.device | str | None = None,
 ) -> nn.Module | None:
     """The frozen layer that keeps a weight small, or None if `choose_packing` leaves it as it is.
 
     Args:
         layer: The layer to replace; gives sizes and bias, its own weight may lie on the meta device.
-        weight: Its weight, on the device where it shall be.
+        weight: Its weight.
         scheme: How it shall be kept.
         correction: Rank of what is added to make up for four bits; see `Nf4`.
+        device: Where it is packed and kept; where the weight is if not given.
     """
     packing = choose_packing(layer, scheme)
     if packing is None:
         return None
     kind: Any = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
-    small: QuantizedLinear | QuantizedConv2d = kind(layer, packing(weight, correction))
+    small: QuantizedLinear | QuantizedConv2d = kind(layer, packing(weight.to(device=device), correction))
     return small.train(layer.training)
 
 

@@ -96,7 +96,7 @@ def fill(
             check_finite(part, name, value)
             path, _, own = name.rpartition(".")
             layer = module.get_submodule(path)
-            small = quantize_layer(layer, tensor.to(device), scheme, correction) if own == "weight" else None
+            small = quantize_layer(layer, tensor, scheme, correction, device) if own == "weight" else None
             if small is None:
                 _set(layer, own, value)
             else:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from sdlora.errors import ModelError
 from sdlora.models.info import BaseInfo
@@ -104,6 +105,24 @@ def test_the_bias_may_come_before_or_after(order: str) -> None:
     assert fill(module, named, part_of(), dtype=torch.float32, device="cpu", scheme="int8") == []
     assert torch.equal(module[0].bias, tensors["bias"])
     assert not module[0].bias.is_meta
+
+
+def test_a_weight_is_moved_once() -> None:
+    """R-18: what is not quantised crosses to the device in the dtype it is kept in, not in the file's too."""
+    moves = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.Tensor.to:
+                moves.append(args[1:])
+            return func(*args, **(kwargs or {}))
+
+    with torch.device("meta"):
+        module = nn.Linear(64, 64)
+    tensors = [("weight", torch.ones(64, 64)), ("bias", torch.ones(64))]
+    with Watch():
+        fill(module, tensors, part_of(), dtype=torch.bfloat16, device="cpu", scheme="none")
+    assert moves == [("cpu", torch.bfloat16)] * 2
 
 
 def test_only_what_is_wanted_is_read(tmp_path: Path) -> None:
