@@ -159,6 +159,9 @@ class Learner:
 
         A process without samples takes part with zeros.
         """
+        if self.accelerator.scaler is not None:
+            # It has no scale until it has scaled something, which a process without samples did not.
+            self.accelerator.scaler.scale(loss)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         own = torch.cat([*(gradient.flatten() for gradient in gradients), loss.flatten()])
         sizes = [parameter.numel() for parameter in self.parameters]

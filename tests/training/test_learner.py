@@ -1,4 +1,4 @@
-"""An optimizer that trains at one point and is after another (schedule-free)."""
+"""One optimizer step; an optimizer that trains at one point and is after another (schedule-free)."""
 
 from __future__ import annotations
 
@@ -76,3 +76,15 @@ def test_looking_does_not_disturb(make_images, small, make_trainer, snapshot, tm
         trainer.train()
     for name, tensor in snapshot(plain).items():
         assert torch.equal(tensor, snapshot(busy)[name]), name
+
+
+def test_fp16_in_a_process_without_samples(make_images, tiny, make_trainer, tmp_path):
+    """R-17: the first step of all may leave a process nothing to scale; it takes part with zeros."""
+    learner = make_trainer(tiny(make_images()), tmp_path / "run").learner
+    accelerator = learner.accelerator
+    # As on a GPU: fp16 is refused on a CPU.
+    accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu"), True
+    accelerator.state._mixed_precision = "fp16"
+    assert learner._exchange(torch.zeros(())) == 0
+    assert learner._clip() == 0
+    assert not any(tensor.grad.any() for tensor in learner.parameters)
