@@ -174,10 +174,12 @@ def test_a_run_is_never_overwritten(sdlora, small_run, make_images):
 def test_default_names(sdlora, make_images):
     """`runs/NAME` after the image folder, `runs/NAME-2` when that is taken; the built-in base is said."""
     images = make_images("style")
-    code, printed, _ = sdlora("train", images, *QUICK)
+    code, printed, _ = sdlora("train", images, *QUICK, "train.evaluate_every=1")
     assert code == 0
     assert printed.startswith("device    ")
     assert "no --base was given: training on the built-in base" in printed
+    for step in range(3):
+        assert f"\nstep {step}    loss of training pictures " in printed
     assert "for UIs   runs/style/adapters/final.kohya.safetensors (A1111" in printed
     assert "load it   pipe.load_lora_weights(" in printed
     assert sdlora("train", images, *QUICK)[0] == 0
@@ -300,6 +302,10 @@ def test_export_info_cache_doctor(sdlora, small_run, make_images, tmp_path):
     code, printed, _ = sdlora("export", small_run.path, "--format", "kohya", "--out", out)
     assert code == 0
     assert "kohya" in printed
+    code, printed, _ = sdlora("info", small_run.path)
+    assert code == 0
+    assert printed.startswith(f"run       {small_run.path}, finished at step ")
+    assert f"file      {small_run.adapter}" in printed
     code, printed, _ = sdlora("info", out)
     assert code == 0
     for part in ("sd1", "kohya", "rank"):

@@ -51,16 +51,21 @@ def info(
         Path, typer.Argument(metavar="RUN|LORA", help="A LoRA file of any dialect, or a run folder.")
     ],
 ) -> None:
-    """Say what a LoRA file is: family, rank, alpha, targets, metadata."""
+    """Say what a LoRA file is (family, rank, alpha, targets, metadata), or how a run went."""
     from contextlib import suppress
 
     from sdlora.errors import AdapterError
     from sdlora.lora.files import inspect_adapter, lora_file
     from sdlora.lora.lineage import read_lineage
+    from sdlora.report.course import describe_state
     from sdlora.runs import RunFolder
 
     path = lora_file(file)
-    path = RunFolder.open(path).adapter if path.is_dir() else path
+    if path.is_dir():
+        run = RunFolder.open(path)
+        for line in describe_state(run):
+            typer.echo(line)
+        path = run.adapter
     found = inspect_adapter(path)
     for line in found.lines():
         typer.echo(line)

@@ -1,1 +1,1 @@
-"""Pictures of a run, made from its events alone."""
+"""Pictures and words about a run, made from its events alone."""

@@ -34,6 +34,9 @@ def draw_loss_curve(run: RunFolder) -> Path:
         if measured:
             values = [event["loss"] for event in measured]
             label = f"{label}: {values[0]:.4f} to {values[-1]:.4f}"
+            best = min(measured, key=lambda event: event["loss"])
+            if best["loss"] < min(values[0], values[-1]):
+                label += f", lowest {best['loss']:.4f} at {best['step']}"
             right.plot([e["step"] for e in measured], values, style, color=colour, markersize=4, label=label)
     right.set(title="loss at fixed noise", xlabel="step")
     for axes in (left, right):

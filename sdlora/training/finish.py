@@ -12,6 +12,7 @@ from sdlora.export import export_adapter
 from sdlora.lora.card import write_model_card
 from sdlora.lora.metadata import run_metadata
 from sdlora.postflight import postflight
+from sdlora.report.course import describe_losses, doubt_losses
 from sdlora.report.curve import draw_loss_curve
 from sdlora.training.facts import describe_run
 from sdlora.training.loop import Trainer
@@ -31,8 +32,15 @@ def finish(trainer: Trainer) -> None:
             if trainer.plan.info.quantize != "none":
                 tell_gap(trainer)
         draw_loss_curve(trainer.run)
-        trainer.report.say(*describe_losses(trainer))
-        trainer.event("done", loss_ema=trainer.counters.loss_ema, skipped=trainer.counters.skipped)
+        trainer.report.say(*describe_losses(trainer.run))
+        if trainer.counters.skipped:
+            trainer.report.say(
+                f"skipped   {trainer.counters.skipped} of {trainer.plan.steps} steps were not finite"
+            )
+        if doubt := doubt_losses(trainer.run):
+            trainer.report.warn(doubt)
+        counters = trainer.counters
+        trainer.event("done", loss_ema=counters.loss_ema, skipped=counters.skipped, doubt=doubt)
     meet(trainer.accelerator)
 
 
@@ -81,20 +89,3 @@ def tell_gap(trainer: Trainer) -> None:
     pictures = {"train": "training", "heldout": "held-out"}[split]
     trainer.report.say(f"gap       {pictures} {gap}")
     trainer.event("gap", split=split, **asdict(gap), relative=gap.relative)
-
-
-def describe_losses(trainer: Trainer) -> list[str]:
-    """First and last loss at fixed noise, for each split."""
-    lines = []
-    for split, title in (("train", "training pictures"), ("heldout", "held-out pictures")):
-        measured = [event for event in trainer.run.events("heldout") if event["split"] == split]
-        if measured:
-            first, last = measured[0], measured[-1]
-            change = last["loss"] / first["loss"] - 1
-            lines.append(
-                f"loss      {title} ({last['images']}): {first['loss']:.4f} at step {first['step']}, "
-                f"{last['loss']:.4f} at step {last['step']} ({change:+.1%})"
-            )
-    if trainer.counters.skipped:
-        lines.append(f"skipped   {trainer.counters.skipped} of {trainer.plan.steps} steps were not finite")
-    return lines

@@ -14,6 +14,7 @@ from sdlora.errors import AdapterError, RunStopped
 from sdlora.evaluation.heldout import HeldoutLoss, heldout_loss
 from sdlora.export import export_adapter
 from sdlora.lora.metadata import run_metadata
+from sdlora.report.course import describe_step
 from sdlora.runs import RunFolder
 from sdlora.training.console import Report
 from sdlora.training.device import Precision
@@ -172,8 +173,10 @@ class Trainer:
         """Measures the held-out loss on both splits."""
         if self.step not in self.plan.evaluate_steps:
             return
+        losses = {}
         for split in self.prepared.splits:
             measured = self.evaluate(split)
+            losses[split] = measured.loss
             self.event(
                 "heldout",
                 split=split,
@@ -182,6 +185,8 @@ class Trainer:
                 images=measured.num_images,
             )
             self.journal.track(self.step, {f"{split}_loss": measured.loss})
+        # A log or a notebook shows no bar, and nobody the course of these.
+        self.report.say(describe_step(self.run, self.step, losses))
 
     def evaluate(self, split: str) -> HeldoutLoss:
         """The held-out loss of the weights as they are."""
@@ -298,7 +303,9 @@ class Trainer:
         self.journal.warn(self.step, message, **values)
 
     def _last_good(self) -> str:
-        steps = self.run.checkpoint_steps()
+        # One that was saved while steps were skipped has what makes them be.
+        good = self.step - self.counters.skipped_in_row
+        steps = [step for step in self.run.checkpoint_steps() if step <= good]
         if not steps:
-            return "no checkpoint was saved yet"
+            return "no checkpoint was saved before that"
         return f"the last good checkpoint is {self.run.checkpoint(steps[-1])}"

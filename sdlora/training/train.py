@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from accelerate.utils import set_seed
 from sdlora.config import RunConfig, load_config
 from sdlora.errors import ConfigError, RunStopped, SdloraError
 from sdlora.models.load import attention_kernel
+from sdlora.report.curve import draw_loss_curve
 from sdlora.runs import RunFolder, next_free_folder
 from sdlora.training.changes import apply_changes, global_batch_of
 from sdlora.training.console import Report
@@ -274,6 +276,9 @@ def _run(
     except (SdloraError, OSError, torch.OutOfMemoryError) as error:
         failure = explain_failure(error, trainer)
         trainer.event("failed", message=str(failure))
+        if accelerator.is_main_process:
+            with suppress(OSError):
+                draw_loss_curve(run)
         if failure is error:
             raise
         raise failure from error

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from sdlora.errors import TrainingDiverged
+from sdlora.report.course import describe_state
+from sdlora.runs import RunFolder
 from sdlora.training import learner
+from sdlora.training.train import train
 
 SMALL_RUN = {"train__steps": 4, "train__save_every": 2, "train__sample_every": 0, "train__evaluate_every": 0}
 
@@ -95,6 +98,29 @@ def test_a_bad_parameter_stops_at_once(make, value):
     for part in (f"such as {name};", "(step 3, loss ", "learning rate 0.001", f"images {image};", str(last)):
         assert part in str(caught.value)
     assert trainer.run.saved_steps() == trainer.run.checkpoint_steps() == [2]
+
+
+def test_a_state_among_bad_steps_is_not_called_good(make):
+    """R-06: what makes the steps be skipped is in it already."""
+    trainer = make(train__steps=8, train__max_skipped_steps=3)
+    denoise = trainer.learner.denoise
+    trainer.learner.denoise = lambda *given: denoise(*given) * (math.nan if trainer.step >= 3 else 1)
+    with pytest.raises(TrainingDiverged, match="not finite for 3 steps in a row") as caught:
+        trainer.train()
+    assert trainer.run.checkpoint_steps() == [2, 4]
+    assert str(caught.value).endswith(f"the last good checkpoint is {trainer.run.checkpoint(2)})")
+
+
+def test_a_run_that_fails_leaves_its_curve(make_images, tiny, sd15_folder, tmp_path):
+    """R-06: the losses up to there are drawn, and `sdlora info` says what ended it."""
+    images = make_images(sizes=((32, 32),) * 4)
+    broken = {"train__learning_rate": 1e30, "train__max_skipped_steps": 1, "train__evaluate_every": 0}
+    config = tiny(images, base__source=str(sd15_folder), train__sample_every=0, **broken)
+    with pytest.raises(TrainingDiverged):
+        train(images, config=config, out=tmp_path / "run", quiet=True)
+    run = RunFolder(tmp_path / "run")
+    assert run.loss_curve.is_file()
+    assert describe_state(run)[1].startswith("failed    ")
 
 
 def test_a_loss_of_zero_stops(make, monkeypatch):

@@ -1,0 +1,102 @@
+"""How a run went, in words: its losses at fixed noise, what they advise, and where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sdlora.errors import one_line
+from sdlora.runs import RunFolder
+
+SPLITS = {"train": "training pictures", "heldout": "held-out pictures"}
+# Shares of a loss: a smaller rise is no reason to choose another step, and a smaller fall is none.
+RISE, FALL = 0.01, 0.002
+
+
+def losses_of(run: RunFolder, split: str) -> dict[int, float]:
+    """The losses at fixed noise of a split, by step."""
+    return {
+        event["step"]: event["loss"]
+        for event in run.events("heldout")
+        if event.get("split") == split and isinstance(event.get("loss"), float)
+    }
+
+
+def describe_step(run: RunFolder, step: int, losses: Mapping[str, float]) -> str:
+    """The losses of a step by split, in one line with their change since the first of the run."""
+    texts = [
+        f"{SPLITS[split]} {loss:.4f}{_change({**losses_of(run, split), step: loss}, step)}"
+        for split, loss in losses.items()
+    ]
+    return f"step {step:<5}loss of {', '.join(texts)}"
+
+
+def describe_losses(run: RunFolder) -> list[str]:
+    """The first and the last loss of each split."""
+    lines = []
+    for split, title in SPLITS.items():
+        losses = losses_of(run, split)
+        if len(losses) > 1:
+            first, last = min(losses), max(losses)
+            lines.append(
+                f"loss      {title}: {losses[first]:.4f} at step {first}, {losses[last]:.4f} at step "
+                f"{last}{_change(losses, last)}"
+            )
+    return lines
+
+
+def doubt_losses(run: RunFolder) -> str | None:
+    """What to do where the losses did not fall, or rose again; nothing where all is well."""
+    split = "heldout" if len(losses_of(run, "heldout")) > 1 else "train"
+    losses = losses_of(run, split)
+    if len(losses) < 2:
+        return None
+    first, last, best = min(losses), max(losses), min(losses, key=lambda step: losses[step])
+    train, title = run.read_config().train, SPLITS[split]
+    if losses[best] > (1 - FALL) * losses[first]:
+        return (
+            f"the loss of {title} did not fall (step {first}: {losses[first]:.4f}, step {last}: "
+            f"{losses[last]:.4f}), so they show nothing that was learnt; try another train.learning_rate "
+            f"({train.learning_rate:g}), or more train.steps ({train.steps})"
+        )
+    if losses[last] < (1 + RISE) * losses[best]:
+        return None
+    line = (
+        f"the loss of {title} rose again (step {best}: {losses[best]:.4f}, step {last}: {losses[last]:.4f}); "
+        f"try fewer train.steps or a lower train.learning_rate ({train.learning_rate:g})"
+    )
+    saved = [step for step in run.saved_steps() if losses.get(step, losses[last]) < losses[last]]
+    if not saved:
+        return line
+    step = min(saved, key=lambda step: losses[step])
+    return (
+        f"{line}, or take step {step} ({losses[step]:.4f}): {run.step_adapter(step)}, which "
+        f"`sdlora sample {run.path} --step {step}` shows"
+    )
+
+
+def describe_state(run: RunFolder) -> list[str]:
+    """Where a run stands and how it goes on, what went wrong, and its losses."""
+    steps = run.read_config().train.steps or 0
+    if run.is_finished(steps):
+        lines = [f"run       {run.path}, finished at step {steps}"]
+    else:
+        reached = max((event["step"] for event in run.events("step")), default=0)
+        state = max(run.checkpoint_steps(), default=0)
+        lines = [
+            f"run       {run.path}, step {reached} of {steps}; `sdlora resume {run.path}` goes on from step "
+            f"{state}"
+        ]
+    failures, warnings = list(run.events("failed")), list(run.events("warning"))
+    if failures:
+        lines.append(f"failed    {one_line(str(failures[-1].get('message')))}")
+    if warnings:
+        lines.append(f"warnings  {len(warnings)}, the last: {one_line(str(warnings[-1].get('message')))}")
+    lines += describe_losses(run)
+    doubt = doubt_losses(run)
+    return [*lines, f"note      {doubt}"] if doubt else lines
+
+
+def _change(losses: Mapping[int, float], step: int) -> str:
+    """How much a loss differs from the first one."""
+    first = min(losses)
+    return f" ({losses[step] / losses[first] - 1:+.1%})" if step > first and losses[first] > 0 else ""
