@@ -45,21 +45,20 @@ def sample(
     force: Force = False,
 ) -> None:
     """Make a grid: prompts and seeds down, the base and the strengths across."""
-    from sdlora.cli.values import check_base, note_newest, parse_numbers, parse_size, read_prompts
-    from sdlora.config import BaseSection, load_config
+    from sdlora.cli.values import check_base, note_newest, parse_numbers, parse_size, sample_settings
+    from sdlora.config import BaseSection
 
-    given = {
-        "prompts": [*(prompt or []), *(read_prompts(prompts) if prompts else [])] or None,
-        "strengths": parse_numbers(strengths, float, "--strengths"),
-        "seeds": parse_numbers(seeds, int, "--seeds"),
-        "negative_prompt": negative_prompt,
-        "steps": steps,
-        "guidance": guidance,
-        "scheduler": scheduler,
-        "safety_checker": safety_checker,
-    }
-    changes = {name: value for name, value in given.items() if value is not None}
-    load_config(None, {f"sample.{name}": value for name, value in changes.items() if name != "prompts"})
+    changes = sample_settings(
+        prompt,
+        prompts,
+        seeds,
+        strengths=parse_numbers(strengths, float, "--strengths"),
+        negative_prompt=negative_prompt,
+        steps=steps,
+        guidance=guidance,
+        scheduler=scheduler,
+        safety_checker=safety_checker,
+    )
     pixels = parse_size(size)
     if base is not None:
         check_base(BaseSection(source=base))

@@ -113,17 +113,9 @@ def sample(
     force: Force = False,
 ) -> None:
     """Make a grid: prompts and seeds down, the base and the nodes across."""
-    from sdlora.cli.values import parse_numbers, parse_size, parse_strengths, read_prompts
-    from sdlora.config import load_config
+    from sdlora.cli.values import parse_size, parse_strengths, sample_settings
 
-    given = {
-        "prompts": [*(prompt or []), *(read_prompts(prompts) if prompts else [])] or None,
-        "seeds": parse_numbers(seeds, int, "--seeds"),
-        "steps": steps,
-        "guidance": guidance,
-    }
-    settings = {name: value for name, value in given.items() if value is not None}
-    load_config(None, {f"sample.{name}": value for name, value in settings.items() if name != "prompts"})
+    settings = sample_settings(prompt, prompts, seeds, steps=steps, guidance=guidance)
     changes, pixels = parse_strengths(strengths), parse_size(size)
     from sdlora.lora.tree import AdapterTree
     from sdlora.sampling.nodes import sample_tree

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import typer
 
-from sdlora.config import BaseSection, ObjectiveSection
+from sdlora.config import BaseSection, ObjectiveSection, load_config
 from sdlora.errors import ConfigError, shorten
 from sdlora.runs import RunFolder
 
@@ -68,6 +68,31 @@ def note_newest(*sources: Path) -> None:
     for run in map(RunFolder, sources):
         if run.config_file.is_file() and (file := run.adapter).stem.startswith("step-"):
             typer.echo(f"note: {run.path} is not finished; its newest adapter is taken, {file.name}")
+
+
+def sample_settings(
+    prompt: list[str] | None, prompts: Path | None, seeds: str | None, **others: Any
+) -> dict[str, Any]:
+    """What was given of the section `sample`, checked before torch is imported.
+
+    Args:
+        prompt: Texts of `--prompt`.
+        prompts: The file of `--prompts`.
+        seeds: As typed.
+        others: The section's other keys; None for what was not given.
+
+    Raises:
+        ConfigError: If one of them is no value of its key.
+    """
+    given = {
+        "prompts": [*(prompt or []), *(read_prompts(prompts) if prompts else [])] or None,
+        "seeds": parse_numbers(seeds, int, "--seeds"),
+        **others,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    # Prompts are checked where the trigger of a run or a file is known.
+    load_config(None, {f"sample.{name}": value for name, value in changes.items() if name != "prompts"})
+    return changes
 
 
 def read_prompts(file: Path) -> list[str]:
