@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +117,15 @@ def test_light_modules_import_no_torch():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_map_names_every_file():
+    """A newcomer finds each file in the map of the package, in its folder's rows, and none that is gone."""
+    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", text.partition("Every file")[2], re.MULTILINE)
+    folder, named = "", []
+    for title, files in rows:
+        folder = next(iter(re.findall(r"^`(\w+)/`", title)), folder)
+        named += [f"{folder}/{name}" for name in re.findall(r"`(\w+)`", files)]
+    existing = [path.relative_to(REPOSITORY) for path in source_files() if path.stem != "__init__"]
+    assert sorted(named) == sorted(f"{path.parent.name}/{path.stem}" for path in existing)
