@@ -35,7 +35,7 @@ MEANINGS = {
     "lora.init_from": "go on from this LoRA, of any tool and rank, or from a run",
     "lora.parent": "stand on this LoRA file, run or node, which stays as it is",
     "lora.force_parent": "accept a parent of the right name that holds other tensors",
-    "lora.dropout": "share of a module's inputs that its adapter does not see while it trains",
+    "lora.dropout": "share of the values between down and up that are dropped while training",
     "lora.max_norm": "largest norm of a module's change, about 1; 0: no limit",
     "objective.loss": "mse, huber, pseudo_huber or smooth_l1",
     "objective.huber_delta": "where the Huber losses turn from squared to absolute",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdlora.errors import AdapterError, RunError, shorten
@@ -32,7 +32,7 @@ class Node:
     lineage: tuple[Ancestor, ...]
     rank: int
     size_bytes: int
-    notes: Mapping[str, str]
+    notes: Mapping[str, str] = field(repr=False)
 
     @property
     def images(self) -> str:

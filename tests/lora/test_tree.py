@@ -100,6 +100,7 @@ def test_in_a_notebook(small, unet, make_adapter):
     assert repr(AdapterTree.from_folder(small)).endswith(
         "styles': ink, ink/maps, ink/portraits, ink/portraits/old, water)"
     )
+    assert "ss_num_train_images" not in repr(AdapterTree.from_folder(small).path("ink"))
     adapter = make_adapter(unet, rank=3, alpha=1.5)
     count = len(adapter.modules)
     assert repr(adapter) == f"Adapter({count} modules, rank 3, alpha 1.5, family {adapter.family!r})"
