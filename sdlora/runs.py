@@ -71,6 +71,8 @@ class RunFolder:
             RunError: If the folder is missing or holds no run.
         """
         run = cls(path)
+        if run.path.is_file():
+            raise RunError(f"{path} is a file, not a run; give the folder that `sdlora train` printed")
         if not run.path.is_dir():
             raise RunError(f"run folder {path} does not exist; give the folder that `sdlora train` printed")
         if (run.path / "model_index.json").is_file():

@@ -178,11 +178,14 @@ def test_default_names(sdlora, make_images):
     assert code == 0
     assert printed.startswith("device    ")
     assert "no --base was given: training on the built-in base" in printed
+    assert "note: the built-in base is small and learns best at train.learning_rate=3e-3" in printed
     for step in range(3):
         assert f"\nstep {step}    loss of training pictures " in printed
     assert "for UIs   runs/style/adapters/final.kohya.safetensors (A1111" in printed
     assert "load it   pipe.load_lora_weights(" in printed
-    assert sdlora("train", images, *QUICK)[0] == 0
+    code, printed, _ = sdlora("train", images, *QUICK, "train.learning_rate=3e-3")
+    assert code == 0
+    assert "learns best at" not in printed
     assert files_below(Path("runs"))[0] == "style"
     assert (Path("runs") / "style-2" / "adapters" / "final.safetensors").is_file()
 

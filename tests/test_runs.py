@@ -58,6 +58,8 @@ def test_wrong_folders(tmp_path):
     with pytest.raises(RunError, match=r"holds no run \(no config\.json\)"):
         RunFolder.open(tmp_path)
     file = write_text(tmp_path / "file", "")
+    with pytest.raises(RunError, match="is a file, not a run"):
+        RunFolder.open(file)
     with pytest.raises(RunError, match="is a file; give a folder"):
         RunFolder(file).check_free()
     with pytest.raises(RunError, match="has saved no adapter yet"):

@@ -225,6 +225,8 @@ def _announce(plan: RunPlan, report: Report, *, is_default_base: bool) -> None:
     if is_default_base:
         report.say("no --base was given: training on the built-in base (128 px; give --base for a real one)")
     report.say(*plan.lines())
+    if plan.info.is_builtin and "learning_rate" not in plan.config.train.model_fields_set:
+        report.say("note: the built-in base is small and learns best at train.learning_rate=3e-3 or so")
     for finding in plan.findings:
         if finding.severity == "warning":
             report.warn(finding.message)
