@@ -1,22 +1,56 @@
-"""What ended a run that had begun, in one line with the way on."""
+"""What ended a run, in one line with the way on."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
 
 from sdlora.data.records import count_of
-from sdlora.errors import DataError, ProcessLost, RunError, SdloraError
+from sdlora.errors import DataError, ProcessLost, RunError, RunStopped, SdloraError
+from sdlora.report.curve import draw_loss_curve
 from sdlora.runs import RunFolder
 from sdlora.training.loop import Trainer
 from sdlora.training.memory import as_size
-from sdlora.training.out_of_memory import describe_remedies
+from sdlora.training.out_of_memory import as_out_of_memory, describe_remedies
 from sdlora.training.plan import RunPlan
 
 
-def explain_failure(error: SdloraError | OSError | torch.OutOfMemoryError, trainer: Trainer) -> SdloraError:
-    """What ended a run that had begun, with the way on where it can be put right."""
+@contextmanager
+def telling_no_start(plan: RunPlan, run: RunFolder) -> Iterator[None]:
+    """Running out of memory before the first step is a line with the way on."""
+    try:
+        with as_out_of_memory():
+            yield
+    except torch.OutOfMemoryError as error:
+        raise _explain_no_start(plan, run) from error
+
+
+@contextmanager
+def telling_failure(trainer: Trainer) -> Iterator[None]:
+    """What ends a run that has begun is a line with the way on, and an event; its trackers are closed."""
+    try:
+        with as_out_of_memory():
+            yield
+    except RunStopped:
+        raise
+    except (SdloraError, OSError, torch.OutOfMemoryError) as error:
+        failure = _explain(error, trainer)
+        trainer.event("failed", message=str(failure))
+        if trainer.accelerator.is_main_process:
+            with suppress(OSError):
+                draw_loss_curve(trainer.run)
+        if failure is error:
+            raise
+        raise failure from error
+    finally:
+        for tracker in trainer.accelerator.trackers:
+            tracker.finish()
+
+
+def _explain(error: SdloraError | OSError | torch.OutOfMemoryError, trainer: Trainer) -> SdloraError:
     if isinstance(error, torch.OutOfMemoryError):
         plan = trainer.plan
         advice = describe_remedies(replace(plan.work, config=plan.config), plan.machine)
@@ -38,8 +72,7 @@ def explain_failure(error: SdloraError | OSError | torch.OutOfMemoryError, train
     return error
 
 
-def explain_no_start(plan: RunPlan, run: RunFolder) -> RunError:
-    """Out of memory before the first step."""
+def _explain_no_start(plan: RunPlan, run: RunFolder) -> RunError:
     needed = f"{as_size(plan.memory.stages['encoding'])} of {plan.machine.device.type} memory"
     failure = RunError(
         f"out of memory while the base was loaded and the pictures encoded, which takes about {needed}; "

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from sdlora.config import RunConfig, load_config
-from sdlora.errors import ConfigError, RunStopped, SdloraError
+from sdlora.errors import ConfigError
 from sdlora.models.load import attention_kernel
-from sdlora.report.curve import draw_loss_curve
 from sdlora.runs import RunFolder, next_free_folder
 from sdlora.training.changes import apply_changes, global_batch_of
 from sdlora.training.console import Report
@@ -26,12 +23,11 @@ from sdlora.training.device import (
     make_accelerator,
     start_trackers,
 )
-from sdlora.training.failure import explain_failure, explain_no_start
+from sdlora.training.failure import telling_failure, telling_no_start
 from sdlora.training.finish import finish
 from sdlora.training.identity import Change, check_same_plan
 from sdlora.training.loop import Trainer
 from sdlora.training.memory import find_machine
-from sdlora.training.out_of_memory import as_out_of_memory
 from sdlora.training.plan import RunPlan, check_disk, make_plan
 from sdlora.training.prepare import doubt_prediction, prepare
 from sdlora.training.processes import (
@@ -243,11 +239,8 @@ def _run(
     resumption: Resumption | None = None,
 ) -> RunFolder:
     set_seed(plan.config.train.seed)
-    try:
-        with as_out_of_memory():
-            prepared = prepare(plan, accelerator, precision, report)
-    except torch.OutOfMemoryError as error:
-        raise explain_no_start(plan, run) from error
+    with telling_no_start(plan, run):
+        prepared = prepare(plan, accelerator, precision, report)
     kernel, dtypes = attention_kernel(prepared.base.unet), prepared.base.dtypes
     autocast = "on" if precision.compute != precision.base else "off"
     report.say(
@@ -265,28 +258,13 @@ def _run(
     trainer.event("prepared", attention=kernel, dtypes={**dtypes, "adapter": "float32"}, autocast=autocast)
     if trainer.step == 0 and (doubt := doubt_prediction(plan, prepared)):
         trainer.warn(doubt)
-    try:
-        with as_out_of_memory():
-            if plan.config.train.batch_size == "auto":
-                trainer.fit_batch()
-                if accelerator.is_main_process:
-                    run.write_config(with_absolute_paths(trainer.plan.config))
-            trainer.train()
-            finish(trainer)
-    except RunStopped:
-        raise
-    except (SdloraError, OSError, torch.OutOfMemoryError) as error:
-        failure = explain_failure(error, trainer)
-        trainer.event("failed", message=str(failure))
-        if accelerator.is_main_process:
-            with suppress(OSError):
-                draw_loss_curve(run)
-        if failure is error:
-            raise
-        raise failure from error
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
+    with telling_failure(trainer):
+        if plan.config.train.batch_size == "auto":
+            trainer.fit_batch()
+            if accelerator.is_main_process:
+                run.write_config(with_absolute_paths(trainer.plan.config))
+        trainer.train()
+        finish(trainer)
     return run
 
 
