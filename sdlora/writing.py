@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,7 +21,12 @@ def write_file(
         path: Where the file shall be.
         write: Writes the content to the temporary path that it is given (same folder).
         verify: Re-opens the temporary file and raises if it is not right.
+
+    Raises:
+        OSError: If it cannot be written; names the file, not the temporary one.
     """
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
@@ -30,9 +36,11 @@ def write_file(
         if verify is not None:
             verify(temporary)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is not None:
+            error.filename = str(path)
         raise
     return path
 

@@ -124,6 +124,15 @@ MISTAKES = {
         ["export", "{lora}", "--format", "onnx", "--out", "x.safetensors"],
         "export.formats",
     ),
+    "a name that is too long": (["info", "x" * 3000], "… cannot be used: File name too long; give another"),
+    "a plot below a file": (["spectrum", "{lora}", "--plot", "{text}/x.png"], "{text} cannot be used: File"),
+    "a plot in place of a folder": (["spectrum", "{lora}", "--plot", "{empty}"], "{empty} cannot be used"),
+    "a sheet without a name": (["doctor", "{images}", "--contact-sheet", ""], ". cannot be used: Is a dir"),
+    "a merged base below a file": (
+        ["merge-into-base", "{lora}", "--base", "builtin", "--out", "{text}/x"],
+        "--out {text}/x cannot be written",
+    ),
+    "a merge of this folder": (["merge-into-base", ".", "--out", "x"], ". is no LoRA file, no run and no"),
     "export to no safetensors": (["export", "{lora}", "--out", "x.pt"], "must end in .safetensors"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -9,7 +10,7 @@ import typer
 
 from sdlora.cli import conversion, files, look, rank, settings, train, tree
 from sdlora.cli.processes import STOP_SECONDS, speaks_for_host, wait_for_first
-from sdlora.errors import ProcessLost, RunStopped, SdloraError
+from sdlora.errors import ProcessLost, RunStopped, SdloraError, shorten
 
 app = typer.Typer(
     name="sdlora",
@@ -63,16 +64,24 @@ def describe_usage(error: Any) -> str:
     return f"{text.rstrip('.')}; see `{command} --help`" if text else ""
 
 
+def _call(arguments: list[str]) -> int | None:
+    """Runs a command; a path that the system refuses is a mistake in what was asked, wherever it is met."""
+    try:
+        code: int | None = app(arguments, prog_name="sdlora", standalone_mode=False)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        path = shorten(os.fsdecode(error.filename2 or error.filename))
+        raise SdloraError(f"{path} cannot be used: {error.strerror}; give another path") from error
+    return code
+
+
 def main() -> None:
     """Runs a command; the exit code says how it went."""
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
-        code = app(
-            [argument for argument in arguments if argument != "--debug"],
-            prog_name="sdlora",
-            standalone_mode=False,
-        )
+        code = _call([argument for argument in arguments if argument != "--debug"])
         raise SystemExit(code or 0)
     except USAGE_ERROR as error:
         if debug:

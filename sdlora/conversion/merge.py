@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from sdlora.models.empty import empty_components
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.rewrite import rewrite, stored_weights
 from sdlora.reading import PICKLES
+from sdlora.runs import RunFolder
 from sdlora.writing import temporary_name, write_json
 
 
@@ -78,7 +80,7 @@ def _check_place(info: BaseInfo, place: Path) -> None:
         raise ModelError(
             f"--out {place} is already there; a base is never changed in place, so give another name"
         )
-    if info.path.resolve() in place.resolve().parents:
+    if info.path.resolve() in Path(os.path.realpath(place)).parents:
         raise ModelError(
             f"--out {place} is inside the base {info.path}, which is never changed; give another place"
         )
@@ -87,6 +89,7 @@ def _check_place(info: BaseInfo, place: Path) -> None:
             "one file, so give a .safetensors file" if info.path.is_file() else "a folder, so give a folder"
         )
         raise ModelError(f"--out {place} does not go with the base {info.name}, which is {kind}")
+    RunFolder(place).check_writable()
 
 
 class _Change:

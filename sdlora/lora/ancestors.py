@@ -84,7 +84,7 @@ def find_source(source: str | Path) -> Path:
     run = RunFolder(path)
     if run.config_file.is_file():
         return run.adapter
-    candidates = [path, *(path.with_name(path.name + ending) for ending in (ENDING, KOHYA_ENDING))]
+    candidates = [path, *(Path(f"{path}{ending}") for ending in (ENDING, KOHYA_ENDING))]
     found = next((file for file in candidates if file.is_file()), None)
     if found is None:
         raise AdapterError(f"{source} is no LoRA file, no run and no node; give one of them")

@@ -198,7 +198,8 @@ def _choose_folder(images: str | Path, out: str | Path | None, accelerator: Acce
     """The run folder: the main process chooses and checks it, before it or another one writes."""
     path = ""
     if accelerator.is_main_process:
-        free = next_free_folder(Path("runs") / Path(images).resolve().name) if out is None else Path(out)
+        name = Path(os.path.realpath(images)).name
+        free = next_free_folder(Path("runs") / name) if out is None else Path(out)
         RunFolder(free).check_free()
         RunFolder(free).check_writable()
         path = str(free)
