@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,21 @@ from sdlora.config import RunConfig
 from sdlora.data.batches import BatchOrder
 from sdlora.data.buckets import BucketPlan
 from sdlora.data.records import DatasetIndex, Finding
-from sdlora.diffusion.objective import Objective, describe_objective
+from sdlora.diffusion.objective import Objective
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.errors import DataError, RunError
 from sdlora.evaluation.dataset import read_dataset
 from sdlora.lora.ancestors import Step
 from sdlora.lora.attach import count_parameters, match_modules
 from sdlora.lora.layout import Layout, plan_layout
-from sdlora.lora.names import component_of
 from sdlora.models.empty import empty_components
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.safety import missing_checker
 from sdlora.training.adapter import check_init_from
 from sdlora.training.defaults import check_objective, global_batch, resolve_config
-from sdlora.training.groups import describe_rates
 from sdlora.training.memory import ANY_MACHINE, Machine, Memory, Workload, plan_memory
 from sdlora.training.optimizer import check_optimizer, find_optimizer, num_warmup_steps
-from sdlora.training.parents import check_parents, describe_parents, find_parents, with_parents
+from sdlora.training.parents import check_parents, find_parents, with_parents
 from sdlora.training.preflight import examine_images
 
 
@@ -166,64 +163,10 @@ class RunPlan:
         state_bytes = (16 if self.config.train.ema_decay else 12) * self.num_trainable
         return adapters * self.adapter_bytes + exports + states * state_bytes
 
-    def lines(self) -> list[str]:
-        """What is printed first."""
-        train, info = self.config.train, self.info
-        share = self.num_trainable / self.num_base
-        warmup = num_warmup_steps(train.warmup, self.steps)
-        epochs = self.steps / self.order.steps_per_epoch
-        rates = describe_rates(self.targets, train)
-        accumulation = f" x {train.accumulate} accumulated" if train.accumulate > 1 else ""
-        if train.batch_size == "auto":
-            accumulation = f", 1 to {train.accumulate} as the memory allows, {train.accumulate} in all"
-        processes = f" x {self.num_processes} processes" if self.num_processes > 1 else ""
-        return [
-            f"base      {info.name} ({info.family}, {info.prediction_type}, {info.resolution} px, "
-            f"{self.num_base / 1e6:.1f} M in the UNet)",
-            *self.data_lines,
-            *describe_parents(self.parents),
-            f"adapter   {self.layout.describe()}; {len(self.layout.ranks)} modules{self._text_modules()}, "
-            f"{self.num_trainable / 1e6:.2f} M trainable ({share:.2%} of the UNet), "
-            f"file {self.adapter_bytes / 1e6:.1f} MB",
-            f"steps     {self.steps} of batch {train.batch_size}{accumulation}{processes} = global batch "
-            f"{self.global_batch}; {self.order.steps_per_epoch} an epoch, {epochs:.1f} epochs, "
-            f"{self.images_seen} images seen",
-            *self._average_lines(),
-            *self._exchange_lines(),
-            *self.memory.lines(self.info.quantize, self.info.correction),
-            f"rate      {train.learning_rate:g}, {train.schedule} after {warmup} warm-up steps, "
-            f"{train.optimizer}{f'; {rates}' if rates else ''}",
-            f"loss      {describe_objective(self.objective)}",
-            f"every     save {_points(self.save_steps)}; samples {_points(self.sample_steps)}; "
-            f"held-out loss {_points(self.evaluate_steps)}",
-            f"disk      up to {self.disk_bytes / 1e6:.0f} MB and the samples",
-        ]
-
-    def _text_modules(self) -> str:
-        count = sum(component_of(name) != "unet" for name in self.targets)
-        return f" ({count} in text encoders)" if count else ""
-
     @property
     def exchange_bytes(self) -> int:
         """What a process hands to the others in a step: the adapter's gradients in fp32, and the loss."""
         return 4 * (self.num_trainable + 1) if self.num_processes > 1 else 0
-
-    def _average_lines(self) -> list[str]:
-        decay = self.config.train.ema_decay
-        if not decay:
-            return []
-        return [
-            f"average   of about the last {1 / (1 - decay):.0f} steps (train.ema_decay = {decay:g}); "
-            "it is what is measured, sampled, saved and exported"
-        ]
-
-    def _exchange_lines(self) -> list[str]:
-        if self.num_processes == 1:
-            return []
-        return [
-            f"exchange  {self.exchange_bytes / 1e6:.2f} MB of gradients a step between "
-            f"{self.num_processes} processes"
-        ]
 
     def as_event(self) -> dict[str, Any]:
         """The numbers, for `events.jsonl`."""
@@ -252,14 +195,6 @@ class RunPlan:
             "base_digest": self.info.digest,
             "parents": [parent.ancestor.digest for parent in self.parents],
         }
-
-
-def _points(steps: Sequence[int]) -> str:
-    if not steps:
-        return "off"
-    if len(steps) <= 3:
-        return "at " + ", ".join(map(str, steps))
-    return f"at {steps[0]}, {steps[1]} … {steps[-1]}"
 
 
 def make_plan(config: RunConfig, num_processes: int = 1, machine: Machine = ANY_MACHINE) -> RunPlan:

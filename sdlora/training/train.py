@@ -15,6 +15,7 @@ from sdlora.config import RunConfig, load_config
 from sdlora.errors import ConfigError
 from sdlora.models.load import attention_kernel
 from sdlora.runs import RunFolder, next_free_folder
+from sdlora.training.announce import announce
 from sdlora.training.changes import apply_changes, global_batch_of
 from sdlora.training.console import Report
 from sdlora.training.device import (
@@ -82,7 +83,7 @@ def train(
     with failing_together(accelerator):
         run = _choose_folder(images, out, accelerator)
         plan = make_plan(settings, accelerator.num_processes, find_machine(accelerator, precision))
-        _announce(plan, report, is_default_base=base is None and settings.base.source == "builtin")
+        announce(plan, report, is_default_base=base is None and settings.base.source == "builtin")
         check_same_plan(accelerator, plan)
         check_disk(plan, run.path)
         if dry_run:
@@ -216,19 +217,6 @@ def _start(settings: RunConfig, quiet: bool) -> tuple[Accelerator, Precision, Re
         f"base stored in {precision.base}{few_bits}, adapter fp32"
     )
     return accelerator, precision, report
-
-
-def _announce(plan: RunPlan, report: Report, *, is_default_base: bool) -> None:
-    if is_default_base:
-        report.say("no --base was given: training on the built-in base (128 px; give --base for a real one)")
-    report.say(*plan.lines())
-    if plan.info.is_builtin and "learning_rate" not in plan.config.train.model_fields_set:
-        report.say("note: the built-in base is small and learns best at train.learning_rate=3e-3 or so")
-    for finding in plan.findings:
-        if finding.severity == "warning":
-            report.warn(finding.message)
-        else:
-            report.say(f"note: {finding.message}")
 
 
 def _run(

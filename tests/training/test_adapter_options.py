@@ -9,6 +9,7 @@ import torch
 
 from sdlora.errors import SdloraError
 from sdlora.lora.files import inspect_adapter, load_adapter, save_adapter
+from sdlora.training.announce import describe_plan
 from sdlora.training.plan import make_plan
 from sdlora.training.train import train
 
@@ -44,7 +45,7 @@ def test_everything_at_once(request, make_images, small, tmp_path, base):
     config = small(make_images(), base__source=source, train__steps=3, **options)
     run = train(config.images, config=config, out=tmp_path / "run", quiet=True)
     [plan] = run.events("plan")
-    [line] = [line for line in make_plan(config).lines() if line.startswith("adapter")]
+    [line] = [line for line in describe_plan(make_plan(config)) if line.startswith("adapter")]
     assert "rank 4 (" in line
     assert "alpha 1 to 2, scale 0.5 to 2 (alpha / sqrt(rank))" in line
     info = inspect_adapter(run.adapter)

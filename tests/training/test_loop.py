@@ -18,6 +18,7 @@ from sdlora.data.tensors import image_to_tensor
 from sdlora.errors import TrainingDiverged
 from sdlora.lora.files import load_adapter
 from sdlora.lora.modules import lora_layers
+from sdlora.training.announce import describe_plan
 from sdlora.training.device import start_trackers
 from sdlora.training.learner import named_tensors
 from sdlora.training.optimizer import learning_rate
@@ -335,7 +336,7 @@ def test_the_objective_is_the_one_asked_for(make_images, small, make_trainer, tm
     trainer.train()
     assert [draw.timestep > 500 for result in trainer.results for draw in result.draws] == [True] * 4
     assert all(result.updated for result in trainer.results)
-    assert "pseudo_huber (delta 0.1, snr), style_friendly" in "\n".join(trainer.plan.lines())
+    assert "pseudo_huber (delta 0.1, snr), style_friendly" in "\n".join(describe_plan(trainer.plan))
     notes = load_adapter(trainer.run.step_adapter(2)).notes
     assert notes["sdlora.timesteps"] == '"style_friendly"'
     assert notes["ss_multires_noise_iterations"] == "6"
@@ -360,7 +361,7 @@ def test_groups_keep_their_ratio(make_images, small, make_trainer, tmp_path):
         assert event["learning_rates"] == pytest.approx({name: rate * r for name, r in ratios.items()})
     last = [group["lr"] for group in trainer.learner.optimizer.param_groups]
     assert last == pytest.approx(list(event["learning_rates"].values()))
-    assert "0.0005 on *.attn2.* (" in "\n".join(trainer.plan.lines())
+    assert "0.0005 on *.attn2.* (" in "\n".join(describe_plan(trainer.plan))
 
 
 def test_trackers(make_images, small, tmp_path):
