@@ -115,7 +115,7 @@ ELSEWHERE = {
     "center_crop": "data.crop",
     "checkpointing_steps": "train.save_every",
     "checkpoints_total_limit": "train.keep_checkpoints",
-    "clip_skip": "nothing: the last hidden states that the base's own pipeline uses are taken",
+    "clip_skip": "nothing: text is encoded as the base's own pipeline does",
     "color_aug": "nothing: colours belong to a style",
     "config_file": "--config, with the settings that `sdlora settings` lists",
     "conv_alpha": "lora.alpha_pattern",

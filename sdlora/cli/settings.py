@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ def settings(
     from sdlora.errors import ConfigError
     from sdlora.settings import ELSEWHERE
 
-    wanted = [word.lstrip("-").lower().replace("-", "_") for word in words or []]
+    wanted = [_plain(word.lstrip("-")) for word in words or []]
     lines = [f"{word} in sdlora: {ELSEWHERE[word]}" for word in wanted if word in ELSEWHERE]
     wanted += [ELSEWHERE[word].split(",")[0].split(":")[0] for word in wanted if word in ELSEWHERE]
     lines += _describe(wanted, min(shutil.get_terminal_size().columns, 120))
@@ -59,4 +60,9 @@ def _describe(words: Sequence[str], width: int) -> Iterator[str]:
 
 
 def _fits(key: str, meanings: dict[str, str], words: Sequence[str]) -> bool:
-    return not words or any(word in key or word in meanings[key].lower().replace("-", "_") for word in words)
+    return not words or any(word in key or word in _plain(meanings[key]) for word in words)
+
+
+def _plain(text: str) -> str:
+    """So that `learning rate` and `Learning-Rate` find learning_rate."""
+    return re.sub(r"[ -]", "_", text.lower())

@@ -45,14 +45,14 @@ def test_the_list(sdlora, monkeypatch):
 
 def test_some_of_them(sdlora):
     """By words of the key or the meaning, and by what another trainer calls it."""
-    code, printed, _ = sdlora("settings", "HELD-OUT", "heldout", "held out")
+    code, printed, _ = sdlora("settings", "HELD-OUT", "heldout")
     assert code == 0
     assert re.findall(r"^  ([a-z]+\.[a-z_]+)", printed, re.MULTILINE) == [
         "data.heldout",
         "train.evaluate_every",
         "sample.prompts",
     ]
-    code, printed, _ = sdlora("settings", "min-snr-gamma", "network_dim")
+    code, printed, _ = sdlora("settings", "Min SNR gamma", "network-dim")
     assert code == 0
     assert printed.startswith("network_dim in sdlora: lora.rank\n")
     assert "  lora.rank=16" in printed
