@@ -56,7 +56,7 @@ class Trainer:
         self.run = run
         self.plan = plan
         self.settings = plan.config.train
-        self.proof_step = plan.proof_step
+        self.proof_step = plan.proof_step()
         # what learns, and where
         self.prepared = prepared
         self.accelerator = accelerator
@@ -138,7 +138,10 @@ class Trainer:
             check_parameters(adapter, situation)
         if far:
             self.warn(f"step {counters.step} is far from the others: {', '.join(far)}", images=images)
-        if ups is not None and gradient.is_finite:
+        if ups is not None and not gradient.is_finite:
+            # It was skipped, as the first ones in fp16 are until the scale fits.
+            self.proof_step = self.plan.proof_step(counters.step)
+        elif ups is not None:
             dead = check_dead_modules(
                 find_dead_modules(adapter, ups), self._is_single_token(samples[0].crop.size)
             )

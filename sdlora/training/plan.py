@@ -113,16 +113,16 @@ class RunPlan:
         due = self.due_steps(self.config.train.evaluate_every)
         return [0, *due] if due else []
 
-    @property
-    def proof_step(self) -> int:
-        """The step, from 0, whose update must change every module (R-09).
+    def proof_step(self, start: int = 0) -> int:
+        """The first step from `start` on whose update must change every module (R-09).
 
         Zeros in place of an empty caption's states give cross-attention no gradient: there it is the first
         step with a caption.
         """
         if not self.info.zeroes_empty_prompt:
-            return 0
-        captioned = (n for n in range(self.steps) if any(sample.caption for sample in self.order.step(n)))
+            return start
+        steps = range(start, self.steps)
+        captioned = (n for n in steps if any(sample.caption for sample in self.order.step(n)))
         return next(captioned, self.steps)
 
     @property

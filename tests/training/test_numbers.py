@@ -78,6 +78,18 @@ def test_one_bad_step_is_skipped(make, spoil, value):
     assert trainer.run.saved_steps() == []
 
 
+def test_a_skipped_first_step_proves_nothing(make):
+    """R-09: in fp16 the first steps overflow; the first update is looked at all the same."""
+    trainer = make()
+    name, pair = next(iter(trainer.learner.adapter.modules.items()))
+    pair.down.data.zero_()
+    spoiling = trainer.learner.parameters[-1].register_hook(lambda gradient: gradient * math.inf)
+    assert not trainer.train_step().updated
+    spoiling.remove()
+    with pytest.raises(TrainingDiverged, match=f"1 modules did not change in the first step: {name}"):
+        trainer.train_step()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 def test_a_bad_parameter_stops_at_once(make, value):
     """R-06: with the module, the step, the pictures, the rate and the last good checkpoint."""
