@@ -133,6 +133,12 @@ MISTAKES = {
         "--out {text}/x cannot be written",
     ),
     "a merge of this folder": (["merge-into-base", ".", "--out", "x"], ". is no LoRA file, no run and no"),
+    "prompts from a device": (["sample", "--prompts", "/dev/zero"], "is a pipe or a device, not a file"),
+    "an empty base": (["sample", "--base", "", "--prompt", "x"], "base.source = '' must not be empty"),
+    "an extract of nothing": (
+        ["extract", "", "--base", "builtin", "--out", "x.safetensors"],
+        "base.source = '' must not be empty",
+    ),
     "export to no safetensors": (["export", "{lora}", "--out", "x.pt"], "must end in .safetensors"),
 }
 

@@ -46,7 +46,7 @@ def sample(
 ) -> None:
     """Make a grid: prompts and seeds down, the base and the strengths across."""
     from sdlora.cli.values import check_base, note_newest, parse_numbers, parse_size, sample_settings
-    from sdlora.config import BaseSection
+    from sdlora.config import load_config
 
     changes = sample_settings(
         prompt,
@@ -61,7 +61,7 @@ def sample(
     )
     pixels = parse_size(size)
     if base is not None:
-        check_base(BaseSection(source=base))
+        check_base(load_config(None, {"base.source": base}).base)
     if step is None:
         note_newest(*(sources or []))
     from sdlora.sampling.session import plan_sample

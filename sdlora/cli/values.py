@@ -11,8 +11,10 @@ import typer
 
 from sdlora.config import BaseSection, ObjectiveSection, load_config
 from sdlora.errors import ConfigError, shorten
+from sdlora.reading import UnfitFileError, read_bytes
 from sdlora.runs import RunFolder
 
+MAX_PROMPTS_BYTES = 2**20
 Number = TypeVar("Number", int, float)
 
 
@@ -102,7 +104,9 @@ def read_prompts(file: Path) -> list[str]:
         ConfigError: If the file cannot be read, holds none, or has sd-scripts' options in a line.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_bytes(file, MAX_PROMPTS_BYTES).decode("utf-8-sig").splitlines()
+    except UnfitFileError as error:
+        raise ConfigError(f"--prompts {file} {error}; give a text file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompts {file} cannot be read: {error}") from None
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

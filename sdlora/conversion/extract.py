@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sdlora.config import BaseSection
+from sdlora.config import load_config
 from sdlora.conversion.places import module_of
 from sdlora.errors import AdapterError, ModelError
 from sdlora.lora.adapter import Adapter, LowRank
@@ -76,7 +76,7 @@ def extract(
         ModelError: If the two are of different families or sizes.
         AdapterError: If nothing was changed.
     """
-    new, old = (inspect_base(BaseSection(source=str(source))) for source in (tuned, base))
+    new, old = (inspect_base(load_config(None, {"base.source": str(one)}).base) for one in (tuned, base))
     if new.family != old.family:
         raise ModelError(
             f"{tuned} is {new.family} and {base} is {old.family}; give the base that it was made of"
