@@ -68,7 +68,7 @@ FACTS = RunFacts(
     targets=("attention",),
     steps=200,
     images_seen=800,
-    num_images=3,
+    repeats={1: 2, 10: 1},
     dataset_digest="ab" * 32,
     resolution=128,
     batch_size=4,
@@ -147,7 +147,7 @@ def test_metadata_of_a_run(tmp_path, make_adapter, dialect):
         "ss_output_name": "ink",
         "ss_steps": "200",
         "ss_resolution": "(128, 128)",
-        "ss_num_train_images": "3",
+        "ss_num_train_images": "12",
         "ss_training_started_at": "1772600767.123456",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-v1/lora",
@@ -166,6 +166,10 @@ def test_metadata_of_a_run(tmp_path, make_adapter, dialect):
     }
     assert {key: metadata.get(key) for key in expected} == expected
     assert json.loads(metadata["sdlora.versions"]) == {"sdlora": "0.1.0", "torch": "2.13.0"}
+    assert json.loads(metadata["ss_dataset_dirs"]) == {
+        "images": {"n_repeats": 1, "img_count": 2},
+        "10_images": {"n_repeats": 10, "img_count": 1},
+    }
     assert json.loads(metadata["ss_network_args"]) == {}
     assert len(metadata["sshs_model_hash"]) == 64
     assert "lora_adapter_metadata" not in metadata

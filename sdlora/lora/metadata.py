@@ -48,7 +48,8 @@ class RunFacts:
     targets: Sequence[str]
     steps: int
     images_seen: int
-    num_images: int
+    repeats: Mapping[int, int]
+    """How often an epoch shows a picture, to how many pictures it shows so often."""
     dataset_digest: str
     resolution: int
     batch_size: int
@@ -76,6 +77,11 @@ class RunFacts:
     versions: Mapping[str, str] = field(default_factory=dict)
     """Package to version."""
 
+    @property
+    def num_images(self) -> int:
+        """Pictures trained on."""
+        return sum(self.repeats.values())
+
 
 def run_metadata(facts: RunFacts) -> dict[str, str]:
     """The metadata of a file; all values are text, as safetensors asks."""
@@ -96,7 +102,7 @@ def run_metadata(facts: RunFacts) -> dict[str, str]:
         "ss_training_started_at": started.timestamp(),
         "ss_steps": facts.steps,
         "ss_max_train_steps": facts.steps,
-        "ss_num_train_images": facts.num_images,
+        "ss_num_train_images": sum(repeats * count for repeats, count in facts.repeats.items()),
         "ss_num_reg_images": 0,
         "ss_total_batch_size": facts.batch_size,
         "ss_resolution": f"({facts.resolution}, {facts.resolution})",
@@ -107,7 +113,7 @@ def run_metadata(facts: RunFacts) -> dict[str, str]:
         "ss_mixed_precision": facts.precision,
         "ss_seed": facts.seed,
         "ss_tag_frequency": json.dumps(tag_frequency(facts), ensure_ascii=False),
-        "ss_dataset_dirs": json.dumps({"images": {"n_repeats": 1, "img_count": facts.num_images}}),
+        "ss_dataset_dirs": json.dumps(_folders(facts)),
         "sdlora.family": facts.family,
         "sdlora.base_name": facts.base_name,
         "sdlora.base_digest": facts.base_digest,
@@ -135,6 +141,14 @@ def run_metadata(facts: RunFacts) -> dict[str, str]:
     if facts.captions is not None:
         texts["sdlora.captions"] = json.dumps(list(facts.captions), ensure_ascii=False)
     return {key: str(value) for key, value in texts.items()}
+
+
+def _folders(facts: RunFacts) -> dict[str, dict[str, int]]:
+    """As kohya lists its `N_name` folders; their own names are private."""
+    return {
+        "images" if repeats == 1 else f"{repeats}_images": {"n_repeats": repeats, "img_count": count}
+        for repeats, count in sorted(facts.repeats.items())
+    }
 
 
 def tag_frequency(facts: RunFacts) -> dict[str, dict[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def describe_run(run: RunFolder, plan: RunPlan, *, step: int, images_seen: int) 
         targets=config.lora.targets,
         steps=step,
         images_seen=images_seen,
-        num_images=plan.num_images,
+        repeats=Counter(record.repeats for record in plan.index.records),
         dataset_digest=plan.index.digest,
         resolution=config.data.resolution or info.resolution,
         batch_size=plan.global_batch,
