@@ -126,8 +126,12 @@ MISTAKES = {
     ),
     "a name that is too long": (["info", "x" * 3000], "… cannot be used: File name too long; give another"),
     "a plot below a file": (["spectrum", "{lora}", "--plot", "{text}/x.png"], "{text} cannot be used: File"),
-    "a plot in place of a folder": (["spectrum", "{lora}", "--plot", "{empty}"], "{empty} cannot be used"),
-    "a sheet without a name": (["doctor", "{images}", "--contact-sheet", ""], ". cannot be used: Is a dir"),
+    "a plot in place of a LoRA": (["spectrum", "{lora}", "--plot", "{lora}"], "{lora} must end in .png"),
+    "a sheet in place of a text": (["doctor", "{images}", "--contact-sheet", "{text}"], "must end in .png"),
+    "a sheet among the images": (
+        ["doctor", "{images}", "--contact-sheet", "{images}/0.png"],
+        "is in the image folder and would be trained on; give another place",
+    ),
     "a merged base below a file": (
         ["merge-into-base", "{lora}", "--base", "builtin", "--out", "{text}/x"],
         "--out {text}/x cannot be written",

@@ -153,12 +153,14 @@ def doctor(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file; presets are in configs/.")] = None,
     contact_sheet: Annotated[
-        Path | None, typer.Option(help="Write a picture of what the model will see.")
+        Path | None, typer.Option(help="Draw what the model will see into this PNG file.")
     ] = None,
 ) -> None:
     """Check an image folder without training; exit code 1 if something must be mended."""
+    from sdlora.cli.values import check_png
     from sdlora.config import load_config
 
+    check_png(contact_sheet, "--contact-sheet")
     settings = load_config(config, overrides or [], images=images)
     if base is not None:
         settings = settings.replace(base={"source": base})

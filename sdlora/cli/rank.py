@@ -37,12 +37,13 @@ def spectrum(
     """Show how much of its rank a LoRA uses, block by block."""
     from rich.console import Console
 
-    from sdlora.cli.values import note_newest
+    from sdlora.cli.values import check_png, note_newest
     from sdlora.export import find_adapter
     from sdlora.lora.files import load_adapter
     from sdlora.lora.rank import block_of
     from sdlora.lora.rank import spectrum as measure
 
+    check_png(plot, "--plot")
     note_newest(source)
     file = find_adapter(source)
     found = measure(load_adapter(file, dtype=None))

@@ -61,6 +61,16 @@ def check_base(settings: BaseSection, objective: ObjectiveSection | None = None)
         inspect_base(settings, objective)
 
 
+def check_png(path: Path | None, option: str) -> None:
+    """Refuses a picture in place of what is no picture, such as the file that is drawn.
+
+    Raises:
+        ConfigError: If it is not called as a PNG file.
+    """
+    if path is not None and path.suffix.lower() != ".png":
+        raise ConfigError(f"{option} {shorten(str(path))} must end in .png, which is what is written")
+
+
 def note_newest(*sources: Path) -> None:
     """Says which adapter stands for a run that has no final one.
 

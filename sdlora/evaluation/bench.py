@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -124,10 +125,12 @@ def open_bench(run: str | Path | RunFolder) -> Bench:
     """Loads a run's base, its final adapter with all it stands on, and its held-out pictures.
 
     Raises:
-        RunError: If the run has no held-out pictures.
+        RunError: If the run has no held-out pictures, or cannot keep what is measured.
         AdapterError: If an ancestor is missing or changed.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
+    if not os.access(folder.path, os.W_OK):
+        raise RunError(f"run {folder.path} is read-only, but keeps what is measured; copy it elsewhere")
     config = folder.read_config()
     info = inspect_base(config.base, config.objective)
     index, plan = read_dataset(config, info)

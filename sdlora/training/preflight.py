@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from sdlora.config import RunConfig
 from sdlora.data.buckets import BucketPlan
 from sdlora.data.doctor import contact_sheet, examine, summary
 from sdlora.data.records import DatasetIndex, Finding
+from sdlora.errors import ConfigError
 from sdlora.evaluation.dataset import read_dataset
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.tokens import count_tokens, load_tokenizer
@@ -52,7 +54,12 @@ def check_folder(config: RunConfig, sheet: Path | None = None) -> Checkup:
 
     Raises:
         SdloraError: If there are no images at all, or the base is not there.
+        ConfigError: If the sheet would be one of the images.
     """
+    if sheet is not None and Path(os.path.realpath(sheet)).is_relative_to(os.path.realpath(config.images)):
+        raise ConfigError(
+            f"--contact-sheet {sheet} is in the image folder and would be trained on; give another place"
+        )
     info = inspect_base(config.base, config.objective)
     index, buckets = read_dataset(config, info)
     findings, lines = examine_images(config, info, index, buckets)

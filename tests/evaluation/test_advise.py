@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -124,3 +125,12 @@ def test_an_adapter_that_has_learnt_nothing(run, tmp_path):
             advise_rank(run)
     finally:
         file.write_bytes(before)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_run_that_is_read_only(tmp_path):
+    """What is measured is kept in the run, so it is refused before minutes are spent."""
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    tmp_path.chmod(0o500)
+    with pytest.raises(RunError, match="is read-only, but keeps what is measured; copy it elsewhere"):
+        open_bench(tmp_path)
