@@ -29,6 +29,7 @@ from sdlora.models.empty import empty_unet
 from sdlora.models.info import inspect_base
 from sdlora.runs import RunFolder
 from sdlora.sampling.session import sample
+from sdlora.training.announce import describe_plan
 from sdlora.training.plan import make_plan
 from sdlora.training.train import resume, train
 
@@ -260,7 +261,7 @@ def test_the_default_rank_is_half_the_parents(save_style, small, images):
         kept = make_plan(config)
         assert kept.config.lora.rank == 2
         assert not any("half of" in finding.message for finding in kept.findings)
-    assert any(line.startswith("parent    r1 (") for line in kept.lines())
+    assert any(line.startswith("parent    r1 (") for line in describe_plan(kept))
 
 
 def test_a_parent_by_node_name(save_style, small, images):
