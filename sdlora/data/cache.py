@@ -23,6 +23,7 @@ from sdlora.writing import write_file
 CACHE_VERSION = 2
 DIGEST = "sha256"
 MAX_BYTES = 2**28
+MAX_KEPT = 2**31
 DTYPES = {"F32", "F16", "BF16"}
 Shapes = dict[str, tuple[int, ...]]
 LATENTS, TEXT = "latents", "text"
@@ -57,7 +58,7 @@ def _make_key(kind: str, *ingredients: Any) -> str:
 
 
 class TensorCache:
-    """Named tensors for each key, one safetensors file a key, and a copy in memory.
+    """Named tensors for each key, one safetensors file a key, and a copy in memory of up to 2 GiB of them.
 
     Args:
         folder: Where the files are; None keeps everything in memory.
@@ -72,11 +73,12 @@ class TensorCache:
         self.problem = ""
         self.damaged: set[Path] = set()
         self._memory: dict[str, dict[str, torch.Tensor]] = {}
+        self._num_bytes = 0
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process reads the files; only what has no file must travel.
         travels = self.folder is None or self.problem
-        return {**self.__dict__, "_memory": self._memory if travels else {}}
+        return self.__dict__ if travels else {**self.__dict__, "_memory": {}, "_num_bytes": 0}
 
     def get(self, key: str, shapes: Shapes | None = None) -> dict[str, torch.Tensor] | None:
         """The tensors of a key, or None; not to be changed in place.
@@ -91,7 +93,7 @@ class TensorCache:
         if key not in self._memory and self.folder is not None:
             file = self._file(key)
             try:
-                self._memory[key] = _read_tensors(file, shapes)
+                return self._keep(key, _read_tensors(file, shapes))
             except FileNotFoundError:
                 return None
             except (OSError, UnfitFileError, SafetensorError):
@@ -101,14 +103,21 @@ class TensorCache:
     def put(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
         """Stores tensors on the CPU; a disk that is full or not writable costs the file only."""
         kept = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        self._memory[key] = kept
-        if self.folder is None:
-            return
-        file = self._file(key)
-        try:
-            write_file(file, lambda temporary: temporary.write_bytes(seal(kept)), _read_tensors)
-        except (OSError, UnfitFileError, SafetensorError) as error:
-            self.problem = f"{file} cannot be written: {error}"
+        if self.folder is not None:
+            file = self._file(key)
+            try:
+                write_file(file, lambda temporary: temporary.write_bytes(seal(kept)), _read_tensors)
+            except (OSError, UnfitFileError, SafetensorError) as error:
+                self.problem = f"{file} cannot be written: {error}"
+        self._keep(key, kept)
+
+    def _keep(self, key: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Puts a copy in memory; the oldest make room, since their files can be read again."""
+        self._num_bytes += _size(tensors) - _size(self._memory.pop(key, {}))
+        self._memory[key] = tensors
+        while self.folder is not None and not self.problem and self._num_bytes > MAX_KEPT:
+            self._num_bytes -= _size(self._memory.pop(next(iter(self._memory))))
+        return tensors
 
     def contains(self, key: str, shapes: Shapes | None = None) -> bool:
         """Whether `get` would find the key."""
@@ -118,6 +127,10 @@ class TensorCache:
         kind, _, name = key.partition("/")
         assert self.folder is not None
         return self.folder / kind / name[:2] / f"{name}.safetensors"
+
+
+def _size(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def seal(tensors: dict[str, torch.Tensor]) -> bytes:

@@ -130,6 +130,21 @@ def test_memory_copy_outlives_the_file(tmp_path: Path) -> None:
     assert cache.get("text/a") is not None
 
 
+def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R-19: what has a file makes room; what could not be written stays."""
+    monkeypatch.setattr("sdlora.data.cache.MAX_KEPT", 100)
+    cache = TensorCache(tmp_path)
+    for number in range(4):
+        cache.put(f"text/{number}", {"hidden": torch.full((10,), float(number))})
+    assert [cache.get(f"text/{number}")["hidden"][0] for number in range(4)] == [0, 1, 2, 3]
+    clear_cache(tmp_path)
+    assert [cache.contains(f"text/{number}") for number in range(4)] == [False, False, True, True]
+    (tmp_path / "text").write_text("no folder")
+    for number in range(4):
+        cache.put(f"text/{number}", {"hidden": torch.zeros(10)})
+    assert all(cache.contains(f"text/{number}") for number in range(4))
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "header", "text", "bit", "no digest"])
 def test_a_damaged_file_counts_as_missing(tmp_path: Path, damage: str) -> None:
     """R-21: a file cut short, overwritten or with one bit changed is computed again, never an error."""
