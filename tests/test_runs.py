@@ -99,6 +99,17 @@ def test_events_are_one_object_a_line(tmp_path):
     ]
 
 
+def test_lines_are_strict_json(tmp_path):
+    """R-42: JSON has no NaN and no infinity; readers of other languages refuse them."""
+    run = RunFolder(tmp_path)
+    run.append("heldout", 1, loss=float("nan"), by_band={"0-199": float("-inf"), "200-399": 0.5})
+    run.append("step", 2, norms=(float("inf"), 1), loss=0.25)
+    lines = run.events_file.read_text().splitlines()
+    first, second = (json.loads(line, parse_constant=pytest.fail) for line in lines)
+    assert (first["loss"], first["by_band"]) == ("nan", {"0-199": "-inf", "200-399": 0.5})
+    assert (second["norms"], second["loss"]) == (["inf", 1], 0.25)
+
+
 def test_a_line_is_whole_or_not_there(tmp_path):
     """R-24: what a full disk cut short is taken back, so that the next line is one; the trace is cut too."""
     run = RunFolder(tmp_path / "run")

@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from sdlora.report.course import losses_of
 from sdlora.runs import RunFolder
 from sdlora.writing import write_file
 
@@ -43,14 +44,13 @@ def loss_figure(run: RunFolder) -> Figure:
     left.plot(numbers, [event["loss_ema"] for event in steps], color="tab:blue", label="running mean")
     left.set(title="training loss", xlabel="step", ylabel="loss")
     for split, (label, colour, style) in SPLITS.items():
-        measured = [event for event in run.events("heldout") if event["split"] == split]
-        if measured:
-            values = [event["loss"] for event in measured]
+        if measured := losses_of(run, split):
+            values = list(measured.values())
             label = f"{label}: {values[0]:.4f}" + (f" to {values[-1]:.4f}" if len(values) > 1 else "")
-            best = min(measured, key=lambda event: event["loss"])
-            if best["loss"] < min(values[0], values[-1]):
-                label += f", lowest {best['loss']:.4f} at {best['step']}"
-            right.plot([e["step"] for e in measured], values, style, color=colour, markersize=4, label=label)
+            best = min(measured, key=lambda step: measured[step])
+            if measured[best] < min(values[0], values[-1]):
+                label += f", lowest {measured[best]:.4f} at {best}"
+            right.plot(list(measured), values, style, color=colour, markersize=4, label=label)
     right.set(title="loss at fixed noise", xlabel="step")
     for axes in (left, right):
         axes.grid(alpha=0.3)

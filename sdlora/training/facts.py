@@ -10,6 +10,7 @@ from typing import Any
 from sdlora.config import RunConfig
 from sdlora.lora.metadata import RunFacts
 from sdlora.models.weights import kohya_hashes
+from sdlora.report.course import losses_of
 from sdlora.runs import RunFolder
 from sdlora.training.plan import RunPlan
 
@@ -65,8 +66,7 @@ def _base_hashes(path: Path) -> tuple[str, str] | None:
 
 def _heldout_loss(run: RunFolder, step: int) -> float | None:
     """As measured at this step, if it was."""
-    losses = [event for event in run.events("heldout") if event["split"] == "heldout"]
-    return losses[-1]["loss"] if losses and losses[-1]["step"] == step else None
+    return losses_of(run, "heldout").get(step)
 
 
 def _options(config: RunConfig) -> dict[str, Any]:

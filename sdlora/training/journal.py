@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -109,7 +108,7 @@ class Journal:
         self.event(
             "step",
             result.step,
-            **{name: _json_number(value) for name, value in values.items()},
+            **values,
             **({"learning_rates": groups} if groups else {}),
             skipped=counters.skipped,
         )
@@ -144,11 +143,6 @@ def gather_draws(
         Draw(sample.index, sample.record.name, sample.caption, seed, timestep)
         for sample, (seed, timestep) in zip(samples, rows, strict=True)
     )
-
-
-def _json_number(value: float | None) -> float | str | None:
-    """JSON has no NaN and no infinity."""
-    return value if value is None or math.isfinite(value) else str(value)
 
 
 def _memory_mb(device: torch.device) -> float:

@@ -13,10 +13,11 @@ def test_a_picture_of_the_losses(tmp_path):
     """It is drawn with what there is, also when a step was not finite, and is the same each time."""
     run = RunFolder(tmp_path / "run")
     for step in range(1, 30):
-        loss = "nan" if step == 7 else 1 / step
+        loss = float("nan") if step == 7 else 1 / step
         run.append("step", step, loss=loss, loss_ema=1 / step)
     for step in (0, 10, 29):
         run.append("heldout", step, split="heldout", loss=0.5 - step / 100)
+    run.append("heldout", 20, split="heldout", loss=float("inf"))
     first = draw_loss_curve(run).read_bytes()
     with Image.open(run.loss_curve) as picture:
         assert picture.width > 2 * picture.height > 400
