@@ -189,11 +189,6 @@ def detach(model: Model) -> None:
     replace_modules(model, {name: layer.base for name, layer in lora_layers(model).items()})
 
 
-def is_attached(model: Model) -> bool:
-    """Whether any layer is wrapped."""
-    return bool(lora_layers(model))
-
-
 @contextmanager
 def mounted(model: Model, adapters: Sequence[tuple[Adapter, Scale]]) -> Iterator[None]:
     """Mounts adapters for a while; afterwards wrapped layers and stacks are as they were."""

@@ -14,7 +14,6 @@ from sdlora.lora.attach import (
     attach,
     count_parameters,
     detach,
-    is_attached,
     match_targets,
     mount,
     mounted,
@@ -111,7 +110,7 @@ def test_detach_gives_the_base_back(unet, run, make_adapter, dtype):
     assert torch.equal(run(unet), base)
     assert list(unet.state_dict()) == keys
     assert dict(unet.named_modules()) == modules
-    assert not is_attached(unet)
+    assert not lora_layers(unet)
 
 
 def test_mount_replaces(unet, run, make_adapter):
@@ -139,8 +138,8 @@ def test_mounted_puts_everything_back(unet, run, make_adapter):
     base = run(unet)
     trained, other = make_adapter(unet), make_adapter(unet, targets=["all"], seed=1)
     with mounted(unet, [(other, 1.0)]):
-        assert is_attached(unet)
-    assert not is_attached(unet)
+        assert lora_layers(unet)
+    assert not lora_layers(unet)
     mount(unet, [(trained, 1.0)])
     expected, layers = run(unet), lora_layers(unet)
 
@@ -168,7 +167,7 @@ def test_another_family_does_not_fit(make_unet, make_adapter, run):
         AdapterError, match=r"does not fit this base: .*attn2.to_k maps 32 to 32 .*24 to 32.*some/base"
     ):
         mount(unet, [(good, 1.0), (adapter, 1.0)])
-    assert not is_attached(unet)
+    assert not lora_layers(unet)
     assert torch.equal(run(unet), base)
 
 
@@ -192,7 +191,7 @@ def test_text_encoder_modules_are_not_dropped_silently(unet, components, make_ad
     del components["text_encoder_2"]
     with pytest.raises(AdapterError, match="changes 4 modules of text_encoder_2, but"):
         mount(components, [(adapter, 1.0)])
-    assert not is_attached(components)
+    assert not lora_layers(components)
 
 
 TEXT_NAMES = [
