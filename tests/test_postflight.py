@@ -13,7 +13,7 @@ from sdlora.config import BaseSection
 from sdlora.errors import AdapterError
 from sdlora.export import export_adapter
 from sdlora.lora.adapter import create_adapter
-from sdlora.lora.attach import detach, is_attached, match_targets, mount
+from sdlora.lora.attach import detach, match_targets, mount
 from sdlora.lora.modules import lora_layers
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base, load_stock_pipeline
@@ -81,7 +81,7 @@ def test_postflight_leaves_a_plain_unet_plain(tmp_path, unet, info, make_adapter
     unet.train()
     postflight([path], adapter, unet, info)
     assert unet.training
-    assert not is_attached(unet)
+    assert not lora_layers(unet)
     unet.eval()
 
 
@@ -157,7 +157,7 @@ def test_postflight_catches_damage(tmp_path, unet, info, make_adapter, damage, m
     assert caught.value.exit_code == 1
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not is_attached(unet)
+    assert not lora_layers(unet)
 
 
 def test_postflight_prints_nothing(tmp_path, unet, info, make_adapter, capfd):
@@ -218,7 +218,7 @@ def test_postflight_of_text_encoders(tmp_path, whole_base, capfd):
     for report in postflight(paths, adapter, whole_base.components, whole_base.info):
         assert report.num_modules == len(adapter.modules)
         assert report.difference < 1e-2 * report.effect
-    assert not is_attached(whole_base.components)
+    assert not lora_layers(whole_base.components)
     alone = make_text_adapter(whole_base, ["text_attention"])
     path = export_adapter(alone, tmp_path / "alone.safetensors").path
     assert postflight([path], alone, whole_base.components, whole_base.info)[0].effect > 0

@@ -5,7 +5,8 @@ B batch, C channels, H W picture size, h w latent size, L tokens, D width, P poo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -19,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from sdlora.errors import ModelError
 from sdlora.models.condition import Condition
 from sdlora.models.info import BaseInfo
+from sdlora.models.quiet import quiet
 from sdlora.models.tokens import TokenCount, count_tokens
 
 TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
@@ -115,18 +117,28 @@ class StableDiffusion:
         return torch.cat([mean for mean, _ in moments]), torch.cat([std for _, std in moments])
 
     def _encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        stored = self.vae.dtype
         mean, std = self._posterior(pixels)
-        if not _all_finite(mean, std) and stored != torch.float32:
-            self.vae.to(torch.float32)
-            mean, std = self._posterior(pixels)
-            self.vae.to(stored)
+        if not _all_finite(mean, std) and self.vae.dtype != torch.float32:
+            with self._vae_in_fp32():
+                mean, std = self._posterior(pixels)
         if not _all_finite(mean, std):
             raise ModelError(
                 "the VAE gives non-finite latents for this picture, in fp32 too; "
                 "check the picture, or give another base.vae"
             )
         return mean, std
+
+    @contextmanager
+    def _vae_in_fp32(self) -> Iterator[None]:
+        stored = self.vae.dtype
+        # diffusers warns of each cast.
+        with quiet():
+            self.vae.to(torch.float32)
+        try:
+            yield
+        finally:
+            with quiet():
+                self.vae.to(stored)
 
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         shift, scale = self._latent_units()
@@ -146,21 +158,29 @@ class StableDiffusion:
             latents: (B, C, h, w) as the UNet works with them.
 
         Returns:
-            (B, 3, H, W) in about [-1, 1], float32, on the CPU.
+            (B, 3, H, W) in about [-1, 1], float32, on the CPU. A VAE that overflows is run in fp32 (R-22);
+            what is not finite then either comes from the latents.
         """
         home = self.vae.device
+        try:
+            self.vae.to(self.device)
+            pictures = self._decode(latents)
+            if not _all_finite(pictures) and _all_finite(latents) and self.vae.dtype != torch.float32:
+                with self._vae_in_fp32():
+                    pictures = self._decode(latents)
+            return pictures
+        finally:
+            self.vae.to(home)
+
+    def _decode(self, latents: Tensor) -> Tensor:
         side_px = self.info.vae_factor
         at_once = max(1, DECODE_AT_ONCE_PX // (latents.shape[2] * latents.shape[3] * side_px**2))
         shift, scale = self._latent_units()
-        try:
-            self.vae.to(self.device)
-            pictures = [
-                self.vae.decode(part.to(self.device, self.vae.dtype) / scale + shift, return_dict=False)[0]
-                for part in latents.split(at_once)
-            ]
-            return torch.cat([part.float().cpu() for part in pictures])
-        finally:
-            self.vae.to(home)
+        pictures = [
+            self.vae.decode(part.to(self.device, self.vae.dtype) / scale + shift, return_dict=False)[0]
+            for part in latents.split(at_once)
+        ]
+        return torch.cat([part.float().cpu() for part in pictures])
 
     def encode_captions(self, captions: Sequence[str]) -> Condition:
         """Text states of captions, as the stock pipeline's `encode_prompt` makes them, without time ids.

@@ -22,12 +22,12 @@ from sdlora.models.load import pipeline_of
 from sdlora.models.quiet import quiet
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.sampling.checks import check_prompts, resolve_settings
-from sdlora.sampling.pictures import Picture, SampleSettings
+from sdlora.sampling.pictures import NOT_FINITE, WITHHELD, Picture, SampleSettings
 from sdlora.sampling.schedulers import make_scheduler
 from sdlora.sampling.state import undisturbed
 
 LATENT_UNIT_PX = 8
-BLANK = "#e6e6e6"
+EMPTY = "#e6e6e6"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +155,8 @@ def generate_columns(
                     else:
                         shown = _leave_out(batch, settings)
                     made += [
-                        Picture(
-                            image, row.prompt, row.seed, column.strength, hidden, settings, column.adapter
-                        )
-                        for row, image, hidden in zip(batch, *shown, strict=True)
+                        Picture(image, row.prompt, row.seed, column.strength, blank, settings, column.adapter)
+                        for row, image, blank in zip(batch, *shown, strict=True)
                     ]
                     if progress is not None:
                         progress(sum(map(len, pictures)))
@@ -241,22 +239,27 @@ def _text_arguments(
     return arguments
 
 
-def _leave_out(batch: Sequence[Row], settings: SampleSettings) -> tuple[list[Image.Image], list[bool]]:
+def _leave_out(batch: Sequence[Row], settings: SampleSettings) -> tuple[list[Image.Image], list[str]]:
     """Black in place of what another process makes."""
     assert settings.width is not None
     assert settings.height is not None
-    return [Image.new("RGB", (settings.width, settings.height)) for _ in batch], [False] * len(batch)
+    return [Image.new("RGB", (settings.width, settings.height)) for _ in batch], [""] * len(batch)
 
 
 def _show(
     base: StableDiffusion, pipeline: Any, latents: Tensor, settings: SampleSettings
-) -> tuple[list[Image.Image], list[bool]]:
-    """Pictures, and which of them a safety checker withholds; those are blank."""
-    images = pipeline.image_processor.postprocess(base.decode_latents(latents), output_type="pil")
+) -> tuple[list[Image.Image], list[str]]:
+    """Pictures, and why some of them are blank."""
+    pixels = base.decode_latents(latents)
+    images = pipeline.image_processor.postprocess(pixels.nan_to_num(), output_type="pil")
     withhold = base.withhold if settings.safety_checker else None
-    withheld = list(withhold(images)) if withhold is not None else [False] * len(images)
-    shown = [
-        Image.new("RGB", image.size, BLANK) if hidden else image
-        for image, hidden in zip(images, withheld, strict=True)
+    withheld = withhold(images) if withhold is not None else [False] * len(images)
+    blanks = [
+        WITHHELD if hidden else "" if bool(own.isfinite().all()) else NOT_FINITE
+        for own, hidden in zip(pixels, withheld, strict=True)
     ]
-    return shown, withheld
+    shown = [
+        Image.new("RGB", image.size, EMPTY) if blank else image
+        for image, blank in zip(images, blanks, strict=True)
+    ]
+    return shown, blanks

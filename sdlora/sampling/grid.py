@@ -15,7 +15,6 @@ PAPER, INK, SOFT, RULE, EMPTY = "#ffffff", "#1c1c1e", "#7c7c82", "#e3e3e6", "#f1
 MAX_CELL_PX = 512
 MAX_PANELS, SCREEN = 4, 1.6
 BASE = ("", 0.0)
-WITHHELD = "withheld by the safety checker"
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -196,8 +195,8 @@ class _Sheet:
             # A hairline around each, or white pictures would melt into the paper.
             pen.rectangle((x - 1, y - 1, x + measure.width, y + measure.height), None, RULE)
             picture = self.cells.get((*column, prompt, seed))
-            if picture is None or picture.withheld:
-                self._blank(sheet, x, y, WITHHELD if picture else "")
+            if picture is None or picture.blank:
+                self._blank(sheet, x, y, picture.blank if picture else "")
             else:
                 image = picture.image.convert("RGB")
                 image.thumbnail((measure.width, measure.height), Image.Resampling.LANCZOS)
@@ -205,7 +204,7 @@ class _Sheet:
             x += measure.width + measure.gutter
 
     def _blank(self, sheet: Image.Image, x: int, y: int, label: str) -> None:
-        """A cell without a picture; a withheld one says so (R-47)."""
+        """A cell without a picture; it says why (R-47)."""
         measure, font = self.layout, _font(self.layout.text)
         pen = ImageDraw.Draw(sheet)
         pen.rectangle((x, y, x + measure.width - 1, y + measure.height - 1), EMPTY)

@@ -15,6 +15,11 @@ from sdlora.errors import ConfigError
 from sdlora.runs import RunFolder, next_free_folder
 from sdlora.writing import write_file
 
+WITHHELD = "withheld by the safety checker"
+NOT_FINITE = "not finite; try less strength or guidance"
+BLANKS = ("", WITHHELD, NOT_FINITE)
+"""Why there is no picture."""
+
 SAMPLERS = {
     "DDIMScheduler": "DDIM",
     "DDPMScheduler": "DDPM",
@@ -62,7 +67,7 @@ class Picture:
 
     Args:
         strength: 0 is the base.
-        withheld: A safety checker kept the picture back; `image` is blank.
+        blank: One of `BLANKS`; if it is not empty, `image` shows nothing.
         settings: As resolved against the base.
         adapter: What to call the adapter in a grid that compares several.
     """
@@ -71,7 +76,7 @@ class Picture:
     prompt: str
     seed: int
     strength: float
-    withheld: bool = False
+    blank: str = ""
     settings: SampleSettings = SampleSettings()
     adapter: str = ""
 
@@ -129,7 +134,8 @@ def save_pictures(
             "prompt": picture.prompt,
             "seed": picture.seed,
             "strength": picture.strength,
-            "withheld": picture.withheld,
+            "withheld": picture.blank == WITHHELD,
+            **({"blank": picture.blank} if picture.blank else {}),
             **({"adapter": picture.adapter} if picture.adapter else {}),
             **asdict(picture.settings),
         }

@@ -16,7 +16,7 @@ from PIL import Image
 from sdlora.lora.files import load_adapter
 from sdlora.runs import RunFolder
 from sdlora.sampling.generate import make_columns
-from sdlora.sampling.pictures import Picture
+from sdlora.sampling.pictures import BLANKS, Picture
 from sdlora.sampling.request import make_pictures, request_of_run, write_pictures
 from sdlora.training.console import Report
 from sdlora.training.out_of_memory import as_out_of_memory
@@ -86,12 +86,12 @@ def _add_shares(accelerator: Accelerator, pictures: Sequence[Picture]) -> list[P
     if accelerator.num_processes == 1:
         return list(pictures)
     pixels = torch.from_numpy(np.stack([np.asarray(picture.image) for picture in pictures]))
-    withheld = torch.tensor([picture.withheld for picture in pictures], dtype=torch.uint8)
+    blanks = torch.tensor([BLANKS.index(picture.blank) for picture in pictures], dtype=torch.uint8)
     pixels = sum_over(accelerator, pixels)
-    withheld = sum_over(accelerator, withheld)
+    blanks = sum_over(accelerator, blanks)
     return [
-        replace(picture, image=Image.fromarray(own.numpy()), withheld=bool(hidden))
-        for picture, own, hidden in zip(pictures, pixels, withheld, strict=True)
+        replace(picture, image=Image.fromarray(own.numpy()), blank=BLANKS[blank])
+        for picture, own, blank in zip(pictures, pixels, blanks.tolist(), strict=True)
     ]
 
 

@@ -136,6 +136,20 @@ def test_overflowing_vae_is_retried_in_fp32(info: BaseInfo) -> None:
     assert base.vae.dtype == torch.float16
 
 
+def test_an_overflowing_decoder_is_retried_in_fp32(info: BaseInfo) -> None:
+    """R-22: a picture that fp16 would make black is the one of fp32; what is not finite itself stays so."""
+    base = load_base(info, dtype=torch.float32, device="cpu")
+    base.vae.decoder.conv_in.weight.data *= 2e4
+    latents = torch.randn(1, base.info.latent_channels, 8, 8)
+    base.vae.half()
+    with torch.no_grad():
+        direct = base.vae.decode(latents.half()).sample
+    assert not torch.isfinite(direct).all()
+    assert torch.isfinite(base.decode_latents(latents)).all()
+    assert base.vae.dtype == torch.float16
+    assert not torch.isfinite(base.decode_latents(latents * torch.nan)).any()
+
+
 def test_latents_that_stay_non_finite_are_an_error(base: StableDiffusion) -> None:
     """R-22: never replaced silently; the caller knows the picture and names it."""
     pixels = torch.zeros(1, 3, 32, 32)

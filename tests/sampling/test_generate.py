@@ -18,7 +18,7 @@ from PIL import Image
 
 from sdlora.config import BaseSection
 from sdlora.lora.adapter import Adapter, create_adapter
-from sdlora.lora.attach import detach, is_attached, match_targets, mount
+from sdlora.lora.attach import detach, match_targets, mount
 from sdlora.lora.files import load_adapter, save_adapter
 from sdlora.lora.modules import lora_layers
 from sdlora.models.hub import BUILTIN
@@ -27,7 +27,7 @@ from sdlora.models.load import load_base, load_stock_pipeline
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.sampling.checks import resolve_settings
 from sdlora.sampling.generate import encode_prompts, generate, make_columns
-from sdlora.sampling.pictures import Picture, SampleSettings
+from sdlora.sampling.pictures import NOT_FINITE, WITHHELD, Picture, SampleSettings
 
 # diffusers' schedulers speak to numpy in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -220,7 +220,7 @@ def test_state_is_put_back_after_a_failure(info: BaseInfo, adapter: Adapter) -> 
     with pytest.raises(torch.OutOfMemoryError):
         generate(base, adapter, PROMPTS[:1], [0], [1.0], QUICK, progress=stop)
     assert base.unet.training
-    assert not is_attached(base.unet)
+    assert not lora_layers(base.unet)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -229,7 +229,7 @@ def test_base_column_hides_what_is_mounted(info: BaseInfo, adapter: Adapter) -> 
     base = load_base(info, dtype=torch.float32, device="cpu")
     plain = generate(base, None, PROMPTS[:1], [0], [], QUICK)
     mount(base.unet, [(adapter, 1.0)])
-    assert is_attached(base.unet)
+    assert lora_layers(base.unet)
     assert np.array_equal(pixels(generate(base, None, PROMPTS[:1], [0], [], QUICK)), pixels(plain))
 
 
@@ -281,5 +281,12 @@ def test_withheld_pictures_are_blank_and_say_so(base: StableDiffusion) -> None:
     """R-47: what a safety checker keeps back is marked, never a black square."""
     careful = replace(base, withhold=lambda images: [number == 1 for number in range(len(images))])
     pictures = generate(careful, None, PROMPTS, [0], [], QUICK)
-    assert [picture.withheld for picture in pictures] == [False, True]
+    assert [picture.blank for picture in pictures] == ["", WITHHELD]
     assert pictures[1].image.getcolors() == [(pictures[1].image.width * pictures[1].image.height, (230,) * 3)]
+
+
+def test_pictures_that_are_not_finite_are_blank_and_say_so(base: StableDiffusion, adapter: Adapter) -> None:
+    """R-45: a strength that overflows is no black picture without a word."""
+    pictures = generate(base, adapter, PROMPTS[:1], [0], [1e30], QUICK)
+    assert [picture.blank for picture in pictures] == ["", NOT_FINITE]
+    assert pictures[1].image.getcolors() == [(64 * 64, (230,) * 3)]

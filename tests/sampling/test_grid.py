@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sdlora.sampling.grid import Layout, make_grid
-from sdlora.sampling.pictures import Picture
+from sdlora.sampling.pictures import WITHHELD, Picture
 
 RED, GREEN, BLUE, BLANK = (200, 30, 30), (30, 160, 60), (40, 60, 200), (230, 230, 230)
 
@@ -83,7 +83,7 @@ def test_long_prompts_never_reach_the_pictures_or_the_next_row(prompt: str, seed
 
 def test_withheld_pictures_are_labelled() -> None:
     """R-47: the cell says so; an empty cell is another thing."""
-    pictures = [picture(RED, "a", 0, 0), picture(BLANK, "a", 0, 1, withheld=True)]
+    pictures = [picture(RED, "a", 0, 0), picture(BLANK, "a", 0, 1, blank=WITHHELD)]
     grid = make_grid(pictures)
     (red,) = cells(grid, RED)
     cell = (red[2] + 6, red[1] + 2, red[2] + 130, red[3] - 2)

@@ -24,7 +24,7 @@ from sdlora.models.load import DTYPE, PIPELINES, load_base
 from sdlora.models.quiet import quiet
 from sdlora.models.safety import SafetyChecker, missing_checker
 from sdlora.sampling.generate import generate
-from sdlora.sampling.pictures import SampleSettings
+from sdlora.sampling.pictures import WITHHELD, SampleSettings
 from sdlora.sampling.session import sample
 
 PROMPTS = ["a tractor", "a red apple on a blue background"]
@@ -88,7 +88,7 @@ def test_as_the_stock_pipeline_withholds(careful: Path) -> None:
         ]
     assert [answer.nsfw_content_detected for answer in answers] == [[False], [True]]
     pictures = generate(load_base(info, dtype=torch.float32, device="cpu"), None, PROMPTS, [0], [], SETTINGS)
-    assert [picture.withheld for picture in pictures] == [False, True]
+    assert [picture.blank for picture in pictures] == ["", WITHHELD]
     assert np.array_equal(np.asarray(pictures[0].image), np.asarray(answers[0].images[0]))
     assert np.asarray(answers[1].images[0]).max() == 0
     assert np.asarray(pictures[1].image).min() > 200
