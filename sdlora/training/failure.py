@@ -39,7 +39,8 @@ def telling_failure(trainer: Trainer) -> Iterator[None]:
     except (SdloraError, OSError, torch.OutOfMemoryError) as error:
         failure = _explain(error, trainer)
         trainer.event("failed", message=str(failure))
-        if trainer.accelerator.is_main_process:
+        # A launcher ends this process right after one that was lost: what matters is that it is told.
+        if trainer.accelerator.is_main_process and not isinstance(error, ProcessLost):
             with suppress(OSError):
                 draw_loss_curve(trainer.run)
         if failure is error:
