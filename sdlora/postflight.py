@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sdlora.errors import AdapterError, first_line, join_names
-from sdlora.lora.adapter import Adapter, LowRank, exact
+from sdlora.lora.adapter import Adapter, LowRank, as_float64
 from sdlora.lora.attach import mounted
 from sdlora.lora.modules import Model, components, named_modules
 from sdlora.models.info import BaseInfo
@@ -210,7 +210,7 @@ def _compare_modules(adapter: Adapter, parts: Mapping[str, nn.Module]) -> list[s
     if unexpected := sorted(set(loaded) - set(adapter.modules)):
         problems.append(f"{len(unexpected)} modules were not trained ({join_names(unexpected)})")
     trained = {
-        name: LowRank(pair.down, exact(pair.up) * adapter.scale_of(name))
+        name: LowRank(pair.down, as_float64(pair.up) * adapter.scale_of(name))
         for name, pair in adapter.modules.items()
     }
     norms = {name: pair.norm_squared() for name, pair in trained.items()}
@@ -234,7 +234,7 @@ def _loaded_pairs(parts: Mapping[str, nn.Module]) -> dict[str, LowRank]:
         layer: Any = module
         if isinstance(getattr(layer, "lora_A", None), nn.ModuleDict) and _CHECK_NAME in layer.lora_A:
             down, up = layer.lora_A[_CHECK_NAME].weight, layer.lora_B[_CHECK_NAME].weight
-            pairs[name] = LowRank(down, exact(up) * layer.scaling[_CHECK_NAME])
+            pairs[name] = LowRank(down, as_float64(up) * layer.scaling[_CHECK_NAME])
     return pairs
 
 

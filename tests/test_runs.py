@@ -100,7 +100,7 @@ def test_events_are_one_object_a_line(tmp_path):
 
 
 def test_lines_are_strict_json(tmp_path):
-    """R-42: JSON has no NaN and no infinity; readers of other languages refuse them."""
+    """R-45: JSON has no NaN and no infinity; readers of other languages refuse them."""
     run = RunFolder(tmp_path)
     run.append("heldout", 1, loss=float("nan"), by_band={"0-199": float("-inf"), "200-399": 0.5})
     run.append("step", 2, norms=(float("inf"), 1), loss=0.25)

@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sdlora.builtin.short_run import heldout_losses, train_shortly
+from sdlora.builtin.short_run import train_shortly
+from sdlora.report.course import losses_of
 from sdlora.runs import RunFolder
 from sdlora.writing import write_json
 
@@ -34,16 +35,16 @@ def measure(images: Path, base: str, seed: int, steps: int, folder: Path) -> dic
         "steps": steps,
         "unet_bytes": sum(part["stored"] for part in memory.values()),
         "step_seconds": round(1 / statistics.median(rates), 3),
-        **losses_of(run),
+        **trained_and_used(run),
     }
 
 
-def losses_of(run: RunFolder) -> dict[str, float]:
+def trained_and_used(run: RunFolder) -> dict[str, float]:
     """The held-out loss on the base it was trained on, and on the full one."""
     gap = next(run.events("gap"), None)
     if gap is not None:
         return {"trained": gap["trained"], "used": gap["used"]}
-    last = heldout_losses(run)[-1]
+    last = list(losses_of(run, "heldout").values())[-1]
     return {"trained": last, "used": last}
 
 

@@ -34,8 +34,3 @@ def train_shortly(
         "train.evaluate_every": steps,
     }
     return train(images, out=folder, overrides=overrides, quiet=True)
-
-
-def heldout_losses(run: RunFolder) -> list[float]:
-    """The held-out losses of a run, the base's first."""
-    return [event["loss"] for event in run.events("heldout") if event["split"] == "heldout"]

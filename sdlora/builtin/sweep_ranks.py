@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdlora.builtin.short_run import heldout_losses, train_shortly
+from sdlora.builtin.short_run import train_shortly
+from sdlora.report.course import losses_of
 from sdlora.writing import write_json
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -35,7 +36,7 @@ def measure(images: Path, rank: int, rate: float, seed: int, steps: int, folder:
     started = time.process_time()
     run = train_shortly(images, folder, rate=rate, seed=seed, steps=steps, settings={"lora.rank": rank})
     plan = next(run.events("plan"))
-    losses = heldout_losses(run)
+    losses = list(losses_of(run, "heldout").values())
     return {
         "rank": rank,
         "learning_rate": rate,

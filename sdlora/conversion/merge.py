@@ -15,7 +15,7 @@ from torch import Tensor
 from sdlora.config import BaseSection
 from sdlora.conversion.places import module_of
 from sdlora.errors import AdapterError, ModelError
-from sdlora.lora.adapter import Adapter, check_base, exact
+from sdlora.lora.adapter import Adapter, as_float64, check_base
 from sdlora.lora.attach import check_fit
 from sdlora.lora.names import component_of
 from sdlora.models.empty import empty_components
@@ -117,7 +117,7 @@ class _Change:
         total = tensor.double()
         for adapter, strength in self.adapters:
             if pair := adapter.modules.get(module):
-                change = exact(pair.up) @ exact(pair.down)
+                change = as_float64(pair.up) @ as_float64(pair.down)
                 total += (strength * adapter.scale_of(module) * change).reshape(total.shape)
         return total
 

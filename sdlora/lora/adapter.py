@@ -39,12 +39,12 @@ class LowRank:
 
     def norm_squared(self) -> float:
         """The squared Frobenius norm of `up @ down`, without forming the product."""
-        down, up = exact(self.down), exact(self.up)
+        down, up = as_float64(self.down), as_float64(self.up)
         return max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0)
 
     def minus(self, other: LowRank) -> LowRank:
         """A pair whose product is the difference of the two products; exactly zero for equal pairs."""
-        down, up, other_down, other_up = map(exact, (self.down, self.up, other.down, other.up))
+        down, up, other_down, other_up = map(as_float64, (self.down, self.up, other.down, other.up))
         rank = max(self.rank, other.rank)
         down, other_down = pad(down, 0, rank), pad(other_down, 0, rank)
         up, other_up = pad(up, 1, rank), pad(other_up, 1, rank)
@@ -263,7 +263,7 @@ def check_base(adapter: Adapter, *, family: str, name: str, digest: str = "", so
     return None
 
 
-def exact(factor: Tensor) -> Tensor:
+def as_float64(factor: Tensor) -> Tensor:
     """A factor as a matrix in float64, on the CPU: MPS has none."""
     return factor.detach().cpu().double().flatten(1)
 

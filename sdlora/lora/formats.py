@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sdlora.errors import AdapterError, ConfigError, join_names
-from sdlora.lora.adapter import Adapter, LowRank, exact, pad
+from sdlora.lora.adapter import Adapter, LowRank, as_float64, pad
 from sdlora.lora.names import TEXT_ENCODERS, clean_module, component_of, module_to_kohya
 from sdlora.lora.sgm import LAYERS_PER_BLOCK, layers_per_block
 
@@ -50,7 +50,7 @@ def fold(adapter: Adapter) -> Adapter:
     modules = {
         name: LowRank(
             pair.down.detach().float(),
-            (exact(pair.up) * adapter.scale_of(name)).float().reshape(pair.up.shape).to(pair.up.device),
+            (as_float64(pair.up) * adapter.scale_of(name)).float().reshape(pair.up.shape).to(pair.up.device),
         )
         for name, pair in adapter.modules.items()
     }

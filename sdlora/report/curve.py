@@ -8,11 +8,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sdlora.report.course import losses_of
+from sdlora.report.course import SPLITS, losses_of
 from sdlora.runs import RunFolder
 from sdlora.writing import write_file
 
-SPLITS = {"heldout": ("held-out pictures", "tab:red", "o-"), "train": ("training pictures", "tab:blue", "s-")}
+STYLES = {"heldout": ("tab:red", "o-"), "train": ("tab:blue", "s-")}
 
 
 def draw_loss_curve(run: RunFolder) -> Path:
@@ -43,10 +43,10 @@ def loss_figure(run: RunFolder) -> Figure:
     left.plot(numbers, [event["loss"] for event in steps], color="0.8", linewidth=0.7, label="each step")
     left.plot(numbers, [event["loss_ema"] for event in steps], color="tab:blue", label="running mean")
     left.set(title="training loss", xlabel="step", ylabel="loss")
-    for split, (label, colour, style) in SPLITS.items():
+    for split, (colour, style) in STYLES.items():
         if measured := losses_of(run, split):
             values = list(measured.values())
-            label = f"{label}: {values[0]:.4f}" + (f" to {values[-1]:.4f}" if len(values) > 1 else "")
+            label = f"{SPLITS[split]}: {values[0]:.4f}" + (f" to {values[-1]:.4f}" if len(values) > 1 else "")
             best = min(measured, key=lambda step: measured[step])
             if measured[best] < min(values[0], values[-1]):
                 label += f", lowest {measured[best]:.4f} at {best}"

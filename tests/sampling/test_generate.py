@@ -286,7 +286,7 @@ def test_withheld_pictures_are_blank_and_say_so(base: StableDiffusion) -> None:
 
 
 def test_pictures_that_are_not_finite_are_blank_and_say_so(base: StableDiffusion, adapter: Adapter) -> None:
-    """R-45: a strength that overflows is no black picture without a word."""
+    """R-22: a strength that overflows is no black picture without a word."""
     pictures = generate(base, adapter, PROMPTS[:1], [0], [1e30], QUICK)
     assert [picture.blank for picture in pictures] == ["", NOT_FINITE]
     assert pictures[1].image.getcolors() == [(64 * 64, (230,) * 3)]
