@@ -8,45 +8,45 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdlora.config import RunConfig, load_config
-    from sdlora.conversion.extract import extract
-    from sdlora.conversion.merge import merge_into_base
     from sdlora.errors import SdloraError
     from sdlora.evaluation.advise import advise_rank
     from sdlora.evaluation.evaluate import evaluate
-    from sdlora.export import export_adapter
+    from sdlora.export.export import export_adapter
+    from sdlora.export.extract import extract
+    from sdlora.export.merge_into_base import merge_into_base
+    from sdlora.formats.files import inspect_adapter, load_adapter, save_adapter
     from sdlora.lora.adapter import Adapter
-    from sdlora.lora.files import inspect_adapter, load_adapter, save_adapter
-    from sdlora.lora.merge import merge
-    from sdlora.lora.rank import spectrum
-    from sdlora.lora.resize import resize
-    from sdlora.lora.tree import AdapterTree
+    from sdlora.rank.merge import merge
+    from sdlora.rank.resize import resize
+    from sdlora.rank.spectrum import spectrum
     from sdlora.runs import RunFolder
     from sdlora.sampling.session import sample
     from sdlora.training.train import resume, train
+    from sdlora.tree.tree import AdapterTree
 
 __version__ = version("sdlora")
 
 # Imported at first use: torch and diffusers take seconds, and `sdlora --help` needs neither.
 _PUBLIC = {
     "Adapter": "sdlora.lora.adapter",
-    "AdapterTree": "sdlora.lora.tree",
+    "AdapterTree": "sdlora.tree.tree",
     "RunConfig": "sdlora.config",
     "RunFolder": "sdlora.runs",
     "SdloraError": "sdlora.errors",
     "advise_rank": "sdlora.evaluation.advise",
     "evaluate": "sdlora.evaluation.evaluate",
-    "export_adapter": "sdlora.export",
-    "extract": "sdlora.conversion.extract",
-    "inspect_adapter": "sdlora.lora.files",
-    "load_adapter": "sdlora.lora.files",
+    "export_adapter": "sdlora.export.export",
+    "extract": "sdlora.export.extract",
+    "inspect_adapter": "sdlora.formats.files",
+    "load_adapter": "sdlora.formats.files",
     "load_config": "sdlora.config",
-    "merge": "sdlora.lora.merge",
-    "merge_into_base": "sdlora.conversion.merge",
-    "resize": "sdlora.lora.resize",
+    "merge": "sdlora.rank.merge",
+    "merge_into_base": "sdlora.export.merge_into_base",
+    "resize": "sdlora.rank.resize",
     "resume": "sdlora.training.train",
     "sample": "sdlora.sampling.session",
-    "save_adapter": "sdlora.lora.files",
-    "spectrum": "sdlora.lora.rank",
+    "save_adapter": "sdlora.formats.files",
+    "spectrum": "sdlora.rank.spectrum",
     "train": "sdlora.training.train",
 }
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from sdlora.aliases import ELSEWHERE
 from sdlora.errors import shorten
-from sdlora.settings import ELSEWHERE
 
 
 def describe_error(item: dict[str, Any], model: type[BaseModel]) -> str:

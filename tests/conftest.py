@@ -28,6 +28,9 @@ torch.set_num_threads(1)
 settings.register_profile("sdlora", derandomize=True, database=None, deadline=None)
 settings.load_profile("sdlora")
 
+# Adapters on small networks, for lora, formats, rank, tree and export.
+pytest_plugins = ["tests.lora_fixtures"]
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sdlora.evaluation.evaluate import evaluate
+from sdlora.formats.files import save_adapter
 from sdlora.lora.adapter import Adapter, LowRank
-from sdlora.lora.files import save_adapter
 from sdlora.runs import RunFolder
 
 QUICK = [

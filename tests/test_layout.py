@@ -12,29 +12,22 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "sdlora"
-COLUMNS = {"data", "lora", "models", "diffusion", "report"}
-# Each unit may import the units at its own level's right-hand side; columns never import each other.
 GROUND = {"errors", "reading", "writing", "config", "runs"}
+COLUMNS = {"data", "lora", "models", "diffusion", "report"}
+# The stair: a unit may import what stands above it here, and columns never import each other.
+ABOVE_COLUMNS = ("formats", "rank", "tree", "memory", "sampling", "export", "evaluation", "training", "cli")
 ALLOWED = {
     "errors": set(),
     "reading": set(),
     "writing": set(),
-    "settings": set(),
-    "problems": {"errors", "settings"},
+    "aliases": set(),
+    "problems": {"errors", "aliases"},
     "config": {"errors", "reading", "problems"},
     "runs": {"errors", "reading", "writing", "config"},
     **dict.fromkeys(COLUMNS, GROUND),
-    "sampling": GROUND | COLUMNS,
-    "export": GROUND | COLUMNS | {"sampling"},
-    "postflight": GROUND | COLUMNS,
-    "conversion": GROUND | COLUMNS,
-    "evaluation": GROUND | COLUMNS | {"sampling", "export", "postflight"},
-    "training": GROUND | COLUMNS | {"sampling", "export", "postflight", "evaluation"},
-    "cli": GROUND
-    | COLUMNS
-    | {"sampling", "export", "postflight", "conversion", "evaluation", "training"}
-    | {"problems", "settings"},
+    **{unit: GROUND | COLUMNS | set(ABOVE_COLUMNS[:number]) for number, unit in enumerate(ABOVE_COLUMNS)},
 }
+ALLOWED["cli"] |= {"problems", "aliases"}
 LIBRARIES = {
     "diffusers": {"models", "sampling"},
     "transformers": {"models", "evaluation"},
@@ -42,7 +35,7 @@ LIBRARIES = {
     "peft": set(),
     "bitsandbytes": {"models"},
 }
-WITHOUT_TORCH = {"errors", "reading", "writing", "settings", "problems", "config", "runs", "report"}
+WITHOUT_TORCH = {"errors", "reading", "writing", "aliases", "problems", "config", "runs", "report"}
 
 
 def unit_of(path: Path) -> str:

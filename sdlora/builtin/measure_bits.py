@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.builtin.short_run import train_shortly
-from sdlora.report.course import losses_of
+from sdlora.report.summary import losses_of
 from sdlora.runs import RunFolder
 from sdlora.writing import write_json
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.builtin.short_run import train_shortly
-from sdlora.report.course import losses_of
+from sdlora.report.summary import losses_of
 from sdlora.writing import write_json
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)

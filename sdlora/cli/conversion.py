@@ -38,8 +38,8 @@ def extract(
 
     keys = {"export.formats": [format], "export.precision": precision}
     config = load_config(None, {**keys, "lora.rank": rank, "lora.targets": targets.split(",")})
-    from sdlora.conversion.extract import extract as find
-    from sdlora.export import check_out, export_adapter
+    from sdlora.export.export import check_out, export_adapter
+    from sdlora.export.extract import extract as find
     from sdlora.training.console import Report
 
     check_out(out, [Path(tuned), Path(base)])
@@ -76,11 +76,11 @@ def merge_into_base(
 
     if dtype is not None:
         load_config(None, {"export.precision": dtype})
-    from sdlora.conversion.merge import merge_into_base as write
-    from sdlora.lora.ancestors import load_path
+    from sdlora.export.merge_into_base import merge_into_base as write
     from sdlora.models.dtypes import DTYPES
     from sdlora.sampling.session import base_of
     from sdlora.training.console import Report
+    from sdlora.tree.lineage import load_path
 
     note_newest(source)
     warn = Report().warn

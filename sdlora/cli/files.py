@@ -35,8 +35,8 @@ def export(
     if out is None and push_to_hub is None:
         raise ConfigError("sdlora export needs --out FILE or --push-to-hub REPO")
     note_newest(source)
-    from sdlora.export import export as write
-    from sdlora.export import push_run
+    from sdlora.export.export import export as write
+    from sdlora.export.export import push_run
 
     if out is not None:
         report = write(source, out, dialect=settings.formats[0], precision=settings.precision)
@@ -55,10 +55,10 @@ def info(
     from contextlib import suppress
 
     from sdlora.errors import AdapterError
-    from sdlora.lora.files import inspect_adapter, lora_file
-    from sdlora.lora.lineage import read_lineage
-    from sdlora.report.course import describe_state
+    from sdlora.formats.files import inspect_adapter, lora_file
+    from sdlora.report.summary import describe_state
     from sdlora.runs import RunFolder
+    from sdlora.tree.lineage import read_lineage
 
     path = lora_file(file)
     if path.is_dir():

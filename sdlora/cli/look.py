@@ -93,7 +93,7 @@ def _folders(subjects: Sequence[Path | None], out: Path | None) -> list[Path | N
     """`--out`; for several a folder in it for each, called as the run is, with -2 behind for another so."""
     if out is None or len(subjects) < 2:
         return [out] * len(subjects)
-    from sdlora.lora.ancestors import name_of
+    from sdlora.tree.lineage import name_of
 
     names = [name_of(source) for source in subjects if source]
     counts = [names[:place].count(name) for place, name in enumerate(names, 1)]

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sdlora.lora.rank import Spectrum
+    from sdlora.rank.spectrum import Spectrum
 
 Source = Annotated[
     Path, typer.Argument(metavar="RUN|LORA", help="A run folder, or a LoRA file of any dialect.")
@@ -38,10 +38,10 @@ def spectrum(
     from rich.console import Console
 
     from sdlora.cli.values import check_png, note_newest
-    from sdlora.export import find_adapter
-    from sdlora.lora.files import load_adapter
-    from sdlora.lora.rank import block_of
-    from sdlora.lora.rank import spectrum as measure
+    from sdlora.export.export import find_adapter
+    from sdlora.formats.files import load_adapter
+    from sdlora.rank.spectrum import block_of
+    from sdlora.rank.spectrum import spectrum as measure
 
     check_png(plot, "--plot")
     note_newest(source)
@@ -54,7 +54,7 @@ def spectrum(
     typer.echo("effective rank: exp of the entropy of the singular values; 50 %, 90 %, 99 %: directions that")
     typer.echo("hold so much of a module's energy (the sum of squares), on average over the modules")
     if plot is not None:
-        from sdlora.report.spectrum import draw_spectrum
+        from sdlora.report.plots import draw_spectrum
 
         values = {name: row.tolist() for name, row in found.values.items()}
         blocks = {name: block_of(name) for name in values}
@@ -114,10 +114,10 @@ def resize(
     settings = load_config(None, {"export.formats": [format], "export.precision": precision}).export
     if base is not None and score is None:
         raise ConfigError(f"--base {base} has no effect without --score; leave it out")
-    from sdlora.conversion.places import weight_norms
-    from sdlora.export import check_out, export_adapter, find_adapter
-    from sdlora.lora.files import load_adapter
-    from sdlora.lora.resize import resize as shrink
+    from sdlora.export.export import check_out, export_adapter, find_adapter
+    from sdlora.export.rewrite import weight_norms
+    from sdlora.formats.files import load_adapter
+    from sdlora.rank.resize import resize as shrink
 
     note_newest(source)
     dialect, file = settings.formats[0], find_adapter(source)
@@ -171,9 +171,9 @@ def merge(
         raise ConfigError(
             f"--weights {weights} has {len(factors)} numbers for {len(sources)} LoRAs; give as many"
         )
-    from sdlora.export import check_out, export_adapter, find_adapter
-    from sdlora.lora.files import load_adapter
-    from sdlora.lora.merge import merge as join
+    from sdlora.export.export import check_out, export_adapter, find_adapter
+    from sdlora.formats.files import load_adapter
+    from sdlora.rank.merge import merge as join
 
     note_newest(*sources)
     files = [find_adapter(source) for source in sources]

@@ -26,8 +26,8 @@ def settings(
     ] = None,
 ) -> None:
     """List the settings with default and meaning; a word such as network_dim finds its name here."""
+    from sdlora.aliases import ELSEWHERE
     from sdlora.errors import ConfigError
-    from sdlora.settings import ELSEWHERE
 
     wanted = [_plain(word.lstrip("-")) for word in words or []]
     lines = [f"{word} in sdlora: {ELSEWHERE[word]}" for word in wanted if word in ELSEWHERE]
@@ -40,8 +40,8 @@ def settings(
 
 def _describe(words: Sequence[str], width: int) -> Iterator[str]:
     """The settings by section; the default is written as it would be given."""
+    from sdlora.aliases import MEANINGS
     from sdlora.config import RunConfig, Section
-    from sdlora.settings import MEANINGS
 
     for name, section in RunConfig():
         if not isinstance(section, Section):

@@ -10,8 +10,8 @@ import typer
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-    from sdlora.lora.nodes import Node
-    from sdlora.lora.tree import AdapterTree
+    from sdlora.tree.nodes import Node
+    from sdlora.tree.tree import AdapterTree
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of LoRA files, or of runs.")]
 Force = Annotated[
@@ -39,7 +39,7 @@ def show(folder: Folder) -> None:
     """Draw the tree: which LoRA stands on which, with rank, images, size and held-out loss."""
     from rich.console import Console
 
-    from sdlora.lora.tree import AdapterTree
+    from sdlora.tree.tree import AdapterTree
 
     tree = AdapterTree.from_folder(folder)
     # A tree cuts what is wider than the console; what it refuses, and why, must be read whole.
@@ -82,7 +82,7 @@ def _describe(node: Node) -> str:
 
 def verify(folder: Folder) -> None:
     """Read every tensor and check every parent; exit code 1 if something is wrong."""
-    from sdlora.lora.tree import AdapterTree
+    from sdlora.tree.tree import AdapterTree
 
     tree = AdapterTree.from_folder(folder)
     lines = tree.verify()
@@ -117,9 +117,9 @@ def sample(
 
     settings = sample_settings(prompt, prompts, seeds, steps=steps, guidance=guidance)
     changes, pixels = parse_strengths(strengths), parse_size(size)
-    from sdlora.lora.tree import AdapterTree
-    from sdlora.sampling.nodes import sample_tree
+    from sdlora.sampling.session import sample_tree
     from sdlora.training.console import Report
+    from sdlora.tree.tree import AdapterTree
 
     report = Report()
     with report.progress("sampling", 1) as meter:
@@ -156,8 +156,8 @@ def flatten(
 
     settings = load_config(None, {"export.formats": [format], "export.precision": precision}).export
     changes = parse_strengths(strengths)
-    from sdlora.export import check_out, export_adapter
-    from sdlora.lora.tree import AdapterTree
+    from sdlora.export.export import check_out, export_adapter
+    from sdlora.tree.tree import AdapterTree
 
     tree = AdapterTree.from_folder(folder)
     check_out(out, (step.file for step in tree.nodes.values()))

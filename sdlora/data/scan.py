@@ -11,6 +11,14 @@ from pathlib import Path
 
 from sdlora.config import DataSection
 from sdlora.data.captions import PLACEHOLDER, Caption, find_captions, place_trigger
+from sdlora.data.doctor import (
+    report_captions,
+    report_files,
+    report_frames,
+    report_left_out,
+    report_records,
+    report_unreadable,
+)
 from sdlora.data.folders import (
     Listing,
     check_folder,
@@ -22,14 +30,6 @@ from sdlora.data.folders import (
 from sdlora.data.heldout import hold_out_share, is_below, is_heldout, locate_heldout
 from sdlora.data.images import UnreadableImageError, measure_file, parse_colour
 from sdlora.data.records import DatasetIndex, Finding, ImageRecord, Size
-from sdlora.data.reports import (
-    report_captions,
-    report_files,
-    report_frames,
-    report_left_out,
-    report_records,
-    report_unreadable,
-)
 from sdlora.errors import DataError
 
 Progress = Callable[[int, int], None]

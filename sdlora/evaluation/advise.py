@@ -10,13 +10,13 @@ from torch import Tensor
 
 from sdlora.errors import ConfigError, RunError
 from sdlora.evaluation.bench import Bench, open_bench
-from sdlora.evaluation.pictures import mean_distance, picture_distances
-from sdlora.export import export_adapter
+from sdlora.evaluation.evaluate import mean_distance, picture_distances
+from sdlora.export.export import export_adapter
+from sdlora.formats.write import Precision
 from sdlora.lora.adapter import Adapter
-from sdlora.lora.formats import Precision
-from sdlora.lora.rank import Spectrum, spectrum
-from sdlora.lora.resize import resize
-from sdlora.report.rank import draw_rank_curve
+from sdlora.rank.resize import resize
+from sdlora.rank.spectrum import Spectrum, spectrum
+from sdlora.report.plots import draw_rank_curve
 from sdlora.runs import RunFolder
 from sdlora.writing import write_json
 

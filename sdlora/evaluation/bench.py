@@ -12,18 +12,17 @@ from torch import Tensor
 
 from sdlora.config import RunConfig
 from sdlora.data.buckets import BucketPlan
+from sdlora.data.dataset import read_dataset
 from sdlora.data.images import crop_image, load_record
 from sdlora.data.records import ImageRecord, Size
 from sdlora.data.tensors import crop_to_time_ids, image_to_tensor
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.errors import RunError
-from sdlora.evaluation.dataset import read_dataset
 from sdlora.evaluation.heldout import HeldoutItem, HeldoutLoss, heldout_loss
+from sdlora.formats.files import load_adapter
 from sdlora.lora.adapter import Adapter
-from sdlora.lora.ancestors import Stack, find_ancestors, stack_of
 from sdlora.lora.attach import mounted
-from sdlora.lora.files import load_adapter
-from sdlora.models.condition import Condition
+from sdlora.models.conditioning import Condition
 from sdlora.models.dtypes import DTYPES
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
@@ -31,6 +30,7 @@ from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.runs import RunFolder
 from sdlora.sampling.generate import Column, generate_columns
 from sdlora.sampling.request import choose_device, make_request
+from sdlora.tree.lineage import Stack, find_ancestors, stack_of
 
 MAX_IMAGES = 40
 
@@ -133,7 +133,7 @@ def open_bench(run: str | Path | RunFolder) -> Bench:
         raise RunError(f"run {folder.path} is read-only, but keeps what is measured; copy it elsewhere")
     config = folder.read_config()
     info = inspect_base(config.base, config.objective)
-    index, plan = read_dataset(config, info)
+    index, plan = read_dataset(config, resolution=info.resolution, min_step=info.min_step)
     records = index.heldout[:MAX_IMAGES]
     if not records:
         raise RunError(

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 from sdlora.diffusion.schedule import NoiseSchedule
 from sdlora.evaluation.heldout import HeldoutItem, heldout_loss
-from sdlora.lora.ancestors import Stack
 from sdlora.lora.attach import mounted
 from sdlora.models.load import load_unet
 from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.tree.lineage import Stack
 
 
 @dataclass(frozen=True)

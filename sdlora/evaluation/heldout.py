@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sdlora.diffusion.objective import keyed_generator
 from sdlora.diffusion.schedule import NoiseSchedule
-from sdlora.models.condition import Condition
+from sdlora.models.checks import PREDICTIONS
+from sdlora.models.conditioning import Condition
 
 NUM_BANDS = 5
 
@@ -115,3 +116,39 @@ def _losses(
     condition = Condition.stack([item.condition for item in items]).to(device)
     answer = denoise(schedule.add_noise(latents, noise, timesteps), timesteps, condition).float()
     return (answer - schedule.target(latents, noise, timesteps)).square().mean(dim=(1, 2, 3))
+
+
+# There the three targets differ most from one another, and a trained UNet is still close to its own.
+SIGNAL = 0.6
+CLEARLY = 0.6
+
+
+@torch.no_grad()
+def recognise_prediction(
+    denoise: Denoise, schedule: NoiseSchedule, items: Sequence[HeldoutItem], device: torch.device
+) -> str | None:
+    """The prediction type whose target a UNet's answers fit clearly better than the others'.
+
+    Args:
+        denoise: As for `heldout_loss`.
+        schedule: The base's forward process; its own prediction type has no say.
+        items: A few pictures.
+        device: Where `denoise` runs.
+
+    Returns:
+        One of `PREDICTIONS`, or None if the answers fit none of them clearly.
+    """
+    timestep = int((schedule.alphas_cumprod.sqrt() - SIGNAL).abs().argmin())
+    timesteps = torch.tensor([timestep], device=device)
+    errors = dict.fromkeys(PREDICTIONS, 0.0)
+    for item in items:
+        latents = item.latents[None].to(device)
+        generator = keyed_generator("prediction", item.key)
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        condition = Condition.stack([item.condition]).to(device)
+        answer = denoise(schedule.add_noise(latents, noise, timesteps), timesteps, condition).float()
+        for kind in errors:
+            target = replace(schedule, prediction_type=kind).target(latents, noise, timesteps)
+            errors[kind] += float((answer - target).square().mean() / target.square().mean())
+    best, second = sorted(errors, key=errors.__getitem__)[:2]
+    return best if errors[best] < CLEARLY * min(errors[second], len(items)) else None

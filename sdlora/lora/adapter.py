@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from sdlora.errors import AdapterError
 from sdlora.lora.layers import pair_shapes, seed_of
-from sdlora.lora.modules import Model, carrier_layers, components
-from sdlora.lora.names import component_of
-from sdlora.lora.sgm import LAYERS_PER_BLOCK
+from sdlora.lora.modules import LAYERS_PER_BLOCK, Model, carrier_layers, component_of, components
 
 Init = Literal["gaussian", "kaiming", "orthogonal"]
 
@@ -273,3 +271,37 @@ def pad(factor: Tensor, dim: int, size: int) -> Tensor:
     shape = list(factor.shape)
     shape[dim] = size - shape[dim]
     return torch.cat([factor, factor.new_zeros(shape)], dim=dim) if shape[dim] > 0 else factor
+
+
+@dataclass(frozen=True, slots=True)
+class NormReport:
+    """The norms of the changes `scale * up @ down`, after they were limited."""
+
+    num_limited: int
+    mean: float
+    largest: float
+
+
+@torch.no_grad()
+def limit_norms(adapter: Adapter, max_norm: float) -> NormReport:
+    """Shrinks the modules whose change has a Frobenius norm above a limit, down to it (as kohya's tools do).
+
+    Both factors of such a module are multiplied by the root of `max_norm / norm`.
+
+    Args:
+        adapter: Changed in place.
+        max_norm: The limit for each module.
+    """
+    norms = []
+    for name, pair in adapter.modules.items():
+        down, up = pair.down.flatten(1), pair.up.flatten(1)
+        # The norm of the product from the two Gram matrices, (R, R), without forming it.
+        squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
+        norm = squared.sqrt() * abs(adapter.scale_of(name))
+        factor = (max_norm / norm.clamp(min=max_norm)).sqrt()
+        pair.down.mul_(factor)
+        pair.up.mul_(factor)
+        norms.append(norm)
+    before = torch.stack(norms)
+    after = before.clamp(max=max_norm)
+    return NormReport(int((before > max_norm).sum()), float(after.mean()), float(after.max()))

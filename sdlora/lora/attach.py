@@ -22,16 +22,17 @@ from sdlora.lora.layers import (
     wrap_layer,
 )
 from sdlora.lora.modules import (
+    TEXT_ENCODERS,
     Model,
     carrier_layers,
     carriers,
+    component_of,
     components,
     lora_layers,
     named_modules,
     replace_modules,
     unwrap,
 )
-from sdlora.lora.names import TEXT_ENCODERS, component_of
 
 _ATTENTION = ("*attn[12].to_[qkv]", "*attn[12].to_out.0")
 _FEED_FORWARD = ("*ff.net.0.proj", "*ff.net.2")

@@ -12,7 +12,9 @@ from typing import TypeAlias
 from torch import nn
 
 from sdlora.lora.layers import LoraLayer, can_carry
-from sdlora.lora.names import module_name
+
+TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.")
+LAYERS_PER_BLOCK = 2
 
 Model: TypeAlias = nn.Module | Mapping[str, nn.Module]
 """A UNet, or components such as `{"unet": …, "text_encoder": …, "text_encoder_2": …}`."""
@@ -70,3 +72,21 @@ def replace_modules(model: Model, modules: Mapping[str, nn.Module]) -> None:
             if replacement := modules.get(module_name(component, path)):
                 parent, _, child = path.rpartition(".")
                 setattr(network.get_submodule(parent), child, replacement)
+
+
+def module_name(component: str, path: str) -> str:
+    """The adapter's name of a component's module: plain in the UNet, else with the component before it."""
+    return path if component == "unet" else with_text_model(f"{component}.{path}")
+
+
+def component_of(module: str) -> str:
+    """The part of a base that a module is in: `unet`, `text_encoder` or `text_encoder_2`."""
+    return next((prefix[:-1] for prefix in TEXT_ENCODERS if module.startswith(prefix)), "unet")
+
+
+def with_text_model(name: str) -> str:
+    """A text encoder's module with the level `text_model`: newer transformers leave it out, files have it."""
+    for component in TEXT_ENCODERS:
+        if name.startswith(f"{component}encoder."):
+            return f"{component}text_model.{name.removeprefix(component)}"
+    return name

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.errors import ModelError
+from sdlora.models.checks import GIVE_BASE, refuse_folder
+from sdlora.models.components import Layout, Part, Words, read_words
 from sdlora.models.families import FAMILIES, family_of
-from sdlora.models.kinds import GIVE_BASE, refuse_folder
-from sdlora.models.parts import Layout, Part, Words, read_words
 from sdlora.models.weights import (
     check_dtypes,
     count_parameters,

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from sdlora.errors import ModelError, first_line
-from sdlora.models.kinds import SOURCES, refuse_file
+from sdlora.models.checks import SOURCES, refuse_file
 from sdlora.models.weights import VARIANTS, has_weights
 
 BUILTIN = Path(__file__).parent.parent / "builtin" / "base"

@@ -11,11 +11,11 @@ from typing import Any
 
 from sdlora.config import BaseSection, ObjectiveSection, Quantize
 from sdlora.errors import ConfigError, ModelError
-from sdlora.models.configuration import check_inputs, check_latents, check_part, check_prediction, check_texts
+from sdlora.models.checks import check_inputs, check_latents, check_part, check_prediction, check_texts
+from sdlora.models.components import Layout, Part, Words
 from sdlora.models.families import Family, describe_family
 from sdlora.models.folder import find_vae_folder, read_folder, read_part
 from sdlora.models.hub import find_base, lacks_variant
-from sdlora.models.parts import Layout, Part, Words
 from sdlora.models.single_file import read_facts, read_single_file, read_vae_file
 
 

@@ -13,15 +13,15 @@ from torch import nn
 
 from sdlora.config import Quantize
 from sdlora.errors import ModelError
-from sdlora.models.empty import MODELS, UNFIT, empty_model, reason_of
+from sdlora.models.components import Part
 from sdlora.models.info import BaseInfo
-from sdlora.models.original import load_original, names_of_unet
-from sdlora.models.parts import Part
+from sdlora.models.ldm_keys import load_original, names_of_unet
+from sdlora.models.meta import MODELS, UNFIT, empty_model, reason_of
 from sdlora.models.quiet import quiet
 from sdlora.models.safety import find_checker
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.models.stream import check_finite, fill, read_part
-from sdlora.models.tokens import load_tokenizer
+from sdlora.models.tokenizer import load_tokenizer
 
 with quiet():
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline

@@ -10,8 +10,8 @@ import torch
 from PIL.Image import Image
 
 from sdlora.errors import ModelError
-from sdlora.models.empty import UNFIT, reason_of
 from sdlora.models.info import BaseInfo
+from sdlora.models.meta import UNFIT, reason_of
 from sdlora.models.quiet import quiet
 from sdlora.models.weights import find_weights, has_weights, read_header, read_json
 

@@ -12,9 +12,9 @@ from statistics import pstdev
 from typing import Any
 
 from sdlora.errors import ModelError
-from sdlora.models.kinds import GIVE_BASE, describe_tensors
-from sdlora.models.parts import Layout, Part, read_words
-from sdlora.models.shapes import Shapes, clip_config, open_clip_config, unet_config, vae_config
+from sdlora.models.checks import GIVE_BASE, describe_tensors
+from sdlora.models.components import Layout, Part, read_words
+from sdlora.models.infer_config import Shapes, clip_config, open_clip_config, unet_config, vae_config
 from sdlora.models.weights import (
     check_dtypes,
     digest_weights,

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdlora.errors import ModelError
-from sdlora.models.condition import Condition
+from sdlora.models.conditioning import Condition
 from sdlora.models.info import BaseInfo
 from sdlora.models.quiet import quiet
-from sdlora.models.tokens import TokenCount, count_tokens
+from sdlora.models.tokenizer import TokenCount, count_tokens
 
 TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sdlora.config import Quantize
 from sdlora.errors import ModelError
-from sdlora.models.parts import Part
+from sdlora.models.components import Part
 from sdlora.models.quantize import quantize_layer
 from sdlora.models.weights import read_header
 from sdlora.reading import Header

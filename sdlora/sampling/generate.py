@@ -6,25 +6,48 @@ B batch, C channels, h w latent size.
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdlora.lora.adapter import Adapter
-from sdlora.lora.ancestors import Stack
 from sdlora.lora.attach import mounted
-from sdlora.models.condition import Condition
+from sdlora.models.conditioning import Condition
 from sdlora.models.load import pipeline_of
 from sdlora.models.quiet import quiet
 from sdlora.models.stable_diffusion import StableDiffusion
-from sdlora.sampling.checks import check_prompts, resolve_settings
-from sdlora.sampling.pictures import NOT_FINITE, WITHHELD, Picture, SampleSettings
-from sdlora.sampling.schedulers import make_scheduler
-from sdlora.sampling.state import undisturbed
+from sdlora.sampling.images import NOT_FINITE, WITHHELD, Picture, SampleSettings
+from sdlora.sampling.schedulers import check_prompts, make_scheduler, resolve_settings
+from sdlora.tree.lineage import Stack
+
+
+@contextmanager
+def undisturbed(*models: nn.Module) -> Iterator[None]:
+    """Puts models in eval mode and gives them, and all random generators, back as they were."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    try:
+        for model in models:
+            model.eval()
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+        for module, training in modes:
+            module.training = training
+
 
 LATENT_UNIT_PX = 8
 EMPTY = "#e6e6e6"

@@ -9,7 +9,7 @@ from math import ceil, log
 
 from PIL import Image, ImageDraw, ImageFont
 
-from sdlora.sampling.pictures import Picture
+from sdlora.sampling.images import Picture
 
 PAPER, INK, SOFT, RULE, EMPTY = "#ffffff", "#1c1c1e", "#7c7c82", "#e3e3e6", "#f1f1f3"
 MAX_CELL_PX = 512

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from sdlora.config import RunConfig, SampleSection
-from sdlora.models.condition import Condition
+from sdlora.models.conditioning import Condition
 from sdlora.models.dtypes import has_bf16
 from sdlora.models.info import BaseInfo
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.sampling.generate import Column, generate_columns
 from sdlora.sampling.grid import make_grid
-from sdlora.sampling.pictures import Picture, SampleSettings, save_pictures
+from sdlora.sampling.images import Picture, SampleSettings, save_pictures
 
 
 @dataclass(frozen=True)

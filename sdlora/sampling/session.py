@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,17 @@ import torch
 
 from sdlora.config import RunConfig, SampleSection, load_config
 from sdlora.errors import ConfigError
+from sdlora.formats.files import load_adapter, lora_file
 from sdlora.lora.adapter import Adapter, check_base
-from sdlora.lora.ancestors import Step, find_ancestors, stack_of
 from sdlora.lora.attach import check_fit
-from sdlora.lora.files import load_adapter, lora_file
 from sdlora.models.dtypes import DTYPES
-from sdlora.models.empty import empty_components
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base
+from sdlora.models.meta import empty_components
 from sdlora.models.safety import missing_checker
 from sdlora.runs import RunFolder
-from sdlora.sampling.checks import check_prompts, resolve_settings
-from sdlora.sampling.generate import make_columns
-from sdlora.sampling.pictures import choose_folder
+from sdlora.sampling.generate import Column, make_columns
+from sdlora.sampling.images import choose_folder
 from sdlora.sampling.request import (
     SampleRequest,
     choose_device,
@@ -32,6 +30,9 @@ from sdlora.sampling.request import (
     make_request,
     sample_to_folder,
 )
+from sdlora.sampling.schedulers import check_prompts, resolve_settings
+from sdlora.tree.lineage import Step, find_ancestors, stack_of
+from sdlora.tree.tree import AdapterTree
 
 
 def sample(
@@ -226,3 +227,75 @@ def _place_trigger(config: RunConfig, adapter: Adapter | None) -> SampleSection:
         return config.sample
     prompts = [prompt.replace("{trigger}", trigger) for prompt in config.sample.prompts]
     return config.sample.model_copy(update={"prompts": prompts})
+
+
+def sample_tree(
+    tree: AdapterTree,
+    names: Sequence[str] = (),
+    *,
+    strengths: Mapping[str, float] | None = None,
+    base: str | None = None,
+    out: str | Path | None = None,
+    size: tuple[int, int] | None = None,
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    warn: Callable[[str], None] | None = None,
+    **changes: Any,
+) -> Path:
+    """Makes a grid that compares nodes, each on top of its ancestors; the base is loaded once.
+
+    Args:
+        tree: The tree.
+        names: Nodes to show; all if not given.
+        strengths: By node name, where another than the one of the training is wanted.
+        base: The base; the one that the first node names if not given.
+        out: The folder for the pictures; `samples/NAME` after the tree's folder if not given.
+        size: Width and height in pixels; those of the training if not given.
+        force: Takes wrong parents for right ones, and goes without missing ones.
+        progress: Told (finished, total) pictures.
+        warn: Told what deserves attention, such as another base of the same family.
+        changes: Keys of the section `sample`: prompts, seeds, steps, guidance …
+
+    Returns:
+        The path of the grid.
+
+    Raises:
+        SdloraError: If a node stands on a wrong parent, or something asked for does not fit.
+    """
+    names = list(names or tree.nodes)
+    nodes = [tree.node(name) for name in names]
+    if not changes.get("prompts"):
+        raise ConfigError("there is no prompt; give --prompt TEXT")
+    columns = [Column()]
+    for name, path in zip(names, tree.strengths(names, strengths, force=force), strict=True):
+        stack = tuple((tree.load(step), strength) for step, strength in path.items())
+        columns.append(Column(stack, path[name], name))
+    for forced in dict.fromkeys(line for name in names for line in tree.refusals(name)):
+        if warn:
+            warn(forced)
+    folder = choose_folder(out, tree.folder.resolve().name)
+    first = nodes[0]
+    config = load_config(None, {"base.source": base or base_of(first.file, first.notes)})
+    info = inspect_base(config.base)
+    for node in nodes:
+        adapter = tree.load(node.name)
+        line = check_base(
+            adapter, family=info.family, name=info.name, digest=info.digest, source=str(node.file)
+        )
+        if line and warn:
+            warn(line)
+    trigger = next((t for node in nodes if (t := node.notes.get("modelspec.trigger_phrase"))), None)
+    for prompt in changes["prompts"]:
+        if trigger is None and "{trigger}" in prompt:
+            raise ConfigError(
+                f"prompt {prompt!r} has {{trigger}} in it but no file of the tree says its trigger; "
+                "write the words"
+            )
+    changes["prompts"] = [prompt.replace("{trigger}", trigger or "") for prompt in changes["prompts"]]
+    side = noted_resolution(first.notes) or info.resolution
+    request = make_request(config.replace(sample=changes).sample, info, size or (side, side))
+    check_prompts(request.prompts)
+    resolve_settings(info, request.settings)
+    device = choose_device()
+    loaded = load_base(info, dtype=choose_dtype(device), device=device)
+    return sample_to_folder(loaded, columns, request, folder, title=tree.folder.name, progress=progress)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,8 +18,16 @@ from accelerate.utils import LoggerType, ProjectConfiguration
 
 from sdlora.config import RunConfig
 from sdlora.errors import ConfigError
-from sdlora.models.dtypes import DTYPES, has_bf16
-from sdlora.training.processes import check_launcher, group_settings, listening, needs_gloo, num_launched
+from sdlora.memory.estimate import Machine, free_bytes
+from sdlora.models.dtypes import DTYPES, Precision, has_bf16
+from sdlora.training.distributed import (
+    check_launcher,
+    gather_numbers,
+    group_settings,
+    listening,
+    needs_gloo,
+    num_launched,
+)
 
 NOT_INSTALLED = "not installed"
 PACKAGES = (
@@ -34,29 +41,6 @@ PACKAGES = (
     "safetensors",
     "pillow",
 )
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Effective dtypes.
-
-    Args:
-        compute: fp32, bf16 or fp16: what the UNet's arithmetic is done in.
-        base: What the UNet's frozen weights are stored in.
-    """
-
-    compute: str
-    base: str
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """As torch names it."""
-        return DTYPES[self.compute]
-
-    @property
-    def base_dtype(self) -> torch.dtype:
-        """As torch names it."""
-        return DTYPES[self.base]
 
 
 def choose_precision(config: RunConfig, device: torch.device, environment: Mapping[str, str]) -> Precision:
@@ -191,3 +175,11 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return NOT_INSTALLED
+
+
+def find_machine(accelerator: Accelerator, precision: Precision) -> Machine:
+    """What all processes can count on: the least that one of them has, and of one CPU's memory a share."""
+    own = free_bytes(accelerator.device)
+    least = min(gather_numbers(accelerator, -1 if own is None else own))
+    share = accelerator.num_processes if accelerator.device.type == "cpu" else 1
+    return Machine(precision, accelerator.device, None if least < 0 else least // share)

@@ -18,10 +18,10 @@ from sdlora.data.images import crop_image, load_record
 from sdlora.data.records import ImageRecord, count_of
 from sdlora.data.tensors import crop_to_time_ids, image_to_tensor
 from sdlora.errors import DataError, ModelError
-from sdlora.models.condition import Condition
+from sdlora.models.conditioning import Condition
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.training.console import Report
-from sdlora.training.processes import meet, work_in_rounds
+from sdlora.training.distributed import meet, work_in_rounds
 
 View = tuple[ImageRecord, Crop]
 

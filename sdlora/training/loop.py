@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import threading
 import time
 from functools import partial
+from types import FrameType, TracebackType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,15 +17,15 @@ from accelerate import Accelerator
 from sdlora.data.records import Size
 from sdlora.errors import AdapterError, RunStopped
 from sdlora.evaluation.heldout import HeldoutLoss, heldout_loss
-from sdlora.export import export_adapter
-from sdlora.lora.metadata import run_metadata
-from sdlora.report.course import describe_step
+from sdlora.export.export import export_adapter
+from sdlora.export.metadata import run_metadata
+from sdlora.models.dtypes import Precision
+from sdlora.report.summary import describe_step
 from sdlora.runs import RunFolder
+from sdlora.training.batch_size import fit_batch
 from sdlora.training.console import Report
-from sdlora.training.device import Precision
-from sdlora.training.facts import describe_run
-from sdlora.training.fit import fit_batch
-from sdlora.training.guards import (
+from sdlora.training.distributed import count_over, meet, sum_over
+from sdlora.training.health import (
     Counters,
     check_counters,
     check_dead_modules,
@@ -29,15 +34,58 @@ from sdlora.training.guards import (
     find_dead_modules,
     is_finite,
 )
-from sdlora.training.journal import Journal, StepResult, gather_draws
-from sdlora.training.learner import Learner
+from sdlora.training.logger import Journal, StepResult, gather_draws
+from sdlora.training.metadata import describe_run
 from sdlora.training.optimizer import learning_rate
 from sdlora.training.plan import RunPlan
 from sdlora.training.prepare import Prepared
-from sdlora.training.processes import count_over, meet, sum_over
 from sdlora.training.resume import load_state, newest_complete_step, save_state
 from sdlora.training.samples import log_grid, sample_step
-from sdlora.training.stop import StopSignals
+from sdlora.training.step import Learner
+
+# Batch schedulers send SIGUSR1 ahead of the end of a job's time; Windows has none.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+# A launcher passes on what its processes may have got already, such as from the same Ctrl-C or scheduler.
+ECHO_SECONDS = 2.0
+
+
+class StopSignals:
+    """A context in which the first signal is only noted, in `received`."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._time = 0.0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        # Python allows handlers in the main thread only.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    @property
+    def exit_signal(self) -> int:
+        """What the exit code says: SIGINT, or SIGTERM for all that a scheduler sends."""
+        return signal.SIGINT if self.received == signal.SIGINT else signal.SIGTERM
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._time = number, time.monotonic()
+            if "LOCAL_RANK" not in os.environ:
+                self._restore()
+        elif time.monotonic() - self._time > ECHO_SECONDS:
+            self._restore()
+            os.kill(os.getpid(), number)
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
 
 class Trainer:

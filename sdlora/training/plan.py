@@ -10,23 +10,22 @@ from typing import Any
 from sdlora.config import RunConfig
 from sdlora.data.batches import BatchOrder
 from sdlora.data.buckets import BucketPlan
+from sdlora.data.dataset import read_dataset
 from sdlora.data.records import DatasetIndex, Finding
 from sdlora.diffusion.objective import Objective
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.errors import DataError, RunError
-from sdlora.evaluation.dataset import read_dataset
-from sdlora.lora.ancestors import Step
 from sdlora.lora.attach import count_parameters, match_modules
 from sdlora.lora.layout import Layout, plan_layout
-from sdlora.models.empty import empty_components
+from sdlora.memory.estimate import ANY_MACHINE, Machine, Memory, Workload, plan_memory
 from sdlora.models.info import BaseInfo, inspect_base
+from sdlora.models.meta import empty_components
 from sdlora.models.safety import missing_checker
-from sdlora.training.adapter import check_init_from
+from sdlora.training.adapter import check_init_from, check_parents, find_parents, with_parents
 from sdlora.training.defaults import check_objective, global_batch, resolve_config
-from sdlora.training.memory import ANY_MACHINE, Machine, Memory, Workload, plan_memory
 from sdlora.training.optimizer import check_optimizer, find_optimizer, num_warmup_steps
-from sdlora.training.parents import check_parents, find_parents, with_parents
 from sdlora.training.preflight import examine_images
+from sdlora.tree.lineage import Step
 
 
 @dataclass(frozen=True)
@@ -211,7 +210,7 @@ def make_plan(config: RunConfig, num_processes: int = 1, machine: Machine = ANY_
     find_optimizer(config.train)
     info = inspect_base(config.base, config.objective)
     check_objective(config, info)
-    index, buckets = read_dataset(config, info)
+    index, buckets = read_dataset(config, resolution=info.resolution, min_step=info.min_step)
     forced: list[str] = []
     parents = find_parents(config.lora, forced.append)
     config, about_rank = with_parents(config, parents)

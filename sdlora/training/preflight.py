@@ -9,12 +9,12 @@ from pathlib import Path
 
 from sdlora.config import RunConfig
 from sdlora.data.buckets import BucketPlan
+from sdlora.data.dataset import read_dataset
 from sdlora.data.doctor import contact_sheet, examine, summary
 from sdlora.data.records import DatasetIndex, Finding
 from sdlora.errors import ConfigError
-from sdlora.evaluation.dataset import read_dataset
 from sdlora.models.info import BaseInfo, inspect_base
-from sdlora.models.tokens import count_tokens, load_tokenizer
+from sdlora.models.tokenizer import count_tokens, load_tokenizer
 from sdlora.writing import write_file
 
 
@@ -61,7 +61,7 @@ def check_folder(config: RunConfig, sheet: Path | None = None) -> Checkup:
             f"--contact-sheet {sheet} is in the image folder and would be trained on; give another place"
         )
     info = inspect_base(config.base, config.objective)
-    index, buckets = read_dataset(config, info)
+    index, buckets = read_dataset(config, resolution=info.resolution, min_step=info.min_step)
     findings, lines = examine_images(config, info, index, buckets)
     if sheet is not None:
         drawing = contact_sheet(index, buckets, config.data)

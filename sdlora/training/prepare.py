@@ -15,22 +15,20 @@ from sdlora.data.buckets import Crop
 from sdlora.data.cache import TensorCache, cache_folder
 from sdlora.data.records import ImageRecord
 from sdlora.diffusion.objective import Objective
-from sdlora.evaluation.heldout import HeldoutItem
-from sdlora.evaluation.prediction import recognise_prediction
+from sdlora.evaluation.heldout import HeldoutItem, recognise_prediction
 from sdlora.lora.adapter import Adapter
-from sdlora.lora.ancestors import Stack, stack_of
 from sdlora.lora.attach import mount
 from sdlora.lora.layers import Dropout
-from sdlora.models.condition import Condition
+from sdlora.models.conditioning import Condition
+from sdlora.models.dtypes import Precision
 from sdlora.models.load import load_base
 from sdlora.models.stable_diffusion import StableDiffusion
-from sdlora.training.adapter import make_adapter
+from sdlora.training.adapter import make_adapter, text_digest
 from sdlora.training.console import Report
 from sdlora.training.defaults import spread_records
-from sdlora.training.device import Precision
 from sdlora.training.encodings import Encodings
-from sdlora.training.parents import text_digest
 from sdlora.training.plan import RunPlan
+from sdlora.tree.lineage import Stack, stack_of
 
 NUM_HELDOUT = 64
 NUM_ASKED = 2

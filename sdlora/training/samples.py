@@ -13,16 +13,16 @@ from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 
-from sdlora.lora.files import load_adapter
+from sdlora.formats.files import load_adapter
 from sdlora.runs import RunFolder
 from sdlora.sampling.generate import make_columns
-from sdlora.sampling.pictures import BLANKS, Picture
+from sdlora.sampling.images import BLANKS, Picture
 from sdlora.sampling.request import make_pictures, request_of_run, write_pictures
+from sdlora.training.batch_size import as_out_of_memory
 from sdlora.training.console import Report
-from sdlora.training.out_of_memory import as_out_of_memory
+from sdlora.training.distributed import count_over, meet, sum_over
 from sdlora.training.plan import RunPlan
 from sdlora.training.prepare import Prepared
-from sdlora.training.processes import count_over, meet, sum_over
 
 
 class _Stopping(Exception):

@@ -13,32 +13,31 @@ from accelerate.utils import set_seed
 
 from sdlora.config import RunConfig, load_config
 from sdlora.errors import ConfigError
+from sdlora.models.dtypes import Precision
 from sdlora.models.load import attention_kernel
 from sdlora.runs import RunFolder, next_free_folder
-from sdlora.training.announce import announce
-from sdlora.training.changes import apply_changes, global_batch_of
 from sdlora.training.console import Report
-from sdlora.training.device import (
-    Precision,
-    describe_environment,
-    make_accelerator,
-    start_trackers,
-)
-from sdlora.training.failure import telling_failure, telling_no_start
-from sdlora.training.finish import finish
-from sdlora.training.identity import Change, check_same_plan
-from sdlora.training.loop import Trainer
-from sdlora.training.memory import find_machine
-from sdlora.training.plan import RunPlan, check_disk, make_plan
-from sdlora.training.prepare import doubt_prediction, prepare
-from sdlora.training.processes import (
+from sdlora.training.device import describe_environment, find_machine, make_accelerator, start_trackers
+from sdlora.training.distributed import (
     count_over,
     failing_together,
     meet,
     num_launched,
     text_of_main,
 )
-from sdlora.training.resume import check_state, newest_complete_step
+from sdlora.training.finish import finish, telling_failure, telling_no_start
+from sdlora.training.loop import Trainer
+from sdlora.training.plan import RunPlan, check_disk, make_plan
+from sdlora.training.plan_summary import announce
+from sdlora.training.prepare import doubt_prediction, prepare
+from sdlora.training.resume import (
+    Change,
+    apply_changes,
+    check_same_plan,
+    check_state,
+    global_batch_of,
+    newest_complete_step,
+)
 
 
 def train(

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from sdlora.config import BaseSection
+from sdlora.formats.files import inspect_adapter, load_adapter, save_adapter
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_targets
-from sdlora.lora.files import inspect_adapter, load_adapter, save_adapter
-from sdlora.lora.lineage import lineage_below, lineage_notes
-from sdlora.models.empty import empty_unet
 from sdlora.models.info import inspect_base
+from sdlora.models.meta import empty_unet
+from sdlora.tree.lineage import lineage_below, lineage_notes
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from sdlora.formats.files import inspect_adapter, load_adapter, save_adapter
 from sdlora.lora.adapter import Adapter, LowRank
-from sdlora.lora.files import inspect_adapter, load_adapter, save_adapter
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 

@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 import pytest
 
+from sdlora.aliases import ELSEWHERE, MEANINGS
 from sdlora.config import RunConfig, Section
-from sdlora.settings import ELSEWHERE, MEANINGS
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 SECTIONS = {name: section for name, section in RunConfig() if isinstance(section, Section)}

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from sdlora.config import ObjectiveSection
-from sdlora.diffusion.noise import add_pyramid, draw_noise, perturb
+from sdlora.diffusion.objective import add_pyramid, draw_noise, perturb
 
 SHAPE = torch.Size((4, 24, 16))
 

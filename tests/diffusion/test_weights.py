@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sdlora.config import ObjectiveSection
+from sdlora.diffusion.losses import debiased_weight, min_snr_weight, timestep_weight
 from sdlora.diffusion.schedule import NoiseSchedule
-from sdlora.diffusion.weights import debiased_weight, min_snr_weight, timestep_weight
 
 # SNR at these is 9, 1 and 0.
 ALPHA_BAR = torch.tensor([0.9, 0.5, 0.0])

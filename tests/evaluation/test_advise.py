@@ -12,8 +12,8 @@ from sdlora.config import load_config
 from sdlora.errors import ConfigError, RunError
 from sdlora.evaluation.advise import advise_rank, candidate_ranks
 from sdlora.evaluation.bench import open_bench
-from sdlora.lora.files import inspect_adapter, load_adapter, save_adapter
-from sdlora.lora.resize import resize
+from sdlora.formats.files import inspect_adapter, load_adapter, save_adapter
+from sdlora.rank.resize import resize
 from sdlora.training.train import train
 
 

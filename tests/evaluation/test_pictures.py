@@ -9,9 +9,14 @@ from PIL import Image, ImageDraw
 from sdlora.config import BaseSection
 from sdlora.data.captions import has_trigger
 from sdlora.data.tensors import image_to_tensor
-from sdlora.evaluation.evaluate import Evaluation, remove_trigger
+from sdlora.evaluation.evaluate import (
+    Evaluation,
+    PictureDistance,
+    mean_distance,
+    picture_distances,
+    remove_trigger,
+)
 from sdlora.evaluation.heldout import HeldoutLoss
-from sdlora.evaluation.pictures import PictureDistance, mean_distance, picture_distances
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
 

@@ -9,9 +9,9 @@ from typing import Any
 from hypothesis import strategies as st
 
 from sdlora.errors import unfit_letters
+from sdlora.formats.files import inspect_adapter, load_adapter, save_adapter
 from sdlora.lora.adapter import check_base
-from sdlora.lora.files import inspect_adapter, load_adapter, save_adapter
-from sdlora.lora.nodes import read_node
+from sdlora.tree.nodes import read_node
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
 MODULES = (

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sdlora.errors import AdapterError, ConfigError
+from sdlora.formats.write import fold
 from sdlora.lora.attach import (
     attach,
     count_parameters,
@@ -18,7 +19,6 @@ from sdlora.lora.attach import (
     mount,
     mounted,
 )
-from sdlora.lora.formats import fold
 from sdlora.lora.modules import carrier_layers, lora_layers
 
 

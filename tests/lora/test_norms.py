@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sdlora.lora.norms import limit_norms
+from sdlora.lora.adapter import limit_norms
 
 
 def test_norms_are_limited_in_place(unet, make_adapter, deltas):

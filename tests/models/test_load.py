@@ -22,10 +22,10 @@ from sdlora.config import BaseSection
 from sdlora.errors import ModelError
 from sdlora.models import load
 from sdlora.models.dtypes import DTYPES
-from sdlora.models.empty import empty_components, empty_unet
 from sdlora.models.hub import BUILTIN
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import attention_kernel, load_base, load_part, load_stock_pipeline, vae_dtype
+from sdlora.models.meta import empty_components, empty_unet
 from sdlora.models.quiet import quiet
 from sdlora.models.stable_diffusion import StableDiffusion
 
@@ -77,7 +77,7 @@ def test_loading_prints_nothing() -> None:
     """R-27: importing and loading the built-in base is silent, also in few bits and as a stock pipeline."""
     code = (
         "import torch; from sdlora.config import BaseSection; from sdlora.models.load import *;"
-        "from sdlora.models.empty import empty_unet; from sdlora.models.info import inspect_base;"
+        "from sdlora.models.meta import empty_unet; from sdlora.models.info import inspect_base;"
         "info = inspect_base(BaseSection()); load_base(info, dtype=torch.float32, device='cpu');"
         "few = inspect_base(BaseSection(quantize='nf4')); load_base(few, dtype=torch.float32, device='cpu');"
         "empty_unet(info); load_stock_pipeline(info); load_stock_pipeline(info, only=['unet'])"

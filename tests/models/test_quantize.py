@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdlora.models.empty import empty_unet
 from sdlora.models.info import BaseInfo
 from sdlora.models.load import load_base
+from sdlora.models.meta import empty_unet
 from sdlora.models.quantize import (
     Int8,
     Nf4,

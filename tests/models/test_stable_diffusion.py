@@ -14,7 +14,7 @@ from sdlora.data.buckets import Crop
 from sdlora.data.records import Size
 from sdlora.data.tensors import crop_to_time_ids
 from sdlora.errors import ModelError
-from sdlora.models.condition import Condition
+from sdlora.models.conditioning import Condition
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base, load_stock_pipeline
 from sdlora.models.stable_diffusion import StableDiffusion

@@ -15,9 +15,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from sdlora.errors import ModelError
+from sdlora.models.components import Part
 from sdlora.models.info import BaseInfo
 from sdlora.models.load import load_stock_pipeline, load_unet
-from sdlora.models.parts import Part
 from sdlora.models.quantize import Int8, QuantizedLinear, quantize
 from sdlora.models.stream import DTYPES, fill, read_part
 
@@ -152,7 +152,7 @@ MEASURE = """
 import json, psutil, sys, torch
 from pathlib import Path
 from torch import nn
-from sdlora.models.parts import Part
+from sdlora.models.components import Part
 from sdlora.models.stream import fill, read_part
 with torch.device("meta"):
     module = nn.Sequential(*[nn.Linear(2048, 4096, bias=False) for _ in range(8)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from sdlora.report.curve import draw_loss_curve, loss_figure
+from sdlora.report.plots import draw_loss_curve, loss_figure
 from sdlora.runs import RunFolder
 
 

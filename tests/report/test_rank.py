@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from sdlora.report.rank import draw_rank_curve
+from sdlora.report.plots import draw_rank_curve
 
 
 def test_a_picture_of_the_ranks(tmp_path):

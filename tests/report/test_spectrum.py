@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from sdlora.report.spectrum import draw_spectrum
+from sdlora.report.plots import draw_spectrum
 
 
 def test_a_picture_of_the_values(tmp_path):

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from sdlora.errors import AdapterError, ConfigError, ModelError
+from sdlora.formats.files import save_adapter
 from sdlora.lora.adapter import Adapter, LowRank
-from sdlora.lora.files import save_adapter
 from sdlora.models.stable_diffusion import StableDiffusion
-from sdlora.sampling.checks import check_prompts
 from sdlora.sampling.generate import generate
-from sdlora.sampling.pictures import SampleSettings
+from sdlora.sampling.images import SampleSettings
+from sdlora.sampling.schedulers import check_prompts
 from sdlora.sampling.session import sample
 
 PROMPTS = ["a tractor"]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sdlora.sampling.grid import Layout, make_grid
-from sdlora.sampling.pictures import WITHHELD, Picture
+from sdlora.sampling.images import WITHHELD, Picture
 
 RED, GREEN, BLUE, BLANK = (200, 30, 30), (30, 160, 60), (40, 60, 200), (230, 230, 230)
 

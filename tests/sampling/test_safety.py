@@ -24,7 +24,7 @@ from sdlora.models.load import DTYPE, PIPELINES, load_base
 from sdlora.models.quiet import quiet
 from sdlora.models.safety import SafetyChecker, missing_checker
 from sdlora.sampling.generate import generate
-from sdlora.sampling.pictures import WITHHELD, SampleSettings
+from sdlora.sampling.images import WITHHELD, SampleSettings
 from sdlora.sampling.session import sample
 
 PROMPTS = ["a tractor", "a red apple on a blue background"]

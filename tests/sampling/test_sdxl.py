@@ -13,16 +13,16 @@ import torch
 from diffusers import DDIMScheduler
 
 from sdlora.config import BaseSection
+from sdlora.formats.files import load_adapter, save_adapter
 from sdlora.lora.adapter import Adapter, create_adapter
 from sdlora.lora.attach import match_targets, mount
-from sdlora.lora.files import load_adapter, save_adapter
 from sdlora.lora.modules import lora_layers
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base, load_stock_pipeline
 from sdlora.models.stable_diffusion import StableDiffusion
-from sdlora.sampling.checks import resolve_settings
 from sdlora.sampling.generate import encode_prompts, generate
-from sdlora.sampling.pictures import Picture, SampleSettings
+from sdlora.sampling.images import Picture, SampleSettings
+from sdlora.sampling.schedulers import resolve_settings
 
 # diffusers' schedulers speak to numpy in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")

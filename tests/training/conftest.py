@@ -21,19 +21,19 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-import sdlora.postflight
+import sdlora.export.postflight
 from sdlora.config import RunConfig, load_config
-from sdlora.lora.files import load_adapter
+from sdlora.formats.files import load_adapter
 from sdlora.runs import RunFolder
 from sdlora.training import prepare as preparation
 from sdlora.training.checkpoint import read_checkpoint
 from sdlora.training.console import Report
 from sdlora.training.device import describe_environment, make_accelerator
-from sdlora.training.journal import StepResult
-from sdlora.training.learner import named_tensors
+from sdlora.training.logger import StepResult
 from sdlora.training.loop import Trainer
 from sdlora.training.plan import make_plan
 from sdlora.training.prepare import prepare
+from sdlora.training.step import named_tensors
 
 SMALL = {
     "data.resolution": 64,
@@ -292,7 +292,7 @@ def command_line() -> Callable[..., list[str]]:
 @pytest.fixture
 def warm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The base is loaded once in this process; every fork has a copy of its own."""
-    for module, name in ((preparation, "load_base"), (sdlora.postflight, "load_stock_pipeline")):
+    for module, name in ((preparation, "load_base"), (sdlora.export.postflight, "load_stock_pipeline")):
         monkeypatch.setattr(module, name, kept(getattr(module, name)))
 
 

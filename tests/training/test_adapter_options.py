@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sdlora.errors import SdloraError
-from sdlora.lora.files import inspect_adapter, load_adapter, save_adapter
-from sdlora.training.announce import describe_plan
+from sdlora.formats.files import inspect_adapter, load_adapter, save_adapter
 from sdlora.training.plan import make_plan
+from sdlora.training.plan_summary import describe_plan
 from sdlora.training.train import train
 
 OPTIONS = {

@@ -17,21 +17,20 @@ from sdlora.config import BaseSection
 from sdlora.errors import AdapterError, ConfigError, RunError
 from sdlora.evaluation.evaluate import evaluate
 from sdlora.evaluation.heldout import heldout_loss
+from sdlora.formats.files import load_adapter, save_adapter
+from sdlora.formats.write import round_adapter
 from sdlora.lora.adapter import Adapter, create_adapter
-from sdlora.lora.ancestors import load_path
 from sdlora.lora.attach import match_targets, mounted
-from sdlora.lora.files import load_adapter, save_adapter
-from sdlora.lora.formats import round_adapter
-from sdlora.lora.lineage import digest_file, lineage_below, lineage_notes, read_lineage
-from sdlora.lora.resize import resize
-from sdlora.lora.tree import AdapterTree
-from sdlora.models.empty import empty_unet
 from sdlora.models.info import inspect_base
+from sdlora.models.meta import empty_unet
+from sdlora.rank.resize import resize
 from sdlora.runs import RunFolder
 from sdlora.sampling.session import sample
-from sdlora.training.announce import describe_plan
 from sdlora.training.plan import make_plan
+from sdlora.training.plan_summary import describe_plan
 from sdlora.training.train import resume, train
+from sdlora.tree.lineage import digest_file, lineage_below, lineage_notes, load_path, read_lineage
+from sdlora.tree.tree import AdapterTree
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import torch
 
 from sdlora.config import load_config
 from sdlora.errors import ConfigError
-from sdlora.models.dtypes import has_bf16
-from sdlora.training.device import Precision, choose_precision
+from sdlora.models.dtypes import Precision, has_bf16
+from sdlora.training.device import choose_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -52,7 +52,7 @@ from PIL import Image
 import sdlora.runs
 from sdlora.cli import main
 from sdlora.errors import RunError
-from sdlora.lora.files import load_adapter
+from sdlora.formats.files import load_adapter
 from sdlora.runs import RunFolder
 from sdlora.sampling import generate
 from sdlora.training import finish

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sdlora.lora.attach import count_parameters, match_modules
-from sdlora.models.empty import empty_model
+from sdlora.models.meta import empty_model
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ torch.set_num_threads(1)
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_modules, mount
 from sdlora.models.load import empty_model
-from sdlora.models.parts import Part
+from sdlora.models.components import Part
 from sdlora.models.stream import fill
 
 config, scheme = json.loads(sys.argv[1]), sys.argv[2]

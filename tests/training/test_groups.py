@@ -7,7 +7,7 @@ import torch
 
 from sdlora.config import TrainSection
 from sdlora.errors import ConfigError
-from sdlora.training.groups import describe_rates, group_parameters, match_rates
+from sdlora.training.optimizer import describe_rates, group_parameters, match_rates
 
 MODULES = (
     "down_blocks.0.attn1.to_q",

@@ -16,12 +16,12 @@ import sdlora
 from sdlora.data.images import load_image
 from sdlora.data.tensors import image_to_tensor
 from sdlora.errors import TrainingDiverged
-from sdlora.lora.files import load_adapter
+from sdlora.formats.files import load_adapter
 from sdlora.lora.modules import lora_layers
-from sdlora.training.announce import describe_plan
 from sdlora.training.device import start_trackers
-from sdlora.training.learner import named_tensors
 from sdlora.training.optimizer import learning_rate
+from sdlora.training.plan_summary import describe_plan
+from sdlora.training.step import named_tensors
 from sdlora.training.train import train
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sdlora.errors import TrainingDiverged
-from sdlora.report.course import describe_state
+from sdlora.report.summary import describe_state
 from sdlora.runs import RunFolder
-from sdlora.training import learner
+from sdlora.training import step as learner
 from sdlora.training.train import train
 
 SMALL_RUN = {"train__steps": 4, "train__save_every": 2, "train__sample_every": 0, "train__evaluate_every": 0}

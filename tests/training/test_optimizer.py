@@ -10,8 +10,13 @@ import torch
 from sdlora.config import TrainSection
 from sdlora.data.batches import deal
 from sdlora.errors import ConfigError
-from sdlora.training.groups import ParameterGroup
-from sdlora.training.optimizer import build_optimizer, check_optimizer, learning_rate, num_warmup_steps
+from sdlora.training.optimizer import (
+    ParameterGroup,
+    build_optimizer,
+    check_optimizer,
+    learning_rate,
+    num_warmup_steps,
+)
 
 
 def groups_of(*ratios: float) -> list[ParameterGroup]:

@@ -11,8 +11,8 @@ from safetensors import safe_open
 import sdlora
 from sdlora.data.images import load_image
 from sdlora.errors import AdapterError, RunStopped, TrainingDiverged
+from sdlora.formats.files import load_adapter
 from sdlora.lora.adapter import check_base
-from sdlora.lora.files import load_adapter
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_stock_pipeline
 from sdlora.sampling.session import sample

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 import sdlora
 from sdlora.config import BaseSection, load_config
 from sdlora.errors import ConfigError, RunStopped
+from sdlora.formats.files import load_adapter, save_adapter
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_targets
-from sdlora.lora.files import load_adapter, save_adapter
-from sdlora.models.empty import empty_components
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base, load_stock_pipeline
+from sdlora.models.meta import empty_components
 from sdlora.sampling.session import sample
 from sdlora.training.checkpoint import read_checkpoint
 from sdlora.training.plan import make_plan

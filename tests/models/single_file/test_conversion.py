@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from sdlora.config import BaseSection
-from sdlora.conversion.extract import extract
-from sdlora.conversion.merge import merge_into_base
 from sdlora.errors import AdapterError
+from sdlora.export.extract import extract
+from sdlora.export.merge_into_base import merge_into_base
 from sdlora.lora.adapter import Adapter, create_adapter
 from sdlora.lora.attach import match_targets
 from sdlora.models.info import inspect_base

@@ -15,10 +15,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sdlora.config import BaseSection
 from sdlora.errors import ModelError
-from sdlora.models.empty import empty_unet
+from sdlora.models.infer_config import clip_config, open_clip_config, unet_config, vae_config
 from sdlora.models.info import inspect_base
-from sdlora.models.original import names_of_unet
-from sdlora.models.shapes import clip_config, open_clip_config, unet_config, vae_config
+from sdlora.models.ldm_keys import names_of_unet
+from sdlora.models.meta import empty_unet
 
 ATTENDS = "CrossAttnDownBlock2D"
 UNETS: dict[str, dict[str, Any]] = {

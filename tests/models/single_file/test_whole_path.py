@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import sdlora
 from sdlora.errors import AdapterError, ConfigError, RunError
-from sdlora.lora.files import inspect_adapter, load_adapter
+from sdlora.formats.files import inspect_adapter, load_adapter
 from sdlora.runs import RunFolder
 
 FAMILIES = ("sd1", "sd2", "sdxl")

@@ -1,0 +1,159 @@
+"""What a LoRA file says about the run that made it, in the keys that other tools read (R-42).
+
+`ss_*` is read by kohya's tools, A1111 and its forks and Civitai; `modelspec.*` by newer managers of models;
+`sdlora.*` is our own. What describes the tensors (rank, alpha, names, hash) is added when a file is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from sdlora.tree.lineage import Ancestor, lineage_notes
+
+_PREDICTIONS = {"v_prediction": "v"}
+_OPTIONS = {
+    "dropout": "ss_network_dropout",
+    "max_norm": "ss_scale_weight_norms",
+    "min_snr_gamma": "ss_min_snr_gamma",
+    "debiased": "ss_debiased_estimation",
+    "noise_offset": "ss_noise_offset",
+    "pyramid_noise": "ss_multires_noise_iterations",
+    "pyramid_discount": "ss_multires_noise_discount",
+    "input_perturbation": "ss_ip_noise_gamma",
+}
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run in plain values; nothing here may be private (no paths)."""
+
+    title: str
+    base_name: str
+    base_digest: str
+    family: str
+    kohya_version: str
+    """`sd_v1`, `sd_v2`, `sd_v2_v`, `sdxl_base_v1-0`."""
+    kohya_v2: bool
+    architecture: str
+    """Of the base, as modelspec has it: `stable-diffusion-v1`."""
+    prediction_type: str
+    trigger: str | None
+    rank: int
+    alpha: float
+    targets: Sequence[str]
+    steps: int
+    images_seen: int
+    repeats: Mapping[int, int]
+    """How often an epoch shows a picture, to how many pictures it shows so often."""
+    dataset_digest: str
+    resolution: int
+    batch_size: int
+    """Global."""
+    learning_rate: float
+    """Of the UNet."""
+    optimizer: str
+    schedule: str
+    precision: str
+    seed: int
+    date: str
+    """When the run was started, ISO 8601; never the time of the export."""
+    base_hashes: tuple[str, str] | None = None
+    """Of a base in one file, as kohya and the web UIs have them: old and new; a folder has none."""
+    text_learning_rate: float | None = None
+    """Of text encoders, where they learn."""
+    ancestors: Sequence[Ancestor] = ()
+    """What it was trained on top of, the root first."""
+    heldout_loss: float | None = None
+    """On the held-out pictures, at this step."""
+    captions: Sequence[str] | None = None
+    """All captions, only by consent (`export.include_captions`)."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of adapter and objective that are not the usual ones, by their name in the section."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Package to version."""
+
+    @property
+    def num_images(self) -> int:
+        """Pictures trained on."""
+        return sum(self.repeats.values())
+
+
+def run_metadata(facts: RunFacts) -> dict[str, str]:
+    """The metadata of a file; all values are text, as safetensors asks."""
+    started = datetime.fromisoformat(facts.date)
+    # Without a zone the text would mean another moment on another machine.
+    started = started if started.tzinfo else started.replace(tzinfo=UTC)
+    texts: dict[str, object] = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{facts.architecture}/lora",
+        "modelspec.title": facts.title,
+        "modelspec.date": started.replace(microsecond=0).isoformat(),
+        "modelspec.resolution": f"{facts.resolution}x{facts.resolution}",
+        "modelspec.prediction_type": _PREDICTIONS.get(facts.prediction_type, facts.prediction_type),
+        "ss_output_name": facts.title,
+        "ss_v2": facts.kohya_v2,
+        "ss_base_model_version": facts.kohya_version,
+        "ss_sd_model_name": facts.base_name,
+        "ss_training_started_at": started.timestamp(),
+        "ss_steps": facts.steps,
+        "ss_max_train_steps": facts.steps,
+        "ss_num_train_images": sum(repeats * count for repeats, count in facts.repeats.items()),
+        "ss_num_reg_images": 0,
+        "ss_total_batch_size": facts.batch_size,
+        "ss_resolution": f"({facts.resolution}, {facts.resolution})",
+        "ss_learning_rate": facts.learning_rate,
+        "ss_unet_lr": facts.learning_rate,
+        "ss_optimizer": facts.optimizer,
+        "ss_lr_scheduler": facts.schedule,
+        "ss_mixed_precision": facts.precision,
+        "ss_seed": facts.seed,
+        "ss_tag_frequency": json.dumps(tag_frequency(facts), ensure_ascii=False),
+        "ss_dataset_dirs": json.dumps(_folders(facts)),
+        "sdlora.family": facts.family,
+        "sdlora.base_name": facts.base_name,
+        "sdlora.base_digest": facts.base_digest,
+        "sdlora.prediction_type": facts.prediction_type,
+        "sdlora.trained_rank": facts.rank,
+        "sdlora.trained_alpha": f"{facts.alpha:g}",
+        "sdlora.targets": json.dumps(list(facts.targets)),
+        "sdlora.steps": facts.steps,
+        "sdlora.images_seen": facts.images_seen,
+        "sdlora.resolution": facts.resolution,
+        "sdlora.dataset_digest": facts.dataset_digest,
+        "sdlora.versions": json.dumps(dict(facts.versions), sort_keys=True),
+    }
+    if facts.text_learning_rate is not None:
+        texts["ss_text_encoder_lr"] = facts.text_learning_rate
+    if facts.base_hashes:
+        texts["ss_sd_model_hash"], texts["ss_new_sd_model_hash"] = facts.base_hashes
+    texts |= lineage_notes(facts.ancestors)
+    if facts.heldout_loss is not None:
+        texts["sdlora.heldout_loss"] = f"{facts.heldout_loss:.6g}"
+    if facts.trigger:
+        texts |= {"modelspec.trigger_phrase": facts.trigger, "sdlora.trigger": facts.trigger}
+    texts |= {f"sdlora.{name}": json.dumps(value) for name, value in facts.options.items()}
+    texts |= {key: facts.options[name] for name, key in _OPTIONS.items() if name in facts.options}
+    if facts.captions is not None:
+        texts["sdlora.captions"] = json.dumps(list(facts.captions), ensure_ascii=False)
+    return {key: str(value) for key, value in texts.items()}
+
+
+def _folders(facts: RunFacts) -> dict[str, dict[str, int]]:
+    """As kohya lists its `N_name` folders; their own names are private."""
+    return {
+        "images" if repeats == 1 else f"{repeats}_images": {"n_repeats": repeats, "img_count": count}
+        for repeats, count in sorted(facts.repeats.items())
+    }
+
+
+def tag_frequency(facts: RunFacts) -> dict[str, dict[str, int]]:
+    """How often each tag occurs; without consent to show captions, the trigger alone."""
+    if facts.captions is None:
+        return {"images": {facts.trigger: facts.num_images}} if facts.trigger else {}
+    tags = (tag.strip() for caption in facts.captions for tag in caption.split(","))
+    return {"images": dict(sorted(Counter(tag for tag in tags if tag).items()))}

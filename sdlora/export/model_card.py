@@ -1,0 +1,114 @@
+"""The README.md beside an adapter, as Hugging Face reads it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdlora.export.metadata import RunFacts
+from sdlora.writing import write_text
+
+TAGS = ("lora", "diffusers", "stable-diffusion", "text-to-image", "sdlora")
+
+
+def write_model_card(
+    path: Path,
+    facts: RunFacts,
+    *,
+    prompts: Sequence[str],
+    grid: str | None = None,
+    weights: str = "final.safetensors",
+) -> Path:
+    """Writes the card: front matter, grid, how to use it, settings.
+
+    Args:
+        path: `README.md`.
+        facts: The run.
+        prompts: With the trigger already in place.
+        grid: The picture's name beside the card.
+        weights: The diffusers file's name beside the card.
+    """
+    sections = [
+        _front_matter(facts, prompts, grid),
+        f"# {facts.title}\n\n{_summary(facts)}",
+        f"![base beside style]({grid})" if grid else "",
+        f"## Use\n\n{_usage(facts, prompts, weights)}",
+        f"## Settings\n\n{_settings(facts)}",
+    ]
+    return write_text(path, "\n\n".join(section for section in sections if section) + "\n")
+
+
+def _front_matter(facts: RunFacts, prompts: Sequence[str], grid: str | None) -> str:
+    """YAML; a JSON text is a YAML text, so that quotes, colons and line breaks in prompts are safe."""
+    lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image"]
+    # Hugging Face refuses a base_model that is not the id of a model there.
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", facts.base_name):
+        lines.append(f"base_model: {_quote(facts.base_name)}")
+    lines += ["tags:", *(f"- {tag}" for tag in TAGS)]
+    if facts.trigger:
+        lines.append(f"instance_prompt: {_quote(facts.trigger)}")
+    if prompts:
+        lines.append("widget:")
+    for number, prompt in enumerate(prompts):
+        lines.append(f"- text: {_quote(prompt)}")
+        if grid and number == 0:
+            lines += ["  output:", f"    url: {_quote(grid)}"]
+    return "\n".join([*lines, "---"])
+
+
+def _summary(facts: RunFacts) -> str:
+    trigger = f" Write `{facts.trigger}` in the prompt." if facts.trigger else ""
+    path = " and ".join(map(str, facts.ancestors))
+    parents = (
+        f"\n\nIt was trained on top of {path}, and is right only there: load them as named adapters "
+        "together, or join them into one file with `sdlora tree flatten`."
+    )
+    return (
+        f"A style LoRA for {facts.base_name} ({facts.architecture}), trained with sdlora on "
+        f"{facts.num_images} pictures.{trigger}{parents if path else ''}"
+    )
+
+
+def _usage(facts: RunFacts, prompts: Sequence[str], weights: str) -> str:
+    prompt = next(iter(prompts), facts.trigger or "a picture")
+    base = _quote(facts.base_name)
+    if facts.base_name == "builtin":
+        base = 'Path(sdlora.__file__).parent / "builtin" / "base"'
+    imports = ["from pathlib import Path", "", "import sdlora"] if facts.base_name == "builtin" else []
+    code = [
+        *imports,
+        "from diffusers import StableDiffusionPipeline",
+        "",
+        f"pipe = StableDiffusionPipeline.from_pretrained({base})",
+        f'pipe.load_lora_weights(".", weight_name={_quote(weights)})  # or this repository\'s name',
+        f"image = pipe({_quote(prompt)}).images[0]",
+    ]
+    return "\n".join(["```python", *code, "```"])
+
+
+def _settings(facts: RunFacts) -> str:
+    rate = facts.text_learning_rate
+    text = "" if rate is None else f" (text encoders {rate:g})"
+    rows = {
+        "base": facts.base_name,
+        "trigger": facts.trigger or "none",
+        "rank, alpha": f"{facts.rank}, {facts.alpha:g}",
+        "targets": ", ".join(facts.targets),
+        "steps": facts.steps,
+        "images, images seen": f"{facts.num_images}, {facts.images_seen}",
+        "batch size": facts.batch_size,
+        "learning rate": f"{facts.learning_rate:g}{text}, {facts.schedule}",
+        "optimizer": facts.optimizer,
+        "precision": facts.precision,
+        "resolution": f"{facts.resolution} px",
+        "seed": facts.seed,
+        "date": facts.date[:10],
+    }
+    lines = [f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items()]
+    return "\n".join(["| setting | value |", "|---|---|", *lines])
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,217 @@
+"""How module names are spelled in LoRA files: dotted (diffusers, PEFT, ComfyUI), with underscores (kohya)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from sdlora.errors import AdapterError
+from sdlora.formats.sgm_keys import is_sgm, module_to_sgm, sgm_to_module
+from sdlora.lora.modules import LAYERS_PER_BLOCK, with_text_model
+
+Dialect = Literal["diffusers", "kohya"]
+Part = Literal["down", "up", "alpha"]
+
+# Names inside a UNet or CLIP text encoder that contain an underscore themselves; all other
+# underscores of a kohya key were dots.
+# fmt: off
+_COMPOUNDS = frozenset({
+    "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "to_q", "to_k", "to_v", "to_out",
+    "proj_in", "proj_out", "time_emb_proj", "conv_shortcut", "time_embedding", "add_embedding",
+    "encoder_hid_proj", "linear_1", "linear_2", "cond_proj", "conv_in", "conv_out", "text_model", "self_attn",
+    "q_proj", "k_proj", "v_proj", "out_proj", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out",
+    "text_projection", "input_blocks", "middle_block", "output_blocks", "in_layers", "out_layers",
+    "emb_layers", "skip_connection", "time_embed", "label_emb",
+})
+# fmt: on
+_LONGEST = max(name.count("_") + 1 for name in _COMPOUNDS)
+_WRAPPERS = ("base_model.model.", "module.", "_orig_mod.", "unet.", "diffusion_model.")
+_KOHYA_PREFIXES = {
+    "lora_unet_": "",
+    "lycoris_": "",
+    "lora_te_": "text_encoder.",
+    "lora_te1_": "text_encoder.",
+    "lora_te2_": "text_encoder_2.",
+}
+_COMFYUI_PREFIXES = {
+    "text_encoders.clip_l.transformer.": "text_encoder.",
+    "text_encoders.clip_h.transformer.": "text_encoder.",
+    "text_encoders.clip_g.transformer.": "text_encoder_2.",
+}
+_PATTERNS: tuple[tuple[re.Pattern[str], dict[str, Part]], ...] = (
+    (re.compile(r"(.+)\.(lora_[AB])(?:\.[^.]+)?\.weight"), {"lora_A": "down", "lora_B": "up"}),
+    (re.compile(r"(.+)\.(lora_down|lora_up)\.weight"), {"lora_down": "down", "lora_up": "up"}),
+    (re.compile(r"(.+)\.(?:lora|lora_linear_layer)\.(down|up)\.weight"), {"down": "down", "up": "up"}),
+    (re.compile(r"(.+\.processor\.to_(?:[qkv]|out))_lora\.(down|up)\.weight"), {"down": "down", "up": "up"}),
+    (re.compile(r"(.+)\.(alpha)"), {"alpha": "alpha"}),
+)
+_OTHER_ADAPTERS = {
+    ".hada_w": "a LoHa",
+    ".lokr_w": "a LoKr",
+    ".oft_": "an OFT",
+    ".lora_mid": "a Tucker-decomposed LoRA",
+    ".dora_scale": "a DoRA",
+    ".lora_magnitude_vector": "a DoRA",
+    ".lora_B.bias": "a LoRA that also trains biases",
+    ".vera_lambda": "a VeRA",
+    ".a1.weight": "a GLoRA",
+    ".on_input": "an (IA)3",
+    ".w_norm": "a LyCORIS file that also trains norm layers",
+    ".diff\n": "a file of whole weight differences",
+    "bundle_emb.": "a LoRA bundled with textual inversion embeddings",
+}
+
+
+def module_to_kohya(module: str, *, sdxl: bool = False, layers: int = LAYERS_PER_BLOCK) -> str:
+    """`mid_block.attentions.0.proj_in` becomes `lora_unet_mid_block_attentions_0_proj_in`.
+
+    Args:
+        module: A clean module name.
+        sdxl: Whether the file is for SDXL: the UNet's blocks then have the names of the original code
+            (`lora_unet_middle_block_1_proj_in`), and the first of two text encoders is `te1`.
+        layers: Layers in each block of an SDXL UNet.
+
+    Raises:
+        AdapterError: If the name could not be read back.
+    """
+    if module.startswith("text_encoder."):
+        prefix, name = "lora_te1_" if sdxl else "lora_te_", module.removeprefix("text_encoder.")
+    elif module.startswith("text_encoder_2."):
+        prefix, name = "lora_te2_", module.removeprefix("text_encoder_2.")
+    else:
+        prefix, name = "lora_unet_", module_to_sgm(module, layers) if sdxl else module
+    key = prefix + name.replace(".", "_")
+    if kohya_to_module(key, layers) != module:
+        raise AdapterError(
+            f"module {module} has a name that the kohya format cannot give back; "
+            "export it with --format diffusers"
+        )
+    return key
+
+
+def kohya_to_module(key: str, layers: int = LAYERS_PER_BLOCK) -> str:
+    """The reverse of `module_to_kohya`, for either spelling of blocks.
+
+    Raises:
+        AdapterError: If it is no kohya key; completes "FILE ...".
+    """
+    for prefix, component in _KOHYA_PREFIXES.items():
+        if key.startswith(prefix):
+            name = ".".join(_join_compounds(key.removeprefix(prefix).split("_")))
+            return component + name if component else sgm_to_module(name, layers)
+    raise AdapterError(f"holds {key}, which is no kohya key; one starts with lora_unet_ or lora_te_")
+
+
+def _join_compounds(words: Sequence[str]) -> list[str]:
+    names: list[str] = []
+    start = 0
+    while start < len(words):
+        lengths = range(min(_LONGEST, len(words) - start), 1, -1)
+        length = next((n for n in lengths if "_".join(words[start : start + n]) in _COMPOUNDS), 1)
+        names.append("_".join(words[start : start + length]))
+        start += length
+    return names
+
+
+def clean_module(name: str) -> str:
+    """A module's name without what wrappers (DDP, compile, PEFT) put before and into it."""
+    stripped = name
+    while stripped.startswith(_WRAPPERS):
+        stripped = stripped.removeprefix(next(prefix for prefix in _WRAPPERS if stripped.startswith(prefix)))
+    return ".".join(part for part in stripped.split(".") if part not in ("_orig_mod", "base_layer"))
+
+
+def split_key(key: str, layers: int = LAYERS_PER_BLOCK) -> tuple[str, Part] | None:
+    """The module and the part that a tensor is, for any dialect; None if it is no part of a LoRA.
+
+    Args:
+        key: The tensor's name.
+        layers: Layers in each block of an SDXL UNet.
+    """
+    for pattern, parts in _PATTERNS:
+        match = pattern.fullmatch(key)
+        if match:
+            return _read_name(match[1], layers), parts[match[2]]
+    return None
+
+
+def _read_name(name: str, layers: int) -> str:
+    """The module that a key without its last part means."""
+    if is_kohya_key(name):
+        return kohya_to_module(name, layers)
+    for prefix, component in _COMFYUI_PREFIXES.items():
+        if name.startswith(prefix):
+            return with_text_model(component + name.removeprefix(prefix))
+    name = re.sub(r"(\.attn[12])\.processor(\.to_(?:[qkv]|out))$", r"\1\2", clean_module(name))
+    name = re.sub(r"(\.attn[12]\.to_out)$", r"\1.0", name)
+    return with_text_model(sgm_to_module(name, layers))
+
+
+def has_sgm_names(keys: Iterable[str]) -> bool:
+    """Whether a kohya file has the block names that SDXL files have."""
+    names = (key.split(".")[0].removeprefix("lora_unet_") for key in keys if key.startswith("lora_unet_"))
+    return any(is_sgm(".".join(_join_compounds(name.split("_")))) for name in names)
+
+
+def is_kohya_key(key: str) -> bool:
+    """Whether a key is spelled with underscores."""
+    return key.startswith(tuple(_KOHYA_PREFIXES))
+
+
+def dialect_of(keys: Iterable[str]) -> str:
+    """How a file is spelled, or what it is if it is no LoRA.
+
+    Returns:
+        `kohya`, `lycoris`, `comfyui`, `peft`, `diffusers`, or `diffusers (old)`.
+
+    Raises:
+        AdapterError: If the keys are those of something else; the message completes "FILE ...".
+    """
+    names = list(keys)
+    joined = "".join(f"{name}\n" for name in names)
+    for mark, kind in _OTHER_ADAPTERS.items():
+        if mark in joined:
+            raise AdapterError(f"is {kind}; sdlora reads plain LoRA files only, so train or export it as one")
+    if re.search(r"^(transformer\.|lora_transformer_|lora_unet_(double|single|joint)_blocks)", joined, re.M):
+        raise AdapterError(
+            "is a LoRA for a transformer such as Flux or SD 3; sdlora does SD 1.x, 2.x and SDXL"
+        )
+    if strange := [name for name in names if name.startswith("lora_") and not is_kohya_key(name)]:
+        raise AdapterError(
+            f"has keys of a dialect that sdlora does not know, such as {strange[0]}; kohya's for "
+            "SD 1.x, 2.x and SDXL start with lora_unet_, lora_te_, lora_te1_ or lora_te2_"
+        )
+    if any(name.startswith("lycoris_") for name in names):
+        return "lycoris"
+    if any(is_kohya_key(name) for name in names):
+        return "kohya"
+    if re.search(r"^(diffusion_model\.|text_encoders\.).*lora", joined, re.M):
+        return "comfyui"
+    if re.search(r"\.lora_[AB]\.", joined):
+        return "peft" if re.search(r"^base_model\.|\.lora_[AB]\.(?!weight)", joined, re.M) else "diffusers"
+    if re.search(r"lora.*\.(down|up)\.weight|\.lora_(down|up)\.", joined):
+        return "diffusers (old)"
+    raise AdapterError(f"{_other_kind(names)}; give a LoRA .safetensors file")
+
+
+def _other_kind(names: Sequence[str]) -> str:
+    """What a file of weights is that is no LoRA."""
+    if names and all(name.endswith((".down", ".up")) for name in names):
+        return "is in a checkpoint, for `sdlora resume` alone; the LoRA of its step is in the run's adapters/"
+    for prefix, kind in (
+        ("control_model.", "is a ControlNet, not a LoRA"),
+        ("controlnet_", "is a ControlNet, not a LoRA"),
+        ("model.diffusion_model.", "is a whole base, not a LoRA (it belongs to --base)"),
+        ("first_stage_model.", "is a VAE, not a LoRA (it belongs to base.vae)"),
+        ("quant_conv.", "is a VAE, not a LoRA (it belongs to base.vae)"),
+        ("encoder.conv_in.", "is a VAE, not a LoRA (it belongs to base.vae)"),
+        ("text_model.", "is a text encoder, not a LoRA"),
+        ("emb_params", "is a textual inversion embedding, not a LoRA"),
+        ("input_blocks.", "is a whole UNet, not a LoRA (its base belongs to --base)"),
+        ("down_blocks.", "is a whole UNet, not a LoRA (its base belongs to --base)"),
+    ):
+        if any(name.startswith(prefix) for name in names):
+            return kind
+    shown = ", ".join(sorted(names)[:3])
+    return f"holds no LoRA (its tensors are {shown} ...)" if names else "holds no tensors at all"

@@ -1,0 +1,179 @@
+"""Adapters as the tensors of a file, in the dialects that other programs read.
+
+Files are always scale-folded: `alpha == rank`, so that a loader that honours alpha and one that ignores
+it agree (R-02). R rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sdlora.errors import AdapterError, ConfigError, join_names
+from sdlora.formats.keys import clean_module, module_to_kohya
+from sdlora.formats.sgm_keys import layers_per_block
+from sdlora.lora.adapter import Adapter, LowRank, as_float64, pad
+from sdlora.lora.modules import LAYERS_PER_BLOCK, TEXT_ENCODERS, component_of
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# bf16 keeps 8 bits, so two rounded factors are always some 2e-3 off: who asks for it accepts that, but
+# not more. fp16 is only this far off where its smallest numbers run out.
+LARGEST_ERROR: dict[Precision, float] = {"fp32": math.inf, "bf16": 1e-2, "fp16": 1e-3}
+LARGEST_ZERO_SHARE = 1e-3
+MAX_PADDED = 4 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What writing in a smaller dtype costs (R-36)."""
+
+    asked: Precision
+    used: Precision
+    relative_error: float
+    """Of the whole change at the precision asked: norm of the difference over norm."""
+    newly_zero_share: float
+    """Elements that were not zero and would be, of all elements, at the precision asked."""
+
+
+def fold(adapter: Adapter) -> Adapter:
+    """The same change with the scale inside `up`, so that alpha == rank; the trained alpha is noted."""
+    if all(adapter.scale_of(name) == 1 for name in adapter.modules):
+        return replace(adapter, alpha=float(adapter.rank), scales={}) if adapter.scales else adapter
+    modules = {
+        name: LowRank(
+            pair.down.detach().float(),
+            (as_float64(pair.up) * adapter.scale_of(name)).float().reshape(pair.up.shape).to(pair.up.device),
+        )
+        for name, pair in adapter.modules.items()
+    }
+    notes = {"sdlora.trained_alpha": f"{adapter.alpha:g}", **adapter.notes}
+    return replace(adapter, modules=modules, alpha=float(adapter.rank), notes=notes, scales={})
+
+
+def round_adapter(adapter: Adapter, precision: Precision = "fp16") -> tuple[Adapter, Rounding]:
+    """Folds and rounds an adapter, or keeps it in fp32 where rounding would lose too much.
+
+    The limits are a relative error of 1e-3 for fp16 (1e-2 for bf16, which is never better than 2e-3) and
+    0.1 % of newly zero elements.
+
+    Raises:
+        ConfigError: If there is no such precision.
+    """
+    if precision not in DTYPES:
+        raise ConfigError(f"precision = {precision!r} must be one of {', '.join(DTYPES)}")
+    folded = fold(adapter)
+    folded = folded if folded.dtype == torch.float32 else folded.to(dtype=torch.float32)
+    rounded = folded.to(dtype=DTYPES[precision])
+    error = relative_error(folded, rounded)
+    newly_zero = sum(
+        int(((exact != 0) & (close == 0)).sum())
+        for exact, close in zip(folded.parameters(), rounded.parameters(), strict=True)
+    )
+    share = newly_zero / max(folded.num_parameters, 1)
+    # Written so that an error that is no number is too large.
+    keeps = error <= LARGEST_ERROR[precision] and share <= LARGEST_ZERO_SHARE
+    used: Precision = precision if keeps else "fp32"
+    return (rounded if keeps else folded), Rounding(precision, used, error, share)
+
+
+def relative_error(exact: Adapter, other: Adapter) -> float:
+    """Norm of the difference of two changes over the norm of the first, all modules together."""
+    one, two = fold(exact), fold(other)
+    difference = sum(pair.minus(two.modules[name]).norm_squared() for name, pair in one.modules.items())
+    norm = sum(pair.norm_squared() for pair in one.modules.values())
+    return math.sqrt(difference / norm) if norm > 0 else float(difference > 0)
+
+
+def adapter_to_diffusers(adapter: Adapter) -> dict[str, Tensor]:
+    """`unet.<module>.lora_A.weight` (R, in) and `.lora_B.weight` (out, R)."""
+    state: dict[str, Tensor] = {}
+    for name, pair in _clean_modules(fold(adapter)).items():
+        key = name if name.startswith(TEXT_ENCODERS) else f"unet.{name}"
+        state[f"{key}.lora_A.weight"] = pair.down.detach()
+        state[f"{key}.lora_B.weight"] = pair.up.detach()
+    return state
+
+
+def adapter_to_kohya(adapter: Adapter) -> dict[str, Tensor]:
+    """`lora_unet_<module>.lora_down.weight`, `.lora_up.weight` and `.alpha`.
+
+    For SDXL the UNet's blocks have the names of the original code, as kohya's tools write them. Every
+    module is zero-padded to one rank: the only spelling of mixed ranks on which all loaders agree.
+    """
+    folded = fold(adapter)
+    modules = _clean_modules(folded)
+    sdxl = folded.family == "sdxl" or any(name.startswith("text_encoder_2.") for name in modules)
+    layers = layers_per_block(folded.notes) if sdxl else LAYERS_PER_BLOCK
+    rank = max(pair.rank for pair in modules.values())
+    if sum(rank * (pair.down[0].numel() + len(pair.up)) for pair in modules.values()) > MAX_PADDED:
+        raise AdapterError(
+            f"the kohya format gives all {len(modules)} modules the largest rank, {rank}, which would make "
+            "a file of many gigabytes; use --format diffusers, or resize the LoRA first"
+        )
+    exact = torch.tensor(rank, dtype=folded.dtype)
+    alpha = exact if float(exact) == rank else torch.tensor(float(rank))
+    state: dict[str, Tensor] = {}
+    for name, pair in modules.items():
+        key = module_to_kohya(name, sdxl=sdxl, layers=layers)
+        state[f"{key}.lora_down.weight"] = pad(pair.down.detach(), 0, rank)
+        state[f"{key}.lora_up.weight"] = pad(pair.up.detach(), 1, rank)
+        state[f"{key}.alpha"] = alpha.clone()
+    return state
+
+
+def mixed_rank_metadata(adapter: Adapter) -> str | None:
+    """The smallest `lora_adapter_metadata` that every diffusers reads, needed only where ranks differ.
+
+    Newer PEFT writes more fields, which older PEFT refuses. All components have it or none.
+    """
+    ranks: dict[str, dict[str, int]] = {}
+    for name, pair in _clean_modules(adapter).items():
+        component = f"{component_of(name)}."
+        # Whether text encoders have the level depends on the version of transformers.
+        path = name.removeprefix(component).removeprefix("text_model.")
+        ranks.setdefault(component, {})[path] = pair.rank
+    if all(len(set(own.values())) == 1 for own in ranks.values()):
+        return None
+    values: dict[str, Any] = {}
+    for component, own in ranks.items():
+        common = Counter(own.values()).most_common(1)[0][0]
+        start = "^" if component == "unet." else ""
+        others = {f"{start}{name}": rank for name, rank in sorted(own.items()) if rank != common}
+        values |= {
+            f"{component}r": common,
+            f"{component}lora_alpha": common,
+            f"{component}rank_pattern": others,
+            f"{component}alpha_pattern": others,
+            f"{component}target_modules": sorted(own),
+        }
+    return json.dumps(values, sort_keys=True)
+
+
+def padded_ranks(adapter: Adapter) -> str | None:
+    """The true ranks of modules that the kohya format pads, so that reading gives them back."""
+    modules = _clean_modules(adapter)
+    largest = max(pair.rank for pair in modules.values())
+    smaller = {name: pair.rank for name, pair in sorted(modules.items()) if pair.rank < largest}
+    return json.dumps(smaller) if smaller else None
+
+
+def _clean_modules(adapter: Adapter) -> dict[str, LowRank]:
+    """Modules under the names that files have; whatever wrapped the network has left no trace."""
+    modules = {clean_module(name): pair for name, pair in adapter.modules.items()}
+    if not modules:
+        raise AdapterError("the adapter has no modules, so there is nothing to write")
+    strange = [name for name in modules if re.search(r"lora_|(^|\.)(default|unet)(\.|$)", name)]
+    if strange or len(modules) != len(adapter.modules):
+        raise AdapterError(
+            f"module names cannot be written to a LoRA file: {join_names(strange or adapter.modules, 3)}"
+        )
+    return modules

@@ -1,0 +1,219 @@
+"""Passes of a run's networks without numbers, on the meta device: how much memory each needs beside weights.
+
+B batch, C channels, H W picture size, h w latent size, L tokens, D width, P pooled width.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sdlora.data.records import Size
+from sdlora.lora.adapter import Adapter, LowRank
+from sdlora.lora.attach import mount
+from sdlora.lora.layers import pair_shapes
+from sdlora.lora.modules import carrier_layers
+from sdlora.models.checks import NUM_TIME_IDS
+from sdlora.models.meta import empty_model
+from sdlora.models.quantize import quantize
+
+
+def peak_bytes(compute: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
+    """The most bytes that were alive at once of all tensors that a computation makes.
+
+    What autograd keeps for a backward pass is alive, and so is what gradient checkpointing makes again.
+
+    Args:
+        compute: Works on tensors of any device; on the meta device it takes no memory and hardly any time.
+        known: Tensors that are there already, such as weights, and are not counted.
+    """
+    with _fused_attention(), _LiveBytes(known) as live:
+        compute()
+    peak: int = live.peak
+    return peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows every storage from the operation that makes it to its end."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._seen:
+            self._seen.add(key)
+            self.now += size
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Attention without its matrix of scores, which the meta device would write out and no other does."""
+    ours = F.scaled_dot_product_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
+        if query.device.type != "meta":
+            return ours(query, key, value, *rest, **options)
+        answer: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+        return answer
+
+    F.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = ours
+
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class UnetPass:
+    """One pass of a UNet with an adapter.
+
+    Args:
+        config: The UNet's, as JSON.
+        ranks: Of the adapter's modules.
+        latents: h and w.
+        tokens: L.
+        dtype: Of arithmetic and activations.
+        is_quantized: Whether weights are expanded for each product.
+        batch_size: B.
+        learns: With the backward pass.
+        checkpointing: Whether activations are recomputed for that.
+    """
+
+    config: str
+    ranks: tuple[tuple[str, int], ...]
+    latents: Size
+    tokens: int
+    dtype: torch.dtype
+    is_quantized: bool
+    batch_size: int
+    learns: bool
+    checkpointing: bool = False
+
+
+@lru_cache(maxsize=64)
+def unet_peak(task: UnetPass) -> int:
+    """The most bytes alive at once, weights left out, gradients of the adapter included."""
+    unet = _build_unet(task.config, task.dtype, task.is_quantized)
+    config = unet.config
+    unet.train(task.checkpointing)
+    (unet.enable_gradient_checkpointing if task.checkpointing else unet.disable_gradient_checkpointing)()
+    adapter = _empty_adapter(unet, dict(task.ranks), learns=task.learns)
+    mount(unet, [(adapter, 1.0)] if adapter else [])
+
+    def make(*shape: int) -> Tensor:
+        return torch.empty(task.batch_size, *shape, dtype=task.dtype, device=META)
+
+    noisy = make(config.in_channels, task.latents.height, task.latents.width)
+    hidden = make(task.tokens, config.cross_attention_dim)
+    added = None
+    if config.addition_embed_type == "text_time":
+        ids_width = NUM_TIME_IDS * config.addition_time_embed_dim
+        pooled = config.projection_class_embeddings_input_dim - ids_width
+        added = {"text_embeds": make(pooled), "time_ids": make(NUM_TIME_IDS)}
+    timesteps = torch.zeros(task.batch_size, dtype=torch.long, device=META)
+
+    def compute() -> None:
+        with torch.set_grad_enabled(task.learns):
+            answer = unet(noisy, timesteps, hidden, added_cond_kwargs=added, return_dict=False)[0]
+            if task.learns:
+                answer.float().square().mean().backward()
+
+    known = [*unet.parameters(), *unet.buffers(), *(adapter.parameters() if adapter else [])]
+    return peak_bytes(compute, known)
+
+
+@lru_cache(maxsize=2)
+def _build_unet(config: str, dtype: torch.dtype, is_quantized: bool) -> Any:
+    unet = empty_model("unet", json.loads(config))
+    nn.Module.to(unet, dtype)
+    if is_quantized:
+        # Any scheme expands to the same weights, and this one needs no tables of another package.
+        quantize(unet, "int8")
+    return unet.requires_grad_(False)
+
+
+@lru_cache(maxsize=64)
+def vae_peaks(config: str, size: Size, dtype: torch.dtype) -> tuple[int, int]:
+    """What encoding and decoding one picture need.
+
+    Args:
+        config: The VAE's, as JSON.
+        size: H and W.
+        dtype: Of the VAE.
+    """
+    vae = empty_model("vae", json.loads(config))
+    nn.Module.to(vae, dtype)
+    weights = [*vae.parameters(), *vae.buffers()]
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    latents = (vae.config.latent_channels, size.height // factor, size.width // factor)
+
+    def make(*shape: int) -> Tensor:
+        return torch.empty(1, *shape, dtype=dtype, device=META)
+
+    pixels, noise = make(3, size.height, size.width), make(*latents)
+    with torch.no_grad():
+        return peak_bytes(lambda: vae.encode(pixels), weights), peak_bytes(lambda: vae.decode(noise), weights)
+
+
+def text_peak(encoders: Mapping[str, nn.Module], ranks: Mapping[str, int], tokens: int, captions: int) -> int:
+    """What text encoders that learn keep for their backward pass, in fp32, and their adapter's gradients.
+
+    Args:
+        encoders: By component, on the meta device; an adapter stays mounted on them.
+        ranks: Of the modules that learn.
+        tokens: L.
+        captions: B.
+    """
+    adapter = _empty_adapter(encoders, ranks, learns=True)
+    if adapter is None:
+        return 0
+    mount(encoders, [(adapter, 1.0)])
+    ids = torch.zeros(captions, tokens, dtype=torch.long, device=META)
+    weights = [tensor for part in encoders.values() for tensor in (*part.parameters(), *part.buffers())]
+
+    def compute() -> None:
+        answers: list[Any] = [encoder(ids)[0] for encoder in encoders.values()]
+        torch.cat([answer.flatten() for answer in answers]).square().mean().backward()
+
+    return peak_bytes(compute, [*weights, *adapter.parameters()])
+
+
+def _empty_adapter(model: Any, ranks: Mapping[str, int], *, learns: bool) -> Adapter | None:
+    layers = carrier_layers(model)
+
+    def make(shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, device=META, requires_grad=learns)
+
+    pairs = {name: LowRank(*map(make, pair_shapes(layers[name], rank))) for name, rank in ranks.items()}
+    return Adapter(pairs, max(ranks.values()), 1.0) if pairs else None

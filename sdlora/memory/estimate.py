@@ -1,0 +1,256 @@
+"""What a run will need of a device's memory, stage by stage, before a weight is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from sdlora.config import Quantize, RunConfig, TrainSection
+from sdlora.data.records import Size
+from sdlora.lora.attach import count_parameters
+from sdlora.memory.activations import UnetPass, text_peak, unet_peak, vae_peaks
+from sdlora.models.dtypes import Precision
+from sdlora.models.info import BaseInfo
+from sdlora.models.load import vae_dtype
+from sdlora.models.quantize import PartBytes, bytes_by_part
+
+# Moments of an optimizer, in bytes for each trained number: AdamW's two in fp32 unless the name says less.
+MOMENTS = {"8bit": 2, "sgd": 4, "lion": 4}
+# Of the free memory: allocators leave gaps.
+FITS = 0.9
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run shall be.
+
+    Args:
+        precision: Of the UNet.
+        device: Of one process.
+        free_bytes: What that has left; None where nobody knows.
+    """
+
+    precision: Precision
+    device: torch.device
+    free_bytes: int | None = None
+
+
+ANY_MACHINE = Machine(Precision("fp32", "fp32"), torch.device("cpu"))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What a device has left; None where torch cannot tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available) if device.type == "cpu" else None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run puts on a device.
+
+    Args:
+        config: The settings, with every default resolved but `train.gradient_checkpointing`.
+        info: The base.
+        parts: Its UNet, and the text encoders where they learn, on the meta device.
+        ranks: Of the modules that learn.
+        num_frozen: Numbers in the adapters below the trained one.
+        size: The largest picture, in pixels.
+    """
+
+    config: RunConfig
+    info: BaseInfo
+    parts: Mapping[str, nn.Module]
+    ranks: Mapping[str, int]
+    num_frozen: int
+    size: Size
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes.
+
+    Args:
+        unet: The UNet's weights, by kind of layer.
+        vae: Its weights.
+        text_encoders: Their weights.
+        adapter: The trained numbers, the optimizer's moments, and the adapters below; gradients count as
+            activations.
+        encode: The most that encoding a picture needs beside weights.
+        learn: The most that forward and backward pass of a micro-batch need.
+        sample: The most that the UNet needs to sample a batch, its own copy of the adapter included; 0 if
+            there are no samples.
+        decode: The most that decoding a picture needs; 0 likewise.
+        prove: The most that the UNet needs for the one pass that proves an export.
+        checkpointing: Whether activations are recomputed.
+        staying: Which encoders stay on the device while the UNet learns: `vae`, `text_encoders`.
+        shares: Whether encoders that leave the device still take of the same memory.
+    """
+
+    unet: Mapping[str, PartBytes]
+    vae: int
+    text_encoders: int
+    adapter: int
+    encode: int
+    learn: int
+    sample: int
+    decode: int
+    prove: int
+    checkpointing: bool
+    staying: tuple[str, ...]
+    shares: bool
+
+    @property
+    def unet_bytes(self) -> int:
+        """Of the UNet as it is kept."""
+        return sum(part.stored for part in self.unet.values())
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """The peak of each stage of a run."""
+        encoders = {"vae": self.vae, "text_encoders": self.text_encoders}
+        beside = sum(size for name, size in encoders.items() if self.shares or name in self.staying)
+        trained = self.unet_bytes + self.adapter + beside
+        waiting = self.unet_bytes if self.shares else 0
+        encoding = max(self.text_encoders, self.vae + self.encode)
+        if self.shares:
+            encoding = waiting + self.vae + self.text_encoders + self.encode
+        at_once = max(self.learn, self.encode if "vae" in self.staying else 0)
+        stages = {"encoding": encoding, "training": trained + at_once}
+        if self.sample:
+            vae = 0 if self.shares or "vae" in self.staying else self.vae
+            stages["sampling"] = trained + max(self.sample, vae + self.decode)
+        # A fresh UNet of full size, while the trained one waits in the computer's memory.
+        plain = sum(part.plain for part in self.unet.values())
+        stages["postflight"] = trained + plain + self.prove - (0 if self.shares else self.unet_bytes)
+        return stages
+
+    @property
+    def peak(self) -> int:
+        """The most of all stages."""
+        return max(self.stages.values())
+
+    def lines(self, quantize: Quantize, correction: int) -> list[str]:
+        """For the plan, with `base.quantize` and `base.quantize_correction`."""
+        stages = ", ".join(f"{stage} {as_size(size)}" for stage, size in self.stages.items())
+        whole = {"UNet": self.unet_bytes, "adapter": self.adapter, "activations": self.learn}
+        beside = self.stages["training"] - sum(whole.values())
+        whole |= {"encoders": beside} if beside else {}
+        parts = ", ".join(f"{name} {as_size(size)}" for name, size in whole.items())
+        how = "with" if self.checkpointing else "without"
+        lines = [
+            f"memory    about {as_size(self.peak)}: {stages}",
+            f"          training: {parts}, {how} gradient checkpointing",
+        ]
+        if quantize != "none":
+            kinds = ", ".join(
+                f"{name} {as_size(part.plain)} to {as_size(part.stored)}" for name, part in self.unet.items()
+            )
+            saved = 1 - self.unet_bytes / sum(part.plain for part in self.unet.values())
+            extra = f", with a correction of rank {correction}" if correction else ""
+            lines.append(f"{quantize:<9} {kinds}: the UNet takes {saved:.0%} less{extra}")
+        return lines
+
+    def as_event(self) -> dict[str, Any]:
+        """The numbers, for `events.jsonl`."""
+        return {**asdict(self), "stages": self.stages, "peak": self.peak}
+
+
+def as_size(num_bytes: float) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 0.5e9 else f"{num_bytes / 1e6:.0f} MB"
+
+
+def plan_memory(work: Workload, machine: Machine) -> tuple[Memory, str | None]:
+    """Settles `train.gradient_checkpointing`: `auto` is on where the run would not fit without it.
+
+    Returns:
+        The estimate, and a warning if the run does not fit as it is.
+    """
+    train, free = work.config.train, machine.free_bytes
+    memory = estimate_memory(work, machine, checkpointing=train.gradient_checkpointing is True)
+    if free is None:
+        return memory, None
+    if train.gradient_checkpointing == "auto" and memory.stages["training"] > FITS * free:
+        memory = estimate_memory(work, machine, checkpointing=True)
+    if memory.peak <= FITS * free:
+        return memory, None
+    remedies = {
+        "train.gradient_checkpointing=true": not memory.checkpointing,
+        "base.quantize=int8": work.info.quantize == "none",
+        "base.quantize=nf4": work.info.quantize == "int8" and machine.device.type != "mps",
+        "train.batch_size=1 with train.accumulate": train.micro_batch > 1,
+        "a smaller sample.batch_size": memory.peak == memory.stages.get("sampling"),
+        "a smaller data.resolution": True,
+    }
+    advice = ", ".join(remedy for remedy, helps in remedies.items() if helps)
+    return memory, (
+        f"the run needs about {as_size(memory.peak)} of memory, and the {machine.device.type} has "
+        f"{as_size(free)} left; what helps: {advice}"
+    )
+
+
+def estimate_memory(work: Workload, machine: Machine, *, checkpointing: bool) -> Memory:
+    """Runs the networks of a run without numbers.
+
+    What the driver, the allocator and Python itself take comes on top.
+    """
+    config, info, precision = work.config, work.info, machine.precision
+    ranks = {name: rank for name, rank in work.ranks.items() if not name.startswith("text_encoder")}
+    texts = {name: rank for name, rank in work.ranks.items() if name not in ranks}
+    learning = UnetPass(
+        config=_as_json(info.unet_config),
+        ranks=tuple(ranks.items()),
+        latents=Size(work.size.width // info.vae_factor, work.size.height // info.vae_factor),
+        tokens=info.text_length,
+        dtype=precision.base_dtype,
+        is_quantized=info.quantize != "none",
+        batch_size=config.train.micro_batch,
+        learns=True,
+        checkpointing=checkpointing,
+    )
+    learn = unet_peak(learning)
+    if precision.compute != precision.base:
+        # Autocast keeps a copy of every weight until the backward pass.
+        learn += info.num_parameters * precision.compute_dtype.itemsize
+    encoders = {name: part for name, part in work.parts.items() if name != "unet"}
+    learn += text_peak(encoders, texts, info.text_length, learning.batch_size)
+    trained = count_parameters(work.parts, work.ranks)
+    vae = vae_dtype(info, precision.base_dtype, machine.device)
+    encode, decode = vae_peaks(_as_json(info.vae_config), work.size, vae)
+    guided = 2 if (config.sample.guidance or 0) > 1 else 1
+    sampling = replace(
+        learning, learns=False, checkpointing=False, batch_size=guided * config.sample.batch_size
+    )
+    has_samples = bool(config.train.sample_every)
+    no_cache = config.data.cache is False
+    return Memory(
+        unet=bytes_by_part(work.parts["unet"], precision.base_dtype, info.quantize, info.correction),
+        vae=info.parts["vae"].num_parameters * vae.itemsize,
+        text_encoders=4 * sum(info.parts[name].num_parameters for name in info.traits.text_encoders),
+        adapter=trained * (4 + _moment_bytes(config.train)) + 4 * work.num_frozen,
+        encode=encode,
+        learn=learn,
+        sample=unet_peak(sampling) + 4 * trained if has_samples else 0,
+        decode=decode if has_samples else 0,
+        prove=unet_peak(replace(sampling, batch_size=1, is_quantized=False)),
+        checkpointing=checkpointing,
+        staying=("vae",) * no_cache + ("text_encoders",) * (no_cache or bool(texts)),
+        shares=machine.device.type == "cpu",
+    )
+
+
+def _as_json(config: Mapping[str, Any]) -> str:
+    return json.dumps(dict(config), sort_keys=True)
+
+
+def _moment_bytes(train: TrainSection) -> int:
+    name = train.optimizer.lower()
+    moments = next((size for part, size in MOMENTS.items() if part in name), 8)
+    return moments + (4 if train.ema_decay else 0)

@@ -1,0 +1,92 @@
+"""Training that starts from another LoRA file: same change, another rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from sdlora.errors import ConfigError
+from sdlora.lora.adapter import Adapter
+from sdlora.lora.modules import component_of
+from sdlora.rank.svd import decompose
+
+
+@dataclass(frozen=True, slots=True)
+class StartReport:
+    """How a fresh adapter took over another one's change.
+
+    Args:
+        num_kept: Modules of the same rank.
+        num_padded: Modules whose rank grew, by directions that change nothing yet.
+        num_truncated: Modules whose rank shrank.
+        num_fresh: Modules that the other one does not change.
+        error: Norm of what truncation lost over the norm of the whole change.
+    """
+
+    num_kept: int
+    num_padded: int
+    num_truncated: int
+    num_fresh: int
+    error: float
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.num_kept} modules as they are" if self.num_kept else "",
+            f"{self.num_padded} padded to a larger rank, exactly" if self.num_padded else "",
+            f"{self.num_truncated} truncated to a smaller rank (relative error {self.error:.2%} of the whole)"
+            if self.num_truncated
+            else "",
+            f"{self.num_fresh} fresh, since the file does not change them" if self.num_fresh else "",
+        ]
+        return ", ".join(part for part in parts if part)
+
+
+def check_start(start: Adapter, targets: Collection[str], source: str) -> None:
+    """Whether an adapter on these modules can take over another one's change.
+
+    Args:
+        start: As read from a file.
+        targets: The modules that are trained.
+        source: The setting, such as `lora.init_from = style.safetensors`.
+
+    Raises:
+        ConfigError: If the other one changes modules that are not trained.
+    """
+    left_out = [name for name in start.modules if name not in targets]
+    if left_out:
+        text = "lora.text_encoder=true and " if any(component_of(name) != "unet" for name in left_out) else ""
+        raise ConfigError(
+            f"{source} also changes {len(left_out)} of its {len(start.modules)} modules that lora.targets "
+            f"leaves out, such as {left_out[0]}; set {text}lora.targets to all that it changes"
+        )
+
+
+@torch.no_grad()
+def start_from(adapter: Adapter, start: Adapter) -> StartReport:
+    """Gives a fresh adapter the change of another one, module by module.
+
+    A larger rank keeps its further rows of `down` as drawn, with columns of `up` that are zero: the same
+    change, and directions that can learn. A smaller rank takes the nearest product of that rank.
+
+    Args:
+        adapter: Fresh; changed in place. What the other one does not change stays fresh.
+        start: One that `check_start` lets pass.
+    """
+    padded, truncated, lost, whole = 0, 0, 0.0, 0.0
+    for name, pair in start.modules.items():
+        own, scale = adapter.modules[name], start.scale_of(name)
+        whole += scale**2 * pair.norm_squared()
+        if pair.rank > own.rank:
+            found = decompose(pair)
+            lost += scale**2 * float(found.values[own.rank :].square().sum())
+            pair = found.truncate(own.rank)
+            truncated += 1
+        elif pair.rank < own.rank:
+            padded += 1
+        own.down[: pair.rank] = pair.down.to(own.down)
+        own.up[:, : pair.rank] = (pair.up * (scale / adapter.scale_of(name))).to(own.up)
+    kept, fresh = len(start.modules) - padded - truncated, len(adapter.modules) - len(start.modules)
+    return StartReport(kept, padded, truncated, fresh, math.sqrt(lost / whole) if lost else 0.0)

@@ -1,0 +1,241 @@
+"""One adapter from several: their weighted sum, exact or at a smaller rank, and two ways to mind conflicts.
+
+R rank. TIES and DARE change single weights, so they need the dense change: they form it for one module at a
+time, and give it back as the nearest pair of a rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from sdlora.errors import AdapterError, ConfigError
+from sdlora.lora.adapter import Adapter, LowRank
+from sdlora.lora.layers import seed_of
+from sdlora.rank.resize import describe_error
+from sdlora.rank.svd import decompose, decompose_dense
+
+Method = Literal["concatenate", "svd", "ties", "dare"]
+METHODS: tuple[Method, ...] = get_args(Method)
+DENSITY = 0.5
+
+# What a file says of how it was trained is not true of a sum.
+_KEPT_NOTES = (
+    "sdlora.parent", "sdlora.lineage", "sdlora.family", "sdlora.base_name", "sdlora.base_digest",
+    "sdlora.prediction_type", "sdlora.resolution",
+    "ss_base_model_version", "ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash", "ss_v2",
+    "ss_resolution",
+    "modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation", "modelspec.resolution",
+    "modelspec.prediction_type",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What the rank of a merged adapter could not hold.
+
+    Args:
+        error: Norm of what is lost over the norm of the whole change.
+        worst: The module that lost most, with its own relative error.
+    """
+
+    error: float
+    worst: tuple[str, float]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        return [describe_error(self.error, self.worst)]
+
+
+def merge(
+    adapters: Sequence[tuple[Adapter, float]],
+    method: Method = "concatenate",
+    *,
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int | None = None,
+) -> tuple[Adapter, MergeReport | None]:
+    """Joins adapters of one family into one; modules that only some of them have are joined from those.
+
+    Args:
+        adapters: (adapter, weight).
+        method: `concatenate` is the exact weighted sum, its rank the sum of the ranks; `svd` the nearest of
+            a rank to it. `ties` keeps the largest elements of each change, lets them vote on the sign, and
+            takes the mean of those that agree (TIES-Merging, arXiv 2306.01708). `dare` drops elements by
+            chance and scales the others up, so that the expected sum is the same (arXiv 2311.03099).
+        rank: Of the result; the largest of the ranks if not given. Not for `concatenate`.
+        density: The share of elements that `ties` and `dare` keep; 0.5 if not given.
+        seed: Of `dare`, 0 if not given; a draw depends on it, the adapter's place and the module's name.
+
+    Returns:
+        An adapter with alpha == rank, in fp32; and what its rank could not hold, where it was limited.
+
+    Raises:
+        ConfigError: If the settings do not go together.
+        AdapterError: If the adapters do not fit each other.
+    """
+    _check(adapters, method, rank=rank, density=density, seed=seed)
+    density = DENSITY if density is None else density
+    largest = rank or max(adapter.rank for adapter, _ in adapters)
+    join = _joiner(method, largest, density, seed or 0)
+    names = dict.fromkeys(name for adapter, _ in adapters for name in adapter.modules)
+    modules: dict[str, _Joined] = {}
+    for name in names:
+        parts = [
+            (number, _weighted(adapter, name, weight))
+            for number, (adapter, weight) in enumerate(adapters)
+            if name in adapter.modules
+        ]
+        shapes = {(pair.down.shape[1:], pair.up.shape[0]) for _, pair in parts}
+        if len(shapes) > 1:
+            raise AdapterError(f"the LoRAs do not fit each other: {name} has different sizes in them")
+        modules[name] = join(name, parts)
+    first = adapters[0][0]
+    family = next((adapter.family for adapter, _ in adapters if adapter.family), "")
+    notes = {key: first.notes[key] for key in _KEPT_NOTES if key in first.notes}
+    report = None if method == "concatenate" else _report(modules)
+    notes["sdlora.merged"] = json.dumps(_describe(adapters, method, density, report), ensure_ascii=False)
+    pairs = {name: joined.pair for name, joined in modules.items()}
+    total = max(pair.rank for pair in pairs.values())
+    return Adapter(pairs, total, float(total), family, first.parent, notes), report
+
+
+def _check(adapters: Sequence[tuple[Adapter, float]], method: Method, **given: float | None) -> None:
+    """Refuses what does not go together; a setting that the method does not use is a mistake."""
+    if not adapters:
+        raise ConfigError("merge needs at least one LoRA; give files")
+    if method not in METHODS:
+        raise ConfigError(f"method = {method!r} must be one of {', '.join(METHODS)}")
+    uses = {"rank": ("svd", "ties", "dare"), "density": ("ties", "dare"), "seed": ("dare",)}
+    for name, value in given.items():
+        if value is not None and method not in uses[name]:
+            raise ConfigError(
+                f"{name} = {value:g} has no effect with method = {method}; leave it out, or use method = "
+                f"{' or '.join(uses[name])}"
+            )
+    rank, density = given["rank"], given["density"]
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank = {rank:g} must be at least 1; leave it out for the largest of the LoRAs")
+    if density is not None and not 0 < density <= 1:
+        raise ConfigError(f"density = {density:g} must be above 0 and at most 1; use {DENSITY}")
+    families = sorted({adapter.family for adapter, _ in adapters if adapter.family})
+    if len(families) > 1:
+        raise AdapterError(f"the LoRAs are for {' and '.join(families)}; give LoRAs of one family")
+    if len({adapter.parent for adapter, _ in adapters}) > 1:
+        raise AdapterError(
+            "the LoRAs were trained on top of different parents, so a sum of them stands on neither; "
+            "flatten each first with `sdlora tree flatten`"
+        )
+
+
+def _describe(
+    adapters: Sequence[tuple[Adapter, float]], method: Method, density: float, report: MergeReport | None
+) -> dict[str, object]:
+    parts = [
+        {
+            "name": adapter.notes.get("ss_output_name", ""),
+            "hash": adapter.notes.get("sshs_model_hash", ""),
+            "weight": w,
+        }
+        for adapter, w in adapters
+    ]
+    extra = {"density": density} if method in ("ties", "dare") else {}
+    lost = {"error": float(f"{report.error:.2e}")} if report else {}
+    return {"method": method, **extra, **lost, "parts": parts}
+
+
+def _report(modules: Mapping[str, _Joined]) -> MergeReport:
+    errors = {name: joined.lost / joined.norm if joined.norm else 0.0 for name, joined in modules.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    lost = math.hypot(*(joined.lost for joined in modules.values()))
+    norm = math.hypot(*(joined.norm for joined in modules.values()))
+    return MergeReport(lost / norm if norm else 0.0, (worst, errors[worst]))
+
+
+def _weighted(adapter: Adapter, name: str, weight: float) -> LowRank:
+    """The pair with scale and weight inside `up`, in fp32."""
+    pair = adapter.modules[name]
+    up = pair.up.detach().double() * (adapter.scale_of(name) * weight)
+    return LowRank(pair.down.detach().float(), up.float())
+
+
+Parts = list[tuple[int, LowRank]]
+
+
+class _Joined(NamedTuple):
+    """One module of the result."""
+
+    pair: LowRank
+    norm: float = 0.0
+    """Of the change that the pair stands for, where its rank is limited."""
+    lost: float = 0.0
+    """The norm of what the pair could not hold."""
+
+
+def _joiner(method: Method, rank: int, density: float, seed: int) -> Callable[[str, Parts], _Joined]:
+    """Joins the pairs of one module, given with the place of their adapter."""
+
+    def exact(name: str, parts: Parts) -> _Joined:
+        return _Joined(concatenate([pair for _, pair in parts]))
+
+    def svd(name: str, parts: Parts) -> _Joined:
+        whole = decompose(exact(name, parts).pair)
+        return _Joined(whole.truncate(rank), float(whole.values.norm()), float(whole.values[rank:].norm()))
+
+    def ties(name: str, parts: Parts) -> _Joined:
+        return _nearest(elect_signs([trim(delta(pair), density) for _, pair in parts]), rank, parts[0][1])
+
+    def dare(name: str, parts: Parts) -> _Joined:
+        kept = [drop(delta(pair), density, f"{seed}/dare/{place}/{name}") for place, pair in parts]
+        return _nearest(torch.stack(kept).sum(0), rank, parts[0][1])
+
+    return {"concatenate": exact, "svd": svd, "ties": ties, "dare": dare}[method]
+
+
+def concatenate(pairs: Sequence[LowRank]) -> LowRank:
+    """The pair whose product is the sum of the products, exactly: its rank is the sum of the ranks."""
+    return LowRank(torch.cat([pair.down for pair in pairs]), torch.cat([pair.up for pair in pairs], dim=1))
+
+
+def delta(pair: LowRank) -> Tensor:
+    """The dense change of one module: (out, in), or (out, in * kh * kw)."""
+    return pair.up.flatten(1) @ pair.down.flatten(1)
+
+
+def trim(change: Tensor, density: float) -> Tensor:
+    """Keeps the share of elements with the largest magnitude (TIES-Merging, step 1), here of each module."""
+    kept = max(1, round(density * change.numel()))
+    threshold = change.abs().flatten().kthvalue(change.numel() - kept + 1).values
+    return torch.where(change.abs() >= threshold, change, 0)
+
+
+def elect_signs(changes: Sequence[Tensor]) -> Tensor:
+    """The mean of those changes that have the sign of the sum, element by element (TIES, steps 2 and 3)."""
+    stacked = torch.stack(list(changes))
+    agrees = (stacked.sign() == stacked.sum(0).sign()) & (stacked != 0)
+    return (stacked * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+
+
+def drop(change: Tensor, density: float, key: str) -> Tensor:
+    """Keeps each element with a probability and divides it by that (DARE).
+
+    Args:
+        change: The dense change.
+        density: The probability.
+        key: Decides the draw.
+    """
+    generator = torch.Generator().manual_seed(seed_of(key))
+    kept = torch.rand(change.shape, generator=generator).to(change.device) < density
+    return change * kept / density
+
+
+def _nearest(change: Tensor, rank: int, like: LowRank) -> _Joined:
+    """The nearest pair of a rank to a dense change of a module."""
+    pair = decompose_dense(change, rank, tuple(like.down.shape[1:])).truncate(rank)
+    return _Joined(pair, float(change.norm()), float((change - delta(pair)).norm()))

@@ -1,0 +1,190 @@
+"""The same adapter with less rank: by a number, by energy, by ratio, against the base, or to a file size."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from sdlora.errors import AdapterError, ConfigError
+from sdlora.formats.keys import Dialect
+from sdlora.lora.adapter import Adapter
+from sdlora.rank.spectrum import Spectrum, spectrum
+from sdlora.rank.svd import decompose
+
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class ResizeReport:
+    """What a smaller adapter has lost.
+
+    Args:
+        rule: What was asked, such as `energy 0.99`.
+        ranks: By module; those that are left out have none.
+        error: Norm of the difference over the norm of the whole change.
+        worst: The module that lost most, with its own relative error.
+        before: Parameters.
+        after: Parameters.
+    """
+
+    rule: str
+    ranks: dict[str, int]
+    error: float
+    worst: tuple[str, float]
+    before: int
+    after: int
+
+    def lines(self) -> list[str]:
+        """For people."""
+        counts = Counter(rank for rank in self.ranks.values() if rank)
+        ranks = ", ".join(f"{rank} ({count} modules)" for rank, count in sorted(counts.items())[:8])
+        more = f" and {len(counts) - 8} more ranks" if len(counts) > 8 else ""
+        dropped = sum(not rank for rank in self.ranks.values())
+        left_out = f"; {dropped} modules keep nothing and are left out" if dropped else ""
+        return [
+            f"resized   by {self.rule}: {self.before:,} parameters become {self.after:,} "
+            f"({self.after / self.before:.0%})",
+            f"rank      {ranks}{more}{left_out}",
+            describe_error(self.error, self.worst),
+        ]
+
+
+def describe_error(error: float, worst: tuple[str, float]) -> str:
+    """What a smaller rank costs, for people: norms of what is lost over norms of what there was."""
+    return f"error     {error:.2%} of the whole change; most in {worst[0]} ({worst[1]:.2%})"
+
+
+def resize(
+    adapter: Adapter,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    ratio: float | None = None,
+    score: float | None = None,
+    size_mb: float | None = None,
+    base_norms: Mapping[str, float] | None = None,
+    precision: str = "fp16",
+    dialect: Dialect = "diffusers",
+) -> tuple[Adapter, ResizeReport]:
+    """The nearest adapter of smaller ranks, by exactly one rule; each module has its own rank.
+
+    Args:
+        adapter: Any; it is not changed.
+        rank: The same for all modules, but for those that have less.
+        energy: Each module keeps at least this share of its energy.
+        ratio: Each module keeps the directions of at least this share of its largest singular value.
+        score: Keeps the directions of at least this share of the base weight's own norm; modules that
+            hardly change the base are left out.
+        size_mb: The file has at most so many megabytes, and the most energy that fits in them.
+        base_norms: The Frobenius norm of each module's base weight, for `score`.
+        precision: Of the file, for `size_mb`.
+        dialect: Of the file, for `size_mb`: kohya's has one rank for all modules.
+
+    Returns:
+        The adapter, alpha == rank, fp32; and what it lost.
+
+    Raises:
+        ConfigError: If none or several rules are given, or one is out of range.
+        AdapterError: If nothing would be left.
+    """
+    rules = {"rank": rank, "energy": energy, "ratio": ratio, "score": score, "size_mb": size_mb}
+    given = {name: float(value) for name, value in rules.items() if value is not None}
+    if len(given) != 1:
+        found = " and ".join(f"{name} = {value:g}" for name, value in given.items()) or "none"
+        raise ConfigError(f"resize takes one of {', '.join(rules)}, not {found}; give exactly one")
+    rule, value = given.popitem()
+    _check_rule(rule, value)
+    values = spectrum(adapter)
+    if rule == "size_mb":
+        budget = value * 1e6 - _header_bytes(adapter)
+        ranks = _ranks_for_size(adapter, values, budget / _BYTES[precision], dialect)
+    else:
+        ranks = _ranks_by_rule(values, rule, value, base_norms)
+    if not any(ranks.values()):
+        raise AdapterError(f"resize by {rule} = {value:g} would leave nothing of the adapter; ask for less")
+    modules = {
+        name: decompose(pair, adapter.scale_of(name)).truncate(ranks[name])
+        for name, pair in adapter.modules.items()
+        if ranks[name]
+    }
+    largest = max(ranks.values())
+    small = replace(
+        adapter, modules=modules, rank=largest, alpha=float(largest), scales={}, notes=dict(adapter.notes)
+    )
+    report = _report(f"{rule} {value:g}", values, ranks, adapter.num_parameters, small.num_parameters)
+    small.notes.pop("sdlora.heldout_loss", None)
+    small.notes["sdlora.resized"] = f"from rank {adapter.rank} by {report.rule}, error {report.error:.2e}"
+    return small, report
+
+
+def _check_rule(rule: str, value: float) -> None:
+    remedies = {
+        "rank": "use 1 or more",
+        "energy": "use a share such as 0.99",
+        "ratio": "use a share such as 0.05",
+        "score": "use a share such as 0.003",
+        "size_mb": "give megabytes such as 8",
+    }
+    is_right = {
+        "rank": value >= 1,
+        "energy": 0 < value <= 1,
+        "ratio": 0 < value <= 1,
+        "score": value > 0,
+        "size_mb": value > 0,
+    }
+    # Not `if value < ...`: what is no number is wrong.
+    if not is_right[rule]:
+        raise ConfigError(f"{rule} = {value:g} is out of range; {remedies[rule]}")
+
+
+def _ranks_by_rule(
+    found: Spectrum, rule: str, value: float, base_norms: Mapping[str, float] | None
+) -> dict[str, int]:
+    """Each module's rank; 0 leaves it out."""
+    if rule == "rank":
+        return {name: min(int(value), found.numerical_rank(name)) for name in found.values}
+    if rule == "energy":
+        return {name: found.rank_for_energy(name, value) for name in found.values}
+    if rule == "ratio":
+        return {
+            name: int(((values >= value * values[0]) & (values > 0)).sum())
+            for name, values in found.values.items()
+        }
+    missing = [name for name in found.values if name not in (base_norms or {})]
+    if base_norms is None or missing:
+        raise ConfigError(
+            f"resize by score needs the norm of the base weights ({len(missing)} are missing); give --base"
+        )
+    return {name: int((values >= value * base_norms[name]).sum()) for name, values in found.values.items()}
+
+
+def _ranks_for_size(adapter: Adapter, found: Spectrum, budget: float, dialect: Dialect) -> dict[str, int]:
+    """The directions with the most energy for each number in the file, as many as the budget has room for."""
+    costs = {name: (p.down.numel() + p.up.numel()) // p.rank for name, p in adapter.modules.items()}
+    if dialect == "kohya":
+        rank = int(budget // sum(costs.values()))
+        return {name: min(rank, found.numerical_rank(name)) for name in found.values}
+    gains = [
+        (float(value) ** 2 / costs[name], name)
+        for name, values in found.values.items()
+        for value in values[: found.numerical_rank(name)]
+    ]
+    ranks = dict.fromkeys(found.values, 0)
+    for _, name in sorted(gains, reverse=True):
+        if costs[name] <= budget:
+            budget -= costs[name]
+            ranks[name] += 1
+    return ranks
+
+
+def _header_bytes(adapter: Adapter) -> int:
+    """An upper bound of what a file holds beside its tensors: its table, its notes, the ranks."""
+    names = sum(5 * len(name) + 300 for name in adapter.modules)
+    return names + sum(len(key) + len(text.encode()) + 6 for key, text in adapter.notes.items()) + 1024
+
+
+def _report(rule: str, found: Spectrum, ranks: dict[str, int], before: int, after: int) -> ResizeReport:
+    errors = {name: found.error({name: rank}) for name, rank in ranks.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    return ResizeReport(rule, ranks, found.error(ranks), (worst, errors[worst]), before, after)

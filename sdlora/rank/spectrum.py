@@ -1,0 +1,125 @@
+"""How much rank an adapter uses: the singular values of its changes, module by module and block by block.
+
+K singular values of a module (at most its rank).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sdlora.lora.adapter import Adapter
+from sdlora.lora.modules import TEXT_ENCODERS
+from sdlora.rank.svd import singular_values
+
+SHARES = (0.5, 0.9, 0.99)
+# Of the largest value: what is below is the rounding of the decomposition, and fp16 could not hold it.
+ROUNDING = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSpectrum:
+    """The modules of one block of the network, on average."""
+
+    block: str
+    num_modules: int
+    rank: int
+    """The largest."""
+    effective_rank: float
+    ranks_for_energy: tuple[float, ...]
+    """Directions that hold 50, 90 and 99 % of a module's energy."""
+    energy: float
+    """The block's share of the whole adapter's energy."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The singular values of every module's change.
+
+    Energy is the sum of their squares: the squared Frobenius norm of the change.
+
+    Args:
+        values: By module, (K,) float64, largest first.
+    """
+
+    values: dict[str, Tensor]
+
+    def effective_rank(self, name: str) -> float:
+        """exp of the entropy of the normalised singular values (Roy and Vetterli 2007); 0 for no change."""
+        values = self.values[name]
+        total = float(values.sum())
+        shares = values[values > 0] / total if total > 0 else values[:0]
+        return float((-(shares * shares.log()).sum()).exp()) if len(shares) else 0.0
+
+    def rank_for_energy(self, name: str, share: float) -> int:
+        """The fewest directions of the module that hold this share of its energy."""
+        cumulated = self.values[name].square().cumsum(0)
+        if not len(cumulated) or not cumulated[-1] > 0:
+            return 0
+        # A share of all is reached by the last of them, whatever rounding says.
+        return min(int((cumulated < share * cumulated[-1]).sum()) + 1, int((self.values[name] > 0).sum()))
+
+    def numerical_rank(self, name: str) -> int:
+        """The directions of the module that are more than rounding; 0 for no change."""
+        values = self.values[name]
+        return int((values > ROUNDING * values.max()).sum())
+
+    def error(self, ranks: Mapping[str, int]) -> float:
+        """What truncation to these ranks costs: norm of the difference over the norm of the whole change.
+
+        Args:
+            ranks: By module; only those that are named count.
+        """
+        lost = sum(float(self.values[name][rank:].square().sum()) for name, rank in ranks.items())
+        whole = sum(float(self.values[name].square().sum()) for name in ranks)
+        return math.sqrt(lost / whole) if whole > 0 else 0.0
+
+    def blocks(self) -> list[BlockSpectrum]:
+        """Block by block, in the order of the network."""
+        groups: dict[str, list[str]] = defaultdict(list)
+        for name in self.values:
+            groups[block_of(name)].append(name)
+        whole = sum(float(values.square().sum()) for values in self.values.values()) or 1.0
+        rows = []
+        for block in sorted(groups, key=_block_order):
+            names = groups[block]
+            rows.append(
+                BlockSpectrum(
+                    block,
+                    len(names),
+                    max(len(self.values[name]) for name in names),
+                    _mean([self.effective_rank(name) for name in names]),
+                    tuple(_mean([self.rank_for_energy(name, share) for name in names]) for share in SHARES),
+                    sum(float(self.values[name].square().sum()) for name in names) / whole,
+                )
+            )
+        return rows
+
+
+def _mean(numbers: list[float] | list[int]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def block_of(module: str) -> str:
+    """`down_blocks.1`, `mid_block`, `up_blocks.2`, or the text encoder that a module is in."""
+    if module.startswith(TEXT_ENCODERS):
+        return module.partition(".")[0]
+    found = re.match(r"(?:down|up)_blocks\.\d+|mid_block", module)
+    return found[0] if found else module.partition(".")[0]
+
+
+def _block_order(block: str) -> tuple[int, str]:
+    order = ("text_encoder", "down_blocks", "mid_block", "up_blocks")
+    return next((n for n, start in enumerate(order) if block.startswith(start)), len(order)), block
+
+
+def spectrum(adapter: Adapter) -> Spectrum:
+    """The singular values of every module's change, scale included."""
+    return Spectrum(
+        {name: singular_values(pair, adapter.scale_of(name)) for name, pair in adapter.modules.items()}
+    )

@@ -1,0 +1,166 @@
+"""The singular values of an adapter as a picture: how many directions hold how much of what was learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from sdlora.report.summary import SPLITS, losses_of
+from sdlora.runs import RunFolder
+from sdlora.writing import write_file
+
+STYLES = {"heldout": ("tab:red", "o-"), "train": ("tab:blue", "s-")}
+
+
+def draw_loss_curve(run: RunFolder) -> Path:
+    """Draws the losses of a run into its folder.
+
+    Returns:
+        The picture's path.
+    """
+    figure = loss_figure(run)
+    # Without the library's version in it, the same run gives the same bytes.
+    metadata = {"Software": None}
+    return write_file(
+        run.loss_curve,
+        lambda path: FigureCanvasAgg(figure).print_png(str(path), metadata=metadata),
+    )
+
+
+def loss_figure(run: RunFolder) -> Figure:
+    """The training loss, its running mean, and the held-out loss over the steps.
+
+    The two are not on one scale: the training loss is of random timesteps, the held-out loss of
+    fixed ones. So each has its own panel.
+    """
+    steps = [event for event in run.events("step") if isinstance(event["loss"], float | int)]
+    figure = Figure(figsize=(9, 4), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True)
+    numbers = [event["step"] for event in steps]
+    left.plot(numbers, [event["loss"] for event in steps], color="0.8", linewidth=0.7, label="each step")
+    left.plot(numbers, [event["loss_ema"] for event in steps], color="tab:blue", label="running mean")
+    left.set(title="training loss", xlabel="step", ylabel="loss")
+    for split, (colour, style) in STYLES.items():
+        if measured := losses_of(run, split):
+            values = list(measured.values())
+            label = f"{SPLITS[split]}: {values[0]:.4f}" + (f" to {values[-1]:.4f}" if len(values) > 1 else "")
+            best = min(measured, key=lambda step: measured[step])
+            if measured[best] < min(values[0], values[-1]):
+                label += f", lowest {measured[best]:.4f} at {best}"
+            right.plot(list(measured), values, style, color=colour, markersize=4, label=label)
+    right.set(title="loss at fixed noise", xlabel="step")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if axes.lines:
+            # Below, where it covers no value.
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    figure.suptitle(run.name, fontsize=10)
+    return figure
+
+
+def draw_rank_curve(
+    path: Path,
+    ranks: Sequence[int],
+    losses: Sequence[float],
+    shares: Mapping[str, Sequence[float]],
+    *,
+    without: float,
+    best: int,
+    title: str = "",
+) -> Path:
+    """Draws the held-out loss over the rank, and the shares of the whole adapter that each rank keeps.
+
+    Args:
+        path: The PNG file.
+        ranks: From the smallest to that of the adapter.
+        losses: At each.
+        shares: Of what, and at each rank how much of it.
+        without: The loss without the adapter.
+        best: The advised rank.
+        title: Written above.
+    """
+    figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.axhline(
+        without, color="0.6", linestyle="--", linewidth=1, label=f"without the adapter: {without:.4f}"
+    )
+    left.plot(
+        ranks, losses, "o-", color="tab:red", markersize=4, label=f"at rank {ranks[-1]}: {losses[-1]:.4f}"
+    )
+    for what, values in shares.items():
+        right.plot(ranks, values, "o-", markersize=4, label=what)
+    left.set(title="loss at fixed noise", ylabel="held-out loss")
+    right.set(
+        title="kept of the whole adapter",
+        ylabel="share",
+        ylim=(min(0.0, *map(min, shares.values())) - 0.03, 1.1),
+    )
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(ranks), [str(rank) for rank in ranks])
+        axes.set_xlabel("rank")
+        axes.axvline(best, color="tab:green", linewidth=1, linestyle=":")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(f"{title}: rank {best} is enough" if title else f"rank {best} is enough", fontsize=10)
+    # Without the library's version in it, the same numbers give the same bytes.
+    metadata = {"Software": None}
+    return write_file(path, lambda file: FigureCanvasAgg(figure).print_png(str(file), metadata=metadata))
+
+
+Values = Mapping[str, Sequence[float]]
+
+
+def draw_spectrum(path: Path, values: Values, blocks: Mapping[str, str], *, title: str = "") -> Path:
+    """Draws every module's singular values, and the energy that the first directions hold, by block.
+
+    Args:
+        path: The PNG file.
+        values: Singular values by module, largest first.
+        blocks: The block of each module, in the order of the network.
+        title: Written above.
+    """
+    figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = list(dict.fromkeys(blocks.values()))
+    palette = colormaps["viridis"]
+    colours = {block: palette(number / max(1, len(names) - 1) * 0.9) for number, block in enumerate(names)}
+    for module, row in values.items():
+        left.plot(range(1, len(row) + 1), row, color=colours[blocks[module]], linewidth=0.6, alpha=0.5)
+    for block in names:
+        rows = [row for module, row in values.items() if blocks[module] == block]
+        _draw_energy(right, rows, label=block, color=colours[block], linewidth=1.2)
+    _draw_energy(right, list(values.values()), label="all modules", color="black", linewidth=2)
+    left.set(title="singular values of each module", xlabel="direction", ylabel="singular value")
+    if any(value > 0 for row in values.values() for value in row):
+        left.set_yscale("log")
+    right.set(
+        title="energy in the first directions", xlabel="directions kept", ylabel="share", ylim=(0, 1.02)
+    )
+    for share in (0.5, 0.9, 0.99):
+        right.axhline(share, color="0.8", linewidth=0.8, zorder=0)
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.2)
+    right.legend(fontsize=7, loc="lower right")
+    figure.suptitle(title, fontsize=10)
+    # Without the library's version in it, the same adapter gives the same bytes.
+    metadata = {"Software": None}
+    return write_file(path, lambda file: FigureCanvasAgg(figure).print_png(str(file), metadata=metadata))
+
+
+def _draw_energy(axes: Axes, rows: Sequence[Sequence[float]], **style: object) -> None:
+    """The share of the modules' whole energy that is in the first directions of each."""
+    longest = max(map(len, rows))
+    energies = [sum(row[n] ** 2 for row in rows if n < len(row)) for n in range(longest)]
+    whole, shares = sum(energies) or 1.0, [0.0]
+    for energy in energies:
+        shares.append(shares[-1] + energy / whole)
+    axes.plot(range(longest + 1), shares, **style)  # type: ignore[arg-type]

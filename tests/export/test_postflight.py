@@ -1,0 +1,240 @@
+"""Postflight: each file is loaded by a fresh stock pipeline, and what is wrong with it is named (R-01)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from sdlora.config import BaseSection
+from sdlora.errors import AdapterError
+from sdlora.export.export import export_adapter
+from sdlora.export.postflight import postflight
+from sdlora.lora.adapter import create_adapter
+from sdlora.lora.attach import detach, match_targets, mount
+from sdlora.lora.modules import lora_layers
+from sdlora.models.info import inspect_base
+from sdlora.models.load import load_base, load_stock_pipeline
+
+
+@pytest.fixture(scope="module")
+def info():
+    return inspect_base(BaseSection())
+
+
+@pytest.fixture(scope="module")
+def shared_unet(info):
+    return load_base(info, dtype=torch.float32, device="cpu").unet
+
+
+@pytest.fixture
+def unet(shared_unet):
+    yield shared_unet
+    detach(shared_unet)
+
+
+@pytest.fixture
+def make_adapter(unet, info):
+    def make(targets=("attention",), rank=4, alpha=2.0, size=0.02):
+        names = match_targets(unet, list(targets))
+        adapter = create_adapter(unet, names, rank, alpha, seed=0, family=info.family)
+        generator = torch.Generator().manual_seed(1)
+        for pair in adapter.modules.values():
+            pair.up.data.normal_(std=size, generator=generator)
+        return adapter
+
+    return make
+
+
+def metadata_of(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.parametrize("targets", [["attention"], ["all"]], ids=["attention", "all"])
+def test_postflight_passes_for_both_dialects(tmp_path, unet, info, make_adapter, targets):
+    """R-01: the trained modules, the trained output and not the base's; alpha != rank."""
+    adapter = make_adapter(targets)
+    mount(unet, [(adapter, 0.3)])
+    stacks = {name: layer.stack for name, layer in lora_layers(unet).items()}
+    paths = [
+        export_adapter(adapter, tmp_path / f"{dialect}.safetensors", dialect=dialect).path
+        for dialect in ("diffusers", "kohya")
+    ]
+    reports = postflight(paths, adapter, unet, info)
+    assert [report.path for report in reports] == paths
+    for report in reports:
+        assert report.num_modules == len(adapter.modules) == len(match_targets(unet, targets))
+        assert report.effect > 1e-3
+        assert report.difference < 1e-2 * report.effect
+        assert str(len(adapter.modules)) in str(report)
+    assert {name: layer.stack for name, layer in lora_layers(unet).items()} == stacks
+
+
+def test_postflight_leaves_a_plain_unet_plain(tmp_path, unet, info, make_adapter):
+    """R-01 R-38: a UNet without adapters is without adapters afterwards; train mode is kept."""
+    adapter = make_adapter()
+    path = export_adapter(adapter, tmp_path / "x.safetensors").path
+    unet.train()
+    postflight([path], adapter, unet, info)
+    assert unet.training
+    assert not lora_layers(unet)
+    unet.eval()
+
+
+def test_postflight_on_a_bf16_base(tmp_path, info, make_adapter):
+    """R-01 R-11: the fresh pipeline has the base's dtype."""
+    half = load_base(info, dtype=torch.bfloat16, device="cpu").unet
+    adapter = make_adapter()
+    path = export_adapter(adapter, tmp_path / "x.safetensors").path
+    assert postflight([path], adapter, half, info)[0].effect > 0
+    assert half.dtype == torch.bfloat16
+
+
+def drop_module(state, metadata):
+    return {key: tensor for key, tensor in state.items() if "mid_block" not in key or "attn2.to_v" not in key}
+
+
+def add_module(state, metadata):
+    extra = {
+        key.replace("attn1.to_q", "attn1.to_nothing"): state[key].clone()
+        for key in state
+        if "mid_block" in key
+    }
+    return {**state, **extra}
+
+
+def zero_module(state, metadata):
+    return {
+        key: torch.zeros_like(tensor) if "mid_block" in key and "attn2.to_v.lora_B" in key else tensor
+        for key, tensor in state.items()
+    }
+
+
+def change_alpha(state, metadata):
+    metadata["lora_adapter_metadata"] = json.dumps(
+        {"unet.r": 4, "unet.lora_alpha": 2, "unet.target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+    )
+    return state
+
+
+def zero_everything(state, metadata):
+    return {key: torch.zeros_like(tensor) if "lora_B" in key else tensor for key, tensor in state.items()}
+
+
+def rename_all(state, metadata):
+    return {key.removeprefix("unet."): tensor for key, tensor in state.items()}
+
+
+def other_widths(state, metadata):
+    return {key: tensor[:, :8].contiguous() if "lora_A" in key else tensor for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop_module, r"1 trained modules are missing \(mid_block.*attn2.to_v\)"),
+        (add_module, r"[Uu]nexpected|to_nothing"),
+        (zero_module, r"1 modules change in another way than trained \(mid_block.*attn2.to_v\)"),
+        (change_alpha, r"80 modules change in another way .*down_blocks.* and 75 more\)"),
+        (zero_everything, r"80 modules change in another way .*the UNet's output is the base's"),
+        (rename_all, r"80 trained modules are missing .*the UNet's output is the base's"),
+        (other_widths, r"it does not load"),
+    ],
+)
+def test_postflight_catches_damage(tmp_path, unet, info, make_adapter, damage, message):
+    """R-01: each damaged export is caught, with exit code 1, and the modules are named."""
+    adapter = make_adapter()
+    path = export_adapter(adapter, tmp_path / "x.safetensors").path
+    metadata = metadata_of(path)
+    state = damage(load_file(path), metadata)
+    save_file(state, path, metadata)
+    with pytest.raises(AdapterError, match=message) as caught:
+        postflight([path], adapter, unet, info)
+    assert caught.value.exit_code == 1
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not lora_layers(unet)
+
+
+def test_postflight_prints_nothing(tmp_path, unet, info, make_adapter, capfd):
+    """R-01: the libraries' chatter is heard, not shown."""
+    adapter = make_adapter()
+    path = export_adapter(adapter, tmp_path / "x.safetensors", dialect="kohya").path
+    postflight([path], adapter, unet, info)
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_stock_pipeline_at_strength_zero_and_after_unloading(tmp_path, unet, info, make_adapter):
+    """R-37 R-38: strength 0 and unloading give the stock base's output."""
+    path = export_adapter(make_adapter(), tmp_path / "x.safetensors").path
+    pipeline = load_stock_pipeline(info, dtype=torch.float32, only=["unet"])
+    generator = torch.Generator().manual_seed(0)
+    channels, width = info.unet_config["in_channels"], info.unet_config["cross_attention_dim"]
+    latents = torch.randn(1, channels, 8, 8, generator=generator)
+    hidden = torch.randn(1, 4, width, generator=generator)
+
+    @torch.no_grad()
+    def run():
+        return pipeline.unet.eval()(latents, torch.tensor([500]), encoder_hidden_states=hidden).sample
+
+    base = run()
+    pipeline.load_lora_weights(str(tmp_path), weight_name=path.name, adapter_name="any_3c")
+    assert not torch.equal(run(), base)
+    pipeline.set_adapters(["any_3c"], [0.0])
+    torch.testing.assert_close(run(), base, rtol=0, atol=1e-6)
+    pipeline.unload_lora_weights()
+    assert torch.equal(run(), base)
+
+
+@pytest.fixture(scope="module", params=[pytest.param("builtin", marks=pytest.mark.slow), "sdxl"])
+def whole_base(request, sdxl_folder):
+    """A base with one text encoder, and one with two."""
+    source = "builtin" if request.param == "builtin" else str(sdxl_folder)
+    return load_base(inspect_base(BaseSection(source=source)), dtype=torch.float32, device="cpu")
+
+
+def make_text_adapter(base, targets=("attention", "text_attention", "text_mlp")):
+    names = match_targets(base.components, list(targets))
+    adapter = create_adapter(base.components, names, 4, 2.0, seed=0, family=base.info.family)
+    generator = torch.Generator().manual_seed(1)
+    for pair in adapter.modules.values():
+        pair.up.data.normal_(std=0.1, generator=generator)
+    return adapter
+
+
+def test_postflight_of_text_encoders(tmp_path, whole_base, capfd):
+    """R-01, R-07, R-34: modules and outputs of each text encoder too, in both dialects, and no bars."""
+    adapter = make_text_adapter(whole_base)
+    assert adapter.components == ["unet", *whole_base.info.traits.text_encoders]
+    paths = [
+        export_adapter(adapter, tmp_path / f"{dialect}.safetensors", dialect=dialect).path
+        for dialect in ("diffusers", "kohya")
+    ]
+    for report in postflight(paths, adapter, whole_base.components, whole_base.info):
+        assert report.num_modules == len(adapter.modules)
+        assert report.difference < 1e-2 * report.effect
+    assert not lora_layers(whole_base.components)
+    alone = make_text_adapter(whole_base, ["text_attention"])
+    path = export_adapter(alone, tmp_path / "alone.safetensors").path
+    assert postflight([path], alone, whole_base.components, whole_base.info)[0].effect > 0
+    assert capfd.readouterr() == ("", "")
+
+
+LOST_TEXT = r"missing \(text_encoder.*the text_encoder's output is the base's"
+LOST_LAYER = r"missing \(text_encoder.*layers\.1\.mlp\.fc1.*the text_encoder's output is .* off"
+
+
+@pytest.mark.parametrize(("lost", "message"), [("text_encoder", LOST_TEXT), ("layers.1.mlp.fc1", LOST_LAYER)])
+def test_postflight_catches_damage_in_text_encoders(tmp_path, whole_base, lost, message):
+    """R-01, R-34: a file that lost modules of a text encoder is caught, and the modules are named."""
+    adapter = make_text_adapter(whole_base)
+    path = export_adapter(adapter, tmp_path / "x.safetensors").path
+    save_file({k: tensor for k, tensor in load_file(path).items() if lost not in k}, path, metadata_of(path))
+    with pytest.raises(AdapterError, match=message) as caught:
+        postflight([path], adapter, whole_base.components, whole_base.info)
+    assert caught.value.exit_code == 1

@@ -1,0 +1,322 @@
+"""The memory that a plan promises, against what is measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sdlora.config import BaseSection, load_config
+from sdlora.data.records import Size
+from sdlora.lora.adapter import create_adapter
+from sdlora.lora.attach import match_modules, match_targets, mount
+from sdlora.memory.activations import META, UnetPass, peak_bytes, unet_peak, vae_peaks
+from sdlora.memory.estimate import Machine, Workload, as_size, estimate_memory, plan_memory
+from sdlora.models.components import Part
+from sdlora.models.dtypes import Precision
+from sdlora.models.info import inspect_base
+from sdlora.models.load import load_base
+from sdlora.models.meta import empty_components, empty_model
+
+FP32 = Precision("fp32", "fp32")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_the_peak_of_a_chain_by_hand():
+    """R-18: two results of a kilobyte and one of four are never alive at once; views are not counted."""
+
+    def chain():
+        first = torch.zeros(256, device=META)
+        second = first + 1
+        del first
+        third = torch.cat([second, second, second, second])
+        del second
+        return third.view(2, 512).t()[0].sum()
+
+    assert peak_bytes(chain) == 1024 + 4096
+    weight = torch.zeros(256, device=META)
+    assert peak_bytes(lambda: weight.view(16, 16).t(), [weight]) == 0
+
+
+def test_what_a_backward_pass_waits_for_is_counted():
+    """R-09: a layer's input until its weight has its gradient, and that gradient."""
+    layers = nn.Sequential(*[nn.Linear(64, 64, bias=False, device=META) for _ in range(3)])
+    x = torch.zeros(1024, 64, device=META)
+    one, weight = 1024 * 64 * 4, 64 * 64 * 4
+
+    def learn():
+        layers(x).sum().backward()
+
+    peak = peak_bytes(learn, [x, *layers.parameters()])
+    assert 3 * one < peak < 4 * one + 3 * weight + 64
+
+
+PASS = UnetPass("", (), Size(16, 16), 32, torch.float32, False, 2, learns=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"checkpointing": True},
+        {"is_quantized": True},
+        {"learns": False, "batch_size": 4},
+        {"dtype": torch.bfloat16},
+        {"latents": Size(24, 12)},
+    ],
+    ids=str,
+)
+def test_a_pass_without_numbers_is_as_large_as_a_real_one(changes):
+    """R-18: the same tensors live on the meta device as on the CPU, within 5 %."""
+    task = replace(PASS, **changes)
+    info = inspect_base(BaseSection(quantize="int8" if task.is_quantized else "none"))
+    base = load_base(info, dtype=task.dtype, device="cpu")
+    names = match_targets(base.unet, ["attention"])
+    adapter = create_adapter(base.unet, names, 8, 8.0, seed=0, family="sd1")
+    for tensor in adapter.parameters():
+        tensor.requires_grad_(task.learns)
+    mount(base.unet, [(adapter, 1.0)])
+    if task.checkpointing:
+        base.enable_gradient_checkpointing(text=False)
+    planned = unet_peak(
+        replace(task, config=json.dumps(dict(info.unet_config)), ranks=tuple((n, 8) for n in names))
+    )
+    latents = (task.batch_size, info.latent_channels, task.latents.height, task.latents.width)
+    noisy = torch.zeros(latents, dtype=task.dtype)
+    hidden = torch.zeros(
+        task.batch_size, task.tokens, info.unet_config["cross_attention_dim"], dtype=task.dtype
+    )
+
+    def compute():
+        with torch.set_grad_enabled(task.learns):
+            answer = base.unet(noisy, torch.zeros(task.batch_size), hidden, return_dict=False)[0]
+            if task.learns:
+                answer.float().square().mean().backward()
+
+    known = [*base.unet.parameters(), *base.unet.buffers(), *adapter.parameters()]
+    assert planned == pytest.approx(peak_bytes(compute, known), rel=0.05)
+
+
+def work(side=64, **settings):
+    keys = {"train.batch_size": 2, "sample.guidance": 3.0, "train.sample_every": 1}
+    keys |= {name.replace("__", "."): value for name, value in settings.items()}
+    config = load_config(None, keys)
+    info = inspect_base(config.base)
+    parts = empty_components(info, text=config.lora.text_encoder)
+    ranks = dict.fromkeys(match_modules(parts, config.lora.targets), 4)
+    return Workload(config, info, parts, ranks, 0, Size(side, 64))
+
+
+def test_stages_add_up():
+    """R-20: encoders leave a GPU before the UNet comes, unless they are needed; a CPU holds everything."""
+    gpu = estimate_memory(work(), Machine(FP32, CUDA), checkpointing=False)
+    cpu = estimate_memory(work(), Machine(FP32, CPU), checkpointing=False)
+    kept = estimate_memory(work(data__cache=False), Machine(FP32, CUDA), checkpointing=False)
+    encoders = gpu.vae + gpu.text_encoders
+    assert gpu.stages["encoding"] == max(gpu.text_encoders, gpu.vae + gpu.encode)
+    assert gpu.stages["training"] == gpu.unet_bytes + gpu.adapter + gpu.learn
+    assert cpu.stages["training"] == kept.stages["training"] == gpu.stages["training"] + encoders
+    assert cpu.stages["encoding"] == encoders + gpu.encode + gpu.unet_bytes
+    assert gpu.stages["sampling"] == gpu.unet_bytes + gpu.adapter + max(gpu.sample, gpu.vae + gpu.decode)
+    assert gpu.stages["postflight"] - gpu.adapter - gpu.prove == sum(p.plain for p in gpu.unet.values())
+    assert (
+        "sampling"
+        not in estimate_memory(work(train__sample_every=0), Machine(FP32, CUDA), checkpointing=False).stages
+    )
+
+
+def test_what_changes_the_numbers():
+    """R-18: moments, bits, batch, size, text encoders; each shows where it should."""
+    plain = estimate_memory(work(), Machine(FP32, CUDA), checkpointing=False)
+    trained = plain.adapter // 12
+    eight = estimate_memory(
+        work(train__optimizer="bitsandbytes.optim.AdamW8bit"), Machine(FP32, CUDA), checkpointing=False
+    )
+    assert eight.adapter == 6 * trained
+    half = estimate_memory(work(), Machine(Precision("bf16", "bf16"), CUDA), checkpointing=False)
+    assert half.unet_bytes * 2 == plain.unet_bytes
+    small = estimate_memory(work(base__quantize="nf4"), Machine(FP32, CUDA), checkpointing=False)
+    assert small.unet_bytes < 0.25 * plain.unet_bytes
+    assert small.learn < plain.learn
+    wide = estimate_memory(work(128), Machine(FP32, CUDA), checkpointing=False)
+    assert 1.5 * plain.learn < wide.learn < 2.5 * plain.learn
+    text = estimate_memory(work(lora__text_encoder=True), Machine(FP32, CUDA), checkpointing=False)
+    assert text.learn > plain.learn
+    assert text.stages["training"] > text.unet_bytes + text.adapter + text.learn
+    mixed = estimate_memory(work(), Machine(Precision("bf16", "fp32"), CUDA), checkpointing=False)
+    assert mixed.learn - plain.learn == plain.unet_bytes // 2
+
+
+def test_checkpointing_comes_when_memory_asks():
+    """R-09: auto is off where the run fits, on where it does not; what was asked for stays."""
+    without = estimate_memory(work(), Machine(FP32, CUDA), checkpointing=False)
+    with_it = estimate_memory(work(), Machine(FP32, CUDA), checkpointing=True)
+    assert with_it.stages["training"] < without.stages["training"]
+    tight = int(without.stages["training"] / 0.95)
+
+    def plan(free, **settings):
+        asked = work(train__sample_every=0, **settings)
+        return plan_memory(asked, Machine(FP32, CUDA, free))
+
+    assert plan(None)[0].checkpointing is False
+    assert plan(10**10) == (plan(None)[0], None)
+    memory, problem = plan(tight)
+    assert memory.checkpointing is True
+    memory, problem = plan(tight, train__gradient_checkpointing=False)
+    assert memory.checkpointing is False
+    assert problem
+    assert problem.startswith(f"the run needs about {as_size(memory.peak)} of memory, and the cuda has")
+    assert "train.gradient_checkpointing=true, base.quantize=int8, train.batch_size=1" in problem
+    memory, problem = plan(10**6, base__quantize="int8", train__batch_size=1)
+    assert problem.endswith("what helps: base.quantize=nf4, a smaller data.resolution")
+    assert plan(10**10, train__gradient_checkpointing=True)[0].checkpointing is True
+
+
+def test_the_plan_says_what_is_really_saved():
+    """R-48: by kind of layer: NF4 is for linear layers alone, convolutions get eight bits."""
+    memory = estimate_memory(work(base__quantize="nf4"), Machine(FP32, CUDA), checkpointing=False)
+    first, second, third = memory.lines("nf4", 0)
+    assert first.startswith(f"memory    about {as_size(memory.peak)}: encoding ")
+    assert second.endswith("without gradient checkpointing")
+    assert third.startswith("nf4       linear 17 MB to 2 MB, convolution 23 MB to 6 MB, rest 0 MB")
+    assert third.endswith("the UNet takes 80% less")
+    assert memory.lines("nf4", 8)[2].endswith("80% less, with a correction of rank 8")
+    assert json.loads(json.dumps(memory.as_event()))["peak"] == memory.peak
+
+
+VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+TEXTS = {"sd1": {"text_encoder": 123_060_480}}
+TEXTS["sdxl"] = {**TEXTS["sd1"], "text_encoder_2": 694_659_840}
+LARGE = ("sdxl", "sdxl-qlora-8gb", "sdxl-qlora-12gb", "sdxl-24gb")
+
+
+def describe_real_base(family, unet, settings):
+    """A real base's description, without its weights."""
+    configs = {"unet": unet, "vae": {**VAE, "force_upcast": family == "sdxl"}}
+    parts = {
+        name: Part(name, config, (), "", sum(p.numel() for p in empty_model(name, config).parameters()))
+        for name, config in configs.items()
+    }
+    positions = {"max_position_embeddings": 77}
+    parts |= {name: Part(name, positions, (), "", count) for name, count in TEXTS[family].items()}
+    known = inspect_base(settings)
+    return replace(known, source=family, family=family, parts=parts, words=(), scheduler_config={})
+
+
+@pytest.mark.parametrize(
+    "preset", ["sd15", "sd15-8gb", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
+)
+def test_presets_say_what_the_plan_estimates(repository, full_size, preset):
+    """R-18: in their first line, for a GPU in bf16; the card has a tenth and the driver's to spare."""
+    file = repository / "configs" / f"{preset}.toml"
+    first = file.read_text(encoding="utf-8").splitlines()[0]
+    card, stated = re.search(r"(?:with (\d+) GB)?: about ([\d.]+ GB) by the plan's estimate", first).groups()
+    config = load_config(file, {"train.sample_every": 100})
+    family = "sdxl" if "sdxl" in preset else "sd1"
+    info = describe_real_base(family, full_size[family], config.base)
+    parts = empty_components(info, text=False)
+    ranks = dict.fromkeys(match_modules(parts, config.lora.targets), config.lora.rank)
+    asked = Workload(config, info, parts, ranks, 0, Size(info.resolution, info.resolution))
+    free = int(int(card) * 1e9 - 0.6e9) if card else None
+    memory, problem = plan_memory(asked, Machine(Precision("bf16", "bf16"), CUDA, free))
+    assert as_size(memory.peak) == stated
+    assert problem is None
+    assert memory.checkpointing == (config.train.gradient_checkpointing is True)
+
+
+MEASURE = """
+import json, sys, psutil, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from sdlora.data.records import Size
+from sdlora.lora.adapter import create_adapter
+from sdlora.lora.attach import match_modules, match_targets, mount
+from sdlora.models.quantize import quantize
+from sdlora.memory.activations import UnetPass, unet_peak
+config = {"block_out_channels": (64, 128), "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+          "up_block_types": ("CrossAttnUpBlock2D",) * 2, "cross_attention_dim": 64, "norm_num_groups": 16,
+          "attention_head_dim": 4}
+unet = UNet2DConditionModel(**config).requires_grad_(False).eval()
+def learn(size):
+    unet(torch.randn(1, 4, size, size), torch.tensor([9]), torch.randn(1, 8, 64)).sample.mean().backward()
+names = match_targets(unet, ["attention"])
+mount(unet, [(create_adapter(unet, names, 4, 4.0, seed=0, family="sd1"), 1.0)])
+learn(16)
+before = psutil.Process().memory_info().rss
+learn(64)
+peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+ranks = tuple((name, 4) for name in names)
+config |= {"in_channels": 4}
+task = UnetPass(json.dumps(config), ranks, Size(64, 64), 8, torch.float32, False, 1, True)
+print(json.dumps([unet_peak(task), peak - before]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_resident_memory_is_what_was_planned():
+    """R-18: the operating system's count of a step on the CPU, within a tenth.
+
+    glibc keeps half as much again for itself unless it is told to give large blocks back.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )
+    planned, measured = json.loads(done.stdout)
+    assert planned > 200e6
+    assert measured == pytest.approx(planned, rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_device_memory_is_what_was_planned(checkpointing):
+    """R-18: torch's own count of a step on a GPU, within a fifth."""
+    info = inspect_base(BaseSection())
+    base = load_base(info, dtype=torch.float32, device="cuda")
+    names = match_targets(base.unet, ["attention"])
+    adapter = create_adapter(base.unet, names, 8, 8.0, seed=0, family="sd1")
+    for pair in adapter.modules.values():
+        pair.down.data, pair.up.data = pair.down.data.cuda(), pair.up.data.cuda()
+    mount(base.unet, [(adapter, 1.0)])
+    if checkpointing:
+        base.enable_gradient_checkpointing(text=False)
+    task = replace(
+        PASS,
+        config=json.dumps(dict(info.unet_config)),
+        ranks=tuple((name, 8) for name in names),
+        latents=Size(64, 64),
+        checkpointing=checkpointing,
+    )
+    noisy = torch.randn(2, info.latent_channels, 64, 64, device="cuda")
+    hidden = torch.randn(2, 32, info.unet_config["cross_attention_dim"], device="cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    base.unet(noisy, torch.tensor([5, 900], device="cuda"), hidden).sample.square().mean().backward()
+    measured = torch.cuda.max_memory_allocated() - before
+    assert measured == pytest.approx(unet_peak(task), rel=0.2)
+
+
+def test_decoding_a_picture_needs_more_than_encoding_it():
+    """R-18: both grow with the picture's area."""
+    config = json.dumps(dict(inspect_base(BaseSection()).vae_config))
+    small, large = (vae_peaks(config, Size(side, side), torch.float32) for side in (64, 128))
+    assert large[1] > large[0]
+    assert large[0] == pytest.approx(4 * small[0], rel=0.1)

@@ -1,0 +1,47 @@
+"""Captions as the tokenizer sees them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from sdlora.models.info import BaseInfo
+from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.models.tokenizer import count_tokens, load_tokenizer
+
+
+def test_a_short_caption_fits(base: StableDiffusion) -> None:
+    """R-05: pieces to show, nothing lost."""
+    count = base.count_tokens("a red tractor")
+    assert count.pieces == ("a", "red", "tractor")
+    assert (count.used, count.limit, count.lost) == (3, base.info.text_length - 2, "")
+
+
+def test_lost_words_are_whole(info: BaseInfo) -> None:
+    """R-28: counted with the real tokenizer; a word cut in its middle is lost as a whole."""
+    tokenizer = load_tokenizer(info)
+    words = ["red"] * (info.text_length - 4) + ["unbelievable", "sky"]
+    count = count_tokens(tokenizer, info.text_length, " ".join(words))
+    assert count.used > count.limit == len(count.pieces)
+    assert count.lost == "unbelievable sky"
+
+
+def test_what_is_counted_is_what_is_encoded(base: StableDiffusion) -> None:
+    """R-28: a caption that just fits loses nothing when encoded; one word more changes no state before it."""
+    limit = base.info.text_length - 2
+    fits, over = " ".join(["red"] * limit), " ".join(["red"] * limit + ["tractor"])
+    assert base.count_tokens(fits).lost == ""
+    assert base.count_tokens(over).lost == "tractor"
+    states = base.encode_captions([fits, over]).hidden
+    assert (states[0] == states[1]).all()
+
+
+def test_counting_needs_no_torch() -> None:
+    """R-35: the preflight reads captions with the tokenizer alone."""
+    code = (
+        "import sys; from sdlora.config import BaseSection; from sdlora.models.info import inspect_base;"
+        "from sdlora.models.tokenizer import load_tokenizer, count_tokens;"
+        "info = inspect_base(BaseSection()); count_tokens(load_tokenizer(info), info.text_length, 'a cat');"
+        "sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,87 @@
+"""How a run went, from its events alone (R-12)."""
+
+from __future__ import annotations
+
+import pytest
+
+from sdlora.config import load_config
+from sdlora.report.summary import describe_losses, describe_state, describe_step, doubt_losses
+from sdlora.runs import RunFolder
+from sdlora.writing import write_text
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """A run of 30 steps with losses of held-out pictures at 0, 10, 20 and so on."""
+
+    def make(*losses: float, split: str = "heldout") -> RunFolder:
+        config = load_config(None, {"train.steps": 30, "train.learning_rate": 1e-3})
+        run = RunFolder.create(tmp_path / "run", config, {})
+        for number, loss in enumerate(losses):
+            run.append("step", 10 * number + 1)
+            run.append("heldout", 10 * number, split=split, loss=loss)
+            write_text(run.step_adapter(10 * number), "x") if number else None
+        return run
+
+    return make
+
+
+def test_losses_on_the_way(make_run):
+    """A line for each measurement, with the change since the first."""
+    run = make_run(0.5)
+    assert describe_step(run, 0, {"heldout": 0.5}) == "step 0    loss of held-out pictures 0.5000"
+    told = describe_step(run, 10, {"train": 0.2, "heldout": 0.4})
+    assert told == "step 10   loss of training pictures 0.2000, held-out pictures 0.4000 (-20.0%)"
+    assert describe_losses(run) == []
+    run.append("heldout", 10, split="heldout", loss=0.4)
+    assert describe_losses(run) == [
+        "loss      held-out pictures: 0.5000 at step 0, 0.4000 at step 10 (-20.0%)"
+    ]
+
+
+@pytest.mark.parametrize("split", ["heldout", "train"])
+def test_a_loss_that_rose_again(make_run, split):
+    """Overfitting is said, with what to change and the saved step that is best by this measure."""
+    run = make_run(0.5, 0.3, 0.31, 0.4, split=split)
+    run.step_adapter(10).unlink()
+    doubt = doubt_losses(run)
+    assert doubt is not None
+    assert "rose again (step 10: 0.3000, step 30: 0.4000)" in doubt
+    assert "a lower train.learning_rate (0.001)" in doubt
+    assert f"or take step 20 (0.3100): {run.step_adapter(20)}" in doubt
+    assert f"`sdlora sample {run.path} --step 20` shows" in doubt
+    run.step_adapter(20).unlink()
+    alone = doubt_losses(run)
+    assert alone is not None
+    assert alone.endswith("a lower train.learning_rate (0.001)")
+
+
+def test_a_loss_that_did_not_fall(make_run):
+    """A run that has learnt nothing says which settings to try."""
+    doubt = doubt_losses(make_run(0.5, 0.51, 0.4999))
+    assert doubt is not None
+    assert "held-out pictures did not fall (step 0: 0.5000, step 20: 0.4999)" in doubt
+    assert "another train.learning_rate (0.001), or more train.steps (30)" in doubt
+
+
+@pytest.mark.parametrize("losses", [(), (0.5,), (0.5, 0.4, 0.3), (0.5, 0.3, 0.302)])
+def test_a_loss_that_fell(make_run, losses):
+    """All is well, or not measured: nothing to say."""
+    assert doubt_losses(make_run(*losses)) is None
+
+
+def test_where_a_run_stands(make_run):
+    """How far, what failed, how it goes on; finished is finished."""
+    run = make_run(0.5, 0.3, 0.4)
+    run.append("warning", 3, message="first")
+    run.append("warning", 4, message="a\x1b[2Jb")
+    run.append("failed", 21, message="out of memory")
+    write_text(run.checkpoint(20) / "state.json", "{}")
+    first, failed, warnings, losses, note = describe_state(run)
+    assert first == f"run       {run.path}, step 21 of 30; `sdlora resume {run.path}` goes on from step 20"
+    assert failed == "failed    out of memory"
+    assert warnings == "warnings  2, the last: a\\x1b[2Jb"
+    assert losses.startswith("loss      held-out pictures")
+    assert note.startswith("note      the loss of held-out pictures rose again")
+    run.append("done", 30)
+    assert describe_state(run)[0] == f"run       {run.path}, finished at step 30"

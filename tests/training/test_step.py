@@ -1,0 +1,90 @@
+"""One optimizer step; an optimizer that trains at one point and is after another (schedule-free)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sdlora.formats.files import load_adapter
+from sdlora.training.step import named_tensors
+
+
+class Averaged(torch.optim.SGD):
+    """SGD whose result is the mean of its points; `eval()` moves there, `train()` back (not to the bit)."""
+
+    is_training = False
+
+    def step(self, closure=None):
+        assert self.is_training
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["count"] = state.get("count", torch.zeros(())) + 1
+            mean = state.get("mean", torch.zeros_like(parameter))
+            state["mean"] = mean + (parameter.detach() - mean) / state["count"]
+
+    def train(self):
+        self._swap(True)
+
+    def eval(self):
+        self._swap(False)
+
+    def _swap(self, is_training):
+        if self.is_training != is_training:
+            self.is_training = is_training
+            for parameter, state in self.state.items():
+                point = parameter.detach().clone()
+                parameter.data.copy_(state["mean"])
+                state["mean"] = point * (1 + 1e-6)
+
+
+@pytest.fixture
+def averaging(monkeypatch):
+    """The optimizer at an import path."""
+    monkeypatch.setattr(torch.optim, "Averaged", Averaged, raising=False)
+    return {"train__optimizer": "torch.optim.Averaged", "train__learning_rate": 0.3}
+
+
+def test_the_average_is_what_is_saved(make_images, small, make_trainer, tmp_path, averaging):
+    """R-10: a file holds the average, and training goes on where it was."""
+    trainer = make_trainer(
+        small(make_images(), train__steps=3, train__save_every=3, **averaging), tmp_path / "a"
+    )
+    trainer.train()
+    learner = trainer.learner
+    means = {id(parameter): state["mean"] for parameter, state in learner.optimizer.optimizer.state.items()}
+    saved = load_adapter(trainer.run.step_adapter(3))
+    for name, tensor in named_tensors(learner.adapter).items():
+        before = tensor.detach().clone()
+        with learner.averaged():
+            assert not torch.equal(tensor, before)
+        assert torch.equal(tensor, before), name
+        if name.endswith(".up"):
+            expected = means[id(tensor)] * learner.adapter.scale
+            stored = saved.modules[name.removesuffix(".up")].up * saved.scale
+            torch.testing.assert_close(stored.float(), expected, rtol=2e-3, atol=1e-6)
+
+
+def test_looking_does_not_disturb(make_images, small, make_trainer, snapshot, tmp_path, averaging):
+    """R-04: with files and held-out losses in between, the trained point is the same to the bit."""
+    images = make_images()
+    plain = make_trainer(small(images, **averaging), tmp_path / "plain")
+    busy = make_trainer(
+        small(images, train__save_every=1, train__evaluate_every=1, **averaging), tmp_path / "b"
+    )
+    for trainer in (plain, busy):
+        trainer.train()
+    for name, tensor in snapshot(plain).items():
+        assert torch.equal(tensor, snapshot(busy)[name]), name
+
+
+def test_fp16_in_a_process_without_samples(make_images, tiny, make_trainer, tmp_path):
+    """R-17: the first step of all may leave a process nothing to scale; it takes part with zeros."""
+    learner = make_trainer(tiny(make_images()), tmp_path / "run").learner
+    accelerator = learner.accelerator
+    # As on a GPU: fp16 is refused on a CPU.
+    accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu"), True
+    accelerator.state._mixed_precision = "fp16"
+    assert learner._exchange(torch.zeros(())) == 0
+    assert learner._clip() == 0
+    assert not any(tensor.grad.any() for tensor in learner.parameters)
