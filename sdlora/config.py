@@ -81,7 +81,7 @@ class BaseSection(Section):
 
 
 class DataSection(Section):
-    """The image folder, and how a picture becomes a training sample."""
+    """The image folder, and how a image becomes a training sample."""
 
     trigger: str | None = _field(None, "give a word, or leave it out", min_length=1, max_length=1000)
     resolution: int | None = _field(None, "give a side in pixels, such as 512", ge=16, le=8192)
@@ -263,7 +263,7 @@ class TrainSection(Section):
 
 
 class SampleSection(Section):
-    """Pictures made during and after training."""
+    """Images made during and after training."""
 
     prompts: Texts = Field(default_factory=list)
     negative_prompt: str = ""
@@ -272,13 +272,13 @@ class SampleSection(Section):
     steps: int = _field(25, "use 20 to 50", ge=1)
     guidance: float | None = _field(None, "use 1 to 12", ge=0)
     scheduler: str | None = _field(None, "give a diffusers scheduler such as DDIMScheduler")
-    safety_checker: bool = _field(True, "use false to show pictures that the base's own checker withholds")
+    safety_checker: bool = _field(True, "use false to show images that the base's own checker withholds")
     batch_size: int = _field(4, "use 1 to 8", ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> SampleSection:
         if any(not prompt.strip() for prompt in self.prompts):
-            raise ValueError("sample.prompts holds an empty prompt; write what the picture should show")
+            raise ValueError("sample.prompts holds an empty prompt; write what the image should show")
         if file := next((prompt for prompt in self.prompts if re.fullmatch(r"\S+\.txt", prompt)), None):
             raise ValueError(
                 f"sample.prompts has {shorten(file)}, the name of a file; write the prompts themselves "

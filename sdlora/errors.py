@@ -13,12 +13,14 @@ SdloraError
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable
 
 MAX_SHOWN = 200
 MAX_LINE = 2000
 MAX_PROBLEMS = 40
+_SETTING = re.compile(r"[a-z_]+\.[a-z_0-9]+")
 
 
 def unfit_letters(text: str) -> set[str]:
@@ -56,9 +58,19 @@ def join_names(names: Iterable[str], limit: int = 5, separator: str = ", ") -> s
 
 
 class SdloraError(Exception):
-    """Base of all errors; the message is one line that names the remedy."""
+    """Base of all errors; the message is one line that names the remedy.
+
+    Args:
+        message: What, the value seen, the setting as the user spells it, what to do.
+        key: Stable name of the mistake, such as `data.no-images`. Wordings change, keys do not; those of
+            wrong settings are the settings' names.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, *, key: str = "") -> None:
+        super().__init__(message)
+        self.keys: tuple[str, ...] = (key,) if key else ()
 
     def __str__(self) -> str:
         return "\n".join(one_line(_cut(line, MAX_LINE)) for line in super().__str__().split("\n"))
@@ -69,13 +81,15 @@ class ConfigError(SdloraError):
 
     Args:
         problems: One line for each mistake; of thousands, which nobody made by hand, the first.
+        key: Where no setting is at fault; else `keys` are the settings that the lines begin with.
     """
 
-    def __init__(self, *problems: str) -> None:
+    def __init__(self, *problems: str, key: str = "") -> None:
         if len(problems) > MAX_PROBLEMS:
             problems = (*problems[:MAX_PROBLEMS], f"and more mistakes, {len(problems):,} or more in all")
-        super().__init__("\n".join(problems))
+        super().__init__("\n".join(problems), key=key)
         self.problems = problems
+        self.keys += tuple(found[0] for line in problems if (found := _SETTING.match(line)))
 
 
 class DataError(SdloraError):
@@ -109,8 +123,10 @@ class ProcessLost(SdloraError):
         is_told: Whether the process that ended could say why.
     """
 
-    def __init__(self, message: str, exit_code: int = 1, *, is_told: bool = False) -> None:
-        super().__init__(message)
+    def __init__(
+        self, message: str, exit_code: int = 1, *, is_told: bool = False, key: str = "process-lost"
+    ) -> None:
+        super().__init__(message, key=key)
         self.exit_code = exit_code
         self.is_told = is_told
 
@@ -124,7 +140,7 @@ class RunStopped(SdloraError):
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
+        super().__init__(message, key="stopped")
         self.exit_code = 128 + signal_number
 
 

@@ -145,12 +145,12 @@ class RunFolder:
 
     @property
     def samples(self) -> Path:
-        """Grids and single pictures."""
+        """Grids and single images."""
         return self.path / "samples"
 
     @property
     def loss_curve(self) -> Path:
-        """The picture of the losses."""
+        """The image of the losses."""
         return self.path / "loss.png"
 
     @property
@@ -165,7 +165,7 @@ class RunFolder:
 
     @property
     def rank_curve(self) -> Path:
-        """The picture of what each rank keeps."""
+        """The image of what each rank keeps."""
         return self.path / "rank.png"
 
     @property

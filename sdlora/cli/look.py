@@ -30,7 +30,7 @@ def sample(
     prompts: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line.")] = None,
     strengths: Annotated[str | None, typer.Option(help="Columns beside the base, such as 0.5,1.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, such as 0,1.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What the pictures should not show.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the images should not show.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     scheduler: Annotated[
@@ -38,10 +38,10 @@ def sample(
     ] = None,
     safety_checker: Annotated[
         bool | None,
-        typer.Option(help="Whether the base's own safety checker, if it has one, may withhold pictures."),
+        typer.Option(help="Whether the base's own safety checker, if it has one, may withhold images."),
     ] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The folder for grid.png and the single pictures.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder for grid.png and the single images.")] = None,
     force: Force = False,
 ) -> None:
     """Make a grid: prompts and seeds down, the base and the strengths across."""
@@ -69,7 +69,7 @@ def sample(
 
     report = Report()
     subjects: list[Path | None] = [*sources] if sources else [None]
-    # All are checked before the first picture is made.
+    # All are checked before the first image is made.
     plans = [
         plan_sample(
             source,
@@ -103,7 +103,7 @@ def _folders(subjects: Sequence[Path | None], out: Path | None) -> list[Path | N
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
 ) -> None:
-    """Measure a run: held-out loss, and how far its samples are from the held-out pictures."""
+    """Measure a run: held-out loss, and how far its samples are from the held-out images."""
     from sdlora.cli.values import note_newest
     from sdlora.runs import RunFolder
 
@@ -143,7 +143,7 @@ def advise_rank(
 
 
 def doctor(
-    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of pictures.")],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[section.key=value]...", help="Settings, such as data.trigger=x."),

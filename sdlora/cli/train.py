@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of captioned pictures.")],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of captioned images.")],
     overrides: Overrides = None,
     base: Annotated[
         str | None,

@@ -109,7 +109,7 @@ def sample(
     steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The folder for grid.png and the single pictures.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder for grid.png and the single images.")] = None,
     force: Force = False,
 ) -> None:
     """Make a grid: prompts and seeds down, the base and the nodes across."""

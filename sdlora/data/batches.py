@@ -18,11 +18,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One picture as one step sees it.
+    """One image as one step sees it.
 
     Attributes:
         index: Its number in the run, counted over all steps before it; keys its random draws.
-        record: The picture.
+        record: The image.
         crop: The variant drawn for this sample.
         caption: The record's, or empty where it was dropped.
     """
@@ -36,18 +36,18 @@ class Sample:
 class BatchOrder:
     """The samples of every step, a function of (seed, epoch, global batch) alone.
 
-    Within an epoch each picture appears exactly `repeats` times, no step mixes shapes, and a bucket's last
+    Within an epoch each image appears exactly `repeats` times, no step mixes shapes, and a bucket's last
     step may be short. Any step can be asked for; nothing is carried from one to the next.
 
     Args:
-        records: The pictures to train on.
+        records: The images to train on.
         plan: Their crops.
         settings: `caption_dropout` is used.
         global_batch: Samples in a step, over all processes and micro-batches.
         seed: Keys the order and the draws.
 
     Raises:
-        DataError: If there are no pictures.
+        DataError: If there are no images.
     """
 
     steps_per_epoch: int

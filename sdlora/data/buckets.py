@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: sizes of about one area, and the crop that brings each picture into its own."""
+"""Aspect-ratio buckets: sizes of about one area, and the crop that brings each image into its own."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MAX_ASPECT = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """How a picture becomes a sample: scale to `resized`, cut `size` at (left, top), then mirror.
+    """How a image becomes a sample: scale to `resized`, cut `size` at (left, top), then mirror.
 
     Attributes:
-        resized: The whole picture after scaling.
+        resized: The whole image after scaling.
         left: Pixels cut at the left, before mirroring.
         top: Pixels cut at the top.
         size: The bucket.
@@ -35,20 +35,20 @@ class Crop:
 
     @property
     def shown_left(self) -> int:
-        """Pixels cut at the left of the picture as the model sees it, after mirroring."""
+        """Pixels cut at the left of the image as the model sees it, after mirroring."""
         return self.resized.width - self.size.width - self.left if self.flipped else self.left
 
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """The bucket and the crops of every picture.
+    """The bucket and the crops of every image.
 
     Attributes:
         resolution: Side of the square that gives the buckets their area, in pixels.
         step: Sides of buckets are multiples of this, in pixels.
-        records: The pictures to train on.
+        records: The images to train on.
         crops: From a record's name to its fixed crops; mirrored ones follow when flips are on. Held-out
-            pictures have one centre crop.
+            images have one centre crop.
     """
 
     resolution: int
@@ -57,11 +57,11 @@ class BucketPlan:
     crops: Mapping[str, tuple[Crop, ...]]
 
     def bucket_of(self, name: str) -> Size:
-        """The size at which a picture is trained."""
+        """The size at which a image is trained."""
         return self.crops[name][0].size
 
     def table(self) -> list[tuple[Size, int, int]]:
-        """Rows (bucket, images, samples in an epoch) of the pictures to train on, by size."""
+        """Rows (bucket, images, samples in an epoch) of the images to train on, by size."""
         rows: dict[Size, tuple[int, int]] = {}
         for record in self.records:
             size = self.bucket_of(record.name)
@@ -70,17 +70,17 @@ class BucketPlan:
         return [(size, *rows[size]) for size in sorted(rows)]
 
     def lost_share(self, name: str) -> float:
-        """Share of a picture's area that its crop leaves out."""
+        """Share of a image's area that its crop leaves out."""
         crop = self.crops[name][0]
         return 1.0 - crop.size.area / crop.resized.area
 
     def upscale(self, record: ImageRecord) -> float:
-        """Factor by which a picture is scaled to cover its bucket; above 1 it is enlarged."""
+        """Factor by which a image is scaled to cover its bucket; above 1 it is enlarged."""
         return self.crops[record.name][0].resized.width / record.size.width
 
     @property
     def worst_loss(self) -> float:
-        """The largest share that a picture of aspect 1:2 to 2:1 can lose with these buckets."""
+        """The largest share that a image of aspect 1:2 to 2:1 can lose with these buckets."""
         return worst_loss(self.resolution, self.step)
 
 
@@ -93,15 +93,15 @@ def plan_buckets(
     min_step: int = 8,
     seed: int = 0,
 ) -> BucketPlan:
-    """Gives each picture a bucket and its crops.
+    """Gives each image a bucket and its crops.
 
     Args:
-        records: The pictures to train on.
+        records: The images to train on.
         resolution: Side in pixels of the square whose area the buckets have.
         settings: `crop`, `crop_variants` and `flip` are used.
-        heldout: Pictures that get one centre crop.
+        heldout: Images that get one centre crop.
         min_step: What the sides must be a multiple of for the base, in pixels.
-        seed: Keys the random crops, together with each picture's digest.
+        seed: Keys the random crops, together with each image's digest.
     """
     step = choose_step(resolution, min_step)
     buckets = list_buckets(resolution, step)
@@ -117,7 +117,7 @@ def plan_buckets(
 
 
 def choose_step(resolution: int, min_step: int = 8) -> int:
-    """The largest of 64, 32, 16, 8 px (a multiple of `min_step`) with which no usual picture loses 8 %.
+    """The largest of 64, 32, 16, 8 px (a multiple of `min_step`) with which no usual image loses 8 %.
 
     If none does, `min_step` itself is the best there is.
     """
@@ -138,9 +138,9 @@ def list_buckets(resolution: int, step: int) -> list[Size]:
 
 
 def worst_loss(resolution: int, step: int) -> float:
-    """The largest share of area lost by a picture of aspect 1:2 to 2:1.
+    """The largest share of area lost by a image of aspect 1:2 to 2:1.
 
-    Between two neighbouring buckets the worst picture has the geometric mean of their aspects.
+    Between two neighbouring buckets the worst image has the geometric mean of their aspects.
     """
     aspects = sorted({size.aspect for size in list_buckets(resolution, step)})
     middles = [(low * high) ** 0.5 for low, high in pairwise(aspects)]

@@ -1,4 +1,4 @@
-"""Finds the caption of each picture, and places the trigger in it."""
+"""Finds the caption of each image, and places the trigger in it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Caption:
 
 @dataclass
 class _Search:
-    """What has been found so far: candidates for each picture, best first."""
+    """What has been found so far: candidates for each image, best first."""
 
     root: Path
     candidates: dict[str, list[Caption]] = field(default_factory=lambda: defaultdict(list))
@@ -68,17 +68,17 @@ def decode_text(data: bytes) -> tuple[str, str]:
 def find_captions(
     root: Path, files: Iterable[str], images: Sequence[str]
 ) -> tuple[dict[str, Caption], list[Finding]]:
-    """Looks for captions beside the pictures and in metadata files above them.
+    """Looks for captions beside the images and in metadata files above them.
 
     The order of trust is `.txt`, `.caption`, then metadata of the nearest folder, `.jsonl` before `.csv`.
 
     Args:
         root: The image folder.
         files: All files in it, relative, with forward slashes.
-        images: Those that are pictures.
+        images: Those that are images.
 
     Returns:
-        The caption of each picture that has one, and what was noticed.
+        The caption of each image that has one, and what was noticed.
     """
     search = _Search(root)
     names = sorted(files)
@@ -185,7 +185,7 @@ def _read_sidecars(search: _Search, names: Sequence[str], images: Sequence[str])
 
 
 def _read_metadata(search: _Search, name: str, known: Mapping[str, str]) -> None:
-    """Rows of a metadata file name pictures relative to the file."""
+    """Rows of a metadata file name images relative to the file."""
     path = PurePosixPath(name)
     missing: list[str] = []
     long: dict[str, str] = {}
@@ -218,7 +218,7 @@ def _read_metadata(search: _Search, name: str, known: Mapping[str, str]) -> None
         message += f"{join_names(long.values())}; shorten them"
         search.findings.append(Finding("error", message, tuple(long)))
     if missing:
-        message = f"{name} names pictures that are not there ({len(missing)}): "
+        message = f"{name} names images that are not there ({len(missing)}): "
         search.findings.append(Finding("warning", message + join_names(missing), tuple(missing)))
 
 
@@ -272,7 +272,7 @@ def _report_unread(reasons: Mapping[str, str]) -> list[Finding]:
 def _report_orphans(names: Sequence[str]) -> list[Finding]:
     if not names:
         return []
-    message = f"{count_of(len(names), 'caption file')} without a picture of that name: {join_names(names)}"
+    message = f"{count_of(len(names), 'caption file')} without a image of that name: {join_names(names)}"
     return [Finding("notice", message, tuple(names))]
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a run as its base takes them: scanned, and each with its bucket and crops."""
+"""The images of a run as its base takes them: scanned, and each with its bucket and crops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def read_dataset(config: RunConfig, *, resolution: int, min_step: int) -> tuple[
         min_step: Smallest bucket step of the base, in pixels.
 
     Raises:
-        DataError: If the folder is missing or holds no picture to train on.
+        DataError: If the folder is missing or holds no image to train on.
     """
     index = scan_dataset(config.images, config.data, config.train.seed)
     buckets = plan_buckets(

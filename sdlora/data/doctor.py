@@ -51,7 +51,7 @@ def report_files(listing: Listing) -> list[Finding]:
 
 
 def report_unreadable(reasons: dict[str, str], settings: DataSection) -> list[Finding]:
-    """Pictures that cannot be decoded (name to reason): an error, or a warning where they are skipped."""
+    """Images that cannot be decoded (name to reason): an error, or a warning where they are skipped."""
     if not reasons:
         return []
     listed = join_names(f"{name} {reason}" for name, reason in reasons.items())
@@ -71,7 +71,7 @@ def report_frames(names: Sequence[str]) -> list[Finding]:
 
 
 def report_left_out(names: Sequence[str]) -> list[Finding]:
-    """Pictures in folders named heldout where another kind of hold-out was asked for."""
+    """Images in folders named heldout where another kind of hold-out was asked for."""
     if not names:
         return []
     message = f"{count_of(len(names), 'image')} in folders named {HELDOUT} left out: never trained on"
@@ -110,7 +110,7 @@ def _hint_above(root: Path) -> str:
 
 
 def report_records(training: Sequence[ImageRecord], heldout: Sequence[ImageRecord]) -> list[Finding]:
-    """Shared stems (R-21), exact copies, held-out pictures that are trained on, unlikely repeats."""
+    """Shared stems (R-21), exact copies, held-out images that are trained on, unlikely repeats."""
     findings = []
     stems: dict[PurePosixPath, list[str]] = defaultdict(list)
     copies: dict[str, list[str]] = defaultdict(list)
@@ -131,7 +131,7 @@ def report_records(training: Sequence[ImageRecord], heldout: Sequence[ImageRecor
         findings.append(Finding("warning", message, leaked))
     most = max((record.repeats for record in training), default=0)
     if most > MANY_REPEATS:
-        # Nobody repeats a picture ten thousand times an epoch; a folder named 20240131_holiday says so.
+        # Nobody repeats a image ten thousand times an epoch; a folder named 20240131_holiday says so.
         severity: Severity = "error" if most > MAX_REPEATS else "warning"
         message = f"a folder's name asks for {most} repeats of each image; rename it if it is a date"
         findings.append(Finding(severity, message))
@@ -199,7 +199,7 @@ def summary(index: DatasetIndex, plan: BucketPlan, count_tokens: CountTokens | N
 
 
 def contact_sheet(index: DatasetIndex, plan: BucketPlan, settings: DataSection) -> Image.Image:
-    """A picture of what the model will see: crops with the share that each lost, the worst first."""
+    """A image of what the model will see: crops with the share that each lost, the worst first."""
     records = sorted(index.records, key=lambda record: (-round(plan.lost_share(record.name), 3), record.name))
     records = records[:SHEET_IMAGES]
     columns = max(1, min(SHEET_COLUMNS, len(records)))
@@ -229,7 +229,7 @@ def _examine_sizes(plan: BucketPlan) -> list[Finding]:
             Finding(
                 "warning",
                 f"data.resolution = {plan.resolution} with buckets in steps of {plan.step} px can cut off "
-                f"{plan.worst_loss:.0%} of a picture between 1:2 and 2:1; a larger data.resolution cuts less",
+                f"{plan.worst_loss:.0%} of a image between 1:2 and 2:1; a larger data.resolution cuts less",
             )
         )
     lost = _rank((plan.lost_share(record.name), record.name) for record in plan.records)

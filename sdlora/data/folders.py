@@ -33,12 +33,12 @@ class Listing:
 
     @property
     def images(self) -> list[str]:
-        """Those that are pictures by name."""
+        """Those that are images by name."""
         return [name for name in self.files if is_image(name)]
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name says that it is a picture."""
+    """Whether a file's name says that it is a image."""
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 

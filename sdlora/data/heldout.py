@@ -1,4 +1,4 @@
-"""Chooses the pictures that are never trained on: a folder, or a share drawn by digest."""
+"""Chooses the images that are never trained on: a folder, or a share drawn by digest."""
 
 from __future__ import annotations
 
@@ -66,17 +66,17 @@ def _relative(folder: Path, root: Path) -> str:
 def hold_out_share(
     records: Sequence[ImageRecord], share: float | str, seed: int
 ) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """Chooses by digest, evenly over the folders; copies of a picture stay together."""
-    pictures = {record.digest: record for record in records}
-    number = _heldout_count(share, len(pictures))
+    """Chooses by digest, evenly over the folders; copies of a image stay together."""
+    images = {record.digest: record for record in records}
+    number = _heldout_count(share, len(images))
     if not number:
         return list(records), []
 
     def draw(digest: str) -> tuple[str, str]:
-        folder = str(PurePosixPath(pictures[digest].name).parent)
+        folder = str(PurePosixPath(images[digest].name).parent)
         return folder, hashlib.sha256(f"{seed}:heldout:{digest}".encode()).hexdigest()
 
-    order = sorted(pictures, key=draw)
+    order = sorted(images, key=draw)
     chosen = {order[(2 * i + 1) * len(order) // (2 * number)] for i in range(number)}
     return (
         [record for record in records if record.digest not in chosen],

@@ -1,4 +1,4 @@
-"""Reads any picture as a viewer shows it, and cuts out what the model will see."""
+"""Reads any image as a viewer shows it, and cuts out what the model will see."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ MAX_BYTES = 2**30
 LARGE_BYTES = 2**25
 LARGE_PIXELS = 2**24
 ORIENTATION = 0x0112
-# Large pictures are decoded one at a time: eight panoramas at once would take gigabytes.
+# Large images are decoded one at a time: eight panoramas at once would take gigabytes.
 _large = threading.RLock()
 
 
 class UnreadableImageError(DataError):
-    """A picture that cannot be decoded; `reason` is the part of the message after the file's name."""
+    """A image that cannot be decoded; `reason` is the part of the message after the file's name."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path} {reason}; replace or remove it")
@@ -64,10 +64,10 @@ def parse_colour(background: str) -> tuple[int, int, int]:
 
 
 def load_image(path: Path, background: str = "white") -> Image.Image:
-    """Reads a picture in RGB: first frame, EXIF orientation applied, transparency over a colour.
+    """Reads a image in RGB: first frame, EXIF orientation applied, transparency over a colour.
 
     Raises:
-        DataError: If it is empty, cut short or not a picture; the message names the file.
+        DataError: If it is empty, cut short or not a image; the message names the file.
         ConfigError: If `background` is not a colour.
     """
     colour = parse_colour(background)
@@ -75,7 +75,7 @@ def load_image(path: Path, background: str = "white") -> Image.Image:
 
 
 def load_record(record: ImageRecord, background: str = "white") -> Image.Image:
-    """Reads the picture of a record, in the state in which it was scanned.
+    """Reads the image of a record, in the state in which it was scanned.
 
     Raises:
         DataError: If it is gone or has changed since; the message names the file.
@@ -99,7 +99,7 @@ def measure_file(path: Path) -> tuple[str, Size, bool]:
     """The digest of a file, and what `measure_image` finds in it.
 
     Raises:
-        UnreadableImageError: If it cannot be read to its end, or is not a picture.
+        UnreadableImageError: If it cannot be read to its end, or is not a image.
     """
     try:
         is_large = path.stat().st_size > LARGE_BYTES
@@ -114,7 +114,7 @@ def measure_image(path: Path, data: bytes) -> tuple[Size, bool]:
     """Decodes a whole file to see that it can be, and gives its size as shown and whether it moves.
 
     Raises:
-        UnreadableImageError: If it is empty, cut short or not a picture.
+        UnreadableImageError: If it is empty, cut short or not a image.
     """
     with _decoding(path), _open(path, data) as image, _one_at_a_time(_pixels(image) > LARGE_PIXELS):
         moves = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
@@ -130,7 +130,7 @@ def measure_image(path: Path, data: bytes) -> tuple[Size, bool]:
 
 
 def crop_image(image: Image.Image, crop: Crop) -> Image.Image:
-    """Scales a picture to cover its bucket, cuts the bucket out, and mirrors it if the crop says so."""
+    """Scales a image to cover its bucket, cuts the bucket out, and mirrors it if the crop says so."""
     resized = (crop.resized.width, crop.resized.height)
     if image.size != resized:
         image = image.resize(resized, Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -161,7 +161,7 @@ def _open(path: Path, data: bytes) -> Image.Image:
         # An older Pillow has no reader of AVIF.
         return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
     except UnidentifiedImageError:
-        raise UnreadableImageError(path, f"is not a picture (it starts with {data[:12]!r})") from None
+        raise UnreadableImageError(path, f"is not a image (it starts with {data[:12]!r})") from None
 
 
 def _pixels(image: Image.Image) -> int:
@@ -192,7 +192,7 @@ def _decoding(path: Path) -> Iterator[None]:
 
 
 def _transpose(image: Image.Image) -> Image.Image:
-    with suppress(Exception):  # A damaged EXIF block must not cost the picture.
+    with suppress(Exception):  # A damaged EXIF block must not cost the image.
         return ImageOps.exif_transpose(image)
     return image
 
@@ -223,7 +223,7 @@ def _reduce_depth(image: Image.Image) -> Image.Image:
     else:
         top = 65535.0 if values.max(initial=0) <= 65535 else float(2**31 - 1)
     reduced = np.empty(values.shape, np.uint8)
-    for start in range(0, len(values), 64):  # In strips: a large picture in float64 would take gigabytes.
+    for start in range(0, len(values), 64):  # In strips: a large image in float64 would take gigabytes.
         strip = values[start : start + 64].astype(np.float64)
         reduced[start : start + 64] = np.clip(np.rint(strip * (255.0 / top)), 0, 255)
     return Image.fromarray(reduced)

@@ -36,7 +36,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One picture and its caption.
+    """One image and its caption.
 
     Attributes:
         path: The file.
@@ -78,8 +78,8 @@ class DatasetIndex:
 
     Attributes:
         root: The image folder.
-        records: The pictures to train on, by name.
-        heldout: The pictures that are never trained on, by name.
+        records: The images to train on, by name.
+        heldout: The images that are never trained on, by name.
         findings: What scanning noticed, errors included.
     """
 

@@ -1,4 +1,4 @@
-"""Scans an image folder: which files are pictures, what they show, which are held out."""
+"""Scans an image folder: which files are images, what they show, which are held out."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class _Measured:
 def scan_dataset(
     root: str | Path, settings: DataSection, seed: int = 0, *, progress: Progress | None = None
 ) -> DatasetIndex:
-    """Reads every picture and caption below a folder.
+    """Reads every image and caption below a folder.
 
     Mistakes in single files are findings of the index; `sdlora.data.doctor.examine` gives them all.
 
@@ -56,11 +56,11 @@ def scan_dataset(
         root: The image folder; classes and `N_name` folders inside it are found.
         settings: `trigger`, `heldout`, `allow_missing_captions`, `on_bad_image`, `background`,
             `follow_links`.
-        seed: Decides, with the pictures' digests, which share is held out.
-        progress: Called with (pictures read, pictures in all).
+        seed: Decides, with the images' digests, which share is held out.
+        progress: Called with (images read, images in all).
 
     Raises:
-        DataError: If the folder is missing or holds no picture to train on.
+        DataError: If the folder is missing or holds no image to train on.
         ConfigError: If `data.background` is not a colour.
     """
     root = Path(root).expanduser()
@@ -95,7 +95,7 @@ def scan_dataset(
 def _read_records(
     root: Path, listing: Listing, names: Sequence[str], settings: DataSection, progress: Progress | None
 ) -> tuple[list[ImageRecord], list[Finding]]:
-    """Decodes the named pictures and finds their captions."""
+    """Decodes the named images and finds their captions."""
     captions, findings = find_captions(root, listing.files, listing.images)
     measured = dict(zip(names, _measure_all([root / name for name in names], progress), strict=True))
     good = [name for name in names if not measured[name].reason]
@@ -117,7 +117,7 @@ def _read_records(
 def _read_outside(
     folder: Path, taken: set[str], settings: DataSection
 ) -> tuple[list[ImageRecord], list[Finding]]:
-    """Held-out pictures from a folder elsewhere; their names start with that folder's."""
+    """Held-out images from a folder elsewhere; their names start with that folder's."""
     listing = list_files(folder, settings.follow_links)
     if not listing.images:
         raise DataError(

@@ -1,4 +1,4 @@
-"""A picture becomes the tensors that a base takes."""
+"""A image becomes the tensors that a base takes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def image_to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def crop_to_time_ids(original: Size, crop: Crop) -> torch.Tensor:
-    """What SDXL is told of a picture's sizes (Podell et al. 2023, 2307.01952, section 2.2).
+    """What SDXL is told of a image's sizes (Podell et al. 2023, 2307.01952, section 2.2).
 
     Args:
-        original: The whole picture as a viewer shows it, before it was scaled.
-        crop: Its place is counted in the scaled picture, as SDXL was trained; in a mirrored one from the
+        original: The whole image as a viewer shows it, before it was scaled.
+        crop: Its place is counted in the scaled image, as SDXL was trained; in a mirrored one from the
             left that the model sees.
 
     Returns:

@@ -1,1 +1,1 @@
-"""Judging an adapter: losses at fixed noise, distances between pictures, and how much rank it needs."""
+"""Judging an adapter: losses at fixed noise, distances between images, and how much rank it needs."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdlora.errors import ConfigError, RunError
 from sdlora.evaluation.bench import Bench, open_bench
-from sdlora.evaluation.evaluate import mean_distance, picture_distances
+from sdlora.evaluation.evaluate import image_distances, mean_distance
 from sdlora.export.export import export_adapter
 from sdlora.formats.write import Precision
 from sdlora.lora.adapter import Adapter
@@ -55,9 +55,9 @@ class Advice:
         loss_without: The held-out loss without the adapter, on what it stands on.
         keep: The share asked for.
         rank: The advised one.
-        images: Held-out pictures.
+        images: Held-out images.
         files: What was written.
-        curve: The picture.
+        curve: The image.
     """
 
     candidates: list[Candidate]
@@ -72,10 +72,10 @@ class Advice:
         """As printed."""
         whole = self.candidates[-1]
         best = next(one for one in self.candidates if one.rank == self.rank)
-        lines = [f"held-out loss on {self.images} pictures, {self.loss_without:.4f} without the adapter"]
+        lines = [f"held-out loss on {self.images} images, {self.loss_without:.4f} without the adapter"]
         lines += [
             f"rank {one.rank:>4}  {one.megabytes:>7.2f} MB  energy {one.energy:>6.1%}  loss {one.loss:.4f}  "
-            f"keeps {one.kept:>6.1%}  pictures {one.distance:.1%} away"
+            f"keeps {one.kept:>6.1%}  images {one.distance:.1%} away"
             for one in self.candidates
         ]
         if best is whole:
@@ -112,11 +112,11 @@ def advise_rank(
         keep: The share of what was learned that is enough.
         ranks: To try; powers of two if not given.
         seed: Of the samples.
-        progress: Told (finished, total): the losses of each rank, then the pictures.
+        progress: Told (finished, total): the losses of each rank, then the images.
 
     Raises:
         ConfigError: If `keep` or a rank is out of range.
-        RunError: If there are no held-out pictures, or the adapter has learnt nothing that they show.
+        RunError: If there are no held-out images, or the adapter has learnt nothing that they show.
     """
     if not 0 < keep <= 1:
         raise ConfigError(f"--keep {keep:g} must be above 0 and at most 1; use 0.99")
@@ -141,7 +141,7 @@ def advise_rank(
             f"run {bench.run.path} has not lowered the held-out loss ({without:.4f} without its adapter, "
             f"{losses[bench.adapter.rank]:.4f} with it), so no rank can be advised; see `sdlora spectrum`"
         )
-    distances = _picture_distances(bench, adapters, seed, lambda done: show(len(adapters) + done, total))
+    distances = _image_distances(bench, adapters, seed, lambda done: show(len(adapters) + done, total))
     candidates = [
         Candidate(
             rank=rank,
@@ -178,7 +178,7 @@ def _ranks(found: Spectrum, rank: int) -> dict[str, int]:
     return {name: min(rank, len(values)) for name, values in found.values.items()}
 
 
-def _picture_distances(
+def _image_distances(
     bench: Bench, adapters: dict[int, Adapter], seed: int, progress: Callable[[int], object]
 ) -> dict[int, float]:
     """How far samples are from those of the whole adapter, over how far they are without any."""
@@ -187,11 +187,11 @@ def _picture_distances(
     without, *shown = bench.samples(stacks, captions, seed, progress)
     whole = shown[list(adapters).index(bench.adapter.rank)]
 
-    def distance(pictures: list[Tensor]) -> float:
-        return mean_distance(picture_distances(bench.base, pictures, whole)).content
+    def distance(images: list[Tensor]) -> float:
+        return mean_distance(image_distances(bench.base, images, whole)).content
 
     far = distance(without) or 1.0
-    return {rank: distance(pictures) / far for rank, pictures in zip(adapters, shown, strict=True)}
+    return {rank: distance(images) / far for rank, images in zip(adapters, shown, strict=True)}
 
 
 def _write(bench: Bench, adapter: Adapter) -> tuple[Path, ...]:
@@ -216,7 +216,7 @@ def _draw(bench: Bench, candidates: Sequence[Candidate], without: float, best: i
         {
             "of what was learned": [one.kept for one in candidates],
             "of the energy": [one.energy for one in candidates],
-            "of the way to the pictures": [1 - one.distance for one in candidates],
+            "of the way to the images": [1 - one.distance for one in candidates],
         },
         without=without,
         best=best,

@@ -1,4 +1,4 @@
-"""A run's held-out pictures and its base, ready to measure adapters on."""
+"""A run's held-out images and its base, ready to measure adapters on."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Bench:
         base: Its base, in the dtype of the training.
         adapter: Its final adapter.
         ancestors: What the adapter stands on.
-        records: Held-out pictures.
+        records: Held-out images.
         plan: Their buckets and crops.
         drawings: As the model sees them, (3, H, W) in [-1, 1].
         latents: Of the drawings, (C, h, w).
@@ -89,13 +89,13 @@ class Bench:
         seed: int,
         progress: Callable[[int], object] = lambda finished: None,
     ) -> list[list[Tensor]]:
-        """Samples of captions, each in the size of its picture, for each of some stacks.
+        """Samples of captions, each in the size of its image, for each of some stacks.
 
         Args:
             stacks: What to mount; none of it is the base.
-            captions: One for each of the first pictures.
+            captions: One for each of the first images.
             seed: Of the noise.
-            progress: Called with the number of pictures finished so far.
+            progress: Called with the number of images finished so far.
         """
         groups: dict[Size, list[int]] = defaultdict(list)
         for number in range(len(captions)):
@@ -104,10 +104,10 @@ class Bench:
         found: list[dict[int, Tensor]] = [{} for _ in stacks]
         for size, numbers in groups.items():
             request = make_request(self.config.sample, self.base.info, (size.width, size.height))
-            # Measured, not shown: a blank in place of a picture would be measured too.
+            # Measured, not shown: a blank in place of a image would be measured too.
             settings = replace(request.settings, safety_checker=False)
             prompts = [captions[number] for number in numbers]
-            pictures = generate_columns(
+            images = generate_columns(
                 self.base,
                 columns,
                 prompts,
@@ -116,16 +116,16 @@ class Bench:
                 progress=lambda done: progress(sum(map(len, found)) + done),
             )
             for place, made in enumerate(found):
-                own = pictures[place :: len(columns)]
+                own = images[place :: len(columns)]
                 made |= {number: image_to_tensor(p.image) for number, p in zip(numbers, own, strict=True)}
         return [[made[number] for number in range(len(captions))] for made in found]
 
 
 def open_bench(run: str | Path | RunFolder) -> Bench:
-    """Loads a run's base, its final adapter with all it stands on, and its held-out pictures.
+    """Loads a run's base, its final adapter with all it stands on, and its held-out images.
 
     Raises:
-        RunError: If the run has no held-out pictures, or cannot keep what is measured.
+        RunError: If the run has no held-out images, or cannot keep what is measured.
         AdapterError: If an ancestor is missing or changed.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
@@ -137,7 +137,7 @@ def open_bench(run: str | Path | RunFolder) -> Bench:
     records = index.heldout[:MAX_IMAGES]
     if not records:
         raise RunError(
-            f"run {folder.path} has no held-out pictures; train with data.heldout=0.1 or a folder heldout/"
+            f"run {folder.path} has no held-out images; train with data.heldout=0.1 or a folder heldout/"
         )
     adapter = load_adapter(folder.adapter)
     ancestors = stack_of(find_ancestors(folder.adapter, adapter))

@@ -1,4 +1,4 @@
-"""Measures a run on its held-out pictures: losses, and distances between pictures, base beside style."""
+"""Measures a run on its held-out images: losses, and distances between images, base beside style."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sdlora.writing import write_json
 
 
 @dataclass(frozen=True, slots=True)
-class PictureDistance:
+class ImageDistance:
     """Two distances between a sample and a drawing, both root mean squares over VAE latents.
 
     Latents, since they are what the base sees.
@@ -35,36 +35,34 @@ class PictureDistance:
     content: float
 
 
-def picture_distances(
+def image_distances(
     base: StableDiffusion, samples: Sequence[Tensor], drawings: Sequence[Tensor]
-) -> list[PictureDistance]:
+) -> list[ImageDistance]:
     """The distances of each pair.
 
     Args:
         base: Gives the VAE.
-        samples: Pictures (3, H, W) in [-1, 1].
-        drawings: The pictures they should look like, in the same order and sizes.
+        samples: Images (3, H, W) in [-1, 1].
+        drawings: The images they should look like, in the same order and sizes.
     """
     pairs = zip(_encode(base, samples), _encode(base, drawings), strict=True)
     return [
-        PictureDistance(
-            style=_rms(_statistics(sample) - _statistics(drawing)), content=_rms(sample - drawing)
-        )
+        ImageDistance(style=_rms(_statistics(sample) - _statistics(drawing)), content=_rms(sample - drawing))
         for sample, drawing in pairs
     ]
 
 
-def mean_distance(distances: Sequence[PictureDistance]) -> PictureDistance:
-    """The mean over pictures."""
+def mean_distance(distances: Sequence[ImageDistance]) -> ImageDistance:
+    """The mean over images."""
     count = len(distances)
-    return PictureDistance(
+    return ImageDistance(
         style=sum(distance.style for distance in distances) / count,
         content=sum(distance.content for distance in distances) / count,
     )
 
 
-def _encode(base: StableDiffusion, pictures: Sequence[Tensor]) -> list[Tensor]:
-    return [base.encode_images(picture[None])[0][0].cpu().double() for picture in pictures]
+def _encode(base: StableDiffusion, images: Sequence[Tensor]) -> list[Tensor]:
+    return [base.encode_images(image[None])[0][0].cpu().double() for image in images]
 
 
 def _statistics(latents: Tensor) -> Tensor:
@@ -78,16 +76,16 @@ def _rms(difference: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Base and style on the held-out pictures of a run.
+    """Base and style on the held-out images of a run.
 
     Args:
-        images: How many pictures.
+        images: How many images.
         base_loss: The held-out loss without the adapter.
         style_loss: And with it.
         base_distance: The mean distances between samples of the held-out captions and the held-out
-            pictures, without the adapter.
+            images, without the adapter.
         style_distance: And with it.
-        style_wins: For how many pictures the style's sample is nearer in style than the base's.
+        style_wins: For how many images the style's sample is nearer in style than the base's.
         untriggered_distance: And with the adapter, but the trigger taken out of the captions; None
             without a trigger.
         gap: The style's loss on the full base beside that on a base of few bits, where it was trained.
@@ -96,10 +94,10 @@ class Evaluation:
     images: int
     base_loss: HeldoutLoss
     style_loss: HeldoutLoss
-    base_distance: PictureDistance
-    style_distance: PictureDistance
+    base_distance: ImageDistance
+    style_distance: ImageDistance
     style_wins: int
-    untriggered_distance: PictureDistance | None = None
+    untriggered_distance: ImageDistance | None = None
     gap: Gap | None = None
 
     @property
@@ -114,12 +112,11 @@ class Evaluation:
         """As printed."""
         base, style = self.base_distance, self.style_distance
         lines = [
-            _beside("held-out loss", self.base_loss.loss, self.style_loss.loss)
-            + f" on {self.images} pictures",
+            _beside("held-out loss", self.base_loss.loss, self.style_loss.loss) + f" on {self.images} images",
             _beside("style distance", base.style, style.style)
             + f"; the style is nearer for {self.style_wins} of {self.images}",
             _beside("content distance", base.content, style.content),
-            "                  (samples against held-out pictures, in VAE latents: mean and standard "
+            "                  (samples against held-out images, in VAE latents: mean and standard "
             "deviation of the channels; every latent pixel)",
         ]
         if self.untriggered_distance is not None:
@@ -140,10 +137,10 @@ def evaluate(
     Args:
         run: The run folder.
         seed: Of the samples.
-        progress: Told (finished, total) sampled pictures.
+        progress: Told (finished, total) sampled images.
 
     Raises:
-        RunError: If the run has no held-out pictures.
+        RunError: If the run has no held-out images.
     """
     bench = open_bench(run)
     base_loss, style_loss = bench.loss(()), bench.loss(bench.style)
@@ -152,12 +149,12 @@ def evaluate(
     count, total = len(captions), len(captions) * (3 if trigger else 2)
     show = progress or (lambda finished, total: None)
     samples = bench.samples([(), bench.style], captions, seed, lambda done: show(done, total))
-    plain, styled = (picture_distances(bench.base, made, bench.drawings) for made in samples)
+    plain, styled = (image_distances(bench.base, made, bench.drawings) for made in samples)
     untriggered = None
     if trigger:
         bare = [remove_trigger(caption, trigger) for caption in captions]
         (without,) = bench.samples([bench.style], bare, seed, lambda done: show(2 * count + done, total))
-        untriggered = mean_distance(picture_distances(bench.base, without, bench.drawings))
+        untriggered = mean_distance(image_distances(bench.base, without, bench.drawings))
     result = Evaluation(
         images=count,
         base_loss=base_loss,
@@ -186,4 +183,4 @@ def _gap(bench: Bench, trained: HeldoutLoss) -> Gap | None:
 def remove_trigger(caption: str, trigger: str) -> str:
     """The caption without its trigger, and without the comma that went with it."""
     bare = trigger_pattern(trigger).sub("", caption)
-    return re.sub(r"\s*,(?:\s*,)*\s*", ", ", bare).strip(" ,") or "a picture"
+    return re.sub(r"\s*,(?:\s*,)*\s*", ", ", bare).strip(" ,") or "a image"

@@ -22,7 +22,7 @@ class Gap:
         quantize: How the base was kept while it trained.
         trained: The loss on that.
         used: And on the full base.
-        images: Over how many pictures.
+        images: Over how many images.
     """
 
     quantize: str
@@ -38,7 +38,7 @@ class Gap:
     def __str__(self) -> str:
         return (
             f"loss {self.trained:.4f} on the {self.quantize} base it was trained on, {self.used:.4f} on the "
-            f"full base ({self.relative:+.2%}), over {self.images} pictures"
+            f"full base ({self.relative:+.2%}), over {self.images} images"
         )
 
 
@@ -62,7 +62,7 @@ def measure_gap(
     Args:
         base: Of few bits; what is mounted on it stays.
         stack: The adapter, on top of what it stands on.
-        items: Held-out pictures with the adapter's own text states.
+        items: Held-out images with the adapter's own text states.
         schedule: The base's forward process.
     """
 

@@ -1,4 +1,4 @@
-"""The held-out loss: fixed pictures, fixed noise, fixed timesteps, so that two numbers can be compared.
+"""The held-out loss: fixed images, fixed noise, fixed timesteps, so that two numbers can be compared.
 
 B batch, C channels, H W latent size.
 """
@@ -24,10 +24,10 @@ Denoise = Callable[[Tensor, Tensor, Condition], Tensor]
 
 @dataclass(frozen=True)
 class HeldoutItem:
-    """One picture as the loss sees it.
+    """One image as the loss sees it.
 
     Args:
-        key: Decides its noise; the picture's digest.
+        key: Decides its noise; the image's digest.
         latents: The posterior's mean, (C, H, W).
         condition: Of its caption and, for SDXL, its size.
     """
@@ -39,12 +39,12 @@ class HeldoutItem:
 
 @dataclass(frozen=True)
 class HeldoutLoss:
-    """The mean squared error over all pictures, and over each band of timesteps.
+    """The mean squared error over all images, and over each band of timesteps.
 
     Args:
         loss: Mean over everything.
         by_band: "0-199" and so on, low noise first.
-        num_images: How many pictures it was taken over.
+        num_images: How many images it was taken over.
     """
 
     loss: float
@@ -65,14 +65,14 @@ def heldout_loss(
 ) -> HeldoutLoss:
     """Measures the loss without any random state: the same weights give the same number.
 
-    Each picture meets the middle of each band of timesteps once, with noise keyed by the picture
+    Each image meets the middle of each band of timesteps once, with noise keyed by the image
     and the band. The loss is unweighted, so that runs with different objectives can be compared.
 
     Args:
         denoise: Takes noisy latents (B, C, H, W), timesteps (B,) and their condition.
         schedule: The base's forward process.
-        items: The pictures; several sizes may be mixed.
-        batch_size: Pictures in one forward pass.
+        items: The images; several sizes may be mixed.
+        batch_size: Images in one forward pass.
         device: Where `denoise` runs.
         share: (k, n) measures every n-th batch, from the k-th on.
         add_shares: The sum of a tensor over all shares.
@@ -132,7 +132,7 @@ def recognise_prediction(
     Args:
         denoise: As for `heldout_loss`.
         schedule: The base's forward process; its own prediction type has no say.
-        items: A few pictures.
+        items: A few images.
         device: Where `denoise` runs.
 
     Returns:

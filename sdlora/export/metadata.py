@@ -49,7 +49,7 @@ class RunFacts:
     steps: int
     images_seen: int
     repeats: Mapping[int, int]
-    """How often an epoch shows a picture, to how many pictures it shows so often."""
+    """How often an epoch shows a image, to how many images it shows so often."""
     dataset_digest: str
     resolution: int
     batch_size: int
@@ -69,7 +69,7 @@ class RunFacts:
     ancestors: Sequence[Ancestor] = ()
     """What it was trained on top of, the root first."""
     heldout_loss: float | None = None
-    """On the held-out pictures, at this step."""
+    """On the held-out images, at this step."""
     captions: Sequence[str] | None = None
     """All captions, only by consent (`export.include_captions`)."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class RunFacts:
 
     @property
     def num_images(self) -> int:
-        """Pictures trained on."""
+        """Images trained on."""
         return sum(self.repeats.values())
 
 

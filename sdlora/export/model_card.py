@@ -27,7 +27,7 @@ def write_model_card(
         path: `README.md`.
         facts: The run.
         prompts: With the trigger already in place.
-        grid: The picture's name beside the card.
+        grid: The image's name beside the card.
         weights: The diffusers file's name beside the card.
     """
     sections = [
@@ -67,12 +67,12 @@ def _summary(facts: RunFacts) -> str:
     )
     return (
         f"A style LoRA for {facts.base_name} ({facts.architecture}), trained with sdlora on "
-        f"{facts.num_images} pictures.{trigger}{parents if path else ''}"
+        f"{facts.num_images} images.{trigger}{parents if path else ''}"
     )
 
 
 def _usage(facts: RunFacts, prompts: Sequence[str], weights: str) -> str:
-    prompt = next(iter(prompts), facts.trigger or "a picture")
+    prompt = next(iter(prompts), facts.trigger or "a image")
     base = _quote(facts.base_name)
     if facts.base_name == "builtin":
         base = 'Path(sdlora.__file__).parent / "builtin" / "base"'

@@ -1,6 +1,6 @@
 """Passes of a run's networks without numbers, on the meta device: how much memory each needs beside weights.
 
-B batch, C channels, H W picture size, h w latent size, L tokens, D width, P pooled width.
+B batch, C channels, H W image size, h w latent size, L tokens, D width, P pooled width.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _build_unet(config: str, dtype: torch.dtype, is_quantized: bool) -> Any:
 
 @lru_cache(maxsize=64)
 def vae_peaks(config: str, size: Size, dtype: torch.dtype) -> tuple[int, int]:
-    """What encoding and decoding one picture need.
+    """What encoding and decoding one image need.
 
     Args:
         config: The VAE's, as JSON.

@@ -104,7 +104,7 @@ def _check_kind(folder: Path, key: str) -> tuple[dict[str, Any], str]:
     lacks_first = _has(index, "text_encoder_2") and not _has(index, "text_encoder")
     if lacks_first or index.get("requires_aesthetics_score"):
         raise ModelError(
-            f"{key} is an SDXL refiner, which reworks the pictures of a base; "
+            f"{key} is an SDXL refiner, which reworks the images of a base; "
             "give the SDXL base, and the LoRA works beside any refiner"
         )
     config = folder / "unet" / "config.json"

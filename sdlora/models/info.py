@@ -131,7 +131,7 @@ class BaseInfo:
 
     @property
     def has_time_ids(self) -> bool:
-        """Whether the UNet is told the sizes of each picture, as SDXL's is (R-31)."""
+        """Whether the UNet is told the sizes of each image, as SDXL's is (R-31)."""
         return bool(self.unet_config.get("addition_embed_type") == "text_time")
 
     @property
@@ -148,7 +148,7 @@ class BaseInfo:
 
     @property
     def min_step(self) -> int:
-        """A picture's sides must be multiples of this many pixels; diffusers' UNets take any latent size."""
+        """A image's sides must be multiples of this many pixels; diffusers' UNets take any latent size."""
         return self.vae_factor
 
     @property

@@ -1,4 +1,4 @@
-"""A base's safety checker: which pictures it withholds."""
+"""A base's safety checker: which images it withholds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REMEDY = "download or copy the base again, or set sample.safety_checker=false"
 
 
 class SafetyChecker:
-    """Says of each picture whether the base's safety checker withholds it (R-47).
+    """Says of each image whether the base's safety checker withholds it (R-47).
 
     Read from the disk at its first use, and on the device only while it looks.
 
@@ -39,7 +39,7 @@ class SafetyChecker:
         self._parts: tuple[StableDiffusionSafetyChecker, CLIPImageProcessor] | None = None
 
     def __call__(self, images: Sequence[Image]) -> list[bool]:
-        """One answer for each picture; the pictures stay as they are."""
+        """One answer for each image; the images stay as they are."""
         if self._parts is None:
             self._parts = self._load()
         model, extractor = self._parts
@@ -92,7 +92,7 @@ def missing_checker(info: BaseInfo) -> str | None:
             read_header(file)
         return None
     return (
-        f"the base {info.name} names a safety checker, but its files are not in {info.path}: pictures are "
+        f"the base {info.name} names a safety checker, but its files are not in {info.path}: images are "
         "not checked; add safety_checker/ and feature_extractor/, or set sample.safety_checker=false"
     )
 

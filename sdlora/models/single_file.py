@@ -202,7 +202,7 @@ def _refuse_others(header: Header, family: str, key: str) -> None:
     if family == "sd2" and f"{UNET}label_emb.0.0.weight" in names:
         is_refiner = has_tensors(header, OPEN_CLIP_FIRST)
         what = "an SDXL refiner, which reworks" if is_refiner else "an unCLIP base, which starts from"
-        raise ModelError(f"{key} is {what} pictures; {GIVE_BASE}")
+        raise ModelError(f"{key} is {what} images; {GIVE_BASE}")
     if "edm_mean" in names or "edm_vpred.sigma_max" in names:
         raise ModelError(f"{key} was trained the EDM way, which sdlora does not train; {GIVE_BASE}")
 

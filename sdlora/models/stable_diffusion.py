@@ -1,6 +1,6 @@
 """A Stable Diffusion in use: frozen parts, and the four things done with them.
 
-B batch, C channels, H W picture size, h w latent size, L tokens, D width, P pooled width.
+B batch, C channels, H W image size, h w latent size, L tokens, D width, P pooled width.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sdlora.models.tokenizer import TokenCount, count_tokens
 
 TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
-# A decoder needs gigabytes for each megapixel: small pictures are decoded together, large ones one by one.
+# A decoder needs gigabytes for each megapixel: small images are decoded together, large ones one by one.
 DECODE_AT_ONCE_PX = 512 * 512
 
 
@@ -36,7 +36,7 @@ class StableDiffusion:
     Args:
         text_encoders: One, or SDXL's two; `tokenizers` likewise.
         dtype: Of the UNet; text encoders are fp32, the VAE fp32 unless bf16 is known to suit it.
-        withhold: A safety checker: for each picture, whether it must not be shown.
+        withhold: A safety checker: for each image, whether it must not be shown.
     """
 
     info: BaseInfo
@@ -99,9 +99,9 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The posterior of pictures, in the units that the UNet works in.
+        """The posterior of images, in the units that the UNet works in.
 
-        One picture at a time: batching gains nothing (the VAE fills the device alone), and a picture's
+        One image at a time: batching gains nothing (the VAE fills the device alone), and a image's
         latents must not depend on its neighbours.
 
         Args:
@@ -113,7 +113,7 @@ class StableDiffusion:
         Raises:
             ModelError: If the VAE gives non-finite numbers even in fp32 (R-22).
         """
-        moments = [self._encode_image(picture[None]) for picture in pixels]
+        moments = [self._encode_image(image[None]) for image in pixels]
         return torch.cat([mean for mean, _ in moments]), torch.cat([std for _, std in moments])
 
     def _encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,8 +123,8 @@ class StableDiffusion:
                 mean, std = self._posterior(pixels)
         if not _all_finite(mean, std):
             raise ModelError(
-                "the VAE gives non-finite latents for this picture, in fp32 too; "
-                "check the picture, or give another base.vae"
+                "the VAE gives non-finite latents for this image, in fp32 too; "
+                "check the image, or give another base.vae"
             )
         return mean, std
 
@@ -152,7 +152,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Pictures from latents, with the VAE on the UNet's device only meanwhile (R-18).
+        """Images from latents, with the VAE on the UNet's device only meanwhile (R-18).
 
         Args:
             latents: (B, C, h, w) as the UNet works with them.
@@ -164,11 +164,11 @@ class StableDiffusion:
         home = self.vae.device
         try:
             self.vae.to(self.device)
-            pictures = self._decode(latents)
-            if not _all_finite(pictures) and _all_finite(latents) and self.vae.dtype != torch.float32:
+            images = self._decode(latents)
+            if not _all_finite(images) and _all_finite(latents) and self.vae.dtype != torch.float32:
                 with self._vae_in_fp32():
-                    pictures = self._decode(latents)
-            return pictures
+                    images = self._decode(latents)
+            return images
         finally:
             self.vae.to(home)
 
@@ -176,11 +176,11 @@ class StableDiffusion:
         side_px = self.info.vae_factor
         at_once = max(1, DECODE_AT_ONCE_PX // (latents.shape[2] * latents.shape[3] * side_px**2))
         shift, scale = self._latent_units()
-        pictures = [
+        images = [
             self.vae.decode(part.to(self.device, self.vae.dtype) / scale + shift, return_dict=False)[0]
             for part in latents.split(at_once)
         ]
-        return torch.cat([part.float().cpu() for part in pictures])
+        return torch.cat([part.float().cpu() for part in images])
 
     def encode_captions(self, captions: Sequence[str]) -> Condition:
         """Text states of captions, as the stock pipeline's `encode_prompt` makes them, without time ids.

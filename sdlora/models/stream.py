@@ -113,7 +113,7 @@ def _set(layer: nn.Module, name: str, value: Tensor) -> None:
 
 
 def check_finite(part: Part, name: str, weight: Tensor) -> None:
-    """Refuses a weight with a NaN or an infinity, which would spoil every loss and every picture.
+    """Refuses a weight with a NaN or an infinity, which would spoil every loss and every image.
 
     A sum says so without a copy: it is finite only if all its terms are.
 

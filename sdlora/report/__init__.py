@@ -1,1 +1,1 @@
-"""Pictures and words about a run, made from its events alone."""
+"""Images and words about a run, made from its events alone."""

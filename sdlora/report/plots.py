@@ -1,4 +1,4 @@
-"""The singular values of an adapter as a picture: how many directions hold how much of what was learnt."""
+"""The singular values of an adapter as a image: how many directions hold how much of what was learnt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def draw_loss_curve(run: RunFolder) -> Path:
     """Draws the losses of a run into its folder.
 
     Returns:
-        The picture's path.
+        The image's path.
     """
     figure = loss_figure(run)
     # Without the library's version in it, the same run gives the same bytes.

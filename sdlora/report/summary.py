@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from sdlora.errors import one_line
 from sdlora.runs import RunFolder
 
-SPLITS = {"train": "training pictures", "heldout": "held-out pictures"}
+SPLITS = {"train": "training images", "heldout": "held-out images"}
 # Shares of a loss: a smaller rise is no reason to choose another step, and a smaller fall is none.
 RISE, FALL = 0.01, 0.002
 

@@ -1,4 +1,4 @@
-"""Pictures for prompts, seeds and strengths, made by the stock diffusers pipeline with our UNet in it.
+"""Images for prompts, seeds and strengths, made by the stock diffusers pipeline with our UNet in it.
 
 B batch, C channels, h w latent size.
 """
@@ -23,7 +23,7 @@ from sdlora.models.conditioning import Condition
 from sdlora.models.load import pipeline_of
 from sdlora.models.quiet import quiet
 from sdlora.models.stable_diffusion import StableDiffusion
-from sdlora.sampling.images import NOT_FINITE, WITHHELD, Picture, SampleSettings
+from sdlora.sampling.images import NOT_FINITE, WITHHELD, SampledImage, SampleSettings
 from sdlora.sampling.schedulers import check_prompts, make_scheduler, resolve_settings
 from sdlora.tree.lineage import Stack
 
@@ -111,8 +111,8 @@ def generate(
     strengths: Sequence[float],
     settings: SampleSettings = SampleSettings(),  # noqa: B008
     **options: Any,
-) -> list[Picture]:
-    """Makes a picture for each prompt and seed, by the base and by each strength of the adapter.
+) -> list[SampledImage]:
+    """Makes a sample for each prompt and seed, by the base and by each strength of the adapter.
 
     As `generate_columns`, whose options it takes, with the columns of `make_columns`.
     """
@@ -130,8 +130,8 @@ def generate_columns(
     text: Mapping[str, Condition] | None = None,
     progress: Callable[[int], object] | None = None,
     share: tuple[int, int] = (0, 1),
-) -> list[Picture]:
-    """Makes a picture for each prompt, seed and column.
+) -> list[SampledImage]:
+    """Makes a sample for each prompt, seed and column.
 
     Adapters are mounted, never fused (R-38). Afterwards the base, what was mounted on it, gradients,
     train mode and all random states are as they were (R-10).
@@ -144,9 +144,9 @@ def generate_columns(
         settings: How.
         text: Prompt to the base's text states, from `encode_prompts`; what is missing is encoded here, and
             all of it for each column that changes a text encoder.
-        progress: Called with the number of pictures finished so far.
+        progress: Called with the number of samples finished so far.
         share: (k, n) makes every n-th batch, from the k-th on. Batches are the same whoever makes them; the
-            pictures of the others are black, so that the sum of all shares is the whole.
+            samples of the others are black, so that the sum of all shares is the whole.
 
     Returns:
         Row by row of the grid: prompt, then seed, then column.
@@ -157,7 +157,7 @@ def generate_columns(
     settings = resolve_settings(base.info, settings)
     check_prompts(prompts)
     rows = [Row(prompt, seed) for prompt in prompts for seed in seeds]
-    pictures: list[list[Picture]] = [[] for _ in columns]
+    samples: list[list[SampledImage]] = [[] for _ in columns]
     turns = itertools.cycle(range(share[1]))
     known = dict(text or {})
     parts = base.components
@@ -165,7 +165,7 @@ def generate_columns(
         pipeline = pipeline_of(
             base.info, unet=base.unet, scheduler=make_scheduler(base.info, settings.scheduler)
         )
-        for column, made in zip(columns, pictures, strict=True):
+        for column, made in zip(columns, samples, strict=True):
             with mounted(parts, column.stack):
                 if column.changes_text:
                     states = encode_prompts(base, prompts, settings)
@@ -178,12 +178,14 @@ def generate_columns(
                     else:
                         shown = _leave_out(batch, settings)
                     made += [
-                        Picture(image, row.prompt, row.seed, column.strength, blank, settings, column.adapter)
+                        SampledImage(
+                            image, row.prompt, row.seed, column.strength, blank, settings, column.adapter
+                        )
                         for row, image, blank in zip(batch, *shown, strict=True)
                     ]
                     if progress is not None:
-                        progress(sum(map(len, pictures)))
-    return [picture for row in zip(*pictures, strict=True) for picture in row]
+                        progress(sum(map(len, samples)))
+    return [sample for row in zip(*samples, strict=True) for sample in row]
 
 
 @torch.no_grad()
@@ -272,7 +274,7 @@ def _leave_out(batch: Sequence[Row], settings: SampleSettings) -> tuple[list[Ima
 def _show(
     base: StableDiffusion, pipeline: Any, latents: Tensor, settings: SampleSettings
 ) -> tuple[list[Image.Image], list[str]]:
-    """Pictures, and why some of them are blank."""
+    """Images, and why some of them are blank."""
     pixels = base.decode_latents(latents)
     images = pipeline.image_processor.postprocess(pixels.nan_to_num(), output_type="pil")
     withhold = base.withhold if settings.safety_checker else None

@@ -9,7 +9,7 @@ from math import ceil, log
 
 from PIL import Image, ImageDraw, ImageFont
 
-from sdlora.sampling.images import Picture
+from sdlora.sampling.images import SampledImage
 
 PAPER, INK, SOFT, RULE, EMPTY = "#ffffff", "#1c1c1e", "#7c7c82", "#e3e3e6", "#f1f1f3"
 MAX_CELL_PX = 512
@@ -48,12 +48,12 @@ class Layout:
 
     @property
     def gutter(self) -> int:
-        """Between pictures."""
+        """Between samples."""
         return max(4, round(min(self.width, self.height) / 42))
 
     @property
     def gap(self) -> int:
-        """Between the rows of two prompts, and between words and pictures."""
+        """Between the rows of two prompts, and between words and samples."""
         return self.gutter * 3
 
     @property
@@ -67,21 +67,21 @@ class Layout:
         return max(132, min(340, round(self.width * 0.72)))
 
 
-def make_grid(pictures: Sequence[Picture], *, title: str = "") -> Image.Image:
-    """Lays pictures out so that a glance down a column, or along a row, compares.
+def make_grid(samples: Sequence[SampledImage], *, title: str = "") -> Image.Image:
+    """Lays samples out so that a glance down a column, or along a row, compares.
 
     Args:
-        pictures: From `generate`; those of several adapters may be joined. What is missing stays empty.
+        samples: From `generate`; those of several adapters may be joined. What is missing stays empty.
         title: Written above, on one line.
     """
-    columns = sorted(dict.fromkeys(map(_column, pictures)), key=lambda column: column != BASE)
+    columns = sorted(dict.fromkeys(map(_column, samples)), key=lambda column: column != BASE)
     groups: dict[str, list[int]] = {}
-    for picture in pictures:
-        seeds = groups.setdefault(picture.prompt, [])
-        if picture.seed not in seeds:
-            seeds.append(picture.seed)
-    cells = {(*_column(p), p.prompt, p.seed): p for p in reversed(pictures)}
-    layout = _layout(pictures)
+    for sample in samples:
+        seeds = groups.setdefault(sample.prompt, [])
+        if sample.seed not in seeds:
+            seeds.append(sample.seed)
+    cells = {(*_column(p), p.prompt, p.seed): p for p in reversed(samples)}
+    layout = _layout(samples)
     return _join([_Sheet(layout, columns, part, cells) for part in _panels(layout, columns, groups)], title)
 
 
@@ -118,14 +118,14 @@ def _join(sheets: Sequence[_Sheet], title: str) -> Image.Image:
     return paper
 
 
-def _column(picture: Picture) -> tuple[str, float]:
+def _column(sample: SampledImage) -> tuple[str, float]:
     """What a column is for; the base is one column, whichever adapter it stands beside."""
-    return (picture.adapter, picture.strength) if picture.strength else BASE
+    return (sample.adapter, sample.strength) if sample.strength else BASE
 
 
-def _layout(pictures: Sequence[Picture]) -> Layout:
-    width = max(picture.image.width for picture in pictures)
-    height = max(picture.image.height for picture in pictures)
+def _layout(samples: Sequence[SampledImage]) -> Layout:
+    width = max(sample.image.width for sample in samples)
+    height = max(sample.image.height for sample in samples)
     shrink = min(1.0, MAX_CELL_PX / max(width, height))
     return Layout(round(width * shrink), round(height * shrink))
 
@@ -137,7 +137,7 @@ class _Sheet:
     layout: Layout
     columns: Sequence[tuple[str, float]]
     groups: dict[str, list[int]]
-    cells: dict[tuple[str, float, str, int], Picture]
+    cells: dict[tuple[str, float, str, int], SampledImage]
 
     def draw(self) -> Image.Image:
         measure = self.layout
@@ -180,7 +180,7 @@ class _Sheet:
     def _prompt(self, pen: ImageDraw.ImageDraw, prompt: str, y: int, height: int) -> None:
         measure, font = self.layout, _font(self.layout.text)
         seeds = self.groups[prompt]
-        # The seed of a row is written at the foot of its picture; the prompt ends above the first of them.
+        # The seed of a row is written at the foot of its sample; the prompt ends above the first of them.
         room = (measure.height if len(seeds) > 1 else height) - round(measure.small * 1.6)
         lines = _wrap(prompt, font, measure.words, max(1, room // measure.line))
         for number, line in enumerate(lines):
@@ -192,19 +192,19 @@ class _Sheet:
     def _row(self, sheet: Image.Image, prompt: str, seed: int, x: int, y: int) -> None:
         measure, pen = self.layout, ImageDraw.Draw(sheet)
         for column in self.columns:
-            # A hairline around each, or white pictures would melt into the paper.
+            # A hairline around each, or white samples would melt into the paper.
             pen.rectangle((x - 1, y - 1, x + measure.width, y + measure.height), None, RULE)
-            picture = self.cells.get((*column, prompt, seed))
-            if picture is None or picture.blank:
-                self._blank(sheet, x, y, picture.blank if picture else "")
+            sample = self.cells.get((*column, prompt, seed))
+            if sample is None or sample.blank:
+                self._blank(sheet, x, y, sample.blank if sample else "")
             else:
-                image = picture.image.convert("RGB")
+                image = sample.image.convert("RGB")
                 image.thumbnail((measure.width, measure.height), Image.Resampling.LANCZOS)
                 sheet.paste(image, (x, y))
             x += measure.width + measure.gutter
 
     def _blank(self, sheet: Image.Image, x: int, y: int, label: str) -> None:
-        """A cell without a picture; it says why (R-47)."""
+        """A cell without a sample; it says why (R-47)."""
         measure, font = self.layout, _font(self.layout.text)
         pen = ImageDraw.Draw(sheet)
         pen.rectangle((x, y, x + measure.width - 1, y + measure.height - 1), EMPTY)

@@ -1,4 +1,4 @@
-"""A generated picture, what it was made with, and its PNG file."""
+"""A generated image, what it was made with, and its PNG file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdlora.writing import write_file
 WITHHELD = "withheld by the safety checker"
 NOT_FINITE = "not finite; try less strength or guidance"
 BLANKS = ("", WITHHELD, NOT_FINITE)
-"""Why there is no picture."""
+"""Why there is no image."""
 
 SAMPLERS = {
     "DDIMScheduler": "DDIM",
@@ -41,14 +41,14 @@ SAMPLERS = {
 
 @dataclass(frozen=True, slots=True)
 class SampleSettings:
-    """How pictures are made; what is left out is the base's own choice.
+    """How images are made; what is left out is the base's own choice.
 
     Args:
         guidance: 0 and 1 switch classifier-free guidance off.
         scheduler: A diffusers scheduler class, such as `DDIMScheduler`.
         width: In pixels, as height.
-        batch_size: Pictures denoised at once.
-        safety_checker: Whether the base's own, if it has one, may withhold pictures.
+        batch_size: Images denoised at once.
+        safety_checker: Whether the base's own, if it has one, may withhold images.
     """
 
     steps: int = 25
@@ -62,8 +62,8 @@ class SampleSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """One picture of a grid.
+class SampledImage:
+    """One image of a grid.
 
     Args:
         strength: 0 is the base.
@@ -81,20 +81,20 @@ class Picture:
     adapter: str = ""
 
 
-def parameters_text(picture: Picture, metadata: Mapping[str, Any]) -> str:
+def parameters_text(image: SampledImage, metadata: Mapping[str, Any]) -> str:
     """The settings as A1111 writes them, so that its "PNG Info" and other viewers read them."""
-    settings = picture.settings
+    settings = image.settings
     fields = {
         "Steps": settings.steps,
         "Sampler": SAMPLERS.get(settings.scheduler or "", settings.scheduler),
         "CFG scale": f"{settings.guidance:g}" if settings.guidance is not None else None,
-        "Seed": picture.seed,
-        "Size": f"{picture.image.width}x{picture.image.height}",
+        "Seed": image.seed,
+        "Size": f"{image.image.width}x{image.image.height}",
         "Model": metadata.get("base"),
     }
-    lora = picture.adapter or metadata.get("adapter")
-    tag = f" <lora:{lora}:{picture.strength:g}>" if lora and picture.strength else ""
-    lines = [picture.prompt + tag]
+    lora = image.adapter or metadata.get("adapter")
+    tag = f" <lora:{lora}:{image.strength:g}>" if lora and image.strength else ""
+    lines = [image.prompt + tag]
     if settings.negative_prompt:
         lines.append(f"Negative prompt: {settings.negative_prompt}")
     lines.append(", ".join(f"{name}: {value}" for name, value in fields.items() if value is not None))
@@ -115,8 +115,8 @@ def choose_folder(out: str | Path | None, name: str) -> Path:
     return folder
 
 
-def save_pictures(
-    folder: Path, pictures: Sequence[Picture], grid: Image.Image, metadata: Mapping[str, Any] | None = None
+def save_images(
+    folder: Path, images: Sequence[SampledImage], grid: Image.Image, metadata: Mapping[str, Any] | None = None
 ) -> Path:
     """Writes `00.png` and so on, row by row of the grid, and `grid.png`.
 
@@ -127,20 +127,20 @@ def save_pictures(
         The path of `grid.png`.
     """
     metadata = dict(metadata or {})
-    digits = max(2, len(str(len(pictures) - 1)))
-    for number, picture in enumerate(pictures):
+    digits = max(2, len(str(len(images) - 1)))
+    for number, image in enumerate(images):
         values = {
             **metadata,
-            "prompt": picture.prompt,
-            "seed": picture.seed,
-            "strength": picture.strength,
-            "withheld": picture.blank == WITHHELD,
-            **({"blank": picture.blank} if picture.blank else {}),
-            **({"adapter": picture.adapter} if picture.adapter else {}),
-            **asdict(picture.settings),
+            "prompt": image.prompt,
+            "seed": image.seed,
+            "strength": image.strength,
+            "withheld": image.blank == WITHHELD,
+            **({"blank": image.blank} if image.blank else {}),
+            **({"adapter": image.adapter} if image.adapter else {}),
+            **asdict(image.settings),
         }
-        texts = {"parameters": parameters_text(picture, metadata), "sdlora": _json(values)}
-        _write_png(folder / f"{number:0{digits}d}.png", picture.image, texts)
+        texts = {"parameters": parameters_text(image, metadata), "sdlora": _json(values)}
+        _write_png(folder / f"{number:0{digits}d}.png", image.image, texts)
     return _write_png(folder / "grid.png", grid, {"sdlora": _json(metadata)} if metadata else {})
 
 

@@ -1,4 +1,4 @@
-"""What to sample and how, and the pictures of it: prompts × strengths × seeds into a folder with a grid."""
+"""What to sample and how, and the images of it: prompts × strengths × seeds into a folder with a grid."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdlora.models.info import BaseInfo
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.sampling.generate import Column, generate_columns
 from sdlora.sampling.grid import make_grid
-from sdlora.sampling.images import Picture, SampleSettings, save_pictures
+from sdlora.sampling.images import SampledImage, SampleSettings, save_images
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class SampleRequest:
 
     Args:
         prompts: With placeholders already replaced.
-        seeds: One picture for each prompt and seed.
+        seeds: One image for each prompt and seed.
         strengths: Columns beside the base.
         settings: How.
     """
@@ -87,30 +87,30 @@ def sample_to_folder(
     title: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Makes the pictures and their grid.
+    """Makes the images and their grid.
 
     Args:
         base: The base, with or without adapters mounted; they stay as they are.
         columns: What to show.
         request: What to sample; its strengths are those of the columns.
-        folder: Gets `grid.png` and the single pictures.
-        name: What the adapter is called in the pictures' metadata.
+        folder: Gets `grid.png` and the single images.
+        name: What the adapter is called in the images' metadata.
         title: Written above the grid.
-        progress: Told (finished, total) pictures.
+        progress: Told (finished, total) images.
 
     Returns:
         The grid's path.
     """
-    pictures = make_pictures(base, columns, request, progress=progress)
-    return write_pictures(folder, pictures, base=base.info.name, adapter=name, title=title)
+    images = make_pictures(base, columns, request, progress=progress)
+    return write_images(folder, images, base=base.info.name, adapter=name, title=title)
 
 
-def write_pictures(
-    folder: Path, pictures: Sequence[Picture], *, base: str, adapter: str | None, title: str
+def write_images(
+    folder: Path, images: Sequence[SampledImage], *, base: str, adapter: str | None, title: str
 ) -> Path:
-    """Writes the single pictures and their grid; gives the grid's path."""
+    """Writes the single images and their grid; gives the grid's path."""
     metadata = {"base": base, "adapter": adapter}
-    return save_pictures(folder, pictures, make_grid(pictures, title=title), metadata)
+    return save_images(folder, images, make_grid(images, title=title), metadata)
 
 
 def make_pictures(
@@ -121,7 +121,7 @@ def make_pictures(
     text: Mapping[str, Condition] | None = None,
     progress: Callable[[int, int], None] | None = None,
     share: tuple[int, int] = (0, 1),
-) -> list[Picture]:
+) -> list[SampledImage]:
     """Makes what is asked for, or a share of it; see `generate_columns`."""
     total = len(request.prompts) * len(request.seeds) * len(columns)
     return generate_columns(

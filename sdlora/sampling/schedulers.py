@@ -68,7 +68,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
     for prompt in prompts:
         left = PLACEHOLDER.search(prompt)
         if not prompt.strip():
-            problems.append("sample.prompts holds an empty prompt; write what the picture should show")
+            problems.append("sample.prompts holds an empty prompt; write what the image should show")
         elif left and left.group() == "{trigger}":
             problems.append(
                 f"prompt {prompt!r} has {{trigger}} in it but no trigger is set; set data.trigger"
@@ -92,7 +92,7 @@ def resolve_settings(info: BaseInfo, settings: SampleSettings) -> SampleSettings
         for side, asked in (("width", settings.width), ("height", settings.height))
     }
     problems = [
-        f"the pictures' {side} = {pixels} must be a multiple of {info.min_step} pixels; "
+        f"the images' {side} = {pixels} must be a multiple of {info.min_step} pixels; "
         f"use {max(1, round(pixels / info.min_step)) * info.min_step}"
         for side, pixels in sides.items()
         if pixels < info.min_step or pixels % info.min_step

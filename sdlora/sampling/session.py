@@ -53,10 +53,10 @@ def sample(
         source: A run folder or a LoRA file; None shows the base.
         base: The base; that of the run, or the one the file names, if not given.
         step: The adapter that a run saved at this step; the final one if not given.
-        out: The folder for the pictures; `samples/NAME` if not given.
+        out: The folder for the images; `samples/NAME` if not given.
         size: Width and height in pixels; those of the training if not given.
         force: Takes wrong ancestors of a child for right ones, and goes without missing ones.
-        progress: Told (finished, total) pictures.
+        progress: Told (finished, total) images.
         warn: Told what deserves attention, such as another base of the same family.
         changes: Keys of the section `sample`: prompts, seeds, strengths, steps, guidance …
 
@@ -131,10 +131,10 @@ class SamplePlan:
     out: str | Path | None
 
     def make(self, progress: Callable[[int, int], None] | None = None) -> Path:
-        """Loads the base, makes the pictures, and gives the grid's path.
+        """Loads the base, makes the images, and gives the grid's path.
 
         Args:
-            progress: Told (finished, total) pictures.
+            progress: Told (finished, total) images.
         """
         subject, device = self.subject, choose_device()
         base = load_base(self.info, dtype=subject.dtype or choose_dtype(device), device=device)
@@ -249,10 +249,10 @@ def sample_tree(
         names: Nodes to show; all if not given.
         strengths: By node name, where another than the one of the training is wanted.
         base: The base; the one that the first node names if not given.
-        out: The folder for the pictures; `samples/NAME` after the tree's folder if not given.
+        out: The folder for the images; `samples/NAME` after the tree's folder if not given.
         size: Width and height in pixels; those of the training if not given.
         force: Takes wrong parents for right ones, and goes without missing ones.
-        progress: Told (finished, total) pictures.
+        progress: Told (finished, total) images.
         warn: Told what deserves attention, such as another base of the same family.
         changes: Keys of the section `sample`: prompts, seeds, steps, guidance …
 

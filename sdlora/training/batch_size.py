@@ -108,7 +108,7 @@ MOMENTS = 2
 def fit_batch(plan: RunPlan, learner: Learner, accelerator: Accelerator) -> RunPlan:
     """Divides what a process has to do in a step into the fewest micro-batches; the global batch is kept.
 
-    The trial is a forward and backward pass over copies of the largest picture. It draws nothing from any
+    The trial is a forward and backward pass over copies of the largest image. It draws nothing from any
     random state and leaves no gradient.
 
     Args:
@@ -128,7 +128,7 @@ def fit_batch(plan: RunPlan, learner: Learner, accelerator: Accelerator) -> RunP
         if count_over(accelerator, fits) == accelerator.num_processes:
             train = {"batch_size": size, "accumulate": share // size}
             return replace(plan, config=plan.config.replace(train=train))
-    raise torch.OutOfMemoryError("not even one picture fits")
+    raise torch.OutOfMemoryError("not even one image fits")
 
 
 def halve(share: int) -> Iterator[int]:
@@ -143,7 +143,7 @@ def halve(share: int) -> Iterator[int]:
 
 
 def largest_samples(plan: RunPlan, count: int) -> list[Sample]:
-    """Copies of a picture of the largest bucket."""
+    """Copies of a image of the largest bucket."""
     crops = plan.buckets.crops
     record = max(plan.index.records, key=lambda record: crops[record.name][0].size.area)
     return [Sample(index, record, crops[record.name][0], record.caption) for index in range(count)]

@@ -1,4 +1,4 @@
-"""Fills in every default that depends on the base or the pictures."""
+"""Fills in every default that depends on the base or the images."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_objective(config: RunConfig, info: BaseInfo) -> None:
 
 
 def resolve_config(config: RunConfig, info: BaseInfo, index: DatasetIndex, num_processes: int) -> RunConfig:
-    """Fills in every default that depends on the base or the pictures."""
+    """Fills in every default that depends on the base or the images."""
     train = config.train
     if train.batch_size == "auto" and train.accumulate == 1:
         raise ConfigError(
@@ -56,7 +56,7 @@ def resolve_config(config: RunConfig, info: BaseInfo, index: DatasetIndex, num_p
         )
     batch_size = train.batch_size or (BUILTIN_BATCH_SIZE if info.is_builtin else 1)
     micro_batch = 1 if batch_size == "auto" else batch_size
-    # Repeats weigh pictures against each other: 10_name for all of them is no wish for ten times the steps.
+    # Repeats weigh images against each other: 10_name for all of them is no wish for ten times the steps.
     batch = micro_batch * train.accumulate * num_processes
     steps = train.steps or _default_steps(len(index.records), batch)
     tenth = max(1, round(steps / 10))
@@ -93,7 +93,7 @@ def _default_steps(num_images: int, batch: int) -> int:
 
 
 def default_prompts(index: DatasetIndex) -> list[str]:
-    """A few captions of the training pictures and a few of the held-out ones, spread evenly."""
+    """A few captions of the training images and a few of the held-out ones, spread evenly."""
     prompts: list[str] = []
     for records in (index.records, index.heldout):
         captions = list(dict.fromkeys(record.caption for record in records if record.caption))

@@ -1,4 +1,4 @@
-"""Latents and text states by picture and caption: from the cache, or from the encoders.
+"""Latents and text states by image and caption: from the cache, or from the encoders.
 
 C channels, H W latent size.
 """
@@ -29,7 +29,7 @@ View = tuple[ImageRecord, Crop]
 class Encodings:
     """What the UNet trains on.
 
-    Everything is encoded alone, never in a batch: the same picture or caption gives the same bits
+    Everything is encoded alone, never in a batch: the same image or caption gives the same bits
     whatever stands beside it, so that a cached, an uncached and a later run agree.
 
     Args:
@@ -63,7 +63,7 @@ class Encodings:
         """Encodes what the cache lacks, each process a share.
 
         Args:
-            views: Pictures in all their crops.
+            views: Images in all their crops.
             captions: All captions in use.
             accelerator: Its processes.
             report: Shows progress.
@@ -99,7 +99,7 @@ class Encodings:
             report.warn(self.cache.problem)
 
     def _encode(self, jobs: Sequence[str | View], accelerator: Accelerator, report: Report) -> None:
-        """Encodes captions and pictures."""
+        """Encodes captions and images."""
         with report.progress("encoding", len(jobs)) as meter:
 
             def encode(job: str | View) -> None:
@@ -112,8 +112,8 @@ class Encodings:
         """Mean and standard deviation of the VAE's posterior, each (C, H, W) on the CPU.
 
         Raises:
-            DataError: If the picture is gone or has changed since it was scanned, naming it.
-            ModelError: If the latents are not finite, naming the picture.
+            DataError: If the image is gone or has changed since it was scanned, naming it.
+            ModelError: If the latents are not finite, naming the image.
         """
         key = self._latent_key(record, crop)
         known = self.cache.get(key, self._latent_shapes(crop)) if self.cache else None
@@ -141,7 +141,7 @@ class Encodings:
         return Condition(known["hidden"], known.get("pooled"))
 
     def conditions(self, captions: Sequence[str], views: Sequence[View]) -> Condition:
-        """What the UNet is told of a batch: captions and, where it is told them, sizes of pictures (R-31)."""
+        """What the UNet is told of a batch: captions and, where it is told them, sizes of images (R-31)."""
         if self.text_learns:
             together = self.base.encode_together(captions)
         else:
@@ -152,7 +152,7 @@ class Encodings:
         return together.with_time_ids(torch.stack(sizes))
 
     def _is_known(self, job: str | View) -> bool:
-        """Whether the cache has a caption or picture."""
+        """Whether the cache has a caption or image."""
         assert self.cache is not None
         if isinstance(job, str):
             return self.cache.contains(self._text_key(job), self._text_shapes())

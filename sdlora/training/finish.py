@@ -94,8 +94,8 @@ def tell_gap(trainer: Trainer) -> None:
     except torch.OutOfMemoryError:
         trainer.warn("out of memory for the full base; `sdlora evaluate` measures the gap on another device")
         return
-    pictures = {"train": "training", "heldout": "held-out"}[split]
-    trainer.report.say(f"gap       {pictures} {gap}")
+    images = {"train": "training", "heldout": "held-out"}[split]
+    trainer.report.say(f"gap       {images} {gap}")
     trainer.event("gap", split=split, **asdict(gap), relative=gap.relative)
 
 
@@ -136,9 +136,9 @@ def _explain(error: SdloraError | OSError | torch.OutOfMemoryError, trainer: Tra
     if isinstance(error, torch.OutOfMemoryError):
         plan = trainer.plan
         advice = describe_remedies(replace(plan.work, config=plan.config), plan.machine)
-        pictures = count_of(plan.config.train.micro_batch, "picture")
+        images = count_of(plan.config.train.micro_batch, "image")
         failure = RunError(
-            f"out of memory in step {trainer.step + 1}, with {pictures} of up to {plan.work.size} at once; "
+            f"out of memory in step {trainer.step + 1}, with {images} of up to {plan.work.size} at once; "
             f"{advice}; {trainer.way_on()}"
         )
         failure.exit_code = 1
@@ -157,7 +157,7 @@ def _explain(error: SdloraError | OSError | torch.OutOfMemoryError, trainer: Tra
 def _explain_no_start(plan: RunPlan, run: RunFolder) -> RunError:
     needed = f"{as_size(plan.memory.stages['encoding'])} of {plan.machine.device.type} memory"
     failure = RunError(
-        f"out of memory while the base was loaded and the pictures encoded, which takes about {needed}; "
+        f"out of memory while the base was loaded and the images encoded, which takes about {needed}; "
         f"free some and `sdlora resume {run.path}`, or start a new run with base.quantize=int8 or a smaller "
         "data.resolution"
     )

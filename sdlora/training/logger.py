@@ -29,7 +29,7 @@ class StepResult:
         learning_rate: As used.
         grad_norm: Before clipping.
         updated: False if the update was skipped for numbers that are not finite.
-        images: The pictures of the step, on all processes.
+        images: The images of the step, on all processes.
         draws: This process's samples; with `train.trace`, those of all.
         rates: The learning rate of each group of parameters.
         norms: Of the adapter, where they are limited.

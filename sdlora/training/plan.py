@@ -35,7 +35,7 @@ class RunPlan:
     Args:
         config: With every default resolved.
         info: The base.
-        index: The pictures.
+        index: The images.
         buckets: Their buckets and crops.
         order: The samples of every step.
         layout: The modules that get an adapter, with their ranks and alphas.
@@ -47,7 +47,7 @@ class RunPlan:
         work: What it was estimated from.
         machine: Where.
         findings: What preflight noticed; errors have already stopped the run.
-        data_lines: What preflight prints about the pictures.
+        data_lines: What preflight prints about the images.
         parents: What the new adapter stands on, the root first.
     """
 
@@ -126,7 +126,7 @@ class RunPlan:
 
     @property
     def num_images(self) -> int:
-        """Pictures to train on."""
+        """Images to train on."""
         return len(self.index.records)
 
     @property
@@ -197,7 +197,7 @@ class RunPlan:
 
 
 def make_plan(config: RunConfig, num_processes: int = 1, machine: Machine = ANY_MACHINE) -> RunPlan:
-    """Reads every picture and caption and the base's description; loads no weights.
+    """Reads every image and caption and the base's description; loads no weights.
 
     Args:
         config: The settings.
@@ -205,7 +205,7 @@ def make_plan(config: RunConfig, num_processes: int = 1, machine: Machine = ANY_
         machine: Where it shall be.
 
     Raises:
-        SdloraError: For anything that is wrong with the pictures, the base or the settings.
+        SdloraError: For anything that is wrong with the images, the base or the settings.
     """
     find_optimizer(config.train)
     info = inspect_base(config.base, config.objective)

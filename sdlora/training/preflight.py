@@ -23,7 +23,7 @@ class Checkup:
     """What the doctor found.
 
     Args:
-        summary: Pictures, captions, buckets.
+        summary: Images, captions, buckets.
         findings: Errors, warnings, notices.
         sheet: Where the contact sheet was written, if it was asked for.
     """
@@ -72,7 +72,7 @@ def check_folder(config: RunConfig, sheet: Path | None = None) -> Checkup:
 def examine_images(
     config: RunConfig, info: BaseInfo, index: DatasetIndex, buckets: BucketPlan
 ) -> tuple[list[Finding], list[str]]:
-    """What preflight says of pictures and captions: findings, and the lines of a summary."""
+    """What preflight says of images and captions: findings, and the lines of a summary."""
     count = partial(count_tokens, load_tokenizer(info), info.text_length)
     findings = [Finding("notice", text) for text in info.notices]
     findings += examine(index, buckets, config.data, count)

@@ -1,4 +1,4 @@
-"""From a plan to everything the loop needs: base, encodings, adapter, held-out pictures."""
+"""From a plan to everything the loop needs: base, encodings, adapter, held-out images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NUM_ASKED = 2
 
 
 class HeldoutView(NamedTuple):
-    """A picture of the held-out loss, in its crop, with the mean of its latents (C, H, W)."""
+    """A image of the held-out loss, in its crop, with the mean of its latents (C, H, W)."""
 
     record: ImageRecord
     crop: Crop
@@ -51,7 +51,7 @@ class Prepared:
         adapter: The trainable adapter.
         objective: The loss's settings.
         encodings: Latents and text states.
-        splits: Pictures of the held-out loss: `train`, and `heldout` if there are any.
+        splits: Images of the held-out loss: `train`, and `heldout` if there are any.
         prompt_states: Text states of the sample prompts and the negative prompt; none where they change.
         dropout: Of the adapter; the learner says when and with which seeds.
         max_norm: Limit on the change of a module after each update; 0 for none.
@@ -70,7 +70,7 @@ class Prepared:
 
     @torch.no_grad()
     def heldout_items(self, split: str, most: int | None = None) -> list[HeldoutItem]:
-        """The pictures of a split as the loss sees them, with the text states of now; at most so many."""
+        """The images of a split as the loss sees them, with the text states of now; at most so many."""
         return [
             HeldoutItem(
                 view.record.digest,

@@ -29,8 +29,8 @@ TITLES = {
     "vae": "the base's VAE",
     "text": "the base's text encoder",
     "parent": "the parent",
-    "dataset": "the pictures or captions",
-    "heldout": "the held-out pictures",
+    "dataset": "the images or captions",
+    "heldout": "the held-out images",
     "global_batch": "the global batch",
     "compute": "the precision",
     "sdlora": "the version of sdlora",
@@ -162,7 +162,7 @@ RESUMABLE = {
     "train.timeout_seconds",
     "sample.batch_size",
 }
-# These change nothing in a step that is not seen elsewhere: in the pictures, the precision, the checkpoint.
+# These change nothing in a step that is not seen elsewhere: in the images, the precision, the checkpoint.
 FREE = RESUMABLE | {
     "base.dtype",
     "base.revision",

@@ -16,8 +16,8 @@ from PIL import Image
 from sdlora.formats.files import load_adapter
 from sdlora.runs import RunFolder
 from sdlora.sampling.generate import make_columns
-from sdlora.sampling.images import BLANKS, Picture
-from sdlora.sampling.request import make_pictures, request_of_run, write_pictures
+from sdlora.sampling.images import BLANKS, SampledImage
+from sdlora.sampling.request import make_pictures, request_of_run, write_images
 from sdlora.training.batch_size import as_out_of_memory
 from sdlora.training.console import Report
 from sdlora.training.distributed import count_over, meet, sum_over
@@ -26,7 +26,7 @@ from sdlora.training.prepare import Prepared
 
 
 class _Stopping(Exception):
-    """A signal came while pictures were made."""
+    """A signal came while images were made."""
 
 
 def sample_step(
@@ -52,7 +52,7 @@ def sample_step(
     request = request_of_run(plan.config, plan.info)
     names = (plan.parents[-1].ancestor.name if plan.parents else "", run.name)
     columns = make_columns(load_adapter(run.step_adapter(step)), request.strengths, prepared.parents, names)
-    pictures: list[Picture] = []
+    images: list[SampledImage] = []
     with report.progress(f"samples of step {step}", 1) as meter:
 
         def show(done: int, total: int) -> None:
@@ -61,7 +61,7 @@ def sample_step(
                 raise _Stopping
 
         with suppress(torch.OutOfMemoryError, _Stopping), as_out_of_memory():
-            pictures = make_pictures(
+            images = make_pictures(
                 prepared.base,
                 columns,
                 request,
@@ -69,29 +69,29 @@ def sample_step(
                 progress=show,
                 share=(accelerator.process_index, accelerator.num_processes),
             )
-        if count_over(accelerator, not pictures):
+        if count_over(accelerator, not images):
             if count_over(accelerator, stops()):
                 return None
             clear_device_cache()
             raise torch.OutOfMemoryError("out of memory while sampling")
-    pictures = _add_shares(accelerator, pictures)
+    images = _add_shares(accelerator, images)
     if not accelerator.is_main_process:
         return None
     folder, title = run.sample_folder(step), f"{run.name}, step {step}"
-    return write_pictures(folder, pictures, base=prepared.base.info.name, adapter=run.name, title=title)
+    return write_images(folder, images, base=prepared.base.info.name, adapter=run.name, title=title)
 
 
-def _add_shares(accelerator: Accelerator, pictures: Sequence[Picture]) -> list[Picture]:
-    """All pictures, from those that each process made; the rest of its own are black."""
+def _add_shares(accelerator: Accelerator, images: Sequence[SampledImage]) -> list[SampledImage]:
+    """All images, from those that each process made; the rest of its own are black."""
     if accelerator.num_processes == 1:
-        return list(pictures)
-    pixels = torch.from_numpy(np.stack([np.asarray(picture.image) for picture in pictures]))
-    blanks = torch.tensor([BLANKS.index(picture.blank) for picture in pictures], dtype=torch.uint8)
+        return list(images)
+    pixels = torch.from_numpy(np.stack([np.asarray(image.image) for image in images]))
+    blanks = torch.tensor([BLANKS.index(image.blank) for image in images], dtype=torch.uint8)
     pixels = sum_over(accelerator, pixels)
     blanks = sum_over(accelerator, blanks)
     return [
-        replace(picture, image=Image.fromarray(own.numpy()), blank=BLANKS[blank])
-        for picture, own, blank in zip(pictures, pixels, blanks.tolist(), strict=True)
+        replace(image, image=Image.fromarray(own.numpy()), blank=BLANKS[blank])
+        for image, own, blank in zip(images, pixels, blanks.tolist(), strict=True)
     ]
 
 

@@ -55,7 +55,7 @@ def train(
     """Trains a style LoRA on an image folder.
 
     Args:
-        images: The folder; captions are found beside the pictures.
+        images: The folder; captions are found beside the images.
         base: `builtin`, a diffusers folder, a `.safetensors` file or a hub id; `builtin` if none is given.
         out: The run folder; `runs/NAME` after the image folder if not given.
         trigger: Words that call the style; placed in captions that lack them.

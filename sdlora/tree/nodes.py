@@ -125,7 +125,7 @@ class Node:
 
     @property
     def images(self) -> str:
-        """How many pictures it was trained on; empty if the file does not say."""
+        """How many images it was trained on; empty if the file does not say."""
         return shorten(self.notes.get("ss_num_train_images", ""))
 
     @property

@@ -11,9 +11,9 @@ from sdlora.data.captions import has_trigger
 from sdlora.data.tensors import image_to_tensor
 from sdlora.evaluation.evaluate import (
     Evaluation,
-    PictureDistance,
+    ImageDistance,
+    image_distances,
     mean_distance,
-    picture_distances,
     remove_trigger,
 )
 from sdlora.evaluation.heldout import HeldoutLoss
@@ -32,8 +32,8 @@ def draw(shift: int = 0, colour: str = "red") -> torch.Tensor:
     return image_to_tensor(image)
 
 
-def distance(base, sample: torch.Tensor, drawing: torch.Tensor) -> PictureDistance:
-    return picture_distances(base, [sample], [drawing])[0]
+def distance(base, sample: torch.Tensor, drawing: torch.Tensor) -> ImageDistance:
+    return image_distances(base, [sample], [drawing])[0]
 
 
 def test_order_of_distances(base):
@@ -43,7 +43,7 @@ def test_order_of_distances(base):
     assert 0 < moved.content < other.content
     assert moved.style < other.style
     assert distance(base, draw(0, "blue"), draw()) == other
-    mean = mean_distance(picture_distances(base, [draw(), draw()], [draw(1), draw(0, "blue")]))
+    mean = mean_distance(image_distances(base, [draw(), draw()], [draw(1), draw(0, "blue")]))
     assert mean.style == pytest.approx((moved.style + other.style) / 2)
     assert mean.content == pytest.approx((moved.content + other.content) / 2)
 
@@ -90,7 +90,7 @@ def test_captions_without_the_trigger(caption, trigger, bare):
 def test_bleed():
     """R-30: the share of the style's gain that is there without the trigger."""
     loss = HeldoutLoss(1.0, {}, 4)
-    base, style, bare = (PictureDistance(value, 1.0) for value in (0.8, 0.4, 0.5))
+    base, style, bare = (ImageDistance(value, 1.0) for value in (0.8, 0.4, 0.5))
     measured = Evaluation(4, loss, loss, base, style, 4, untriggered_distance=bare)
     assert measured.bleed == pytest.approx(0.75)
     assert "75% of the style is there without it" in measured.lines()[-1]

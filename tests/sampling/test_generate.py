@@ -26,7 +26,7 @@ from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base, load_stock_pipeline
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.sampling.generate import encode_prompts, generate, make_columns
-from sdlora.sampling.images import NOT_FINITE, WITHHELD, Picture, SampleSettings
+from sdlora.sampling.images import NOT_FINITE, WITHHELD, SampledImage, SampleSettings
 from sdlora.sampling.schedulers import resolve_settings
 
 # diffusers' schedulers speak to numpy in an old way.
@@ -36,9 +36,11 @@ PROMPTS = ["a tractor", "a red apple on a blue background"]
 QUICK = SampleSettings(steps=3, width=64, height=64)
 
 
-def pixels(images: Sequence[Picture | Image.Image]) -> np.ndarray[Any, Any]:
+def pixels(images: Sequence[SampledImage | Image.Image]) -> np.ndarray[Any, Any]:
     """(N, H, W, 3) as signed integers."""
-    return np.stack([np.asarray(i.image if isinstance(i, Picture) else i, dtype=np.int32) for i in images])
+    return np.stack(
+        [np.asarray(i.image if isinstance(i, SampledImage) else i, dtype=np.int32) for i in images]
+    )
 
 
 def stock_images(

@@ -9,14 +9,16 @@ import pytest
 from PIL import Image
 
 from sdlora.sampling.grid import Layout, make_grid
-from sdlora.sampling.images import WITHHELD, Picture
+from sdlora.sampling.images import WITHHELD, SampledImage
 
 RED, GREEN, BLUE, BLANK = (200, 30, 30), (30, 160, 60), (40, 60, 200), (230, 230, 230)
 
 
-def picture(colour: tuple[int, int, int], prompt: str, seed: int, strength: float, **more: Any) -> Picture:
+def picture(
+    colour: tuple[int, int, int], prompt: str, seed: int, strength: float, **more: Any
+) -> SampledImage:
     size = more.pop("size", (128, 96))
-    return Picture(Image.new("RGB", size, colour), prompt, seed, strength, **more)
+    return SampledImage(Image.new("RGB", size, colour), prompt, seed, strength, **more)
 
 
 def cells(grid: Image.Image, colour: tuple[int, int, int]) -> list[tuple[int, int, int, int]]:

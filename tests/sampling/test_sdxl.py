@@ -21,7 +21,7 @@ from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base, load_stock_pipeline
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.sampling.generate import encode_prompts, generate
-from sdlora.sampling.images import Picture, SampleSettings
+from sdlora.sampling.images import SampledImage, SampleSettings
 from sdlora.sampling.schedulers import resolve_settings
 
 # diffusers' schedulers speak to numpy in an old way.
@@ -51,7 +51,7 @@ def adapter(base: StableDiffusion) -> Adapter:
     return fresh
 
 
-def pixels(pictures: Sequence[Picture]) -> np.ndarray[Any, Any]:
+def pixels(pictures: Sequence[SampledImage]) -> np.ndarray[Any, Any]:
     return np.stack([np.asarray(picture.image, dtype=np.int32) for picture in pictures])
 
 
