@@ -10,7 +10,9 @@ from sdlora.formats.files import inspect_adapter, load_adapter, save_adapter
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_targets
 from sdlora.models.info import inspect_base
+from sdlora.models.load import load_base
 from sdlora.models.meta import empty_unet
+from sdlora.rank.spectrum import spectrum
 from sdlora.tree.lineage import lineage_below, lineage_notes
 
 
@@ -57,13 +59,26 @@ def test_there_and_back(sdlora, styles, tmp_path):
 
 
 def test_score_against_the_base(sdlora, styles, tmp_path):
-    """`resize --score` measures against the weights of a base."""
-    out = tmp_path / "small.safetensors"
-    code, printed, errors = sdlora(
-        "resize", styles / "ink.safetensors", "--score", 0.01, "--base", "builtin", "--out", out
+    """`resize --score` keeps the directions that are large beside the base's own weight, module by module."""
+    file, out = styles / "ink.safetensors", tmp_path / "small.safetensors"
+    values = spectrum(load_adapter(file)).values
+    weights = dict(
+        load_base(inspect_base(BaseSection()), dtype=torch.float32, device="cpu").unet.named_parameters()
     )
+    norms = {name: float(weights[f"{name}.weight"].norm()) for name in values}
+    # Half of the directions stay; the limit lies between two of them, so that rounding decides nothing.
+    shares = sorted(float(value) / norms[name] for name, row in values.items() for value in row)
+    score = (shares[len(shares) // 2 - 1] + shares[len(shares) // 2]) / 2
+
+    def ranks(norms):
+        found = {name: int((row >= score * norms[name]).sum()) for name, row in values.items()}
+        return {name: rank for name, rank in found.items() if rank}
+
+    code, _, errors = sdlora("resize", file, "--score", score, "--base", "builtin", "--out", out)
     assert code == 0, errors
-    assert "resized   by score 0.01" in printed
+    found = {name: pair.rank for name, pair in load_adapter(out).modules.items()}
+    assert found == ranks(norms)
+    assert found != ranks(dict.fromkeys(norms, sum(norms.values()) / len(norms))), "the norms decide"
 
 
 @pytest.mark.parametrize(

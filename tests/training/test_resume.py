@@ -147,11 +147,31 @@ def test_a_damaged_state_pushes_no_good_one_out(make_images, quick, make_trainer
     read_checkpoint(trainer.run.checkpoint(3))
 
 
-def test_no_state_starts_again(make_images, small, make_trainer, tmp_path):
-    """DESIGN 2: a run killed before its first checkpoint starts at step 0."""
-    trainer = make_trainer(small(make_images()), tmp_path / "run")
-    trainer.resume()
-    assert trainer.step == 0
+def test_no_state_starts_again(make_images, quick, make_trainer, tmp_path, monkeypatch, check_same, capsys):
+    """R-03: a run killed before its first checkpoint starts again at step 0, says so, and loses nothing."""
+    config = quick(images := make_images(), train__steps=3, train__save_every=3)
+    straight = train(images, config=config, out=tmp_path / "straight", quiet=True)
+    killed = make_trainer(config, tmp_path / "killed")
+    record = Trainer.record
+
+    def kill(own, result, seconds):
+        record(own, result, seconds)
+        if result.step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "record", kill)
+        with pytest.raises(KeyboardInterrupt):
+            killed.train()
+    assert [event["step"] for event in killed.run.events("step")] == [1, 2]
+    assert killed.run.checkpoint_steps() == []
+    capsys.readouterr()
+    resume(killed.run.path)
+    assert "step 0" in capsys.readouterr().out
+    assert [event["step"] for event in killed.run.events("step")] == [1, 2, 3]
+    check_same(straight, killed.run)
+    killed.resume()
+    assert killed.step == 3, "the checkpoint that is there now"
 
 
 def change_caption(images):
