@@ -9,7 +9,6 @@ MEANINGS = {
     "base.dtype": "how the base is stored: auto (as train.precision), fp32, bf16 or fp16",
     "base.vae": "another VAE: a folder or one file; the base's own if not given",
     "base.quantize": "the frozen UNet in few bits: none, int8 or nf4",
-    "base.quantize_correction": "rank of a product that makes up for nf4's error; 0: none",
     "data.trigger": "words that call the style: put before captions without them, and in place of {trigger}",
     "data.resolution": "side in pixels of a square of the area that images get; the base's if not given",
     "data.background": "colour behind transparent images: a name, or #rrggbb",
@@ -95,6 +94,15 @@ MEANINGS = {
 _AS_WRITTEN = "nothing: captions are used as they are written"
 _ALWAYS = "nothing: it is always on"
 _IN_STEPS = "counted in steps; the plan says how many an epoch has"
+
+# Settings of earlier versions: the default, which files of theirs may still hold, and why it went.
+REMOVED = {
+    "base.quantize_correction": (
+        0,
+        "was removed, since it made no measurable difference; leave it out (a run that was trained with it: "
+        "give its adapter file to `sdlora sample`, or to lora.init_from of a new run)",
+    ),
+}
 
 # By the names of sd-scripts and of diffusers' example scripts.
 ELSEWHERE = {

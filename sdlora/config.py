@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from sdlora.errors import MAX_PROBLEMS, ConfigError, shorten
-from sdlora.problems import describe_error, guess_key
+from sdlora.problems import describe_error, drop_removed, guess_key
 from sdlora.reading import MAX_DEPTH, MAX_NAME, UnfitFileError, parse_toml, read_bytes, read_json
 
 MAX_TOML_BYTES = 256 * 2**10
@@ -68,16 +68,6 @@ class BaseSection(Section):
     dtype: Dtype = _field("auto", "use auto, fp32, bf16 or fp16")
     vae: str | None = None
     quantize: Quantize = _field("none", "use none, int8 or nf4")
-    quantize_correction: int = _field(0, "use a rank such as 16, or 0 for none", ge=0)
-
-    @model_validator(mode="after")
-    def _check(self) -> BaseSection:
-        if self.quantize_correction and self.quantize != "nf4":
-            raise ValueError(
-                f"base.quantize_correction = {self.quantize_correction} needs base.quantize = nf4, not "
-                f"{self.quantize}; set base.quantize=nf4, or leave base.quantize_correction out"
-            )
-        return self
 
 
 class DataSection(Section):
@@ -416,7 +406,7 @@ def read_toml(file: Path) -> dict[str, Any]:
         ConfigError: If it is missing or is not TOML.
     """
     try:
-        return parse_toml(read_bytes(file, MAX_TOML_BYTES).decode("utf-8-sig"))
+        return drop_removed(parse_toml(read_bytes(file, MAX_TOML_BYTES).decode("utf-8-sig")))
     except FileNotFoundError:
         raise ConfigError(f"config file {file} does not exist; presets are in configs/") from None
     except UnfitFileError as error:
@@ -433,7 +423,7 @@ def read_config(file: Path) -> RunConfig:
         UnfitFileError: If it is not JSON.
         ConfigError: If it holds other settings than this version has.
     """
-    return validate_config(read_json(file, MAX_JSON_BYTES))
+    return validate_config(drop_removed(read_json(file, MAX_JSON_BYTES)))
 
 
 def validate_config(values: Mapping[str, Any], problems: Iterable[str] = ()) -> RunConfig:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from sdlora.aliases import ELSEWHERE
+from sdlora.aliases import ELSEWHERE, REMOVED
 from sdlora.errors import shorten
 
 
@@ -19,6 +19,8 @@ def describe_error(item: dict[str, Any], model: type[BaseModel]) -> str:
     key, shown = ".".join(path[:2]), shorten(repr(item["input"]))
     if not path:
         return f"the configuration is {shown}; it must be sections with their keys"
+    if key in REMOVED:
+        return f"{key} = {shown} {REMOVED[key][1]}"
     if item["type"] == "extra_forbidden":
         return f"{shorten('.'.join(path))} is not a setting; {_nearest(path, model)}"
     if item["type"] in ("model_type", "model_attributes_type"):
@@ -27,6 +29,19 @@ def describe_error(item: dict[str, Any], model: type[BaseModel]) -> str:
     extra = field.json_schema_extra if field and isinstance(field.json_schema_extra, dict) else {}
     remedy = f"; {extra['remedy']}" if extra.get("remedy") else ""
     return f"{key} = {shown} {_reason(item)}{remedy}"
+
+
+def drop_removed(values: dict[str, Any]) -> dict[str, Any]:
+    """The content of a configuration file without removed settings at their old default.
+
+    What was typed, or has another value, stays, and `describe_error` names it.
+    """
+    for setting, (default, _) in REMOVED.items():
+        section, name = setting.split(".")
+        table = values.get(section) if isinstance(values, dict) else None
+        if isinstance(table, dict) and table.get(name) == default:
+            del table[name]
+    return values
 
 
 def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:

@@ -12,6 +12,7 @@ import pytest
 from sdlora.config import RunConfig, Section, load_config, parse_override, read_config
 from sdlora.errors import ConfigError
 from sdlora.runs import RunFolder
+from tests.checks import raises
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -46,10 +47,7 @@ def problems(*overrides: str) -> list[str]:
         ("train.learning_rates=1e-4", "train.learning_rates = 0.0001 must be a table"),
         ("train.precision=fp8", "train.precision = 'fp8' must be one of"),
         ("base.quantize=fp4", "base.quantize = 'fp4' must be one of 'none', 'int8' or 'nf4'; use none, int8"),
-        (
-            "base.quantize_correction=16",
-            "base.quantize_correction = 16 needs base.quantize = nf4, not none; set base.quantize=nf4",
-        ),
+        ("base.quantize_correction=0", "base.quantize_correction = 0 was removed"),
         ("data.cache=maybe", "data.cache = 'maybe' must be true or false"),
         ("data.crop_variants=3", "data.crop_variants = 3 needs data.crop = random"),
         ("data.heldout=1.5", "data.heldout = 1.5 must be a share below 1"),
@@ -272,10 +270,23 @@ def test_presets_are_valid_and_short():
                     )
 
 
+def test_a_removed_key_at_its_old_default_is_read(tmp_path: Path):
+    """Configurations of earlier versions go on; another value is named, with what to do."""
+    for name, text, read in (
+        ("old.toml", "[base]\nquantize_correction = {}\n", load_config),
+        ("config.json", '{{"base": {{"quantize_correction": {}}}}}', read_config),
+    ):
+        (tmp_path / name).write_text(text.format(0))
+        assert read(tmp_path / name) == RunConfig()
+        (tmp_path / name).write_text(text.format(16))
+        with raises(ConfigError, "base.quantize_correction", shows=("= 16", "lora.init_from")):
+            read(tmp_path / name)
+
+
 def test_the_keys_are_pinned():
     """One way in: a new setting is a decision, made here too."""
     keys = {
-        "base": "dtype quantize quantize_correction revision source vae variant",
+        "base": "dtype quantize revision source vae variant",
         "data": "allow_missing_captions background cache caption_dropout crop crop_variants flip "
         "follow_links heldout on_bad_image resolution trigger",
         "lora": "alpha alpha_pattern dropout force_parent init init_from max_norm parent rank rank_pattern "

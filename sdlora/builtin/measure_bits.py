@@ -19,7 +19,6 @@ BASES: dict[str, dict[str, Any]] = {
     "full": {},
     "int8": {"base.quantize": "int8"},
     "nf4": {"base.quantize": "nf4"},
-    "nf4, corrected at rank 16": {"base.quantize": "nf4", "base.quantize_correction": 16},
 }
 SEEDS = (0, 1, 2)
 

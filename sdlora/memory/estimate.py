@@ -136,8 +136,8 @@ class Memory:
         """The most of all stages."""
         return max(self.stages.values())
 
-    def lines(self, quantize: Quantize, correction: int) -> list[str]:
-        """For the plan, with `base.quantize` and `base.quantize_correction`."""
+    def lines(self, quantize: Quantize) -> list[str]:
+        """For the plan, with `base.quantize`."""
         stages = ", ".join(f"{stage} {as_size(size)}" for stage, size in self.stages.items())
         whole = {"UNet": self.unet_bytes, "adapter": self.adapter, "activations": self.learn}
         beside = self.stages["training"] - sum(whole.values())
@@ -153,8 +153,7 @@ class Memory:
                 f"{name} {as_size(part.plain)} to {as_size(part.stored)}" for name, part in self.unet.items()
             )
             saved = 1 - self.unet_bytes / sum(part.plain for part in self.unet.values())
-            extra = f", with a correction of rank {correction}" if correction else ""
-            lines.append(f"{quantize:<9} {kinds}: the UNet takes {saved:.0%} less{extra}")
+            lines.append(f"{quantize:<9} {kinds}: the UNet takes {saved:.0%} less")
         return lines
 
     def as_event(self) -> dict[str, Any]:
@@ -231,7 +230,7 @@ def estimate_memory(work: Workload, machine: Machine, *, checkpointing: bool) ->
     has_samples = bool(config.train.sample_every)
     no_cache = config.data.cache is False
     return Memory(
-        unet=bytes_by_part(work.parts["unet"], precision.base_dtype, info.quantize, info.correction),
+        unet=bytes_by_part(work.parts["unet"], precision.base_dtype, info.quantize),
         vae=info.parts["vae"].num_parameters * vae.itemsize,
         text_encoders=4 * sum(info.parts[name].num_parameters for name in info.traits.text_encoders),
         adapter=trained * (4 + _moment_bytes(config.train)) + 4 * work.num_frozen,

@@ -33,7 +33,6 @@ class BaseInfo:
         zeroes_empty_prompt: Whether its pipeline takes zeros for the text states of an empty prompt.
         notices: What had to be assumed, for people.
         quantize: How the UNet's layers are kept when it is loaded.
-        correction: The rank of the correction of what that loses; 0 for none.
     """
 
     source: str
@@ -45,7 +44,6 @@ class BaseInfo:
     zeroes_empty_prompt: bool
     notices: tuple[str, ...]
     quantize: Quantize
-    correction: int
     scheduler_config: Mapping[str, Any] = field(repr=False)
 
     @property
@@ -215,7 +213,6 @@ def inspect_base(settings: BaseSection, objective: ObjectiveSection | None = Non
         zeroes_empty_prompt=layout.zeroes_empty_prompt,
         notices=notices,
         quantize=settings.quantize,
-        correction=settings.quantize_correction,
         scheduler_config=scheduler,
     )
 

@@ -60,7 +60,7 @@ def load_base(
         ModelError: If the files lack weights that the configuration asks for.
     """
     place = "cpu" if waits else device
-    unet = load_unet(info.parts["unet"], dtype, place, info.quantize, info.correction)
+    unet = load_unet(info.parts["unet"], dtype, place, info.quantize)
     vae = load_part(info.parts["vae"], vae_dtype(info, dtype, device))
     text_encoders = tuple(load_part(info.parts[name], torch.float32) for name in info.traits.text_encoders)
     tokenizers = tuple(load_tokenizer(info, number) for number in range(len(info.words)))
@@ -76,7 +76,6 @@ def load_unet(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     scheme: Quantize = "none",
-    correction: int = 0,
 ) -> UNet2DConditionModel:
     """The UNet, of whichever source, streamed to where it shall be in the bits that it is kept in.
 
@@ -85,18 +84,8 @@ def load_unet(
     """
     unet = empty_model("unet", part.config)
     names = None if part.folder is not None else names_of_unet(part)
-    _check_complete(
-        part,
-        fill(
-            unet,
-            read_part(part, names),
-            part,
-            dtype=dtype,
-            device=device,
-            scheme=scheme,
-            correction=correction,
-        ),
-    )
+    missing = fill(unet, read_part(part, names), part, dtype=dtype, device=device, scheme=scheme)
+    _check_complete(part, missing)
     return unet.requires_grad_(False).eval()
 
 

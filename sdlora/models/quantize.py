@@ -23,7 +23,6 @@ except ImportError:
     dequantize_4bit = quantize_4bit = None
 
 BLOCK = 64
-ROUNDS = 4
 SMALLEST = 4096
 NARROWEST = 16
 KINDS = (nn.Linear, nn.Conv2d)
@@ -33,7 +32,7 @@ CONV_SETTINGS = ("in_channels", "out_channels", "kernel_size", "stride", "paddin
 class Int8:
     """Whole numbers up to 127, and one scale for each output (absmax, arXiv 2208.07339, section 2)."""
 
-    def __init__(self, weight: Tensor, correction: int = 0) -> None:
+    def __init__(self, weight: Tensor) -> None:
         values = weight.float()
         scale = values.abs().amax(tuple(range(1, weight.dim())), keepdim=True) / 127
         self.scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
@@ -48,7 +47,7 @@ class Int8:
         self.scale = self.scale.to(device)
 
     @staticmethod
-    def num_bytes(shape: torch.Size, correction: int = 0) -> int:
+    def num_bytes(shape: torch.Size) -> int:
         """What a weight takes."""
         return prod(shape) + 4 * shape[0]
 
@@ -61,57 +60,28 @@ class Nf4:
 
     Args:
         weight: (out, in).
-        correction: The rank of a product that is added to what is expanded, the nearest of its rank to the
-            error of rounding.
     """
 
-    def __init__(self, weight: Tensor, correction: int = 0) -> None:
+    def __init__(self, weight: Tensor) -> None:
         self.packed, self.state = quantize_4bit(
             weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
         )
-        self.factors: tuple[Tensor, Tensor] | None = None
-        if correction:
-            error = weight.float() - self.expand(self.packed, torch.float32)
-            up, down = nearest_product(error, correction)
-            self.factors = up.bfloat16(), down.bfloat16()
 
     def expand(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight."""
         self.state.dtype = dtype
         weight: Tensor = dequantize_4bit(packed, self.state)
-        if self.factors is not None:
-            up, down = self.factors
-            weight.addmm_(up.to(dtype), down.to(dtype))
         return weight
 
     def to(self, device: torch.device) -> None:
         """Moves what belongs to the packed weight."""
         self.state.to(device)
-        if self.factors is not None:
-            up, down = self.factors
-            self.factors = up.to(device), down.to(device)
 
     @staticmethod
-    def num_bytes(shape: torch.Size, correction: int = 0) -> int:
+    def num_bytes(shape: torch.Size) -> int:
         """What a weight takes: half a byte, a byte for the scale of a block, four for each 256 of those."""
         blocks = prod(shape) // BLOCK
-        return prod(shape) // 2 + blocks + 4 * -(-blocks // 256) + 2 * correction * sum(shape)
-
-
-def nearest_product(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors (out, rank) and (rank, in) whose product is nearly the nearest of that rank.
-
-    By subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4), which takes a
-    hundredth of the time of a singular value decomposition.
-    """
-    rank = min(rank, *matrix.shape)
-    generator = torch.Generator().manual_seed(0)
-    basis = matrix @ torch.randn(matrix.shape[1], rank, generator=generator).to(matrix.device)
-    for _ in range(ROUNDS):
-        basis = torch.linalg.qr(basis).Q
-        basis = matrix @ (matrix.T @ basis)
-    basis = torch.linalg.qr(basis).Q
-    return basis, basis.T @ matrix
+        return prod(shape) // 2 + blocks + 4 * -(-blocks // 256)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -230,7 +200,6 @@ def quantize_layer(
     layer: nn.Module,
     weight: Tensor,
     scheme: Quantize,
-    correction: int = 0,
     device: torch.device | str | None = None,
 ) -> nn.Module | None:
     """The frozen layer that keeps a weight small, or None if `choose_packing` leaves it as it is.
@@ -239,14 +208,13 @@ def quantize_layer(
         layer: The layer to replace; gives sizes and bias, its own weight may lie on the meta device.
         weight: Its weight.
         scheme: How it shall be kept.
-        correction: Rank of what is added to make up for four bits; see `Nf4`.
         device: Where it is packed and kept; where the weight is if not given.
     """
     packing = choose_packing(layer, scheme)
     if packing is None:
         return None
     kind: Any = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
-    small: QuantizedLinear | QuantizedConv2d = kind(layer, packing(weight.to(device=device), correction))
+    small: QuantizedLinear | QuantizedConv2d = kind(layer, packing(weight.to(device=device)))
     return small.train(layer.training)
 
 
@@ -267,16 +235,13 @@ class PartBytes:
     stored: int
 
 
-def bytes_by_part(
-    module: nn.Module, dtype: torch.dtype, scheme: Quantize, correction: int = 0
-) -> dict[str, PartBytes]:
+def bytes_by_part(module: nn.Module, dtype: torch.dtype, scheme: Quantize) -> dict[str, PartBytes]:
     """Bytes of the weights of a network that is not quantised yet, as they are and as they will be stored.
 
     Args:
         module: It may lie on the meta device.
         dtype: Of everything that is not quantised.
         scheme: How layers shall be kept.
-        correction: As `quantize_layer` has it.
 
     Returns:
         For `linear`, `convolution` and `rest`.
@@ -290,5 +255,5 @@ def bytes_by_part(
             part = sizes[kind if name == "weight" else "rest"]
             part[0] += plain
             kept = packing if name == "weight" else None
-            part[1] += kept.num_bytes(tensor.shape, correction) if kept else plain
+            part[1] += kept.num_bytes(tensor.shape) if kept else plain
     return {name: PartBytes(*pair) for name, pair in sizes.items()}

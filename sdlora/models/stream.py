@@ -67,7 +67,6 @@ def fill(
     dtype: torch.dtype,
     device: torch.device | str,
     scheme: Quantize,
-    correction: int = 0,
 ) -> list[str]:
     """Gives a network on the meta device its frozen weights.
 
@@ -80,7 +79,6 @@ def fill(
         dtype: Of all that is not quantised; whole numbers keep theirs.
         device: Where it shall be.
         scheme: How layers are quantised.
-        correction: As `quantize_layer` has it.
 
     Returns:
         What it still lacks: names that did not come, or came in another shape.
@@ -96,7 +94,7 @@ def fill(
             check_finite(part, name, value)
             path, _, own = name.rpartition(".")
             layer = module.get_submodule(path)
-            small = quantize_layer(layer, tensor, scheme, correction, device) if own == "weight" else None
+            small = quantize_layer(layer, tensor, scheme, device) if own == "weight" else None
             if small is None:
                 _set(layer, own, value)
             else:

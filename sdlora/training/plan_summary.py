@@ -56,7 +56,7 @@ def describe_plan(plan: RunPlan) -> list[str]:
         f"{plan.images_seen} images seen",
         *_average_lines(plan),
         *_exchange_lines(plan),
-        *plan.memory.lines(plan.info.quantize, plan.info.correction),
+        *plan.memory.lines(plan.info.quantize),
         f"rate      {train.learning_rate:g}, {train.schedule} after {warmup} warm-up steps, "
         f"{train.optimizer}{f'; {rates}' if rates else ''}",
         f"loss      {describe_objective(plan.objective)}",

@@ -184,7 +184,6 @@ FIXED = {
     "parent",
     "global_batch",
     "base.quantize",
-    "base.quantize_correction",
     "data.resolution",
     "lora.alpha",
     "lora.alpha_pattern",

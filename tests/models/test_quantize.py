@@ -93,28 +93,6 @@ def test_four_bits_are_those_of_bitsandbytes() -> None:
     assert 0.03 < relative < 0.12
 
 
-def test_a_correction_is_nearly_the_best_of_its_rank() -> None:
-    """R-48: against the singular values of the error; it is kept, moved and counted with the weight."""
-    layer = nn.Linear(192, 128, bias=False).requires_grad_(False)
-    weight = layer.weight.data
-    plain = quantize_layer(layer, weight, "nf4")
-    corrected = quantize_layer(layer, weight, "nf4", 16)
-    assert plain is not None
-    assert corrected is not None
-    error = weight - plain.expand(torch.float32)
-    best = torch.linalg.svdvals(error)[16:].square().sum().sqrt()
-    left = (weight - corrected.expand(torch.float32)).norm()
-    assert best < left < 1.02 * best < 0.95 * error.norm()
-    assert torch.equal(corrected.weight, plain.weight)
-    up, down = corrected.packing.factors
-    extra = up.nbytes + down.nbytes
-    assert Nf4.num_bytes(weight.shape, 16) == Nf4.num_bytes(weight.shape) + extra
-    x = torch.randn(3, 192, requires_grad=True)
-    corrected(x).sum().backward()
-    assert torch.allclose(x.grad, corrected.expand(torch.float32).sum(0).expand(3, -1), atol=1e-5)
-    assert quantize_layer(layer, weight, "int8", 16).packing.num_bytes(weight.shape, 16) == 128 * 192 + 512
-
-
 @pytest.mark.parametrize("name", LAYERS)
 def test_nothing_is_kept_for_the_backward_pass(name: str) -> None:
     """R-18: neither the expanded weight nor the input waits in memory."""
