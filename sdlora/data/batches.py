@@ -110,7 +110,9 @@ class BatchOrder:
         return Sample(index, record, crop, "" if dropped else record.caption)
 
 
-def deal(samples: Sequence[T], *, batch_size: int, process_index: int, num_processes: int) -> list[list[T]]:
+def split_micro_batches(
+    samples: Sequence[T], *, batch_size: int, process_index: int, num_processes: int
+) -> list[list[T]]:
     """This process's micro-batches of a step.
 
     Every process gets the same number of them, so that all take part in each exchange of gradients; in a

@@ -29,7 +29,7 @@ _OPTIONS = {
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class TrainingMetadata:
     """A run in plain values; nothing here may be private (no paths)."""
 
     title: str
@@ -83,7 +83,7 @@ class RunFacts:
         return sum(self.repeats.values())
 
 
-def run_metadata(facts: RunFacts) -> dict[str, str]:
+def run_metadata(facts: TrainingMetadata) -> dict[str, str]:
     """The metadata of a file; all values are text, as safetensors asks."""
     started = datetime.fromisoformat(facts.date)
     # Without a zone the text would mean another moment on another machine.
@@ -143,7 +143,7 @@ def run_metadata(facts: RunFacts) -> dict[str, str]:
     return {key: str(value) for key, value in texts.items()}
 
 
-def _folders(facts: RunFacts) -> dict[str, dict[str, int]]:
+def _folders(facts: TrainingMetadata) -> dict[str, dict[str, int]]:
     """As kohya lists its `N_name` folders; their own names are private."""
     return {
         "images" if repeats == 1 else f"{repeats}_images": {"n_repeats": repeats, "img_count": count}
@@ -151,7 +151,7 @@ def _folders(facts: RunFacts) -> dict[str, dict[str, int]]:
     }
 
 
-def tag_frequency(facts: RunFacts) -> dict[str, dict[str, int]]:
+def tag_frequency(facts: TrainingMetadata) -> dict[str, dict[str, int]]:
     """How often each tag occurs; without consent to show captions, the trigger alone."""
     if facts.captions is None:
         return {"images": {facts.trigger: facts.num_images}} if facts.trigger else {}

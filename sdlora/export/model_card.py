@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdlora.export.metadata import RunFacts
+from sdlora.export.metadata import TrainingMetadata
 from sdlora.writing import write_text
 
 TAGS = ("lora", "diffusers", "stable-diffusion", "text-to-image", "sdlora")
@@ -15,7 +15,7 @@ TAGS = ("lora", "diffusers", "stable-diffusion", "text-to-image", "sdlora")
 
 def write_model_card(
     path: Path,
-    facts: RunFacts,
+    facts: TrainingMetadata,
     *,
     prompts: Sequence[str],
     grid: str | None = None,
@@ -40,7 +40,7 @@ def write_model_card(
     return write_text(path, "\n\n".join(section for section in sections if section) + "\n")
 
 
-def _front_matter(facts: RunFacts, prompts: Sequence[str], grid: str | None) -> str:
+def _front_matter(facts: TrainingMetadata, prompts: Sequence[str], grid: str | None) -> str:
     """YAML; a JSON text is a YAML text, so that quotes, colons and line breaks in prompts are safe."""
     lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image"]
     # Hugging Face refuses a base_model that is not the id of a model there.
@@ -58,7 +58,7 @@ def _front_matter(facts: RunFacts, prompts: Sequence[str], grid: str | None) -> 
     return "\n".join([*lines, "---"])
 
 
-def _summary(facts: RunFacts) -> str:
+def _summary(facts: TrainingMetadata) -> str:
     trigger = f" Write `{facts.trigger}` in the prompt." if facts.trigger else ""
     path = " and ".join(map(str, facts.ancestors))
     parents = (
@@ -71,7 +71,7 @@ def _summary(facts: RunFacts) -> str:
     )
 
 
-def _usage(facts: RunFacts, prompts: Sequence[str], weights: str) -> str:
+def _usage(facts: TrainingMetadata, prompts: Sequence[str], weights: str) -> str:
     prompt = next(iter(prompts), facts.trigger or "a image")
     base = _quote(facts.base_name)
     if facts.base_name == "builtin":
@@ -88,7 +88,7 @@ def _usage(facts: RunFacts, prompts: Sequence[str], weights: str) -> str:
     return "\n".join(["```python", *code, "```"])
 
 
-def _settings(facts: RunFacts) -> str:
+def _settings(facts: TrainingMetadata) -> str:
     rate = facts.text_learning_rate
     text = "" if rate is None else f" (text encoders {rate:g})"
     rows = {

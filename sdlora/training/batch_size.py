@@ -17,10 +17,10 @@ from sdlora.data.records import Size
 from sdlora.errors import first_line
 from sdlora.memory.estimate import Machine, Workload, as_size, estimate_memory
 from sdlora.models.dtypes import Precision
-from sdlora.training.distributed import count_over
+from sdlora.training.distributed import all_reduce_count
 from sdlora.training.plan import RunPlan
 from sdlora.training.resume import RESUMABLE
-from sdlora.training.step import Learner
+from sdlora.training.step import StepRunner
 
 NUM_REMEDIES = 3
 
@@ -105,7 +105,7 @@ def _when(setting: str) -> str:
 MOMENTS = 2
 
 
-def fit_batch(plan: RunPlan, learner: Learner, accelerator: Accelerator) -> RunPlan:
+def fit_batch(plan: RunPlan, runner: StepRunner, accelerator: Accelerator) -> RunPlan:
     """Divides what a process has to do in a step into the fewest micro-batches; the global batch is kept.
 
     The trial is a forward and backward pass over copies of the largest image. It draws nothing from any
@@ -113,7 +113,7 @@ def fit_batch(plan: RunPlan, learner: Learner, accelerator: Accelerator) -> RunP
 
     Args:
         plan: With `train.batch_size = auto`.
-        learner: Goes through the trials.
+        runner: Goes through the trials.
         accelerator: All its processes take the same size.
 
     Returns:
@@ -123,15 +123,15 @@ def fit_batch(plan: RunPlan, learner: Learner, accelerator: Accelerator) -> RunP
         OutOfMemoryError: If not even one sample fits.
     """
     share = plan.config.train.accumulate
-    for size in halve(share):
-        fits = _try(learner, largest_samples(plan, size))
-        if count_over(accelerator, fits) == accelerator.num_processes:
+    for size in halving_divisors(share):
+        fits = _try(runner, largest_samples(plan, size))
+        if all_reduce_count(accelerator, fits) == accelerator.num_processes:
             train = {"batch_size": size, "accumulate": share // size}
             return replace(plan, config=plan.config.replace(train=train))
     raise torch.OutOfMemoryError("not even one image fits")
 
 
-def halve(share: int) -> Iterator[int]:
+def halving_divisors(share: int) -> Iterator[int]:
     """Divisors of a number, from itself down, each at most half of the one before."""
     size = share
     while size:
@@ -149,14 +149,14 @@ def largest_samples(plan: RunPlan, count: int) -> list[Sample]:
     return [Sample(index, record, crops[record.name][0], record.caption) for index in range(count)]
 
 
-def _try(learner: Learner, samples: Sequence[Sample]) -> bool:
+def _try(runner: StepRunner, samples: Sequence[Sample]) -> bool:
     """Whether a micro-batch goes through, with what the optimizer will take lying beside it."""
     fits = False
     with suppress(torch.OutOfMemoryError), as_out_of_memory():
-        moments: list[Tensor] = [torch.empty_like(p) for p in learner.parameters for _ in range(MOMENTS)]
-        learner.go_through(0, list(samples), len(samples))
+        moments: list[Tensor] = [torch.empty_like(p) for p in runner.parameters for _ in range(MOMENTS)]
+        runner.forward_backward(0, list(samples), len(samples))
         fits = bool(moments)
     moments = []
-    learner.optimizer.zero_grad(set_to_none=True)
+    runner.optimizer.zero_grad(set_to_none=True)
     clear_device_cache()
     return fits

@@ -21,10 +21,10 @@ from sdlora.errors import ConfigError
 from sdlora.memory.estimate import Machine, free_bytes
 from sdlora.models.dtypes import DTYPES, Precision, has_bf16
 from sdlora.training.distributed import (
+    all_gather,
     check_launcher,
-    gather_numbers,
+    distributed_errors,
     group_settings,
-    listening,
     needs_gloo,
     num_launched,
 )
@@ -92,7 +92,7 @@ def make_accelerator(config: RunConfig) -> tuple[Accelerator, Precision]:
     # A second run in one Python process may use another precision.
     AcceleratorState._reset_state(reset_partial_state=False)
     group, is_gloo = group_settings(config.train.timeout_seconds), needs_gloo(os.environ)
-    with listening():
+    with distributed_errors():
         first = Accelerator(mixed_precision="no", cpu=is_gloo, kwargs_handlers=[group])
     if first.num_processes != num_launched(os.environ):
         raise ConfigError(
@@ -180,6 +180,6 @@ def _version(package: str) -> str:
 def find_machine(accelerator: Accelerator, precision: Precision) -> Machine:
     """What all processes can count on: the least that one of them has, and of one CPU's memory a share."""
     own = free_bytes(accelerator.device)
-    least = min(gather_numbers(accelerator, -1 if own is None else own))
+    least = min(all_gather(accelerator, -1 if own is None else own))
     share = accelerator.num_processes if accelerator.device.type == "cpu" else 1
     return Machine(precision, accelerator.device, None if least < 0 else least // share)

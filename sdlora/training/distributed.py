@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import distributed_c10d
@@ -28,7 +28,6 @@ T = TypeVar("T")
 ROUND_SECONDS = 10.0
 # A host that is cut off cannot ask the others' store why.
 ASK_SECONDS = 5.0
-TEXT_BYTES = 4096
 # What `accelerate launch` exports for engines that wrap the model.
 ENGINES = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -74,51 +73,53 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def sum_over(accelerator: Accelerator, values: Tensor) -> Tensor:
-    """The sum over all processes, on each of them, wherever the values are.
+def all_reduce_sum(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """The sum over all processes, on each of them, on the device of `values`.
 
     Raises:
         ProcessLost: If another process ended or does not answer.
     """
     if accelerator.num_processes == 1:
         return values
-    with listening():
+    with distributed_errors():
         total: Tensor = accelerator.reduce(values.to(accelerator.device), "sum")
         return total.to(values.device)
 
 
-def count_over(accelerator: Accelerator, count: int) -> int:
-    """The sum of a number over all processes."""
-    return sum(gather_numbers(accelerator, int(count)))
+def all_gather(accelerator: Accelerator, value: T) -> list[T]:
+    """A small object of each process, by rank, on all of them.
 
-
-def gather_numbers(accelerator: Accelerator, number: int) -> list[int]:
-    """A whole number of each process, in their order."""
+    Raises:
+        ProcessLost: If another process ended or does not answer.
+    """
     if accelerator.num_processes == 1:
-        return [number]
-    numbers = torch.zeros(accelerator.num_processes, dtype=torch.int64)
-    numbers[accelerator.process_index] = number
-    return [int(value) for value in sum_over(accelerator, numbers)]
+        return [value]
+    with distributed_errors():
+        return list(gather_object([value]))
 
 
-def text_of_main(accelerator: Accelerator, text: str) -> str:
-    """The main process's text, on every process."""
-    letters = torch.zeros(TEXT_BYTES, dtype=torch.uint8)
-    if accelerator.is_main_process:
-        raw = text.encode("utf-8", "surrogateescape")
-        assert len(raw) <= TEXT_BYTES
-        letters[: len(raw)] = torch.tensor(list(raw), dtype=torch.uint8)
-    return bytes(sum_over(accelerator, letters).tolist()).rstrip(b"\0").decode("utf-8", "surrogateescape")
+def all_reduce_count(accelerator: Accelerator, count: int) -> int:
+    """The sum of a number over all processes."""
+    return int(all_reduce_sum(accelerator, torch.tensor(int(count))))
 
 
-def meet(accelerator: Accelerator) -> None:
-    """Waits until every process is here.
+def broadcast(accelerator: Accelerator, value: T) -> T:
+    """The main process's value, on all processes."""
+    if accelerator.num_processes == 1:
+        return value
+    with distributed_errors():
+        values: list[T] = broadcast_object_list([value])
+    return values[0]
+
+
+def barrier(accelerator: Accelerator) -> None:
+    """Waits for all processes.
 
     Raises:
         ProcessLost: If another process ended or does not answer.
     """
     if accelerator.num_processes > 1:
-        with listening():
+        with distributed_errors():
             accelerator.wait_for_everyone()
 
 
@@ -130,14 +131,14 @@ def work_in_rounds(accelerator: Accelerator, jobs: Iterable[T], work: Callable[[
         work: Does one.
     """
     queue = deque(jobs)
-    while count_over(accelerator, len(queue)):
+    while all_reduce_count(accelerator, len(queue)):
         end = time.monotonic() + ROUND_SECONDS
         while queue and (accelerator.num_processes == 1 or time.monotonic() < end):
             work(queue.popleft())
 
 
 @contextmanager
-def failing_together(accelerator: Accelerator) -> Iterator[None]:
+def propagate_failure(accelerator: Accelerator) -> Iterator[None]:
     """Tells the other processes why this one ends, then cuts the connections, so that none waits for it."""
     try:
         yield
@@ -151,7 +152,7 @@ def failing_together(accelerator: Accelerator) -> Iterator[None]:
 
 
 @contextmanager
-def listening() -> Iterator[None]:
+def distributed_errors() -> Iterator[None]:
     """An exchange with the others; that it fails means that one of them is gone."""
     try:
         yield

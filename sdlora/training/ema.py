@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Average:
+class EMA:
     """An exponential moving average of tensors, of their updated values alone.
 
     After t updates the value of i updates ago has the weight `decay**i (1 - decay) / (1 - decay**t)`: the

@@ -21,7 +21,7 @@ from sdlora.errors import DataError, ModelError
 from sdlora.models.conditioning import Condition
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.training.console import Report
-from sdlora.training.distributed import meet, work_in_rounds
+from sdlora.training.distributed import barrier, work_in_rounds
 
 View = tuple[ImageRecord, Crop]
 
@@ -74,7 +74,7 @@ class Encodings:
         jobs += {self._latent_key(*view): view for view in views}.values()
         jobs = [job for job in jobs if not self._is_known(job)]
         # All look at what is missing before one of them begins to fill it.
-        meet(accelerator)
+        barrier(accelerator)
         self._encode(jobs[accelerator.process_index :: accelerator.num_processes], accelerator, report)
         # What the others put where this process cannot see it: on a host with a cache of its own.
         self._encode([job for job in jobs if not self._is_known(job)], accelerator, report)

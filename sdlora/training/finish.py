@@ -21,9 +21,9 @@ from sdlora.report.plots import draw_loss_curve
 from sdlora.report.summary import describe_losses, doubt_losses
 from sdlora.runs import RunFolder
 from sdlora.training.batch_size import as_out_of_memory, describe_remedies
-from sdlora.training.distributed import meet
+from sdlora.training.distributed import barrier
 from sdlora.training.loop import Trainer
-from sdlora.training.metadata import describe_run
+from sdlora.training.metadata import training_metadata
 from sdlora.training.plan import RunPlan
 from sdlora.writing import write_file
 
@@ -35,10 +35,10 @@ def finish(trainer: Trainer) -> None:
         AdapterError: If a file does not do in a fresh pipeline what was trained; the run is not done.
     """
     if trainer.accelerator.is_main_process:
-        with trainer.learner.averaged():
+        with trainer.runner.inference_weights():
             export_final(trainer)
             if trainer.plan.info.quantize != "none":
-                tell_gap(trainer)
+                report_gap(trainer)
         draw_loss_curve(trainer.run)
         trainer.report.say(*describe_losses(trainer.run))
         if trainer.counters.skipped:
@@ -49,13 +49,13 @@ def finish(trainer: Trainer) -> None:
             trainer.report.warn(doubt)
         counters = trainer.counters
         trainer.event("done", loss_ema=counters.loss_ema, skipped=counters.skipped, doubt=doubt)
-    meet(trainer.accelerator)
+    barrier(trainer.accelerator)
 
 
 def export_final(trainer: Trainer) -> None:
     """Writes `final.*` and the card, then proves that the files load."""
-    run, plan, adapter = trainer.run, trainer.plan, trainer.learner.adapter
-    facts = describe_run(run, plan, step=trainer.step, images_seen=trainer.counters.images_seen)
+    run, plan, adapter = trainer.run, trainer.plan, trainer.runner.adapter
+    facts = training_metadata(run, plan, step=trainer.step, images_seen=trainer.counters.images_seen)
     metadata, settings = run_metadata(facts), plan.config.export
     paths = []
     for dialect in dict.fromkeys(settings.formats):
@@ -84,11 +84,11 @@ def export_final(trainer: Trainer) -> None:
     )
 
 
-def tell_gap(trainer: Trainer) -> None:
+def report_gap(trainer: Trainer) -> None:
     """Says how the LoRA does on the full base, which is not what it was trained on (R-48)."""
     prepared = trainer.prepared
     split = "heldout" if "heldout" in prepared.splits else "train"
-    stack = (*prepared.parents, (trainer.learner.adapter, 1.0))
+    stack = (*prepared.parents, (trainer.runner.adapter, 1.0))
     try:
         gap = measure_gap(prepared.base, stack, prepared.heldout_items(split), prepared.objective.schedule)
     except torch.OutOfMemoryError:
@@ -100,7 +100,7 @@ def tell_gap(trainer: Trainer) -> None:
 
 
 @contextmanager
-def telling_no_start(plan: RunPlan, run: RunFolder) -> Iterator[None]:
+def report_failed_start(plan: RunPlan, run: RunFolder) -> Iterator[None]:
     """Running out of memory before the first step is a line with the way on."""
     try:
         with as_out_of_memory():
@@ -110,7 +110,7 @@ def telling_no_start(plan: RunPlan, run: RunFolder) -> Iterator[None]:
 
 
 @contextmanager
-def telling_failure(trainer: Trainer) -> Iterator[None]:
+def report_failure(trainer: Trainer) -> Iterator[None]:
     """What ends a run that has begun is a line with the way on, and an event; its trackers are closed."""
     try:
         with as_out_of_memory():
@@ -139,16 +139,16 @@ def _explain(error: SdloraError | OSError | torch.OutOfMemoryError, trainer: Tra
         images = count_of(plan.config.train.micro_batch, "image")
         failure = RunError(
             f"out of memory in step {trainer.step + 1}, with {images} of up to {plan.work.size} at once; "
-            f"{advice}; {trainer.way_on()}"
+            f"{advice}; {trainer.resume_hint()}"
         )
         failure.exit_code = 1
         return failure
     if isinstance(error, ProcessLost):
-        return ProcessLost(f"{error}; {trainer.way_on()}", error.exit_code, is_told=error.is_told)
+        return ProcessLost(f"{error}; {trainer.resume_hint()}", error.exit_code, is_told=error.is_told)
     if isinstance(error, DataError):
-        return DataError(f"{error}; {trainer.way_on()}")
+        return DataError(f"{error}; {trainer.resume_hint()}")
     if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
-        failure = RunError(f"{error}; then {trainer.way_on()}")
+        failure = RunError(f"{error}; then {trainer.resume_hint()}")
         failure.exit_code = 1
         return failure
     return error

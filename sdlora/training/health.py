@@ -21,7 +21,7 @@ SPREAD, LEAST_COUNT = 0.99, 30
 
 
 @dataclass
-class Spread:
+class RunningStats:
     """Where the logarithms of a positive number lie: a loss, or a norm, varies by factors.
 
     Args:
@@ -77,13 +77,13 @@ class Counters:
     skipped: int = 0
     skipped_in_row: int = 0
     zeros_in_row: int = 0
-    losses: Spread = field(default_factory=Spread)
-    norms: Spread = field(default_factory=Spread)
+    losses: RunningStats = field(default_factory=RunningStats)
+    norms: RunningStats = field(default_factory=RunningStats)
 
     @classmethod
     def restore(cls, values: Mapping[str, Any]) -> Counters:
         """From what `asdict` gave."""
-        spreads = {name: Spread(**values[name]) for name in ("losses", "norms")}
+        spreads = {name: RunningStats(**values[name]) for name in ("losses", "norms")}
         return cls(**{**values, **spreads})
 
     def count(self, loss: float, norm: float, *, is_good: bool) -> list[str]:

@@ -14,7 +14,7 @@ from sdlora.data.batches import Sample
 from sdlora.lora.adapter import NormReport
 from sdlora.runs import RunFolder
 from sdlora.training.console import Report
-from sdlora.training.distributed import sum_over
+from sdlora.training.distributed import all_reduce_sum
 from sdlora.training.health import Counters
 from sdlora.training.step import Draw
 
@@ -46,7 +46,7 @@ class StepResult:
     norms: NormReport | None = None
 
 
-class Journal:
+class MetricLogger:
     """Writes events and tells trackers; only the main process does.
 
     Args:
@@ -138,7 +138,7 @@ def gather_draws(
     places = {sample.index: place for place, sample in enumerate(samples)}
     for draw in own:
         numbers[places[draw.index]] = torch.tensor([draw.noise_seed, draw.timestep])
-    rows = sum_over(accelerator, numbers).tolist()
+    rows = all_reduce_sum(accelerator, numbers).tolist()
     return tuple(
         Draw(sample.index, sample.record.name, sample.caption, seed, timestep)
         for sample, (seed, timestep) in zip(samples, rows, strict=True)

@@ -24,7 +24,7 @@ from sdlora.report.summary import describe_step
 from sdlora.runs import RunFolder
 from sdlora.training.batch_size import fit_batch
 from sdlora.training.console import Report
-from sdlora.training.distributed import count_over, meet, sum_over
+from sdlora.training.distributed import all_reduce_count, all_reduce_sum, barrier
 from sdlora.training.health import (
     Counters,
     check_counters,
@@ -34,14 +34,14 @@ from sdlora.training.health import (
     find_dead_modules,
     is_finite,
 )
-from sdlora.training.logger import Journal, StepResult, gather_draws
-from sdlora.training.metadata import describe_run
+from sdlora.training.logger import MetricLogger, StepResult, gather_draws
+from sdlora.training.metadata import training_metadata
 from sdlora.training.optimizer import learning_rate
 from sdlora.training.plan import RunPlan
 from sdlora.training.prepare import Prepared
 from sdlora.training.resume import load_state, newest_complete_step, save_state
 from sdlora.training.samples import log_grid, sample_step
-from sdlora.training.step import Learner
+from sdlora.training.step import StepRunner
 
 # Batch schedulers send SIGUSR1 ahead of the end of a job's time; Windows has none.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
@@ -108,12 +108,12 @@ class Trainer:
         # what learns, and where
         self.prepared = prepared
         self.accelerator = accelerator
-        self.learner = Learner(self.settings, prepared, accelerator, precision)
+        self.runner = StepRunner(self.settings, prepared, accelerator, precision)
         # how far it is
         self.counters = Counters()
         self.signals = StopSignals()
         self.report = report
-        self.journal = Journal(run, accelerator, report, self.settings)
+        self.logger = MetricLogger(run, accelerator, report, self.settings)
 
     @property
     def step(self) -> int:
@@ -123,12 +123,12 @@ class Trainer:
     def resume(self, step: int | None = None) -> None:
         """Continues from the state of a step, or the newest complete one; 0 is the start."""
         step = newest_complete_step(self.run, self.report) if step is None else step
-        self.counters = load_state(self.run, step, self.learner) if step else Counters()
+        self.counters = load_state(self.run, step, self.runner) if step else Counters()
 
     def fit_batch(self) -> None:
         """Finds what `train.batch_size = auto` stands for."""
-        self.plan = fit_batch(self.plan, self.learner, self.accelerator)
-        self.settings = self.learner.settings = self.plan.config.train
+        self.plan = fit_batch(self.plan, self.runner, self.accelerator)
+        self.settings = self.runner.settings = self.plan.config.train
         size, count = self.settings.batch_size, self.settings.accumulate
         self.report.say(f"batch     {size} fit at once, {count} times a step (train.batch_size = auto)")
         self.event("batch_size", batch_size=size, accumulate=count)
@@ -151,14 +151,14 @@ class Trainer:
                     self.save_state_if_missing(stopping)
                 if stopping:
                     # Each names the step that it goes on from, so all wait until that is saved.
-                    meet(self.accelerator)
+                    barrier(self.accelerator)
                     raise self.stopped()
 
     def begin(self) -> None:
         """Measures the base; or makes the grid that a stop after the checkpoint left out."""
         if self.step == 0:
             self.evaluate_if_due()
-        elif count_over(self.accelerator, self.accelerator.is_main_process and not self._is_sampled()):
+        elif all_reduce_count(self.accelerator, self.accelerator.is_main_process and not self._is_sampled()):
             self.sample_if_due()
 
     def _is_sampled(self) -> bool:
@@ -166,13 +166,13 @@ class Trainer:
 
     def train_step(self) -> StepResult:
         """One optimizer update."""
-        counters, adapter = self.counters, self.learner.adapter
+        counters, adapter = self.counters, self.runner.adapter
         rate = learning_rate(counters.step, self.settings, self.plan.steps)
         samples = self.plan.order.step(counters.step)
         ups = copy_ups(adapter) if counters.step == self.proof_step else None
         # Dropout could keep a small module from learning, so it is off where each has to.
-        gradient = self.learner.accumulate(counters.step, samples, dropout=ups is None)
-        self.learner.update(rate, skip=not gradient.is_finite)
+        gradient = self.runner.compute_gradients(counters.step, samples, dropout=ups is None)
+        self.runner.update(rate, skip=not gradient.is_finite)
         counters.step += 1
         counters.images_seen += len(samples)
         far = counters.count(gradient.loss, gradient.norm, is_good=gradient.is_finite)
@@ -182,7 +182,7 @@ class Trainer:
             f"learning rate {rate:g}, images {', '.join(images)}; {self._last_good()}"
         )
         check_counters(counters, self.settings.max_skipped_steps, situation)
-        if not is_finite(self.learner.parameters):
+        if not is_finite(self.runner.parameters):
             check_parameters(adapter, situation)
         if far:
             self.warn(f"step {counters.step} is far from the others: {', '.join(far)}", images=images)
@@ -206,8 +206,8 @@ class Trainer:
             gradient.is_finite,
             images,
             draws,
-            self.learner.rates(rate),
-            self.learner.norms,
+            self.runner.rates(rate),
+            self.runner.norms,
         )
 
     def _is_single_token(self, size: Size) -> bool:
@@ -218,7 +218,7 @@ class Trainer:
 
     def record(self, result: StepResult, seconds: float) -> None:
         """Writes what the step was."""
-        self.journal.record(result, self.counters, seconds)
+        self.logger.record(result, self.counters, seconds)
 
     def evaluate_if_due(self) -> None:
         """Measures the held-out loss on both splits."""
@@ -235,21 +235,21 @@ class Trainer:
                 by_band=measured.by_band,
                 images=measured.num_images,
             )
-            self.journal.track(self.step, {f"{split}_loss": measured.loss})
+            self.logger.track(self.step, {f"{split}_loss": measured.loss})
         # A log or a notebook shows no bar, and nobody the course of these.
         self.report.say(describe_step(self.run, self.step, losses))
 
     def evaluate(self, split: str) -> HeldoutLoss:
         """The held-out loss of the weights as they are."""
-        with self.learner.averaged():
+        with self.runner.inference_weights():
             return heldout_loss(
-                self.learner.denoise,
+                self.runner.denoise,
                 self.prepared.objective.schedule,
                 self.prepared.heldout_items(split),
                 batch_size=max(4, self.settings.micro_batch),
                 device=self.accelerator.device,
                 share=(self.accelerator.process_index, self.accelerator.num_processes),
-                add_shares=partial(sum_over, self.accelerator),
+                add_shares=partial(all_reduce_sum, self.accelerator),
             )
 
     def save_if_due(self, stopping: bool = False) -> None:
@@ -274,11 +274,11 @@ class Trainer:
             self._save_state()
 
     def _save_adapter(self) -> bool:
-        facts = describe_run(self.run, self.plan, step=self.step, images_seen=self.counters.images_seen)
+        facts = training_metadata(self.run, self.plan, step=self.step, images_seen=self.counters.images_seen)
         try:
-            with self.learner.averaged():
+            with self.runner.inference_weights():
                 report = export_adapter(
-                    self.learner.adapter,
+                    self.runner.adapter,
                     self.run.step_adapter(self.step),
                     precision=self.plan.config.export.precision,
                     metadata=run_metadata(facts),
@@ -293,7 +293,7 @@ class Trainer:
 
     def _save_state(self) -> bool:
         try:
-            save_state(self.run, self.plan, self.learner, self.counters)
+            save_state(self.run, self.plan, self.runner, self.counters)
         except OSError as error:
             self.warn(f"the state of step {self.step} could not be saved ({error})")
             return False
@@ -304,7 +304,7 @@ class Trainer:
         if self.step not in self.plan.sample_steps:
             return
         is_missing = self.accelerator.is_main_process and not self.run.step_adapter(self.step).is_file()
-        if count_over(self.accelerator, is_missing):
+        if all_reduce_count(self.accelerator, is_missing):
             self.warn(f"no samples of step {self.step}, since its adapter could not be saved")
             return
         try:
@@ -333,25 +333,25 @@ class Trainer:
     def is_stopping(self) -> bool:
         """Whether any process was told to stop."""
         received = self.signals.received is not None
-        return count_over(self.accelerator, received) > 0
+        return all_reduce_count(self.accelerator, received) > 0
 
     def stopped(self) -> RunStopped:
         """What is raised after the state was saved."""
-        message = f"stopped at step {self.step} of {self.plan.steps}; {self.way_on()}"
+        message = f"stopped at step {self.step} of {self.plan.steps}; {self.resume_hint()}"
         return RunStopped(message, self.signals.exit_signal)
 
-    def way_on(self) -> str:
+    def resume_hint(self) -> str:
         """How a run that ended early is taken up again."""
         step = max(self.run.checkpoint_steps(), default=0)
         return f"`sdlora resume {self.run.path}` goes on from step {step}"
 
     def event(self, name: str, **values: object) -> None:
         """Adds an event."""
-        self.journal.event(name, self.step, **values)
+        self.logger.event(name, self.step, **values)
 
     def warn(self, message: str, **values: object) -> None:
         """Says it, and keeps it as an event."""
-        self.journal.warn(self.step, message, **values)
+        self.logger.warn(self.step, message, **values)
 
     def _last_good(self) -> str:
         # One that was saved while steps were skipped has what makes them be.

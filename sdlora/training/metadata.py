@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.config import RunConfig
-from sdlora.export.metadata import RunFacts
+from sdlora.export.metadata import TrainingMetadata
 from sdlora.models.weights import kohya_hashes
 from sdlora.report.summary import losses_of
 from sdlora.runs import RunFolder
 from sdlora.training.plan import RunPlan
 
 
-def describe_run(run: RunFolder, plan: RunPlan, *, step: int, images_seen: int) -> RunFacts:
+def training_metadata(run: RunFolder, plan: RunPlan, *, step: int, images_seen: int) -> TrainingMetadata:
     """The run in plain values, at a step; nothing private unless `export.include_captions` allows it."""
     config, info = plan.config, plan.info
     environment = run.read_environment()
     started = next((event["time"] for event in run.events("plan")), 0.0)
     captions = [record.caption for record in plan.index.records] if config.export.include_captions else None
-    return RunFacts(
+    return TrainingMetadata(
         title=run.name,
         base_name=info.name,
         base_digest=info.digest,

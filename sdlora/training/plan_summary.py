@@ -12,7 +12,7 @@ from sdlora.training.optimizer import describe_rates, num_warmup_steps
 from sdlora.training.plan import RunPlan
 
 
-def announce(plan: RunPlan, report: Report, *, is_default_base: bool) -> None:
+def print_plan(plan: RunPlan, report: Report, *, is_default_base: bool) -> None:
     """Prints the plan of a new run, and what preflight noticed.
 
     Args:

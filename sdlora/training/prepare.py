@@ -53,7 +53,7 @@ class Prepared:
         encodings: Latents and text states.
         splits: Images of the held-out loss: `train`, and `heldout` if there are any.
         prompt_states: Text states of the sample prompts and the negative prompt; none where they change.
-        dropout: Of the adapter; the learner says when and with which seeds.
+        dropout: Of the adapter; the runner says when and with which seeds.
         max_norm: Limit on the change of a module after each update; 0 for none.
         parents: What is mounted below the adapter, frozen: (adapter, strength), the root first.
     """
@@ -130,7 +130,7 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, repor
     )
 
 
-def doubt_prediction(plan: RunPlan, prepared: Prepared) -> str | None:
+def warn_if_prediction_differs(plan: RunPlan, prepared: Prepared) -> str | None:
     """Asks the UNet itself, since a wrong prediction type trains to nothing without a sign (R-32).
 
     Returns:

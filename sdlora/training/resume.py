@@ -19,10 +19,10 @@ from sdlora.runs import RunFolder
 from sdlora.training.checkpoint import read_checkpoint, read_state, restore_optimizer, save_checkpoint
 from sdlora.training.console import Report
 from sdlora.training.device import package_versions
-from sdlora.training.distributed import gather_numbers
+from sdlora.training.distributed import all_gather
 from sdlora.training.health import Counters
 from sdlora.training.plan import RunPlan
-from sdlora.training.step import Learner, named_tensors
+from sdlora.training.step import StepRunner, named_tensors
 
 TITLES = {
     "base": "the base",
@@ -49,11 +49,11 @@ class Change:
         return f"{TITLES.get(self.field, self.field)} changed ({_short(self.before)}, now {_short(self.now)})"
 
 
-def identify(plan: RunPlan, precision: Precision) -> dict[str, Any]:
+def run_fingerprint(plan: RunPlan, precision: Precision) -> dict[str, Any]:
     """Everything that decides what the next steps of a run do, by field."""
     settings = plan.config.model_dump(mode="json")
     return {
-        **_identify_files(plan),
+        **_file_fingerprints(plan),
         "global_batch": plan.global_batch,
         "compute": f"{precision.compute} on a base in {precision.base}",
         "sdlora": package_versions()["sdlora"],
@@ -66,7 +66,7 @@ def identify(plan: RunPlan, precision: Precision) -> dict[str, Any]:
     }
 
 
-def _identify_files(plan: RunPlan) -> dict[str, Any]:
+def _file_fingerprints(plan: RunPlan) -> dict[str, Any]:
     """What is in the files that a run reads, wherever they lie."""
     heldout = [(record.digest, record.caption) for record in plan.index.heldout]
     return {
@@ -87,11 +87,11 @@ def check_same_plan(accelerator: Accelerator, plan: RunPlan) -> None:
     """
     seen = {
         "the settings": plan.config.model_dump_json(exclude={"images"}),
-        **{TITLES[field]: value for field, value in _identify_files(plan).items()},
+        **{TITLES[field]: value for field, value in _file_fingerprints(plan).items()},
         "the versions": dict(package_versions()),
     }
     for what, value in seen.items():
-        numbers = gather_numbers(accelerator, derive_seed(json.dumps(value)))
+        numbers = all_gather(accelerator, derive_seed(json.dumps(value)))
         others = [str(process) for process, number in enumerate(numbers) if number != numbers[0]]
         if others:
             raise ConfigError(
@@ -100,13 +100,13 @@ def check_same_plan(accelerator: Accelerator, plan: RunPlan) -> None:
             )
 
 
-def check_identity(
+def check_fingerprint(
     run: RunFolder, step: int, saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str] = ()
 ) -> list[Change]:
     """Compares a checkpoint's identity with that of the run as it would go on.
 
     Args:
-        saved: As `identify` gave it when the checkpoint of `step` was saved.
+        saved: As `run_fingerprint` gave it when the checkpoint of `step` was saved.
         now: As it gives it now.
         allowed: Fields that may differ.
 
@@ -206,7 +206,7 @@ ALLOWABLE = {"dataset", "heldout", "compute", "sdlora"} | {
 SHARED = ("batch_size", "accumulate")
 
 
-def apply_changes(
+def apply_overrides(
     settings: RunConfig,
     overrides: Iterable[str] | Mapping[str, Any],
     *,
@@ -301,26 +301,26 @@ def global_batch_of(run: RunFolder, settings: RunConfig) -> int:
 AVERAGE = "average."
 
 
-def save_state(run: RunFolder, plan: RunPlan, learner: Learner, counters: Counters) -> None:
+def save_state(run: RunFolder, plan: RunPlan, runner: StepRunner, counters: Counters) -> None:
     """Writes the state of a step, then deletes the oldest ones.
 
     Raises:
         OSError: If there is no room; nothing is left behind, and no older state is deleted.
     """
-    scaler, average = learner.accelerator.scaler, learner.average
+    scaler, average = runner.accelerator.scaler, runner.ema
     averages = average.values if average else {}
     save_checkpoint(
         run.checkpoint(counters.step),
         tensors={
-            **named_tensors(learner.adapter),
+            **named_tensors(runner.adapter),
             **{AVERAGE + name: value for name, value in averages.items()},
         },
-        optimizer=learner.optimizer.state_dict(),
+        optimizer=runner.optimizer.state_dict(),
         state={
             "counters": asdict(counters),
             "num_averaged": average.num_updates if average else 0,
             "scaler": scaler.state_dict() if scaler else None,
-            "identity": identify(plan, learner.precision),
+            "identity": run_fingerprint(plan, runner.precision),
             "versions": dict(package_versions()),
         },
     )
@@ -351,11 +351,11 @@ def check_state(
         RunError: With a line for each change that was not.
     """
     state = read_state(run.checkpoint(step))
-    return check_identity(run, step, state["identity"], identify(plan, precision), allowed)
+    return check_fingerprint(run, step, state["identity"], run_fingerprint(plan, precision), allowed)
 
 
-def load_state(run: RunFolder, step: int, learner: Learner) -> Counters:
-    """Puts a learner back to the state of a step.
+def load_state(run: RunFolder, step: int, runner: StepRunner) -> Counters:
+    """Puts a runner back to the state of a step.
 
     Raises:
         RunError: If it is of another adapter or another optimizer, or of another program.
@@ -363,7 +363,7 @@ def load_state(run: RunFolder, step: int, learner: Learner) -> Counters:
     folder = run.checkpoint(step)
     tensors, optimizer, state = read_checkpoint(folder)
     try:
-        _restore(run, learner, tensors, optimizer, state)
+        _restore(run, runner, tensors, optimizer, state)
         return Counters.restore(state["counters"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise RunError(
@@ -374,12 +374,12 @@ def load_state(run: RunFolder, step: int, learner: Learner) -> Counters:
 
 def _restore(
     run: RunFolder,
-    learner: Learner,
+    runner: StepRunner,
     tensors: dict[str, Tensor],
     optimizer: dict[str, Any],
     state: dict[str, Any],
 ) -> None:
-    own = named_tensors(learner.adapter)
+    own = named_tensors(runner.adapter)
     averages = {
         name.removeprefix(AVERAGE): value for name, value in tensors.items() if name.startswith(AVERAGE)
     }
@@ -391,8 +391,8 @@ def _restore(
         if tensors[name].shape != tensor.shape:
             raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
         tensor.data.copy_(tensors[name])
-    if learner.average is not None:
-        learner.average.restore(averages, state["num_averaged"])
-    restore_optimizer(learner.optimizer, optimizer)
-    if learner.accelerator.scaler and state["scaler"]:
-        learner.accelerator.scaler.load_state_dict(state["scaler"])
+    if runner.ema is not None:
+        runner.ema.restore(averages, state["num_averaged"])
+    restore_optimizer(runner.optimizer, optimizer)
+    if runner.accelerator.scaler and state["scaler"]:
+        runner.accelerator.scaler.load_state_dict(state["scaler"])

@@ -20,7 +20,7 @@ from sdlora.sampling.images import BLANKS, SampledImage
 from sdlora.sampling.request import make_pictures, request_of_run, write_images
 from sdlora.training.batch_size import as_out_of_memory
 from sdlora.training.console import Report
-from sdlora.training.distributed import count_over, meet, sum_over
+from sdlora.training.distributed import all_reduce_count, all_reduce_sum, barrier
 from sdlora.training.plan import RunPlan
 from sdlora.training.prepare import Prepared
 
@@ -48,7 +48,7 @@ def sample_step(
         OutOfMemoryError: On all processes, if one of them ran out of memory.
     """
     # The main process has just written the adapter that all now read.
-    meet(accelerator)
+    barrier(accelerator)
     request = request_of_run(plan.config, plan.info)
     names = (plan.parents[-1].ancestor.name if plan.parents else "", run.name)
     columns = make_columns(load_adapter(run.step_adapter(step)), request.strengths, prepared.parents, names)
@@ -69,8 +69,8 @@ def sample_step(
                 progress=show,
                 share=(accelerator.process_index, accelerator.num_processes),
             )
-        if count_over(accelerator, not images):
-            if count_over(accelerator, stops()):
+        if all_reduce_count(accelerator, not images):
+            if all_reduce_count(accelerator, stops()):
                 return None
             clear_device_cache()
             raise torch.OutOfMemoryError("out of memory while sampling")
@@ -87,8 +87,8 @@ def _add_shares(accelerator: Accelerator, images: Sequence[SampledImage]) -> lis
         return list(images)
     pixels = torch.from_numpy(np.stack([np.asarray(image.image) for image in images]))
     blanks = torch.tensor([BLANKS.index(image.blank) for image in images], dtype=torch.uint8)
-    pixels = sum_over(accelerator, pixels)
-    blanks = sum_over(accelerator, blanks)
+    pixels = all_reduce_sum(accelerator, pixels)
+    blanks = all_reduce_sum(accelerator, blanks)
     return [
         replace(image, image=Image.fromarray(own.numpy()), blank=BLANKS[blank])
         for image, own, blank in zip(images, pixels, blanks.tolist(), strict=True)

@@ -15,13 +15,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sdlora.config import TrainSection
-from sdlora.data.batches import Sample, deal
+from sdlora.data.batches import Sample, split_micro_batches
 from sdlora.diffusion.objective import denoising_loss, derive_seed, draw
 from sdlora.lora.adapter import Adapter, NormReport, limit_norms
 from sdlora.models.conditioning import Condition
 from sdlora.models.dtypes import Precision
-from sdlora.training.distributed import sum_over
-from sdlora.training.ema import Average, kept
+from sdlora.training.distributed import all_reduce_sum
+from sdlora.training.ema import EMA, kept
 from sdlora.training.optimizer import build_optimizer, group_parameters
 from sdlora.training.prepare import Prepared
 
@@ -57,7 +57,7 @@ class Gradient:
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
-class Learner:
+class StepRunner:
     """The trainable adapter and its optimizer, on one process or many."""
 
     def __init__(
@@ -75,9 +75,9 @@ class Learner:
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(settings, self.groups))
         self.optimizer.train()
         decay = settings.ema_decay
-        self.average = Average(named_tensors(self.adapter), decay) if decay else None
+        self.ema = EMA(named_tensors(self.adapter), decay) if decay else None
 
-    def accumulate(self, step: int, samples: list[Sample], *, dropout: bool = True) -> Gradient:
+    def compute_gradients(self, step: int, samples: list[Sample], *, dropout: bool = True) -> Gradient:
         """Leaves the clipped gradient of the mean loss, summed over micro-batches and processes.
 
         Args:
@@ -87,21 +87,21 @@ class Learner:
         """
         total = torch.zeros((), device=self.accelerator.device)
         draws: list[Draw] = []
-        micro_batches = deal(
+        micro_batches = split_micro_batches(
             samples,
             batch_size=self.settings.micro_batch,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
         )
         for micro_batch in filter(None, micro_batches):
-            loss, drawn = self.go_through(step, micro_batch, len(samples), dropout=dropout)
+            loss, drawn = self.forward_backward(step, micro_batch, len(samples), dropout=dropout)
             total += loss
             draws += drawn
         if self.accelerator.num_processes > 1:
             total = self._exchange(total)
         return Gradient(float(total), self._clip(), tuple(draws))
 
-    def go_through(
+    def forward_backward(
         self, step: int, micro_batch: list[Sample], count: int, *, dropout: bool = True
     ) -> tuple[Tensor, list[Draw]]:
         """Forward and backward pass of a micro-batch: its share of the loss of a step, and what was drawn.
@@ -110,7 +110,7 @@ class Learner:
             step: Seeds the draws.
             micro_batch: Of this process.
             count: Samples of the whole step.
-            dropout: As in `accumulate`.
+            dropout: As in `compute_gradients`.
         """
         seeds = self._seeds("dropout", step, micro_batch) if dropout else []
         with self.prepared.dropout.drawn(seeds):
@@ -163,7 +163,7 @@ class Learner:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         own = torch.cat([*(gradient.flatten() for gradient in gradients), loss.flatten()])
         sizes = [parameter.numel() for parameter in self.parameters]
-        parts: list[Tensor] = list(sum_over(self.accelerator, own).split([*sizes, 1]))
+        parts: list[Tensor] = list(all_reduce_sum(self.accelerator, own).split([*sizes, 1]))
         for parameter, part in zip(self.parameters, parts[:-1], strict=True):
             parameter.grad = part.view_as(parameter)
         return parts[-1].reshape(())
@@ -174,15 +174,15 @@ class Learner:
         return float(self.accelerator.clip_grad_norm_(self.parameters, limit))
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def inference_weights(self) -> Iterator[None]:
         """The adapter as it is meant to be used, while it is looked at or saved.
 
         With `train.ema_decay` that is the moving average of the trained values.
         A schedule-free optimizer (Defazio et al. 2024, 2405.15682) trains at another point than the average
         that it is after, and moves the parameters to it by `eval()`. Copies bring them back to the bit.
         """
-        if self.average is not None:
-            with self.average.swapped_in():
+        if self.ema is not None:
+            with self.ema.swapped_in():
                 yield
             return
         if not hasattr(self.optimizer.optimizer, "eval"):
@@ -208,8 +208,8 @@ class Learner:
             self.optimizer.step()
             if self.prepared.max_norm:
                 self.norms = limit_norms(self.adapter, self.prepared.max_norm)
-            if self.average is not None and not skip:
-                self.average.update()
+            if self.ema is not None and not skip:
+                self.ema.update()
         self.optimizer.zero_grad(set_to_none=True)
 
 

@@ -19,20 +19,20 @@ from sdlora.runs import RunFolder, next_free_folder
 from sdlora.training.console import Report
 from sdlora.training.device import describe_environment, find_machine, make_accelerator, start_trackers
 from sdlora.training.distributed import (
-    count_over,
-    failing_together,
-    meet,
+    all_reduce_count,
+    barrier,
+    broadcast,
     num_launched,
-    text_of_main,
+    propagate_failure,
 )
-from sdlora.training.finish import finish, telling_failure, telling_no_start
+from sdlora.training.finish import finish, report_failed_start, report_failure
 from sdlora.training.loop import Trainer
 from sdlora.training.plan import RunPlan, check_disk, make_plan
-from sdlora.training.plan_summary import announce
-from sdlora.training.prepare import doubt_prediction, prepare
+from sdlora.training.plan_summary import print_plan
+from sdlora.training.prepare import prepare, warn_if_prediction_differs
 from sdlora.training.resume import (
     Change,
-    apply_changes,
+    apply_overrides,
     check_same_plan,
     check_state,
     global_batch_of,
@@ -79,10 +79,10 @@ def train(
     given = {name: values for name, values in direct.items() if None not in values.values()}
     settings = load_config(config, overrides, images=images).replace(**given)
     accelerator, precision, report = _start(settings, quiet)
-    with failing_together(accelerator):
+    with propagate_failure(accelerator):
         run = _choose_folder(images, out, accelerator)
         plan = make_plan(settings, accelerator.num_processes, find_machine(accelerator, precision))
-        announce(plan, report, is_default_base=base is None and settings.base.source == "builtin")
+        print_plan(plan, report, is_default_base=base is None and settings.base.source == "builtin")
         check_same_plan(accelerator, plan)
         check_disk(plan, run.path)
         if dry_run:
@@ -95,7 +95,7 @@ def train(
             for finding in plan.findings:
                 if finding.severity == "warning":
                     run.append("warning", 0, message=finding.message)
-        meet(accelerator)
+        barrier(accelerator)
         return _run(run, plan, accelerator, precision, report)
 
 
@@ -121,7 +121,7 @@ def resume(
     """
     run = RunFolder.open(run_folder)
     settings = run.read_config()
-    changed = apply_changes(
+    changed = apply_overrides(
         settings,
         overrides,
         global_batch=global_batch_of(run, settings),
@@ -129,14 +129,14 @@ def resume(
         allowed=allow_changed,
     )
     accelerator, precision, report = _start(changed, quiet)
-    with failing_together(accelerator):
+    with propagate_failure(accelerator):
         steps = changed.train.steps or 0
         is_finished = accelerator.is_main_process and run.is_finished(steps)
-        if count_over(accelerator, is_finished):
+        if all_reduce_count(accelerator, is_finished):
             last = max((event["step"] for event in run.events("done")), default=steps)
             report.say(f"{run.path} is finished at step {last}: {run.adapter}; a larger train.steps goes on")
             return run
-        step = count_over(
+        step = all_reduce_count(
             accelerator, newest_complete_step(run, report) if accelerator.is_main_process else 0
         )
         if step:
@@ -203,7 +203,7 @@ def _choose_folder(images: str | Path, out: str | Path | None, accelerator: Acce
         RunFolder(free).check_free()
         RunFolder(free).check_writable()
         path = str(free)
-    return RunFolder(text_of_main(accelerator, path))
+    return RunFolder(broadcast(accelerator, path))
 
 
 def _start(settings: RunConfig, quiet: bool) -> tuple[Accelerator, Precision, Report]:
@@ -227,7 +227,7 @@ def _run(
     resumption: Resumption | None = None,
 ) -> RunFolder:
     set_seed(plan.config.train.seed)
-    with telling_no_start(plan, run):
+    with report_failed_start(plan, run):
         prepared = prepare(plan, accelerator, precision, report)
     kernel, dtypes = attention_kernel(prepared.base.unet), prepared.base.dtypes
     autocast = "on" if precision.compute != precision.base else "off"
@@ -244,9 +244,9 @@ def _run(
         if accelerator.is_main_process:
             resumption.bring_back(run, plan)
     trainer.event("prepared", attention=kernel, dtypes={**dtypes, "adapter": "float32"}, autocast=autocast)
-    if trainer.step == 0 and (doubt := doubt_prediction(plan, prepared)):
+    if trainer.step == 0 and (doubt := warn_if_prediction_differs(plan, prepared)):
         trainer.warn(doubt)
-    with telling_failure(trainer):
+    with report_failure(trainer):
         if plan.config.train.batch_size == "auto":
             trainer.fit_batch()
             if accelerator.is_main_process:

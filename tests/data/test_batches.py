@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sdlora.config import DataSection
-from sdlora.data.batches import BatchOrder, deal
+from sdlora.data.batches import BatchOrder, split_micro_batches
 from sdlora.data.buckets import plan_buckets
 from sdlora.data.cache import TensorCache, text_key
 from sdlora.data.records import Size
@@ -143,7 +143,9 @@ def test_no_images() -> None:
 def test_deal(count: int, num_processes: int, batch_size: int) -> None:
     """R-16, R-17: every sample once over all processes, equal numbers of micro-batches, none too large."""
     hands = [
-        deal(range(count), batch_size=batch_size, process_index=place, num_processes=num_processes)
+        split_micro_batches(
+            range(count), batch_size=batch_size, process_index=place, num_processes=num_processes
+        )
         for place in range(num_processes)
     ]
     assert sorted(sample for hand in hands for batch in hand for sample in batch) == list(range(count))
@@ -156,5 +158,5 @@ def test_deal(count: int, num_processes: int, batch_size: int) -> None:
 
 def test_deal_gives_empty_hands() -> None:
     """R-17: a process without samples takes part with an empty micro-batch."""
-    assert deal([5], batch_size=2, process_index=1, num_processes=2) == [[]]
-    assert deal([5, 6, 7, 8], batch_size=1, process_index=0, num_processes=2) == [[5], [7]]
+    assert split_micro_batches([5], batch_size=2, process_index=1, num_processes=2) == [[]]
+    assert split_micro_batches([5, 6, 7, 8], batch_size=1, process_index=0, num_processes=2) == [[5], [7]]

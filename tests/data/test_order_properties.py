@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdlora.config import DataSection
-from sdlora.data.batches import BatchOrder, Sample, deal
+from sdlora.data.batches import BatchOrder, Sample, split_micro_batches
 from sdlora.data.buckets import BucketPlan, plan_buckets
 from sdlora.data.records import ImageRecord, Size
 
@@ -74,7 +74,9 @@ def cases(draw: st.DrawFn) -> Case:
 def hands_of(samples: list[Sample], split: Split) -> list[list[list[Sample]]]:
     """The micro-batches of every process."""
     return [
-        deal(samples, batch_size=split.batch_size, process_index=place, num_processes=split.num_processes)
+        split_micro_batches(
+            samples, batch_size=split.batch_size, process_index=place, num_processes=split.num_processes
+        )
         for place in range(split.num_processes)
     ]
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sdlora.config import BaseSection, RunConfig
 from sdlora.errors import AdapterError, RunError
 from sdlora.export.export import export, export_adapter, push_run, push_to_hub
-from sdlora.export.metadata import RunFacts, run_metadata
+from sdlora.export.metadata import TrainingMetadata, run_metadata
 from sdlora.export.model_card import write_model_card
 from sdlora.formats.files import load_adapter, save_adapter
 from sdlora.lora.adapter import create_adapter
@@ -53,7 +53,7 @@ def make_adapter(unet, info):
     return make
 
 
-FACTS = RunFacts(
+FACTS = TrainingMetadata(
     title="ink",
     base_name="owner/base",
     base_digest="d1" * 32,

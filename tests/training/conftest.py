@@ -118,7 +118,7 @@ def make_trainer() -> Callable[..., WatchedTrainer]:
 
 def tensors_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     """A copy of the trained values."""
-    return {name: tensor.detach().clone() for name, tensor in named_tensors(trainer.learner.adapter).items()}
+    return {name: tensor.detach().clone() for name, tensor in named_tensors(trainer.runner.adapter).items()}
 
 
 @pytest.fixture

@@ -91,10 +91,10 @@ def test_starting_from_another_rank(make_images, small, make_trainer, tmp_path):
     """lora.init_from: a run, or a file of any dialect and rank; what does not go is said before loading."""
     images = make_images()
     first = make_trainer(small(images, data__heldout=0.25, lora__alpha=8), tmp_path / "first")
-    for pair in first.learner.adapter.modules.values():
+    for pair in first.runner.adapter.modules.values():
         pair.up.data.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
-    file = save_adapter(tmp_path / "start.safetensors", first.learner.adapter, dialect="kohya")
-    save_adapter(first.run.final_adapter(), first.learner.adapter)
+    file = save_adapter(tmp_path / "start.safetensors", first.runner.adapter, dialect="kohya")
+    save_adapter(first.run.final_adapter(), first.runner.adapter)
     for source in (file, first.run.path):
         assert make_plan(small(images, lora__init_from=str(source))).config.lora.init_from == str(source)
     larger = small(images, data__heldout=0.25, lora__init_from=str(file), lora__rank=5, lora__alpha=3)

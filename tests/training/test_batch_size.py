@@ -11,10 +11,10 @@ from sdlora.errors import ConfigError, RunError
 from sdlora.runs import RunFolder
 from sdlora.sampling import generate
 from sdlora.training import prepare as preparation
-from sdlora.training.batch_size import as_out_of_memory, find_remedies, halve
+from sdlora.training.batch_size import as_out_of_memory, find_remedies, halving_divisors
 from sdlora.training.plan import make_plan
-from sdlora.training.resume import apply_changes
-from sdlora.training.step import Learner
+from sdlora.training.resume import apply_overrides
+from sdlora.training.step import StepRunner
 from sdlora.training.train import resume, train
 
 STEPS = {"train__steps": 2, "train__save_every": 1}
@@ -34,7 +34,7 @@ def run_out(*args, **options):
 
 def limit_memory(monkeypatch, samples):
     """A device that holds so many samples of a micro-batch; gives the list of those that were tried."""
-    tried, losses = [], Learner._losses
+    tried, losses = [], StepRunner._losses
 
     def limited(self, step, micro_batch):
         tried.append(len(micro_batch))
@@ -42,7 +42,7 @@ def limit_memory(monkeypatch, samples):
             run_out()
         return losses(self, step, micro_batch)
 
-    monkeypatch.setattr(Learner, "_losses", limited)
+    monkeypatch.setattr(StepRunner, "_losses", limited)
     return tried
 
 
@@ -63,7 +63,7 @@ def test_a_base_that_does_not_fit(make, monkeypatch, tmp_path):
 )
 def test_halving(share, expected):
     """Every try divides the share, and is at most half of the one before."""
-    assert list(halve(share)) == expected
+    assert list(halving_divisors(share)) == expected
 
 
 @pytest.mark.parametrize(("fits", "found", "tries"), [(9, (8, 1), [8]), (3, (2, 4), [8, 4, 2])])
@@ -151,14 +151,14 @@ def test_auto_needs_something_to_divide(make, tmp_path):
 def test_auto_in_a_resumed_run(make, overrides, processes, expected):
     """R-16: the global batch is kept."""
     settings = make[1](train__batch_size=4, train__accumulate=2)
-    found = apply_changes(settings, overrides, global_batch=8, num_processes=processes).train
+    found = apply_overrides(settings, overrides, global_batch=8, num_processes=processes).train
     assert (found.batch_size, found.accumulate) == expected
 
 
 def test_a_step_that_does_not_fit(make, monkeypatch, tmp_path):
     """R-18: one line names the settings that help most, each with what it would free; exit 1."""
     images, config = make
-    losses, calls = Learner._losses, []
+    losses, calls = StepRunner._losses, []
 
     def run_out_in_the_end(self, step, micro_batch):
         calls.append(step)
@@ -166,7 +166,7 @@ def test_a_step_that_does_not_fit(make, monkeypatch, tmp_path):
             run_out()
         return losses(self, step, micro_batch)
 
-    monkeypatch.setattr(Learner, "_losses", run_out_in_the_end)
+    monkeypatch.setattr(StepRunner, "_losses", run_out_in_the_end)
     settings = config(train__batch_size=4, train__gradient_checkpointing=False)
     with pytest.raises(RunError) as caught:
         train(images, config=settings, out=tmp_path / "run", quiet=True)

@@ -88,8 +88,8 @@ def test_it_starts_where_its_parent_is(save_style, small, make_trainer, images, 
     assert all(torch.equal(one, other) for one, other in zip(parents, kept, strict=True))
     assert not any(tensor.requires_grad for tensor in parents)
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.unet.state_dict().items())
-    trained = {id(p) for group in trainer.learner.optimizer.param_groups for p in group["params"]}
-    assert trained == {id(tensor) for tensor in trainer.learner.adapter.parameters()}
+    trained = {id(p) for group in trainer.runner.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(tensor) for tensor in trainer.runner.adapter.parameters()}
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,8 @@ def test_in_any_precision(changes, save_style, small, make_trainer, images, tmp_
     config = small(images, lora__parent=str(save_style("ink")), train__steps=2, **changes)
     trainer = make_trainer(config, tmp_path / "run")
     trainer.train()
-    assert all(pair.up.any() for pair in trainer.learner.adapter.modules.values())
-    assert trainer.learner.adapter.rank == 2
+    assert all(pair.up.any() for pair in trainer.runner.adapter.modules.values())
+    assert trainer.runner.adapter.rank == 2
 
 
 @pytest.fixture(scope="module")

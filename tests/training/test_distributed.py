@@ -28,11 +28,11 @@ from sdlora.runs import RunFolder
 from sdlora.sampling import generate
 from sdlora.training.checkpoint import read_checkpoint
 from sdlora.training.device import make_accelerator
-from sdlora.training.distributed import ENGINES, listening
+from sdlora.training.distributed import ENGINES, distributed_errors
 from sdlora.training.loop import Trainer
 from sdlora.training.plan import make_plan
-from sdlora.training.resume import apply_changes, check_same_plan
-from sdlora.training.step import Learner
+from sdlora.training.resume import apply_overrides, check_same_plan
+from sdlora.training.step import StepRunner
 from sdlora.training.train import resume, train
 
 SIZES = ((64, 64),) * 5 + ((96, 64),) * 3
@@ -145,7 +145,7 @@ class Watched:
 def watch(patch):
     """Looks over the shoulder of the process."""
     watched = Watched()
-    reduce, denoise, accumulate = dist.all_reduce, generate._denoise, Learner.accumulate
+    reduce, denoise, accumulate = dist.all_reduce, generate._denoise, StepRunner.compute_gradients
 
     def count_bytes(tensor, *args, **kwargs):
         if watched.in_step:
@@ -166,7 +166,7 @@ def watch(patch):
         return denoise(base, pipeline, batch, *rest)
 
     patch.setattr(dist, "all_reduce", count_bytes)
-    patch.setattr(Learner, "accumulate", step)
+    patch.setattr(StepRunner, "compute_gradients", step)
     patch.setattr(generate, "_denoise", note)
     return watched
 
@@ -215,7 +215,7 @@ def test_what_cannot_be_divided(images, quick, overrides, processes, line):
     """R-16, R-17: one line, with what can be."""
     config = quick(images, train__batch_size=4, train__accumulate=2)
     with pytest.raises(ConfigError, match=line) as caught:
-        apply_changes(config, overrides, global_batch=8, num_processes=processes)
+        apply_overrides(config, overrides, global_batch=8, num_processes=processes)
     assert len(caught.value.problems) == 1
 
 
@@ -232,7 +232,7 @@ def test_what_cannot_be_divided(images, quick, overrides, processes, line):
 def test_how_it_is_divided(images, quick, overrides, processes, expected):
     """R-16: no larger a batch than fitted before, unless asked for."""
     config = quick(images, train__batch_size=4, train__accumulate=2)
-    train = apply_changes(config, overrides, global_batch=8, num_processes=processes).train
+    train = apply_overrides(config, overrides, global_batch=8, num_processes=processes).train
     assert (train.batch_size, train.accumulate) == expected
 
 
@@ -368,7 +368,7 @@ def test_processes_that_see_other_files(make_images, quick, tmp_path, fork_proce
     children = fork_processes(2, start)
     assert [child.wait() for child in children] == [1, 1]
     for child in children:
-        assert "the pictures or captions of process 1 differ from those of process 0" in child.printed
+        assert "the images or captions of process 1 differ from those of process 0" in child.printed
     assert not (tmp_path / "run").exists()
 
 
@@ -415,5 +415,5 @@ def test_processes_that_never_come(images, quick, tmp_path, fork):
 
 def test_an_exchange_that_fails_without_a_word():
     """R-17: some backends give an error no text; it is a lost process all the same."""
-    with pytest.raises(ProcessLost, match=r"does not answer \(RuntimeError\)"), listening():
+    with pytest.raises(ProcessLost, match=r"does not answer \(RuntimeError\)"), distributed_errors():
         raise RuntimeError("")

@@ -8,7 +8,7 @@ import torch
 from sdlora.errors import ConfigError
 from sdlora.formats.files import load_adapter
 from sdlora.training.checkpoint import read_checkpoint
-from sdlora.training.ema import Average
+from sdlora.training.ema import EMA
 from sdlora.training.resume import AVERAGE
 from sdlora.training.step import named_tensors
 from sdlora.training.train import train
@@ -18,7 +18,7 @@ def test_the_average_is_the_formula():
     """Weights decay with age and sum to one; the start has none."""
     values = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     tensor = torch.full((3,), 100.0, dtype=torch.float64)
-    average = Average({"a": tensor}, 0.7)
+    average = EMA({"a": tensor}, 0.7)
     for value in values:
         tensor.copy_(value)
         average.update()
@@ -36,12 +36,12 @@ def test_the_average_is_what_is_given_away(make_images, quick, make_trainer, tmp
     keys = {"train__save_every": 4, "data__heldout": 0.25, "export__precision": "fp32"}
     plain = make_trainer(quick(images, **keys), tmp_path / "plain")
     averaged = make_trainer(quick(images, train__ema_decay=0.5, **keys), tmp_path / "averaged")
-    names = list(named_tensors(plain.learner.adapter))
+    names = list(named_tensors(plain.runner.adapter))
     points = []
     for _ in range(4):
         for trainer in (plain, averaged):
             trainer.record(trainer.train_step(), 1.0)
-        points.append([parameter.detach().clone() for parameter in plain.learner.parameters])
+        points.append([parameter.detach().clone() for parameter in plain.runner.parameters])
     assert [r.loss for r in plain.results] == [r.loss for r in averaged.results]
     expected = [
         sum(weight * value for weight, value in zip((1, 2, 4, 8), values, strict=True)) / 15
@@ -53,10 +53,10 @@ def test_the_average_is_what_is_given_away(make_images, quick, make_trainer, tmp
     for name, mean in zip(names, expected, strict=True):
         torch.testing.assert_close(saved[name], mean, rtol=1e-5, atol=1e-7)
     assert plain.evaluate("heldout") != averaged.evaluate("heldout")
-    with averaged.learner.averaged():
+    with averaged.runner.inference_weights():
         assert plain.evaluate("heldout") != averaged.evaluate("heldout")
     tensors, _, state = read_checkpoint(averaged.run.checkpoint(4))
-    for name, tensor in named_tensors(plain.learner.adapter).items():
+    for name, tensor in named_tensors(plain.runner.adapter).items():
         assert torch.equal(tensors[name], tensor)
         assert not torch.equal(tensors[AVERAGE + name], tensor)
     assert state["num_averaged"] == 4

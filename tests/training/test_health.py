@@ -14,7 +14,7 @@ from sdlora.errors import TrainingDiverged
 from sdlora.lora.adapter import Adapter, LowRank
 from sdlora.training.health import (
     Counters,
-    Spread,
+    RunningStats,
     check_counters,
     check_dead_modules,
     check_parameters,
@@ -78,13 +78,13 @@ def test_what_is_far():
     """A spike is told by the run's own distribution, whatever its scale; ordinary draws never are."""
     draws = random.Random(0)
     for width in (0.01, 0.5, 1.5):
-        spread = Spread()
+        spread = RunningStats()
         ordinary = [0.3 * math.exp(draws.gauss(0, width)) for _ in range(2000)]
         assert not any(spread.take(value) for value in ordinary)
         assert spread.mean == pytest.approx(math.log(0.3), abs=width / 2)
         assert spread.take(0.3 * math.exp(12 * max(width, 0.1)))
         assert not spread.take(0.3)
-    assert not Spread().take(1e9), "nothing is known yet"
+    assert not RunningStats().take(1e9), "nothing is known yet"
     assert not any(spread.take(value) for value in (0.0, math.nan, math.inf)), "other guards tell those"
 
 

@@ -150,12 +150,12 @@ def test_only_the_adapter_learns(make_images, small, make_trainer, tmp_path):
     trainer = make_trainer(small(make_images()), tmp_path / "run")
     unet = trainer.prepared.base.unet
     before = {name: parameter.clone() for name, parameter in unet.named_parameters()}
-    start = {name: tensor.clone() for name, tensor in named_tensors(trainer.learner.adapter).items()}
+    start = {name: tensor.clone() for name, tensor in named_tensors(trainer.runner.adapter).items()}
     trainer.train()
     assert len(before) > 100
     assert all(torch.equal(parameter, before[name]) for name, parameter in unet.named_parameters())
     assert not any(parameter.requires_grad for parameter in unet.parameters())
-    for name, tensor in named_tensors(trainer.learner.adapter).items():
+    for name, tensor in named_tensors(trainer.runner.adapter).items():
         assert tensor.dtype == torch.float32
         assert not torch.equal(tensor, start[name]), name
 
@@ -215,7 +215,7 @@ def test_precisions(make_images, small, make_trainer, tmp_path, precision, base_
     assert all(math.isfinite(result.loss) and result.updated for result in trainer.results)
     stored = next(trainer.prepared.base.unet.parameters()).dtype
     assert stored == (torch.bfloat16 if (precision, base_dtype) == ("bf16", "auto") else torch.float32)
-    assert all(tensor.dtype == torch.float32 for tensor in trainer.learner.parameters)
+    assert all(tensor.dtype == torch.float32 for tensor in trainer.runner.parameters)
 
 
 @pytest.mark.gpu
@@ -227,8 +227,7 @@ def test_precisions_on_a_gpu(make_images, small, make_trainer, tmp_path, precisi
     assert trainer.accelerator.device.type == "cuda"
     assert any(result.updated for result in trainer.results)
     assert all(
-        tensor.dtype == torch.float32 and torch.isfinite(tensor).all()
-        for tensor in trainer.learner.parameters
+        tensor.dtype == torch.float32 and torch.isfinite(tensor).all() for tensor in trainer.runner.parameters
     )
 
 
@@ -267,9 +266,9 @@ def test_clipping_clips(make_images, small, make_trainer, tmp_path):
     for limit, expected in ((1e-4, 1e-4), (0.0, None)):
         trainer = make_trainer(small(images, train__grad_clip=limit), tmp_path / str(limit))
         samples = trainer.plan.order.step(0)
-        before = trainer.learner.accumulate(0, samples).norm
+        before = trainer.runner.compute_gradients(0, samples).norm
         norm = float(
-            torch.stack([p.grad.norm() for p in trainer.learner.parameters if p.grad is not None]).norm()
+            torch.stack([p.grad.norm() for p in trainer.runner.parameters if p.grad is not None]).norm()
         )
         assert norm == pytest.approx(expected or before, rel=1e-3)
         assert before > 1e-3
@@ -280,10 +279,10 @@ def test_numbers_that_are_not_finite_stop_the_run(make_images, small, make_train
     trainer = make_trainer(small(make_images(), train__max_skipped_steps=3, train__steps=9), tmp_path / "run")
     layer = next(iter(lora_layers(trainer.prepared.base.unet).values()))
     layer.base.weight.data.fill_(math.nan)
-    before = [tensor.clone() for tensor in trainer.learner.parameters]
+    before = [tensor.clone() for tensor in trainer.runner.parameters]
     with pytest.raises(TrainingDiverged, match=r"not finite for 3 steps in a row; .* \(step 3, loss nan"):
         trainer.train()
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.learner.parameters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.runner.parameters, strict=True))
     assert len(list(trainer.run.events("warning"))) == 2
     assert trainer.run.saved_steps() == []
 
@@ -291,7 +290,7 @@ def test_numbers_that_are_not_finite_stop_the_run(make_images, small, make_train
 def test_a_dead_module_stops_the_run(make_images, small, make_trainer, tmp_path):
     """R-09: a module that cannot receive a gradient is named after the first step."""
     trainer = make_trainer(small(make_images()), tmp_path / "run")
-    name, pair = next(iter(trainer.learner.adapter.modules.items()))
+    name, pair = next(iter(trainer.runner.adapter.modules.items()))
     pair.down.data.zero_()
     with pytest.raises(TrainingDiverged, match=f"1 modules did not change in the first step: {name}"):
         trainer.train()
@@ -359,7 +358,7 @@ def test_groups_keep_their_ratio(make_images, small, make_trainer, tmp_path):
         rate = learning_rate(number, config.train, 4)
         assert event["learning_rate"] == rate
         assert event["learning_rates"] == pytest.approx({name: rate * r for name, r in ratios.items()})
-    last = [group["lr"] for group in trainer.learner.optimizer.param_groups]
+    last = [group["lr"] for group in trainer.runner.optimizer.param_groups]
     assert last == pytest.approx(list(event["learning_rates"].values()))
     assert "0.0005 on *.attn2.* (" in "\n".join(describe_plan(trainer.plan))
 

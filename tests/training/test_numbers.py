@@ -10,7 +10,7 @@ import torch
 from sdlora.errors import TrainingDiverged
 from sdlora.report.summary import describe_state
 from sdlora.runs import RunFolder
-from sdlora.training import step as learner
+from sdlora.training import step as runner
 from sdlora.training.train import train
 
 SMALL_RUN = {"train__steps": 4, "train__save_every": 2, "train__sample_every": 0, "train__evaluate_every": 0}
@@ -29,8 +29,8 @@ def make(make_images, tiny, make_trainer, tmp_path, sd15_folder):
 
 
 def spoil_loss(trainer, value):
-    denoise = trainer.learner.denoise
-    trainer.learner.denoise = lambda noisy, *rest: denoise(noisy, *rest) * value
+    denoise = trainer.runner.denoise
+    trainer.runner.denoise = lambda noisy, *rest: denoise(noisy, *rest) * value
 
 
 def spoil_latent(trainer, value):
@@ -51,7 +51,7 @@ def spoil_gradient(trainer, value):
         gradient.view(-1)[0] = value
         return gradient
 
-    trainer.learner.parameters[-1].register_hook(spoil)
+    trainer.runner.parameters[-1].register_hook(spoil)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
@@ -60,14 +60,14 @@ def test_one_bad_step_is_skipped(make, spoil, value):
     """R-06: the step is skipped, counted, and told with its pictures; the adapter is what it was."""
     trainer = make(train__batch_size=2, train__max_skipped_steps=2)
     trainer.record(trainer.train_step(), 1.0)
-    before = [parameter.detach().clone() for parameter in trainer.learner.parameters]
+    before = [parameter.detach().clone() for parameter in trainer.runner.parameters]
     spoil(trainer, value)
     samples = trainer.plan.order.step(1)
     result = trainer.train_step()
     trainer.record(result, 1.0)
     assert not result.updated
     assert trainer.counters.skipped == 1
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.learner.parameters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.runner.parameters, strict=True))
     [warning] = trainer.run.events("warning")
     assert warning["message"].startswith("step 2 skipped: loss ")
     assert warning["images"] == [sample.record.name for sample in samples]
@@ -81,9 +81,9 @@ def test_one_bad_step_is_skipped(make, spoil, value):
 def test_a_skipped_first_step_proves_nothing(make):
     """R-09: in fp16 the first steps overflow; the first update is looked at all the same."""
     trainer = make()
-    name, pair = next(iter(trainer.learner.adapter.modules.items()))
+    name, pair = next(iter(trainer.runner.adapter.modules.items()))
     pair.down.data.zero_()
-    spoiling = trainer.learner.parameters[-1].register_hook(lambda gradient: gradient * math.inf)
+    spoiling = trainer.runner.parameters[-1].register_hook(lambda gradient: gradient * math.inf)
     assert not trainer.train_step().updated
     spoiling.remove()
     with pytest.raises(TrainingDiverged, match=f"1 modules did not change in the first step: {name}"):
@@ -94,15 +94,15 @@ def test_a_skipped_first_step_proves_nothing(make):
 def test_a_bad_parameter_stops_at_once(make, value):
     """R-06: with the module, the step, the pictures, the rate and the last good checkpoint."""
     trainer = make()
-    name, pair = list(trainer.learner.adapter.modules.items())[3]
-    step = trainer.learner.optimizer.step
+    name, pair = list(trainer.runner.adapter.modules.items())[3]
+    step = trainer.runner.optimizer.step
 
     def spoilt(*args):
         step(*args)
         if trainer.step == 2:
             pair.up.data[0, 0] = value
 
-    trainer.learner.optimizer.step = spoilt
+    trainer.runner.optimizer.step = spoilt
     with pytest.raises(TrainingDiverged) as caught:
         trainer.train()
     last = trainer.run.checkpoint(2)
@@ -115,8 +115,8 @@ def test_a_bad_parameter_stops_at_once(make, value):
 def test_a_state_among_bad_steps_is_not_called_good(make):
     """R-06: what makes the steps be skipped is in it already."""
     trainer = make(train__steps=8, train__max_skipped_steps=3)
-    denoise = trainer.learner.denoise
-    trainer.learner.denoise = lambda *given: denoise(*given) * (math.nan if trainer.step >= 3 else 1)
+    denoise = trainer.runner.denoise
+    trainer.runner.denoise = lambda *given: denoise(*given) * (math.nan if trainer.step >= 3 else 1)
     with pytest.raises(TrainingDiverged, match="not finite for 3 steps in a row") as caught:
         trainer.train()
     assert trainer.run.checkpoint_steps() == [2, 4]
@@ -139,8 +139,8 @@ def test_a_loss_of_zero_stops(make, monkeypatch):
     """R-06: nothing is learnt from it; after five steps of it the run says so."""
     trainer = make(train__steps=9, train__save_every=0)
     trainer.record(trainer.train_step(), 1.0)
-    up = trainer.learner.parameters[-1]
-    monkeypatch.setattr(learner, "denoising_loss", lambda *rest: 0 * up.sum() + torch.zeros(1))
+    up = trainer.runner.parameters[-1]
+    monkeypatch.setattr(runner, "denoising_loss", lambda *rest: 0 * up.sum() + torch.zeros(1))
     with pytest.raises(TrainingDiverged, match=r"exactly 0 for 5 steps: .*\(step 6, loss 0"):
         trainer.train()
 

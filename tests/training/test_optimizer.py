@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdlora.config import TrainSection
-from sdlora.data.batches import deal
+from sdlora.data.batches import split_micro_batches
 from sdlora.errors import ConfigError
 from sdlora.training.optimizer import (
     ParameterGroup,
@@ -52,7 +52,7 @@ def test_processes_and_accumulation_do_not_move_it(num_processes, accumulate):
     global_batch = 2 * accumulate * num_processes
     logged = []
     for step in range(20):
-        micro_batches = deal(
+        micro_batches = split_micro_batches(
             list(range(global_batch)), batch_size=2, process_index=0, num_processes=num_processes
         )
         assert len(micro_batches) == accumulate

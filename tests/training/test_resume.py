@@ -230,12 +230,12 @@ def test_a_state_of_another_program(make_images, quick, make_trainer, tmp_path):
     for forgery in FORGERIES:
         (folder / "state.json").write_text(seal_state({**sound, **forgery}), encoding="utf-8")
         with pytest.raises(RunError, match=r"^(the )?checkpoint ") as caught:
-            load_state(trainer.run, 2, trainer.learner)
+            load_state(trainer.run, 2, trainer.runner)
         assert "\n" not in str(caught.value)
     other = {name: tensor[:1].clone() for name, tensor in load_file(folder / "adapter.safetensors").items()}
-    save_checkpoint(folder, tensors=other, optimizer=trainer.learner.optimizer.state_dict(), state=sound)
+    save_checkpoint(folder, tensors=other, optimizer=trainer.runner.optimizer.state_dict(), state=sound)
     with pytest.raises(RunError, match=r"does not fit the run \(ValueError: .* is \(1, \d+\), not \(2, "):
-        load_state(trainer.run, 2, trainer.learner)
+        load_state(trainer.run, 2, trainer.runner)
 
 
 def test_an_identity_is_compared_field_by_field(make_images, quick, make_trainer, tmp_path):

@@ -161,16 +161,16 @@ def test_every_module_is_proven_at_the_first_caption(config, make_trainer, tmp_p
     trainer = make_trainer(dropped, tmp_path / "run")
     first = trainer.proof_step
     assert first == next(n for n in range(4) if trainer.plan.order.step(n)[0].caption) > 0
-    cross = {name: pair for name, pair in trainer.learner.adapter.modules.items() if ".attn2." in name}
+    cross = {name: pair for name, pair in trainer.runner.adapter.modules.items() if ".attn2." in name}
     for _ in range(first):
         trainer.train_step()
     assert not any(pair.up.any() for pair in cross.values())
     trainer.train_step()
     assert all(pair.up.any() for pair in cross.values())
     frozen = make_trainer(dropped, tmp_path / "frozen")
-    frozen.learner.adapter.modules[
-        "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
-    ].up.requires_grad_(False)
+    frozen.runner.adapter.modules["mid_block.attentions.0.transformer_blocks.0.attn2.to_v"].up.requires_grad_(
+        False
+    )
     for _ in range(first):
         frozen.train_step()
     with pytest.raises(TrainingDiverged, match=r"1 modules did not change .*attn2\.to_v"):

@@ -51,16 +51,16 @@ def test_the_average_is_what_is_saved(make_images, small, make_trainer, tmp_path
         small(make_images(), train__steps=3, train__save_every=3, **averaging), tmp_path / "a"
     )
     trainer.train()
-    learner = trainer.learner
-    means = {id(parameter): state["mean"] for parameter, state in learner.optimizer.optimizer.state.items()}
+    runner = trainer.runner
+    means = {id(parameter): state["mean"] for parameter, state in runner.optimizer.optimizer.state.items()}
     saved = load_adapter(trainer.run.step_adapter(3))
-    for name, tensor in named_tensors(learner.adapter).items():
+    for name, tensor in named_tensors(runner.adapter).items():
         before = tensor.detach().clone()
-        with learner.averaged():
+        with runner.inference_weights():
             assert not torch.equal(tensor, before)
         assert torch.equal(tensor, before), name
         if name.endswith(".up"):
-            expected = means[id(tensor)] * learner.adapter.scale
+            expected = means[id(tensor)] * runner.adapter.scale
             stored = saved.modules[name.removesuffix(".up")].up * saved.scale
             torch.testing.assert_close(stored.float(), expected, rtol=2e-3, atol=1e-6)
 
@@ -80,11 +80,11 @@ def test_looking_does_not_disturb(make_images, small, make_trainer, snapshot, tm
 
 def test_fp16_in_a_process_without_samples(make_images, tiny, make_trainer, tmp_path):
     """R-17: the first step of all may leave a process nothing to scale; it takes part with zeros."""
-    learner = make_trainer(tiny(make_images()), tmp_path / "run").learner
-    accelerator = learner.accelerator
+    runner = make_trainer(tiny(make_images()), tmp_path / "run").runner
+    accelerator = runner.accelerator
     # As on a GPU: fp16 is refused on a CPU.
     accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu"), True
     accelerator.state._mixed_precision = "fp16"
-    assert learner._exchange(torch.zeros(())) == 0
-    assert learner._clip() == 0
-    assert not any(tensor.grad.any() for tensor in learner.parameters)
+    assert runner._exchange(torch.zeros(())) == 0
+    assert runner._clip() == 0
+    assert not any(tensor.grad.any() for tensor in runner.parameters)

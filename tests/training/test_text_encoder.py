@@ -130,7 +130,7 @@ def test_only_the_adapter_learns(config, make_trainer, snapshot, tmp_path):
     changed = {name for name, tensor in snapshot(trainer).items() if not torch.equal(tensor, start[name])}
     assert {name.split(".")[0] for name in changed} >= set(trainer.plan.info.traits.text_encoders)
     assert changed == set(start)
-    assert {group.name: group.ratio for group in trainer.learner.groups} == {
+    assert {group.name: group.ratio for group in trainer.runner.groups} == {
         "others": 1,
         "text encoders": 0.5,
     }
@@ -215,7 +215,7 @@ def test_starting_from_a_file_of_another_trainer(make_images, small, sdxl_folder
     file = save_adapter(tmp_path / "other.safetensors", other, dialect="kohya")
     settings = {"base__source": str(sdxl_folder), "lora__init_from": str(file)}
     trainer = make_trainer(small(make_images(), **settings, lora__text_encoder=True), tmp_path / "run")
-    started, unread = trainer.learner.adapter.modules, trainer.plan.info.unread_layer
+    started, unread = trainer.runner.adapter.modules, trainer.plan.info.unread_layer
     assert set(names) - set(started) == {name for name in names if name.startswith(unread)} != set()
     assert all(torch.equal(pair.up, other.modules[name].up) for name, pair in started.items())
     with pytest.raises(ConfigError, match=r"also changes \d+ of its .*set lora\.text_encoder=true"):
