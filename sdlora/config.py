@@ -1,4 +1,7 @@
-"""The settings of a run: one strict model tree, read from TOML and `section.key=value` overrides."""
+"""The settings of a run, each with its type, default, description and remedy in one place.
+
+Read from TOML files and `section.key=value` overrides, validated strictly.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,27 @@ from sdlora.reading import MAX_DEPTH, MAX_NAME, UnfitFileError, parse_toml, read
 MAX_TOML_BYTES = 256 * 2**10
 MAX_JSON_BYTES = 16 * 2**20
 
-Dtype = Literal["auto", "fp32", "bf16", "fp16"]
-Quantize = Literal["none", "int8", "nf4"]
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
-
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | int | float) else value
 
 
+def _also(**spellings: str) -> BeforeValidator:
+    """Accepts other spellings of a value: `_also(centre="center")` reads "centre" as "center"."""
+    return BeforeValidator(lambda value: spellings.get(value, value) if isinstance(value, str) else value)
+
+
+Dtype = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    _also(no="fp32", float32="fp32", bfloat16="bf16", float16="fp16"),
+]
+FileDtype = Annotated[
+    Literal["fp32", "bf16", "fp16"], _also(float32="fp32", bfloat16="bf16", float16="fp16", float="fp32")
+]
+Quantize = Literal["none", "int8", "nf4"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
 Texts = Annotated[list[str], BeforeValidator(_as_list)]
-# Of module names, which are shorter; matching one of a hundred thousand letters takes minutes.
+# Module names are shorter than this; matching a pattern of 100,000 characters would take minutes.
 Pattern = Annotated[str, Field(max_length=MAX_NAME)]
 Patterns = Annotated[list[Pattern], BeforeValidator(_as_list)]
 Numbers = Annotated[list[float], BeforeValidator(_as_list)]
@@ -35,20 +48,28 @@ Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], BeforeValidator(_
 Argument = bool | int | float | str | list[bool | int | float | str]
 
 
-def _field(default: Any, remedy: str = "", **rules: Any) -> Any:
-    """A setting whose error message ends with a remedy."""
-    return Field(default, json_schema_extra={"remedy": remedy} if remedy else None, **rules)
+def _setting(default: Any, description: str, remedy: str = "", **rules: Any) -> Any:
+    """A setting.
+
+    Args:
+        default: None where it depends on the base, the images or other settings.
+        description: What `sdlora settings`, the README and editors show.
+        remedy: What to use instead; ends the message about a wrong value.
+        rules: Bounds, as pydantic's `Field` takes them.
+    """
+    extra: Any = {"remedy": remedy} if remedy else None
+    return Field(default, description=description, json_schema_extra=extra, **rules)
 
 
 class Section(BaseModel):
-    """A group of settings; unknown keys are mistakes."""
+    """A group of settings; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _as_text(cls, values: Any) -> Any:
-        """From Python, a path or a run is as good as its text."""
+    def _paths_as_text(cls, values: Any) -> Any:
+        """Accepts paths and runs from Python."""
         if not isinstance(values, Mapping):
             return values
         return {
@@ -58,131 +79,264 @@ class Section(BaseModel):
 
 
 class BaseSection(Section):
-    """The frozen Stable Diffusion that adapters are trained on."""
+    """The frozen Stable Diffusion model that adapters are trained on."""
 
-    source: str = _field(
-        "builtin", "give builtin, a diffusers folder, a .safetensors file or a hub id", min_length=1
+    source: str = _setting(
+        "builtin",
+        "base model: builtin, a diffusers folder, a .safetensors file, or a Hugging Face id",
+        "use builtin, a diffusers folder, a .safetensors file or a Hugging Face id",
+        min_length=1,
     )
-    revision: str | None = None
-    variant: Literal["fp16", "bf16"] | None = _field(None, "use fp16 or bf16, or leave it out")
-    dtype: Dtype = _field("auto", "use auto, fp32, bf16 or fp16")
-    vae: str | None = None
-    quantize: Quantize = _field("none", "use none, int8 or nf4")
+    revision: str | None = _setting(None, "branch, tag or commit of a Hugging Face id; default: main")
+    variant: Literal["fp16", "bf16"] | None = _setting(
+        None, "weight files to read where the base has several: fp16 or bf16", "use fp16 or bf16, or omit it"
+    )
+    dtype: Dtype = _setting(
+        "auto",
+        "dtype of the frozen weights: auto (same as train.precision), fp32, bf16 or fp16",
+        "use auto, fp32, bf16 or fp16",
+    )
+    vae: str | None = _setting(None, "replacement VAE: a folder or a file; default: the base's own")
+    quantize: Quantize = _setting(
+        "none", "quantize the frozen denoiser: none, int8 or nf4", "use none, int8 or nf4"
+    )
 
 
 class DataSection(Section):
-    """The image folder, and how a image becomes a training sample."""
+    """The image folder, and how images become training samples."""
 
-    trigger: str | None = _field(None, "give a word, or leave it out", min_length=1, max_length=1000)
-    resolution: int | None = _field(None, "give a side in pixels, such as 512", ge=16, le=8192)
-    background: str = "white"
-    crop: Literal["centre", "random"] = _field("centre", "use centre or random")
-    crop_variants: int | None = _field(None, "use 1 to 16 fixed crops for each image", ge=1, le=64)
-    flip: bool = False
-    caption_dropout: float = _field(0.05, "use a share such as 0.05", ge=0, lt=1)
-    heldout: float | str = _field("auto", "give a folder, a share such as 0.1, or 0")
-    cache: bool | Literal["auto"] = _field("auto", "use auto, true or false")
-    allow_missing_captions: bool = False
-    on_bad_image: Literal["stop", "skip"] = _field("stop", "use stop or skip")
-    follow_links: bool = False
+    trigger: str | None = _setting(
+        None,
+        "trigger words; put in front of captions that lack them, and substituted for {trigger}",
+        "use a word or phrase, or omit it",
+        min_length=1,
+        max_length=1000,
+    )
+    resolution: int | None = _setting(
+        None,
+        "training resolution in pixels (side of a square with the area of a bucket); default: the base's",
+        "use the side of a square in pixels, such as 512",
+        ge=16,
+        le=8192,
+    )
+    background: str = _setting(
+        "white", "color behind transparent images: a name or #rrggbb", "use a color name or #rrggbb"
+    )
+    crop: Annotated[Literal["center", "random"], _also(centre="center")] = _setting(
+        "center",
+        "part to keep of an image that does not fit its bucket: center or random",
+        "use center or random",
+    )
+    crop_variants: int | None = _setting(
+        None,
+        "fixed random crops per image; default: 4 with random crops",
+        "use 1 to 16 crops per image",
+        ge=1,
+        le=64,
+    )
+    flip: bool = _setting(False, "mirror samples at random; not for lettering")
+    caption_dropout: float = _setting(
+        0.05,
+        "probability of replacing a caption with the empty prompt (zero embeddings on SDXL)",
+        "use a probability such as 0.05",
+        ge=0,
+        lt=1,
+    )
+    heldout: float | str = _setting(
+        "auto",
+        "validation images, never trained on: a folder, a fraction, or 0 for none; auto: the subfolder "
+        "heldout/, else 10 % (at least 2 images) if there are 12 or more",
+        "use a folder, a fraction such as 0.1, or 0",
+    )
+    cache: bool | Literal["auto"] = _setting(
+        "auto", "cache latents and text embeddings on disk: auto, true or false", "use auto, true or false"
+    )
+    allow_missing_captions: bool = _setting(
+        False, "also train on images without a caption when others have one"
+    )
+    on_bad_image: Literal["stop", "skip"] = _setting(
+        "stop", "what to do when an image cannot be read: stop or skip", "use stop or skip"
+    )
+    follow_links: bool = _setting(False, "follow symlinks that lead out of the image folder")
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:
-        if self.crop == "centre" and (self.crop_variants or 1) > 1:
+        if self.crop == "center" and (self.crop_variants or 1) > 1:
             raise ValueError(
-                f"data.crop_variants = {self.crop_variants} needs data.crop = random "
-                "(a centre crop has one variant); set data.crop=random or leave data.crop_variants out"
+                f"data.crop_variants = {self.crop_variants} requires data.crop = random "
+                "(there is only one center crop); set data.crop=random or remove data.crop_variants"
             )
         if not isinstance(self.heldout, str) and not 0 <= self.heldout < 1:
             raise ValueError(
-                f"data.heldout = {self.heldout:g} must be a share below 1; use 0.1, 0, or a folder"
+                f"data.heldout = {self.heldout:g} must be a fraction below 1; use 0.1, 0, or a folder"
             )
         return self
 
     @property
     def num_crops(self) -> int:
-        """Fixed crops for each image: one, or four by default when they are random."""
-        return self.crop_variants or (1 if self.crop == "centre" else 4)
+        """Fixed crops per image: one, or four by default if they are random."""
+        return self.crop_variants or (1 if self.crop == "center" else 4)
 
 
 class LoraSection(Section):
-    """The low-rank adapter."""
+    """The LoRA adapter."""
 
-    rank: int = _field(16, "use 4 to 32 for a style", ge=1, le=4096)
-    alpha: float | None = _field(None, "leave it out to use the rank", gt=0)
-    targets: Patterns = _field(
-        ["attention"], "use attention, or name patterns such as *.attn2.to_v", min_length=1
+    rank: int = _setting(
+        16,
+        "rank (dimension) of each module; default with a parent: half the parent's, at least 4",
+        "use 4 to 32 for a style",
+        ge=1,
+        le=4096,
     )
-    text_encoder: bool = False
-    rank_pattern: dict[Pattern, Annotated[int, Field(ge=1)]] = _field(
-        {}, "give module patterns with ranks, such as {convolutions = 4}"
+    alpha: float | None = _setting(
+        None, "the update is scaled by alpha / rank; default: the rank", "omit it to use the rank", gt=0
     )
-    alpha_pattern: dict[Pattern, Annotated[float, Field(gt=0)]] = _field(
-        {}, "give module patterns with alphas, such as {convolutions = 1}"
+    targets: Patterns = _setting(
+        ["attention"],
+        "layers to adapt: attention, attention+feedforward, all-linear, all, style-only (SDXL's style "
+        "block), or module patterns such as *.attn2.to_v",
+        "use attention, or module patterns such as *.attn2.to_v",
+        min_length=1,
     )
-    rslora: bool = False
-    init: Literal["gaussian", "kaiming", "orthogonal"] = _field(
-        "gaussian", "use gaussian, kaiming or orthogonal"
+    text_encoder: bool = _setting(False, "also train the text encoder (both on SDXL)")
+    rank_pattern: dict[Pattern, Annotated[int, Field(ge=1)]] = _setting(
+        {},
+        "ranks by module pattern, such as {convolutions = 4}; the last match wins",
+        "map module patterns to ranks, such as {convolutions = 4}",
     )
-    init_from: str | None = None
-    parent: str | None = _field(None, "give a LoRA file, a run or a node, or leave it out", min_length=1)
-    force_parent: bool = False
-    dropout: float = _field(0.0, "use 0 to switch off, or about 0.1", ge=0, lt=1)
-    max_norm: float = _field(0.0, "use 0 to switch off, or about 1", ge=0)
+    alpha_pattern: dict[Pattern, Annotated[float, Field(gt=0)]] = _setting(
+        {},
+        "alphas by module pattern; the last match wins",
+        "map module patterns to alphas, such as {convolutions = 1}",
+    )
+    rslora: bool = _setting(False, "rank-stabilized scaling: alpha / sqrt(rank) instead of alpha / rank")
+    init: Literal["gaussian", "kaiming", "orthogonal"] = _setting(
+        "gaussian",
+        "initialization of the down (A) matrices: gaussian, kaiming or orthogonal; up (B) starts at zero",
+        "use gaussian, kaiming or orthogonal",
+    )
+    init_from: str | None = _setting(None, "start from the weights of this LoRA (any tool, any rank) or run")
+    parent: str | None = _setting(
+        None,
+        "train on top of this LoRA file, run or tree node, which stays frozen and is required at inference",
+        "use a LoRA file, a run or a node, or omit it",
+        min_length=1,
+    )
+    force_parent: bool = _setting(False, "accept a parent whose tensors have changed")
+    dropout: float = _setting(
+        0.0,
+        "dropout between the down and up matrices; 0: off",
+        "use about 0.1, or 0 to disable it",
+        ge=0,
+        lt=1,
+    )
+    max_norm: float = _setting(
+        0.0,
+        "maximum norm of each module's update, such as 1; 0: off",
+        "use about 1, or 0 to disable it",
+        ge=0,
+    )
 
     @model_validator(mode="after")
     def _check(self) -> LoraSection:
         if self.force_parent and self.parent is None:
-            raise ValueError("lora.force_parent = true has no effect alone; set lora.parent or leave it out")
+            raise ValueError("lora.force_parent = true has no effect alone; set lora.parent or remove it")
         return self
 
     @property
     def trained_alpha(self) -> float:
-        """Alpha as trained: the rank unless given."""
+        """Alpha as trained: the rank by default."""
         return float(self.rank) if self.alpha is None else self.alpha
 
 
 class ObjectiveSection(Section):
-    """The denoising loss."""
+    """The training objective: loss, timesteps and noise."""
 
-    loss: Literal["mse", "huber", "pseudo_huber", "smooth_l1"] = _field("mse", "use mse or pseudo_huber")
-    huber_delta: float = _field(0.1, "use about 0.1", ge=1e-3, le=1e3)
-    huber_schedule: Literal["constant", "exponential", "snr"] = _field("snr", "use snr")
-    min_snr_gamma: float = _field(0.0, "use 0 to switch off, or about 5", ge=0)
-    debiased: bool = False
-    noise_offset: float = _field(0.0, "use 0 to switch off, or up to 0.1", ge=0, le=1)
-    pyramid_noise: int = _field(0, "use 0 to switch off, or 6 levels", ge=0, le=10)
-    pyramid_discount: float = _field(0.3, "use about 0.3", gt=0, le=1)
-    input_perturbation: float = _field(0.0, "use 0 to switch off, or about 0.1", ge=0, le=1)
-    timesteps: Literal["uniform", "logit_normal", "style_friendly"] = _field("uniform", "use uniform")
-    timestep_mean: float | None = _field(None, "leave it out for the usual one")
-    timestep_std: float | None = _field(None, "leave it out for the usual one", gt=0)
-    timestep_range: tuple[int, int] = (0, 1000)
-    prediction_type: PredictionType | None = None
-    force_prediction_type: bool = False
+    loss: Literal["mse", "huber", "pseudo_huber", "smooth_l1"] = _setting(
+        "mse", "loss function: mse, huber, pseudo_huber or smooth_l1", "use mse or pseudo_huber"
+    )
+    huber_delta: float = _setting(
+        0.1, "error at which Huber losses turn from squared to absolute", "use about 0.1", ge=1e-3, le=1e3
+    )
+    huber_schedule: Literal["constant", "exponential", "snr"] = _setting(
+        "snr", "dependence of huber_delta on the timestep: constant, exponential or snr", "use snr"
+    )
+    min_snr_gamma: float = _setting(
+        0.0, "min-SNR loss weighting (2303.09556), usually 5; 0: off", "use about 5, or 0 to disable it", ge=0
+    )
+    debiased: bool = _setting(False, "debiased estimation: weight the loss by 1 / sqrt(SNR)")
+    noise_offset: float = _setting(
+        0.0,
+        "offset noise for darker and brighter images, up to 0.1; 0: off",
+        "use up to 0.1, or 0 to disable it",
+        ge=0,
+        le=1,
+    )
+    pyramid_noise: int = _setting(
+        0,
+        "levels of pyramid (multi-resolution) noise, such as 6; 0: off",
+        "use 6 levels, or 0 to disable it",
+        ge=0,
+        le=10,
+    )
+    pyramid_discount: float = _setting(
+        0.3, "weight of each pyramid level relative to the one before", "use about 0.3", gt=0, le=1
+    )
+    input_perturbation: float = _setting(
+        0.0,
+        "extra noise on the denoiser's input only (ip_noise_gamma), such as 0.1; 0: off",
+        "use about 0.1, or 0 to disable it",
+        ge=0,
+        le=1,
+    )
+    timesteps: Literal["uniform", "logit_normal", "style_friendly"] = _setting(
+        "uniform", "timestep distribution: uniform, logit_normal or style_friendly", "use uniform"
+    )
+    timestep_mean: float | None = _setting(
+        None,
+        "mean of the timestep distribution; default: 0 (logit_normal), -6 (style_friendly, log-SNR)",
+        "omit it to use the default",
+    )
+    timestep_std: float | None = _setting(
+        None,
+        "standard deviation of the timestep distribution; default: 1 (logit_normal), 2 (style_friendly)",
+        "omit it to use the default",
+        gt=0,
+    )
+    timestep_range: tuple[int, int] = _setting(
+        (0, 1000), "timesteps to train: the first, and one past the last", "use [0, 1000] for all"
+    )
+    prediction_type: PredictionType | None = _setting(
+        None,
+        "prediction type: epsilon, v_prediction or sample; default: the base's",
+        "use epsilon, v_prediction or sample, or omit it",
+    )
+    force_prediction_type: bool = _setting(
+        False, "use objective.prediction_type even if the base has another"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ObjectiveSection:
         low, high = self.timestep_range
         if not 0 <= low < high:
             raise ValueError(
-                f"objective.timestep_range = [{low}, {high}] must be a first and a larger last "
-                "timestep; use [0, 1000] for all"
+                f"objective.timestep_range = [{low}, {high}] must be a first timestep and a larger end; "
+                "use [0, 1000] for all"
             )
         if self.force_prediction_type and self.prediction_type is None:
             raise ValueError(
-                "objective.force_prediction_type = true needs objective.prediction_type; "
-                "say which one to force, or leave both out"
+                "objective.force_prediction_type = true requires objective.prediction_type; "
+                "set both, or remove both"
             )
         if self.min_snr_gamma and self.debiased:
             raise ValueError(
-                f"objective.min_snr_gamma = {self.min_snr_gamma:g} and objective.debiased = true both weigh "
-                "the timesteps; keep one of them"
+                f"objective.min_snr_gamma = {self.min_snr_gamma:g} and objective.debiased = true both weight "
+                "the loss by timestep; keep one of them"
             )
         if self.noise_offset and self.pyramid_noise:
             raise ValueError(
                 f"objective.noise_offset = {self.noise_offset:g} and objective.pyramid_noise = "
-                f"{self.pyramid_noise} both strengthen low frequencies; keep one of them"
+                f"{self.pyramid_noise} both amplify low frequencies; keep one of them"
             )
         self._check_idle("pyramid_discount", self.pyramid_noise > 0, "objective.pyramid_noise=6")
         for name in ("huber_delta", "huber_schedule"):
@@ -192,14 +346,14 @@ class ObjectiveSection(Section):
         return self
 
     def _check_idle(self, name: str, is_used: bool, remedy: str) -> None:
-        """Refuses a setting that another one leaves without effect."""
+        """Refuses a setting that has no effect because of another."""
         value = getattr(self, name)
         if not is_used and value != type(self).model_fields[name].default:
-            raise ValueError(f"objective.{name} = {value} has no effect alone; set {remedy} or leave it out")
+            raise ValueError(f"objective.{name} = {value} has no effect alone; set {remedy} or remove it")
 
     @property
     def timestep_normal(self) -> tuple[float, float]:
-        """Mean and standard deviation of the normal that timesteps are drawn by."""
+        """Mean and standard deviation of the normal distribution that timesteps are drawn from."""
         mean, std = (-6.0, 2.0) if self.timesteps == "style_friendly" else (0.0, 1.0)
         return (
             mean if self.timestep_mean is None else self.timestep_mean,
@@ -208,89 +362,195 @@ class ObjectiveSection(Section):
 
 
 class TrainSection(Section):
-    """The loop."""
+    """The training loop."""
 
-    steps: int | None = _field(None, "give the number of optimizer steps, such as 400", ge=1, le=1_000_000)
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = _field(
-        None, "use 1 to 8, or auto with train.accumulate"
+    steps: int | None = _setting(
+        None,
+        "optimizer steps; default: 80 x images / global batch, between 100 and 3000",
+        "use a number of optimizer steps, such as 400",
+        ge=1,
+        le=1_000_000,
     )
-    accumulate: int = _field(1, "use 1 to switch accumulation off", ge=1)
-    learning_rate: float = _field(1e-4, "use 1e-5 to 1e-3 on SD 1.5", gt=0)
-    learning_rates: dict[Pattern, Annotated[float, Field(gt=0)]] = _field(
-        {}, "give patterns of module names and their rates, such as {'*.attn2.*' = 5e-5}"
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = _setting(
+        None,
+        "micro-batch size per process; auto: the largest divisor of accumulate that fits; default: 1, or 4 "
+        "on the built-in base",
+        "use 1 to 8, or auto together with train.accumulate",
     )
-    text_encoder_learning_rate: float | None = _field(
-        None, "leave it out for half of train.learning_rate", gt=0
+    accumulate: int = _setting(
+        1,
+        "gradient accumulation; global batch = batch_size x accumulate x processes",
+        "use 1 to disable accumulation",
+        ge=1,
     )
-    lora_plus_ratio: float = _field(1.0, "use 1 to switch off, or 2 to 16", gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = _field("constant", "use constant, linear or cosine")
-    warmup: float = _field(0.05, "use a share of the steps such as 0.05, or a number of steps", ge=0)
-    optimizer: str = _field("adamw", "use adamw or an import path such as bitsandbytes.optim.AdamW8bit")
-    optimizer_args: dict[str, Argument] = _field({}, "give numbers, texts, true, false, or lists of them")
-    precision: Dtype = _field("auto", "use auto, fp32, bf16 or fp16")
-    seed: int = _field(0, "give a whole number, such as 0", ge=0, lt=2**32)
-    ema_decay: float = _field(0.0, "use 0 to switch off, or 0.99 to 0.9999", ge=0, lt=1)
-    grad_clip: float = _field(1.0, "use 1, or 0 to switch clipping off", ge=0)
-    gradient_checkpointing: bool | Literal["auto"] = _field("auto", "use auto, true or false")
-    max_skipped_steps: int = _field(10, "give how many bad steps in a row are too many", ge=1)
-    save_every: int | None = _field(None, "give a number of steps, or 0 for the end only", ge=0)
-    keep_checkpoints: int = _field(2, "keep at least 1", ge=1)
-    sample_every: int | None = _field(None, "give a number of steps, or 0 for none", ge=0)
-    evaluate_every: int | None = _field(None, "give a number of steps, or 0 for none", ge=0)
-    trackers: Texts = Field(default_factory=list)
-    trace: bool = False
-    timeout_seconds: float = _field(600.0, "give how long a process waits for the others, such as 600", gt=0)
+    learning_rate: float = _setting(
+        1e-4, "peak learning rate; about 3e-3 on the built-in base", "use 1e-5 to 1e-3 on SD 1.5", gt=0
+    )
+    learning_rates: dict[Pattern, Annotated[float, Field(gt=0)]] = _setting(
+        {},
+        "learning rates by module pattern, such as {'*.attn2.*' = 5e-5}",
+        "map module patterns to learning rates, such as {'*.attn2.*' = 5e-5}",
+    )
+    text_encoder_learning_rate: float | None = _setting(
+        None,
+        "learning rate of the text encoders; default: half of train.learning_rate",
+        "omit it to use half of train.learning_rate",
+        gt=0,
+    )
+    lora_plus_ratio: float = _setting(
+        1.0,
+        "LoRA+: learning rate of up (B) over that of down (A); 1: off",
+        "use 2 to 16, or 1 to disable LoRA+",
+        gt=0,
+    )
+    schedule: Annotated[Literal["constant", "linear", "cosine"], _also(constant_with_warmup="constant")] = (
+        _setting(
+            "constant",
+            "learning-rate schedule after warm-up: constant, linear or cosine",
+            "use constant, linear or cosine",
+        )
+    )
+    warmup: float = _setting(
+        0.05,
+        "learning-rate warm-up: a fraction of the steps if below 1, else a number of steps",
+        "use a fraction of the steps such as 0.05, or a number of steps",
+        ge=0,
+    )
+    optimizer: str = _setting(
+        "adamw",
+        "adamw, or the import path of an optimizer class such as bitsandbytes.optim.AdamW8bit",
+        "use adamw or an import path such as bitsandbytes.optim.AdamW8bit",
+    )
+    optimizer_args: dict[str, Argument] = _setting(
+        {},
+        "arguments of the optimizer, such as {weight_decay = 0.01}",
+        "use numbers, strings, true, false, or lists of them",
+    )
+    precision: Dtype = _setting(
+        "auto",
+        "precision of the computation: auto (bf16 on GPUs that support it, else fp32), fp32, bf16 or fp16",
+        "use auto, fp32, bf16 or fp16",
+    )
+    seed: int = _setting(0, "random seed", "use an integer such as 0", ge=0, lt=2**32)
+    ema_decay: float = _setting(
+        0.0,
+        "EMA of the adapter's weights, which is then sampled and saved; 0: off",
+        "use 0.99 to 0.9999, or 0 to disable it",
+        ge=0,
+        lt=1,
+    )
+    grad_clip: float = _setting(
+        1.0, "maximum gradient norm; 0: no clipping", "use 1, or 0 to disable clipping", ge=0
+    )
+    gradient_checkpointing: bool | Literal["auto"] = _setting(
+        "auto",
+        "recompute activations to save memory, a third slower: auto (only if needed), true or false",
+        "use auto, true or false",
+    )
+    max_skipped_steps: int = _setting(
+        10, "stop after this many consecutive non-finite steps", "use a number of steps such as 10", ge=1
+    )
+    save_every: int | None = _setting(
+        None,
+        "steps between saves of adapter and checkpoint; 0: only at the end; default: a tenth of the steps",
+        "use a number of steps, or 0 to save only at the end",
+        ge=0,
+    )
+    keep_checkpoints: int = _setting(2, "checkpoints to keep; adapters are all kept", "keep at least 1", ge=1)
+    sample_every: int | None = _setting(
+        None,
+        "steps between sample grids; 0: none; default: a tenth of the steps",
+        "use a number of steps, or 0 for none",
+        ge=0,
+    )
+    evaluate_every: int | None = _setting(
+        None,
+        "steps between validation (held-out) losses; 0: none; default: a tenth of the steps",
+        "use a number of steps, or 0 for none",
+        ge=0,
+    )
+    trackers: Texts = _setting(
+        [], "Accelerate trackers such as tensorboard or wandb; events.jsonl is always written"
+    )
+    trace: bool = _setting(False, "log every sample of every step to trace.jsonl")
+    timeout_seconds: float = _setting(
+        600.0, "how long a process waits for the others", "use a number of seconds such as 600", gt=0
+    )
 
     @property
     def micro_batch(self) -> int:
-        """Samples in one forward and backward pass; what `auto` finds is not known yet."""
+        """Samples in one forward and backward pass; 1 until the size that `auto` finds is known."""
         return self.batch_size if isinstance(self.batch_size, int) else 1
 
     @property
     def text_encoder_rate(self) -> float:
-        """The learning rate of text encoders: half of the UNet's unless given."""
+        """Learning rate of the text encoders: half of `learning_rate` by default."""
         return self.text_encoder_learning_rate or self.learning_rate / 2
 
 
 class SampleSection(Section):
     """Images made during and after training."""
 
-    prompts: Texts = Field(default_factory=list)
-    negative_prompt: str = ""
-    seeds: Seeds = _field([0, 1], "give one or more whole numbers, such as 0", min_length=1)
-    strengths: Numbers = _field([1.0], "give at least one strength", min_length=1)
-    steps: int = _field(25, "use 20 to 50", ge=1)
-    guidance: float | None = _field(None, "use 1 to 12", ge=0)
-    scheduler: str | None = _field(None, "give a diffusers scheduler such as DDIMScheduler")
-    safety_checker: bool = _field(True, "use false to show images that the base's own checker withholds")
-    batch_size: int = _field(4, "use 1 to 8", ge=1)
+    prompts: Texts = _setting([], "prompts; default: a few training and validation (held-out) captions")
+    negative_prompt: str = _setting("", "negative prompt")
+    seeds: Seeds = _setting(
+        [0, 1], "random seeds, one row of the grid each", "use one or more integers such as 0", min_length=1
+    )
+    strengths: Numbers = _setting(
+        [1.0],
+        "LoRA strengths, one column of the grid each, beside the base",
+        "use at least one number",
+        min_length=1,
+    )
+    steps: int = _setting(25, "sampling steps", "use 20 to 50", ge=1)
+    guidance: float | None = _setting(
+        None, "guidance scale (CFG); default: the base's usual one", "use 1 to 12", ge=0
+    )
+    scheduler: str | None = _setting(
+        None,
+        "diffusers scheduler, such as DDIMScheduler; default: the base's own",
+        "use a diffusers scheduler such as DDIMScheduler",
+    )
+    safety_checker: bool = _setting(
+        True,
+        "let the base's own safety checker, if it has one, withhold images",
+        "use false to show all images",
+    )
+    batch_size: int = _setting(4, "images per batch", "use 1 to 8", ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> SampleSection:
         if any(not prompt.strip() for prompt in self.prompts):
-            raise ValueError("sample.prompts holds an empty prompt; write what the image should show")
+            raise ValueError("sample.prompts has an empty prompt; describe what the image should show")
         if file := next((prompt for prompt in self.prompts if re.fullmatch(r"\S+\.txt", prompt)), None):
             raise ValueError(
-                f"sample.prompts has {shorten(file)}, the name of a file; write the prompts themselves "
+                f"sample.prompts has the file name {shorten(file)}; list the prompts themselves "
                 "(`sdlora sample RUN --prompts FILE` reads a file)"
             )
         return self
 
 
 class ExportSection(Section):
-    """The files for other programs."""
+    """LoRA files for other programs."""
 
-    formats: Annotated[list[Literal["diffusers", "kohya"]], BeforeValidator(_as_list)] = _field(
-        ["diffusers", "kohya"], "use diffusers, kohya or both", min_length=1
+    formats: Annotated[list[Literal["diffusers", "kohya"]], BeforeValidator(_as_list)] = _setting(
+        ["diffusers", "kohya"],
+        "dialects of the final files: diffusers; kohya (for A1111, Forge, ComfyUI)",
+        "use diffusers, kohya or both",
+        min_length=1,
     )
-    precision: Literal["fp32", "bf16", "fp16"] = _field("fp16", "use fp16, bf16 or fp32")
-    include_captions: bool = False
+    precision: FileDtype = _setting(
+        "fp16", "precision of the final files: fp32, bf16 or fp16", "use fp16, bf16 or fp32"
+    )
+    include_captions: bool = _setting(
+        False, "write the words of all captions into the files' metadata, for tools that show tags"
+    )
 
 
 class RunConfig(Section):
-    """Everything that decides a run."""
+    """All settings of a run."""
 
-    images: str = ""
+    images: str = _setting("", "image folder; IMAGES on the command line")
     base: BaseSection = BaseSection()
     data: DataSection = DataSection()
     lora: LoraSection = LoraSection()
@@ -305,28 +565,28 @@ class RunConfig(Section):
             for prompt in self.sample.prompts:
                 if "{trigger}" in prompt:
                     raise ValueError(
-                        f"sample.prompts has {{trigger}} in {prompt!r} but data.trigger is not set; "
-                        "set data.trigger or take the placeholder out"
+                        f"sample.prompts uses {{trigger}} in {prompt!r} but data.trigger is not set; "
+                        "set data.trigger or remove the placeholder"
                     )
         if self.lora.text_encoder and self.data.cache is True:
             raise ValueError(
-                "data.cache = true and lora.text_encoder = true cannot be together: text states change while "
-                "their encoder learns; set data.cache=auto (latents stay cached) or lora.text_encoder=false"
+                "data.cache = true conflicts with lora.text_encoder = true: text embeddings change while "
+                "their encoder trains; set data.cache=auto (latents stay cached) or lora.text_encoder=false"
             )
         rate = self.train.text_encoder_learning_rate
         if rate is not None and not self.lora.text_encoder:
             raise ValueError(
                 f"train.text_encoder_learning_rate = {rate:g} has no effect while lora.text_encoder = false; "
-                "set lora.text_encoder=true or leave it out"
+                "set lora.text_encoder=true or remove it"
             )
         return self
 
     def given(self) -> dict[str, Any]:
-        """What is set; what was left out stays so, for defaults that depend on other settings."""
+        """The settings that were given; defaults, which may depend on other settings, are left out."""
         return self.model_dump(exclude_unset=True)
 
     def replace(self, **sections: Mapping[str, Any]) -> RunConfig:
-        """A copy with some keys of some sections changed, checked again."""
+        """A copy with some settings changed, validated again."""
         values = self.given()
         for name, changes in sections.items():
             values[name] = {**values.get(name, {}), **changes}
@@ -339,16 +599,16 @@ def load_config(
     *,
     images: str | Path = "",
 ) -> RunConfig:
-    """Reads a TOML file, then overrides, and checks the whole.
+    """Reads a TOML file, applies overrides, and validates the result.
 
     Args:
-        file: A TOML file that says what differs from the defaults, or a configuration to start from.
-        overrides: `section.key=value` texts (the value is TOML, else taken as text) or a mapping
-            from `section.key` to a value. Later ones win.
-        images: The image folder; that of the configuration if not given.
+        file: A TOML file with the settings that differ from the defaults, or a configuration to start from.
+        overrides: `section.key=value` strings (values are TOML, else plain text), or a mapping from
+            `section.key` to a value. Later ones win.
+        images: The image folder; default: that of the configuration.
 
     Raises:
-        ConfigError: With one line for every mistake found.
+        ConfigError: With one line per mistake.
     """
     if isinstance(file, RunConfig):
         values = file.given()
@@ -367,27 +627,27 @@ def load_config(
 
 
 def _set_nested(values: dict[str, Any], key: str, value: Any) -> str:
-    """Puts a value where its key says; gives the problem if it cannot be put there."""
+    """Sets `section.key` in nested tables; returns the problem if that is impossible."""
     *tables, name = key.split(".")
     if not tables and (guess := guess_key(name, RunConfig)):
         return f"{shorten(key)} is not a setting; {guess}"
     if not tables or "" in (*tables, name) or len(tables) > MAX_DEPTH:
         return (
-            f"{shorten(key)}: give settings as section.key=value, such as lora.rank=8; "
+            f"{shorten(key)}: write settings as section.key=value, such as lora.rank=8; "
             "`sdlora settings` lists all"
         )
     place = values
     for number, table in enumerate(tables, 1):
         inner = place.setdefault(table, {})
         if not isinstance(inner, dict):
-            return f"{'.'.join(tables[:number])} is a section; give it as a table"
+            return f"{'.'.join(tables[:number])} is a section; write it as a table"
         place = inner
     place[name] = value
     return ""
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`lora.rank=8` becomes ("lora.rank", 8); what is not TOML is text."""
+    """Parses `lora.rank=8` to ("lora.rank", 8); a value that is not TOML is text."""
     key, separator, raw = text.partition("=")
     if not separator:
         raise ConfigError(
@@ -403,7 +663,7 @@ def read_toml(file: Path) -> dict[str, Any]:
     """Reads a config file.
 
     Raises:
-        ConfigError: If it is missing or is not TOML.
+        ConfigError: If it is missing or not TOML.
     """
     try:
         return drop_removed(parse_toml(read_bytes(file, MAX_TOML_BYTES).decode("utf-8-sig")))
@@ -412,7 +672,7 @@ def read_toml(file: Path) -> dict[str, Any]:
     except UnfitFileError as error:
         raise ConfigError(f"config file {file} {error}; presets are in configs/") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {file} cannot be read: {error}") from None
+        raise ConfigError(f"cannot read config file {file}: {error}") from None
 
 
 def read_config(file: Path) -> RunConfig:
@@ -421,22 +681,22 @@ def read_config(file: Path) -> RunConfig:
     Raises:
         OSError: If it cannot be read.
         UnfitFileError: If it is not JSON.
-        ConfigError: If it holds other settings than this version has.
+        ConfigError: If it has settings that this version does not know.
     """
     return validate_config(drop_removed(read_json(file, MAX_JSON_BYTES)))
 
 
 def validate_config(values: Mapping[str, Any], problems: Iterable[str] = ()) -> RunConfig:
-    """Checks values against the model tree; all mistakes at once.
+    """Validates a whole configuration.
 
     Raises:
-        ConfigError: With one line for every mistake.
+        ConfigError: With one line per mistake.
     """
     lines = list(problems)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        # A union reports each of its branches; one line for each key is enough.
+        # A union reports each of its branches; one line per key is enough.
         mistakes = error.errors()[: 4 * MAX_PROBLEMS]
         for line in dict.fromkeys(describe_error(dict(item), RunConfig) for item in mistakes):
             key = line.split(" ", 1)[0]
@@ -446,3 +706,15 @@ def validate_config(values: Mapping[str, Any], problems: Iterable[str] = ()) -> 
     if lines:
         raise ConfigError(*lines)
     return config
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of config files, for completion and checks in editors."""
+    schema = RunConfig.model_json_schema()
+    for section in schema["$defs"].values():
+        for name, rules in section["properties"].items():
+            rules.pop("remedy", None)
+            if "items" in rules:  # lists of one element may be given as the element
+                one_of = {key: rules.pop(key) for key in ("type", "items", "minItems") if key in rules}
+                section["properties"][name] = {**rules, "anyOf": [one_of, one_of["items"]]}
+    return schema

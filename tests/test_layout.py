@@ -22,7 +22,7 @@ ALLOWED = {
     "writing": set(),
     "aliases": set(),
     "problems": {"errors", "aliases"},
-    "config": {"errors", "reading", "problems"},
+    "config": {"errors", "reading", "aliases", "problems"},
     "runs": {"errors", "reading", "writing", "config"},
     **dict.fromkeys(COLUMNS, GROUND),
     **{unit: GROUND | COLUMNS | set(ABOVE_COLUMNS[:number]) for number, unit in enumerate(ABOVE_COLUMNS)},

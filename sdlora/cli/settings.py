@@ -22,47 +22,55 @@ def register(app: typer.Typer) -> None:
 def settings(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[WORD]...", help="Only those with a word in them, such as lora or crop."),
+        typer.Argument(metavar="[WORD]...", help="Show only settings that contain a word, such as crop."),
     ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print a JSON schema, for editors of config files.")
+    ] = False,
 ) -> None:
-    """List the settings with default and meaning; a word such as network_dim finds its name here."""
+    """List the settings with their defaults; also finds those of other trainers, such as network_dim."""
     from sdlora.aliases import ELSEWHERE
+    from sdlora.config import json_schema
     from sdlora.errors import ConfigError
 
+    if schema:
+        typer.echo(json.dumps(json_schema(), indent=2))
+        return
     wanted = [_plain(word.lstrip("-")) for word in words or []]
     lines = [f"{word} in sdlora: {ELSEWHERE[word]}" for word in wanted if word in ELSEWHERE]
     wanted += [ELSEWHERE[word].split(",")[0].split(":")[0] for word in wanted if word in ELSEWHERE]
     lines += _describe(wanted, min(shutil.get_terminal_size().columns, 120))
     if not lines:
-        raise ConfigError(f"no setting has {' or '.join(words or [])} in it; `sdlora settings` lists all")
+        raise ConfigError(
+            f"no setting contains {' or '.join(words or [])}; `sdlora settings` lists all", key="no-setting"
+        )
     typer.echo("\n".join(lines))
 
 
 def _describe(words: Sequence[str], width: int) -> Iterator[str]:
-    """The settings by section; the default is written as it would be given."""
-    from sdlora.aliases import MEANINGS
+    """The settings by section, each with its default as one would type it."""
     from sdlora.config import RunConfig, Section
 
     for name, section in RunConfig():
         if not isinstance(section, Section):
             continue
-        found = {key: value for key, value in section if _fits(f"{name}.{key}", MEANINGS, words)}
+        texts = {key: field.description or "" for key, field in type(section).model_fields.items()}
+        found = [key for key, text in texts.items() if _matches(f"{name}.{key} {_plain(text)}", words)]
         if found:
             yield f"[{name}] {section.__doc__}"
-        for key, value in found.items():
+        for key in found:
+            value = getattr(section, key)
             default = "" if value is None else f"={value if isinstance(value, str) else json.dumps(value)}"
-            text = f"  {name}.{key}{default}"
-            lead = text.ljust(COLUMN) if len(text) < COLUMN else f"{text}\n{' ' * COLUMN}"
-            meaning = textwrap.wrap(
-                MEANINGS[f"{name}.{key}"], max(width - COLUMN, 30), break_on_hyphens=False
-            )
-            yield lead + f"\n{' ' * COLUMN}".join(meaning)
+            start = f"  {name}.{key}{default}"
+            lead = start.ljust(COLUMN) if len(start) < COLUMN else f"{start}\n{' ' * COLUMN}"
+            lines = textwrap.wrap(texts[key], max(width - COLUMN, 30), break_on_hyphens=False)
+            yield lead + f"\n{' ' * COLUMN}".join(lines)
 
 
-def _fits(key: str, meanings: dict[str, str], words: Sequence[str]) -> bool:
-    return not words or any(word in key or word in _plain(meanings[key]) for word in words)
+def _matches(text: str, words: Sequence[str]) -> bool:
+    return not words or any(word in text for word in words)
 
 
 def _plain(text: str) -> str:
-    """So that `learning rate` and `Learning-Rate` find learning_rate."""
+    """Lets `learning rate` and `Learning-Rate` find learning_rate."""
     return re.sub(r"[ -]", "_", text.lower())

@@ -110,7 +110,7 @@ def plan_buckets(
         crops[record.name] = (_centre_crop(record.size, _choose_bucket(record.size, buckets, resolution)),)
     for record in records:
         centre = _centre_crop(record.size, _choose_bucket(record.size, buckets, resolution))
-        variants = (centre,) if settings.crop == "centre" else _random_crops(record, centre, settings, seed)
+        variants = (centre,) if settings.crop == "center" else _random_crops(record, centre, settings, seed)
         mirrored = tuple(replace(crop, flipped=True) for crop in variants) if settings.flip else ()
         crops[record.name] = (*variants, *mirrored)
     return BucketPlan(resolution, step, tuple(records), crops)

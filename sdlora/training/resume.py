@@ -133,8 +133,10 @@ def check_fingerprint(
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
     # What only one of two versions knows cannot be compared; that the version changed is a field itself.
     for field in now:
-        if field in saved and saved[field] != now[field]:
-            yield Change(field, saved[field], now[field])
+        before = saved.get(field, now[field])
+        # How older versions spelled data.crop=center.
+        if ("center" if before == "centre" else before) != now[field]:
+            yield Change(field, before, now[field])
 
 
 def _short(value: Any) -> str:

@@ -63,7 +63,7 @@ def cases(draw: st.DrawFn) -> Case:
         for number, (size, repeats, digest) in enumerate(draw(st.lists(pictures, min_size=1, max_size=12)))
     ]
     settings = DataSection(
-        crop=draw(st.sampled_from(["centre", "random"])),
+        crop=draw(st.sampled_from(["center", "random"])),
         flip=draw(st.booleans()),
         caption_dropout=draw(st.sampled_from([0.0, 0.5])),
     )
