@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from sdlora.config import DataSection
 from sdlora.data.buckets import BucketPlan, Crop
+from sdlora.data.captions import caption_pipeline
 from sdlora.data.records import ImageRecord, Size
 from sdlora.errors import DataError
 
@@ -24,7 +25,7 @@ class Sample:
         index: Its number in the run, counted over all steps before it; keys its random draws.
         record: The image.
         crop: The variant drawn for this sample.
-        caption: The record's, or empty where it was dropped.
+        caption: The variant drawn for this sample, or empty where it was dropped.
     """
 
     index: int
@@ -66,7 +67,7 @@ class BatchOrder:
             raise DataError("there are no images to train on; give a folder with some")
         assert global_batch >= 1
         self._plan = plan
-        self._dropout = settings.caption_dropout
+        self._captions = caption_pipeline(settings)
         self._global_batch = global_batch
         self._seed = seed
         # The order must not depend on the order in which files were listed.
@@ -106,8 +107,7 @@ class BatchOrder:
     def _draw(self, index: int, record: ImageRecord) -> Sample:
         """Crop and caption come from generators of their own, so that neither moves the other (R-04)."""
         crop = random.Random(f"{self._seed}:variant:{index}").choice(self._plan.crops[record.name])
-        dropped = random.Random(f"{self._seed}:dropout:{index}").random() < self._dropout
-        return Sample(index, record, crop, "" if dropped else record.caption)
+        return Sample(index, record, crop, self._captions.draw(record, seed=self._seed, index=index))
 
 
 def split_micro_batches(

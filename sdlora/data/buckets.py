@@ -17,7 +17,7 @@ MAX_ASPECT = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """How a image becomes a sample: scale to `resized`, cut `size` at (left, top), then mirror.
+    """How an image becomes a sample: scale to `resized`, cut `size` at (left, top), then mirror.
 
     Attributes:
         resized: The whole image after scaling.
@@ -57,7 +57,7 @@ class BucketPlan:
     crops: Mapping[str, tuple[Crop, ...]]
 
     def bucket_of(self, name: str) -> Size:
-        """The size at which a image is trained."""
+        """The size at which an image is trained."""
         return self.crops[name][0].size
 
     def table(self) -> list[tuple[Size, int, int]]:
@@ -70,17 +70,17 @@ class BucketPlan:
         return [(size, *rows[size]) for size in sorted(rows)]
 
     def lost_share(self, name: str) -> float:
-        """Share of a image's area that its crop leaves out."""
+        """Share of an image's area that its crop leaves out."""
         crop = self.crops[name][0]
         return 1.0 - crop.size.area / crop.resized.area
 
     def upscale(self, record: ImageRecord) -> float:
-        """Factor by which a image is scaled to cover its bucket; above 1 it is enlarged."""
+        """Factor by which an image is scaled to cover its bucket; above 1 it is enlarged."""
         return self.crops[record.name][0].resized.width / record.size.width
 
     @property
     def worst_loss(self) -> float:
-        """The largest share that a image of aspect 1:2 to 2:1 can lose with these buckets."""
+        """The largest share that an image of aspect 1:2 to 2:1 can lose with these buckets."""
         return worst_loss(self.resolution, self.step)
 
 
@@ -138,7 +138,7 @@ def list_buckets(resolution: int, step: int) -> list[Size]:
 
 
 def worst_loss(resolution: int, step: int) -> float:
-    """The largest share of area lost by a image of aspect 1:2 to 2:1.
+    """The largest share of area lost by an image of aspect 1:2 to 2:1.
 
     Between two neighbouring buckets the worst image has the geometric mean of their aspects.
     """

@@ -1,107 +1,120 @@
-"""Finds the caption of each image, and places the trigger in it."""
+"""From the text of a caption file to the text that is encoded: a pipeline of small operations.
+
+    text of the file → operations → fixed variants of an image, each encoded once → the one a sample draws
+
+A new operation is a class here and its entry in `OPERATIONS`.
+"""
 
 from __future__ import annotations
 
-import codecs
-import csv
-import io
-import posixpath
+import random
 import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
-from sdlora.data.records import Finding, count_of
-from sdlora.errors import DataError, join_names, shorten, unfit_letters
-from sdlora.reading import UnfitFileError, parse_json, read_bytes
+from sdlora.config import DataSection
+from sdlora.data.records import ImageRecord
 
-SIDECAR_SUFFIXES = (".txt", ".caption")
-METADATA_FILES = ("metadata.jsonl", "metadata.csv")
-CAPTION_COLUMNS = ("text", "caption", "prompt")
 PLACEHOLDER = "{trigger}"
-# A base takes some hundred words; a file of this size is something else.
-MAX_CAPTION_BYTES = 100_000
-MAX_METADATA_BYTES = 32_000_000
-MAX_LINES = 500_000
-MAX_LISTED = 1000
-_PAPERS = ("readme", "license", "licence", "attribution", "notice", "credits", "copying", "authors")
+NUM_VARIANTS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Caption:
-    """A caption as written, and where it was found."""
+class Operation(Protocol):
+    """Changes a caption; a random one makes the variants of an image differ."""
 
-    text: str
-    source: str
+    is_random: ClassVar[bool]
 
-
-@dataclass
-class _Search:
-    """What has been found so far: candidates for each image, best first."""
-
-    root: Path
-    candidates: dict[str, list[Caption]] = field(default_factory=lambda: defaultdict(list))
-    findings: list[Finding] = field(default_factory=list)
-    unread: dict[str, str] = field(default_factory=dict)
-    """Files that cannot be read, and why."""
-    guessed: list[str] = field(default_factory=list)
-    orphans: list[str] = field(default_factory=list)
+    def __call__(self, caption: str, rng: random.Random) -> str:
+        """The changed caption; chance comes from `rng` alone."""
 
 
-def decode_text(data: bytes) -> tuple[str, str]:
-    """Text and the encoding it was read in: UTF-8 with or without a mark, UTF-16, else cp1252."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16", errors="replace"), "utf-16"
-    if b"\0" in data:
-        # Without a mark, the halves that are zero in Latin text tell the byte order.
-        encoding = "utf-16-le" if data[1::2].count(0) >= data[::2].count(0) else "utf-16-be"
-        return data.decode(encoding, errors="replace"), encoding
-    try:
-        return data.decode("utf-8-sig"), "utf-8"
-    except UnicodeDecodeError:
-        return data.decode("cp1252", errors="replace"), "cp1252"
+@dataclass(frozen=True)
+class ReplacePlaceholder:
+    """Replaces `{trigger}` by the trigger."""
+
+    trigger: str
+    is_random: ClassVar[bool] = False
+
+    def __call__(self, caption: str, rng: random.Random) -> str:
+        return caption.replace(PLACEHOLDER, self.trigger)
 
 
-def find_captions(
-    root: Path, files: Iterable[str], images: Sequence[str]
-) -> tuple[dict[str, Caption], list[Finding]]:
-    """Looks for captions beside the images and in metadata files above them.
+@dataclass(frozen=True)
+class PrependTrigger:
+    """Puts the trigger first in a caption that lacks it (R-30)."""
 
-    The order of trust is `.txt`, `.caption`, then metadata of the nearest folder, `.jsonl` before `.csv`.
+    trigger: str
+    is_random: ClassVar[bool] = False
+
+    def __call__(self, caption: str, rng: random.Random) -> str:
+        if has_trigger(caption, self.trigger):
+            return caption
+        return f"{self.trigger}, {caption}" if caption else self.trigger
+
+
+OPERATIONS: dict[str, Callable[[DataSection], Operation | None]] = {
+    "replace_placeholder": lambda data: ReplacePlaceholder(data.trigger) if data.trigger else None,
+    "prepend_trigger": lambda data: PrependTrigger(data.trigger) if data.trigger else None,
+}
+"""How the settings make each operation, in the order in which they apply; None where one is off."""
+
+
+@dataclass(frozen=True)
+class CaptionPipeline:
+    """The operations of a run, and how often a sample gets the empty caption instead.
 
     Args:
-        root: The image folder.
-        files: All files in it, relative, with forward slashes.
-        images: Those that are images.
-
-    Returns:
-        The caption of each image that has one, and what was noticed.
+        operations: In the order in which they apply.
+        dropout: Share of samples with the empty caption.
     """
-    search = _Search(root)
-    names = sorted(files)
-    _read_sidecars(search, names, images)
-    # Deeper folders first: the nearest metadata file wins.
-    metadata = [name for name in names if PurePosixPath(name).name in METADATA_FILES]
-    metadata.sort(key=lambda name: (-name.count("/"), METADATA_FILES.index(PurePosixPath(name).name), name))
-    known = {_normalise(name): name for name in images}
-    for name in metadata:
-        _read_metadata(search, name, known)
-    search.findings += _report_unread(search.unread)
-    if search.guessed:
-        search.findings.append(
-            Finding(
-                "notice",
-                f"{count_of(len(search.guessed), 'file')} not in UTF-8, read as Windows text (cp1252): "
-                f"{join_names(search.guessed)}; save as UTF-8 if letters look wrong",
-                tuple(search.guessed),
-            )
-        )
-    search.findings += _report_orphans(search.orphans)
-    search.findings += _report_conflicts(search.candidates)
-    return {name: found[0] for name, found in search.candidates.items()}, search.findings
+
+    operations: Sequence[Operation]
+    dropout: float = 0.0
+
+    def __call__(self, caption: str, rng: random.Random) -> str:
+        """One variant of a caption."""
+        for operation in self.operations:
+            caption = operation(caption, rng)
+        return caption
+
+    def plain(self, caption: str) -> str:
+        """The caption without the random operations: for held-out images, prompts and metadata."""
+        fixed = [operation for operation in self.operations if not operation.is_random]
+        return CaptionPipeline(fixed)(caption, random.Random(0))
+
+    def variants(self, caption: str, *, seed: int, digest: str) -> tuple[str, ...]:
+        """The captions that an image is trained with; those that coincide are kept once.
+
+        Args:
+            caption: Text of the file.
+            seed: Of the run.
+            digest: Of the image; keys the draws together with the seed and the variant's number.
+        """
+        is_random = any(operation.is_random for operation in self.operations)
+        texts = [
+            self(caption, random.Random(f"{seed}:caption:{digest}:{number}"))
+            for number in range(NUM_VARIANTS if is_random else 1)
+        ]
+        return tuple(dict.fromkeys(texts))
+
+    def draw(self, record: ImageRecord, *, seed: int, index: int) -> str:
+        """The caption of one sample: a variant of the image's, or empty.
+
+        Variant and dropout have generators of their own, so that neither moves the other (R-04).
+        """
+        if random.Random(f"{seed}:dropout:{index}").random() < self.dropout:
+            return ""
+        if len(record.captions) == 1:
+            return record.captions[0]
+        return random.Random(f"{seed}:caption:{index}").choice(record.captions)
+
+
+def caption_pipeline(settings: DataSection) -> CaptionPipeline:
+    """The pipeline that the settings ask for."""
+    operations = (make(settings) for make in OPERATIONS.values())
+    return CaptionPipeline([step for step in operations if step is not None], settings.caption_dropout)
 
 
 def trigger_pattern(trigger: str) -> re.Pattern[str]:
@@ -114,179 +127,9 @@ def trigger_pattern(trigger: str) -> re.Pattern[str]:
 
 
 def has_trigger(caption: str, trigger: str) -> bool:
-    """Whether the trigger stands in a caption."""
+    """Whether a caption contains the trigger."""
     return trigger_pattern(trigger).search(caption) is not None
-
-
-def place_trigger(caption: str, trigger: str | None) -> str:
-    """Replaces `{trigger}`, and puts the trigger first in a caption that lacks it.
-
-    Raises:
-        DataError: If the placeholder is there but no trigger is set.
-    """
-    if not trigger:
-        if PLACEHOLDER in caption:
-            raise DataError(f"{PLACEHOLDER} in {caption!r} but data.trigger is not set; set it")
-        return caption
-    caption = caption.replace(PLACEHOLDER, trigger)
-    if not caption:
-        return trigger
-    return caption if has_trigger(caption, trigger) else f"{trigger}, {caption}"
 
 
 def _is_wide(letter: str) -> bool:
     return unicodedata.east_asian_width(letter) in ("W", "F")
-
-
-def _normalise(name: str) -> str:
-    """One spelling for one name: some systems store accents apart from their letters."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _clean(value: Any) -> str:
-    """One line of text, without what no tokenizer or file can take; empty for what is no text."""
-    if not isinstance(value, str | int | float):
-        return ""
-    words = " ".join(str(value).replace("\ufeff", "").split())
-    unfit = unfit_letters(words)
-    return " ".join("".join(c for c in words if c not in unfit).split()) if unfit else words
-
-
-def _read_text(search: _Search, name: str, max_bytes: int) -> str:
-    try:
-        text, encoding = decode_text(read_bytes(search.root / name, max_bytes))
-    except (OSError, UnfitFileError) as error:
-        search.unread[name] = f"({error.strerror})" if isinstance(error, OSError) else str(error)
-        return ""
-    if encoding == "cp1252":
-        search.guessed.append(name)
-    return text
-
-
-def _read_sidecars(search: _Search, names: Sequence[str], images: Sequence[str]) -> None:
-    """`a.txt` and `a.caption` belong to `a.png`; `a.png.txt` too."""
-    owners: dict[str, list[str]] = defaultdict(list)
-    for image in images:
-        owners[_normalise(str(PurePosixPath(image).with_suffix("")))].append(image)
-        owners[_normalise(image)].append(image)
-    folders = {PurePosixPath(image).parent for image in images}
-    for suffix in SIDECAR_SUFFIXES:
-        for name in names:
-            path = PurePosixPath(name)
-            if path.suffix.lower() != suffix:
-                continue
-            owned = owners.get(_normalise(name[: -len(suffix)]), [])
-            text = _clean(_read_text(search, name, MAX_CAPTION_BYTES)) if owned else ""
-            for image in owned:
-                if text:
-                    search.candidates[image].append(Caption(text, suffix))
-            if not owned and path.parent in folders and not path.stem.lower().startswith(_PAPERS):
-                search.orphans.append(name)
-
-
-def _read_metadata(search: _Search, name: str, known: Mapping[str, str]) -> None:
-    """Rows of a metadata file name images relative to the file."""
-    path = PurePosixPath(name)
-    missing: list[str] = []
-    long: dict[str, str] = {}
-    rows = captions = 0
-    columns: dict[str, None] = {}
-    for row in _read_rows(search, name):
-        rows += 1
-        if len(columns) < MAX_LISTED:
-            columns.update(dict.fromkeys(map(str, row)))
-        target = _clean(row.get("file_name"))
-        if not target:
-            continue
-        column = next((key for key in CAPTION_COLUMNS if key in row), None)
-        captions += column is not None
-        image = _find_image(str(path.parent), str(row["file_name"]).strip(), known)
-        if image is None:
-            missing.append(shorten(target))
-        elif column is not None and (text := _clean(row[column])):
-            if len(text) > MAX_CAPTION_BYTES:
-                long[image] = f"{image} ({len(text):,})"
-            else:
-                search.candidates[image].append(Caption(text, path.name))
-    if rows and ("file_name" not in columns or not captions):
-        wanted = "file_name" if "file_name" not in columns else "text, caption or prompt"
-        found = join_names(map(shorten, columns))
-        message = f"{name} has no column {wanted} (it has {found}); name the column so"
-        search.findings.append(Finding("error", message, (name,)))
-    if long:
-        message = f"{name} has {count_of(len(long), 'caption')} of more than {MAX_CAPTION_BYTES:,} letters: "
-        message += f"{join_names(long.values())}; shorten them"
-        search.findings.append(Finding("error", message, tuple(long)))
-    if missing:
-        message = f"{name} names images that are not there ({len(missing)}): "
-        search.findings.append(Finding("warning", message + join_names(missing), tuple(missing)))
-
-
-def _read_rows(search: _Search, name: str) -> Iterator[dict[str, Any]]:
-    text = _read_text(search, name, MAX_METADATA_BYTES).removeprefix("\ufeff")
-    lines = max(text.count("\n"), text.count("\r"))
-    if lines > MAX_LINES:
-        message = f"{name} has {lines:,} lines; at most {MAX_LINES:,} are read, so split the folder"
-        search.findings.append(Finding("error", message, (name,)))
-        return
-    if name.endswith(".csv"):
-        try:
-            yield from csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
-        except csv.Error as error:
-            search.findings.append(Finding("error", f"{name} is not a CSV table: {error}", (name,)))
-        return
-    bad: list[str] = []
-    # Not splitlines: JSON text may hold line separators of other kinds.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except UnfitFileError:
-            row = None
-        if isinstance(row, dict):
-            yield row
-        else:
-            bad.append(f"line {number}")
-    if bad:
-        message = f"{name} must hold one JSON object a line; correct {join_names(bad)}"
-        search.findings.append(Finding("error", message, (name,)))
-
-
-def _find_image(folder: str, target: str, known: Mapping[str, str]) -> str | None:
-    for spelling in (target, target.replace("\\", "/")):
-        image = known.get(_normalise(posixpath.normpath(posixpath.join(folder, spelling))))
-        if image is not None:
-            return image
-    return None
-
-
-def _report_unread(reasons: Mapping[str, str]) -> list[Finding]:
-    if not reasons:
-        return []
-    listed = join_names(f"{name} {reason}" for name, reason in reasons.items())
-    message = f"{count_of(len(reasons), 'caption file')} that cannot be read: {listed}"
-    return [Finding("error", f"{message}; mend them, or move them away", tuple(reasons))]
-
-
-def _report_orphans(names: Sequence[str]) -> list[Finding]:
-    if not names:
-        return []
-    message = f"{count_of(len(names), 'caption file')} without a image of that name: {join_names(names)}"
-    return [Finding("notice", message, tuple(names))]
-
-
-def _report_conflicts(candidates: Mapping[str, Sequence[Caption]]) -> list[Finding]:
-    """One notice for each pair of places that say different things."""
-    conflicts: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for image, found in sorted(candidates.items()):
-        for other in dict.fromkeys(caption.source for caption in found[1:] if caption.text != found[0].text):
-            conflicts[found[0].source, other].append(image)
-    findings = []
-    for (winner, loser), images in conflicts.items():
-        if winner == loser:
-            message = f"{winner} has several captions for {count_of(len(images), 'image')}; the first wins"
-        else:
-            message = f"{winner} and {loser} differ for {count_of(len(images), 'image')}; {winner} wins"
-        findings.append(Finding("notice", f"{message}: {join_names(images)}", tuple(images)))
-    return findings

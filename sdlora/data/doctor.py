@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sdlora.config import DataSection
 from sdlora.data.buckets import MAX_LOSS, BucketPlan
-from sdlora.data.captions import METADATA_FILES, PLACEHOLDER, Caption, has_trigger
+from sdlora.data.caption_files import METADATA_FILES, Caption
+from sdlora.data.captions import PLACEHOLDER, has_trigger
 from sdlora.data.folders import LINKS_REMEDY, Listing, is_image
 from sdlora.data.heldout import HELDOUT
 from sdlora.data.images import UNREAD_SUFFIXES, crop_image, load_image
@@ -131,7 +132,7 @@ def report_records(training: Sequence[ImageRecord], heldout: Sequence[ImageRecor
         findings.append(Finding("warning", message, leaked))
     most = max((record.repeats for record in training), default=0)
     if most > MANY_REPEATS:
-        # Nobody repeats a image ten thousand times an epoch; a folder named 20240131_holiday says so.
+        # Nobody repeats an image ten thousand times an epoch; a folder named 20240131_holiday says so.
         severity: Severity = "error" if most > MAX_REPEATS else "warning"
         message = f"a folder's name asks for {most} repeats of each image; rename it if it is a date"
         findings.append(Finding(severity, message))
@@ -199,7 +200,7 @@ def summary(index: DatasetIndex, plan: BucketPlan, count_tokens: CountTokens | N
 
 
 def contact_sheet(index: DatasetIndex, plan: BucketPlan, settings: DataSection) -> Image.Image:
-    """A image of what the model will see: crops with the share that each lost, the worst first."""
+    """An image of what the model will see: crops with the share that each lost, the worst first."""
     records = sorted(index.records, key=lambda record: (-round(plan.lost_share(record.name), 3), record.name))
     records = records[:SHEET_IMAGES]
     columns = max(1, min(SHEET_COLUMNS, len(records)))
@@ -229,7 +230,7 @@ def _examine_sizes(plan: BucketPlan) -> list[Finding]:
             Finding(
                 "warning",
                 f"data.resolution = {plan.resolution} with buckets in steps of {plan.step} px can cut off "
-                f"{plan.worst_loss:.0%} of a image between 1:2 and 2:1; a larger data.resolution cuts less",
+                f"{plan.worst_loss:.0%} of an image between 1:2 and 2:1; a larger data.resolution cuts less",
             )
         )
     lost = _rank((plan.lost_share(record.name), record.name) for record in plan.records)
@@ -264,27 +265,25 @@ def _examine_tokens(
     records: Sequence[ImageRecord], trigger: str | None, count_tokens: CountTokens
 ) -> list[Finding]:
     """R-28: which captions are cut, which words are lost, and whether the trigger survives."""
-    counts = {
-        caption: count_tokens(caption) for caption in dict.fromkeys(record.caption for record in records)
-    }
-    cut = [record for record in records if counts[record.caption].lost]
-    findings = []
-    if cut:
-        listed = join_names(
-            f"{record.name} loses {_shorten(counts[record.caption].lost)!r}" for record in cut
-        )
-        limit = counts[cut[0].caption].limit
-        message = f"{count_of(len(cut), 'caption')} longer than {limit} tokens: {listed}; shorten them"
-        findings.append(Finding("warning", message, tuple(record.name for record in cut)))
-    if trigger:
-        robbed = tuple(
-            r.name for r in cut if not has_trigger(_kept(r.caption, counts[r.caption].lost), trigger)
-        )
-        if robbed:
-            message = f"the trigger {trigger!r} is cut off from {count_of(len(robbed), 'caption')}: "
-            message += f"{join_names(robbed)}; move it to the front"
-            findings.append(Finding("error", message, robbed))
+    used = dict.fromkeys((record.name, caption) for record in records for caption in record.captions)
+    counts = {caption: count_tokens(caption) for caption in dict.fromkeys(caption for _, caption in used)}
+    cut = [(name, caption, counts[caption].lost) for name, caption in used if counts[caption].lost]
+    if not cut:
+        return []
+    listed = join_names(f"{name} loses {_shorten(lost)!r}" for name, _, lost in cut)
+    limit = counts[cut[0][1]].limit
+    message = f"{count_of(len(cut), 'caption')} longer than {limit} tokens: {listed}; shorten them"
+    findings = [Finding("warning", message, _names(cut))]
+    robbed = [row for row in cut if trigger and not has_trigger(_kept(row[1], row[2]), trigger)]
+    if robbed:
+        message = f"the trigger {trigger!r} is cut off from {count_of(len(robbed), 'caption')}: "
+        message += f"{join_names(_names(robbed))}; move it to the front"
+        findings.append(Finding("error", message, _names(robbed)))
     return findings
+
+
+def _names(rows: Iterable[tuple[str, str, str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for name, _, _ in rows))
 
 
 def _kept(caption: str, lost: str) -> str:
@@ -314,6 +313,10 @@ def _summarise_images(index: DatasetIndex) -> list[str]:
         parts = ", ".join(f"{images} x {times}" for times, images in sorted(repeats.items()))
         samples = sum(record.repeats for record in index.records)
         lines.append(f"repeats: {parts} = {samples} samples an epoch")
+    if any(record.variants for record in index.records):
+        lines.append(
+            f"{index.num_captions} variants of {count_of(len(index.records), 'caption')}, each encoded once"
+        )
     return lines
 
 

@@ -38,7 +38,7 @@ class Listing:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name says that it is a image."""
+    """Whether a file's name says that it is an image."""
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 

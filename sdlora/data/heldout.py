@@ -66,7 +66,7 @@ def _relative(folder: Path, root: Path) -> str:
 def hold_out_share(
     records: Sequence[ImageRecord], share: float | str, seed: int
 ) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """Chooses by digest, evenly over the folders; copies of a image stay together."""
+    """Chooses by digest, evenly over the folders; copies of an image stay together."""
     images = {record.digest: record for record in records}
     number = _heldout_count(share, len(images))
     if not number:

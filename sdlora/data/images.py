@@ -37,7 +37,7 @@ _large = threading.RLock()
 
 
 class UnreadableImageError(DataError):
-    """A image that cannot be decoded; `reason` is the part of the message after the file's name."""
+    """An image that cannot be decoded; `reason` is the part of the message after the file's name."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path} {reason}; replace or remove it")
@@ -64,10 +64,10 @@ def parse_colour(background: str) -> tuple[int, int, int]:
 
 
 def load_image(path: Path, background: str = "white") -> Image.Image:
-    """Reads a image in RGB: first frame, EXIF orientation applied, transparency over a colour.
+    """Reads an image in RGB: first frame, EXIF orientation applied, transparency over a colour.
 
     Raises:
-        DataError: If it is empty, cut short or not a image; the message names the file.
+        DataError: If it is empty, cut short or not an image; the message names the file.
         ConfigError: If `background` is not a colour.
     """
     colour = parse_colour(background)
@@ -99,7 +99,7 @@ def measure_file(path: Path) -> tuple[str, Size, bool]:
     """The digest of a file, and what `measure_image` finds in it.
 
     Raises:
-        UnreadableImageError: If it cannot be read to its end, or is not a image.
+        UnreadableImageError: If it cannot be read to its end, or is not an image.
     """
     try:
         is_large = path.stat().st_size > LARGE_BYTES
@@ -114,7 +114,7 @@ def measure_image(path: Path, data: bytes) -> tuple[Size, bool]:
     """Decodes a whole file to see that it can be, and gives its size as shown and whether it moves.
 
     Raises:
-        UnreadableImageError: If it is empty, cut short or not a image.
+        UnreadableImageError: If it is empty, cut short or not an image.
     """
     with _decoding(path), _open(path, data) as image, _one_at_a_time(_pixels(image) > LARGE_PIXELS):
         moves = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
@@ -130,7 +130,7 @@ def measure_image(path: Path, data: bytes) -> tuple[Size, bool]:
 
 
 def crop_image(image: Image.Image, crop: Crop) -> Image.Image:
-    """Scales a image to cover its bucket, cuts the bucket out, and mirrors it if the crop says so."""
+    """Scales an image to cover its bucket, cuts the bucket out, and mirrors it if the crop says so."""
     resized = (crop.resized.width, crop.resized.height)
     if image.size != resized:
         image = image.resize(resized, Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -161,7 +161,7 @@ def _open(path: Path, data: bytes) -> Image.Image:
         # An older Pillow has no reader of AVIF.
         return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
     except UnidentifiedImageError:
-        raise UnreadableImageError(path, f"is not a image (it starts with {data[:12]!r})") from None
+        raise UnreadableImageError(path, f"is not an image (it starts with {data[:12]!r})") from None
 
 
 def _pixels(image: Image.Image) -> int:

@@ -43,9 +43,10 @@ class ImageRecord:
         name: Its path relative to the image folder, with forward slashes; unique in an index.
         digest: sha256 of the file's bytes, hexadecimal.
         size: As a viewer shows it, EXIF orientation applied.
-        caption: With the trigger placed.
+        caption: With the trigger placed; what evaluation, prompts and metadata use.
         caption_source: `.txt`, `.caption`, `metadata.jsonl`, `metadata.csv`, `trigger`, or empty.
         repeats: How often it appears in an epoch.
+        variants: The captions that training draws from, where they are not `caption` alone.
     """
 
     path: Path
@@ -55,6 +56,12 @@ class ImageRecord:
     caption: str
     caption_source: str
     repeats: int = 1
+    variants: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The captions that training draws from."""
+        return self.variants or (self.caption,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +94,11 @@ class DatasetIndex:
     records: tuple[ImageRecord, ...]
     heldout: tuple[ImageRecord, ...]
     findings: tuple[Finding, ...]
+
+    @property
+    def num_captions(self) -> int:
+        """Different captions that training draws from; each is encoded once."""
+        return len({caption for record in self.records for caption in record.captions})
 
     @property
     def digest(self) -> str:

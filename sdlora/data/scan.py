@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdlora.config import DataSection
-from sdlora.data.captions import PLACEHOLDER, Caption, find_captions, place_trigger
+from sdlora.data.caption_files import find_captions
+from sdlora.data.captions import caption_pipeline
 from sdlora.data.doctor import (
     report_captions,
     report_files,
@@ -56,7 +57,8 @@ def scan_dataset(
         root: The image folder; classes and `N_name` folders inside it are found.
         settings: `trigger`, `heldout`, `allow_missing_captions`, `on_bad_image`, `background`,
             `follow_links`.
-        seed: Decides, with the images' digests, which share is held out.
+        seed: Decides, with the images' digests, which share is held out and what random operations do to
+            captions.
         progress: Called with (images read, images in all).
 
     Raises:
@@ -74,7 +76,9 @@ def scan_dataset(
     if not training_names:
         raise DataError(describe_nothing(root, listing))
 
-    records, findings = _read_records(root, listing, [*training_names, *heldout_names], settings, progress)
+    records, findings = _read_records(
+        root, listing, [*training_names, *heldout_names], settings, seed, progress
+    )
     training = [record for record in records if not is_below(record.name, inside)]
     heldout = [record for record in records if is_below(record.name, inside)]
     if outside is not None:
@@ -87,13 +91,23 @@ def scan_dataset(
     return DatasetIndex(
         root,
         tuple(sorted(training, key=lambda record: record.name)),
-        tuple(replace(record, repeats=1) for record in sorted(heldout, key=lambda record: record.name)),
+        tuple(_as_heldout(record) for record in sorted(heldout, key=lambda record: record.name)),
         tuple(findings),
     )
 
 
+def _as_heldout(record: ImageRecord) -> ImageRecord:
+    """Once, and with one caption: the held-out loss must not depend on chance."""
+    return replace(record, repeats=1, variants=())
+
+
 def _read_records(
-    root: Path, listing: Listing, names: Sequence[str], settings: DataSection, progress: Progress | None
+    root: Path,
+    listing: Listing,
+    names: Sequence[str],
+    settings: DataSection,
+    seed: int,
+    progress: Progress | None,
 ) -> tuple[list[ImageRecord], list[Finding]]:
     """Decodes the named images and finds their captions."""
     captions, findings = find_captions(root, listing.files, listing.images)
@@ -105,12 +119,25 @@ def _read_records(
     findings += report_unreadable(bad, settings)
     findings += report_frames([name for name in good if measured[name].moves])
     findings += report_captions(root, good, captions, settings)
+    pipeline = caption_pipeline(settings)
     records = []
     for name in good:
-        caption, source = _final_caption(captions.get(name), settings.trigger)
-        digest, size = measured[name].digest, measured[name].size
-        repeats = read_repeats(root, name)
-        records.append(ImageRecord(root / name, name, digest, size, caption, source, repeats))
+        found, m = captions.get(name), measured[name]
+        text = found.text if found else ""
+        source = found.source if found else "trigger" if settings.trigger else ""
+        caption, variants = pipeline.plain(text), pipeline.variants(text, seed=seed, digest=m.digest)
+        records.append(
+            ImageRecord(
+                path=root / name,
+                name=name,
+                digest=m.digest,
+                size=m.size,
+                caption=caption,
+                caption_source=source,
+                repeats=read_repeats(root, name),
+                variants=() if variants == (caption,) else variants,
+            )
+        )
     return records, findings
 
 
@@ -123,19 +150,11 @@ def _read_outside(
         raise DataError(
             f"data.heldout = {settings.heldout} has no images; give another folder, a share, or 0"
         )
-    records, findings = _read_records(folder, listing, listing.images, settings, None)
+    records, findings = _read_records(folder, listing, listing.images, settings, 0, None)
     prefix = f"{folder.resolve().name}/"
     while any(prefix + record.name in taken for record in records):
         prefix = f"_{prefix}"
     return [replace(record, name=prefix + record.name) for record in records], findings
-
-
-def _final_caption(caption: Caption | None, trigger: str | None) -> tuple[str, str]:
-    if caption is None:
-        return (trigger, "trigger") if trigger else ("", "")
-    if not trigger and PLACEHOLDER in caption.text:
-        return caption.text, caption.source  # Reported as an error.
-    return place_trigger(caption.text, trigger), caption.source
 
 
 def _measure_all(paths: Sequence[Path], progress: Progress | None) -> list[_Measured]:

@@ -1,4 +1,4 @@
-"""A image becomes the tensors that a base takes."""
+"""An image becomes the tensors that a base takes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def image_to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def crop_to_time_ids(original: Size, crop: Crop) -> torch.Tensor:
-    """What SDXL is told of a image's sizes (Podell et al. 2023, 2307.01952, section 2.2).
+    """What SDXL is told of an image's sizes (Podell et al. 2023, 2307.01952, section 2.2).
 
     Args:
         original: The whole image as a viewer shows it, before it was scaled.

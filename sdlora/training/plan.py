@@ -177,6 +177,7 @@ class RunPlan:
             "images_per_epoch": self.order.samples_per_epoch,
             "images_seen": self.images_seen,
             "heldout_images": len(self.index.heldout),
+            "captions": self.index.num_captions,
             "buckets": {str(size): images for size, images, _ in self.buckets.table()},
             "warmup_steps": num_warmup_steps(self.config.train.warmup, self.steps),
             "save_steps": self.save_steps,

@@ -163,7 +163,8 @@ def _encode(plan: RunPlan, encodings: Encodings, accelerator: Accelerator, repor
     views += [
         (record, plan.buckets.crops[record.name][0]) for record in (*plan.index.heldout, *plan.index.records)
     ]
-    captions = [record.caption for record in (*plan.index.records, *plan.index.heldout)]
+    records = (*plan.index.records, *plan.index.heldout)
+    captions = [caption for record in records for caption in (record.caption, *record.variants)]
     captions += ["", *config.sample.prompts, config.sample.negative_prompt]
     base, device = encodings.base, accelerator.device
     base.text_encoders_to(device)

@@ -198,9 +198,9 @@ def write_bad_files(folder: Path) -> dict[str, str]:
         "cut.png": "",
         "cut.webp": "",
         "empty.png": "is empty",
-        "text.png": "is not a picture",
+        "text.png": "is not an image",
         "bomb.png": "too many pixels",
-        "script.png": "is not a picture",
+        "script.png": "is not an image",
         "huge.png": "is too large (4,294.9 MB",
     }
 

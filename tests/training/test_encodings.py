@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from sdlora.data.cache import cache_folder, seal
+from sdlora.data.captions import OPERATIONS
 from sdlora.errors import DataError
 from sdlora.training.console import Report
 
@@ -74,3 +79,44 @@ def test_nothing_to_encode_prints_nothing(capsys):
     with Report().progress("encoding", 0):
         pass
     assert capsys.readouterr().out == ""
+
+
+@dataclass(frozen=True)
+class ShuffleWords:
+    """A caption operation as others may add one."""
+
+    is_random: ClassVar[bool] = True
+
+    def __call__(self, caption: str, rng: random.Random) -> str:
+        words = caption.split()
+        return " ".join(rng.sample(words, len(words)))
+
+
+def test_caption_variants_are_encoded_once(make_images, tiny, make_trainer, tmp_path, monkeypatch):
+    """R-20: an operation is one entry; its variants are counted, cached, drawn by the samples and traced."""
+    monkeypatch.setitem(OPERATIONS, "shuffle", lambda data: ShuffleWords())
+    monkeypatch.setattr("sdlora.data.captions.NUM_VARIANTS", 3)
+    config = tiny(
+        make_images(),
+        data__caption_dropout=0.2,
+        data__cache=True,
+        train__batch_size=4,
+        train__steps=8,
+        train__trace=True,
+    )
+    one = make_trainer(config, tmp_path / "one")
+    variants = {caption for record in one.plan.index.records for caption in record.captions}
+    assert 4 < one.plan.as_event()["captions"] == len(variants) <= 12
+    plain = {record.caption for record in one.plan.index.records}
+    encoded = list((cache_folder() / "text").rglob("*.safetensors"))
+    assert len(encoded) == len({*variants, *plain, "", *config.sample.prompts})
+    # Every text has been encoded before the encoders leave.
+    one.prepared.base.encoders_to("meta")
+    one.train()
+    drawn = [row["caption"] for row in one.run.trace()]
+    assert "" in drawn
+    assert len(variants & set(drawn)) > 4
+    assert set(drawn) <= {*variants, ""}
+    two = make_trainer(config, tmp_path / "two")
+    two.train()
+    assert list(two.run.trace()) == list(one.run.trace())
