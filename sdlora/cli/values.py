@@ -62,7 +62,7 @@ def check_base(settings: BaseSection, objective: ObjectiveSection | None = None)
 
 
 def check_png(path: Path | None, option: str) -> None:
-    """Refuses a image in place of what is no image, such as the file that is drawn.
+    """Refuses an image in place of what is no image, such as the file that is drawn.
 
     Raises:
         ConfigError: If it is not called as a PNG file.

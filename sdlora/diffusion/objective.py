@@ -24,7 +24,7 @@ def draw_noise(shape: torch.Size, settings: ObjectiveSection, generator: Generat
     """The noise ε that the UNet is asked for, (C, H, W).
 
     Offset noise (Guttenberg 2023, "Diffusion with Offset Noise"): ε' = ε + s ξ, where ξ ~ N(0, I) is one
-    number for each channel: the mean of a image is noised as well, so that the UNet learns to move it.
+    number for each channel: the mean of an image is noised as well, so that the UNet learns to move it.
 
     Args:
         shape: (C, H, W).

@@ -104,7 +104,7 @@ class Bench:
         found: list[dict[int, Tensor]] = [{} for _ in stacks]
         for size, numbers in groups.items():
             request = make_request(self.config.sample, self.base.info, (size.width, size.height))
-            # Measured, not shown: a blank in place of a image would be measured too.
+            # Measured, not shown: a blank in place of an image would be measured too.
             settings = replace(request.settings, safety_checker=False)
             prompts = [captions[number] for number in numbers]
             images = generate_columns(

@@ -183,4 +183,4 @@ def _gap(bench: Bench, trained: HeldoutLoss) -> Gap | None:
 def remove_trigger(caption: str, trigger: str) -> str:
     """The caption without its trigger, and without the comma that went with it."""
     bare = trigger_pattern(trigger).sub("", caption)
-    return re.sub(r"\s*,(?:\s*,)*\s*", ", ", bare).strip(" ,") or "a image"
+    return re.sub(r"\s*,(?:\s*,)*\s*", ", ", bare).strip(" ,") or "a picture"

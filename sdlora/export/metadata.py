@@ -49,7 +49,7 @@ class TrainingMetadata:
     steps: int
     images_seen: int
     repeats: Mapping[int, int]
-    """How often an epoch shows a image, to how many images it shows so often."""
+    """How often an epoch shows an image, to how many images it shows so often."""
     dataset_digest: str
     resolution: int
     batch_size: int

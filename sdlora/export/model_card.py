@@ -72,7 +72,7 @@ def _summary(facts: TrainingMetadata) -> str:
 
 
 def _usage(facts: TrainingMetadata, prompts: Sequence[str], weights: str) -> str:
-    prompt = next(iter(prompts), facts.trigger or "a image")
+    prompt = next(iter(prompts), facts.trigger or "a picture")
     base = _quote(facts.base_name)
     if facts.base_name == "builtin":
         base = 'Path(sdlora.__file__).parent / "builtin" / "base"'

@@ -82,11 +82,11 @@ class Memory:
         text_encoders: Their weights.
         adapter: The trained numbers, the optimizer's moments, and the adapters below; gradients count as
             activations.
-        encode: The most that encoding a image needs beside weights.
+        encode: The most that encoding an image needs beside weights.
         learn: The most that forward and backward pass of a micro-batch need.
         sample: The most that the UNet needs to sample a batch, its own copy of the adapter included; 0 if
             there are no samples.
-        decode: The most that decoding a image needs; 0 likewise.
+        decode: The most that decoding an image needs; 0 likewise.
         prove: The most that the UNet needs for the one pass that proves an export.
         checkpointing: Whether activations are recomputed.
         staying: Which encoders stay on the device while the UNet learns: `vae`, `text_encoders`.

@@ -44,7 +44,7 @@ def refuse_file(path: Path, key: str) -> None:
             "get it as .safetensors, or convert it with a tool that you trust"
         )
     if suffix in PICTURES:
-        raise ModelError(f"{key} is a image; give {SOURCES}")
+        raise ModelError(f"{key} is an image; give {SOURCES}")
     if suffix != ".safetensors":
         what = f"a {suffix} file" if suffix else "a file"
         raise ModelError(f"{key} is {what}, not a model; give {SOURCES}")

@@ -146,7 +146,7 @@ class BaseInfo:
 
     @property
     def min_step(self) -> int:
-        """A image's sides must be multiples of this many pixels; diffusers' UNets take any latent size."""
+        """An image's sides must be multiples of this many pixels; diffusers' UNets take any latent size."""
         return self.vae_factor
 
     @property

@@ -101,7 +101,7 @@ class StableDiffusion:
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The posterior of images, in the units that the UNet works in.
 
-        One image at a time: batching gains nothing (the VAE fills the device alone), and a image's
+        One image at a time: batching gains nothing (the VAE fills the device alone), and an image's
         latents must not depend on its neighbours.
 
         Args:

@@ -1,4 +1,4 @@
-"""The singular values of an adapter as a image: how many directions hold how much of what was learnt."""
+"""The singular values of an adapter as an image: how many directions hold how much of what was learnt."""
 
 from __future__ import annotations
 

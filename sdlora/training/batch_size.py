@@ -143,7 +143,7 @@ def halving_divisors(share: int) -> Iterator[int]:
 
 
 def largest_samples(plan: RunPlan, count: int) -> list[Sample]:
-    """Copies of a image of the largest bucket."""
+    """Copies of an image of the largest bucket."""
     crops = plan.buckets.crops
     record = max(plan.index.records, key=lambda record: crops[record.name][0].size.area)
     return [Sample(index, record, crops[record.name][0], record.caption) for index in range(count)]

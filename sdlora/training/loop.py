@@ -211,7 +211,7 @@ class Trainer:
         )
 
     def _is_single_token(self, size: Size) -> bool:
-        """Whether the deepest level of the UNet sees one latent pixel of a image."""
+        """Whether the deepest level of the UNet sees one latent pixel of an image."""
         info = self.plan.info
         side = int(info.vae_factor * 2 ** (len(info.unet_config["block_out_channels"]) - 1))
         return size.width <= side and size.height <= side

@@ -35,7 +35,7 @@ NUM_ASKED = 2
 
 
 class HeldoutView(NamedTuple):
-    """A image of the held-out loss, in its crop, with the mean of its latents (C, H, W)."""
+    """An image of the held-out loss, in its crop, with the mean of its latents (C, H, W)."""
 
     record: ImageRecord
     crop: Crop
