@@ -12,7 +12,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "sdlora"
-GROUND = {"errors", "reading", "writing", "config", "runs"}
+GROUND = {"errors", "reading", "writing", "config", "runs", "seeds"}
 COLUMNS = {"data", "lora", "models", "diffusion", "report"}
 # The stair: a unit may import what stands above it here, and columns never import each other.
 ABOVE_COLUMNS = ("formats", "rank", "tree", "memory", "sampling", "export", "evaluation", "training", "cli")
@@ -24,6 +24,7 @@ ALLOWED = {
     "problems": {"errors", "aliases"},
     "config": {"errors", "reading", "aliases", "problems"},
     "runs": {"errors", "reading", "writing", "config"},
+    "seeds": set(),
     **dict.fromkeys(COLUMNS, GROUND),
     **{unit: GROUND | COLUMNS | set(ABOVE_COLUMNS[:number]) for number, unit in enumerate(ABOVE_COLUMNS)},
 }
@@ -35,7 +36,7 @@ LIBRARIES = {
     "peft": set(),
     "bitsandbytes": {"models"},
 }
-WITHOUT_TORCH = {"errors", "reading", "writing", "aliases", "problems", "config", "runs", "report"}
+WITHOUT_TORCH = {"errors", "reading", "writing", "aliases", "problems", "config", "runs", "seeds", "report"}
 
 
 def unit_of(path: Path) -> str:

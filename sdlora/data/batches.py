@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from sdlora.data.buckets import BucketPlan, Crop
 from sdlora.data.captions import caption_pipeline
 from sdlora.data.records import ImageRecord, Size
 from sdlora.errors import DataError
+from sdlora.seeds import keyed_random
 
 T = TypeVar("T")
 
@@ -91,7 +91,7 @@ class BatchOrder:
 
     def _order(self, epoch: int) -> list[tuple[int, list[int]]]:
         """(samples of the epoch before this step, record numbers) for each step of an epoch."""
-        draws = random.Random(f"{self._seed}:order:{epoch}")
+        draws = keyed_random(self._seed, "order", epoch)
         steps: list[list[int]] = []
         for size in sorted(self._buckets):
             numbers = list(self._buckets[size])
@@ -106,7 +106,7 @@ class BatchOrder:
 
     def _draw(self, index: int, record: ImageRecord) -> Sample:
         """Crop and caption come from generators of their own, so that neither moves the other (R-04)."""
-        crop = random.Random(f"{self._seed}:variant:{index}").choice(self._plan.crops[record.name])
+        crop = keyed_random(self._seed, "variant", index).choice(self._plan.crops[record.name])
         return Sample(index, record, crop, self._captions.draw(record, seed=self._seed, index=index))
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from sdlora.config import DataSection
 from sdlora.data.records import ImageRecord, Size
+from sdlora.seeds import keyed_random
 
 STEPS = (64, 32, 16, 8)
 MAX_LOSS = 0.08
@@ -174,7 +174,7 @@ def _centre_crop(size: Size, bucket: Size) -> Crop:
 
 def _random_crops(record: ImageRecord, centre: Crop, settings: DataSection, seed: int) -> tuple[Crop, ...]:
     """Fixed crops at drawn offsets; those that coincide are kept once."""
-    draws = random.Random(f"{seed}:crop:{record.digest}")
+    draws = keyed_random(seed, "crop", record.digest)
     spare_width = centre.resized.width - centre.size.width
     spare_height = centre.resized.height - centre.size.height
     crops = (

@@ -16,6 +16,7 @@ from typing import ClassVar, Protocol
 
 from sdlora.config import DataSection
 from sdlora.data.records import ImageRecord
+from sdlora.seeds import keyed_random
 
 PLACEHOLDER = "{trigger}"
 NUM_VARIANTS = 4
@@ -94,7 +95,7 @@ class CaptionPipeline:
         """
         is_random = any(operation.is_random for operation in self.operations)
         texts = [
-            self(caption, random.Random(f"{seed}:caption:{digest}:{number}"))
+            self(caption, keyed_random(seed, "caption", digest, number))
             for number in range(NUM_VARIANTS if is_random else 1)
         ]
         return tuple(dict.fromkeys(texts))
@@ -104,11 +105,11 @@ class CaptionPipeline:
 
         Variant and dropout have generators of their own, so that neither moves the other (R-04).
         """
-        if random.Random(f"{seed}:dropout:{index}").random() < self.dropout:
+        if keyed_random(seed, "dropout", index).random() < self.dropout:
             return ""
         if len(record.captions) == 1:
             return record.captions[0]
-        return random.Random(f"{seed}:caption:{index}").choice(record.captions)
+        return keyed_random(seed, "caption", index).choice(record.captions)
 
 
 def caption_pipeline(settings: DataSection) -> CaptionPipeline:

@@ -5,7 +5,6 @@ B batch, C channels, H W latent size, L tokens, D width.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -119,17 +118,6 @@ class Draws:
     def to(self, device: torch.device) -> Draws:
         """The same draws on a device."""
         return Draws(*(getattr(self, field.name).to(device) for field in fields(self)))
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from a purpose and counters; equal parts give equal seeds everywhere."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def keyed_generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator that depends on its parts alone, never on what was drawn before."""
-    return torch.Generator().manual_seed(derive_seed(*parts))
 
 
 def draw(objective: Objective, posteriors: Sequence[tuple[Tensor, Tensor]], seeds: Sequence[int]) -> Draws:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sdlora.diffusion.objective import keyed_generator
 from sdlora.diffusion.schedule import NoiseSchedule
 from sdlora.models.checks import PREDICTIONS
 from sdlora.models.conditioning import Condition
+from sdlora.seeds import derive_seed
 
 NUM_BANDS = 5
 
@@ -109,7 +109,7 @@ def _losses(
     device: torch.device,
 ) -> Tensor:
     latents = torch.stack([item.latents for item in items])
-    generators = [keyed_generator("heldout", item.key, timestep) for item in items]
+    generators = [torch.Generator().manual_seed(derive_seed("heldout", item.key, timestep)) for item in items]
     noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
     latents, noise = latents.to(device), noise.to(device)
     timesteps = torch.full((len(items),), timestep, device=device)
@@ -143,7 +143,7 @@ def recognise_prediction(
     errors = dict.fromkeys(PREDICTIONS, 0.0)
     for item in items:
         latents = item.latents[None].to(device)
-        generator = keyed_generator("prediction", item.key)
+        generator = torch.Generator().manual_seed(derive_seed("prediction", item.key))
         noise = torch.randn(latents.shape, generator=generator).to(device)
         condition = Condition.stack([item.condition]).to(device)
         answer = denoise(schedule.add_noise(latents, noise, timesteps), timesteps, condition).float()

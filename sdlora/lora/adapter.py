@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from sdlora.errors import AdapterError
-from sdlora.lora.layers import pair_shapes, seed_of
+from sdlora.lora.layers import pair_shapes
 from sdlora.lora.modules import LAYERS_PER_BLOCK, Model, carrier_layers, component_of, components
+from sdlora.seeds import name_seed
 
 Init = Literal["gaussian", "kaiming", "orthogonal"]
 
@@ -185,7 +186,7 @@ def draw_adapter(
     modules: dict[str, LowRank] = {}
     for name, rank in ranks.items():
         down_shape, up_shape = pair_shapes(layers[name], rank)
-        generator = torch.Generator().manual_seed(seed_of(f"{seed}/adapter/{name}"))
+        generator = torch.Generator().manual_seed(name_seed(f"{seed}/adapter/{name}"))
         down = _draw_down(down_shape, init, generator)
         device = next(layers[name].parameters()).device
         modules[name] = LowRank(

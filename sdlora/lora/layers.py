@@ -8,7 +8,6 @@ stack away gives the base back to the last bit.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdlora.errors import AdapterError
+from sdlora.seeds import name_seed
 
 Scale: TypeAlias = float | Tensor
 """A factor for the whole batch, or (B,) one for each sample."""
@@ -85,7 +85,7 @@ class Dropout:
         """What drops values (B, ...) of a module; None if nothing is ever dropped."""
         if self.share == 0:
             return None
-        key = seed_of(name)
+        key = name_seed(name)
 
         def drop(values: Tensor) -> Tensor:
             if not self.seeds:
@@ -97,11 +97,6 @@ class Dropout:
             return values * keep.to(values.dtype) / (1 - self.share)
 
         return drop
-
-
-def seed_of(text: str) -> int:
-    """A 63-bit seed that depends on a text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 class LoraLayer(nn.Module):

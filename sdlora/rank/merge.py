@@ -17,9 +17,9 @@ from torch import Tensor
 
 from sdlora.errors import AdapterError, ConfigError
 from sdlora.lora.adapter import Adapter, LowRank
-from sdlora.lora.layers import seed_of
 from sdlora.rank.resize import describe_error
 from sdlora.rank.svd import decompose, decompose_dense
+from sdlora.seeds import name_seed
 
 Method = Literal["concatenate", "svd", "ties", "dare"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -230,7 +230,7 @@ def drop(change: Tensor, density: float, key: str) -> Tensor:
         density: The probability.
         key: Decides the draw.
     """
-    generator = torch.Generator().manual_seed(seed_of(key))
+    generator = torch.Generator().manual_seed(name_seed(key))
     kept = torch.rand(change.shape, generator=generator).to(change.device) < density
     return change * kept / density
 

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sdlora.config import RunConfig, load_config
-from sdlora.diffusion.objective import derive_seed
 from sdlora.errors import ConfigError, RunError
 from sdlora.models.dtypes import Precision
 from sdlora.runs import RunFolder
@@ -91,8 +90,8 @@ def check_same_plan(accelerator: Accelerator, plan: RunPlan) -> None:
         "the versions": dict(package_versions()),
     }
     for what, value in seen.items():
-        numbers = all_gather(accelerator, derive_seed(json.dumps(value)))
-        others = [str(process) for process, number in enumerate(numbers) if number != numbers[0]]
+        digests = all_gather(accelerator, hashlib.sha256(json.dumps(value).encode()).hexdigest())
+        others = [str(process) for process, digest in enumerate(digests) if digest != digests[0]]
         if others:
             raise ConfigError(
                 f"{what} of process {', '.join(others)} differ from those of process 0; "
