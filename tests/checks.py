@@ -1,7 +1,10 @@
-"""What tests share to check errors: by key, so that sentences are free to change."""
+"""Checks that tests share: of errors by their keys, and of work by its amount, not by the clock."""
 
 from __future__ import annotations
 
+import sys
+import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,3 +30,37 @@ def raises(
     assert not missing, f"{missing} not in {caught.value.keys}: {caught.value}"
     for value in (shows,) if isinstance(shows, str) else shows:
         assert value in str(caught.value), f"{value!r} is not shown by: {caught.value}"
+
+
+HANG_SECONDS = 300
+"""How long a test waits for another process: a guard against waiting forever, never a measure of speed."""
+
+
+@contextmanager
+def bounded(calls: int = 1_000_000, megabytes: int | None = None) -> Iterator[None]:
+    """Fails if what happens inside takes much work or memory, on a fast machine as on a slow one.
+
+    Args:
+        calls: Of functions, in Python and C.
+        megabytes: At the peak; None does not measure it, which takes a while.
+    """
+    count = 0
+
+    def count_call(frame: object, event: str, value: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    if megabytes is not None:
+        tracemalloc.start()
+    started = time.process_time()
+    sys.setprofile(count_call)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+        spent, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert count < calls, f"{count:,} calls"
+    assert megabytes is None or peak < megabytes * 2**20, f"{peak:,} bytes"
+    # A single call can hang as well: of an expression that backtracks, or a number of many digits.
+    assert spent < HANG_SECONDS

@@ -19,6 +19,7 @@ from sdlora.evaluation.evaluate import evaluate
 from sdlora.formats.files import save_adapter
 from sdlora.lora.adapter import Adapter, LowRank
 from sdlora.runs import RunFolder
+from tests.checks import HANG_SECONDS
 
 QUICK = [
     "data.resolution=64",
@@ -399,17 +400,17 @@ def test_help_says_what_happens_without_an_option(sdlora, verb, default, monkeyp
 
 
 def test_help_is_quick():
-    """`sdlora --help` takes under 0.3 s of processor time: nothing heavy is imported."""
-    code = "import sys; sys.argv = ['sdlora', '--help']; from sdlora.cli import main; main()"
-    times = []
-    for _ in range(3):
-        before = os.times()
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        after = os.times()
-        times.append(
-            after.children_user + after.children_system - before.children_user - before.children_system
-        )
-    assert min(times) < 0.3
+    """`sdlora --help` imports typer and what it needs: a tenth of a second, where torch alone takes three."""
+    code = (
+        "import sys; sys.argv = ['sdlora', '--help']\n"
+        "from sdlora.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    modules = done.stdout.splitlines()[-1].split()
+    assert not {"torch", "numpy", "PIL", "pydantic", "diffusers", "transformers"} & set(modules)
+    assert 100 < len(modules) < 500
 
 
 @pytest.mark.parametrize("verb", ["train pictures", "sample --prompt cat"])
@@ -453,7 +454,7 @@ def start_training(images: Path, out: Path, steps: int) -> subprocess.Popen[str]
 
 
 def wait_for_checkpoint(run: RunFolder, process: subprocess.Popen[str]) -> None:
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + HANG_SECONDS
     while not run.checkpoint_steps():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < limit
@@ -468,7 +469,7 @@ def test_stopping_a_process(make_images, tmp_path, how):
     try:
         wait_for_checkpoint(run, process)
         process.send_signal(signal.SIGINT if how == "interrupt" else signal.SIGKILL)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=HANG_SECONDS)
     finally:
         process.kill()
     steps = run.checkpoint_steps()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 from sdlora.config import RunConfig, Section, load_config, parse_override, read_config
 from sdlora.errors import ConfigError
 from sdlora.runs import RunFolder
-from tests.checks import raises
+from tests.checks import bounded, raises
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -198,10 +197,8 @@ def test_unreadable_files(tmp_path, content):
     file = tmp_path / "bad.toml"
     if content is not None:
         file.write_bytes(content)
-    started = time.process_time()
-    with pytest.raises(ConfigError, match=r"config file .*bad\.toml") as caught:
+    with bounded(), pytest.raises(ConfigError, match=r"config file .*bad\.toml") as caught:
         load_config(file)
-    assert time.process_time() - started < 2
     assert len(caught.value.problems) == 1
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300 + len(str(file))
@@ -236,10 +233,8 @@ def test_bombs_of_values(tmp_path, content, lines, key, shows):
     """Thousands of settings cost neither minutes nor the terminal's history."""
     file = tmp_path / "bomb.toml"
     file.write_text(content, encoding="utf-8")
-    started = time.process_time()
-    with raises(ConfigError, *filter(None, [key]), shows=shows) as caught:
+    with bounded(), raises(ConfigError, *filter(None, [key]), shows=shows) as caught:
         load_config(file)
-    assert time.process_time() - started < 2
     assert len(str(caught.value).splitlines()) == lines
 
 
@@ -311,15 +306,13 @@ def test_the_keys_are_pinned():
 
 
 def test_checked_before_anything_heavy():
-    """R-35: a wrong setting is refused in under two seconds, without torch."""
+    """R-35: a wrong setting is refused without the imports that take seconds."""
     code = (
         "import sys; sys.argv = ['sdlora', 'train', 'nowhere', 'lora.rnk=3']\n"
         "from sdlora.cli import main\n"
         "try: main()\n"
         "except SystemExit as stop: assert stop.code == 2, stop.code\n"
-        "assert 'torch' not in sys.modules"
+        "assert not sys.modules.keys() & {'torch', 'numpy', 'PIL', 'diffusers', 'transformers', 'accelerate'}"
     )
-    started = time.process_time()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.process_time() - started < 2
     assert result.stderr == "sdlora: lora.rnk is not a setting; did you mean lora.rank?\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from sdlora.data.records import Size
 from sdlora.data.scan import scan_dataset
 from sdlora.data.tensors import image_to_tensor
 from sdlora.errors import ConfigError, DataError
+from tests.checks import HANG_SECONDS
 
 STORED = {
     1: None,
@@ -241,16 +243,20 @@ def test_large_pictures_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     Image.new("RGB", (20, 20)).save(tmp_path / "large.png")
     Image.new("RGB", (5, 5)).save(tmp_path / "small.png")
     busy, most = [], []
+    pair = threading.Barrier(2, timeout=HANG_SECONDS)
     load = Image.Image.load
 
-    def slow(image: Image.Image) -> object:
+    def watched(image: Image.Image) -> object:
         busy.append(image.size)
         most.append(list(busy))
-        time.sleep(0.02)
+        if image.size == (5, 5):
+            pair.wait()  # ends when two decode at once
+        else:
+            time.sleep(0.02)  # long enough to meet others, were they let in
         busy.remove(image.size)
         return load(image)
 
-    monkeypatch.setattr(PngImageFile, "load", slow)
+    monkeypatch.setattr(PngImageFile, "load", watched)
     with ThreadPoolExecutor(4) as pool:
         for name in ("large.png", "small.png"):
             assert len(list(pool.map(measure_file, [tmp_path / name] * 4))) == 4

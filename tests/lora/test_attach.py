@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from sdlora.lora.attach import (
     mounted,
 )
 from sdlora.lora.modules import carrier_layers, lora_layers
+from tests.checks import bounded
 
 
 def test_numbers_of_modules_of_sd15(sd15):
@@ -65,10 +65,8 @@ def test_a_target_without_a_match_is_named(unet, target, message):
 
 def test_hundreds_of_wrong_targets(unet):
     """R-35: no line repeats them all, and nothing looks for what was meant by each."""
-    started = time.process_time()
-    with pytest.raises(ConfigError, match="and more mistakes") as caught:
+    with bounded(), pytest.raises(ConfigError, match="and more mistakes") as caught:
         match_targets(unet, [f"no-{number}" for number in range(5000)])
-    assert time.process_time() - started < 1
     assert len(str(caught.value)) < 40_000
 
 

@@ -34,6 +34,7 @@ from sdlora.training.loop import Trainer
 from sdlora.training.plan import make_plan
 from sdlora.training.prepare import prepare
 from sdlora.training.step import named_tensors
+from tests.checks import HANG_SECONDS
 
 SMALL = {
     "data.resolution": 64,
@@ -149,11 +150,11 @@ class Fork:
             return self.poll() if pid else None
         return self.code
 
-    def wait(self, seconds: float = 60) -> int:
-        """The exit code; one that takes too long is an error."""
-        end = time.monotonic() + seconds
+    def wait(self) -> int:
+        """The exit code; one that hangs is an error."""
+        end = time.monotonic() + HANG_SECONDS
         while self.poll() is None:
-            assert time.monotonic() < end, f"it did not end in {seconds} s:\n{self.printed}"
+            assert time.monotonic() < end, f"it did not end:\n{self.printed}"
             time.sleep(0.01)
         assert self.code is not None
         return self.code

@@ -34,6 +34,7 @@ from sdlora.training.plan import make_plan
 from sdlora.training.resume import apply_overrides, check_same_plan
 from sdlora.training.step import StepRunner
 from sdlora.training.train import resume, train
+from tests.checks import HANG_SECONDS
 
 SIZES = ((64, 64),) * 5 + ((96, 64),) * 3
 EVERYTHING = {
@@ -64,8 +65,8 @@ def pixels_of(file):
     return np.asarray(Image.open(file)).tobytes()
 
 
-def end_well(children, seconds=60):
-    codes = [child.wait(seconds) for child in children]
+def end_well(children):
+    codes = [child.wait() for child in children]
     assert codes == [0] * len(children), [child.printed for child in children]
 
 
@@ -113,7 +114,6 @@ def test_two_processes_are_one(images, quick, tmp_path, fork_processes, monkeypa
     for process in range(2):
         seen = json.loads((tmp_path / f"watched-{process}.json").read_text())
         assert seen["bytes"] == [plan["exchange_bytes"]] * 2, "once for each of the steps 5 and 6"
-        assert max(seen["waits"]) < 20
         assert len(seen["sampled"]) == 1, "one of the two pictures of step 6"
     assert "resuming from step 4" in resumed[0].printed
     assert resumed[1].printed == ""
@@ -131,14 +131,14 @@ def stopping_at(step, record):
 
 
 class Watched:
-    """What a process hands over in each step, how long it waits, and the batches that it samples."""
+    """The bytes that a process exchanges in each step, and the batches that it samples."""
 
     def __init__(self):
-        self.bytes, self.waits, self.sampled = [], [], []
+        self.bytes, self.sampled = [], []
         self.in_step = False
 
     def write(self, folder):
-        seen = {"bytes": self.bytes, "waits": self.waits, "sampled": self.sampled}
+        seen = {"bytes": self.bytes, "sampled": self.sampled}
         (folder / f"watched-{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
 
@@ -150,9 +150,7 @@ def watch(patch):
     def count_bytes(tensor, *args, **kwargs):
         if watched.in_step:
             watched.bytes[-1] += tensor.nbytes
-        started = time.monotonic()
         reduce(tensor, *args, **kwargs)
-        watched.waits.append(time.monotonic() - started)
 
     def step(*args, **kwargs):
         watched.in_step = True
@@ -236,9 +234,9 @@ def test_how_it_is_divided(images, quick, overrides, processes, expected):
     assert (train.batch_size, train.accumulate) == expected
 
 
-def launch(children, seconds=30):
+def launch(children):
     """Waits as a launcher does: the first process that ends ends the others. Gives the exit codes."""
-    codes, end = {}, time.monotonic() + seconds
+    codes, end = {}, time.monotonic() + HANG_SECONDS
     while len(codes) < len(children):
         assert time.monotonic() < end, [child.printed for child in children]
         for number, child in enumerate(children):
@@ -316,7 +314,7 @@ def failing_at(step, error, train_step):
 def test_a_process_that_ends_ends_all(
     images, quick, tmp_path, fork_processes, monkeypatch, command_line, error, codes, line
 ):
-    """R-23: within seconds, with its reason where it could say one; the last checkpoint resumes."""
+    """R-23: before train.timeout_seconds, with its reason if it gave one; the last checkpoint resumes."""
     run = RunFolder(tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", failing_at(4, error, Trainer.train_step))
@@ -399,7 +397,7 @@ def test_engines_that_are_not_used(images, quick, tmp_path, monkeypatch, variabl
 
 
 def test_processes_that_never_come(images, quick, tmp_path, fork):
-    """R-23: one that waits for others that were not started ends with a line, within the time set."""
+    """R-23: one that waits for others that were not started ends with a line after train.timeout_seconds."""
     config = quick(images, train__timeout_seconds=1)
     alone = {
         "WORLD_SIZE": "2",
@@ -409,7 +407,7 @@ def test_processes_that_never_come(images, quick, tmp_path, fork):
         "MASTER_PORT": "0",
     }
     child = fork(lambda: train(images, config=config, out=tmp_path / "run", quiet=True), **alone)
-    assert child.wait(20) == 1
+    assert child.wait() == 1
     assert "another process ended or does not answer" in child.printed
 
 
