@@ -40,10 +40,10 @@ def extract(
     config = load_config(None, {**keys, "lora.rank": rank, "lora.targets": targets.split(",")})
     from sdlora.export.export import check_out, export_adapter
     from sdlora.export.extract import extract as find
-    from sdlora.training.console import Report
+    from sdlora.report.terminal import Terminal
 
     check_out(out, [Path(tuned), Path(base)])
-    with Report().progress("modules", 1) as meter:
+    with Terminal().progress("modules", 1) as meter:
         adapter, report = find(
             tuned,
             base,
@@ -78,12 +78,12 @@ def merge_into_base(
         load_config(None, {"export.precision": dtype})
     from sdlora.export.merge_into_base import merge_into_base as write
     from sdlora.models.dtypes import DTYPES
+    from sdlora.report.terminal import Terminal
     from sdlora.sampling.session import base_of
-    from sdlora.training.console import Report
     from sdlora.tree.lineage import load_path
 
     note_newest(source)
-    warn = Report().warn
+    warn = Terminal().warn
     *below, top = load_path(source, force=force, warn=warn)
     stack = [*((step.adapter, step.ancestor.strength) for step in below), (top.adapter, strength)]
     name = base or base_of(top.file, top.adapter.notes)

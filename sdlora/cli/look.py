@@ -64,10 +64,10 @@ def sample(
         check_base(load_config(None, {"base.source": base}).base)
     if step is None:
         note_newest(*(sources or []))
+    from sdlora.report.terminal import Terminal
     from sdlora.sampling.session import plan_sample
-    from sdlora.training.console import Report
 
-    report = Report()
+    report = Terminal()
     subjects: list[Path | None] = [*sources] if sources else [None]
     # All are checked before the first image is made.
     plans = [
@@ -110,9 +110,9 @@ def evaluate(
     RunFolder.open(run)
     note_newest(run)
     from sdlora.evaluation.evaluate import evaluate as measure
-    from sdlora.training.console import Report
+    from sdlora.report.terminal import Terminal
 
-    report = Report()
+    report = Terminal()
     with report.progress("evaluating", 1) as meter:
         result = measure(run, progress=meter.show)
     for line in result.lines():
@@ -134,9 +134,9 @@ def advise_rank(
     RunFolder.open(run)
     note_newest(run)
     from sdlora.evaluation.advise import advise_rank as advise
-    from sdlora.training.console import Report
+    from sdlora.report.terminal import Terminal
 
-    with Report().progress("measuring", 1) as meter:
+    with Terminal().progress("measuring", 1) as meter:
         advice = advise(run, keep=keep, ranks=tried, progress=meter.show)
     for line in advice.lines():
         typer.echo(line)

@@ -117,11 +117,11 @@ def sample(
 
     settings = sample_settings(prompt, prompts, seeds, steps=steps, guidance=guidance)
     changes, pixels = parse_strengths(strengths), parse_size(size)
+    from sdlora.report.terminal import Terminal
     from sdlora.sampling.session import sample_tree
-    from sdlora.training.console import Report
     from sdlora.tree.tree import AdapterTree
 
-    report = Report()
+    report = Terminal()
     with report.progress("sampling", 1) as meter:
         grid = sample_tree(
             AdapterTree.from_folder(folder),

@@ -20,7 +20,7 @@ from sdlora.data.tensors import crop_to_time_ids, image_to_tensor
 from sdlora.errors import DataError, ModelError
 from sdlora.models.conditioning import Condition
 from sdlora.models.stable_diffusion import StableDiffusion
-from sdlora.training.console import Report
+from sdlora.report.terminal import Terminal
 from sdlora.training.distributed import barrier, work_in_rounds
 
 View = tuple[ImageRecord, Crop]
@@ -58,7 +58,7 @@ class Encodings:
         self.is_required = settings.cache is True
 
     def prepare(
-        self, views: Iterable[View], captions: Iterable[str], accelerator: Accelerator, report: Report
+        self, views: Iterable[View], captions: Iterable[str], accelerator: Accelerator, terminal: Terminal
     ) -> None:
         """Encodes what the cache lacks, each process a share.
 
@@ -66,7 +66,7 @@ class Encodings:
             views: Images in all their crops.
             captions: All captions in use.
             accelerator: Its processes.
-            report: Shows progress.
+            terminal: Shows progress.
         """
         if self.cache is None:
             return
@@ -75,11 +75,11 @@ class Encodings:
         jobs = [job for job in jobs if not self._is_known(job)]
         # All look at what is missing before one of them begins to fill it.
         barrier(accelerator)
-        self._encode(jobs[accelerator.process_index :: accelerator.num_processes], accelerator, report)
+        self._encode(jobs[accelerator.process_index :: accelerator.num_processes], accelerator, terminal)
         # What the others put where this process cannot see it: on a host with a cache of its own.
-        self._encode([job for job in jobs if not self._is_known(job)], accelerator, report)
+        self._encode([job for job in jobs if not self._is_known(job)], accelerator, terminal)
 
-    def check_cache(self, report: Report) -> None:
+    def check_cache(self, terminal: Terminal) -> None:
         """Says it if files of the cache were damaged, or nothing can be kept on the disk.
 
         Raises:
@@ -88,7 +88,7 @@ class Encodings:
         if self.cache is None:
             return
         if damaged := sorted(map(str, self.cache.damaged)):
-            report.warn(
+            terminal.warn(
                 f"the cache held {count_of(len(damaged), 'damaged file')}, encoded anew: {damaged[0]}"
             )
         if self.cache.problem:
@@ -96,11 +96,11 @@ class Encodings:
                 raise DataError(
                     f"{self.cache.problem}, but data.cache = true needs it; set SDLORA_CACHE to a folder"
                 )
-            report.warn(self.cache.problem)
+            terminal.warn(self.cache.problem)
 
-    def _encode(self, jobs: Sequence[str | View], accelerator: Accelerator, report: Report) -> None:
+    def _encode(self, jobs: Sequence[str | View], accelerator: Accelerator, terminal: Terminal) -> None:
         """Encodes captions and images."""
-        with report.progress("encoding", len(jobs)) as meter:
+        with terminal.progress("encoding", len(jobs)) as meter:
 
             def encode(job: str | View) -> None:
                 self.condition(job) if isinstance(job, str) else self.posterior(*job)

@@ -40,13 +40,13 @@ def finish(trainer: Trainer) -> None:
             if trainer.plan.info.quantize != "none":
                 report_gap(trainer)
         draw_loss_curve(trainer.run)
-        trainer.report.say(*describe_losses(trainer.run))
+        trainer.terminal.print(*describe_losses(trainer.run))
         if trainer.counters.skipped:
-            trainer.report.say(
+            trainer.terminal.print(
                 f"skipped   {trainer.counters.skipped} of {trainer.plan.steps} steps were not finite"
             )
         if doubt := doubt_losses(trainer.run):
-            trainer.report.warn(doubt)
+            trainer.terminal.warn(doubt)
         counters = trainer.counters
         trainer.event("done", loss_ema=counters.loss_ema, skipped=counters.skipped, doubt=doubt)
     barrier(trainer.accelerator)
@@ -59,18 +59,18 @@ def export_final(trainer: Trainer) -> None:
     metadata, settings = run_metadata(facts), plan.config.export
     paths = []
     for dialect in dict.fromkeys(settings.formats):
-        report = export_adapter(
+        exported = export_adapter(
             adapter,
             run.final_adapter(dialect),
             dialect=dialect,
             precision=settings.precision,
             metadata=metadata,
         )
-        paths.append(report.path)
-        trainer.report.say(f"export    {report}")
-        trainer.event("exported", path=str(report.path.relative_to(run.path)), precision=report.precision)
+        paths.append(exported.path)
+        trainer.terminal.print(f"export    {exported}")
+        trainer.event("exported", path=str(exported.path.relative_to(run.path)), precision=exported.precision)
     for proof in postflight(paths, adapter, trainer.prepared.base.components, plan.info):
-        trainer.report.say(f"postflight {proof}")
+        trainer.terminal.print(f"postflight {proof}")
     trainer.event("postflight", files=[path.name for path in paths])
     grids = sorted(run.samples.glob("step-*/grid.png"))
     if grids:
@@ -95,7 +95,7 @@ def report_gap(trainer: Trainer) -> None:
         trainer.warn("out of memory for the full base; `sdlora evaluate` measures the gap on another device")
         return
     images = {"train": "training", "heldout": "held-out"}[split]
-    trainer.report.say(f"gap       {images} {gap}")
+    trainer.terminal.print(f"gap       {images} {gap}")
     trainer.event("gap", split=split, **asdict(gap), relative=gap.relative)
 
 

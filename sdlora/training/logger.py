@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from sdlora.config import TrainSection
 from sdlora.data.batches import Sample
 from sdlora.lora.adapter import NormReport
+from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder
-from sdlora.training.console import Report
 from sdlora.training.distributed import all_reduce_sum
 from sdlora.training.health import Counters
 from sdlora.training.step import Draw
@@ -54,11 +54,11 @@ class MetricLogger:
     """
 
     def __init__(
-        self, run: RunFolder, accelerator: Accelerator, report: Report, settings: TrainSection
+        self, run: RunFolder, accelerator: Accelerator, terminal: Terminal, settings: TrainSection
     ) -> None:
         self.run = run
         self.accelerator = accelerator
-        self.report = report
+        self.terminal = terminal
         self.settings = settings
 
     def event(self, name: str, step: int, **values: object) -> None:
@@ -68,11 +68,11 @@ class MetricLogger:
         try:
             self.run.append(name, step, **values)
         except OSError as error:
-            self.report.warn(f"the event {name} could not be written: {error}")
+            self.terminal.warn(f"the event {name} could not be written: {error}")
 
     def warn(self, step: int, message: str, **values: object) -> None:
         """Says it, and keeps it as an event."""
-        self.report.warn(message)
+        self.terminal.warn(message)
         self.event("warning", step, message=message, **values)
 
     def track(self, step: int, values: Mapping[str, float]) -> None:

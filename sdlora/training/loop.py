@@ -21,9 +21,9 @@ from sdlora.export.export import export_adapter
 from sdlora.export.metadata import run_metadata
 from sdlora.models.dtypes import Precision
 from sdlora.report.summary import describe_step
+from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder
 from sdlora.training.batch_size import fit_batch
-from sdlora.training.console import Report
 from sdlora.training.distributed import all_reduce_count, all_reduce_sum, barrier
 from sdlora.training.health import (
     Counters,
@@ -98,7 +98,7 @@ class Trainer:
         prepared: Prepared,
         accelerator: Accelerator,
         precision: Precision,
-        report: Report,
+        terminal: Terminal,
     ) -> None:
         # what the run is
         self.run = run
@@ -112,8 +112,8 @@ class Trainer:
         # how far it is
         self.counters = Counters()
         self.signals = StopSignals()
-        self.report = report
-        self.logger = MetricLogger(run, accelerator, report, self.settings)
+        self.terminal = terminal
+        self.logger = MetricLogger(run, accelerator, terminal, self.settings)
 
     @property
     def step(self) -> int:
@@ -122,7 +122,7 @@ class Trainer:
 
     def resume(self, step: int | None = None) -> None:
         """Continues from the state of a step, or the newest complete one; 0 is the start."""
-        step = newest_complete_step(self.run, self.report) if step is None else step
+        step = newest_complete_step(self.run, self.terminal) if step is None else step
         self.counters = load_state(self.run, step, self.runner) if step else Counters()
 
     def fit_batch(self) -> None:
@@ -130,12 +130,12 @@ class Trainer:
         self.plan = fit_batch(self.plan, self.runner, self.accelerator)
         self.settings = self.runner.settings = self.plan.config.train
         size, count = self.settings.batch_size, self.settings.accumulate
-        self.report.say(f"batch     {size} fit at once, {count} times a step (train.batch_size = auto)")
+        self.terminal.print(f"batch     {size} fit at once, {count} times a step (train.batch_size = auto)")
         self.event("batch_size", batch_size=size, accumulate=count)
 
     def train(self) -> None:
         """Runs the remaining steps; a signal ends the run after the step it came in."""
-        with self.signals, self.report.progress("training", self.plan.steps, self.step) as meter:
+        with self.signals, self.terminal.progress("training", self.plan.steps, self.step) as meter:
             self.begin()
             while self.step < self.plan.steps:
                 started = time.monotonic()
@@ -237,7 +237,7 @@ class Trainer:
             )
             self.logger.track(self.step, {f"{split}_loss": measured.loss})
         # A log or a notebook shows no bar, and nobody the course of these.
-        self.report.say(describe_step(self.run, self.step, losses))
+        self.terminal.print(describe_step(self.run, self.step, losses))
 
     def evaluate(self, split: str) -> HeldoutLoss:
         """The held-out loss of the weights as they are."""
@@ -277,7 +277,7 @@ class Trainer:
         facts = training_metadata(self.run, self.plan, step=self.step, images_seen=self.counters.images_seen)
         try:
             with self.runner.inference_weights():
-                report = export_adapter(
+                exported = export_adapter(
                     self.runner.adapter,
                     self.run.step_adapter(self.step),
                     precision=self.plan.config.export.precision,
@@ -288,7 +288,7 @@ class Trainer:
                 raise
             self.warn(f"the adapter of step {self.step} could not be saved ({error.__cause__})")
             return False
-        self.event("saved", path=str(report.path.relative_to(self.run.path)), precision=report.precision)
+        self.event("saved", path=str(exported.path.relative_to(self.run.path)), precision=exported.precision)
         return True
 
     def _save_state(self) -> bool:
@@ -314,7 +314,7 @@ class Trainer:
                 self.prepared,
                 self.step,
                 self.accelerator,
-                self.report,
+                self.terminal,
                 stops=lambda: self.signals.received is not None,
             )
         except torch.OutOfMemoryError:

@@ -6,30 +6,30 @@ from collections.abc import Sequence
 
 from sdlora.diffusion.objective import describe_objective
 from sdlora.lora.modules import component_of
+from sdlora.report.terminal import Terminal
 from sdlora.training.adapter import describe_parents
-from sdlora.training.console import Report
 from sdlora.training.optimizer import describe_rates, num_warmup_steps
 from sdlora.training.plan import RunPlan
 
 
-def print_plan(plan: RunPlan, report: Report, *, is_default_base: bool) -> None:
+def print_plan(plan: RunPlan, terminal: Terminal, *, is_default_base: bool) -> None:
     """Prints the plan of a new run, and what preflight noticed.
 
     Args:
         plan: The run.
-        report: Of the main process.
+        terminal: Of the main process.
         is_default_base: Whether no base was given.
     """
     if is_default_base:
-        report.say("no --base was given: training on the built-in base (128 px; give --base for a real one)")
-    report.say(*describe_plan(plan))
+        terminal.print("no --base given: using the built-in base (128 px); pass --base for a real one")
+    terminal.print(*describe_plan(plan))
     if plan.info.is_builtin and "learning_rate" not in plan.config.train.model_fields_set:
-        report.say("note: the built-in base is small and learns best at train.learning_rate=3e-3 or so")
+        terminal.print("note: the built-in base is small and learns best at train.learning_rate=3e-3 or so")
     for finding in plan.findings:
         if finding.severity == "warning":
-            report.warn(finding.message)
+            terminal.warn(finding.message)
         else:
-            report.say(f"note: {finding.message}")
+            terminal.print(f"note: {finding.message}")
 
 
 def describe_plan(plan: RunPlan) -> list[str]:

@@ -23,8 +23,8 @@ from sdlora.models.conditioning import Condition
 from sdlora.models.dtypes import Precision
 from sdlora.models.load import load_base
 from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.report.terminal import Terminal
 from sdlora.training.adapter import make_adapter, text_digest
-from sdlora.training.console import Report
 from sdlora.training.defaults import spread_records
 from sdlora.training.encodings import Encodings
 from sdlora.training.plan import RunPlan
@@ -81,7 +81,7 @@ class Prepared:
         ]
 
 
-def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, report: Report) -> Prepared:
+def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, terminal: Terminal) -> Prepared:
     """Loads the base, encodes, lets the encoders leave the device, and mounts a fresh adapter."""
     config = plan.config
     text_learns = config.lora.text_encoder
@@ -99,7 +99,7 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, repor
     train = spread_records(
         plan.index.records, len(heldout) or min(NUM_HELDOUT, max(2, plan.num_images // 10))
     )
-    _encode(plan, encodings, accelerator, report)
+    _encode(plan, encodings, accelerator, terminal)
     prompts = dict.fromkeys([*config.sample.prompts, config.sample.negative_prompt])
     # The base's own column of a grid needs the base's own text states: sampling encodes them itself.
     text_differs = text_learns or any(adapter.changes_text for adapter, _ in parents)
@@ -114,7 +114,7 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, repor
         base.enable_gradient_checkpointing(text=text_learns)
     adapter, started = make_adapter(config, plan.info, base.components, plan.layout)
     if started:
-        report.say(f"start     {config.lora.init_from}: {started}")
+        terminal.print(f"start     {config.lora.init_from}: {started}")
     dropout = Dropout(config.lora.dropout)
     mount(base.components, [*parents, (adapter, 1.0)], dropout)
     return Prepared(
@@ -152,7 +152,7 @@ def _open_cache(config: RunConfig) -> TensorCache | None:
     return None if config.data.cache is False else TensorCache(cache_folder())
 
 
-def _encode(plan: RunPlan, encodings: Encodings, accelerator: Accelerator, report: Report) -> None:
+def _encode(plan: RunPlan, encodings: Encodings, accelerator: Accelerator, terminal: Terminal) -> None:
     """Fills the cache, each process its share."""
     config = plan.config
     views = [
@@ -172,13 +172,13 @@ def _encode(plan: RunPlan, encodings: Encodings, accelerator: Accelerator, repor
     if encodings.cache is None:
         return
     # One after the other: the device never holds text encoders, VAE and UNet at once.
-    encodings.prepare((), captions, accelerator, report)
+    encodings.prepare((), captions, accelerator, terminal)
     if not encodings.text_learns:
         base.text_encoders_to("cpu")
     base.vae.to(device)
-    encodings.prepare(dict.fromkeys(views), (), accelerator, report)
+    encodings.prepare(dict.fromkeys(views), (), accelerator, terminal)
     base.vae.to("cpu")
-    encodings.check_cache(report)
+    encodings.check_cache(terminal)
 
 
 def _heldout_view(plan: RunPlan, encodings: Encodings, record: ImageRecord) -> HeldoutView:

@@ -14,9 +14,9 @@ from torch import Tensor
 from sdlora.config import RunConfig, load_config
 from sdlora.errors import ConfigError, RunError
 from sdlora.models.dtypes import Precision
+from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder
 from sdlora.training.checkpoint import read_checkpoint, read_state, restore_optimizer, save_checkpoint
-from sdlora.training.console import Report
 from sdlora.training.device import package_versions
 from sdlora.training.distributed import all_gather
 from sdlora.training.health import Counters
@@ -328,13 +328,13 @@ def save_state(run: RunFolder, plan: RunPlan, runner: StepRunner, counters: Coun
     run.remove_checkpoints(keep=plan.config.train.keep_checkpoints)
 
 
-def newest_complete_step(run: RunFolder, report: Report) -> int:
+def newest_complete_step(run: RunFolder, terminal: Terminal) -> int:
     """The step of the newest state that can be read whole; 0 if there is none."""
     for step in reversed(run.checkpoint_steps()):
         try:
             read_checkpoint(run.checkpoint(step))
         except RunError as error:
-            report.warn(f"{error}; trying the one before")
+            terminal.warn(f"{error}; trying the one before")
             continue
         return step
     return 0

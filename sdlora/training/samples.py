@@ -14,12 +14,12 @@ from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 
 from sdlora.formats.files import load_adapter
+from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder
 from sdlora.sampling.generate import make_columns
 from sdlora.sampling.images import BLANKS, SampledImage
 from sdlora.sampling.request import make_pictures, request_of_run, write_images
 from sdlora.training.batch_size import as_out_of_memory
-from sdlora.training.console import Report
 from sdlora.training.distributed import all_reduce_count, all_reduce_sum, barrier
 from sdlora.training.plan import RunPlan
 from sdlora.training.prepare import Prepared
@@ -35,7 +35,7 @@ def sample_step(
     prepared: Prepared,
     step: int,
     accelerator: Accelerator,
-    report: Report,
+    terminal: Terminal,
     stops: Callable[[], bool] = lambda: False,
 ) -> Path | None:
     """Samples the adapter saved at a step, each process a share; the main one returns the grid's path.
@@ -53,7 +53,7 @@ def sample_step(
     names = (plan.parents[-1].ancestor.name if plan.parents else "", run.name)
     columns = make_columns(load_adapter(run.step_adapter(step)), request.strengths, prepared.parents, names)
     images: list[SampledImage] = []
-    with report.progress(f"samples of step {step}", 1) as meter:
+    with terminal.progress(f"samples of step {step}", 1) as meter:
 
         def show(done: int, total: int) -> None:
             meter.show(done, total)

@@ -15,8 +15,8 @@ from sdlora.config import RunConfig, load_config
 from sdlora.errors import ConfigError
 from sdlora.models.dtypes import Precision
 from sdlora.models.load import attention_kernel
+from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder, next_free_folder
-from sdlora.training.console import Report
 from sdlora.training.device import describe_environment, find_machine, make_accelerator, start_trackers
 from sdlora.training.distributed import (
     all_reduce_count,
@@ -78,15 +78,15 @@ def train(
     }
     given = {name: values for name, values in direct.items() if None not in values.values()}
     settings = load_config(config, overrides, images=images).replace(**given)
-    accelerator, precision, report = _start(settings, quiet)
+    accelerator, precision, terminal = _start(settings, quiet)
     with propagate_failure(accelerator):
         run = _choose_folder(images, out, accelerator)
         plan = make_plan(settings, accelerator.num_processes, find_machine(accelerator, precision))
-        print_plan(plan, report, is_default_base=base is None and settings.base.source == "builtin")
+        print_plan(plan, terminal, is_default_base=base is None and settings.base.source == "builtin")
         check_same_plan(accelerator, plan)
         check_disk(plan, run.path)
         if dry_run:
-            report.say("dry run: nothing was loaded, nothing was written")
+            terminal.print("dry run: nothing was loaded, nothing was written")
             return run
         environment = describe_environment(accelerator, precision, base_quantize=settings.base.quantize)
         if accelerator.is_main_process:
@@ -96,7 +96,7 @@ def train(
                 if finding.severity == "warning":
                     run.append("warning", 0, message=finding.message)
         barrier(accelerator)
-        return _run(run, plan, accelerator, precision, report)
+        return _run(run, plan, accelerator, precision, terminal)
 
 
 def resume(
@@ -128,16 +128,18 @@ def resume(
         num_processes=num_launched(os.environ),
         allowed=allow_changed,
     )
-    accelerator, precision, report = _start(changed, quiet)
+    accelerator, precision, terminal = _start(changed, quiet)
     with propagate_failure(accelerator):
         steps = changed.train.steps or 0
         is_finished = accelerator.is_main_process and run.is_finished(steps)
         if all_reduce_count(accelerator, is_finished):
             last = max((event["step"] for event in run.events("done")), default=steps)
-            report.say(f"{run.path} is finished at step {last}: {run.adapter}; a larger train.steps goes on")
+            terminal.print(
+                f"{run.path} is finished at step {last}: {run.adapter}; to continue, set a larger train.steps"
+            )
             return run
         step = all_reduce_count(
-            accelerator, newest_complete_step(run, report) if accelerator.is_main_process else 0
+            accelerator, newest_complete_step(run, terminal) if accelerator.is_main_process else 0
         )
         if step:
             # A checkpoint holds what was taken over from that file, which may be gone.
@@ -151,9 +153,9 @@ def resume(
             )
         check_disk(plan, run.path, step)
         nothing = f"{run.path} has no complete checkpoint: starting at step 0"
-        report.say(f"resuming from step {step}" if step else nothing)
+        terminal.print(f"resuming from step {step}" if step else nothing)
         return _run(
-            run, plan, accelerator, precision, report, Resumption(step, changes, settings.lora.init_from)
+            run, plan, accelerator, precision, terminal, Resumption(step, changes, settings.lora.init_from)
         )
 
 
@@ -206,16 +208,16 @@ def _choose_folder(images: str | Path, out: str | Path | None, accelerator: Acce
     return RunFolder(broadcast(accelerator, path))
 
 
-def _start(settings: RunConfig, quiet: bool) -> tuple[Accelerator, Precision, Report]:
+def _start(settings: RunConfig, quiet: bool) -> tuple[Accelerator, Precision, Terminal]:
     accelerator, precision = make_accelerator(settings)
-    report = Report(quiet=quiet or not accelerator.is_main_process)
+    terminal = Terminal(quiet=quiet or not accelerator.is_main_process)
     few_bits = "" if settings.base.quantize == "none" else f" with {settings.base.quantize} layers"
     processes = f" in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
-    report.say(
+    terminal.print(
         f"device    {accelerator.device.type}{processes}, compute {precision.compute}, "
         f"base stored in {precision.base}{few_bits}, adapter fp32"
     )
-    return accelerator, precision, report
+    return accelerator, precision, terminal
 
 
 def _run(
@@ -223,21 +225,21 @@ def _run(
     plan: RunPlan,
     accelerator: Accelerator,
     precision: Precision,
-    report: Report,
+    terminal: Terminal,
     resumption: Resumption | None = None,
 ) -> RunFolder:
     set_seed(plan.config.train.seed)
     with report_failed_start(plan, run):
-        prepared = prepare(plan, accelerator, precision, report)
+        prepared = prepare(plan, accelerator, precision, terminal)
     kernel, dtypes = attention_kernel(prepared.base.unet), prepared.base.dtypes
     autocast = "on" if precision.compute != precision.base else "off"
-    report.say(
+    terminal.print(
         f"attention {kernel}; UNet {dtypes['unet']}, VAE {dtypes['vae']}, "
         f"text encoder {dtypes['text_encoder']}, autocast {autocast}"
     )
     if plan.config.train.trackers:
         start_trackers(accelerator, run.path, flat_settings(plan.config))
-    trainer = Trainer(run, plan, prepared, accelerator, precision, report)
+    trainer = Trainer(run, plan, prepared, accelerator, precision, terminal)
     if resumption is not None:
         if resumption.step:
             trainer.resume(resumption.step)

@@ -24,10 +24,10 @@ from PIL import Image
 import sdlora.export.postflight
 from sdlora.config import RunConfig, load_config
 from sdlora.formats.files import load_adapter
+from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder
 from sdlora.training import prepare as preparation
 from sdlora.training.checkpoint import read_checkpoint
-from sdlora.training.console import Report
 from sdlora.training.device import describe_environment, make_accelerator
 from sdlora.training.logger import StepResult
 from sdlora.training.loop import Trainer
@@ -110,9 +110,9 @@ def make_trainer() -> Callable[..., WatchedTrainer]:
         if not run.config_file.exists():
             RunFolder.create(folder, plan.config, describe_environment(accelerator, precision))
             run.append("plan", 0, **plan.as_event())
-        report = Report(quiet=True)
-        prepared = prepare(plan, accelerator, precision, report)
-        return WatchedTrainer(run, plan, prepared, accelerator, precision, report)
+        terminal = Terminal(quiet=True)
+        prepared = prepare(plan, accelerator, precision, terminal)
+        return WatchedTrainer(run, plan, prepared, accelerator, precision, terminal)
 
     return make
 

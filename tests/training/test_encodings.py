@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sdlora.data.cache import cache_folder, seal
 from sdlora.data.captions import OPERATIONS
 from sdlora.errors import DataError
-from sdlora.training.console import Report
+from sdlora.report.terminal import Terminal
 
 
 def test_a_cache_of_somebody_else_changes_nothing(
@@ -40,7 +40,7 @@ def test_a_cache_of_somebody_else_changes_nothing(
         ]
         file.write_bytes(seal(forged[number % len(forged)]))
     two = make_trainer(config, tmp_path / "two")
-    two.prepared.encodings.check_cache(Report())
+    two.prepared.encodings.check_cache(Terminal())
     assert f"the cache held {len(files)} damaged files, encoded anew: {files[0]}" in capsys.readouterr().out
     # What was forged has been encoded before the encoders leave.
     two.prepared.base.encoders_to("meta")
@@ -76,7 +76,7 @@ def test_a_picture_that_goes_in_mid_run(make_images, small, make_trainer, tmp_pa
 
 def test_nothing_to_encode_prints_nothing(capsys):
     """R-20: where all is cached there is no progress to show, nor an empty line for it."""
-    with Report().progress("encoding", 0):
+    with Terminal().progress("encoding", 0):
         pass
     assert capsys.readouterr().out == ""
 

@@ -1,4 +1,4 @@
-"""What a run prints: lines, and progress with an ETA; only the main process speaks."""
+"""Lines and progress bars on the terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.text import Text
 
 
-class Report:
+class Terminal:
     """Lines and progress bars on the terminal.
 
     Args:
@@ -28,7 +28,7 @@ class Report:
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
 
-    def say(self, *lines: str) -> None:
+    def print(self, *lines: str) -> None:
         """Prints lines as they are, in one piece: a notebook gives each print a cell of its own."""
         if lines:
             self.console.print(Text("\n".join(lines)))
