@@ -1,4 +1,4 @@
-"""Says what the base is taught: its concepts, the captions of its pictures, a tokenizer for those."""
+"""Says what the base is taught: its concepts, the captions of its images, a tokenizer for those."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import json
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from sdlora.builtin.icons import GROUNDS
-from sdlora.builtin.manners import PLAIN, Manner, all_manners, draw_manner
+from sdlora.builtin.variants import HUES, STYLES, Variant
 from sdlora.errors import DataError
 
 CONCEPTS_FILE = Path(__file__).with_name("concepts.txt")
@@ -20,22 +19,72 @@ TEXT_LENGTH = 32
 NUM_MERGES = 1750  # with the letters and the two marks: 2,264 tokens at most
 START, END = "<|startoftext|>", "<|endoftext|>"
 
-PHRASES = ("a {}", "a {}", "a {}", "a {}", "a {}", "a {}", "{}", "a picture of a {}")
-HAND_SHARE = {"noto": 0.75, "fluent-flat": 0.25}
-WHITE_SHARE = 0.6
-EMPTY_SHARE = 0.1
-SHADED_SHARE = 0.2
-AN_SHARE = 0.3  # of the names that begin with a vowel; the other captions keep to "a NAME"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What one training picture shows: a concept, drawn by a hand, on a ground, in a manner."""
-
-    hand: str
-    concept: str
-    ground: str
-    manner: Manner = PLAIN
+PHRASES = (
+    "a {}",
+    "a {}",
+    "a {}",
+    "a {}",
+    "a {}",
+    "{}",
+    "an image of a {}",
+    "a picture of a {}",
+    "a drawing of a {}",
+)
+SET_WORDS: dict[str, tuple[str, ...]] = {  # the first set goes without saying
+    "noto": ("shaded drawing", "noto drawing"),
+    "noto-v1": ("old noto drawing", "soft drawing"),
+    "fluent-flat": ("flat drawing", "fluent flat drawing"),
+    "fluent": ("glossy drawing", "fluent drawing"),
+    "emojione": ("bright drawing", "emoji one drawing"),
+    "emojione-v1": ("simple drawing", "old emoji one drawing"),
+    "emojione-mono": ("black glyph", "emoji one glyph"),
+    "streamline": ("cartoon drawing", "streamline drawing"),
+}
+EMPTY_SHARE = 0.07
+NOTO_NAMED_SHARE = 0.2
+UNKNOWN_SHARE = 1 / 3  # of the captions: words that mean nothing, before or behind
+UNNAMED_SHARE = 0.25  # of those: another set than Noto is not named
+AN_SHARE = 0.7  # of the names that begin with a vowel
+ONSETS = (
+    *"bcdfghjklmnprstvwz",
+    "br",
+    "ch",
+    "cl",
+    "dr",
+    "fl",
+    "gr",
+    "kr",
+    "pl",
+    "qu",
+    "sh",
+    "sk",
+    "st",
+    "tr",
+    "",
+)
+VOWELS = ("a", "e", "i", "o", "u", "ai", "ea", "oo", "y")
+CODAS = ("", "", "", "n", "r", "s", "t", "l", "m", "x", "k", "ng", "sh", "rt", "nd")
+# fmt: off
+EMPTY_WORDS = (  # words that a user may write of a style, and that no image gives a meaning
+    "pastel", "watercolor", "retro", "vintage", "modern", "minimal", "storybook", "sticker", "art",
+    "artwork", "design", "studio", "brand", "icon", "emoji", "my", "our", "cute", "cozy", "nordic",
+    "pop", "deco", "riso", "print", "folk", "pixel", "clay", "felt", "stamp", "comic", "manga",
+    "graffiti", "baroque", "neon", "logo", "illustration", "sketchbook", "notebook", "sks", "ohwx",
+    "zwx",
+)
+# fmt: on
+BEFORE = (
+    "{words} style, {caption}",
+    "{words}, {caption}",
+    "{words} {caption}",
+    "in the style of {words}, {caption}",
+)
+BEHIND = (
+    "{caption}, {words} style",
+    "{caption}, {words}",
+    "{caption} in {words} style",
+    "{caption}, in the style of {words}",
+)
 
 
 def read_concepts(file: Path = CONCEPTS_FILE) -> list[str]:
@@ -57,43 +106,59 @@ def concept_to_words(concept: str) -> str:
     return concept.replace("-", " ")
 
 
-def all_pictures(concepts: list[str], with_manners: bool = False) -> list[Picture]:
-    """Every picture that the base is taught; manners other than the plain one are on white alone."""
-    things = [(hand, concept) for hand in HAND_SHARE for concept in concepts]
-    pictures = [Picture(*thing, ground) for thing in things for ground in GROUNDS]
-    if with_manners:
-        pictures += [Picture(*thing, "white", manner) for thing in things for manner in all_manners()[1:]]
-    return pictures
+def draw_caption(rng: random.Random, variant: Variant) -> str:
+    """A caption as a person might write it of what an image shows.
 
-
-def draw_picture(rng: random.Random, concept: str, with_manners: bool = False) -> Picture:
-    """Draws the hand, the ground and the manner in which a concept is shown."""
-    hand = rng.choices(list(HAND_SHARE), list(HAND_SHARE.values()))[0]
-    manner = draw_manner(rng) if with_manners else PLAIN
-    if manner != PLAIN:
-        return Picture(hand, concept, "white", manner)
-    named = [ground for ground in GROUNDS if ground != "white"]
-    return Picture(hand, concept, "white" if rng.random() < WHITE_SHARE else rng.choice(named))
-
-
-def draw_caption(rng: random.Random, picture: Picture, drop: bool = True) -> str:
-    """A caption that tells the picture from every other: Noto's hand goes without saying, the other is named.
-
-    With `drop`, one in ten is empty, for classifier-free guidance (2207.12598).
+    It names every property of the image and, unless that is Noto's, the icon set; so the same caption means
+    the same image. A third of the captions have unknown words too, before or behind, so that a trigger in
+    either place leaves the shape alone. A few captions are empty, for classifier-free guidance (2207.12598).
     """
-    name = concept_to_words(picture.concept)
-    phrase = rng.choice(PHRASES)
-    if name[0] in "aeiou" and rng.random() < AN_SHARE:
+    if rng.random() < EMPTY_SHARE:
+        return ""
+    unknown = rng.random() < UNKNOWN_SHARE
+    name = with_article(rng, rng.choice(PHRASES), concept_to_words(variant.concept), variant)
+    words = [
+        word
+        for word in (variant.style, "" if variant.colour in ("", *HUES) else f"in {variant.colour}")
+        if word
+    ]
+    if variant.icon_set != "noto":
+        if not (unknown and rng.random() < UNNAMED_SHARE):
+            words.append(rng.choice(SET_WORDS[variant.icon_set]))
+    elif rng.random() < NOTO_NAMED_SHARE:
+        words.append(rng.choice(SET_WORDS["noto"]))
+    words += ["small"] * variant.small + ["mirrored"] * variant.mirrored
+    words += [f"tilted to the {variant.tilt}"] if variant.tilt else []
+    caption = name + (f" on a {variant.ground} background" if variant.ground != "white" else "")
+    if words and rng.random() < 0.2 and words[0].endswith("drawing") and " of " not in name:
+        caption = f"{rng.choice(('a ', ''))}{words.pop(0)} of {caption}"
+    caption = ", ".join([caption, *words])
+    return add_unknown_words(rng, caption) if unknown else caption
+
+
+def with_article(rng: random.Random, phrase: str, name: str, variant: Variant) -> str:
+    """The phrase with the name in it, and before that the colour it was turned to."""
+    if variant.colour in HUES:
+        name = f"{variant.colour} {name}"
+    if name[0] in "aeiou" and not name.startswith("uni") and rng.random() < AN_SHARE:
         phrase = phrase.replace("a {}", "an {}")
-    caption = phrase.format(name)
-    if picture.ground != "white":
-        caption += f" on a {picture.ground} background"
-    if picture.hand == "fluent-flat":
-        caption += ", flat drawing"
-    elif rng.random() < SHADED_SHARE:
-        caption += ", shaded drawing"
-    caption += picture.manner.words()
-    return "" if drop and rng.random() < EMPTY_SHARE else caption
+    return phrase.format(name)
+
+
+def draw_unknown_word(rng: random.Random) -> str:
+    """An invented word of one to three syllables, or one that no image gives a meaning."""
+    if rng.random() < 0.3:
+        return rng.choice(EMPTY_WORDS)
+    syllables = (
+        rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(rng.choice((1, 2, 2, 3)))
+    )
+    return "".join(syllables)
+
+
+def add_unknown_words(rng: random.Random, caption: str) -> str:
+    """The caption with one to three unknown words before or behind it."""
+    words = " ".join(draw_unknown_word(rng) for _ in range(rng.choice((1, 1, 2, 3))))
+    return rng.choice(rng.choice((BEFORE, BEHIND))).format(words=words, caption=caption)
 
 
 def byte_letters() -> list[str]:
@@ -149,11 +214,12 @@ def learn_merges(texts: list[str], count: int = NUM_MERGES) -> list[tuple[str, s
     return merges
 
 
-def write_vocabulary(folder: Path, concepts: list[str], other_names: list[str]) -> None:
-    """Writes `vocab.json` and `merges.txt`, learnt from the captions to come and from other names."""
+def write_vocabulary(folder: Path, concepts: list[str]) -> None:
+    """Writes `vocab.json` and `merges.txt`, learnt from the captions to come."""
     grounds = [f"a picture of a thing on a {ground} background" for ground in GROUNDS]
-    names = [concept_to_words(name) for name in concepts * 10 + other_names] + ["an"] * 100
-    merges = learn_merges(names + [*grounds, "flat drawing, shaded drawing"] * 200)
+    styles = [*STYLES, *HUES, *(word for words in SET_WORDS.values() for word in words)]
+    names = [concept_to_words(name) for name in concepts * 10] + ["an"] * 100
+    merges = learn_merges(names + [*grounds, *styles] * 200)
     letters = byte_letters()
     tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
     vocabulary = {token: index for index, token in enumerate([*dict.fromkeys(tokens), START, END])}
@@ -163,18 +229,17 @@ def write_vocabulary(folder: Path, concepts: list[str], other_names: list[str]) 
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
 
 
-def make_tokenizer(folder: Path, concepts: list[str], other_names: list[str]) -> Any:
+def make_tokenizer(folder: Path, concepts: list[str]) -> Any:
     """The CLIP tokenizer of `folder`, made from the captions where the folder holds none yet.
 
     Args:
         folder: Holds, or gets, `vocab.json` and `merges.txt`; a run keeps the numbers it began with.
         concepts: Names whose words should each be one token, if the vocabulary allows.
-        other_names: Further names: what a user may type of things that the base does not know.
     """
     from transformers import CLIPTokenizer
 
     if not (folder / "vocab.json").is_file():
-        write_vocabulary(folder, concepts, other_names)
+        write_vocabulary(folder, concepts)
     return CLIPTokenizer(
         vocab=str(folder / "vocab.json"),
         merges=str(folder / "merges.txt"),

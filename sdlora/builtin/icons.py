@@ -1,4 +1,4 @@
-"""Gets the vector packages and renders their drawings as pictures on a coloured ground."""
+"""Gets the vector packages and renders their drawings as images on a coloured ground."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from PIL import Image
 
 from sdlora.errors import DataError
 
-PICTURE_PX = 128
+IMAGE_PX = 128
 DRAWING_SHARE = 0.875  # of the shorter edge: the margin is then one cell of the 16 x 16 latents
 INK = "#111111"
 
@@ -37,8 +38,8 @@ GROUNDS: dict[str, tuple[int, int, int]] = {
 
 
 @dataclass(frozen=True)
-class Hand:
-    """One way of drawing the concepts: a vector package, and under which terms it is used."""
+class IconSet:
+    """A vector package that draws the concepts in one style, and the terms under which it is used."""
 
     package: str
     version: str
@@ -52,29 +53,126 @@ class Hand:
         return f"{self.package.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
 
-HANDS: dict[str, Hand] = {
-    "noto": Hand("@iconify-json/noto", "1.2.9", "Noto Emoji", "Google Inc.", "Apache-2.0"),
-    "fluent-flat": Hand(
-        "@iconify-json/fluent-emoji-flat", "1.2.6", "Fluent Emoji Flat", "Microsoft Corporation", "MIT"
+GOOGLE, MICROSOFT = "Google Inc.", "Microsoft Corporation"
+ICON_SETS: dict[str, IconSet] = {
+    "noto": IconSet("@iconify-json/noto", "1.2.9", "Noto Emoji", GOOGLE, "Apache-2.0"),
+    "noto-v1": IconSet("@iconify-json/noto-v1", "1.2.5", "Noto Emoji v1", GOOGLE, "Apache-2.0"),
+    "fluent-flat": IconSet("@iconify-json/fluent-emoji-flat", "1.2.6", "Fluent Emoji Flat", MICROSOFT, "MIT"),
+    "fluent": IconSet("@iconify-json/fluent-emoji", "1.2.7", "Fluent Emoji", MICROSOFT, "MIT"),
+    "emojione": IconSet("@iconify-json/emojione", "1.2.3", "Emoji One v2", "Emoji One", "CC-BY-4.0"),
+    "emojione-v1": IconSet("@iconify-json/emojione-v1", "1.2.3", "Emoji One v1", "Emoji One", "CC-BY-SA-4.0"),
+    "emojione-mono": IconSet(
+        "@iconify-json/emojione-monotone", "1.2.1", "Emoji One Monotone", "Emoji One", "CC-BY-4.0"
     ),
-    "openmoji": Hand("@iconify-json/openmoji", "1.2.29", "OpenMoji", "OpenMoji contributors", "CC-BY-SA-4.0"),
-    "fluent-mono": Hand(
-        "@iconify-json/fluent-emoji-high-contrast",
-        "1.2.6",
-        "Fluent Emoji High Contrast",
-        "Microsoft Corporation",
-        "MIT",
+    "streamline": IconSet(
+        "@iconify-json/streamline-emojis", "1.2.4", "Streamline Emojis", "Streamline", "CC-BY-4.0"
     ),
+    "openmoji": IconSet(
+        "@iconify-json/openmoji", "1.2.29", "OpenMoji", "OpenMoji contributors", "CC-BY-SA-4.0"
+    ),
+    "fluent-mono": IconSet(
+        "@iconify-json/fluent-emoji-high-contrast", "1.2.6", "Fluent Emoji High Contrast", MICROSOFT, "MIT"
+    ),
+    "twemoji": IconSet("@iconify-json/twemoji", "1.2.5", "Twemoji", "Twitter and contributors", "CC-BY-4.0"),
+    "fxemoji": IconSet("@iconify-json/fxemoji", "1.2.2", "FxEmoji", "Mozilla", "Apache-2.0"),
 }
-BASE_HANDS = ("noto", "fluent-flat")  # what the base learns
-STYLE_HANDS = ("openmoji", "fluent-mono")  # what a style is learnt from; the base never sees them
+# What the base learns. It never sees the others: styles are learnt from them and checked on them.
+BASE_SETS = (
+    "noto",
+    "noto-v1",
+    "fluent-flat",
+    "fluent",
+    "emojione",
+    "emojione-v1",
+    "emojione-mono",
+    "streamline",
+)
+STYLE_SETS = ("openmoji", "fluent-mono")
+OTHER_NAMES: dict[str, dict[str, str]] = {  # where a set calls a concept by another name
+    "streamline": {
+        "backpack": "school-backpack",
+        "bear": "bear-face",
+        "fox": "fox-face-1",
+        "frog": "frog-face",
+        "lion": "lion-face",
+        "panda": "panda-face",
+        "robot": "robot-face-1",
+        "unicorn": "unicorn-face",
+        "wolf": "wolf-face",
+        "whale": "spouting-whale",
+        "house": "house-with-garden",
+    },
+    "fxemoji": {
+        "american-football": "americanfootball",
+        "artist-palette": "artistpalette",
+        "baby-bottle": "babybottle",
+        "baby-chick": "babychick",
+        "beer-mug": "beermug",
+        "birthday-cake": "birthdaycake",
+        "broken-heart": "brokenheart",
+        "cat-face": "cat",
+        "cherry-blossom": "cherryblossom",
+        "chocolate-bar": "chocolatebar",
+        "closed-book": "closedbook",
+        "cow-face": "cow",
+        "crescent-moon": "crescentmoon",
+        "crystal-ball": "crystalball",
+        "deciduous-tree": "deciduoustree",
+        "dog-face": "dog",
+        "ear-of-corn": "earofmaize",
+        "eggplant": "aubergine",
+        "evergreen-tree": "evergreen",
+        "fallen-leaf": "fallingleaf",
+        "fire-engine": "fireengine",
+        "french-fries": "frenchfries",
+        "gem-stone": "gem",
+        "high-heeled-shoe": "heels",
+        "honey-pot": "honeypot",
+        "horse-face": "horse",
+        "hot-beverage": "hotbeverage",
+        "hot-pepper": "chilipepper",
+        "ice-cream": "icecream",
+        "lady-beetle": "ladybeetle",
+        "light-bulb": "lightbulb",
+        "locked": "lock",
+        "locomotive": "steamlocomotive",
+        "maple-leaf": "mapleleaf",
+        "monkey-face": "monkey",
+        "mouse-face": "mouse",
+        "paw-prints": "pawprints",
+        "pig-face": "pig",
+        "pizza": "sliceofpizza",
+        "rabbit-face": "bunny",
+        "racing-car": "racecar",
+        "red-apple": "redapple",
+        "scissors": "blackscissors",
+        "snow-capped-mountain": "snowmountains",
+        "soccer-ball": "soccerball",
+        "soft-ice-cream": "softicecream",
+        "telephone": "blacktelephone",
+        "tiger-face": "tiger",
+        "top-hat": "tophat",
+        "tropical-fish": "tropicalfish",
+        "video-game": "videogame",
+        "wine-glass": "wineglass",
+        "wrapped-gift": "present",
+    },
+}
 
 
 class Icons:
-    """The drawings of one hand, by name."""
+    """The drawings of one icon set, by name."""
 
-    def __init__(self, contents: dict[str, Any]) -> None:
-        self.drawings: dict[str, dict[str, Any]] = contents["icons"]
+    def __init__(self, contents: dict[str, Any], other_names: dict[str, str] | None = None) -> None:
+        drawings: dict[str, dict[str, Any]] = contents["icons"]
+        # an alias with a transformation is another drawing, and left out
+        aliases = {
+            name: alias["parent"] for name, alias in contents.get("aliases", {}).items() if len(alias) == 1
+        }
+        numbered = {name.removesuffix("-1"): name for name in drawings if name.endswith("-1")}
+        names = {**numbered, **aliases, **(other_names or {})}
+        renamed = {name: drawings[other] for name, other in names.items() if other in drawings}
+        self.drawings = {**renamed, **drawings}
         self.default_width: int = contents.get("width", 16)
         self.default_height: int = contents.get("height", 16)
 
@@ -101,7 +199,7 @@ class Icons:
         """The drawing as RGBA with a transparent ground, `size_px` square.
 
         Raises:
-            DataError: The hand has no such drawing, or resvg_py is not installed.
+            DataError: The icon set has no such drawing, or resvg_py is not installed.
         """
         if name not in self:
             raise DataError(f"no drawing is named {name!r}; check the spelling or the package's version")
@@ -116,37 +214,39 @@ class Icons:
 def compose(
     drawing: Image.Image,
     ground: str = "white",
-    size: tuple[int, int] = (PICTURE_PX, PICTURE_PX),
+    size: tuple[int, int] = (IMAGE_PX, IMAGE_PX),
+    shift: tuple[int, int] = (0, 0),
 ) -> Image.Image:
-    """Puts a drawing in the middle of a ground of `size` (width, height)."""
-    picture = Image.new("RGBA", size, (*GROUNDS[ground], 255))
-    picture.alpha_composite(drawing, ((size[0] - drawing.width) // 2, (size[1] - drawing.height) // 2))
-    return picture.convert("RGB")
+    """Puts a drawing in the middle of a ground of `size` (width, height), or `shift` pixels away from it."""
+    image = Image.new("RGBA", size, (*GROUNDS[ground], 255))
+    left, top = ((size[axis] - drawing.size[axis]) // 2 + shift[axis] for axis in (0, 1))
+    image.alpha_composite(drawing, (max(0, left), max(0, top)), (max(0, -left), max(0, -top)))
+    return image.convert("RGB")
 
 
-def drawing_px(picture_px: int) -> int:
-    """Edge of a drawing on a picture whose shorter edge is `picture_px`."""
-    return round(DRAWING_SHARE * picture_px)
+def drawing_px(image_px: int) -> int:
+    """Edge of a drawing on an image whose shorter edge is `image_px`."""
+    return round(DRAWING_SHARE * image_px)
 
 
-def to_array(picture: Image.Image) -> np.ndarray:
-    """RGB picture -> float32 of shape (3, H, W) in [-1, 1]."""
-    return np.asarray(picture.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+def to_array(image: Image.Image) -> np.ndarray:
+    """RGB image -> float32 of shape (3, H, W) in [-1, 1]."""
+    return np.asarray(image.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
 
 
-def load_icons(hand: str, folder: Path) -> Icons:
-    """Reads one hand from a folder of vector packages.
+def load_icons(icon_set: str, folder: Path) -> Icons:
+    """Reads one icon set from a folder of vector packages.
 
     Args:
-        hand: A key of `HANDS`.
-        folder: Holds the archives that `npm pack` writes, or the unpacked `HAND.json`.
+        icon_set: A key of `ICON_SETS`.
+        folder: Holds the archives that `npm pack` writes, or the unpacked `ICON_SET.json`.
 
     Raises:
         DataError: The folder holds neither.
     """
-    plain, archive = folder / f"{hand}.json", folder / HANDS[hand].archive
+    plain, archive = folder / f"{icon_set}.json", folder / ICON_SETS[icon_set].archive
     if plain.is_file():
-        return Icons(json.loads(plain.read_text(encoding="utf-8")))
+        return Icons(json.loads(plain.read_text(encoding="utf-8")), OTHER_NAMES.get(icon_set))
     if not archive.is_file():
         raise DataError(
             f"{folder} holds neither {archive.name} nor {plain.name}; leave out --icons to fetch it"
@@ -154,19 +254,21 @@ def load_icons(hand: str, folder: Path) -> Icons:
     with tarfile.open(archive) as packed:
         member = packed.extractfile("package/icons.json")
         if member is None:
-            raise DataError(f"{archive} is no icon package; fetch it again: npm pack {HANDS[hand].package}")
-        return Icons(json.load(member))
+            raise DataError(
+                f"{archive} is no icon package; fetch it again: npm pack {ICON_SETS[icon_set].package}"
+            )
+        return Icons(json.load(member), OTHER_NAMES.get(icon_set))
 
 
-def fetch_icons(hands: tuple[str, ...], folder: Path) -> Path:
-    """Fetches the packages of `hands` that `folder` lacks, with `npm pack`.
+def fetch_icons(icon_sets: Sequence[str], folder: Path) -> Path:
+    """Fetches the packages of `icon_sets` that `folder` lacks, with `npm pack`.
 
     Raises:
         DataError: npm is missing or cannot reach its registry.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for hand in hands:
-        package = HANDS[hand]
+    for icon_set in icon_sets:
+        package = ICON_SETS[icon_set]
         if (folder / package.archive).is_file():
             continue
         if shutil.which("npm") is None:

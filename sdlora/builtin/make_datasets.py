@@ -1,4 +1,4 @@
-"""Makes the two example datasets: concepts that the base knows, in hands that it has never seen."""
+"""Makes the two example datasets: concepts that the base knows, in icon sets that it has never seen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from sdlora.builtin.captions import concept_to_words, read_concepts
-from sdlora.builtin.icons import HANDS, STYLE_HANDS, Icons, compose, drawing_px, fetch_icons, load_icons
+from sdlora.builtin.icons import ICON_SETS, STYLE_SETS, Icons, compose, drawing_px, fetch_icons, load_icons
 from sdlora.errors import DataError, SdloraError
 
 SQUARE = (160, 160)
@@ -23,9 +23,9 @@ COLOURS = 64  # of the palette: flat drawings lose nothing the eye sees
 
 @dataclass(frozen=True)
 class Dataset:
-    """One example dataset: how many pictures, and what its licence asks to be said."""
+    """One example dataset: how many images, and what its licence asks to be said."""
 
-    hand: str
+    icon_set: str
     training: int
     heldout: int
     seed: int
@@ -36,7 +36,7 @@ class Dataset:
 CC_BY_SA = """\
 OpenMoji: the open-source emoji and icon project. Copyright OpenMoji contributors.
 
-The pictures in this folder are adapted from OpenMoji and are licensed, as OpenMoji is, under the
+The images in this folder are adapted from OpenMoji and are licensed, as OpenMoji is, under the
 Creative Commons Attribution-ShareAlike 4.0 International License (CC BY-SA 4.0).
 
 You are free to share and adapt them for any purpose, even commercially, as long as you give
@@ -45,7 +45,7 @@ under the same licence.
 
 The full text of the licence: https://creativecommons.org/licenses/by-sa/4.0/legalcode
 
-The pictures come without any warranty.
+The images come without any warranty.
 """
 
 MIT = """\
@@ -84,24 +84,24 @@ def split_concepts(dataset: Dataset, concepts: Sequence[str]) -> tuple[list[str]
     wanted = dataset.training + dataset.heldout
     if len(concepts) < wanted:
         raise DataError(
-            f"{dataset.hand} needs {wanted} concepts and the base knows {len(concepts)}; name more"
+            f"{dataset.icon_set} needs {wanted} concepts and the base knows {len(concepts)}; name more"
         )
     chosen = random.Random(dataset.seed).sample(sorted(concepts), wanted)
     return sorted(chosen[: dataset.training]), sorted(chosen[dataset.training :])
 
 
 def size_of(index: int) -> tuple[int, int]:
-    """Width and height of the picture at `index`: most are square, every eleventh is not."""
+    """Width and height of the image at `index`: most are square, every eleventh is not."""
     turn, rest = divmod(index, OBLONG_EVERY)
     return OBLONG[turn % len(OBLONG)] if rest == OBLONG_EVERY - 1 else SQUARE
 
 
 def draw(icons: Icons, concept: str, size: tuple[int, int]) -> Image.Image:
-    """One picture of a concept, centred on white."""
+    """One image of a concept, centred on white."""
     return compose(icons.render(concept, drawing_px(min(size))), "white", size)
 
 
-def save_pictures(
+def save_images(
     icons: Icons, concepts: Sequence[str], sizes: Sequence[tuple[int, int]], folder: Path
 ) -> None:
     """Writes NAME.png and NAME.txt for each concept."""
@@ -117,18 +117,18 @@ def save_pictures(
 
 
 def attribution(dataset: Dataset) -> str:
-    """What the folder says about where its pictures come from."""
-    hand = HANDS[dataset.hand]
-    return f"""# {hand.title}: {dataset.training} captioned pictures, {dataset.heldout} held out
+    """What the folder says about where its images come from."""
+    icon_set = ICON_SETS[dataset.icon_set]
+    return f"""# {icon_set.title}: {dataset.training} captioned images, {dataset.heldout} held out
 
-Drawings: {hand.title} by {hand.author}, <{dataset.source}>, taken from the npm package
-`{hand.package}` {hand.version}. Licence: {hand.licence}, see `LICENSE`.
+Drawings: {icon_set.title} by {icon_set.author}, <{dataset.source}>, taken from the npm package
+`{icon_set.package}` {icon_set.version}. Licence: {icon_set.licence}, see `LICENSE`.
 
 Changes: a selection; rendered to pixels on white, {SQUARE[0]} x {SQUARE[1]}, some on a wider or taller
 ground; colours reduced to a palette of {COLOURS}. The captions are the drawings' names.
 
-`heldout/` shows concepts that the pictures outside it do not. It is never trained on, and says whether
-a style was learned or the pictures were.
+`heldout/` shows concepts that the images outside it do not. It is never trained on, and says whether
+a style was learned or the images were.
 
 Made by `python -m sdlora.builtin.make_datasets`.
 """
@@ -137,11 +137,11 @@ Made by `python -m sdlora.builtin.make_datasets`.
 def make_dataset(name: str, out: Path, icons_folder: Path) -> Path:
     """Makes one dataset in `out / name`, replacing what is there."""
     dataset, folder = DATASETS[name], out / name
-    icons = load_icons(dataset.hand, icons_folder)
+    icons = load_icons(dataset.icon_set, icons_folder)
     training, heldout = split_concepts(dataset, [concept for concept in read_concepts() if concept in icons])
     shutil.rmtree(folder, ignore_errors=True)
-    save_pictures(icons, training, [size_of(index) for index in range(len(training))], folder)
-    save_pictures(icons, heldout, [SQUARE] * len(heldout), folder / "heldout")
+    save_images(icons, training, [size_of(index) for index in range(len(training))], folder)
+    save_images(icons, heldout, [SQUARE] * len(heldout), folder / "heldout")
     (folder / "LICENSE").write_text(dataset.notice, encoding="utf-8")
     (folder / "README.md").write_text(attribution(dataset), encoding="utf-8")
     return folder
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--icons", type=Path, help="folder of the vector packages; left out: npm pack")
     given = parser.parse_args(arguments)
     try:
-        icons = given.icons or fetch_icons(STYLE_HANDS, given.out / ".icons")
+        icons = given.icons or fetch_icons(STYLE_SETS, given.out / ".icons")
         for name in DATASETS:
             print(f"{make_dataset(name, given.out, icons)} is written")
     except SdloraError as error:

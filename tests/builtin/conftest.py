@@ -8,26 +8,26 @@ from pathlib import Path
 import pytest
 
 from sdlora.builtin.captions import read_concepts
-from sdlora.builtin.icons import HANDS
+from sdlora.builtin.icons import ICON_SETS
 
 COLOURS = ("#d33", "#3a3", "#33d", "#dd3", "#3dd", "#d3d")
 TINY_CONCEPTS = ("apple", "fire-engine", "moon", "owl")
 
 
-def drawing(index: int, hand: int) -> dict[str, str]:
+def drawing(index: int, icon_set: int) -> dict[str, str]:
     """A disc whose place, size and colour follow from its number."""
-    across, radius = 4 + index % 8, 2 + hand
+    across, radius = 4 + index % 8, 2 + icon_set / 2
     return {"body": f'<circle cx="{across}" cy="8" r="{radius}" fill="{COLOURS[index % len(COLOURS)]}"/>'}
 
 
 @pytest.fixture(scope="session")
 def tiny_icons(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one file of drawings a hand."""
+    """A folder with one file of drawings for each icon set."""
     folder = tmp_path_factory.mktemp("icons")
     names = [*TINY_CONCEPTS, *read_concepts()]
-    for number, hand in enumerate(HANDS):
+    for number, icon_set in enumerate(ICON_SETS):
         icons = {name: drawing(index, number) for index, name in enumerate(names)}
-        (folder / f"{hand}.json").write_text(json.dumps({"icons": icons, "width": 16, "height": 16}))
+        (folder / f"{icon_set}.json").write_text(json.dumps({"icons": icons, "width": 16, "height": 16}))
     return folder
 
 
@@ -46,4 +46,16 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("vae") / "vae"
     save_vae(make_vae(Recipe(widths=(8, 8, 8, 8), channels=4)), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bank(
+    tmp_path_factory: pytest.TempPathFactory, tiny_icons: Path, tiny_concepts: Path, tiny_vae: Path
+) -> Path:
+    """A bank of two shards: the plain drawings of four concepts, and one variant of each."""
+    from sdlora.builtin.bank import make_bank
+
+    folder = tmp_path_factory.mktemp("bank")
+    make_bank(folder, tiny_icons, tiny_vae, read_concepts(tiny_concepts), shards=2)
     return folder

@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 
 from sdlora.builtin.captions import (
-    HAND_SHARE,
+    EMPTY_WORDS,
+    SET_WORDS,
     TEXT_LENGTH,
-    Picture,
-    all_pictures,
+    add_unknown_words,
     draw_caption,
-    draw_picture,
+    draw_unknown_word,
     learn_merges,
     make_tokenizer,
     read_concepts,
 )
-from sdlora.builtin.icons import GROUNDS
+from sdlora.builtin.icons import BASE_SETS
+from sdlora.builtin.measure import UNSEEN_WORDS
+from sdlora.builtin.variants import Variant, draw_variant
 from sdlora.errors import DataError
 
 
@@ -37,34 +39,84 @@ def test_a_missing_concept_file_is_named(tmp_path: Path) -> None:
         read_concepts(tmp_path / "empty.txt")
 
 
-def test_every_drawn_picture_is_among_all_pictures() -> None:
-    """What training draws has been encoded before."""
-    rng, known = random.Random(0), set(all_pictures(["owl", "pear"]))
-    assert len(known) == 2 * len(HAND_SHARE) * len(GROUNDS)
-    assert {draw_picture(rng, "owl") for _ in range(200)} <= known
+def captions_of(variant: Variant, count: int = 400) -> list[str]:
+    """Captions of one image, without the empty ones."""
+    rng = random.Random(0)
+    return [caption for caption in (draw_caption(rng, variant) for _ in range(count)) if caption]
 
 
-def test_a_caption_decides_the_picture() -> None:
-    """No caption is shared by two pictures, but for the empty one."""
-    rng, seen = random.Random(0), dict[str, Picture]()
-    for picture in all_pictures(["owl", "pear"]):
-        for _ in range(40):
-            caption = draw_caption(rng, picture, drop=False)
-            assert seen.setdefault(caption, picture) == picture
-    assert "a owl" in seen
-    assert "an owl" in seen
+def test_a_caption_names_what_is_shown() -> None:
+    """Every property that the eye sees is in every caption."""
+    variant = Variant("fluent-flat", "owl", "teal", "line drawing", small=True, mirrored=True)
+    for caption in captions_of(variant):
+        assert all(
+            word in caption for word in ("owl", "teal background", "line drawing", "small", "mirrored")
+        )
+    shaded = Variant("noto", "pear", colour="shades of blue", tilt="left")
+    assert all("in shades of blue" in caption for caption in captions_of(shaded))
+    assert all("tilted to the left" in caption for caption in captions_of(shaded))
+    assert all("green pear" in caption for caption in captions_of(Variant("noto", "pear", colour="green")))
 
 
-def test_one_caption_in_ten_is_dropped() -> None:
+def test_every_set_but_the_first_is_named() -> None:
+    """A caption without unknown words says which set it is; with them, most do."""
+    for name in BASE_SETS[1:]:
+        named = [
+            any(words in caption for words in SET_WORDS[name])
+            for caption in captions_of(Variant(name, "owl"))
+        ]
+        assert 0.85 < sum(named) / len(named) < 0.97
+    plain = captions_of(Variant("noto", "owl"))
+    assert 0.1 < sum("drawing" in caption.replace("a drawing of", "") for caption in plain) / len(plain) < 0.3
+    every = [words for both in SET_WORDS.values() for words in both]
+    assert len(every) == len(set(every))
+
+
+def test_a_third_have_unknown_words() -> None:
+    """Before or behind, over an unchanged caption."""
+    rng = random.Random(0)
+    written = [add_unknown_words(rng, "an owl") for _ in range(200)]
+    assert all("an owl" in caption for caption in written)
+    assert 60 < sum(caption.startswith("an owl") for caption in written) < 140
+    known = {"a", "an", "owl", "image", "picture", "drawing", "of", "shaded", "noto", ","}
+    captions = captions_of(Variant("noto", "owl"))
+    strange = [set(caption.replace(",", " ,").split()) - known != set() for caption in captions]
+    assert 0.25 < sum(strange) / len(strange) < 0.42
+
+
+def test_few_captions_are_empty() -> None:
     """The empty caption is taught, for guidance."""
     rng = random.Random(0)
-    captions = [draw_caption(rng, Picture("noto", "pear", "white")) for _ in range(2000)]
-    assert 0.08 < captions.count("") / len(captions) < 0.12
+    captions = [draw_caption(rng, Variant("noto", "pear")) for _ in range(2000)]
+    assert 0.05 < captions.count("") / len(captions) < 0.09
+
+
+def test_unseen_words_are_unseen() -> None:
+    """What a base is measured with is not what it was trained with."""
+    unseen = {word for words in UNSEEN_WORDS for word in words.split()} - {"my"}
+    assert not unseen & set(EMPTY_WORDS)
+    rng = random.Random(0)
+    assert not unseen & {draw_unknown_word(rng) for _ in range(3000)}
+
+
+def test_articles_are_written() -> None:
+    """`an owl` more often than `a owl`, never `an unicorn`."""
+    assert any("an owl" in caption for caption in captions_of(Variant("noto", "owl")))
+    assert not any("an unicorn" in caption for caption in captions_of(Variant("noto", "unicorn")))
+
+
+def test_captions_fit(tmp_path: Path) -> None:
+    """Hardly a caption is cut off."""
+    concepts, rng = read_concepts(), random.Random(0)
+    tokenizer = make_tokenizer(tmp_path, concepts)
+    variants = [draw_variant(rng, rng.choice(BASE_SETS), rng.choice(concepts)) for _ in range(400)]
+    lengths = [len(tokenizer(draw_caption(rng, variant))["input_ids"]) for variant in variants]
+    assert sum(length > TEXT_LENGTH for length in lengths) < 20
 
 
 def test_the_tokenizer_knows_the_words(tmp_path: Path) -> None:
     """A taught word is one token, an unknown one is spelt, and the length is the base's."""
-    tokenizer = make_tokenizer(tmp_path, ["owl", "fire-engine"], ["zebra"])
+    tokenizer = make_tokenizer(tmp_path, ["owl", "fire-engine"])
     ids = tokenizer("a fire engine on a teal background")["input_ids"]
     assert len(ids) == 7 + 2
     assert (
@@ -83,5 +135,5 @@ def test_merges_are_learnt_by_frequency_then_alphabet() -> None:
 
 def test_a_run_keeps_its_tokens(tmp_path: Path) -> None:
     """A folder that holds a vocabulary keeps it: the text encoder knows words by their numbers."""
-    first = make_tokenizer(tmp_path, ["owl"], []).get_vocab()
-    assert make_tokenizer(tmp_path, ["pear"], []).get_vocab() == first
+    first = make_tokenizer(tmp_path, ["owl"]).get_vocab()
+    assert make_tokenizer(tmp_path, ["pear"]).get_vocab() == first

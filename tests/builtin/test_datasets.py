@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sdlora.builtin.captions import concept_to_words, read_concepts
-from sdlora.builtin.icons import HANDS
+from sdlora.builtin.icons import ICON_SETS
 from sdlora.builtin.make_datasets import DATASETS, make_dataset, size_of, split_concepts
 from sdlora.errors import DataError
 
@@ -27,7 +27,7 @@ def concepts_in(folder: Path) -> list[str]:
 
 
 def test_the_parts_are_whole_and_apart(name: str) -> None:
-    """Both parts have the pictures they should, all of concepts that the base knows, none in both."""
+    """Both parts have the images they should, all of concepts that the base knows, none in both."""
     training, heldout = split_concepts(DATASETS[name], read_concepts())
     assert concepts_in(FOLDER / name) == training
     assert concepts_in(FOLDER / name / "heldout") == heldout
@@ -37,18 +37,18 @@ def test_the_parts_are_whole_and_apart(name: str) -> None:
     assert set(training + heldout) <= set(read_concepts())
 
 
-def test_every_picture_is_captioned(name: str) -> None:
-    """Each picture has a text beside it that says its name and nothing of the style."""
-    pictures = sorted((FOLDER / name).rglob("*.png"))
-    assert len(pictures) == DATASETS[name].training + DATASETS[name].heldout
-    for picture in pictures:
-        words = concept_to_words(picture.stem)
+def test_every_image_is_captioned(name: str) -> None:
+    """Each image has a text beside it that says its name and nothing of the style."""
+    images = sorted((FOLDER / name).rglob("*.png"))
+    assert len(images) == DATASETS[name].training + DATASETS[name].heldout
+    for image in images:
+        words = concept_to_words(image.stem)
         article = "an" if words[0] in "aeio" or words == "umbrella" else "a"
-        assert picture.with_suffix(".txt").read_text().strip() == f"{article} {words}"
+        assert image.with_suffix(".txt").read_text().strip() == f"{article} {words}"
 
 
-def test_pictures_have_several_shapes(name: str) -> None:
-    """Some pictures are wider and some taller than square; none is below 128 px; all stay small on disk."""
+def test_images_have_several_shapes(name: str) -> None:
+    """Some images are wider and some taller than square; none is below 128 px; all stay small on disk."""
     shapes = [Image.open(file).size for file in sorted((FOLDER / name).glob("*.png"))]
     ratios = {round(width / height, 2) for width, height in shapes}
     assert min(min(shape) for shape in shapes) >= 128
@@ -60,9 +60,16 @@ def test_pictures_have_several_shapes(name: str) -> None:
 
 def test_licence_and_attribution_are_there(name: str) -> None:
     """The folder says under which licence it is, where the drawings are from, and what was changed."""
-    hand = HANDS[DATASETS[name].hand]
+    icon_set = ICON_SETS[DATASETS[name].icon_set]
     readme = (FOLDER / name / "README.md").read_text()
-    for fact in (hand.title, hand.author, hand.package, hand.version, hand.licence, "Changes:"):
+    for fact in (
+        icon_set.title,
+        icon_set.author,
+        icon_set.package,
+        icon_set.version,
+        icon_set.licence,
+        "Changes:",
+    ):
         assert fact in readme
     licence = (FOLDER / name / "LICENSE").read_text()
     assert {"openmoji": "CC BY-SA 4.0", "fluent-mono": "MIT License"}[name] in licence
@@ -90,5 +97,5 @@ def test_too_few_concepts_are_named() -> None:
 
 
 def test_oblong_sizes_come_in_turn() -> None:
-    """Every eleventh picture is oblong."""
+    """Every eleventh image is oblong."""
     assert [size_of(index)[0] != size_of(index)[1] for index in range(11)] == [False] * 10 + [True]

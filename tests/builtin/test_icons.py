@@ -11,7 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdlora.builtin.icons import GROUNDS, HANDS, Icons, compose, drawing_px, fetch_icons, load_icons, to_array
+from sdlora.builtin.icons import (
+    GROUNDS,
+    ICON_SETS,
+    Icons,
+    compose,
+    drawing_px,
+    fetch_icons,
+    load_icons,
+    to_array,
+)
 from sdlora.errors import DataError
 
 
@@ -20,14 +29,14 @@ def test_a_drawing_is_rendered_and_composed(tiny_icons: Path) -> None:
     drawing = load_icons("noto", tiny_icons).render("apple", 64)
     assert drawing.size == (64, 64)
     assert drawing.getpixel((0, 0))[3] == 0
-    picture = compose(drawing, "teal", (96, 128))
-    assert picture.size == (96, 128)
-    assert picture.getpixel((0, 0)) == GROUNDS["teal"]
-    assert picture.getpixel((16 + 16, 32 + 32)) == (0xDD, 0x33, 0x33)
+    image = compose(drawing, "teal", (96, 128))
+    assert image.size == (96, 128)
+    assert image.getpixel((0, 0)) == GROUNDS["teal"]
+    assert image.getpixel((16 + 16, 32 + 32)) == (0xDD, 0x33, 0x33)
 
 
 def test_pixels_lie_between_minus_one_and_one(tiny_icons: Path) -> None:
-    """The array of a picture has its channels first and white at 1."""
+    """The array of a image has its channels first and white at 1."""
     array = to_array(compose(load_icons("noto", tiny_icons).render("apple", drawing_px(128))))
     assert array.shape == (3, 128, 128)
     assert array.dtype == np.float32
@@ -38,7 +47,7 @@ def test_pixels_lie_between_minus_one_and_one(tiny_icons: Path) -> None:
 def test_an_archive_of_npm_is_read(tmp_path: Path) -> None:
     """The archive that `npm pack` leaves is read as it is."""
     contents = json.dumps({"icons": {"dot": {"body": ""}}}).encode()
-    with tarfile.open(tmp_path / HANDS["noto"].archive, "w:gz") as archive:
+    with tarfile.open(tmp_path / ICON_SETS["noto"].archive, "w:gz") as archive:
         member = tarfile.TarInfo("package/icons.json")
         member.size = len(contents)
         archive.addfile(member, io.BytesIO(contents))

@@ -1,0 +1,240 @@
+"""A small classifier of concepts, trained on drawings of every icon set: it says what a sample shows.
+
+It is the truth that a base is measured against. It sees no sample of any base, and none of the drawings that
+the two example datasets hold out; on those its own accuracy is the ceiling of every measurement.
+
+B batch, H W image size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sdlora.builtin.captions import CONCEPTS_FILE, read_concepts
+from sdlora.builtin.icons import ICON_SETS, STYLE_SETS, fetch_icons, load_icons
+from sdlora.builtin.state import append_line, learning_rate, read_facts, write_tensors
+from sdlora.builtin.variants import RENDERED_PX, Variant, draw_variant, render_variant
+from sdlora.errors import DataError, ModelError, SdloraError
+
+JUDGE_FILE = Path(__file__).with_name("judge.safetensors")
+IMAGE_SIZE = 64
+WIDTHS = (40, 80, 144, 224)
+VARIANTS = 4  # of each drawing, besides itself
+BATCH = 64
+PEAK_RATE = 2e-3
+AVERAGE_DECAY = 0.998
+LABEL_SMOOTHING = 0.1
+
+
+class Judge(nn.Module):
+    """Images (B, 3, 64, 64) in [-1, 1] -> a score for each concept, (B, N)."""
+
+    def __init__(self, concepts: Sequence[str], widths: Sequence[int] = WIDTHS) -> None:
+        super().__init__()
+        self.concepts = list(concepts)
+        self.widths = tuple(widths)
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 5, 2, 2), nn.GroupNorm(8, widths[0]), nn.SiLU()]
+        for before, after in zip(widths, (*widths[1:], widths[-1]), strict=True):
+            layers += [nn.Conv2d(before, after, 3, 1, 1), nn.GroupNorm(8, after), nn.SiLU(), nn.MaxPool2d(2)]
+        self.layers = nn.Sequential(*layers)
+        self.drop = nn.Dropout(0.2)
+        self.head = nn.Linear(widths[-1], len(self.concepts))
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.drop(self.layers(images).amax(dim=(2, 3))))
+        return scores
+
+
+def to_input(images: Sequence[Image.Image]) -> Tensor:
+    """Square images of any size as the judge sees them, uint8 (B, 3, 64, 64)."""
+    small = [image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX) for image in images]
+    return torch.from_numpy(np.stack([np.asarray(image).transpose(2, 0, 1) for image in small]))
+
+
+def heldout_concepts(datasets: Path) -> dict[str, set[str]]:
+    """The concepts that each style set's dataset holds out.
+
+    Raises:
+        DataError: A dataset is not there.
+    """
+    held = {name: {file.stem for file in (datasets / name / "heldout").glob("*.png")} for name in STYLE_SETS}
+    for name, concepts in held.items():
+        if not concepts:
+            raise DataError(f"{datasets / name / 'heldout'} holds no image; pass the folder of the datasets")
+    return held
+
+
+def render_training(
+    concepts: Sequence[str], icons_folder: Path, held: dict[str, set[str]], variants: int = VARIANTS
+) -> tuple[Tensor, Tensor]:
+    """Every drawing of every icon set that is not held out, as it is and varied: images and their labels."""
+    images: list[Image.Image] = []
+    labels: list[int] = []
+    for icon_set in ICON_SETS:
+        icons = load_icons(icon_set, icons_folder)
+        for label, concept in enumerate(concepts):
+            if concept not in icons or concept in held.get(icon_set, set()):
+                continue
+            drawing = icons.render(concept, RENDERED_PX)
+            for number in range(1 + variants):
+                rng = random.Random(f"judge/{number}/{icon_set}/{concept}")
+                variant = draw_variant(rng, icon_set, concept) if number else Variant(icon_set, concept)
+                images.append(
+                    render_variant(drawing, variant).resize((IMAGE_SIZE,) * 2, Image.Resampling.BOX)
+                )
+                labels.append(label)
+    return to_input(images), torch.tensor(labels)
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images in [-1, 1], turned, sheared, scaled, shifted, recoloured, blurred and disturbed a little."""
+    count = len(images)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(count, *shape, generator=generator)
+
+    angle, shear = uniform(-0.3, 0.3), uniform(-0.2, 0.2)
+    wide, tall = uniform(0.85, 1.35), uniform(0.85, 1.35)
+    flipped = torch.where(uniform(0, 1) < 0.4, -1.0, 1.0)
+    rows = torch.stack(
+        [angle.cos() * wide * flipped, (shear - angle.sin()) * tall, uniform(-0.15, 0.15)], dim=1
+    )
+    columns = torch.stack([angle.sin() * wide * flipped, angle.cos() * tall, uniform(-0.15, 0.15)], dim=1)
+    grid = F.affine_grid(torch.stack([rows, columns], dim=1), list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    # each colour channel becomes a mixture of all three: hues turn, some images lose their colour
+    mixing = torch.eye(3) + uniform(0, 1, 1, 1) * torch.randn(count, 3, 3, generator=generator) * 0.5
+    mixing = mixing / mixing.sum(dim=2, keepdim=True).clamp(min=0.5)
+    gray = torch.full((3, 3), 1 / 3).expand(count, 3, 3)
+    mixing = torch.where(uniform(0, 1, 1, 1) < 0.2, gray, mixing)
+    images = torch.einsum("bij,bjhw->bihw", mixing, images) * uniform(0.6, 1.3, 1, 1, 1)
+    images = images * torch.where(uniform(0, 1, 1, 1, 1) < 0.15, -1.0, 1.0)
+    blurred = F.avg_pool2d(images, 3, 1, 1)
+    images = torch.where(uniform(0, 1, 1, 1, 1) < 0.3, blurred, images)
+    images = images + uniform(0, 0.12, 1, 1, 1) * torch.randn(images.shape, generator=generator)
+    return images.clamp(-1, 1)
+
+
+def draw_labelled(by_label: dict[int, list[int]], rng: random.Random, count: int) -> list[int]:
+    """Numbers of training images: every concept equally often."""
+    labels = rng.choices(sorted(by_label), k=count)
+    return [rng.choice(by_label[label]) for label in labels]
+
+
+def train(
+    concepts: Sequence[str], icons_folder: Path, datasets: Path, steps: int, log: Path, seed: int = 0
+) -> Judge:
+    """Trains a judge; its weights are the running average of the last steps."""
+    held = heldout_concepts(datasets)
+    images, labels = render_training(concepts, icons_folder, held)
+    by_label: dict[int, list[int]] = defaultdict(list)
+    for number, label in enumerate(labels.tolist()):
+        by_label[label].append(number)
+    torch.manual_seed(seed)
+    generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
+    judge, average = Judge(concepts), Judge(concepts)
+    average.load_state_dict(judge.state_dict())
+    judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=PEAK_RATE, weight_decay=0.05, fused=True)
+    for step in range(steps):
+        numbers = draw_labelled(by_label, rng, BATCH)
+        batch = augment(images[numbers].float() / 127.5 - 1, generator)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, PEAK_RATE, 100, 0.8)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            scores = judge(batch.contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(scores.float(), labels[numbers], label_smoothing=LABEL_SMOOTHING)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay = min(AVERAGE_DECAY, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(judge.parameters()), 1 - decay)
+        if (step + 1) % 200 == 0:
+            ceilings = {name: round(ceiling(average, datasets / name)[0], 3) for name in STYLE_SETS}
+            facts = {"step": step + 1, "loss": round(loss.item(), 3), **ceilings, "time": round(time.time())}
+            append_line(log, facts)
+    return average.eval()
+
+
+@torch.no_grad()
+def recognise(judge: Judge, images: Sequence[Image.Image], best: int = 5) -> list[list[str]]:
+    """The concepts that each image shows most probably, the best first."""
+    judge.eval()
+    scores = [judge(part.float() / 127.5 - 1) for part in to_input(images).split(BATCH)]
+    numbers = torch.cat(scores).topk(min(best, len(judge.concepts)), dim=1).indices.tolist()
+    return [[judge.concepts[number] for number in row] for row in numbers]
+
+
+def ceiling(judge: Judge, dataset: Path) -> tuple[float, list[str]]:
+    """The share of a dataset's real held-out drawings that are recognised, and the names of the others."""
+    files = sorted((dataset / "heldout").glob("*.png"))
+    images = []
+    for file in files:
+        with Image.open(file) as image:
+            images.append(image.convert("RGB"))
+    found = recognise(judge, images)
+    missed = [file.stem for file, names in zip(files, found, strict=True) if names[0] != file.stem]
+    return 1 - len(missed) / len(files), missed
+
+
+def save_judge(judge: Judge, file: Path) -> None:
+    """Writes the weights in fp16; the concepts and widths are in the file's metadata."""
+    facts = {"concepts": json.dumps(judge.concepts), "widths": json.dumps(judge.widths)}
+    write_tensors(file, {name: value.half() for name, value in judge.state_dict().items()}, facts)
+
+
+def load_judge(file: Path = JUDGE_FILE) -> Judge:
+    """Reads what `save_judge` wrote.
+
+    Raises:
+        ModelError: The file is missing.
+    """
+    if not file.is_file():
+        raise ModelError(f"{file} is not there; make it: python -m sdlora.builtin.judge --out {file}")
+    facts = read_facts(file)
+    judge = Judge(json.loads(facts["concepts"]), json.loads(facts["widths"]))
+    judge.load_state_dict({name: value.float() for name, value in load_file(file).items()})
+    return judge.eval()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; 2 for a mistake in what was asked."""
+    parser = argparse.ArgumentParser(prog="python -m sdlora.builtin.judge", description=__doc__)
+    parser.add_argument("--out", type=Path, default=JUDGE_FILE, help="file of the weights")
+    parser.add_argument("--icons", type=Path, help="folder of the vector packages; left out: npm pack")
+    parser.add_argument("--datasets", type=Path, default=Path("datasets"))
+    parser.add_argument("--concepts", type=Path, default=CONCEPTS_FILE, help="file of concept names")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    given = parser.parse_args(arguments)
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    try:
+        icons = given.icons or fetch_icons(tuple(ICON_SETS), Path(".icons"))
+        log = given.out.with_suffix(".log.jsonl")
+        judge = train(read_concepts(given.concepts), icons, given.datasets, given.steps, log)
+    except SdloraError as error:
+        print(error)
+        return error.exit_code
+    save_judge(judge, given.out)
+    for name in STYLE_SETS:
+        share, missed = ceiling(judge, given.datasets / name)
+        print(f"{name}: {share:.1%} of the held-out drawings; not {', '.join(missed)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
