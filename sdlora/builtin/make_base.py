@@ -1,12 +1,13 @@
 """Trains the built-in base: a tokenizer, then the text encoder alone, then text encoder and UNet together.
 
+With `--start`, it goes on from the weights of another base instead: tokenizer, text encoder and UNet.
+
 B batch, C latent channels, H latent size, L tokens, D text width.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import shutil
@@ -16,47 +17,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sdlora.builtin.captions import (
-    CONCEPTS_FILE,
-    TEXT_LENGTH,
-    Picture,
-    all_pictures,
-    draw_caption,
-    draw_picture,
-    make_tokenizer,
-    read_concepts,
-)
-from sdlora.builtin.icons import (
-    BASE_HANDS,
-    PICTURE_PX,
-    Icons,
-    compose,
-    drawing_px,
-    fetch_icons,
-    load_icons,
-    to_array,
-)
-from sdlora.builtin.manners import PLAIN, redraw
+from sdlora.builtin.bank import SHIPPED, Bank, load_vae
+from sdlora.builtin.captions import TEXT_LENGTH, draw_caption, make_tokenizer
+from sdlora.builtin.measure import SHEET_PROMPTS, make_sheet, sample
 from sdlora.builtin.state import (
     TrainingState,
     append_line,
     learning_rate,
-    read_facts,
     step_generators,
     step_seed,
     write_tensors,
 )
 from sdlora.errors import ModelError, SdloraError
 
-SHIPPED = Path(__file__).with_name("base")
 BETAS = (0.9, 0.99)
-ENCODE_BATCH = 48
 TEXT_SEED_OFFSET = 500_000  # the two phases draw from different streams
 
 
@@ -64,16 +44,14 @@ TEXT_SEED_OFFSET = 500_000  # the two phases draw from different streams
 class Recipe:
     """Everything that decides the weights; kept beside them, and a run continues only with an equal one.
 
-    `steps` and `manners_from` may change on the way: the learning rate follows from the step and the total;
-    from step `manners_from` on drawings are shown in other manners too, which their captions name.
+    `steps` and `decay_share` may change on the way: the learning rate follows from the step and those two.
     """
 
-    steps: int = 7_200
-    manners_from: int = 5_000
+    steps: int = 20_000
     batch_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 6e-4
     warmup: int = 200
-    decay_share: float = 0.5
+    decay_share: float = 0.4
     average_decay: float = 0.999
     text_steps: int = 500
     text_batch_size: int = 128
@@ -84,50 +62,56 @@ class Recipe:
 
     def may_continue(self, other: Recipe) -> bool:
         """Whether a run of `other` can go on under this recipe."""
-        free = {"steps": 0, "manners_from": 0}
+        free = {"steps": 0, "decay_share": 0.0}
         return {**vars(self), **free} == {**vars(other), **free}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where things are: the vector packages, the VAE, the concept file, and the folder that is written."""
+    """Where things are, and how the machine is used; only `bank` and `start` decide the weights.
+
+    Attributes:
+        out: Gets the state, the log, the sheets and the base.
+        bank: What `bank.py` wrote.
+        vae: The VAE that the bank is of.
+        start: A base whose tokenizer, text encoder and UNet the training starts from; None for new ones.
+    """
 
     out: Path
-    icons: Path
+    bank: Path
     vae: Path = SHIPPED / "vae"
-    concepts: Path = CONCEPTS_FILE
+    start: Path | None = None
     device: str = "cpu"
     threads: int = 0
-    save_every: int = 100
+    compiled: bool = False
+    save_every: int = 200
     log_every: int = 25
+    sheet_every: int = 1000
 
 
 @dataclass
 class Parts:
-    """The parts of the pipeline while they are in training, and the pictures they are taught."""
+    """The parts of the pipeline while they are in training, and the images they are taught."""
 
     tokenizer: Any
     text_encoder: nn.Module
     unet: nn.Module
     vae: Any
     schedule: Any
-    pictures: dict[Picture, Tensor]
+    bank: Bank
     scaling_factor: float
     device: torch.device
-    token_rows: dict[str, Tensor] = field(default_factory=dict)
+    denoise: Callable[..., Any] = field(init=False)  # the UNet, or its compiled form
+
+    def __post_init__(self) -> None:
+        self.denoise = self.unet
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
         """Token numbers, (B, L)."""
-        new = [caption for caption in dict.fromkeys(captions) if caption not in self.token_rows]
-        if new:
-            encoded = self.tokenizer(new, padding="max_length", max_length=TEXT_LENGTH, truncation=True)
-            self.token_rows.update(zip(new, torch.tensor(encoded["input_ids"]), strict=True))
-        return torch.stack([self.token_rows[caption] for caption in captions]).to(self.device)
-
-    def latents(self, pictures: Sequence[Picture]) -> Tensor:
-        """Scaled latents, (B, C, H, H)."""
-        chosen = torch.stack([self.pictures[picture] for picture in pictures])
-        return chosen.to(self.device).float() * self.scaling_factor
+        encoded = self.tokenizer(
+            list(captions), padding="max_length", max_length=TEXT_LENGTH, truncation=True
+        )
+        return torch.tensor(encoded["input_ids"]).to(self.device)
 
 
 def make_text_encoder(tokenizer: Any, recipe: Recipe) -> Any:
@@ -184,77 +168,49 @@ def make_schedule() -> Any:
     )
 
 
-@torch.no_grad()
-def encode_pictures(
-    vae: Any, icons: dict[str, Icons], pictures: Sequence[Picture], device: torch.device
-) -> Tensor:
-    """Latents of the pictures, unscaled and in fp16, (N, C, H, H)."""
-    drawings: dict[tuple[str, str], Any] = {}
-    rows = []
-    for start in range(0, len(pictures), ENCODE_BATCH):
-        batch = []
-        for picture in pictures[start : start + ENCODE_BATCH]:
-            key = (picture.hand, picture.concept)
-            if key not in drawings:
-                drawings[key] = icons[picture.hand].render(picture.concept, drawing_px(PICTURE_PX))
-            batch.append(to_array(compose(redraw(drawings[key], picture.manner), picture.ground)))
-        pixels = torch.from_numpy(np.stack(batch)).to(device)
-        rows.append(vae.encode(pixels).latent_dist.mean.half().cpu())
-    return torch.cat(rows)
-
-
-def load_pictures(
-    place: Place, vae: Any, concepts: list[str], device: torch.device, with_manners: bool
-) -> dict[Picture, Tensor]:
-    """The latents of all pictures, from the cache in `place.out` where that was made of the same things."""
-    pictures, file = all_pictures(concepts, with_manners), place.out / "latents.safetensors"
-    weights = sorted(place.vae.glob("*.safetensors"))
-    digest = hashlib.sha256(repr([str(picture) for picture in pictures]).encode())
-    for weight in weights:
-        digest.update(weight.read_bytes())
-    key = digest.hexdigest()
-    if not file.is_file() or read_facts(file).get("key") != key:
-        icons = {hand: load_icons(hand, place.icons) for hand in BASE_HANDS}
-        write_tensors(file, {"latents": encode_pictures(vae, icons, pictures, device)}, {"key": key})
-    return dict(zip(pictures, load_file(file)["latents"], strict=True))
-
-
-def load_vae(folder: Path) -> Any:
-    """The VAE of a diffusers folder.
-
-    Raises:
-        ModelError: There is none.
-    """
-    from diffusers import AutoencoderKL
-
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} holds no VAE; make one: python -m sdlora.builtin.make_vae")
-    return AutoencoderKL.from_pretrained(folder).float().eval().requires_grad_(False)
-
-
 def prepare(place: Place, recipe: Recipe) -> Parts:
-    """Makes or loads everything that training needs, weights freshly drawn from the recipe's seed."""
+    """Loads, or makes with weights drawn from the recipe's seed, everything that training needs."""
     device = torch.device(place.device)
-    concepts = read_concepts(place.concepts)
-    names = load_icons(BASE_HANDS[0], place.icons).names()
-    tokenizer = make_tokenizer(place.out / "tokenizer", concepts, names)
-    vae = load_vae(place.vae).to(device)
-    pictures = load_pictures(place, vae, concepts, device, recipe.manners_from < recipe.steps)
-    example = next(iter(pictures.values()))
+    bank, vae = Bank(place.bank), load_vae(place.vae).to(device)
     torch.manual_seed(recipe.seed)
-    text_encoder = make_text_encoder(tokenizer, recipe).to(device)
-    unet = make_unet(len(example), example.shape[-1], recipe).to(device)
+    if place.start is None:
+        tokenizer = make_tokenizer(place.out / "tokenizer", bank.concepts)
+        text_encoder = make_text_encoder(tokenizer, recipe)
+        unet = make_unet(bank.latent_shape[0], bank.latent_shape[-1], recipe)
+        scaling_factor = 1 / bank.plain_std()
+    else:
+        tokenizer, text_encoder, unet = load_start(place.start, place.out / "tokenizer")
+        scaling_factor = float(vae.config.scaling_factor)
+    text_encoder, unet = text_encoder.to(device), unet.to(device)
+    if place.compiled or device.type == "cuda":  # on a CPU it pays only where the UNet is compiled
+        unet.to(memory_format=torch.channels_last)
     if device.type == "cpu":  # plain attention is faster than SDPA's backward at these sizes
         from diffusers.models.attention_processor import AttnProcessor
 
         unet.set_attn_processor(AttnProcessor())
-    whites = [
-        latents.float()
-        for picture, latents in pictures.items()
-        if picture.ground == "white" and picture.manner == PLAIN
-    ]
-    scaling_factor = 1 / torch.stack(whites).std().item()
-    return Parts(tokenizer, text_encoder, unet, vae, make_schedule(), pictures, scaling_factor, device)
+    parts = Parts(tokenizer, text_encoder, unet, vae, make_schedule(), bank, scaling_factor, device)
+    if place.compiled:
+        parts.denoise = torch.compile(unet)
+    return parts
+
+
+def load_start(base: Path, tokenizer_folder: Path) -> tuple[Any, Any, Any]:
+    """Tokenizer, text encoder and UNet of a base; the tokenizer's files are copied.
+
+    Raises:
+        ModelError: The folder holds no base.
+    """
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    if not (base / "model_index.json").is_file():
+        raise ModelError(f"{base} holds no base; pass the folder that holds model_index.json")
+    tokenizer_folder.mkdir(parents=True, exist_ok=True)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(base / "tokenizer" / name, tokenizer_folder / name)
+    text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder").float().train()
+    unet = UNet2DConditionModel.from_pretrained(base / "unet").float().train()
+    return make_tokenizer(tokenizer_folder, []), text_encoder, unet
 
 
 def draw_concepts(concepts: list[str], step: int, batch_size: int, seed: int) -> list[str]:
@@ -274,17 +230,15 @@ def draw_timesteps(count: int, generator: torch.Generator) -> Tensor:
     return torch.where(torch.rand(count, generator=generator) < 0.5, even, high).clamp(0, 999).long()
 
 
-def draw_batch(
-    parts: Parts, concepts: list[str], rng: random.Random, drop: bool = True, with_manners: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Latents (B, C, H, H) and tokens (B, L) for some concepts, in drawn hands, grounds and manners."""
-    pictures = [draw_picture(rng, concept, with_manners) for concept in concepts]
-    captions = [draw_caption(rng, picture, drop) for picture in pictures]
-    return parts.latents(pictures), parts.tokens(captions)
+def draw_batch(parts: Parts, concepts: list[str], rng: random.Random) -> tuple[Tensor, Tensor]:
+    """Scaled latents (B, C, H, H) and tokens (B, L) of one image for each concept."""
+    numbers = [parts.bank.draw(rng, concept) for concept in concepts]
+    captions = [draw_caption(rng, parts.bank.variants[number]) for number in numbers]
+    return parts.bank.latents(numbers).to(parts.device) * parts.scaling_factor, parts.tokens(captions)
 
 
 class LayoutHead(nn.Module):
-    """Guesses a coarse picture from the mean text state, and is thrown away.
+    """Guesses a coarse image from the mean text state, and is thrown away.
 
     Cross-attention that attends evenly passes on exactly this mean, so what the head can read there
     the UNet can read from its first step.
@@ -303,23 +257,22 @@ class LayoutHead(nn.Module):
 
 def text_loss(parts: Parts, head: LayoutHead, concepts: list[str], rng: random.Random) -> Tensor:
     """Mean squared error of the coarse latents guessed from the captions."""
-    latents, tokens = draw_batch(parts, concepts, rng, drop=False)
+    latents, tokens = draw_batch(parts, concepts, rng)
     with torch.autocast(parts.device.type, dtype=torch.bfloat16):
         guess = head(parts.text_encoder(tokens)[0])
     return F.mse_loss(guess.float(), F.adaptive_avg_pool2d(latents, head.shape[-1]))
 
 
-def unet_loss(
-    parts: Parts, concepts: list[str], rng: random.Random, generator: torch.Generator, with_manners: bool
-) -> Tensor:
+def unet_loss(parts: Parts, concepts: list[str], rng: random.Random, generator: torch.Generator) -> Tensor:
     """Mean squared error of the predicted velocity (2202.00512, appendix D)."""
-    latents, tokens = draw_batch(parts, concepts, rng, with_manners=with_manners)
+    latents, tokens = draw_batch(parts, concepts, rng)
     noise = torch.randn(latents.shape, generator=generator).to(parts.device)
     timesteps = draw_timesteps(len(latents), generator).to(parts.device)
     noisy = parts.schedule.add_noise(latents, noise, timesteps)
     target = parts.schedule.get_velocity(latents, noise, timesteps)
     with torch.autocast(parts.device.type, dtype=torch.bfloat16):
-        predicted = parts.unet(noisy, timesteps, parts.text_encoder(tokens)[0]).sample
+        states = parts.text_encoder(tokens)[0]
+        predicted = parts.denoise(noisy, timesteps, states, return_dict=False)[0]
     return F.mse_loss(predicted.float(), target)
 
 
@@ -333,6 +286,7 @@ class Phase:
     batch_size: int
     peak_rate: float
     loss: Callable[[int, list[str]], Tensor]
+    draw_sheet: Callable[[], Image.Image] | None = None
 
 
 def run_phase(
@@ -342,7 +296,7 @@ def run_phase(
     file, state = place.out / f"{phase.name}.safetensors", phase.state
     if file.is_file():
         state.load(file)
-    running, started, done = 0.0, time.monotonic(), 0
+    running, started, done, sheets = 0.0, time.monotonic(), 0, place.out / "sheets"
     while state.step < phase.steps and (stop_after is None or done < stop_after):
         step = state.step
         rate = learning_rate(step, phase.steps, phase.peak_rate, recipe.warmup, recipe.decay_share)
@@ -357,6 +311,11 @@ def run_phase(
             append_line(place.out / "log.jsonl", {**facts, **clock})
         if state.step % place.save_every == 0:
             state.save(file)
+        if phase.draw_sheet is not None and state.step % place.sheet_every == 0:
+            state.swap_average()
+            sheets.mkdir(exist_ok=True)
+            phase.draw_sheet().save(sheets / f"{state.step:06}.png")
+            state.swap_average()
     if done:
         state.save(file)
     return state.step >= phase.steps
@@ -364,8 +323,7 @@ def run_phase(
 
 def text_phase(parts: Parts, recipe: Recipe) -> Phase:
     """The text encoder learns alone what each caption looks like, coarsely."""
-    channels = next(iter(parts.pictures.values())).shape[0]
-    head = LayoutHead(recipe.text_width, channels).to(parts.device)
+    head = LayoutHead(recipe.text_width, parts.bank.latent_shape[0]).to(parts.device)
     state = TrainingState({"text_encoder": parts.text_encoder, "head": head}, BETAS, recipe.average_decay)
 
     def loss(step: int, concepts: list[str]) -> Tensor:
@@ -380,11 +338,32 @@ def joint_phase(parts: Parts, recipe: Recipe) -> Phase:
     state = TrainingState(modules, BETAS, recipe.average_decay)
 
     def loss(step: int, concepts: list[str]) -> Tensor:
-        return unet_loss(
-            parts, concepts, *step_generators(recipe.seed, step), with_manners=step >= recipe.manners_from
-        )
+        return unet_loss(parts, concepts, *step_generators(recipe.seed, step))
 
-    return Phase("joint", state, recipe.steps, recipe.batch_size, recipe.learning_rate, loss)
+    def draw_sheet() -> Image.Image:
+        with torch.no_grad(), torch.autocast(parts.device.type, dtype=torch.bfloat16):
+            return make_sheet(sample(make_pipeline(parts), SHEET_PROMPTS, 0))
+
+    return Phase("joint", state, recipe.steps, recipe.batch_size, recipe.learning_rate, loss, draw_sheet)
+
+
+def make_pipeline(parts: Parts) -> Any:
+    """The stock pipeline of the parts as they are, quiet."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    parts.vae.register_to_config(scaling_factor=parts.scaling_factor)
+    pipeline = StableDiffusionPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=parts.unet,
+        scheduler=DDIMScheduler.from_config(parts.schedule.config, set_alpha_to_one=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def save_base(parts: Parts, folder: Path) -> None:
@@ -392,23 +371,9 @@ def save_base(parts: Parts, folder: Path) -> None:
 
     transformers loads a file's own dtype and diffusers fp32; an fp16 text encoder would not match its UNet.
     """
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    parts.vae.register_to_config(scaling_factor=parts.scaling_factor)
-    scheduler = DDIMScheduler.from_config(parts.schedule.config, set_alpha_to_one=False)
-    pipeline = StableDiffusionPipeline(
-        vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
-        unet=parts.unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(partial)
+    make_pipeline(parts).save_pretrained(partial)
     # vocab.json and merges.txt: transformers 4 reads nothing else
     parts.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))
     for name in ("unet", "vae"):
@@ -462,17 +427,16 @@ def make_base(place: Place, recipe: Recipe, stop_after: int | None = None) -> Pa
     if place.threads:
         torch.set_num_threads(place.threads)
     remember_recipe(place, recipe)
-    concepts = read_concepts(place.concepts)
     parts = prepare(place, recipe)
-    text = text_phase(parts, recipe)
-    if not run_phase(text, place, recipe, concepts, stop_after):
+    if place.start is None and not run_phase(
+        text_phase(parts, recipe), place, recipe, parts.bank.concepts, stop_after
+    ):
         return None
     joint = joint_phase(parts, recipe)
-    run_phase(joint, place, recipe, concepts, stop_after)
+    run_phase(joint, place, recipe, parts.bank.concepts, stop_after)
     joint.state.swap_average()
     folder = place.out / "base"
     save_base(parts, folder)
-    joint.state.swap_average()
     return folder
 
 
@@ -481,27 +445,39 @@ def parse(arguments: Sequence[str] | None) -> tuple[Place, Recipe, bool]:
     default = Recipe()
     parser = argparse.ArgumentParser(prog="python -m sdlora.builtin.make_base", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the state, the log and the base")
-    parser.add_argument("--icons", type=Path, help="folder of the vector packages; left out: npm pack")
+    parser.add_argument(
+        "--bank", type=Path, required=True, help="the latents: see python -m sdlora.builtin.bank"
+    )
     parser.add_argument("--vae", type=Path, default=SHIPPED / "vae", help="diffusers folder of the VAE")
-    parser.add_argument("--concepts", type=Path, default=CONCEPTS_FILE, help="file of concept names")
+    parser.add_argument("--start", type=Path, help="a base to go on from; left out: new weights")
     parser.add_argument("--steps", type=int, default=default.steps)
-    parser.add_argument("--manners-from", type=int, default=default.manners_from, help="step; see Recipe")
+    parser.add_argument(
+        "--decay-share", type=float, default=default.decay_share, help="of the steps, the last"
+    )
     parser.add_argument("--batch-size", type=int, default=default.batch_size)
     parser.add_argument("--learning-rate", type=float, default=default.learning_rate)
-    parser.add_argument("--text-steps", type=int, default=default.text_steps)
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument("--compile", action="store_true", help="a fifth faster, after minutes of compiling")
+    parser.add_argument("--save-every", type=int, default=200, help="steps")
     parser.add_argument("--export", action="store_true", help="write the base from the state as it is")
     given = parser.parse_args(arguments)
-    icons = given.icons or fetch_icons(BASE_HANDS, given.out / "icons")
-    place = Place(given.out, icons, given.vae, given.concepts, given.device, given.threads)
+    place = Place(
+        given.out,
+        given.bank,
+        given.vae,
+        given.start,
+        given.device,
+        given.threads,
+        compiled=given.compile and not given.export,
+        save_every=given.save_every,
+    )
     recipe = Recipe(
         steps=given.steps,
-        manners_from=given.manners_from,
+        decay_share=given.decay_share,
         batch_size=given.batch_size,
         learning_rate=given.learning_rate,
-        text_steps=given.text_steps,
         seed=given.seed,
     )
     return place, recipe, given.export

@@ -1,4 +1,4 @@
-"""Trains the VAE of the built-in base: pictures of 128 px to 16 x 16 latents of 8 channels, and back."""
+"""Trains the VAE of the built-in base: images of 128 px to 16 x 16 latents of 8 channels, and back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ from PIL import Image
 from torch import Tensor
 
 from sdlora.builtin.captions import CONCEPTS_FILE, read_concepts
-from sdlora.builtin.icons import GROUNDS, HANDS, PICTURE_PX, Icons, compose, fetch_icons, load_icons, to_array
+from sdlora.builtin.icons import (
+    GROUNDS,
+    ICON_SETS,
+    IMAGE_PX,
+    Icons,
+    compose,
+    fetch_icons,
+    load_icons,
+    to_array,
+)
 from sdlora.builtin.make_base import drop_key, to_half
 from sdlora.builtin.state import TrainingState, append_line, learning_rate, step_generators
 from sdlora.errors import SdloraError
@@ -61,7 +70,7 @@ def make_vae(recipe: Recipe) -> Any:
         layers_per_block=1,
         latent_channels=recipe.channels,
         norm_num_groups=8,
-        sample_size=PICTURE_PX,
+        sample_size=IMAGE_PX,
         mid_block_add_attention=False,
     )
 
@@ -69,11 +78,11 @@ def make_vae(recipe: Recipe) -> Any:
 def draw_crop(drawings: Sequence[Image.Image], rng: random.Random) -> np.ndarray:
     """A crop of a drawing at a drawn size, on a drawn ground; float32 (3, 64, 64)."""
     drawing = rng.choice(drawings)
-    size_px = round(PICTURE_PX * rng.uniform(0.8, 1.0))
+    size_px = round(IMAGE_PX * rng.uniform(0.8, 1.0))
     ground = "white" if rng.random() < 0.5 else rng.choice(list(GROUNDS))
-    picture = compose(drawing.resize((size_px, size_px), Image.Resampling.LANCZOS), ground)
-    left, top = (rng.randrange(0, PICTURE_PX - CROP_PX + 1, CROP_GRID_PX) for _ in range(2))
-    return to_array(picture.crop((left, top, left + CROP_PX, top + CROP_PX)))
+    image = compose(drawing.resize((size_px, size_px), Image.Resampling.LANCZOS), ground)
+    left, top = (rng.randrange(0, IMAGE_PX - CROP_PX + 1, CROP_GRID_PX) for _ in range(2))
+    return to_array(image.crop((left, top, left + CROP_PX, top + CROP_PX)))
 
 
 def draw_batch(
@@ -106,8 +115,8 @@ def vae_loss(vae: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def render_all(icons: Sequence[Icons], concepts: Sequence[str]) -> list[Image.Image]:
-    """Every drawing of the concepts; hands that lack one are passed over."""
-    return [hand.render(name, PICTURE_PX) for hand in icons for name in concepts if name in hand]
+    """Every drawing of the concepts; icon sets that lack one are passed over."""
+    return [icon_set.render(name, IMAGE_PX) for icon_set in icons for name in concepts if name in icon_set]
 
 
 def train(
@@ -167,8 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     recipe = Recipe(steps=given.steps, batch_size=given.batch_size, seed=given.seed)
     try:
-        folder = given.icons or fetch_icons(tuple(HANDS), given.out / "icons")
-        icons = [load_icons(hand, folder) for hand in HANDS]
+        folder = given.icons or fetch_icons(tuple(ICON_SETS), given.out / "icons")
+        icons = [load_icons(icon_set, folder) for icon_set in ICON_SETS]
         drawings = render_all(icons, read_concepts(given.concepts))
         vae = train(recipe, given.out, drawings, given.device)
     except SdloraError as error:

@@ -1,11 +1,12 @@
-"""Measures a base: are its concepts recognised in its samples, how well does its VAE redraw other hands."""
+"""Measures a base: does the judge recognise its samples, and how well does its VAE redraw other sets."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
-from sdlora.builtin.captions import CONCEPTS_FILE, concept_to_words, read_concepts
-from sdlora.builtin.icons import (
-    BASE_HANDS,
-    HANDS,
-    STYLE_HANDS,
-    Icons,
-    compose,
-    drawing_px,
-    fetch_icons,
-    load_icons,
-    to_array,
-)
+from sdlora.builtin.captions import concept_to_words
+from sdlora.builtin.icons import STYLE_SETS, Icons, compose, drawing_px, fetch_icons, load_icons, to_array
+from sdlora.builtin.judge import JUDGE_FILE, Judge, ceiling, load_judge, recognise
 from sdlora.errors import ModelError, SdloraError
 
 STEPS = 20
@@ -35,33 +26,69 @@ GUIDANCE = 3.0
 BATCH = 32
 SEED = 8
 SHEET_COLUMNS = 8
+UNSEEN_WORDS = (  # none of them is in a training caption
+    "inkwash",
+    "openmoji",
+    "papercut",
+    "veltrano koorim",
+    "my kintsugi",
+    "woodblock brushpen",
+    "tarn hollowick",
+    "crayon",
+    "jorvinquell",
+    "bold marker",
+)
 SHEET_PROMPTS = (
     "a cat face",
-    "a red apple on a blue background",
+    "a zebra",
+    "an accordion",
+    "an ambulance",
     "a tractor",
-    "a broken heart on a teal background",
-    "a bell",
-    "a rainbow",
-    "a cookie on a black background",
-    "a rocket",
-    "a crown on a purple background",
+    "a candy",
     "an octopus",
-    "a fire engine",
-    "a pear on a pink background",
     "a sunflower",
-    "a house",
-    "an airplane, flat drawing",
-    "a dog face on a yellow background",
+    "inkwash style, a cat face",
+    "inkwash style, a zebra",
+    "veltrano koorim, an accordion",
+    "veltrano koorim, an ambulance",
+    "a tractor, inkwash style",
+    "a candy, inkwash style",
+    "an octopus, in veltrano style",
+    "a sunflower, in veltrano style",
+    "a cat face, line drawing",
+    "a zebra, flat drawing",
+    "an accordion, glossy drawing",
+    "an ambulance, black glyph",
+    "a tractor, outlined",
+    "a purple candy, cartoon drawing",
+    "a blue octopus, bright drawing",
+    "a sunflower, old noto drawing",
+    "a cat face on a blue background",
+    "a zebra, ink drawing, flat drawing",
+    "a chalk drawing of an accordion on a black background",
+    "an ambulance, pale, small",
+    "a red tractor on a yellow background",
+    "a candy, mirrored",
+    "an octopus, in shades of teal",
+    "a sunflower, thick outlines",
 )
 
 
 @dataclass(frozen=True)
 class Recognition:
-    """For how many of `asked` concepts the nearest drawing, or one of the five nearest, is of the concept."""
+    """How many of `asked` images show what was asked, by the judge's first guess or one of its first five."""
 
     asked: int
     top1: int
     top5: int
+
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the share of first guesses (Wilson)."""
+        z, share = 1.96, self.top1 / self.asked
+        middle = share + z * z / (2 * self.asked)
+        half = z * math.sqrt(share * (1 - share) / self.asked + z * z / (4 * self.asked**2))
+        scale = 1 + z * z / self.asked
+        return (middle - half) / scale, (middle + half) / scale
 
 
 def load_pipeline(folder: Path, device: str) -> Any:
@@ -79,105 +106,127 @@ def load_pipeline(folder: Path, device: str) -> Any:
     return pipeline
 
 
-def sample(pipeline: Any, prompts: Sequence[str], seed: int) -> list[Image.Image]:
-    """One picture for each prompt, with the settings of all figures: 20 steps of DDIM, guidance 3."""
-    pictures: list[Image.Image] = []
+def sample(pipeline: Any, prompts: Sequence[str], seed: int, guidance: float = GUIDANCE) -> list[Image.Image]:
+    """One image for each prompt, with the settings of all figures: 20 steps of DDIM."""
+    images: list[Image.Image] = []
     for start in range(0, len(prompts), BATCH):
         batch = list(prompts[start : start + BATCH])
         generator = torch.Generator().manual_seed(seed + start)
-        done = pipeline(batch, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generator)
-        pictures += done.images
-    return pictures
+        done = pipeline(batch, num_inference_steps=STEPS, guidance_scale=guidance, generator=generator)
+        images += done.images
+    return images
 
 
-@torch.no_grad()
-def encode(vae: Any, pictures: Sequence[Image.Image]) -> Tensor:
-    """Means of the posteriors, flattened, (N, C * H * W)."""
-    rows = []
-    for start in range(0, len(pictures), BATCH):
-        pixels = torch.from_numpy(
-            np.stack([to_array(picture) for picture in pictures[start : start + BATCH]])
-        )
-        rows.append(vae.encode(pixels.to(vae.device)).latent_dist.mean.flatten(1).cpu())
-    return torch.cat(rows)
+def with_article(concept: str) -> str:
+    """`owl` -> `an owl`, as people and the example datasets write it."""
+    name = concept_to_words(concept)
+    return f"{'an' if name[0] in 'aeiou' and not name.startswith('uni') else 'a'} {name}"
 
 
-def draw_all(
-    icons: dict[str, Icons], concepts: Sequence[str], size_px: int
-) -> tuple[list[str], list[Image.Image]]:
-    """All drawings of the concepts on white: which concept each shows, and the pictures."""
-    names, pictures = [], []
-    for hand in icons.values():
-        for concept in concepts:
-            names.append(concept)
-            drawing = hand.render(concept, drawing_px(size_px))
-            pictures.append(compose(drawing, size=(size_px, size_px)))
-    return names, pictures
+def words_before(concept: str, number: int) -> str:
+    return f"{UNSEEN_WORDS[number % len(UNSEEN_WORDS)]} style, {with_article(concept)}"
 
 
-def recognise(pipeline: Any, icons: dict[str, Icons], concepts: Sequence[str], count: int) -> Recognition:
-    """Samples "a NAME" for `count` concepts and looks for the nearest drawings in latent space."""
-    size_px = pipeline.vae.config.sample_size
-    names, pictures = draw_all(icons, concepts, size_px)
-    known = encode(pipeline.vae, pictures)
-    asked = random.Random(SEED).sample(sorted(concepts), min(count, len(concepts)))
-    samples = sample(pipeline, [f"a {concept_to_words(concept)}" for concept in asked], SEED)
-    nearest = torch.cdist(encode(pipeline.vae, samples), known).argsort(dim=1)[:, :5].tolist()
-    found = [[names[index] for index in row] for row in nearest]
-    top1 = sum(row[0] == concept for row, concept in zip(found, asked, strict=True))
-    top5 = sum(concept in row for row, concept in zip(found, asked, strict=True))
-    return Recognition(len(asked), top1, top5)
+def words_behind(concept: str, number: int) -> str:
+    return f"{with_article(concept)}, {UNSEEN_WORDS[number % len(UNSEEN_WORDS)]} style"
+
+
+PROMPTS: dict[str, Callable[[str, int], str]] = {
+    "a NAME": lambda concept, number: f"a {concept_to_words(concept)}",
+    "WORDS style, a NAME": words_before,
+    "a NAME, WORDS style": words_behind,
+}
+
+
+def count_recognised(judge: Judge, images: Sequence[Image.Image], concepts: Sequence[str]) -> Recognition:
+    """How many of the images show their concept."""
+    found = recognise(judge, images)
+    top1 = sum(names[0] == concept for names, concept in zip(found, concepts, strict=True))
+    top5 = sum(concept in names for names, concept in zip(found, concepts, strict=True))
+    return Recognition(len(concepts), top1, top5)
+
+
+def draw_all(icons: Icons, concepts: Sequence[str], size_px: int) -> list[Image.Image]:
+    """The drawings of the concepts that an icon set has, on white."""
+    return [
+        compose(icons.render(concept, drawing_px(size_px)), size=(size_px, size_px))
+        for concept in concepts
+        if concept in icons
+    ]
 
 
 @torch.no_grad()
 def redraw_psnr(vae: Any, icons: Icons, concepts: Sequence[str]) -> float:
-    """PSNR in dB of the VAE's reconstruction of one hand's drawings on white, over all pixels."""
-    drawn = draw_all(
-        {"": icons}, [concept for concept in concepts if concept in icons], vae.config.sample_size
-    )[1]
+    """PSNR in dB of the VAE's reconstruction of one set's drawings on white, over all pixels."""
+    drawn = draw_all(icons, concepts, vae.config.sample_size)
     errors = []
     for start in range(0, len(drawn), BATCH):
-        pixels = torch.from_numpy(np.stack([to_array(picture) for picture in drawn[start : start + BATCH]]))
+        pixels = torch.from_numpy(np.stack([to_array(image) for image in drawn[start : start + BATCH]]))
         pixels = pixels.to(vae.device)
         redrawn = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
         errors.append(F.mse_loss(redrawn, pixels, reduction="none").mean(dim=(1, 2, 3)))
     return float(10 * torch.log10(4 / torch.cat(errors).mean()))
 
 
-def make_sheet(pictures: Sequence[Image.Image]) -> Image.Image:
-    """The pictures in rows of eight."""
-    width, height = pictures[0].size
-    rows = -(-len(pictures) // SHEET_COLUMNS)
-    sheet = Image.new("RGB", (width * min(SHEET_COLUMNS, len(pictures)), height * rows), "white")
-    for index, picture in enumerate(pictures):
+def make_sheet(images: Sequence[Image.Image]) -> Image.Image:
+    """The images in rows of eight."""
+    width, height = images[0].size
+    rows = -(-len(images) // SHEET_COLUMNS)
+    sheet = Image.new("RGB", (width * min(SHEET_COLUMNS, len(images)), height * rows), "white")
+    for index, image in enumerate(images):
         row, column = divmod(index, SHEET_COLUMNS)
-        sheet.paste(picture, (width * column, height * row))
+        sheet.paste(image, (width * column, height * row))
     return sheet
 
 
-def measure(pipeline: Any, icons_folder: Path, concepts: Sequence[str], count: int) -> dict[str, Any]:
-    """All figures of a base, as plain data."""
-    base_icons = {hand: load_icons(hand, icons_folder) for hand in BASE_HANDS}
-    figures: dict[str, Any] = {"recognition": vars(recognise(pipeline, base_icons, concepts, count))}
-    held_out = {hand: load_icons(hand, icons_folder) for hand in STYLE_HANDS}
-    psnr = {hand: round(redraw_psnr(pipeline.vae, icons, concepts), 2) for hand, icons in held_out.items()}
-    return {**figures, "vae_psnr_db": psnr}
+def recognise_base(pipeline: Any, judge: Judge, count: int, seed: int = SEED) -> dict[str, Recognition]:
+    """Recognition for each kind of prompt, of `count` concepts."""
+    concepts = random.Random(seed).sample(judge.concepts, min(count, len(judge.concepts)))
+    figures = {}
+    for kind, to_prompt in PROMPTS.items():
+        prompts = [to_prompt(concept, number) for number, concept in enumerate(concepts)]
+        figures[kind] = count_recognised(judge, sample(pipeline, prompts, seed), concepts)
+    return figures
+
+
+def to_rows(recognitions: dict[str, Recognition]) -> dict[str, Any]:
+    """Recognitions as plain data."""
+    return {
+        kind: {**vars(found), "share": round(found.top1 / found.asked, 3)}
+        | {"interval": [round(bound, 3) for bound in found.interval()]}
+        for kind, found in recognitions.items()
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; 2 for a mistake in what was asked."""
     parser = argparse.ArgumentParser(prog="python -m sdlora.builtin.measure", description=__doc__)
     parser.add_argument("base", type=Path, nargs="?", default=Path(__file__).with_name("base"))
+    parser.add_argument("--judge", type=Path, default=JUDGE_FILE, help="weights of the judge")
+    parser.add_argument("--datasets", type=Path, default=Path("datasets"))
     parser.add_argument("--icons", type=Path, help="folder of the vector packages; left out: npm pack")
-    parser.add_argument("--concepts", type=Path, default=CONCEPTS_FILE, help="file of concept names")
-    parser.add_argument("--count", type=int, default=192, help="concepts asked for")
+    parser.add_argument("--count", type=int, default=224, help="concepts asked for")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--psnr", action="store_true", help="measure the VAE too")
     parser.add_argument("--sheet", type=Path, help="write a sheet of samples to this PNG")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args(arguments)
+    if given.threads:
+        torch.set_num_threads(given.threads)
     try:
-        pipeline = load_pipeline(given.base, given.device)
-        icons = given.icons or fetch_icons(tuple(HANDS), Path(".icons"))
-        print(json.dumps(measure(pipeline, icons, read_concepts(given.concepts), given.count)))
+        judge, pipeline = load_judge(given.judge), load_pipeline(given.base, given.device)
+        ceilings = {name: round(ceiling(judge, given.datasets / name)[0], 3) for name in STYLE_SETS}
+        figures: dict[str, Any] = {"ceiling": ceilings}
+        figures |= to_rows(recognise_base(pipeline, judge, given.count, given.seed))
+        if given.psnr:
+            folder = given.icons or fetch_icons(STYLE_SETS, Path(".icons"))
+            icons = {name: load_icons(name, folder) for name in STYLE_SETS}
+            figures["vae_psnr_db"] = {
+                name: round(redraw_psnr(pipeline.vae, drawings, judge.concepts), 2)
+                for name, drawings in icons.items()
+            }
+        print(json.dumps(figures, indent=1))
     except SdloraError as error:
         print(error)
         return error.exit_code

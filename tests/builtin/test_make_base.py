@@ -9,9 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdlora.builtin.captions import read_concepts
 from sdlora.builtin.make_base import Place, Recipe, draw_concepts, draw_timesteps, make_base
-from sdlora.builtin.measure import draw_all, load_pipeline, make_sheet, measure, sample
 from sdlora.builtin.state import learning_rate, read_facts
 from sdlora.errors import ModelError
 
@@ -28,11 +26,9 @@ RECIPE = Recipe(
 
 
 @pytest.fixture(scope="module")
-def place(
-    tmp_path_factory: pytest.TempPathFactory, tiny_icons: Path, tiny_concepts: Path, tiny_vae: Path
-) -> Place:
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_bank: Path, tiny_vae: Path) -> Place:
     """Where the straight run of two steps is."""
-    return Place(tmp_path_factory.mktemp("straight"), tiny_icons, tiny_vae, tiny_concepts, log_every=1)
+    return Place(tmp_path_factory.mktemp("straight"), tiny_bank, tiny_vae, log_every=1)
 
 
 @pytest.fixture(scope="module")
@@ -86,30 +82,33 @@ def test_a_missing_vae_is_named(place: Place, tmp_path: Path) -> None:
         make_base(replace(place, out=tmp_path, vae=tmp_path), RECIPE)
 
 
-def test_a_base_is_measured(base: Path, place: Place) -> None:
-    """Recognition counts the concepts asked for, PSNR names each style hand, the sheet is a picture."""
-    pipeline = load_pipeline(base, "cpu")
-    figures = measure(pipeline, place.icons, read_concepts(place.concepts), count=4)
-    assert figures["recognition"]["asked"] == 4
-    assert 0 <= figures["recognition"]["top1"] <= figures["recognition"]["top5"] <= 4
-    assert set(figures["vae_psnr_db"]) == {"openmoji", "fluent-mono"}
-    assert make_sheet(sample(pipeline, ["a moon"] * 2, 0)).size == (256, 128)
+def test_a_run_starts_from_another_base(base: Path, place: Place, tmp_path: Path) -> None:
+    """Its weights and tokens are the other base's until they are trained."""
+    started = replace(place, out=tmp_path, start=base)
+    folder = make_base(started, RECIPE, stop_after=0)
+    assert folder is not None
+    before, after = weights(base), weights(folder)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    vocabularies = [(part / "tokenizer" / "vocab.json").read_text() for part in (base, folder)]
+    assert vocabularies[0] == vocabularies[1]
+    make_base(started, RECIPE, stop_after=1)
+    assert read_facts(tmp_path / "joint.safetensors")["step"] == "1"
 
 
-def test_measuring_needs_a_base(tmp_path: Path) -> None:
-    """A folder that holds no base is one line."""
+def test_a_start_without_a_base_is_named(place: Place, tmp_path: Path) -> None:
+    """A folder to start from that holds no base is one line."""
     with pytest.raises(ModelError, match=r"model_index\.json"):
-        load_pipeline(tmp_path, "cpu")
+        make_base(replace(place, out=tmp_path, start=tmp_path), RECIPE)
 
 
-def test_every_concept_is_drawn_by_every_hand(tiny_icons: Path) -> None:
-    """The drawings to compare with are all hands times all concepts."""
-    from sdlora.builtin.icons import load_icons
-
-    icons = {hand: load_icons(hand, tiny_icons) for hand in ("noto", "fluent-flat")}
-    names, pictures = draw_all(icons, ["owl", "moon"], 32)
-    assert names == ["owl", "moon"] * 2
-    assert {picture.size for picture in pictures} == {(32, 32)}
+def test_a_sheet_is_drawn_on_the_way(place: Place, tmp_path: Path) -> None:
+    """Every so many steps the average weights are sampled, and training goes on as without."""
+    drawn = replace(place, out=tmp_path, sheet_every=2)
+    folder = make_base(drawn, RECIPE)
+    assert folder is not None
+    assert [file.name for file in (tmp_path / "sheets").iterdir()] == ["000002.png"]
+    one, other = weights(folder), weights(place.out / "base")
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_concepts_are_seen_equally_often() -> None:

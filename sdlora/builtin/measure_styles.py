@@ -1,0 +1,250 @@
+"""Trains the example styles on a base, and measures what they keep of a thing's shape and what they learn."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sdlora.builtin.captions import concept_to_words
+from sdlora.builtin.icons import STYLE_SETS
+from sdlora.builtin.judge import JUDGE_FILE, Judge, ceiling, load_judge, recognise
+from sdlora.builtin.measure import load_pipeline, make_sheet, sample
+from sdlora.errors import SdloraError
+
+SEEDS = (0, 1, 2)  # of the trainings
+NUM_SAMPLES = 4  # of each caption
+STRENGTHS = (1.0, 0.6)
+COLOUR_BINS = 4
+EDGE_BINS = 8
+RESAMPLES = 1000
+SHEET_CAPTIONS = 16
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A real drawing of a dataset."""
+
+    concept: str
+    caption: str
+    image: Image.Image
+
+
+def read_drawings(folder: Path) -> list[Drawing]:
+    """The images of a folder with their captions."""
+    drawings = []
+    for file in sorted(folder.glob("*.png")):
+        with Image.open(file) as image:
+            caption = file.with_suffix(".txt").read_text(encoding="utf-8").strip()
+            drawings.append(Drawing(file.stem, caption, image.convert("RGB")))
+    return drawings
+
+
+def style_features(image: Image.Image) -> np.ndarray:
+    """How an image is drawn, whatever it shows: the shares of its colours, and of its weak and strong edges.
+
+    No weights are used, so they are neither the base's nor the judge's.
+    """
+    pixels = np.asarray(image.convert("RGB").resize((128, 128), Image.Resampling.BOX)).astype(int)
+    inked = pixels.min(axis=2) < 245
+    codes = (pixels * COLOUR_BINS // 256) @ np.array([COLOUR_BINS**2, COLOUR_BINS, 1])
+    colours = np.bincount(codes[inked], minlength=COLOUR_BINS**3) / max(1, inked.sum())
+    gray = pixels.mean(axis=2)
+    slopes = np.hypot(np.diff(gray, axis=1)[:-1], np.diff(gray, axis=0)[:, :-1])[inked[:-1, :-1]]
+    edges = np.histogram(slopes, EDGE_BINS, (0, 256))[0] / max(1, slopes.size)
+    return np.concatenate([np.sqrt(colours), np.sqrt(edges)])  # Hellinger's distance
+
+
+def style_distance(images: Sequence[Image.Image], others: Sequence[Image.Image]) -> float:
+    """Distance between the mean style features of two sets of images."""
+    one, other = (np.mean([style_features(image) for image in part], axis=0) for part in (images, others))
+    return float(np.linalg.norm(one - other))
+
+
+def style_share(samples: float, base: float, real: float) -> float:
+    """A distance as a share of the way from the bare base (0) to other real drawings of the set (1)."""
+    return (base - samples) / (base - real)
+
+
+def share_interval(hits: dict[str, float], top: float) -> dict[str, float]:
+    """The mean of each caption's share of recognised samples, over the ceiling, and its 95 % interval.
+
+    The interval is a bootstrap over captions: the samples of one caption are not independent.
+    """
+    values, rng = list(hits.values()), random.Random(0)
+    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) / top for _ in range(RESAMPLES))
+    mean = sum(values) / len(values)
+    low, high = means[round(0.025 * RESAMPLES)], means[round(0.975 * RESAMPLES) - 1]
+    facts = {"recognised": mean, "of_ceiling": mean / top, "low": low, "high": high}
+    return {name: round(value, 3) for name, value in facts.items()}
+
+
+def recognised_shares(
+    judge: Judge, images: Sequence[Image.Image], concepts: Sequence[str]
+) -> dict[str, float]:
+    """For each concept, the share of its samples that are recognised."""
+    found = recognise(judge, images)
+    hits: dict[str, list[bool]] = {}
+    for names, concept in zip(found, concepts, strict=True):
+        hits.setdefault(concept, []).append(names[0] == concept)
+    return {concept: sum(values) / len(values) for concept, values in hits.items()}
+
+
+def sample_style(
+    pipeline: Any, drawings: Sequence[Drawing], strength: float, guidance: float, trigger: str = ""
+) -> list[Image.Image]:
+    """Samples of every drawing's caption at a strength of the mounted adapter; 0 is the bare base."""
+    if strength:
+        pipeline.set_adapters(["style"], [strength])
+    images: list[Image.Image] = []
+    captions = [f"{trigger}, {drawing.caption}" if trigger else drawing.caption for drawing in drawings]
+    for number in range(NUM_SAMPLES):
+        images += sample(pipeline, captions, 1000 * number, guidance)
+    return images
+
+
+def train_style(dataset: Path, config: Path | None, base: Path, seed: int, out: Path, trigger: str) -> Any:
+    """One training with the preset, or with no setting at all."""
+    import sdlora
+
+    overrides = {"train.seed": seed, "train.sample_every": 0, "train.save_every": 0}
+    return sdlora.train(
+        dataset,
+        base=str(base),
+        config=config,
+        out=out,
+        trigger=trigger or None,
+        overrides=overrides,
+        quiet=True,
+    )
+
+
+def heldout_losses(run: Any) -> list[float]:
+    """The losses on the held-out drawings, the base's own first."""
+    return [event["loss"] for event in run.events("heldout") if event["split"] == "heldout"]
+
+
+def measure_style(
+    dataset: Path,
+    config: Path | None,
+    base: Path,
+    judge: Judge,
+    seeds: Sequence[int],
+    sheets: Path,
+    trigger: str,
+) -> dict[str, Any]:
+    """All rows of one style, over the seeds; a sheet of each training's samples is written to `sheets`."""
+    heldout, others = read_drawings(dataset / "heldout"), read_drawings(dataset)
+    concepts = [drawing.concept for drawing in heldout] * NUM_SAMPLES
+    real = [drawing.image for drawing in heldout]
+    top = ceiling(judge, dataset)[0]
+    bare_images = sample_style(load_pipeline(base, "cpu"), heldout, 0, 3.0)
+    bare = style_distance(bare_images, real)
+    best = style_distance([drawing.image for drawing in others], real)
+    shares: dict[float, list[dict[str, float]]] = {strength: [] for strength in STRENGTHS}
+    styles: dict[float, list[float]] = {strength: [] for strength in STRENGTHS}
+    losses = []
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            run = train_style(dataset, config, base, seed, Path(folder) / "run", trigger)
+            losses.append(heldout_losses(run))
+            guidance = json.loads((run.path / "config.json").read_text(encoding="utf-8"))["sample"][
+                "guidance"
+            ]
+            pipeline = load_pipeline(base, "cpu")
+            pipeline.load_lora_weights(str(run.adapter), adapter_name="style")
+        for strength in STRENGTHS:
+            images = sample_style(pipeline, heldout, strength, guidance or 3.0, trigger)
+            shares[strength].append(recognised_shares(judge, images, concepts))
+            styles[strength].append(style_share(style_distance(images, real), bare, best))
+            sheets.mkdir(parents=True, exist_ok=True)
+            sheet = make_sheet([*real[:SHEET_CAPTIONS], *images[:SHEET_CAPTIONS]])
+            sheet.save(sheets / f"{dataset.name}-{seed}-{strength}.png", optimize=True)
+    figures: dict[str, Any] = {"ceiling": round(top, 3)}
+    figures["bare base"] = share_interval(recognised_shares(judge, bare_images, concepts), top)
+    for strength in STRENGTHS:
+        means = {
+            concept: sum(found[concept] for found in shares[strength]) / len(seeds)
+            for concept in shares[strength][0]
+        }
+        row = share_interval(means, top)
+        figures[f"strength {strength}"] = {**row, "style": [round(share, 3) for share in styles[strength]]}
+    return {**figures, "heldout_losses": losses}
+
+
+def loss_on_own_sets(base: Path, bank_folder: Path) -> float:
+    """The base's loss on the drawings of its own sets that it was not taught, as a training measures it.
+
+    Args:
+        base: The base.
+        bank_folder: The bank it was trained on; which drawings are held out follows from their names.
+    """
+    from sdlora.builtin.bank import Bank
+    from sdlora.builtin.captions import SET_WORDS
+
+    bank, pipeline = Bank(bank_folder), load_pipeline(base, "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder) / "images"
+        (images / "heldout").mkdir(parents=True)
+        for place, numbers in ((images, [0, 1, 2, 3]), (images / "heldout", bank.held_out())):
+            for number in numbers:
+                variant = bank.variants[number]
+                with torch.no_grad():
+                    pixels = pipeline.vae.decode(bank.latents([number])).sample.clamp(-1, 1)[0]
+                array = ((pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+                file = place / f"{variant.icon_set}-{variant.concept}.png"
+                Image.fromarray(array).save(file)
+                words = SET_WORDS[variant.icon_set][0]
+                caption = f"a {concept_to_words(variant.concept)}, {words}"
+                file.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+        import sdlora
+
+        overrides = {"train.steps": 1, "train.sample_every": 0, "train.evaluate_every": 1}
+        run = sdlora.train(images, base=str(base), out=Path(folder) / "run", overrides=overrides, quiet=True)
+        return heldout_losses(run)[0]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; 2 for a mistake in what was asked."""
+    parser = argparse.ArgumentParser(prog="python -m sdlora.builtin.measure_styles", description=__doc__)
+    parser.add_argument("base", type=Path, nargs="?", default=Path(__file__).with_name("base"))
+    parser.add_argument("--judge", type=Path, default=JUDGE_FILE, help="weights of the judge")
+    parser.add_argument("--datasets", type=Path, default=Path("datasets"))
+    parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the presets")
+    parser.add_argument("--no-preset", action="store_true", help="train with no setting at all")
+    parser.add_argument("--trigger", default="", help='words put before every caption, as "openmoji style"')
+    parser.add_argument("--styles", nargs="+", default=STYLE_SETS, choices=STYLE_SETS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--sheets", type=Path, default=Path("sheets"), help="folder of the sheets")
+    parser.add_argument("--bank", type=Path, help="measure the loss on the base's own held-out drawings too")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    given = parser.parse_args(arguments)
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    try:
+        judge, figures = load_judge(given.judge), {}
+        for name in given.styles:
+            config = None if given.no_preset else given.configs / f"{name}.toml"
+            figures[name] = measure_style(
+                given.datasets / name, config, given.base, judge, given.seeds, given.sheets, given.trigger
+            )
+            print(json.dumps({name: figures[name]}, indent=1), flush=True)
+        if given.bank:
+            print(json.dumps({"loss on its own sets": loss_on_own_sets(given.base, given.bank)}))
+    except SdloraError as error:
+        print(error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
