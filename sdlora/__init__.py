@@ -7,26 +7,30 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdlora.config import RunConfig, load_config
-    from sdlora.errors import SdloraError
-    from sdlora.evaluation.advise import advise_rank
-    from sdlora.evaluation.evaluate import evaluate
-    from sdlora.export.export import export_adapter
-    from sdlora.export.extract import extract
-    from sdlora.export.merge_into_base import merge_into_base
-    from sdlora.formats.files import inspect_adapter, load_adapter, save_adapter
-    from sdlora.lora.adapter import Adapter
-    from sdlora.rank.merge import merge
-    from sdlora.rank.resize import resize
-    from sdlora.rank.spectrum import spectrum
-    from sdlora.runs import RunFolder
-    from sdlora.sampling.session import sample
-    from sdlora.training.train import resume, train
-    from sdlora.tree.tree import AdapterTree
+    from sdlora.config import RunConfig as RunConfig
+    from sdlora.config import load_config as load_config
+    from sdlora.errors import SdloraError as SdloraError
+    from sdlora.evaluation.advise import advise_rank as advise_rank
+    from sdlora.evaluation.evaluate import evaluate as evaluate
+    from sdlora.export.export import export_adapter as export_adapter
+    from sdlora.export.extract import extract as extract
+    from sdlora.export.merge_into_base import merge_into_base as merge_into_base
+    from sdlora.formats.files import inspect_adapter as inspect_adapter
+    from sdlora.formats.files import load_adapter as load_adapter
+    from sdlora.formats.files import save_adapter as save_adapter
+    from sdlora.lora.adapter import Adapter as Adapter
+    from sdlora.rank.merge import merge as merge
+    from sdlora.rank.resize import resize as resize
+    from sdlora.rank.spectrum import spectrum as spectrum
+    from sdlora.runs import RunFolder as RunFolder
+    from sdlora.sampling.session import sample as sample
+    from sdlora.training.train import resume as resume
+    from sdlora.training.train import train as train
+    from sdlora.tree.tree import AdapterTree as AdapterTree
 
 __version__ = version("sdlora")
 
-# Imported at first use: torch and diffusers take seconds, and `sdlora --help` needs neither.
+# The public names and their modules, imported at first use: torch and diffusers take seconds to import.
 _PUBLIC = {
     "Adapter": "sdlora.lora.adapter",
     "AdapterTree": "sdlora.tree.tree",
@@ -50,33 +54,11 @@ _PUBLIC = {
     "train": "sdlora.training.train",
 }
 
-__all__ = [
-    "Adapter",
-    "AdapterTree",
-    "RunConfig",
-    "RunFolder",
-    "SdloraError",
-    "__version__",
-    "advise_rank",
-    "evaluate",
-    "export_adapter",
-    "extract",
-    "inspect_adapter",
-    "load_adapter",
-    "load_config",
-    "merge",
-    "merge_into_base",
-    "resize",
-    "resume",
-    "sample",
-    "save_adapter",
-    "spectrum",
-    "train",
-]
+__all__ = sorted([*_PUBLIC, "__version__"])
 
 
 def __dir__() -> list[str]:
-    """The public names, for tab completion: until their first use, nothing else has them."""
+    """The public names, for tab completion."""
     return __all__
 
 

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from sdlora.cli import conversion, files, look, rank, settings, train, tree
 from sdlora.cli.processes import STOP_SECONDS, speaks_for_host, wait_for_first
 from sdlora.errors import ProcessLost, RunStopped, SdloraError, shorten
 
+# Listed first in the help, in this order; the others follow by name.
+FIRST = ("train", "resume", "sample", "evaluate", "doctor", "settings", "info", "export")
+
+
+class _Commands(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*FIRST, *sorted(self.commands.keys() - set(FIRST))]
+
+
 app = typer.Typer(
     name="sdlora",
+    cls=_Commands,
     help="Train style LoRAs for Stable Diffusion from an image folder.",
-    epilog="Every command: --help. A mistake is one line and exit code 2; add --debug for the trace.",
+    epilog="Mistakes are reported in one line, with exit code 2; add --debug for the traceback.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -33,18 +45,15 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: bool = typer.Option(
-        False, "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None: ...
 
 
-train.register(app)
-settings.register(app)
-look.register(app)
-files.register(app)
-rank.register(app)
-tree.register(app)
-conversion.register(app)
+# A module of this folder that has a function `register` adds commands.
+for module in iter_modules(__path__):
+    if register := getattr(import_module(f"{__name__}.{module.name}"), "register", None):
+        register(app)
 
 
 # Typer exports none of its usage errors but this one; they have one parent.
@@ -52,32 +61,35 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def describe_usage(error: Any) -> str:
-    """One line for a command that cannot be parsed; empty where the help was printed instead."""
+    """One line for a command that cannot be parsed; empty if the help was printed instead."""
     from sdlora.config import RunConfig
     from sdlora.problems import guess_key
 
     option = getattr(error, "option_name", "")
     if guess := guess_key(option, RunConfig):
-        return f"{option} is no option; {guess}"
+        return f"{option} is not an option; {guess}"
     text = " ".join(error.format_message().split())
     command = error.ctx.command_path if error.ctx else "sdlora"
     return f"{text.rstrip('.')}; see `{command} --help`" if text else ""
 
 
 def _call(arguments: list[str]) -> int | None:
-    """Runs a command; a path that the system refuses is a mistake in what was asked, wherever it is met."""
+    """Runs a command; a path that the system refuses is a user's mistake, wherever it is raised."""
     try:
         code: int | None = app(arguments, prog_name="sdlora", standalone_mode=False)
     except OSError as error:
         if error.filename is None:
             raise
         path = shorten(os.fsdecode(error.filename2 or error.filename))
-        raise SdloraError(f"{path} cannot be used: {error.strerror}; give another path") from error
+        raise SdloraError(f"cannot use {path}: {error.strerror}; use another path", key="path") from error
     return code
 
 
 def main() -> None:
-    """Runs a command; the exit code says how it went."""
+    """Entry point of the command `sdlora`.
+
+    Exit codes: 0 done, 1 failed, 2 a mistake in the command or its input, 130 or 143 stopped by a signal.
+    """
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
@@ -93,7 +105,7 @@ def main() -> None:
         if debug:
             raise
         if isinstance(error, RunStopped) and not speaks_for_host():
-            # All have met this, so one tells it.
+            # Every process raises this; one prints it.
             wait_for_first(error.exit_code, STOP_SECONDS)
             raise SystemExit(error.exit_code) from None
         if not (isinstance(error, ProcessLost) and not error.is_told):

@@ -67,7 +67,7 @@ def sample(
     from sdlora.report.terminal import Terminal
     from sdlora.sampling.session import plan_sample
 
-    report = Terminal()
+    terminal = Terminal()
     subjects: list[Path | None] = [*sources] if sources else [None]
     # All are checked before the first image is made.
     plans = [
@@ -78,13 +78,13 @@ def sample(
             out=folder,
             size=pixels,
             force=force,
-            warn=report.warn,
+            warn=terminal.warn,
             **changes,
         )
         for source, folder in zip(subjects, _folders(subjects, out), strict=True)
     ]
     for plan in plans:
-        with report.progress("sampling", 1) as meter:
+        with terminal.progress("sampling", 1) as meter:
             grid = plan.make(meter.show)
         typer.echo(f"grid      {grid}")
 
@@ -112,8 +112,8 @@ def evaluate(
     from sdlora.evaluation.evaluate import evaluate as measure
     from sdlora.report.terminal import Terminal
 
-    report = Terminal()
-    with report.progress("evaluating", 1) as meter:
+    terminal = Terminal()
+    with terminal.progress("evaluating", 1) as meter:
         result = measure(run, progress=meter.show)
     for line in result.lines():
         typer.echo(line)

@@ -7,21 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sdlora.cli.options import Dialect, Out, Precision, Source
+
 if TYPE_CHECKING:
     from rich.table import Table
 
     from sdlora.rank.spectrum import Spectrum
 
-Source = Annotated[
-    Path, typer.Argument(metavar="RUN|LORA", help="A run folder, or a LoRA file of any dialect.")
-]
-Out = Annotated[Path, typer.Option(help="The file to write.")]
-Dialect = Annotated[str, typer.Option(help="diffusers, or kohya for A1111, Forge, ComfyUI.")]
-Precision = Annotated[str, typer.Option(help="fp16, bf16 or fp32.")]
-
 
 def register(app: typer.Typer) -> None:
-    """Adds the verbs."""
+    """Adds the commands."""
     app.command()(spectrum)
     app.command()(resize)
     app.command()(merge)
@@ -30,14 +25,14 @@ def register(app: typer.Typer) -> None:
 def spectrum(
     source: Source,
     modules: Annotated[
-        bool, typer.Option("--modules", help="A row for each module, not for each block.")
+        bool, typer.Option("--modules", help="One row per module instead of per block.")
     ] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the spectrum into this PNG file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot the spectrum to this PNG file.")] = None,
 ) -> None:
     """Show how much of its rank a LoRA uses, block by block."""
     from rich.console import Console
 
-    from sdlora.cli.values import check_png, note_newest
+    from sdlora.cli.options import check_png, note_newest
     from sdlora.export.export import find_adapter
     from sdlora.formats.files import load_adapter
     from sdlora.rank.spectrum import block_of
@@ -90,30 +85,30 @@ def _module_table(found: Spectrum) -> Table:
 def resize(
     source: Source,
     out: Out,
-    rank: Annotated[int | None, typer.Option(help="The same rank for all modules.")] = None,
+    rank: Annotated[int | None, typer.Option(help="This rank in all modules.")] = None,
     energy: Annotated[
-        float | None, typer.Option(help="Keep this share of each module's energy, such as 0.99.")
+        float | None, typer.Option(help="Keep this fraction of each module's energy, such as 0.99.")
     ] = None,
     ratio: Annotated[
-        float | None, typer.Option(help="Keep directions of this share of a module's largest, such as 0.05.")
+        float | None,
+        typer.Option(help="Keep singular values above this share of the largest, as 0.05."),
     ] = None,
     score: Annotated[
         float | None,
-        typer.Option(help="Keep directions of this share of the base weight's norm, such as 0.003."),
+        typer.Option(help="Keep singular values above this share of the base weight's norm, as 0.003."),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The base, for --score.")] = None,
-    size_mb: Annotated[float | None, typer.Option(help="The most that fits into so many megabytes.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model, for --score.")] = None,
+    size_mb: Annotated[float | None, typer.Option(help="Keep as much as fits into this file size.")] = None,
     format: Dialect = "diffusers",
     precision: Precision = "fp16",
 ) -> None:
-    """Write a LoRA with less rank, as near to the old one as can be; say what it lost. Give one rule."""
-    from sdlora.cli.values import note_newest
-    from sdlora.config import load_config
+    """Reduce the rank of a LoRA (by SVD) by one of these rules, and print the error."""
+    from sdlora.cli.options import export_settings, note_newest
     from sdlora.errors import ConfigError
 
-    settings = load_config(None, {"export.formats": [format], "export.precision": precision}).export
+    settings = export_settings(format, precision)
     if base is not None and score is None:
-        raise ConfigError(f"--base {base} has no effect without --score; leave it out")
+        raise ConfigError(f"--base {base} has no effect without --score; remove it", key="option--base")
     from sdlora.export.export import check_out, export_adapter, find_adapter
     from sdlora.export.rewrite import weight_norms
     from sdlora.formats.files import load_adapter
@@ -143,33 +138,34 @@ def resize(
 
 def merge(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="RUN|LORA ...", help="Run folders, or LoRA files of any dialect.")
+        list[Path], typer.Argument(metavar="RUN|LORA ...", help="Run folders, or LoRA files in any dialect.")
     ],
     out: Out,
-    weights: Annotated[str | None, typer.Option(help="Such as 0.7,0.3.", show_default="1 for each")] = None,
+    weights: Annotated[str | None, typer.Option(help="Such as 0.7,0.3.", show_default="1 each")] = None,
     method: Annotated[
         str, typer.Option(help="concatenate (the exact sum), svd, ties or dare.")
     ] = "concatenate",
     rank: Annotated[
-        int | None, typer.Option(help="Of the result, but for concatenate.", show_default="the largest")
+        int | None,
+        typer.Option(help="Rank, except for concatenate.", show_default="the largest"),
     ] = None,
     density: Annotated[
-        float | None, typer.Option(help="The share of elements that ties and dare keep.", show_default="0.5")
+        float | None, typer.Option(help="Fraction of elements that ties and dare keep.", show_default="0.5")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of dare.", show_default="0")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of dare.", show_default="0")] = None,
     format: Dialect = "diffusers",
     precision: Precision = "fp16",
 ) -> None:
-    """Join LoRAs into one file."""
-    from sdlora.cli.values import note_newest, parse_numbers
-    from sdlora.config import load_config
+    """Merge LoRAs into one file."""
+    from sdlora.cli.options import export_settings, note_newest, parse_numbers
     from sdlora.errors import ConfigError
 
-    settings = load_config(None, {"export.formats": [format], "export.precision": precision}).export
+    settings = export_settings(format, precision)
     factors = parse_numbers(weights, float, "--weights") or [1.0] * len(sources)
     if len(factors) != len(sources):
         raise ConfigError(
-            f"--weights {weights} has {len(factors)} numbers for {len(sources)} LoRAs; give as many"
+            f"--weights {weights} has {len(factors)} numbers for {len(sources)} LoRAs; use one per LoRA",
+            key="option--weights",
         )
     from sdlora.export.export import check_out, export_adapter, find_adapter
     from sdlora.formats.files import load_adapter

@@ -7,52 +7,48 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sdlora.cli.options import Config, Force, Overrides, Run
 from sdlora.cli.processes import heed_schedulers, is_first
-from sdlora.cli.tree import Force
 
 if TYPE_CHECKING:
     from sdlora.runs import RunFolder
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[section.key=value]...", help="Settings, such as lora.rank=8; `sdlora settings` lists them."
-    ),
-]
-
 
 def register(app: typer.Typer) -> None:
-    """Adds the verbs."""
+    """Adds the commands."""
     app.command()(train)
     app.command()(resume)
 
 
 def train(
-    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of captioned images.")],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images with captions.")],
     overrides: Overrides = None,
     base: Annotated[
         str | None,
-        typer.Option(help="builtin, a folder, a .safetensors file or a hub id.", show_default="builtin"),
+        typer.Option(
+            help="builtin, a diffusers folder, a .safetensors file or a Hugging Face id.",
+            show_default="builtin",
+        ),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="A TOML file; presets are in configs/.")] = None,
+    config: Config = None,
     out: Annotated[
-        Path | None, typer.Option(help="The run folder.", show_default="runs/ and the image folder's name")
+        Path | None, typer.Option(help="The run folder.", show_default="runs/ and the name of IMAGES")
     ] = None,
-    trigger: Annotated[str | None, typer.Option(help="Words that call the style.")] = None,
+    trigger: Annotated[str | None, typer.Option(help="Trigger words for the style.")] = None,
     parent: Annotated[
         str | None,
-        typer.Option(metavar="FILE|RUN|NODE", help="A LoRA to train on top of, with all it stands on."),
+        typer.Option(metavar="FILE|RUN|NODE", help="A LoRA to train on top of; it stays frozen."),
     ] = None,
     force: Force = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit.")] = False,
 ) -> None:
     """Train a style LoRA on an image folder."""
-    from sdlora.cli.values import check_base
+    from sdlora.cli.options import check_base
     from sdlora.config import load_config
     from sdlora.runs import RunFolder
 
     heed_schedulers()
-    # Settings, folder and base are checked before torch is imported.
+    # Settings, output folder and base are checked before torch is imported.
     settings = load_config(config, overrides or [], images=images)
     if parent is not None:
         settings = settings.replace(lora={"parent": parent})
@@ -70,23 +66,23 @@ def train(
 
 
 def resume(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
+    run: Run,
     overrides: Overrides = None,
     allow_changed: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD", help="What may be another than in the checkpoint, such as dataset."),
+        typer.Option(metavar="FIELD", help="What may differ from the checkpoint, such as dataset."),
     ] = None,
 ) -> None:
-    """Go on with a run that was stopped, or make a finished one longer."""
+    """Continue a stopped run, or extend a finished one (with a larger train.steps)."""
     from sdlora.config import load_config
     from sdlora.runs import RunFolder
 
     heed_schedulers()
     RunFolder.open(run)
     load_config(None, overrides or [])
-    from sdlora.training.train import resume as go_on
+    from sdlora.training.train import resume as continue_run
 
-    _print_result(go_on(run, overrides or [], allow_changed=allow_changed or ()))
+    _print_result(continue_run(run, overrides or [], allow_changed=allow_changed or ()))
 
 
 def _print_result(run: RunFolder) -> None:
@@ -97,10 +93,11 @@ def _print_result(run: RunFolder) -> None:
     if grids:
         typer.echo(f"grid      {grids[-1]}")
     if run.loss_curve.is_file():
-        typer.echo(f"losses    {run.loss_curve}")
+        typer.echo(f"loss      {run.loss_curve}")
     if parent := run.read_config().lora.parent:
         typer.echo(
-            f"stands on {parent}: `sdlora sample {run.path}` shows both, `sdlora tree flatten` joins them"
+            f"parent    {parent}, required at inference; `sdlora sample {run.path}` mounts both, "
+            "`sdlora tree flatten` merges them into one file"
         )
     else:
         if (kohya := run.final_adapter("kohya")).is_file():

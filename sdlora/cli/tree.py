@@ -7,6 +7,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sdlora.cli.options import (
+    Dialect,
+    Force,
+    Guidance,
+    ImagesOut,
+    Out,
+    Precision,
+    Prompt,
+    Prompts,
+    Seeds,
+    Size,
+    Steps,
+    StepStrengths,
+)
+
 if TYPE_CHECKING:
     from rich.tree import Tree
 
@@ -14,29 +29,22 @@ if TYPE_CHECKING:
     from sdlora.tree.tree import AdapterTree
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of LoRA files, or of runs.")]
-Force = Annotated[
-    bool, typer.Option("--force", help="Take a changed parent for the right one; go without a missing one.")
-]
-StepStrengths = Annotated[
-    str | None, typer.Option(metavar="NODE=NUMBER,...", help="Other strengths than those of the training.")
-]
-
 
 _WIDEST = 10_000
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the verbs."""
+    """Adds the commands."""
     verbs = typer.Typer(no_args_is_help=True)
     verbs.command()(show)
     verbs.command()(verify)
     verbs.command()(sample)
     verbs.command()(flatten)
-    app.add_typer(verbs, name="tree", help="LoRAs that were trained on top of each other.")
+    app.add_typer(verbs, name="tree", help="Stacked LoRAs: trained on top of each other.")
 
 
 def show(folder: Folder) -> None:
-    """Draw the tree: which LoRA stands on which, with rank, images, size and held-out loss."""
+    """Draw the tree of parents and children, with rank, images, size and held-out loss."""
     from rich.console import Console
 
     from sdlora.tree.tree import AdapterTree
@@ -81,7 +89,7 @@ def _describe(node: Node) -> str:
 
 
 def verify(folder: Folder) -> None:
-    """Read every tensor and check every parent; exit code 1 if something is wrong."""
+    """Check every tensor and every parent; exit code 1 if something is wrong."""
     from sdlora.tree.tree import AdapterTree
 
     tree = AdapterTree.from_folder(folder)
@@ -99,21 +107,21 @@ def sample(
         list[str] | None,
         typer.Argument(metavar="[NODE]...", help="The nodes to compare.", show_default="all"),
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line.")] = None,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
     base: Annotated[
-        str | None, typer.Option(help="The base.", show_default="the one that the files name")
+        str | None, typer.Option(help="The base model.", show_default="the one named in the files")
     ] = None,
     strengths: StepStrengths = None,
-    seeds: Annotated[str | None, typer.Option(help="Seeds, such as 0,1.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The folder for grid.png and the single images.")] = None,
+    seeds: Seeds = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    size: Size = None,
+    out: ImagesOut = None,
     force: Force = False,
 ) -> None:
-    """Make a grid: prompts and seeds down, the base and the nodes across."""
-    from sdlora.cli.values import parse_size, parse_strengths, sample_settings
+    """Draw a grid: one row per prompt and seed, one column for the base and for each node."""
+    from sdlora.cli.options import parse_size, parse_strengths, sample_settings
 
     settings = sample_settings(prompt, prompts, seeds, steps=steps, guidance=guidance)
     changes, pixels = parse_strengths(strengths), parse_size(size)
@@ -121,8 +129,8 @@ def sample(
     from sdlora.sampling.session import sample_tree
     from sdlora.tree.tree import AdapterTree
 
-    report = Terminal()
-    with report.progress("sampling", 1) as meter:
+    terminal = Terminal()
+    with terminal.progress("sampling", 1) as meter:
         grid = sample_tree(
             AdapterTree.from_folder(folder),
             nodes or (),
@@ -132,7 +140,7 @@ def sample(
             size=pixels,
             force=force,
             progress=meter.show,
-            warn=report.warn,
+            warn=terminal.warn,
             **settings,
         )
     typer.echo(f"grid      {grid}")
@@ -141,20 +149,21 @@ def sample(
 def flatten(
     folder: Folder,
     node: Annotated[
-        str, typer.Argument(metavar="NODE", help="The node: its path in the folder, less the ending.")
+        str, typer.Argument(metavar="NODE", help="The node: its path in FOLDER, without the extension.")
     ],
-    out: Annotated[Path, typer.Option(help="The file to write.")],
-    rank: Annotated[int | None, typer.Option(help="The nearest of this rank.", show_default="exact")] = None,
+    out: Out,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of the result (approximate).", show_default="exact")
+    ] = None,
     strengths: StepStrengths = None,
-    format: Annotated[str, typer.Option(help="diffusers, or kohya for A1111, Forge, ComfyUI.")] = "diffusers",
-    precision: Annotated[str, typer.Option(help="fp16, bf16 or fp32.")] = "fp16",
+    format: Dialect = "diffusers",
+    precision: Precision = "fp16",
     force: Force = False,
 ) -> None:
-    """Write one ordinary LoRA that does what a node does on top of its ancestors."""
-    from sdlora.cli.values import parse_strengths
-    from sdlora.config import load_config
+    """Merge a node and its ancestors into one ordinary LoRA."""
+    from sdlora.cli.options import export_settings, parse_strengths
 
-    settings = load_config(None, {"export.formats": [format], "export.precision": precision}).export
+    settings = export_settings(format, precision)
     changes = parse_strengths(strengths)
     from sdlora.export.export import check_out, export_adapter
     from sdlora.tree.tree import AdapterTree

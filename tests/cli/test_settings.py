@@ -93,8 +93,8 @@ def test_other_trainers_names():
 @pytest.mark.parametrize(
     ("command", "line"),
     [
-        (("train", "x", "--network_dim", "8"), "--network_dim is no option; in sdlora: lora.rank"),
-        (("train", "x", "--rank=8"), "--rank is no option; did you mean lora.rank?"),
+        (("train", "x", "--network_dim", "8"), "--network_dim is not an option; in sdlora: lora.rank"),
+        (("train", "x", "--rank=8"), "--rank is not an option; did you mean lora.rank?"),
         (("train",), "Missing argument 'IMAGES'; see `sdlora train --help`"),
         (("trian", "x"), "No such command 'trian'. Did you mean 'train'?; see `sdlora --help`"),
         (("sample", "--steps", "many"), "Invalid value for '--steps': "),

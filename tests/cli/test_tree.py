@@ -140,8 +140,8 @@ def test_info_names_the_path(sdlora, styles):
     """`sdlora info` says what a file stands on."""
     code, printed, _ = sdlora("info", styles / "ink" / "portraits.safetensors")
     assert code == 0
-    assert printed.splitlines()[-1].startswith("stands on ink (")
-    assert "stands on" not in sdlora("info", styles / "ink.safetensors")[1]
+    assert printed.splitlines()[-1].startswith("parents   ink (")
+    assert "parents" not in sdlora("info", styles / "ink.safetensors")[1]
 
 
 def test_a_child_is_planned(sdlora, styles, make_images):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sdlora.cli.values import parse_numbers, parse_size, parse_strengths
+from sdlora.cli.options import parse_numbers, parse_size, parse_strengths
 from sdlora.errors import ConfigError
+from tests.checks import raises
 
 
 def test_values():
@@ -18,22 +19,22 @@ def test_values():
 @pytest.mark.parametrize("text", ["", "x", "768", "768x", "²x²", "-1x5", "1.5x2", "9" * 5000 + "x1", "7x7x7"])
 def test_sizes_that_are_none(text):
     """Digits of other kinds and sizes of thousands of digits are no sizes."""
-    with pytest.raises(ConfigError, match="must be WIDTHxHEIGHT, such as 768x512"):
+    with raises(ConfigError, "option--size", shows="768x512"):
         parse_size(text)
 
 
 @pytest.mark.parametrize("text", ["", "a", "1,,2", "²", "9" * 5000])
 def test_numbers_that_are_none(text):
-    """Likewise for seeds."""
-    with pytest.raises(ConfigError, match="must be numbers with commas"):
+    """Texts, and numbers of thousands of digits, are no seeds."""
+    with raises(ConfigError, "option--seeds"):
         parse_numbers(text, int, "--seeds")
 
 
 @pytest.mark.parametrize("text", ["nan", "1,inf", "-inf"])
 def test_weights_that_are_none(text):
     """R-06: what is no number would become every value of a file."""
-    with pytest.raises(ConfigError, match=r"--weights .* must be numbers with commas"):
+    with raises(ConfigError, "option--weights", shows=text):
         parse_numbers(text, float, "--weights")
-    with pytest.raises(ConfigError, match=r"--strengths ink=.* must be NODE=NUMBER"):
+    with raises(ConfigError, "option--strengths", shows="NODE=NUMBER"):
         parse_strengths(",".join(f"ink={number}" for number in text.split(",")))
     assert parse_strengths("ink=-0.5,a=b=2") == {"ink": -0.5, "a=b": 2.0}

@@ -1,0 +1,59 @@
+"""`sdlora doctor` and `sdlora cache`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdlora.cli.options import Config, Overrides
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands."""
+    app.command()(doctor)
+    app.command()(cache)
+
+
+def doctor(
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images.")],
+    overrides: Overrides = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The base model, for its tokenizer and resolution.", show_default="builtin"),
+    ] = None,
+    config: Config = None,
+    contact_sheet: Annotated[
+        Path | None, typer.Option(help="Draw the crops that the model will see into this PNG file.")
+    ] = None,
+) -> None:
+    """Check an image folder without training; exit code 1 if it has errors."""
+    from sdlora.cli.options import check_png
+    from sdlora.config import load_config
+
+    check_png(contact_sheet, "--contact-sheet")
+    settings = load_config(config, overrides or [], images=images)
+    if base is not None:
+        settings = settings.replace(base={"source": base})
+    from sdlora.training.preflight import check_folder
+
+    checkup = check_folder(settings, contact_sheet)
+    for line in checkup.lines():
+        typer.echo(line)
+    if checkup.has_errors:
+        raise typer.Exit(1)
+
+
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete all cached files.")] = False,
+) -> None:
+    """Show the location and size of the cache of latents and text embeddings."""
+    from sdlora.data.cache import cache_folder, clear_cache, measure_cache
+
+    folder = cache_folder()
+    typer.echo(f"cache     {folder}")
+    for kind, files, size in measure_cache(folder):
+        typer.echo(f"{kind:<9} {files} files, {size / 1e6:.1f} MB")
+    if clear:
+        typer.echo(f"cleared   {clear_cache(folder) / 1e6:.1f} MB")

@@ -1,0 +1,55 @@
+"""`sdlora evaluate` and `sdlora advise-rank`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sdlora.cli.options import Run
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands."""
+    app.command()(evaluate)
+    app.command("advise-rank")(advise_rank)
+
+
+def evaluate(run: Run) -> None:
+    """Measure a run: validation (held-out) loss, and the distance of its samples to the held-out images."""
+    from sdlora.cli.options import note_newest
+    from sdlora.runs import RunFolder
+
+    RunFolder.open(run)
+    note_newest(run)
+    from sdlora.evaluation.evaluate import evaluate as measure
+    from sdlora.report.terminal import Terminal
+
+    terminal = Terminal()
+    with terminal.progress("evaluating", 1) as meter:
+        result = measure(run, progress=meter.show)
+    for line in result.lines():
+        typer.echo(line)
+
+
+def advise_rank(
+    run: Run,
+    keep: Annotated[float, typer.Option(help="Fraction of the improvement that is enough.")] = 0.99,
+    ranks: Annotated[
+        str | None, typer.Option(help="Ranks to try, such as 2,4,8.", show_default="powers of two")
+    ] = None,
+) -> None:
+    """Measure a run's adapter at smaller ranks, without training; write the smallest that is enough."""
+    from sdlora.cli.options import note_newest, parse_numbers
+    from sdlora.runs import RunFolder
+
+    tried = parse_numbers(ranks, int, "--ranks") or ()
+    RunFolder.open(run)
+    note_newest(run)
+    from sdlora.evaluation.advise import advise_rank as advise
+    from sdlora.report.terminal import Terminal
+
+    with Terminal().progress("measuring", 1) as meter:
+        advice = advise(run, keep=keep, ranks=tried, progress=meter.show)
+    for line in advice.lines():
+        typer.echo(line)

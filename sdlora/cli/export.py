@@ -1,0 +1,121 @@
+"""`sdlora export`, `sdlora extract` and `sdlora merge-into-base`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdlora.cli.options import Dialect, Force, Out, Precision, Source
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands."""
+    app.command()(export)
+    app.command()(extract)
+    app.command("merge-into-base")(merge_into_base)
+
+
+def export(
+    source: Source,
+    out: Annotated[Path | None, typer.Option(help="Output file.")] = None,
+    format: Dialect = "diffusers",
+    precision: Precision = "fp16",
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload a run's adapters and model card.")
+    ] = None,
+) -> None:
+    """Convert a LoRA to another dialect or precision, or upload it to the Hugging Face Hub."""
+    from sdlora.cli.options import export_settings, note_newest
+    from sdlora.errors import ConfigError
+
+    settings = export_settings(format, precision)
+    if out is None and push_to_hub is None:
+        raise ConfigError("sdlora export requires --out FILE or --push-to-hub REPO", key="option--out")
+    note_newest(source)
+    from sdlora.export.export import export as write
+    from sdlora.export.export import push_run
+
+    if out is not None:
+        report = write(source, out, dialect=settings.formats[0], precision=settings.precision)
+        for line in report.lines():
+            typer.echo(line)
+    if push_to_hub is not None:
+        typer.echo(f"uploaded  {push_run(source, push_to_hub)}")
+
+
+def extract(
+    tuned: Annotated[
+        str,
+        typer.Argument(
+            metavar="TUNED", help="A fine-tuned model: a folder, a .safetensors file, a Hugging Face id."
+        ),
+    ],
+    out: Out,
+    base: Annotated[str, typer.Option(help="The base model that it was fine-tuned from.")],
+    rank: Annotated[int, typer.Option(help="Rank of each module; `sdlora resize` reduces it later.")] = 32,
+    targets: Annotated[
+        str, typer.Option(help="attention, all-linear, all, or module patterns, separated by commas.")
+    ] = "all-linear",
+    text_encoder: Annotated[
+        bool, typer.Option("--text-encoder", help="Also extract from the text encoders.")
+    ] = False,
+    format: Dialect = "diffusers",
+    precision: Precision = "fp16",
+) -> None:
+    """Extract a LoRA from a fine-tuned model: the closest of a rank to the change in its weights."""
+    from sdlora.cli.options import export_settings
+    from sdlora.config import load_config
+
+    settings = export_settings(format, precision)
+    config = load_config(None, {"lora.rank": rank, "lora.targets": targets.split(",")})
+    from sdlora.export.export import check_out, export_adapter
+    from sdlora.export.extract import extract as find
+    from sdlora.report.terminal import Terminal
+
+    check_out(out, [Path(tuned), Path(base)])
+    with Terminal().progress("modules", 1) as meter:
+        adapter, report = find(
+            tuned,
+            base,
+            rank=config.lora.rank,
+            targets=config.lora.targets,
+            text_encoder=text_encoder,
+            progress=meter.show,
+        )
+    written = export_adapter(adapter, out, dialect=settings.formats[0], precision=settings.precision)
+    for line in (*report.lines(), *written.lines()):
+        typer.echo(line)
+
+
+def merge_into_base(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="Output folder, or file if the base is a file.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base model.", show_default="the one named in the file")
+    ] = None,
+    strength: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp16, bf16 or fp32.", show_default="that of the base")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Merge a LoRA and its parents into a copy of the base."""
+    from sdlora.cli.options import export_settings, note_newest
+
+    if dtype is not None:
+        dtype = export_settings("diffusers", dtype).precision
+    from sdlora.export.merge_into_base import merge_into_base as write
+    from sdlora.models.dtypes import DTYPES
+    from sdlora.report.terminal import Terminal
+    from sdlora.sampling.session import base_of
+    from sdlora.tree.lineage import load_path
+
+    note_newest(source)
+    warn = Terminal().warn
+    *below, top = load_path(source, force=force, warn=warn)
+    stack = [*((step.adapter, step.ancestor.strength) for step in below), (top.adapter, strength)]
+    name = base or base_of(top.file, top.adapter.notes)
+    place = write(stack, name, out, dtype=DTYPES[dtype] if dtype else None, warn=warn)
+    typer.echo(f"wrote     {place}")

@@ -1,0 +1,210 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from sdlora.config import BaseSection, ExportSection, ObjectiveSection
+
+Source = Annotated[
+    Path, typer.Argument(metavar="RUN|LORA", help="A run folder, or a LoRA file in any dialect.")
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[section.key=value]...", help="Settings, such as lora.rank=8; see `sdlora settings`."
+    ),
+]
+Config = Annotated[Path | None, typer.Option(help="A TOML file with settings; see configs/ for presets.")]
+Out = Annotated[Path, typer.Option(help="Output file.")]
+ImagesOut = Annotated[Path | None, typer.Option(help="Output folder for grid.png and the single images.")]
+Dialect = Annotated[str, typer.Option(help="diffusers, or kohya (for A1111, Forge, ComfyUI).")]
+Precision = Annotated[str, typer.Option(help="fp16, bf16 or fp32.")]
+Force = Annotated[bool, typer.Option("--force", help="Accept a changed parent; ignore a missing one.")]
+StepStrengths = Annotated[
+    str | None, typer.Option(metavar="NODE=NUMBER,...", help="Strengths that replace those of training.")
+]
+Prompt = Annotated[list[str] | None, typer.Option(help="A prompt; repeatable.")]
+Prompts = Annotated[Path | None, typer.Option(help="A text file with one prompt per line.")]
+Seeds = Annotated[str | None, typer.Option(help="Seeds, such as 0,1.")]
+Steps = Annotated[int | None, typer.Option(help="Sampling steps.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale (CFG).")]
+Size = Annotated[str | None, typer.Option(help="Image size in pixels, as WIDTHxHEIGHT.")]
+
+MAX_PROMPTS_BYTES = 2**20
+Number = TypeVar("Number", int, float)
+
+
+def parse_numbers(text: str | None, kind: type[Number], option: str) -> list[Number] | None:
+    """Parses `0.5,1` to [0.5, 1.0].
+
+    Raises:
+        ConfigError: If it is not a list of numbers.
+    """
+    from sdlora.errors import ConfigError, shorten
+
+    if text is None:
+        return None
+    try:
+        return [_finite(kind(part)) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"{option} {shorten(text)} must be numbers separated by commas, such as 0,1",
+            key=f"option{option}",
+        ) from None
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Parses `768x512` to (768, 512).
+
+    Raises:
+        ConfigError: If it is not a size.
+    """
+    from sdlora.errors import ConfigError, shorten
+
+    if text is None:
+        return None
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and len(text) < 12):
+        raise ConfigError(f"--size {shorten(text)} must be WIDTHxHEIGHT, such as 768x512", key="option--size")
+    return int(width), int(height)
+
+
+def parse_strengths(text: str | None) -> dict[str, float]:
+    """Parses `ink=0.5,ink/portraits=1` to {"ink": 0.5, "ink/portraits": 1.0}.
+
+    Raises:
+        ConfigError: If it is anything else.
+    """
+    from sdlora.errors import ConfigError, shorten
+
+    try:
+        pairs = (part.rpartition("=") for part in (text or "").split(",") if part)
+        return {name.strip(): _finite(float(number)) for name, _, number in pairs}
+    except ValueError:
+        raise ConfigError(
+            f"--strengths {shorten(text or '')} must be NODE=NUMBER, such as ink=0.5,ink/portraits=1",
+            key="option--strengths",
+        ) from None
+
+
+def export_settings(dialect: str, precision: str) -> ExportSection:
+    """Validates `--format` and `--precision`, before torch is imported.
+
+    Raises:
+        ConfigError: If one of them is not a choice.
+    """
+    from sdlora.config import load_config
+
+    return load_config(None, {"export.formats": [dialect], "export.precision": precision}).export
+
+
+def sample_settings(
+    prompt: list[str] | None, prompts: Path | None, seeds: str | None, **others: Any
+) -> dict[str, Any]:
+    """The given settings of the section `sample`, validated before torch is imported.
+
+    Args:
+        prompt: Values of `--prompt`.
+        prompts: The file of `--prompts`.
+        seeds: As typed.
+        others: Other keys of the section; None if not given.
+
+    Raises:
+        ConfigError: If one of them is not valid.
+    """
+    from sdlora.config import load_config
+
+    given = {
+        "prompts": [*(prompt or []), *(read_prompts(prompts) if prompts else [])] or None,
+        "seeds": parse_numbers(seeds, int, "--seeds"),
+        **others,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    # Prompts are validated later, once the trigger of the run or file is known.
+    load_config(None, {f"sample.{name}": value for name, value in changes.items() if name != "prompts"})
+    return changes
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Reads one prompt per line; skips empty lines and lines that start with #.
+
+    Raises:
+        ConfigError: If the file cannot be read, has no prompt, or uses sd-scripts' options.
+    """
+    from sdlora.errors import ConfigError
+    from sdlora.reading import UnfitFileError, read_bytes
+
+    try:
+        lines = read_bytes(file, MAX_PROMPTS_BYTES).decode("utf-8-sig").splitlines()
+    except UnfitFileError as error:
+        raise ConfigError(f"--prompts {file} {error}; use a text file", key="option--prompts") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read --prompts {file}: {error}", key="option--prompts") from None
+    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise ConfigError(
+            f"--prompts {file} contains no prompt; write one per line", key="option--prompts.empty"
+        )
+    if found := next(filter(None, (re.search(r"\s--[a-z]{1,3}\s", prompt) for prompt in prompts)), None):
+        raise ConfigError(
+            f"--prompts {file} uses sd-scripts' option {found[0].strip()} after a prompt; remove it, and use "
+            "--negative-prompt, --size, --seeds, --steps and --guidance, which apply to all prompts",
+            key="option--prompts.options",
+        )
+    return prompts
+
+
+def check_base(settings: BaseSection, objective: ObjectiveSection | None = None) -> None:
+    """Inspects a local base before torch is imported, which takes seconds.
+
+    Raises:
+        SdloraError: If it is not a base, or incomplete.
+    """
+    from sdlora.models.hub import is_on_hub
+    from sdlora.models.info import inspect_base
+
+    if not any(is_on_hub(source) for source in (settings.source, settings.vae) if source):
+        inspect_base(settings, objective)
+
+
+def check_png(path: Path | None, option: str) -> None:
+    """Refuses to write an image over a file of another type.
+
+    Raises:
+        ConfigError: If the name does not end in .png.
+    """
+    from sdlora.errors import ConfigError, shorten
+
+    if path is not None and path.suffix.lower() != ".png":
+        raise ConfigError(
+            f"{option} {shorten(str(path))} must end in .png, the format that is written",
+            key=f"option{option}",
+        )
+
+
+def note_newest(*sources: Path) -> None:
+    """Prints which adapter is used for a run without a final one.
+
+    Raises:
+        RunError: If a run has no adapter at all.
+    """
+    from sdlora.runs import RunFolder
+
+    for run in map(RunFolder, sources):
+        if run.config_file.is_file() and (file := run.adapter).stem.startswith("step-"):
+            typer.echo(f"note: {run.path} is not finished; using its newest adapter, {file.name}")
+
+
+def _finite(number: Number) -> Number:
+    """Passes finite numbers on; raises ValueError for others."""
+    if not -math.inf < number < math.inf:
+        raise ValueError
+    return number

@@ -1,0 +1,98 @@
+"""`sdlora sample`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdlora.cli.options import Force, Guidance, ImagesOut, Prompt, Prompts, Seeds, Size, Steps
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command()(sample)
+
+
+def sample(
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RUN|LORA]...", help="Runs or LoRA files.", show_default="the base alone"),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model.", show_default="the run's, or builtin")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="Use the adapter that a run saved at this step.")] = None,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    strengths: Annotated[str | None, typer.Option(help="LoRA strengths, one column each: 0.5,1.")] = None,
+    seeds: Seeds = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="The negative prompt.")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="A diffusers scheduler, such as DDIMScheduler.")
+    ] = None,
+    safety_checker: Annotated[
+        bool | None, typer.Option(help="Use the base's own safety checker, if it has one.")
+    ] = None,
+    size: Size = None,
+    out: ImagesOut = None,
+    force: Force = False,
+) -> None:
+    """Draw a grid: one row per prompt and seed, one column for the base and for each strength."""
+    from sdlora.cli.options import check_base, note_newest, parse_numbers, parse_size, sample_settings
+    from sdlora.config import load_config
+
+    changes = sample_settings(
+        prompt,
+        prompts,
+        seeds,
+        strengths=parse_numbers(strengths, float, "--strengths"),
+        negative_prompt=negative_prompt,
+        steps=steps,
+        guidance=guidance,
+        scheduler=scheduler,
+        safety_checker=safety_checker,
+    )
+    pixels = parse_size(size)
+    if base is not None:
+        check_base(load_config(None, {"base.source": base}).base)
+    if step is None:
+        note_newest(*(sources or []))
+    from sdlora.report.terminal import Terminal
+    from sdlora.sampling.session import plan_sample
+
+    terminal = Terminal()
+    subjects: list[Path | None] = [*sources] if sources else [None]
+    # All sources are checked before the first image is drawn.
+    plans = [
+        plan_sample(
+            source,
+            base=base,
+            step=step,
+            out=folder,
+            size=pixels,
+            force=force,
+            warn=terminal.warn,
+            **changes,
+        )
+        for source, folder in zip(subjects, _folders(subjects, out), strict=True)
+    ]
+    for plan in plans:
+        with terminal.progress("sampling", 1) as meter:
+            grid = plan.make(meter.show)
+        typer.echo(f"grid      {grid}")
+
+
+def _folders(subjects: Sequence[Path | None], out: Path | None) -> list[Path | None]:
+    """`--out`, or with several sources a subfolder for each, named after it; duplicates get -2, -3, ..."""
+    if out is None or len(subjects) < 2:
+        return [out] * len(subjects)
+    from sdlora.tree.lineage import name_of
+
+    names = [name_of(source) for source in subjects if source]
+    counts = [names[:place].count(name) for place, name in enumerate(names, 1)]
+    return [out / (f"{name}-{n}" if n > 1 else name) for name, n in zip(names, counts, strict=True)]
