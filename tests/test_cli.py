@@ -197,13 +197,8 @@ def test_default_names(sdlora, make_images):
     code, printed, _ = sdlora("train", images, *QUICK, "train.evaluate_every=1")
     assert code == 0
     assert printed.startswith("device    ")
-<<<<<<< HEAD
-    assert "built-in base" in printed and "--base" in printed
-    assert "note: the built-in base is small and learns best at train.learning_rate=3e-3" in printed
-=======
     assert "built-in base" in printed
     assert "train.learning_rate=3e-3" in printed
->>>>>>> 8c5cc02 (refactor(cli): a command is found by its file's name, and added in one place)
     for step in range(3):
         assert f"\nstep {step} " in printed
     assert "runs/style/adapters/final.kohya.safetensors (A1111" in printed
