@@ -1,13 +1,13 @@
-"""The proof that a LoRA file works elsewhere: a fresh stock pipeline does with it what was trained (R-01)."""
+"""Proof that a LoRA file works elsewhere: diffusers loads it, and it does what was trained (R-01)."""
 
 from __future__ import annotations
 
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,113 +16,226 @@ from torch import Tensor, nn
 
 from sdlora.errors import AdapterError, first_line, join_names
 from sdlora.lora.adapter import Adapter, LowRank, as_float64
-from sdlora.lora.attach import mounted
-from sdlora.lora.modules import Model, components, named_modules
+from sdlora.lora.attach import mounted, unwrapped
+from sdlora.lora.modules import Model, components, named_modules, replace_modules
 from sdlora.models.info import BaseInfo
-from sdlora.models.load import load_stock_pipeline
+from sdlora.models.load import load_part, load_stock_pipeline, load_unet, pipeline_of
+from sdlora.models.quantize import CONV_SETTINGS
 from sdlora.models.quiet import without_bars
+from sdlora.sampling.generate import undisturbed
 
-# Of the change of the output, and of a module's: fp16 rounding is at most 1e-3 of the whole, but a pipeline
-# in bf16 rounds the factors to 8 bits.
-TOLERANCE = 0.05
+# Share of a module's change that may differ: rounding to fp16 loses at most 1e-3 of it, to bf16 8e-3.
+MODULE_TOLERANCE = 0.05
+# Share of the change of the output that may differ.
+OUTPUT_TOLERANCE = 0.1
+# A weak adapter is compared at a strength that changes the output by this multiple of the dtype's precision,
+# or by half: rounding moves an output in bf16 by a hundredth, which would hide an error of a small change.
+VISIBLE_CHANGE, MAX_CHANGE, MAX_TRIES = 1024, 0.5, 8
+PEFT_ATTRIBUTES = {"peft_config", "_hf_peft_config_loaded"}
 _CHECK_NAME = "check_7f3a9c"
 _ABOUT_KEYS = re.compile(r"\bkeys?\b|ignored|mismatch", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class PostflightReport:
-    """How a file behaves in a fresh stock pipeline."""
+    """How a file behaves in a stock diffusers pipeline.
+
+    Args:
+        path: The file.
+        num_modules: Modules that it adapts.
+        difference: Root mean square of the output's difference from the trained model's.
+        effect: Root mean square of the trained output's difference from the base's.
+        strength: Strength of the adapter in both.
+    """
 
     path: Path
     num_modules: int
     difference: float
-    """Largest absolute difference of the UNet's output from the trained model's."""
     effect: float
-    """Largest absolute difference of the UNet's output from the base's."""
+    strength: float = 1.0
 
     def __str__(self) -> str:
+        at = "" if self.strength == 1 else f" at strength {self.strength:.3g}"
         return (
-            f"{self.path.name} in a fresh diffusers pipeline: {self.num_modules} modules, output "
-            f"{self.effect:.2g} from the base's, {self.difference:.1g} from the trained model's"
+            f"{self.path.name} in diffusers: {self.num_modules} modules, output {self.effect:.2g} from the "
+            f"base's{at}, {self.difference:.1g} from the trained model's"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Outputs:
+    """Outputs of each part with and without the trained adapter, and the strength for each."""
+
+    base: dict[str, Tensor]
+    trained: dict[str, Tensor]
+    strengths: dict[str, float]
 
 
 def postflight(
     paths: Sequence[str | Path], adapter: Adapter, model: Model, info: BaseInfo
 ) -> list[PostflightReport]:
-    """Loads each exported file into a fresh stock pipeline and compares it with the trained adapter (R-01).
+    """Loads each exported file into the base in memory and compares it with the trained adapter (R-01).
 
-    One more UNet, and of the text encoders those that the adapter changes, are loaded, once for all files.
+    diffusers' own loader and PEFT read the files, around the very networks that were trained on, a quantised
+    one too, so no second base is loaded. Afterwards the base gives the same output to the bit, and what was
+    mounted on it is mounted again.
 
     Args:
         paths: The files.
         adapter: The adapter as trained, before folding and rounding.
-        model: The base's UNet, or components, in memory; what is mounted there is put aside meanwhile. With
-            `base.quantize` it only says where things are: the adapter is mounted on the fresh parts.
-        info: Where the fresh ones are loaded from.
+        model: The base's UNet, or components.
+        info: The base.
 
     Raises:
-        AdapterError: With exit code 1, if a file does not load, adapts other modules, or changes a part's
-            output in another way than the trained adapter does; names the modules.
+        AdapterError: With exit code 1, if a file does not load, adapts other modules, changes a part's output
+            in another way than the trained adapter does, or cannot be taken off; names the modules.
     """
     parts = {name: part for name, part in components(model).items() if name in adapter.components}
-    weights = {name: next(part.parameters()) for name, part in components(model).items()}
-    places = {name: (weight.device, weight.dtype) for name, weight in weights.items()}
-    # A base of few bits answers otherwise than the full one, which is where a LoRA is used.
-    outputs = _outputs(parts, adapter) if info.quantize == "none" else None
-    with _waiting(components(model).values()):
-        pipeline = load_stock_pipeline(info, dtype=places["unet"][1], only=["unet", *parts])
-        fresh = {name: getattr(pipeline, name).to(places[name][0]) for name in parts}
-        base, trained = outputs or _outputs(fresh, adapter)
+    with undisturbed(*components(model).values()), unwrapped(model), _plain_types(model):
+        outputs = _measure(parts, adapter)
         reports = []
         for path in map(Path, paths):
-            problems = _load(pipeline, path, list(parts)) + _compare_modules(adapter, fresh)
-            stock = {name: _run(name, part) for name, part in fresh.items()}
-            for name in parts:
-                problems += _compare_outputs(name, base[name], trained[name], stock[name], places[name][1])
-            if problems:
-                error = AdapterError(
-                    f"{path} does not do in a fresh pipeline what was trained: {'; '.join(problems)}"
+            with _restored(components(model)):
+                pipeline = pipeline_of(info, scheduler=None, **components(model))
+                try:
+                    reports.append(_check(pipeline, path, adapter, parts, outputs))
+                finally:
+                    pipeline.unload_lora_weights()
+            after = {name: _run(name, part) for name, part in parts.items()}
+            if changed := [name for name in parts if not torch.equal(after[name], outputs.base[name])]:
+                raise _failure(
+                    path, [f"after unloading, the output of {', '.join(changed)} is not as before"]
                 )
-                error.exit_code = 1
-                raise error
-            first = next(iter(parts))
-            difference, effect = _distance(stock[first], trained[first]), _distance(stock[first], base[first])
-            reports.append(PostflightReport(path, len(adapter.modules), difference, effect))
-            pipeline.unload_lora_weights()
     return reports
 
 
-def _outputs(parts: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What parts answer without and with the adapter."""
-    with mounted(parts, []):
-        base = {name: _run(name, part) for name, part in parts.items()}
-    with mounted(parts, [(adapter, 1.0)]):
-        return base, {name: _run(name, part) for name, part in parts.items()}
+def verify(
+    path: str | Path, adapter: Adapter, info: BaseInfo, *, dtype: torch.dtype, device: torch.device | str
+) -> PostflightReport:
+    """As `postflight`, in a fresh pipeline that diffusers loads; our own reading of the base comes before it.
+
+    Args:
+        path: The file.
+        adapter: What it should do.
+        info: The base; the full one is used, whatever `base.quantize` says.
+        dtype: Of the UNet; text encoders are fp32.
+        device: Where both run, one after the other.
+    """
+    info = replace(info, quantize="none")
+    parts: dict[str, Any] = {
+        name: load_unet(info.parts[name], dtype, device)
+        if name == "unet"
+        else load_part(info.parts[name], torch.float32).to(device).eval()
+        for name in adapter.components
+    }
+    outputs = _measure(parts, adapter)
+    parts.clear()
+    pipeline = load_stock_pipeline(info, dtype=dtype, only=["unet", *adapter.components])
+    fresh = {name: getattr(pipeline, name).to(device).eval() for name in adapter.components}
+    return _check(pipeline, Path(path), adapter, fresh, outputs)
+
+
+def _measure(parts: Mapping[str, Any], adapter: Adapter) -> _Outputs:
+    """Runs each part without the adapter and with it, at a strength that rounding does not hide."""
+    base, trained, strengths = {}, {}, dict.fromkeys(parts, 1.0)
+    for name, part in parts.items():
+        base[name] = _run(name, part)
+        eps = torch.finfo(next(part.parameters()).dtype).eps
+        visible = min(MAX_CHANGE, VISIBLE_CHANGE * eps) * _size(base[name])
+        # The effect of a strength that is far too small is mostly rounding, hence the repetition.
+        for _ in range(MAX_TRIES):
+            with mounted(parts, [(adapter, strengths[name])]):
+                trained[name] = _run(name, part)
+            effect = _size(trained[name] - base[name])
+            if not 0 < effect < 0.8 * visible:
+                break
+            strengths[name] *= visible / effect
+    return _Outputs(base, trained, strengths)
+
+
+def _check(
+    pipeline: Any, path: Path, adapter: Adapter, parts: Mapping[str, Any], outputs: _Outputs
+) -> PostflightReport:
+    """Loads one file into a pipeline and compares its modules and outputs with the trained ones."""
+    problems = _load(pipeline, path, list(parts)) + _compare_modules(adapter, parts)
+    differences, effects = {}, {}
+    for name, part in parts.items():
+        if (strength := outputs.strengths[name]) != 1:
+            _set_strength(part, strength)
+        stock, base, trained = _run(name, part), outputs.base[name], outputs.trained[name]
+        differences[name], effects[name] = _size(stock - trained), _size(trained - base)
+        title = "UNet" if name == "unet" else name
+        if torch.equal(stock, base):
+            problems.append(f"the {title}'s output is the base's")
+        # `not <=`, so that an error that is not a number counts.
+        elif not differences[name] <= OUTPUT_TOLERANCE * effects[name]:
+            problems.append(
+                f"the {title}'s output is {differences[name]:.2g} off where the LoRA changes it by "
+                f"{effects[name]:.2g}"
+            )
+    if problems:
+        raise _failure(path, problems)
+    first = next(iter(parts))
+    return PostflightReport(
+        path, len(adapter.modules), differences[first], effects[first], outputs.strengths[first]
+    )
+
+
+def _failure(path: Path, problems: Sequence[str]) -> AdapterError:
+    reasons = "; ".join(problems)
+    error = AdapterError(f"{path} does not do in diffusers what was trained: {reasons}", key="export.proof")
+    error.exit_code = 1
+    return error
 
 
 @contextmanager
-def _waiting(parts: Iterable[nn.Module]) -> Iterator[None]:
-    """Parts leave their device for a while: it need not hold two UNets."""
-    homes = [(part, next(part.parameters()).device) for part in parts]
+def _plain_types(model: Model) -> Iterator[None]:
+    """Hides quantised convolutions behind plain ones: PEFT makes its own layers of the type that it wraps."""
+    convolutions = {name: m for name, m in named_modules(model) if isinstance(m, nn.Conv2d)}
+    quantized = {name: m for name, m in convolutions.items() if type(m) is not nn.Conv2d}
+    replace_modules(model, {name: _plain_type(layer) for name, layer in quantized.items()})
     try:
-        for part, _ in homes:
-            part.to("cpu")
         yield
     finally:
-        for part, device in homes:
-            part.to(device)
+        replace_modules(model, quantized)
+
+
+def _plain_type(layer: nn.Conv2d) -> nn.Conv2d:
+    """A `Conv2d` that answers as a layer of a derived type does."""
+    sizes: Any = {name: getattr(layer, name) for name in CONV_SETTINGS}
+    plain = nn.Conv2d(**sizes, bias=False, device="meta")
+    plain.weight, plain.bias = layer.weight, layer.bias
+    plain.forward = layer.forward  # type: ignore[method-assign]
+    return plain
+
+
+@contextmanager
+def _restored(parts: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Takes off whatever diffusers and PEFT put on networks: their layers and their attributes."""
+    modules = {name: dict(part.named_modules()) for name, part in parts.items()}
+    try:
+        yield
+    finally:
+        for name, part in parts.items():
+            for path, module in modules[name].items():
+                parent, _, child = path.rpartition(".")
+                if path and getattr(owner := modules[name][parent], child) is not module:
+                    setattr(owner, child, module)
+            for attribute in PEFT_ATTRIBUTES & vars(part).keys():
+                delattr(part, attribute)
+
+
+def _set_strength(part: nn.Module, strength: float) -> None:
+    for module in part.modules():
+        layer: Any = module
+        if isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
+            layer.set_scale(_CHECK_NAME, strength)
 
 
 @torch.no_grad()
 def _run(name: str, part: Any) -> Tensor:
-    """A part's output for a fixed input, in fp32, without gradients and in eval mode."""
-    was_training = part.training
-    part.eval()
-    try:
-        answer: Tensor = _run_unet(part) if name == "unet" else _run_text_encoder(part)
-    finally:
-        part.train(was_training)
+    """A part's output for a fixed input, fp32, on the CPU."""
+    answer: Tensor = _run_unet(part) if name == "unet" else _run_text_encoder(part)
     return answer.float().cpu()
 
 
@@ -202,7 +315,7 @@ def _heard() -> Iterator[list[str]]:
 
 
 def _compare_modules(adapter: Adapter, parts: Mapping[str, nn.Module]) -> list[str]:
-    """Whether the fresh parts have the trained modules, each with the trained change."""
+    """Checks that parts have the trained modules, each with the trained change."""
     loaded = _loaded_pairs(parts)
     problems = []
     if missing := sorted(set(adapter.modules) - set(loaded)):
@@ -215,12 +328,12 @@ def _compare_modules(adapter: Adapter, parts: Mapping[str, nn.Module]) -> list[s
     }
     norms = {name: pair.norm_squared() for name, pair in trained.items()}
     typical = sum(norms.values()) / len(norms)
-    # `not <=`, so that an error that is no number counts; a tiny module is measured by the typical one.
+    # `not <=`, so that an error that is not a number counts; a tiny module is measured by the typical one.
     wrong = [
         name
         for name, pair in loaded.items()
         if name in trained
-        and not trained[name].minus(pair).norm_squared() <= TOLERANCE**2 * max(norms[name], typical)
+        and not trained[name].minus(pair).norm_squared() <= MODULE_TOLERANCE**2 * max(norms[name], typical)
     ]
     if wrong:
         problems.append(f"{len(wrong)} modules change in another way than trained ({join_names(wrong)})")
@@ -238,20 +351,6 @@ def _loaded_pairs(parts: Mapping[str, nn.Module]) -> dict[str, LowRank]:
     return pairs
 
 
-def _compare_outputs(
-    part: str, base: Tensor, trained: Tensor, stock: Tensor, dtype: torch.dtype
-) -> list[str]:
-    """Whether the output of a fresh part is the trained one's and not the base's."""
-    title = "UNet" if part == "unet" else part
-    difference, effect = _distance(stock, trained), _distance(trained, base)
-    noise = 16 * torch.finfo(dtype).eps * float(trained.abs().max())
-    if not _distance(stock, base) > 0:
-        return [f"the {title}'s output is the base's"]
-    if not difference <= TOLERANCE * effect + noise:
-        return [f"the {title}'s output is {difference:.2g} off where the LoRA changes it by {effect:.2g}"]
-    return []
-
-
-def _distance(one: Tensor, other: Tensor) -> float:
-    """Largest absolute difference."""
-    return float((one - other).abs().max())
+def _size(values: Tensor) -> float:
+    """Root mean square."""
+    return float(values.double().square().mean().sqrt())

@@ -191,6 +191,17 @@ def detach(model: Model) -> None:
 
 
 @contextmanager
+def unwrapped(model: Model) -> Iterator[None]:
+    """Puts the base's own modules back for a while; afterwards the same wrapped layers are there again."""
+    wrapped = lora_layers(model)
+    detach(model)
+    try:
+        yield
+    finally:
+        replace_modules(model, dict(wrapped))
+
+
+@contextmanager
 def mounted(model: Model, adapters: Sequence[tuple[Adapter, Scale]]) -> Iterator[None]:
     """Mounts adapters for a while; afterwards wrapped layers and stacks are as they were."""
     before = {name: layer.stack for name, layer in lora_layers(model).items()}

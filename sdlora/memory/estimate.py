@@ -126,9 +126,7 @@ class Memory:
         if self.sample:
             vae = 0 if self.shares or "vae" in self.staying else self.vae
             stages["sampling"] = trained + max(self.sample, vae + self.decode)
-        # A fresh UNet of full size, while the trained one waits in the computer's memory.
-        plain = sum(part.plain for part in self.unet.values())
-        stages["postflight"] = trained + plain + self.prove - (0 if self.shares else self.unet_bytes)
+        stages["postflight"] = trained + self.prove
         return stages
 
     @property
@@ -238,7 +236,7 @@ def estimate_memory(work: Workload, machine: Machine, *, checkpointing: bool) ->
         learn=learn,
         sample=unet_peak(sampling) + 4 * trained if has_samples else 0,
         decode=decode if has_samples else 0,
-        prove=unet_peak(replace(sampling, batch_size=1, is_quantized=False)),
+        prove=unet_peak(replace(sampling, batch_size=1)),
         checkpointing=checkpointing,
         staying=("vae",) * no_cache + ("text_encoders",) * (no_cache or bool(texts)),
         shares=machine.device.type == "cpu",

@@ -29,10 +29,10 @@ from sdlora.writing import write_file
 
 
 def finish(trainer: Trainer) -> None:
-    """Exports every dialect, loads each file back, and says what was learnt.
+    """Exports every dialect, proves that diffusers loads each file, and prints what was learned.
 
     Raises:
-        AdapterError: If a file does not do in a fresh pipeline what was trained; the run is not done.
+        AdapterError: If a file does not do in diffusers what was trained; the run is not done.
     """
     if trainer.accelerator.is_main_process:
         with trainer.runner.inference_weights():

@@ -21,7 +21,6 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-import sdlora.export.postflight
 from sdlora.config import RunConfig, load_config
 from sdlora.formats.files import load_adapter
 from sdlora.report.terminal import Terminal
@@ -293,8 +292,7 @@ def command_line() -> Callable[..., list[str]]:
 @pytest.fixture
 def warm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The base is loaded once in this process; every fork has a copy of its own."""
-    for module, name in ((preparation, "load_base"), (sdlora.export.postflight, "load_stock_pipeline")):
-        monkeypatch.setattr(module, name, kept(getattr(module, name)))
+    monkeypatch.setattr(preparation, "load_base", kept(preparation.load_base))
 
 
 def kept(load: Callable[..., Any]) -> Callable[..., Any]:
