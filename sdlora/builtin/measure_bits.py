@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.builtin.short_run import train_shortly
+from sdlora.evaluation.evaluate import evaluate
 from sdlora.report.summary import losses_of
 from sdlora.runs import RunFolder
 from sdlora.writing import write_json
@@ -40,9 +41,10 @@ def measure(images: Path, base: str, seed: int, steps: int, folder: Path) -> dic
 
 def trained_and_used(run: RunFolder) -> dict[str, float]:
     """The held-out loss on the base it was trained on, and on the full one."""
-    gap = next(run.events("gap"), None)
-    if gap is not None:
-        return {"trained": gap["trained"], "used": gap["used"]}
+    if run.read_config().base.quantize != "none":
+        gap = evaluate(run, full_base=True).gap
+        assert gap is not None
+        return {"trained": gap.trained, "used": gap.used}
     last = list(losses_of(run, "heldout").values())[-1]
     return {"trained": last, "used": last}
 

@@ -15,7 +15,12 @@ def register(app: typer.Typer) -> None:
     app.command("advise-rank")(advise_rank)
 
 
-def evaluate(run: Run) -> None:
+def evaluate(
+    run: Run,
+    full_base: Annotated[
+        bool, typer.Option("--full-base", help="Measure the loss on the full base too, after base.quantize.")
+    ] = False,
+) -> None:
     """Measure a run: validation (held-out) loss, and the distance of its samples to the held-out images."""
     from sdlora.cli.options import note_newest
     from sdlora.runs import RunFolder
@@ -27,7 +32,7 @@ def evaluate(run: Run) -> None:
 
     terminal = Terminal()
     with terminal.progress("evaluating", 1) as meter:
-        result = measure(run, progress=meter.show)
+        result = measure(run, full_base=full_base, progress=meter.show)
     for line in result.lines():
         typer.echo(line)
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sdlora.config import RunConfig
 from sdlora.data.captions import trigger_pattern
+from sdlora.errors import ConfigError
 from sdlora.evaluation.bench import Bench, open_bench
-from sdlora.evaluation.gap import Gap, full_base
 from sdlora.evaluation.heldout import HeldoutLoss
+from sdlora.models.load import load_unet
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.runs import RunFolder
 from sdlora.writing import write_json
@@ -75,6 +78,34 @@ def _rms(difference: Tensor) -> float:
 
 
 @dataclass(frozen=True)
+class Gap:
+    """Held-out loss of an adapter on the quantised base it was trained on, and on the full one.
+
+    Args:
+        quantize: Quantisation of the base in training.
+        trained: Loss on that base.
+        used: Loss on the full base.
+        images: Number of images.
+    """
+
+    quantize: str
+    trained: float
+    used: float
+    images: int
+
+    @property
+    def relative(self) -> float:
+        """Relative increase of the loss on the full base."""
+        return self.used / self.trained - 1
+
+    def __str__(self) -> str:
+        return (
+            f"loss {self.trained:.4f} on the {self.quantize} base it was trained on, {self.used:.4f} on the "
+            f"full base ({self.relative:+.2%}), over {self.images} images"
+        )
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Base and style on the held-out images of a run.
 
@@ -88,7 +119,8 @@ class Evaluation:
         style_wins: For how many images the style's sample is nearer in style than the base's.
         untriggered_distance: And with the adapter, but the trigger taken out of the captions; None
             without a trigger.
-        gap: The style's loss on the full base beside that on a base of few bits, where it was trained.
+        gap: The style's loss on the full base beside that on the quantised one, where it was trained; None
+            unless asked for.
     """
 
     images: int
@@ -130,19 +162,28 @@ def _beside(title: str, base: float, style: float) -> str:
 
 
 def evaluate(
-    run: str | Path | RunFolder, *, seed: int = 0, progress: Callable[[int, int], None] | None = None
+    run: str | Path | RunFolder,
+    *,
+    seed: int = 0,
+    full_base: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Evaluates the final adapter of a run, and writes `evaluation.json`.
 
     Args:
         run: The run folder.
-        seed: Of the samples.
-        progress: Told (finished, total) sampled images.
+        seed: Seed of the samples.
+        full_base: Measures the loss on the full base too, after training on a quantised one (R-48).
+        progress: Called with (finished, total) sampled images.
 
     Raises:
         RunError: If the run has no held-out images.
+        ConfigError: If `full_base` is set and the run's base is not quantised.
     """
-    bench = open_bench(run)
+    folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
+    if full_base:
+        check_quantized(folder.path, folder.read_config())
+    bench = open_bench(folder)
     base_loss, style_loss = bench.loss(()), bench.loss(bench.style)
     trigger = bench.config.data.trigger
     captions = [record.caption for record in bench.records]
@@ -163,21 +204,42 @@ def evaluate(
         style_distance=mean_distance(styled),
         style_wins=sum(style.style < base.style for base, style in zip(plain, styled, strict=True)),
         untriggered_distance=untriggered,
-        gap=_gap(bench, style_loss),
+        gap=_measure_gap(bench, style_loss) if full_base else None,
     )
     values = {**asdict(result), "bleed": result.bleed, "adapter": bench.run.adapter.name, "seed": seed}
     write_json(bench.run.evaluation_file, values)
     return result
 
 
-def _gap(bench: Bench, trained: HeldoutLoss) -> Gap | None:
-    """How the style does on the full base, where its own has few bits (R-48)."""
-    quantize = bench.base.info.quantize
-    if quantize == "none":
-        return None
-    with full_base(bench.base) as full:
+def check_quantized(run: Path, config: RunConfig) -> None:
+    """Refuses `--full-base` for a run that has no other base.
+
+    Raises:
+        ConfigError: If its base is not quantised.
+    """
+    if config.base.quantize == "none":
+        raise ConfigError(
+            f"--full-base: run {run} was trained on the full base already; leave the option out",
+            key="--full-base",
+        )
+
+
+@contextmanager
+def with_full_unet(base: StableDiffusion) -> Iterator[StableDiffusion]:
+    """The base with a UNet that is not quantised, in the same dtype, while its own waits on the CPU."""
+    device = base.device
+    base.unet.to("cpu")
+    try:
+        unet = load_unet(base.info.parts["unet"], base.dtype, device)
+        yield replace(base, unet=unet, info=replace(base.info, quantize="none"))
+    finally:
+        base.unet.to(device)
+
+
+def _measure_gap(bench: Bench, trained: HeldoutLoss) -> Gap:
+    with with_full_unet(bench.base) as full:
         used = replace(bench, base=full).loss(bench.style)
-    return Gap(quantize, trained.loss, used.loss, trained.num_images)
+    return Gap(bench.base.info.quantize, trained.loss, used.loss, trained.num_images)
 
 
 def remove_trigger(caption: str, trigger: str) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 
 from sdlora.data.records import count_of
 from sdlora.errors import DataError, ProcessLost, RunError, RunStopped, SdloraError
-from sdlora.evaluation.gap import measure_gap
 from sdlora.export.export import export_adapter
 from sdlora.export.metadata import run_metadata
 from sdlora.export.model_card import write_model_card
@@ -37,8 +36,6 @@ def finish(trainer: Trainer) -> None:
     if trainer.accelerator.is_main_process:
         with trainer.runner.inference_weights():
             export_final(trainer)
-            if trainer.plan.info.quantize != "none":
-                report_gap(trainer)
         draw_loss_curve(trainer.run)
         trainer.terminal.print(*describe_losses(trainer.run))
         if trainer.counters.skipped:
@@ -82,21 +79,6 @@ def export_final(trainer: Trainer) -> None:
         grid="grid.png" if grids else None,
         weights=run.adapter.name,
     )
-
-
-def report_gap(trainer: Trainer) -> None:
-    """Says how the LoRA does on the full base, which is not what it was trained on (R-48)."""
-    prepared = trainer.prepared
-    split = "heldout" if "heldout" in prepared.splits else "train"
-    stack = (*prepared.parents, (trainer.runner.adapter, 1.0))
-    try:
-        gap = measure_gap(prepared.base, stack, prepared.heldout_items(split), prepared.objective.schedule)
-    except torch.OutOfMemoryError:
-        trainer.warn("out of memory for the full base; `sdlora evaluate` measures the gap on another device")
-        return
-    images = {"train": "training", "heldout": "held-out"}[split]
-    trainer.terminal.print(f"gap       {images} {gap}")
-    trainer.event("gap", split=split, **asdict(gap), relative=gap.relative)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The distance between pictures."""
+"""Evaluation of a run: distances between images, bleed, and the full base beside the quantised one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from sdlora.data.captions import has_trigger
 from sdlora.data.tensors import image_to_tensor
 from sdlora.evaluation.evaluate import (
     Evaluation,
+    Gap,
     ImageDistance,
     image_distances,
     mean_distance,
     remove_trigger,
+    with_full_unet,
 )
 from sdlora.evaluation.heldout import HeldoutLoss
 from sdlora.models.info import inspect_base
@@ -93,5 +95,30 @@ def test_bleed():
     base, style, bare = (ImageDistance(value, 1.0) for value in (0.8, 0.4, 0.5))
     measured = Evaluation(4, loss, loss, base, style, 4, untriggered_distance=bare)
     assert measured.bleed == pytest.approx(0.75)
-    assert "75% of the style is there without it" in measured.lines()[-1]
+    assert "75%" in measured.lines()[-1]
     assert Evaluation(4, loss, loss, base, style, 4).bleed is None
+
+
+def test_the_full_base_comes_and_goes(sd15_folder):
+    """R-18, R-48: another UNet, the same encoders; afterwards all is as before, after an error too."""
+    info = inspect_base(BaseSection(source=str(sd15_folder), quantize="int8"))
+    small = load_base(info, dtype=torch.float32, device="cpu")
+    unet = small.unet
+
+    def fail():
+        with with_full_unet(small) as full:
+            assert full.unet is not unet
+            assert full.vae is small.vae
+            assert full.info.quantize == "none"
+            assert full.dtypes["unet"] == "float32"
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert small.unet is unet
+    assert small.info.quantize == "int8"
+
+
+def test_a_gap_in_words():
+    """R-48: both losses, and by how much the second is larger."""
+    assert all(part in str(Gap("nf4", 0.25, 0.26, 8)) for part in ("nf4", "0.2500", "0.2600", "+4.00%", "8"))
