@@ -67,7 +67,8 @@ def test_answer_and_gradient_are_those_of_the_expanded_weight(name: str) -> None
     x = torch.randn(shape, requires_grad=True)
     other = x.detach().clone().requires_grad_(True)
     answer, expected = packed(x), plain(other)
-    assert torch.equal(answer, expected)
+    # A weight in another buffer may take another kernel.
+    torch.testing.assert_close(answer, expected, rtol=1e-5, atol=1e-5)
     weights = torch.randn_like(answer)
     (answer * weights).sum().backward()
     (expected * weights).sum().backward()
@@ -85,10 +86,11 @@ def test_four_bits_are_those_of_bitsandbytes() -> None:
     x = torch.randn(4, 128, requires_grad=True)
     other = x.detach().clone().requires_grad_(True)
     answer, expected = packed(x), oracle(other)
-    assert torch.equal(answer, expected)
+    # The weights are the same bits, the products are two libraries'.
+    torch.testing.assert_close(answer, expected, rtol=1e-5, atol=1e-5)
     answer.square().sum().backward()
     expected.square().sum().backward()
-    assert torch.equal(x.grad, other.grad)
+    torch.testing.assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-4)
     relative = (packed.expand(torch.float32) - layer.weight).norm() / layer.weight.norm()
     assert 0.03 < relative < 0.12
 

