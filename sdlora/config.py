@@ -179,8 +179,9 @@ class DataSection(Section):
 
 
 class LoraSection(Section):
-    """The LoRA adapter."""
+    """The adapter."""
 
+    kind: Literal["lora"] = _setting("lora", "adapter kind: lora", "use lora")
     rank: int = _setting(
         16,
         "rank (dimension) of each module; default with a parent: half the parent's, at least 4",

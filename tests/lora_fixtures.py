@@ -12,8 +12,9 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora.formats.files import save_adapter
-from sdlora.lora.adapter import Adapter, LowRank, create_adapter
+from sdlora.lora.adapter import Adapter, create_adapter
 from sdlora.lora.attach import match_targets
+from sdlora.lora.kinds import LowRank
 from sdlora.lora.modules import Model, named_modules
 
 TINY: Mapping[str, Any] = {

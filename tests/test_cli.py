@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from sdlora.evaluation.evaluate import evaluate
 from sdlora.formats.files import save_adapter
-from sdlora.lora.adapter import Adapter, LowRank
+from sdlora.lora.adapter import Adapter
+from sdlora.lora.kinds import LowRank
 from sdlora.runs import RunFolder
 from tests.checks import HANG_SECONDS
 

@@ -284,8 +284,8 @@ def test_the_keys_are_pinned():
         "base": "dtype quantize revision source vae variant",
         "data": "allow_missing_captions background cache caption_dropout crop crop_variants flip "
         "follow_links heldout on_bad_image resolution trigger",
-        "lora": "alpha alpha_pattern dropout force_parent init init_from max_norm parent rank rank_pattern "
-        "rslora targets text_encoder",
+        "lora": "alpha alpha_pattern dropout force_parent init init_from kind max_norm parent rank "
+        "rank_pattern rslora targets text_encoder",
         "objective": "debiased force_prediction_type huber_delta huber_schedule input_perturbation loss "
         "min_snr_gamma noise_offset prediction_type pyramid_discount pyramid_noise timestep_mean "
         "timestep_range timestep_std timesteps",

@@ -12,8 +12,9 @@ from torch import Tensor
 from sdlora.config import load_config
 from sdlora.errors import AdapterError, ModelError
 from sdlora.export.rewrite import module_of, read_weights, stored_weights
-from sdlora.lora.adapter import Adapter, LowRank
+from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import match_modules
+from sdlora.lora.kinds import LowRank
 from sdlora.models.components import Part
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.meta import empty_components

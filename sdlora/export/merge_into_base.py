@@ -15,7 +15,7 @@ from torch import Tensor
 from sdlora.config import BaseSection
 from sdlora.errors import AdapterError, ModelError
 from sdlora.export.rewrite import module_of, rewrite, stored_weights
-from sdlora.lora.adapter import Adapter, as_float64, check_base
+from sdlora.lora.adapter import Adapter, check_base
 from sdlora.lora.attach import check_fit
 from sdlora.lora.modules import component_of
 from sdlora.models.info import BaseInfo, inspect_base
@@ -115,9 +115,8 @@ class _Change:
             return tensor
         total = tensor.double()
         for adapter, strength in self.adapters:
-            if pair := adapter.modules.get(module):
-                change = as_float64(pair.up) @ as_float64(pair.down)
-                total += (strength * adapter.scale_of(module) * change).reshape(total.shape)
+            if own := adapter.modules.get(module):
+                total += own.delta_weight(total, strength * adapter.scale_of(module))
         return total
 
 

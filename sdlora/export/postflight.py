@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from sdlora.errors import AdapterError, first_line, join_names
-from sdlora.lora.adapter import Adapter, LowRank, as_float64
+from sdlora.formats.read import state_to_adapter
+from sdlora.formats.write import fold
+from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mounted, unwrapped
+from sdlora.lora.kinds import AdapterModule
 from sdlora.lora.modules import Model, components, named_modules, replace_modules
 from sdlora.models.info import BaseInfo
 from sdlora.models.load import load_part, load_stock_pipeline, load_unet, pipeline_of
@@ -316,39 +319,45 @@ def _heard() -> Iterator[list[str]]:
 
 def _compare_modules(adapter: Adapter, parts: Mapping[str, nn.Module]) -> list[str]:
     """Checks that parts have the trained modules, each with the trained change."""
-    loaded = _loaded_pairs(parts)
+    loaded = _loaded_modules(parts)
     problems = []
     if missing := sorted(set(adapter.modules) - set(loaded)):
         problems.append(f"{len(missing)} trained modules are missing ({join_names(missing)})")
     if unexpected := sorted(set(loaded) - set(adapter.modules)):
         problems.append(f"{len(unexpected)} modules were not trained ({join_names(unexpected)})")
-    trained = {
-        name: LowRank(pair.down, as_float64(pair.up) * adapter.scale_of(name))
-        for name, pair in adapter.modules.items()
-    }
-    norms = {name: pair.norm_squared() for name, pair in trained.items()}
+    trained = fold(adapter).modules
+    norms = {name: module.norm_squared() for name, module in trained.items()}
     typical = sum(norms.values()) / len(norms)
     # `not <=`, so that an error that is not a number counts; a tiny module is measured by the typical one.
     wrong = [
         name
-        for name, pair in loaded.items()
+        for name, module in loaded.items()
         if name in trained
-        and not trained[name].minus(pair).norm_squared() <= MODULE_TOLERANCE**2 * max(norms[name], typical)
+        and not (
+            module.kind == trained[name].kind
+            and trained[name].distance_squared(module) <= MODULE_TOLERANCE**2 * max(norms[name], typical)
+        )
     ]
     if wrong:
         problems.append(f"{len(wrong)} modules change in another way than trained ({join_names(wrong)})")
     return problems
 
 
-def _loaded_pairs(parts: Mapping[str, nn.Module]) -> dict[str, LowRank]:
+def _loaded_modules(parts: Mapping[str, nn.Module]) -> Mapping[str, AdapterModule]:
     """What PEFT's layers hold, by module, scale folded."""
-    pairs: dict[str, LowRank] = {}
+    state: dict[str, Tensor] = {}
     for name, module in named_modules(parts):
         layer: Any = module
-        if isinstance(getattr(layer, "lora_A", None), nn.ModuleDict) and _CHECK_NAME in layer.lora_A:
-            down, up = layer.lora_A[_CHECK_NAME].weight, layer.lora_B[_CHECK_NAME].weight
-            pairs[name] = LowRank(down, as_float64(up) * layer.scaling[_CHECK_NAME])
-    return pairs
+        if _CHECK_NAME not in getattr(layer, "scaling", ()):
+            continue
+        for attribute, holder in layer.named_children():
+            if attribute.startswith("lora_") and _CHECK_NAME in holder:
+                state |= {
+                    f"{name}.{attribute}.{key}": value.detach()
+                    for key, value in holder[_CHECK_NAME].named_parameters()
+                }
+        state[f"{name}.alpha"] = torch.tensor(float(layer.scaling[_CHECK_NAME] * layer.r[_CHECK_NAME]))
+    return state_to_adapter(state).modules if state else {}
 
 
 def _size(values: Tensor) -> float:

@@ -238,7 +238,7 @@ def _describe(folded: Adapter, dialect: Dialect, metadata: Mapping[str, str]) ->
         "ss_network_dim": rank,
         "ss_network_alpha": rank,
     }
-    kernels = any(pair.down.ndim == 4 and pair.down.shape[2:] != (1, 1) for pair in folded.modules.values())
+    kernels = any(tuple(tensor.shape[2:]) not in ((), (1, 1)) for tensor in folded.parameters())
     texts["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": rank} if kernels else {})
     if "modelspec.sai_model_spec" in texts:
         # Whose names the file has.
@@ -259,11 +259,7 @@ def _describe(folded: Adapter, dialect: Dialect, metadata: Mapping[str, str]) ->
 
 def _non_finite(adapter: Adapter) -> list[str]:
     """Modules with a value that is not finite."""
-    return [
-        name
-        for name, pair in adapter.modules.items()
-        if not (torch.isfinite(pair.down).all() and torch.isfinite(pair.up).all())
-    ]
+    return [name for name, module in adapter.modules.items() if not module.is_finite]
 
 
 def _check_values(path: Path, adapter: Adapter) -> None:
@@ -273,7 +269,7 @@ def _check_values(path: Path, adapter: Adapter) -> None:
         problem = (
             f"values are not finite in {len(broken)} of {len(adapter.modules)} modules, such as {broken[0]}"
         )
-    elif not any(bool(pair.up.any()) for pair in adapter.modules.values()):
+    elif not any(bool(module.starting_at_zero.any()) for module in adapter.modules.values()):
         problem = "every up-matrix is zero, so it would change nothing; train it, or give other weights"
     if problem:
         error = AdapterError(f"LoRA file {path} was not written: {problem}")

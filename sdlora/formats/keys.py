@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from sdlora.errors import AdapterError
 from sdlora.formats.sgm_keys import is_sgm, module_to_sgm, sgm_to_module
 from sdlora.lora.modules import LAYERS_PER_BLOCK, with_text_model
 
 Dialect = Literal["diffusers", "kohya"]
-Part = Literal["down", "up", "alpha"]
+Part: TypeAlias = str
+"""A field of an adapter kind, such as `down`, or `alpha`."""
+SUFFIXES: dict[Dialect, dict[Part, str]] = {
+    "diffusers": {"down": "lora_A.weight", "up": "lora_B.weight"},
+    "kohya": {"down": "lora_down.weight", "up": "lora_up.weight"},
+}
+"""What a part is called in the dialects that are written."""
 
 # Names inside a UNet or CLIP text encoder that contain an underscore themselves; all other
 # underscores of a kohya key were dots.

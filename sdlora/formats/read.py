@@ -18,7 +18,8 @@ from torch import Tensor
 from sdlora.errors import AdapterError, join_names, shorten
 from sdlora.formats.keys import dialect_of, has_sgm_names, split_key
 from sdlora.formats.sgm_keys import layers_per_block
-from sdlora.lora.adapter import Adapter, LowRank
+from sdlora.lora.adapter import KINDS, Adapter
+from sdlora.lora.kinds import AdapterModule
 from sdlora.lora.modules import LAYERS_PER_BLOCK, TEXT_ENCODERS, component_of
 from sdlora.reading import UnfitFileError, parse_json
 
@@ -60,11 +61,13 @@ def state_to_adapter(
     parts = split_state(state, notes)
     alphas = module_alphas(parts, notes)
     ranks = _read_note(notes, "sdlora.ranks") if dialect == "kohya" else {}
-    modules = {
-        name: _unpad(_read_pair(found, alphas[name], dtype), ranks.get(name))
-        for name, found in sorted(parts.items())
+    modules = {name: _read_module(found, alphas[name], dtype) for name, found in sorted(parts.items())}
+    modules |= {
+        name: modules[name].unpad(rank)
+        for name, rank in ranks.items()
+        if name in modules and isinstance(rank, int)
     }
-    rank = max(pair.rank for pair in modules.values())
+    rank = max(module.rank for module in modules.values())
     trained = {alpha for alpha in alphas.values() if alpha is not None}
     if len(trained) == 1 and trained != {float(rank)}:
         notes.setdefault("sdlora.trained_alpha", f"{trained.pop():g}")
@@ -98,26 +101,23 @@ def split_state(state: Mapping[str, Tensor], notes: Mapping[str, str]) -> dict[s
             f"holds tensors that are no part of a LoRA that sdlora knows, {len(foreign)} of {len(state)}: "
             f"{join_names(foreign, 3)}; export it again as a plain LoRA"
         )
-    incomplete = [name for name, found in parts.items() if not {"down", "up"} <= set(found)]
+    incomplete = [name for name, found in parts.items() if _kind_of(found) is None]
     if incomplete:
         raise AdapterError(
             f"lacks the other half of modules, {len(incomplete)} of {len(parts)}: "
             f"{join_names(incomplete, 3)}; get the file again"
         )
     for name, found in parts.items():
-        _check_pair(name, found)
+        _check_module(name, found)
     return parts
 
 
-def _check_pair(name: str, found: Mapping[str, Tensor]) -> None:
+def _check_module(name: str, found: Mapping[str, Tensor]) -> None:
     """Refuses factors that cannot be multiplied, and an alpha that is no number."""
-    down, up = found["down"].shape, found["up"].shape
-    fits = len(down) == len(up) and len(down) in (2, 4) and up[1] == down[0] and set(up[2:]) <= {1}
-    if not fits:
-        raise AdapterError(
-            f"holds a pair that does not fit together: {name} has down {tuple(down)} and up {tuple(up)}; "
-            "get the file again"
-        )
+    kind = _kind_of(found)
+    if kind is None or not kind.fits(found):
+        shapes = " and ".join(f"{part} {tuple(found[part].shape)}" for part in found if part != "alpha")
+        raise AdapterError(f"holds tensors that do not fit together: {name} has {shapes}; get the file again")
     alpha = found.get("alpha")
     if alpha is not None and not (alpha.numel() == 1 and math.isfinite(float(alpha))):
         raise AdapterError(f"holds an alpha of {name} that is no number; get the file again")
@@ -153,30 +153,27 @@ def _by_start(table: Mapping[str, str], text: str) -> str | None:
     return next((value for start, value in table.items() if text.startswith(start)), None)
 
 
-def _read_pair(found: Mapping[str, Tensor], alpha: float | None, dtype: torch.dtype | None) -> LowRank:
+def _read_module(
+    found: Mapping[str, Tensor], alpha: float | None, dtype: torch.dtype | None
+) -> AdapterModule:
     """One module, its scale folded in."""
-    down, up = (_as_float(found[part], dtype) for part in ("down", "up"))
-    rank = int(down.shape[0])
-    if alpha is not None and alpha != rank:
-        up = (up.double() * (alpha / rank)).to(dtype or torch.float32)
-    return LowRank(down.contiguous(), up.contiguous())
+    kind = _kind_of(found)
+    assert kind is not None
+    module = kind(**{part: _as_float(found[part], dtype).contiguous() for part in kind.parts()})
+    if alpha is None or alpha == module.rank:
+        return module
+    folded = module.fold(alpha / module.rank)
+    return folded.map(lambda tensor: tensor.to(dtype).contiguous()) if dtype else folded
+
+
+def _kind_of(found: Mapping[str, Tensor]) -> type[AdapterModule] | None:
+    """The adapter kind that has these tensors; None if some are missing."""
+    return next((kind for kind in KINDS.values() if {*kind.parts()} == {*found} - {"alpha"}), None)
 
 
 def _as_float(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """In a dtype, or as it is; whole numbers and 8 bits become fp32, since few operations know them."""
     return tensor.to(dtype or (tensor.dtype if tensor.dtype in _KEPT else torch.float32))
-
-
-def _unpad(pair: LowRank, rank: Any) -> LowRank:
-    """Takes off the zeros that `adapter_to_kohya` appended."""
-    if (
-        not isinstance(rank, int)
-        or not 1 <= rank < pair.rank
-        or pair.down[rank:].any()
-        or pair.up[:, rank:].any()
-    ):
-        return pair
-    return LowRank(pair.down[:rank].contiguous(), pair.up[:, :rank].contiguous())
 
 
 def module_alphas(

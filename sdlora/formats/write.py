@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from sdlora.errors import AdapterError, ConfigError, join_names
-from sdlora.formats.keys import clean_module, module_to_kohya
+from sdlora.formats.keys import SUFFIXES, clean_module, module_to_kohya
 from sdlora.formats.sgm_keys import layers_per_block
-from sdlora.lora.adapter import Adapter, LowRank, as_float64, pad
+from sdlora.lora.adapter import Adapter
+from sdlora.lora.kinds import AdapterModule
 from sdlora.lora.modules import LAYERS_PER_BLOCK, TEXT_ENCODERS, component_of
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -49,11 +50,8 @@ def fold(adapter: Adapter) -> Adapter:
     if all(adapter.scale_of(name) == 1 for name in adapter.modules):
         return replace(adapter, alpha=float(adapter.rank), scales={}) if adapter.scales else adapter
     modules = {
-        name: LowRank(
-            pair.down.detach().float(),
-            (as_float64(pair.up) * adapter.scale_of(name)).float().reshape(pair.up.shape).to(pair.up.device),
-        )
-        for name, pair in adapter.modules.items()
+        name: module.map(lambda tensor: tensor.detach().float()).fold(adapter.scale_of(name))
+        for name, module in adapter.modules.items()
     }
     notes = {"sdlora.trained_alpha": f"{adapter.alpha:g}", **adapter.notes}
     return replace(adapter, modules=modules, alpha=float(adapter.rank), notes=notes, scales={})
@@ -88,18 +86,18 @@ def round_adapter(adapter: Adapter, precision: Precision = "fp16") -> tuple[Adap
 def relative_error(exact: Adapter, other: Adapter) -> float:
     """Norm of the difference of two changes over the norm of the first, all modules together."""
     one, two = fold(exact), fold(other)
-    difference = sum(pair.minus(two.modules[name]).norm_squared() for name, pair in one.modules.items())
-    norm = sum(pair.norm_squared() for pair in one.modules.values())
+    difference = sum(own.distance_squared(two.modules[name]) for name, own in one.modules.items())
+    norm = sum(own.norm_squared() for own in one.modules.values())
     return math.sqrt(difference / norm) if norm > 0 else float(difference > 0)
 
 
 def adapter_to_diffusers(adapter: Adapter) -> dict[str, Tensor]:
     """`unet.<module>.lora_A.weight` (R, in) and `.lora_B.weight` (out, R)."""
     state: dict[str, Tensor] = {}
-    for name, pair in _clean_modules(fold(adapter)).items():
+    for name, module in _clean_modules(fold(adapter)).items():
         key = name if name.startswith(TEXT_ENCODERS) else f"unet.{name}"
-        state[f"{key}.lora_A.weight"] = pair.down.detach()
-        state[f"{key}.lora_B.weight"] = pair.up.detach()
+        for part, tensor in module.tensors().items():
+            state[f"{key}.{SUFFIXES['diffusers'][part]}"] = tensor.detach()
     return state
 
 
@@ -113,8 +111,8 @@ def adapter_to_kohya(adapter: Adapter) -> dict[str, Tensor]:
     modules = _clean_modules(folded)
     sdxl = folded.family == "sdxl" or any(name.startswith("text_encoder_2.") for name in modules)
     layers = layers_per_block(folded.notes) if sdxl else LAYERS_PER_BLOCK
-    rank = max(pair.rank for pair in modules.values())
-    if sum(rank * (pair.down[0].numel() + len(pair.up)) for pair in modules.values()) > MAX_PADDED:
+    rank = max(module.rank for module in modules.values())
+    if sum(rank * module.num_parameters // module.rank for module in modules.values()) > MAX_PADDED:
         raise AdapterError(
             f"the kohya format gives all {len(modules)} modules the largest rank, {rank}, which would make "
             "a file of many gigabytes; use --format diffusers, or resize the LoRA first"
@@ -122,10 +120,10 @@ def adapter_to_kohya(adapter: Adapter) -> dict[str, Tensor]:
     exact = torch.tensor(rank, dtype=folded.dtype)
     alpha = exact if float(exact) == rank else torch.tensor(float(rank))
     state: dict[str, Tensor] = {}
-    for name, pair in modules.items():
+    for name, module in modules.items():
         key = module_to_kohya(name, sdxl=sdxl, layers=layers)
-        state[f"{key}.lora_down.weight"] = pad(pair.down.detach(), 0, rank)
-        state[f"{key}.lora_up.weight"] = pad(pair.up.detach(), 1, rank)
+        for part, tensor in module.pad(rank).tensors().items():
+            state[f"{key}.{SUFFIXES['kohya'][part]}"] = tensor.detach()
         state[f"{key}.alpha"] = alpha.clone()
     return state
 
@@ -166,7 +164,7 @@ def padded_ranks(adapter: Adapter) -> str | None:
     return json.dumps(smaller) if smaller else None
 
 
-def _clean_modules(adapter: Adapter) -> dict[str, LowRank]:
+def _clean_modules(adapter: Adapter) -> dict[str, AdapterModule]:
     """Modules under the names that files have; whatever wrapped the network has left no trace."""
     modules = {clean_module(name): pair for name, pair in adapter.modules.items()}
     if not modules:

@@ -1,7 +1,4 @@
-"""A low-rank adapter as plain data: named (down, up) pairs with rank, alpha and family.
-
-R rank; `in` and `out` are the features or channels of the adapted layer, kh and kw its kernel.
-"""
+"""An adapter as plain data: modules by name, with rank, alpha and family. R rank."""
 
 from __future__ import annotations
 
@@ -9,45 +6,22 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sdlora.errors import AdapterError
-from sdlora.lora.layers import pair_shapes
+from sdlora.lora.kinds import AdapterModule, LowRank
 from sdlora.lora.modules import LAYERS_PER_BLOCK, Model, carrier_layers, component_of, components
 from sdlora.seeds import name_seed
 
 Init = Literal["gaussian", "kaiming", "orthogonal"]
 
 
-@dataclass(slots=True)
-class LowRank:
-    """The two factors of one module's change: `up @ down`, times the adapter's scale."""
-
-    down: Tensor
-    """(R, in), or (R, in, kh, kw) for a convolution."""
-    up: Tensor
-    """(out, R), or (out, R, 1, 1) for a convolution."""
-
-    @property
-    def rank(self) -> int:
-        """R of this module."""
-        return int(self.down.shape[0])
-
-    def norm_squared(self) -> float:
-        """The squared Frobenius norm of `up @ down`, without forming the product."""
-        down, up = as_float64(self.down), as_float64(self.up)
-        return max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0)
-
-    def minus(self, other: LowRank) -> LowRank:
-        """A pair whose product is the difference of the two products; exactly zero for equal pairs."""
-        down, up, other_down, other_up = map(as_float64, (self.down, self.up, other.down, other.up))
-        rank = max(self.rank, other.rank)
-        down, other_down = pad(down, 0, rank), pad(other_down, 0, rank)
-        up, other_up = pad(up, 1, rank), pad(other_up, 1, rank)
-        return LowRank(torch.cat([down, down - other_down]), torch.cat([up - other_up, other_up], dim=1))
+KINDS: dict[str, type[AdapterModule]] = {cls.kind: cls for cls in (LowRank,)}
+"""Adapter kinds by the name that `lora.kind` has."""
 
 
 @dataclass
@@ -58,7 +32,7 @@ class Adapter:
     training, modules may differ in rank, alpha and scale.
     """
 
-    modules: dict[str, LowRank]
+    modules: Mapping[str, AdapterModule]
     """By module name in the UNet; those of text encoders start with `text_encoder.` or `text_encoder_2.`."""
     rank: int
     """The rank of all modules, or the largest where they differ."""
@@ -108,8 +82,16 @@ class Adapter:
         return sum(tensor.numel() for tensor in self.parameters())
 
     def parameters(self) -> list[Tensor]:
-        """All tensors, module by module, down before up."""
-        return [tensor for pair in self.modules.values() for tensor in (pair.down, pair.up)]
+        """All tensors, module by module."""
+        return list(self.named_tensors().values())
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """All tensors by module and part, such as `mid_block.attentions.0.proj_in.down`."""
+        return {
+            f"{name}.{part}": tensor
+            for name, module in self.modules.items()
+            for part, tensor in module.tensors().items()
+        }
 
     def without(self, start: str | None) -> Adapter:
         """The adapter without the modules whose names start so; itself if there are none."""
@@ -119,21 +101,15 @@ class Adapter:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
         """A copy that shares nothing with this one and needs no gradient."""
         modules = {
-            name: LowRank(
-                pair.down.detach().to(device, dtype, copy=True), pair.up.detach().to(device, dtype, copy=True)
-            )
-            for name, pair in self.modules.items()
+            name: module.map(lambda tensor: tensor.detach().to(device, dtype, copy=True))
+            for name, module in self.modules.items()
         }
         return replace(self, modules=modules, notes=dict(self.notes), scales=dict(self.scales))
 
     def trainable(self, device: torch.device | str | None = None) -> Adapter:
         """A copy in fp32 whose tensors are parameters that an optimizer can change (R-06)."""
         copy = self.to(device, torch.float32)
-        copy.modules = {
-            name: LowRank(nn.Parameter(pair.down), nn.Parameter(pair.up))
-            for name, pair in copy.modules.items()
-        }
-        return copy
+        return replace(copy, modules={name: one.map(nn.Parameter) for name, one in copy.modules.items()})
 
 
 def create_adapter(
@@ -167,9 +143,10 @@ def draw_adapter(
     *,
     seed: int,
     init: Init = "gaussian",
+    kind: str = "lora",
     family: str = "",
 ) -> Adapter:
-    """A fresh trainable adapter that does not change the model's output yet, since `up` is zero.
+    """A fresh trainable adapter that does not change the model's output yet.
 
     The draw of `down` depends on the seed and the module's name alone, so that neither the order of the
     modules nor the ambient generator matters.
@@ -180,18 +157,18 @@ def draw_adapter(
         scales: The factor on the product, by module name.
         seed: The run's seed.
         init: How `down` is drawn, see `_draw_down`.
+        kind: Of `KINDS`.
         family: The base's family, kept in the file.
     """
     layers = carrier_layers(model)
-    modules: dict[str, LowRank] = {}
+    modules: dict[str, AdapterModule] = {}
     for name, rank in ranks.items():
-        down_shape, up_shape = pair_shapes(layers[name], rank)
         generator = torch.Generator().manual_seed(name_seed(f"{seed}/adapter/{name}"))
-        down = _draw_down(down_shape, init, generator)
-        device = next(layers[name].parameters()).device
-        modules[name] = LowRank(
-            nn.Parameter(down.to(device)), nn.Parameter(torch.zeros(up_shape, device=device))
+        drawn = KINDS[kind].draw(
+            layers[name], rank, scales[name], partial(_draw_down, init=init, generator=generator)
         )
+        device = next(layers[name].parameters()).device
+        modules[name] = drawn.to(device).map(nn.Parameter)
     rank = max(ranks.values())
     common = Counter(scales.values()).most_common(1)[0][0]
     adapter = Adapter(modules, rank, common * rank, family)
@@ -228,6 +205,28 @@ def _layers_per_block(model: Model) -> dict[str, str]:
     return {} if layers == LAYERS_PER_BLOCK else {"sdlora.layers_per_block": str(layers)}
 
 
+def low_rank_modules(adapter: Adapter, action: str) -> dict[str, LowRank]:
+    """The modules of an adapter whose changes can be added and decomposed.
+
+    Args:
+        adapter: Any.
+        action: What needs that, such as "resize".
+
+    Raises:
+        AdapterError: If a module is of another kind.
+    """
+    found = {
+        name: one for name, one in adapter.modules.items() if isinstance(one, LowRank) and one.is_additive
+    }
+    if other := next((one.kind for name, one in adapter.modules.items() if name not in found), None):
+        raise AdapterError(
+            f"{action} takes LoRA modules only: a {other} module depends on the base weight, so it "
+            "cannot be added or decomposed; train with lora.kind=lora",
+            key="lora.kind",
+        )
+    return found
+
+
 def check_base(adapter: Adapter, *, family: str, name: str, digest: str = "", source: str = "") -> str | None:
     """Compares the base that an adapter was trained on with the one it shall be used on (R-41).
 
@@ -262,21 +261,9 @@ def check_base(adapter: Adapter, *, family: str, name: str, digest: str = "", so
     return None
 
 
-def as_float64(factor: Tensor) -> Tensor:
-    """A factor as a matrix in float64, on the CPU: MPS has none."""
-    return factor.detach().cpu().double().flatten(1)
-
-
-def pad(factor: Tensor, dim: int, size: int) -> Tensor:
-    """Appends zeros along a dimension up to a size."""
-    shape = list(factor.shape)
-    shape[dim] = size - shape[dim]
-    return torch.cat([factor, factor.new_zeros(shape)], dim=dim) if shape[dim] > 0 else factor
-
-
 @dataclass(frozen=True, slots=True)
 class NormReport:
-    """The norms of the changes `scale * up @ down`, after they were limited."""
+    """The norms of the modules' changes, after they were limited."""
 
     num_limited: int
     mean: float
@@ -287,22 +274,12 @@ class NormReport:
 def limit_norms(adapter: Adapter, max_norm: float) -> NormReport:
     """Shrinks the modules whose change has a Frobenius norm above a limit, down to it (as kohya's tools do).
 
-    Both factors of such a module are multiplied by the root of `max_norm / norm`.
-
     Args:
         adapter: Changed in place.
         max_norm: The limit for each module.
     """
-    norms = []
-    for name, pair in adapter.modules.items():
-        down, up = pair.down.flatten(1), pair.up.flatten(1)
-        # The norm of the product from the two Gram matrices, (R, R), without forming it.
-        squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
-        norm = squared.sqrt() * abs(adapter.scale_of(name))
-        factor = (max_norm / norm.clamp(min=max_norm)).sqrt()
-        pair.down.mul_(factor)
-        pair.up.mul_(factor)
-        norms.append(norm)
-    before = torch.stack(norms)
+    before = torch.stack(
+        [module.limit_norm(max_norm, adapter.scale_of(name)) for name, module in adapter.modules.items()]
+    )
     after = before.clamp(max=max_norm)
     return NormReport(int((before > max_norm).sum()), float(after.mean()), float(after.max()))

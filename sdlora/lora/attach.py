@@ -9,18 +9,10 @@ from contextlib import contextmanager
 from math import prod
 from typing import Any
 
-from torch import nn
-
 from sdlora.errors import MAX_PROBLEMS, AdapterError, ConfigError, join_names, shorten
-from sdlora.lora.adapter import Adapter
-from sdlora.lora.layers import (
-    Dropout,
-    LoraLayer,
-    Scale,
-    StackEntry,
-    pair_shapes,
-    wrap_layer,
-)
+from sdlora.lora.adapter import KINDS, Adapter
+from sdlora.lora.kinds import Layer, Scale, features_of
+from sdlora.lora.layers import Dropout, LoraLayer, StackEntry
 from sdlora.lora.modules import (
     TEXT_ENCODERS,
     Model,
@@ -130,10 +122,11 @@ def _explain(model: Model, layers: Sequence[str], target: str) -> tuple[str, str
     return reason, f"use {', '.join(TARGETS)} or a pattern such as *.attn2.to_v"
 
 
-def count_parameters(model: Model, ranks: Mapping[str, int]) -> int:
+def count_parameters(model: Model, ranks: Mapping[str, int], kind: str = "lora") -> int:
     """Elements that an adapter with these ranks has, by module; works on the meta device."""
     layers = carrier_layers(model)
-    return sum(prod(shape) for name, rank in ranks.items() for shape in pair_shapes(layers[name], rank))
+    shapes = (KINDS[kind].shapes(layers[name], rank) for name, rank in ranks.items())
+    return sum(prod(shape) for own in shapes for shape in own.values())
 
 
 def attach(model: Model, names: Sequence[str]) -> None:
@@ -149,7 +142,7 @@ def attach(model: Model, names: Sequence[str]) -> None:
             "the LoRA is for another family, or the base is"
         )
     wrapped = lora_layers(model)
-    replace_modules(model, {name: wrap_layer(layers[name]) for name in names if name not in wrapped})
+    replace_modules(model, {name: LoraLayer(layers[name]) for name in names if name not in wrapped})
 
 
 def mount(model: Model, adapters: Sequence[tuple[Adapter, Scale]], dropout: Dropout | None = None) -> None:
@@ -159,7 +152,7 @@ def mount(model: Model, adapters: Sequence[tuple[Adapter, Scale]], dropout: Drop
         model: The network, or components by name; layers that are not wrapped yet are.
         adapters: (adapter, strength) in the order of the stack; a strength may be (B,), one for each sample.
             None at all leaves the base.
-        dropout: For the pairs that are trained.
+        dropout: For the modules that are trained.
 
     Raises:
         AdapterError: If an adapter names modules, or has shapes, that this network does not have.
@@ -169,15 +162,15 @@ def mount(model: Model, adapters: Sequence[tuple[Adapter, Scale]], dropout: Drop
     stacks: dict[str, list[StackEntry]] = {}
     for adapter, strength in adapters:
         _check_fit(adapter, layers, parts)
-        for name, pair in adapter.modules.items():
-            down, up, scale = pair.down, pair.up, strength * adapter.scale_of(name)
-            if down.requires_grad:
-                entry = StackEntry(down, up, scale, dropout.of_module(name) if dropout else None)
+        for name, module in adapter.modules.items():
+            scale = strength * adapter.scale_of(name)
+            if module.starting_at_zero.requires_grad:
+                entry = StackEntry(module, scale, dropout.of_module(name) if dropout else None)
             else:
                 weight: Any = layers[name].weight
-                entry = StackEntry(down.to(weight.device), up.to(weight.device), scale)
+                entry = StackEntry(module.to(weight.device), scale)
             stacks.setdefault(name, []).append(entry)
-    new = {name: wrap_layer(layers[name]) for name in stacks if places[name] is layers[name]}
+    new = {name: LoraLayer(layers[name]) for name in stacks if places[name] is layers[name]}
     if new:
         replace_modules(model, new)
     for name, layer in (places | new).items():
@@ -230,7 +223,7 @@ def check_fit(adapter: Adapter, model: Model, source: str = "the LoRA") -> None:
 
 
 def _check_fit(
-    adapter: Adapter, layers: Mapping[str, nn.Module], parts: Sequence[str], source: str = "the LoRA"
+    adapter: Adapter, layers: Mapping[str, Layer], parts: Sequence[str], source: str = "the LoRA"
 ) -> None:
     trained_on = adapter.notes.get("sdlora.base_name") or adapter.notes.get("ss_sd_model_name")
     origin = f" (it was trained on {trained_on})" if trained_on else ""
@@ -252,11 +245,11 @@ def _check_fit(
             f"{source} does not fit this base: {len(missing)} of its {len(adapter.modules)} modules are not "
             f"there, such as {join_names(missing, 3)}; use a base of the family it was trained on{origin}"
         )
-    for name, pair in adapter.modules.items():
-        down, up = pair_shapes(layers[name], pair.rank)
-        if tuple(pair.down.shape) != down or tuple(pair.up.shape) != up:
+    for name, module in adapter.modules.items():
+        shapes = module.shapes(layers[name], module.rank)
+        if any(tuple(tensor.shape) != shapes[part] for part, tensor in module.tensors().items()):
+            (inputs, outputs), (there, then) = module.features, features_of(layers[name])
             raise AdapterError(
-                f"{source} does not fit this base: {name} maps {pair.down.shape[1]} to {pair.up.shape[0]} "
-                f"features in the LoRA and {down[1]} to {up[0]} in the base; "
-                f"use a base of the family it was trained on{origin}"
+                f"{source} does not fit this base: {name} maps {inputs} to {outputs} features in the LoRA "
+                f"and {there} to {then} in the base; use a base of the family it was trained on{origin}"
             )

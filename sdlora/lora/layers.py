@@ -1,61 +1,29 @@
-"""Frozen layers that carry a stack of low-rank pairs.
+"""Frozen layers that carry a stack of adapter modules.
 
-B batch, R rank; a Linear maps (..., in) to (..., out), a Conv2d (B, in, H, W) to (B, out, H', W').
-The pairs are not parameters of the layer: moving or casting the network never touches an adapter, the
+The modules are not parameters of the layer: moving or casting the network never touches an adapter, the
 dtype of the network stays that of its base, and the base weight is never written, so that taking the
 stack away gives the base back to the last bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdlora.errors import AdapterError
+from sdlora.lora.kinds import AdapterModule, Drop, Layer, Scale
 from sdlora.seeds import name_seed
-
-Scale: TypeAlias = float | Tensor
-"""A factor for the whole batch, or (B,) one for each sample."""
 
 
 class StackEntry(NamedTuple):
-    """One low-rank pair at work: `scale * up(drop(down(x)))` is added to the layer's output."""
+    """One module of an adapter at work."""
 
-    down: Tensor
-    up: Tensor
+    module: AdapterModule
     scale: Scale
-    drop: Callable[[Tensor], Tensor] | None = None
-
-    @property
-    def is_silent(self) -> bool:
-        """Whether it adds nothing to any sample."""
-        return not isinstance(self.scale, Tensor) and self.scale == 0
-
-    def scaled(self, hidden: Tensor) -> Tensor:
-        """What `up` is given: values of `down`, scaled and dropped out.
-
-        A batch of several parts, as guidance makes, repeats the scales of its samples.
-
-        Raises:
-            AdapterError: If the batch is no multiple of the scales.
-        """
-        hidden = hidden * (self._scales(hidden) if isinstance(self.scale, Tensor) else self.scale)
-        return self.drop(hidden) if self.drop else hidden
-
-    def _scales(self, hidden: Tensor) -> Tensor:
-        assert isinstance(self.scale, Tensor)
-        parts, rest = divmod(len(hidden), len(self.scale))
-        if rest:
-            raise AdapterError(
-                f"a batch of {len(hidden)} does not go with {len(self.scale)} strengths; "
-                "give one for each sample"
-            )
-        return self.scale.to(hidden).repeat(parts).view(-1, *[1] * (hidden.ndim - 1))
+    drop: Drop | None = None
 
 
 class Dropout:
@@ -81,7 +49,7 @@ class Dropout:
         finally:
             self.seeds = before
 
-    def of_module(self, name: str) -> Callable[[Tensor], Tensor] | None:
+    def of_module(self, name: str) -> Drop | None:
         """What drops values (B, ...) of a module; None if nothing is ever dropped."""
         if self.share == 0:
             return None
@@ -108,9 +76,7 @@ class LoraLayer(nn.Module):
         base: The layer as it was; left untouched.
     """
 
-    base: nn.Linear | nn.Conv2d
-
-    def __init__(self, base: nn.Linear | nn.Conv2d) -> None:
+    def __init__(self, base: Layer) -> None:
         super().__init__()
         self.base = base
         self.stack: tuple[StackEntry, ...] = ()
@@ -135,58 +101,16 @@ class LoraLayer(nn.Module):
             state_dict[f"{prefix}base.{key.removeprefix(prefix)}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-
-class LoraLinear(LoraLayer):
-    """`base(x) + sum of scale * up(down(x))` over the stack (LoRA, arXiv 2106.09685, equation 3)."""
-
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., in) to (..., out); pairs go where `x` is, in its dtype, for the product."""
+        """The base's output with the modules of the stack, one after the other."""
         y: Tensor = self.base(x)
         for entry in self.stack:
-            if not entry.is_silent:
-                hidden = entry.scaled(F.linear(x, entry.down.to(x)))
-                y = y + F.linear(hidden, entry.up.to(x))
+            y = entry.module.apply(x, y, self.base, entry.scale, entry.drop)
         return y
-
-
-class LoraConv2d(LoraLayer):
-    """As `LoraLinear`: `down` has the base's kernel, stride and padding, `up` is 1x1."""
-
-    base: nn.Conv2d
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, in, H, W) to (B, out, H', W'); pairs go where `x` is, in its dtype, for the product."""
-        base = self.base
-        y: Tensor = base(x)
-        for entry in self.stack:
-            if not entry.is_silent:
-                hidden = F.conv2d(x, entry.down.to(x), None, base.stride, base.padding, base.dilation)
-                y = y + F.conv2d(entry.scaled(hidden), entry.up.to(x))
-        return y
-
-
-def wrap_layer(layer: nn.Module) -> LoraLayer:
-    """A carrier for a Linear or Conv2d, with an empty stack."""
-    if isinstance(layer, nn.Conv2d):
-        return LoraConv2d(layer)
-    assert isinstance(layer, nn.Linear), type(layer)
-    return LoraLinear(layer)
 
 
 def can_carry(layer: nn.Module) -> bool:
-    """Whether a layer can carry low-rank pairs: a Linear, or a plain Conv2d with one group."""
+    """Whether a layer can carry an adapter: a Linear, or a plain Conv2d with one group."""
     if isinstance(layer, nn.Conv2d):
         return layer.groups == 1 and layer.padding_mode == "zeros"
     return isinstance(layer, nn.Linear)
-
-
-def pair_shapes(layer: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of `down` and `up` for a layer.
-
-    They come from the layer's own sizes and not from its weight, since a 4-bit weight is packed.
-    """
-    if isinstance(layer, nn.Conv2d):
-        height, width = layer.kernel_size[0], layer.kernel_size[1]
-        return (rank, layer.in_channels, height, width), (layer.out_channels, rank, 1, 1)
-    assert isinstance(layer, nn.Linear), type(layer)
-    return (rank, layer.in_features), (layer.out_features, rank)

@@ -24,11 +24,13 @@ class Layout:
         alphas: Alpha of each module.
         rslora: Whether scales are `alpha / sqrt(rank)` (rank-stabilised LoRA, arXiv 2312.03732, equation 4)
             in place of `alpha / rank`.
+        kind: Of `adapter.KINDS`.
     """
 
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
     rslora: bool = False
+    kind: str = "lora"
 
     def scales(self) -> dict[str, float]:
         """The factor on the product of each module."""
@@ -72,6 +74,7 @@ def plan_layout(lora: LoraSection, names: Sequence[str]) -> Layout:
             for name, rank in all_ranks.items()
         },
         lora.rslora,
+        lora.kind,
     )
 
 

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from torch import nn
 
+from sdlora.lora.kinds import Layer
 from sdlora.lora.layers import LoraLayer, can_carry
 
 TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.")
@@ -50,14 +51,16 @@ def carriers(model: Model) -> dict[str, nn.Module]:
     return {name: m for name, m in named_modules(model) if isinstance(m, LoraLayer) or can_carry(m)}
 
 
-def carrier_layers(model: Model) -> dict[str, nn.Module]:
+def carrier_layers(model: Model) -> dict[str, Layer]:
     """Every layer that can carry a pair, by name, as the base has it (wrapped or not)."""
     return {name: unwrap(module) for name, module in carriers(model).items()}
 
 
-def unwrap(module: nn.Module) -> nn.Module:
+def unwrap(module: nn.Module) -> Layer:
     """The layer as the base has it."""
-    return module.base if isinstance(module, LoraLayer) else module
+    layer = module.base if isinstance(module, LoraLayer) else module
+    assert isinstance(layer, nn.Linear | nn.Conv2d), type(layer)
+    return layer
 
 
 def lora_layers(model: Model) -> dict[str, LoraLayer]:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdlora.data.records import Size
-from sdlora.lora.adapter import Adapter, LowRank
+from sdlora.lora.adapter import KINDS, Adapter
 from sdlora.lora.attach import mount
-from sdlora.lora.layers import pair_shapes
+from sdlora.lora.kinds import AdapterModule
 from sdlora.lora.modules import carrier_layers
 from sdlora.models.checks import NUM_TIME_IDS
 from sdlora.models.meta import empty_model
@@ -108,6 +108,7 @@ class UnetPass:
         batch_size: B.
         learns: With the backward pass.
         checkpointing: Whether activations are recomputed for that.
+        kind: Of the adapter.
     """
 
     config: str
@@ -119,6 +120,7 @@ class UnetPass:
     batch_size: int
     learns: bool
     checkpointing: bool = False
+    kind: str = "lora"
 
 
 @lru_cache(maxsize=64)
@@ -128,7 +130,7 @@ def unet_peak(task: UnetPass) -> int:
     config = unet.config
     unet.train(task.checkpointing)
     (unet.enable_gradient_checkpointing if task.checkpointing else unet.disable_gradient_checkpointing)()
-    adapter = _empty_adapter(unet, dict(task.ranks), learns=task.learns)
+    adapter = _empty_adapter(unet, task.kind, dict(task.ranks), learns=task.learns)
     mount(unet, [(adapter, 1.0)] if adapter else [])
 
     def make(*shape: int) -> Tensor:
@@ -186,7 +188,13 @@ def vae_peaks(config: str, size: Size, dtype: torch.dtype) -> tuple[int, int]:
         return peak_bytes(lambda: vae.encode(pixels), weights), peak_bytes(lambda: vae.decode(noise), weights)
 
 
-def text_peak(encoders: Mapping[str, nn.Module], ranks: Mapping[str, int], tokens: int, captions: int) -> int:
+def text_peak(
+    encoders: Mapping[str, nn.Module],
+    ranks: Mapping[str, int],
+    tokens: int,
+    captions: int,
+    kind: str = "lora",
+) -> int:
     """What text encoders that learn keep for their backward pass, in fp32, and their adapter's gradients.
 
     Args:
@@ -194,8 +202,9 @@ def text_peak(encoders: Mapping[str, nn.Module], ranks: Mapping[str, int], token
         ranks: Of the modules that learn.
         tokens: L.
         captions: B.
+        kind: Of the adapter.
     """
-    adapter = _empty_adapter(encoders, ranks, learns=True)
+    adapter = _empty_adapter(encoders, kind, ranks, learns=True)
     if adapter is None:
         return 0
     mount(encoders, [(adapter, 1.0)])
@@ -209,11 +218,14 @@ def text_peak(encoders: Mapping[str, nn.Module], ranks: Mapping[str, int], token
     return peak_bytes(compute, [*weights, *adapter.parameters()])
 
 
-def _empty_adapter(model: Any, ranks: Mapping[str, int], *, learns: bool) -> Adapter | None:
+def _empty_adapter(model: Any, kind: str, ranks: Mapping[str, int], *, learns: bool) -> Adapter | None:
     layers = carrier_layers(model)
 
-    def make(shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, device=META, requires_grad=learns)
+    def make(name: str, rank: int) -> AdapterModule:
+        shapes = KINDS[kind].shapes(layers[name], rank).items()
+        return KINDS[kind](
+            **{part: torch.empty(shape, device=META, requires_grad=learns) for part, shape in shapes}
+        )
 
-    pairs = {name: LowRank(*map(make, pair_shapes(layers[name], rank))) for name, rank in ranks.items()}
-    return Adapter(pairs, max(ranks.values()), 1.0) if pairs else None
+    modules = {name: make(name, rank) for name, rank in ranks.items()}
+    return Adapter(modules, max(ranks.values()), 1.0) if modules else None

@@ -203,6 +203,7 @@ def estimate_memory(work: Workload, machine: Machine, *, checkpointing: bool) ->
     texts = {name: rank for name, rank in work.ranks.items() if name not in ranks}
     learning = UnetPass(
         config=_as_json(info.unet_config),
+        kind=config.lora.kind,
         ranks=tuple(ranks.items()),
         latents=Size(work.size.width // info.vae_factor, work.size.height // info.vae_factor),
         tokens=info.text_length,
@@ -217,8 +218,8 @@ def estimate_memory(work: Workload, machine: Machine, *, checkpointing: bool) ->
         # Autocast keeps a copy of every weight until the backward pass.
         learn += info.num_parameters * precision.compute_dtype.itemsize
     encoders = {name: part for name, part in work.parts.items() if name != "unet"}
-    learn += text_peak(encoders, texts, info.text_length, learning.batch_size)
-    trained = count_parameters(work.parts, work.ranks)
+    learn += text_peak(encoders, texts, info.text_length, learning.batch_size, kind=config.lora.kind)
+    trained = count_parameters(work.parts, work.ranks, config.lora.kind)
     vae = vae_dtype(info, precision.base_dtype, machine.device)
     encode, decode = vae_peaks(_as_json(info.vae_config), work.size, vae)
     guided = 2 if (config.sample.guidance or 0) > 1 else 1

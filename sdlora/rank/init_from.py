@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from sdlora.errors import ConfigError
-from sdlora.lora.adapter import Adapter
+from sdlora.lora.adapter import Adapter, low_rank_modules
 from sdlora.lora.modules import component_of
 from sdlora.rank.svd import decompose
 
@@ -76,8 +76,9 @@ def start_from(adapter: Adapter, start: Adapter) -> StartReport:
         start: One that `check_start` lets pass.
     """
     padded, truncated, lost, whole = 0, 0, 0.0, 0.0
-    for name, pair in start.modules.items():
-        own, scale = adapter.modules[name], start.scale_of(name)
+    fresh_pairs = low_rank_modules(adapter, "lora.init_from")
+    for name, pair in low_rank_modules(start, "lora.init_from").items():
+        own, scale = fresh_pairs[name], start.scale_of(name)
         whole += scale**2 * pair.norm_squared()
         if pair.rank > own.rank:
             found = decompose(pair)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sdlora.errors import AdapterError, ConfigError
-from sdlora.lora.adapter import Adapter, LowRank
+from sdlora.lora.adapter import Adapter, low_rank_modules
+from sdlora.lora.kinds import LowRank
 from sdlora.rank.resize import describe_error
 from sdlora.rank.svd import decompose, decompose_dense
 from sdlora.seeds import name_seed
@@ -84,13 +85,14 @@ def merge(
     density = DENSITY if density is None else density
     largest = rank or max(adapter.rank for adapter, _ in adapters)
     join = _joiner(method, largest, density, seed or 0)
-    names = dict.fromkeys(name for adapter, _ in adapters for name in adapter.modules)
+    own = [low_rank_modules(adapter, "merge") for adapter, _ in adapters]
+    names = dict.fromkeys(name for pairs in own for name in pairs)
     modules: dict[str, _Joined] = {}
     for name in names:
         parts = [
-            (number, _weighted(adapter, name, weight))
+            (number, _weighted(own[number][name], weight * adapter.scale_of(name)))
             for number, (adapter, weight) in enumerate(adapters)
-            if name in adapter.modules
+            if name in own[number]
         ]
         shapes = {(pair.down.shape[1:], pair.up.shape[0]) for _, pair in parts}
         if len(shapes) > 1:
@@ -158,10 +160,9 @@ def _report(modules: Mapping[str, _Joined]) -> MergeReport:
     return MergeReport(lost / norm if norm else 0.0, (worst, errors[worst]))
 
 
-def _weighted(adapter: Adapter, name: str, weight: float) -> LowRank:
-    """The pair with scale and weight inside `up`, in fp32."""
-    pair = adapter.modules[name]
-    up = pair.up.detach().double() * (adapter.scale_of(name) * weight)
+def _weighted(pair: LowRank, weight: float) -> LowRank:
+    """The pair with a weight inside `up`, in fp32."""
+    up = pair.up.detach().double() * weight
     return LowRank(pair.down.detach().float(), up.float())
 
 

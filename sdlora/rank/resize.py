@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from sdlora.errors import AdapterError, ConfigError
 from sdlora.formats.keys import Dialect
-from sdlora.lora.adapter import Adapter
+from sdlora.lora.adapter import Adapter, low_rank_modules
 from sdlora.rank.spectrum import Spectrum, spectrum
 from sdlora.rank.svd import decompose
 
@@ -105,7 +105,7 @@ def resize(
         raise AdapterError(f"resize by {rule} = {value:g} would leave nothing of the adapter; ask for less")
     modules = {
         name: decompose(pair, adapter.scale_of(name)).truncate(ranks[name])
-        for name, pair in adapter.modules.items()
+        for name, pair in low_rank_modules(adapter, "resize").items()
         if ranks[name]
     }
     largest = max(ranks.values())
@@ -161,7 +161,7 @@ def _ranks_by_rule(
 
 def _ranks_for_size(adapter: Adapter, found: Spectrum, budget: float, dialect: Dialect) -> dict[str, int]:
     """The directions with the most energy for each number in the file, as many as the budget has room for."""
-    costs = {name: (p.down.numel() + p.up.numel()) // p.rank for name, p in adapter.modules.items()}
+    costs = {name: module.num_parameters // module.rank for name, module in adapter.modules.items()}
     if dialect == "kohya":
         rank = int(budget // sum(costs.values()))
         return {name: min(rank, found.numerical_rank(name)) for name in found.values}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sdlora.lora.adapter import Adapter
+from sdlora.lora.adapter import Adapter, low_rank_modules
 from sdlora.lora.modules import TEXT_ENCODERS
 from sdlora.rank.svd import singular_values
 
@@ -121,5 +121,8 @@ def _block_order(block: str) -> tuple[int, str]:
 def spectrum(adapter: Adapter) -> Spectrum:
     """The singular values of every module's change, scale included."""
     return Spectrum(
-        {name: singular_values(pair, adapter.scale_of(name)) for name, pair in adapter.modules.items()}
+        {
+            name: singular_values(pair, adapter.scale_of(name))
+            for name, pair in low_rank_modules(adapter, "spectrum").items()
+        }
     )

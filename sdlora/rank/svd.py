@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdlora.lora.adapter import LowRank
+from sdlora.lora.kinds import LowRank
 
 # Above this rank float64 takes minutes for an SDXL file, and float32 (1e-6) is still far finer than a file.
 LARGEST_EXACT_RANK = 64

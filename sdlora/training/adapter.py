@@ -140,6 +140,7 @@ def make_adapter(
         layout.scales(),
         seed=config.train.seed,
         init=lora.init,
+        kind=layout.kind,
         family=info.family,
     )
     return adapter, start_from(adapter, _load_start(lora.init_from, info)) if lora.init_from else None

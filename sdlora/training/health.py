@@ -146,11 +146,7 @@ def check_parameters(adapter: Adapter, situation: str) -> None:
     Raises:
         TrainingDiverged: Naming the modules.
     """
-    bad = [
-        name
-        for name, pair in adapter.modules.items()
-        if not (torch.isfinite(pair.down).all() and torch.isfinite(pair.up).all())
-    ]
+    bad = [name for name, module in adapter.modules.items() if not module.is_finite]
     if bad:
         raise TrainingDiverged(
             f"{len(bad)} modules hold values that are not finite, such as {bad[0]}; "
@@ -158,16 +154,17 @@ def check_parameters(adapter: Adapter, situation: str) -> None:
         )
 
 
-def copy_ups(adapter: Adapter) -> list[Tensor]:
-    """The up matrices as they are now."""
-    return [pair.up.detach().clone() for pair in adapter.modules.values()]
+def copy_starts(adapter: Adapter) -> list[Tensor]:
+    """What the first update must change, as it is now: of low-rank modules the up matrices."""
+    return [module.starting_at_zero.detach().clone() for module in adapter.modules.values()]
 
 
-def find_dead_modules(adapter: Adapter, ups_before: Sequence[Tensor]) -> list[str]:
-    """The modules whose up matrix did not change in the first update."""
-    pairs = adapter.modules.items()
+def find_dead_modules(adapter: Adapter, before: Sequence[Tensor]) -> list[str]:
+    """The modules that the first update did not change."""
     return [
-        name for (name, pair), before in zip(pairs, ups_before, strict=True) if torch.equal(pair.up, before)
+        name
+        for (name, module), start in zip(adapter.modules.items(), before, strict=True)
+        if torch.equal(module.starting_at_zero, start)
     ]
 
 

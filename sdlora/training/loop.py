@@ -30,7 +30,7 @@ from sdlora.training.health import (
     check_counters,
     check_dead_modules,
     check_parameters,
-    copy_ups,
+    copy_starts,
     find_dead_modules,
     is_finite,
 )
@@ -169,7 +169,7 @@ class Trainer:
         counters, adapter = self.counters, self.runner.adapter
         rate = learning_rate(counters.step, self.settings, self.plan.steps)
         samples = self.plan.order.step(counters.step)
-        ups = copy_ups(adapter) if counters.step == self.proof_step else None
+        ups = copy_starts(adapter) if counters.step == self.proof_step else None
         # Dropout could keep a small module from learning, so it is off where each has to.
         gradient = self.runner.compute_gradients(counters.step, samples, dropout=ups is None)
         self.runner.update(rate, skip=not gradient.is_finite)

@@ -73,7 +73,7 @@ def group_parameters(named: Mapping[str, Tensor], settings: TrainSection) -> lis
     `train.lora_plus_ratio`; at one rate for both, `up` learns too slowly in wide layers.
 
     Args:
-        named: Tensors by module and factor, such as `mid_block.attentions.0.proj_in.down`.
+        named: Tensors by module and part, such as `mid_block.attentions.0.proj_in.down`.
         settings: `learning_rate`, `learning_rates`, `lora_plus_ratio`.
 
     Raises:
@@ -180,13 +180,13 @@ def build_optimizer(settings: TrainSection, groups: Sequence[ParameterGroup]) ->
     return optimizer
 
 
-def check_optimizer(settings: TrainSection, modules: Sequence[str]) -> None:
-    """Makes the optimizer of one number for each factor: every mistake shows before a weight is loaded.
+def check_optimizer(settings: TrainSection, modules: Sequence[str], parts: Sequence[str]) -> None:
+    """Makes the optimizer with one number for each tensor: every mistake shows before weights are loaded.
 
     Raises:
         ConfigError: As `group_parameters` and `build_optimizer` do.
     """
-    named = {f"{name}.{factor}": torch.zeros(1) for name in modules for factor in ("down", "up")}
+    named = {f"{name}.{part}": torch.zeros(1) for name in modules for part in parts}
     build_optimizer(settings, group_parameters(named, settings))
 
 

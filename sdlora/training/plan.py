@@ -15,6 +15,7 @@ from sdlora.data.records import DatasetIndex, Finding
 from sdlora.diffusion.objective import Objective
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.errors import DataError, RunError
+from sdlora.lora.adapter import KINDS
 from sdlora.lora.attach import count_parameters, match_modules
 from sdlora.lora.layout import Layout, plan_layout
 from sdlora.memory.estimate import ANY_MACHINE, Machine, Memory, Workload, plan_memory
@@ -227,7 +228,7 @@ def make_plan(config: RunConfig, num_processes: int = 1, machine: Machine = ANY_
     findings += [Finding("warning", line) for line in (*forced, *check_parents(parents, info, parts))]
     findings += [Finding("notice", about_rank)] if about_rank else []
     layout = plan_layout(config.lora, match_modules(parts, config.lora.targets))
-    check_optimizer(config.train, list(layout.ranks))
+    check_optimizer(config.train, list(layout.ranks), KINDS[layout.kind].parts())
     largest = max((crops[0].size for crops in buckets.crops.values()), key=lambda size: size.area)
     num_frozen = sum(step.adapter.num_parameters for step in parents)
     work = Workload(config, info, parts, layout.ranks, num_frozen, largest)
@@ -250,8 +251,10 @@ def make_plan(config: RunConfig, num_processes: int = 1, machine: Machine = ANY_
             seed=config.train.seed,
         ),
         layout=layout,
-        num_trainable=count_parameters(parts, layout.ranks),
-        num_padded=count_parameters(parts, dict.fromkeys(layout.ranks, max(layout.ranks.values()))),
+        num_trainable=count_parameters(parts, layout.ranks, layout.kind),
+        num_padded=count_parameters(
+            parts, dict.fromkeys(layout.ranks, max(layout.ranks.values())), layout.kind
+        ),
         num_base=sum(parameter.numel() for parameter in parts["unet"].parameters()),
         num_processes=num_processes,
         memory=memory,

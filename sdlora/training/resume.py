@@ -21,7 +21,7 @@ from sdlora.training.device import package_versions
 from sdlora.training.distributed import all_gather
 from sdlora.training.health import Counters
 from sdlora.training.plan import RunPlan
-from sdlora.training.step import StepRunner, named_tensors
+from sdlora.training.step import StepRunner
 
 TITLES = {
     "base": "the base",
@@ -313,7 +313,7 @@ def save_state(run: RunFolder, plan: RunPlan, runner: StepRunner, counters: Coun
     save_checkpoint(
         run.checkpoint(counters.step),
         tensors={
-            **named_tensors(runner.adapter),
+            **runner.adapter.named_tensors(),
             **{AVERAGE + name: value for name, value in averages.items()},
         },
         optimizer=runner.optimizer.state_dict(),
@@ -380,7 +380,7 @@ def _restore(
     optimizer: dict[str, Any],
     state: dict[str, Any],
 ) -> None:
-    own = named_tensors(runner.adapter)
+    own = runner.adapter.named_tensors()
     averages = {
         name.removeprefix(AVERAGE): value for name, value in tensors.items() if name.startswith(AVERAGE)
     }

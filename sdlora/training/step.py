@@ -17,7 +17,7 @@ from torch import Tensor
 from sdlora.config import TrainSection
 from sdlora.data.batches import Sample, split_micro_batches
 from sdlora.diffusion.objective import denoising_loss, draw
-from sdlora.lora.adapter import Adapter, NormReport, limit_norms
+from sdlora.lora.adapter import NormReport, limit_norms
 from sdlora.models.conditioning import Condition
 from sdlora.models.dtypes import Precision
 from sdlora.seeds import derive_seed
@@ -72,11 +72,11 @@ class StepRunner:
         # A list, made once: an iterator that is used up clips nothing.
         self.parameters: list[Tensor] = self.adapter.parameters()
         self.norms: NormReport | None = None
-        self.groups = group_parameters(named_tensors(self.adapter), settings)
+        self.groups = group_parameters(self.adapter.named_tensors(), settings)
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(settings, self.groups))
         self.optimizer.train()
         decay = settings.ema_decay
-        self.ema = EMA(named_tensors(self.adapter), decay) if decay else None
+        self.ema = EMA(self.adapter.named_tensors(), decay) if decay else None
 
     def compute_gradients(self, step: int, samples: list[Sample], *, dropout: bool = True) -> Gradient:
         """Leaves the clipped gradient of the mean loss, summed over micro-batches and processes.
@@ -212,12 +212,3 @@ class StepRunner:
             if self.ema is not None and not skip:
                 self.ema.update()
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def named_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The trained values by module and factor."""
-    return {
-        f"{name}.{part}": getattr(pair, part)
-        for name, pair in adapter.modules.items()
-        for part in ("down", "up")
-    }

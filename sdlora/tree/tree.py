@@ -19,7 +19,7 @@ from sdlora.errors import AdapterError
 from sdlora.formats.files import load_adapter
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import detach, mount
-from sdlora.lora.layers import Scale
+from sdlora.lora.kinds import Scale
 from sdlora.rank.merge import merge
 from sdlora.rank.resize import ResizeReport, resize
 from sdlora.tree.lineage import (

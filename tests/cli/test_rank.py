@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from sdlora.formats.files import inspect_adapter, load_adapter, save_adapter
-from sdlora.lora.adapter import Adapter, LowRank
+from sdlora.lora.adapter import Adapter
+from sdlora.lora.kinds import LowRank
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 

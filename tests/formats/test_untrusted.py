@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sdlora.errors import AdapterError, unfit_letters
 from sdlora.formats.files import inspect_adapter, load_adapter, save_adapter
-from sdlora.lora.adapter import LowRank
+from sdlora.lora.kinds import LowRank
 
 
 @pytest.mark.parametrize(
@@ -23,15 +23,15 @@ from sdlora.lora.adapter import LowRank
         ({"lora_A": ("BOOL", [4, 4], 16)}, r"as BOOL, which no LoRA uses"),
         ({"lora_A": ("F32", [0, 4], 0), "lora_B": ("F32", [4, 0], 0)}, r"without values, of shape \(0, 4\)"),
         ({"lora_A": ("F32", [2**60, 0], 0), "lora_B": ("F32", [0, 2**60], 0)}, r"without values"),
-        ({"lora_A": ("F32", [4], 16), "lora_B": ("F32", [4], 16)}, r"a pair that does not fit together"),
-        ({"lora_A": ("F32", [], 4), "lora_B": ("F32", [], 4)}, r"a pair that does not fit together"),
+        ({"lora_A": ("F32", [4], 16), "lora_B": ("F32", [4], 16)}, r"tensors that do not fit together"),
+        ({"lora_A": ("F32", [], 4), "lora_B": ("F32", [], 4)}, r"tensors that do not fit together"),
         (
             {"lora_A": ("F32", [2, 3], 24), "lora_B": ("F32", [3, 4], 48)},
-            r"a pair that does not fit together",
+            r"tensors that do not fit together",
         ),
         (
             {"lora_A": ("F32", [2, 3, 1, 1], 24), "lora_B": ("F32", [3, 2, 2, 1], 48)},
-            r"a pair that does not fit together",
+            r"tensors that do not fit together",
         ),
     ],
 )

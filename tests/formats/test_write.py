@@ -20,8 +20,9 @@ from sdlora.formats.write import (
     relative_error,
     round_adapter,
 )
-from sdlora.lora.adapter import Adapter, LowRank, create_adapter
+from sdlora.lora.adapter import Adapter, create_adapter
 from sdlora.lora.attach import match_targets
+from sdlora.lora.kinds import LowRank
 
 
 def golden_modules():
@@ -289,7 +290,7 @@ def test_damaged_tensors_are_named(unet, make_adapter):
         AdapterError, match=r"no part of a LoRA that sdlora knows, 1 of \d+: bogus.weight; export it again"
     ):
         state_to_adapter({**state, "bogus.weight": torch.ones(1)})
-    with pytest.raises(AdapterError, match=r"does not fit together: down_blocks.0"):
+    with pytest.raises(AdapterError, match=r"do not fit together: down_blocks.0"):
         state_to_adapter({**state, first: torch.ones(32, 3)})
 
 

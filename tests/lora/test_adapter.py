@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from sdlora.errors import AdapterError
-from sdlora.lora.adapter import LowRank, check_base, create_adapter, draw_adapter
+from sdlora.lora.adapter import check_base, create_adapter, draw_adapter
 from sdlora.lora.attach import match_targets, mount
+from sdlora.lora.kinds import LowRank
 
 
 def test_creation_depends_on_seed_and_name_alone(unet):
@@ -125,9 +126,9 @@ def test_norm_and_difference_without_the_product():
     one = LowRank(torch.randn(3, 7, generator=generator), torch.randn(5, 3, generator=generator))
     two = LowRank(torch.randn(2, 7, generator=generator), torch.randn(5, 2, generator=generator))
     exact = (one.up @ one.down - two.up @ two.down).double().square().sum()
-    assert one.minus(two).norm_squared() == pytest.approx(float(exact), rel=1e-5)
+    assert one.distance_squared(two) == pytest.approx(float(exact), rel=1e-5)
     assert one.norm_squared() == pytest.approx(float((one.up @ one.down).square().sum()), rel=1e-5)
-    assert one.minus(one).norm_squared() == 0
+    assert one.distance_squared(one) == 0
 
 
 def test_another_family_stops_and_another_base_warns(unet, make_adapter):

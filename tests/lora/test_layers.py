@@ -11,7 +11,8 @@ from peft import LoraConfig
 from sdlora.errors import AdapterError
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import detach, match_targets, mount
-from sdlora.lora.layers import Dropout, LoraConv2d, LoraLinear, StackEntry
+from sdlora.lora.kinds import LowRank
+from sdlora.lora.layers import Dropout, LoraLayer, StackEntry
 from sdlora.lora.modules import lora_layers
 
 
@@ -35,8 +36,9 @@ def test_peft_is_matched(unet, run, make_adapter, targets):
     adapter = make_adapter(unet, rank=4, alpha=3.0, targets=targets)
     oracle, modules = add_peft(unet, adapter)
     mount(unet, [(adapter, 1.0)])
-    kinds = {type(layer) for layer in lora_layers(unet).values()}
-    assert kinds == ({LoraLinear} if targets == ["attention"] else {LoraLinear, LoraConv2d})
+    kinds = {type(layer.base) for layer in lora_layers(unet).values()}
+    linear, conv = torch.nn.Linear, torch.nn.Conv2d
+    assert kinds == ({linear} if targets == ["attention"] else {linear, conv})
     ours, theirs = run(unet), run(oracle)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     ours.square().mean().backward()
@@ -131,9 +133,9 @@ def test_convolution_equals_a_changed_weight(stride):
     """R-07: a kernel of 3 with stride and padding is the same as adding `up * down` to the weight."""
     torch.manual_seed(0)
     base = torch.nn.Conv2d(5, 7, 3, stride=stride, padding=1)
-    layer = LoraConv2d(base)
+    layer = LoraLayer(base)
     down, up, x = torch.randn(2, 5, 3, 3), torch.randn(7, 2, 1, 1), torch.randn(3, 5, 9, 9)
-    layer.stack = (StackEntry(down, up, 0.5),)
+    layer.stack = (StackEntry(LowRank(down, up), 0.5),)
     changed = copy.deepcopy(base)
     changed.weight.data += 0.5 * torch.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
     torch.testing.assert_close(layer(x), changed(x), rtol=1e-4, atol=1e-5)
@@ -213,9 +215,9 @@ def test_dropout_knows_nothing_of_the_batch(make_unet, run, make_adapter):
             tensor.grad = None
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed, rtol=1e-5, atol=1e-8)
-    layer = LoraLinear(torch.nn.Linear(6, 5))
-    x, pair = torch.randn(2, 3, 6), (torch.randn(4, 6), torch.randn(5, 4))
-    layer.stack = (StackEntry(*pair, 1.0, dropout.of_module("x")),)
+    layer = LoraLayer(torch.nn.Linear(6, 5))
+    x, pair = torch.randn(2, 3, 6), LowRank(torch.randn(4, 6), torch.randn(5, 4))
+    layer.stack = (StackEntry(pair, 1.0, dropout.of_module("x")),)
     with dropout.drawn([7, 8]):
         both = layer(x)
     for number, seed in enumerate((7, 8)):

@@ -12,9 +12,9 @@ import torch
 from sdlora.errors import AdapterError, ConfigError
 from sdlora.formats.files import inspect_adapter, load_adapter, save_adapter
 from sdlora.formats.write import round_adapter
-from sdlora.lora.adapter import Adapter, LowRank
+from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import match_targets
-from sdlora.lora.layers import pair_shapes
+from sdlora.lora.kinds import LowRank
 from sdlora.lora.modules import carrier_layers
 from sdlora.rank.merge import merge
 from sdlora.rank.resize import resize
@@ -154,7 +154,9 @@ def test_an_sdxl_file_of_rank_256(sdxl, tmp_path):
     layers, generator = carrier_layers(sdxl), torch.Generator().manual_seed(0)
     modules = {}
     for name in match_targets(sdxl, ["attention"]):
-        down, up = (torch.randn(s, generator=generator) / 256 for s in pair_shapes(layers[name], 256))
+        down, up = (
+            torch.randn(s, generator=generator) / 256 for s in LowRank.shapes(layers[name], 256).values()
+        )
         modules[name] = LowRank(down.half(), up.half())
     assert len(modules) == 560
     file = save_adapter(tmp_path / "large.safetensors", Adapter(modules, 256, 256.0, "sdxl"))

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from sdlora.errors import AdapterError, ConfigError, ModelError
 from sdlora.formats.files import save_adapter
-from sdlora.lora.adapter import Adapter, LowRank
+from sdlora.lora.adapter import Adapter
+from sdlora.lora.kinds import LowRank
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.sampling.generate import generate
 from sdlora.sampling.images import SampleSettings

@@ -32,7 +32,6 @@ from sdlora.training.logger import StepResult
 from sdlora.training.loop import Trainer
 from sdlora.training.plan import make_plan
 from sdlora.training.prepare import prepare
-from sdlora.training.step import named_tensors
 from tests.checks import HANG_SECONDS
 
 SMALL = {
@@ -118,7 +117,7 @@ def make_trainer() -> Callable[..., WatchedTrainer]:
 
 def tensors_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     """A copy of the trained values."""
-    return {name: tensor.detach().clone() for name, tensor in named_tensors(trainer.runner.adapter).items()}
+    return {name: tensor.detach().clone() for name, tensor in trainer.runner.adapter.named_tensors().items()}
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from sdlora.formats.files import load_adapter
 from sdlora.training.checkpoint import read_checkpoint
 from sdlora.training.ema import EMA
 from sdlora.training.resume import AVERAGE
-from sdlora.training.step import named_tensors
 from sdlora.training.train import train
 
 
@@ -36,7 +35,7 @@ def test_the_average_is_what_is_given_away(make_images, quick, make_trainer, tmp
     keys = {"train__save_every": 4, "data__heldout": 0.25, "export__precision": "fp32"}
     plain = make_trainer(quick(images, **keys), tmp_path / "plain")
     averaged = make_trainer(quick(images, train__ema_decay=0.5, **keys), tmp_path / "averaged")
-    names = list(named_tensors(plain.runner.adapter))
+    names = list(plain.runner.adapter.named_tensors())
     points = []
     for _ in range(4):
         for trainer in (plain, averaged):
@@ -49,14 +48,14 @@ def test_the_average_is_what_is_given_away(make_images, quick, make_trainer, tmp
     ]
     for trainer in (plain, averaged):
         trainer.save_if_due()
-    saved = named_tensors(load_adapter(averaged.run.step_adapter(4)))
+    saved = load_adapter(averaged.run.step_adapter(4)).named_tensors()
     for name, mean in zip(names, expected, strict=True):
         torch.testing.assert_close(saved[name], mean, rtol=1e-5, atol=1e-7)
     assert plain.evaluate("heldout") != averaged.evaluate("heldout")
     with averaged.runner.inference_weights():
         assert plain.evaluate("heldout") != averaged.evaluate("heldout")
     tensors, _, state = read_checkpoint(averaged.run.checkpoint(4))
-    for name, tensor in named_tensors(plain.runner.adapter).items():
+    for name, tensor in plain.runner.adapter.named_tensors().items():
         assert torch.equal(tensors[name], tensor)
         assert not torch.equal(tensors[AVERAGE + name], tensor)
     assert state["num_averaged"] == 4

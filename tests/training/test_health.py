@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from sdlora.errors import TrainingDiverged
-from sdlora.lora.adapter import Adapter, LowRank
+from sdlora.lora.adapter import Adapter
+from sdlora.lora.kinds import LowRank
 from sdlora.training.health import (
     Counters,
     RunningStats,
     check_counters,
     check_dead_modules,
     check_parameters,
-    copy_ups,
+    copy_starts,
     find_dead_modules,
 )
 from sdlora.training.step import Gradient
@@ -113,7 +114,7 @@ def test_parameters_that_are_not_finite_stop():
 def test_dead_modules_are_named():
     """R-09: each up-matrix must change in the first update."""
     adapter = make_adapter(a=0.0, b=1.0)
-    before = copy_ups(adapter)
+    before = copy_starts(adapter)
     adapter.modules["b"].up += 1
     dead = find_dead_modules(adapter, before)
     assert dead == ["a"]

@@ -21,7 +21,6 @@ from sdlora.lora.modules import lora_layers
 from sdlora.training.device import start_trackers
 from sdlora.training.optimizer import learning_rate
 from sdlora.training.plan_summary import describe_plan
-from sdlora.training.step import named_tensors
 from sdlora.training.train import train
 
 
@@ -150,12 +149,12 @@ def test_only_the_adapter_learns(make_images, small, make_trainer, tmp_path):
     trainer = make_trainer(small(make_images()), tmp_path / "run")
     unet = trainer.prepared.base.unet
     before = {name: parameter.clone() for name, parameter in unet.named_parameters()}
-    start = {name: tensor.clone() for name, tensor in named_tensors(trainer.runner.adapter).items()}
+    start = {name: tensor.clone() for name, tensor in trainer.runner.adapter.named_tensors().items()}
     trainer.train()
     assert len(before) > 100
     assert all(torch.equal(parameter, before[name]) for name, parameter in unet.named_parameters())
     assert not any(parameter.requires_grad for parameter in unet.parameters())
-    for name, tensor in named_tensors(trainer.runner.adapter).items():
+    for name, tensor in trainer.runner.adapter.named_tensors().items():
         assert tensor.dtype == torch.float32
         assert not torch.equal(tensor, start[name]), name
 

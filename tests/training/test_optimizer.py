@@ -94,7 +94,7 @@ def test_any_optimizer_by_import_path():
 def test_wrong_optimizers(values, line):
     """One line that names the setting."""
     with pytest.raises(ConfigError, match=line):
-        check_optimizer(settings(**values), ["mid_block.to_q"])
+        check_optimizer(settings(**values), ["mid_block.to_q"], ["down", "up"])
 
 
 def test_an_optimizer_that_finds_its_own_rate(monkeypatch):
@@ -108,6 +108,6 @@ def test_an_optimizer_that_finds_its_own_rate(monkeypatch):
 
     monkeypatch.setattr(torch.optim, "OneRate", OneRate, raising=False)
     asked = settings(optimizer="torch.optim.OneRate")
-    check_optimizer(asked, ["mid_block.to_q"])
+    check_optimizer(asked, ["mid_block.to_q"], ["down", "up"])
     with pytest.raises(ConfigError, match=r"OneRate finds one rate .* train\.lora_plus_ratio out"):
-        check_optimizer(asked.model_copy(update={"lora_plus_ratio": 2.0}), ["mid_block.to_q"])
+        check_optimizer(asked.model_copy(update={"lora_plus_ratio": 2.0}), ["mid_block.to_q"], ["down", "up"])

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from sdlora.formats.files import load_adapter
-from sdlora.training.step import named_tensors
 
 
 class Averaged(torch.optim.SGD):
@@ -54,7 +53,7 @@ def test_the_average_is_what_is_saved(make_images, small, make_trainer, tmp_path
     runner = trainer.runner
     means = {id(parameter): state["mean"] for parameter, state in runner.optimizer.optimizer.state.items()}
     saved = load_adapter(trainer.run.step_adapter(3))
-    for name, tensor in named_tensors(runner.adapter).items():
+    for name, tensor in runner.adapter.named_tensors().items():
         before = tensor.detach().clone()
         with runner.inference_weights():
             assert not torch.equal(tensor, before)

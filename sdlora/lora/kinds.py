@@ -1,0 +1,274 @@
+"""Adapter kinds: what an adapter does to one layer. Low-rank pairs (LoRA) are the first.
+
+R rank; a Linear maps (..., in) to (..., out), a Conv2d (B, in, H, W) to (B, out, H', W'); kh and kw are its
+kernel.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdlora.errors import AdapterError
+
+Layer: TypeAlias = nn.Linear | nn.Conv2d
+Scale: TypeAlias = float | Tensor
+"""A factor for the whole batch, or (B,) one for each sample."""
+Drop: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class AdapterModule(ABC):
+    """The adapter of one layer: a dataclass whose fields are its trained tensors.
+
+    The names of the fields are the parts of checkpoints and, by way of `formats.keys`, of LoRA files.
+    """
+
+    kind: ClassVar[str]
+    """As `lora.kind` spells it."""
+    is_additive: ClassVar[bool]
+    """Whether it adds `scale * delta` to any weight, so that adapters can be summed exactly."""
+    zero_part: ClassVar[str]
+    """The tensor that is zero in a fresh module; the first update must change it (R-09)."""
+
+    @classmethod
+    @abstractmethod
+    def shapes(cls, layer: Layer, rank: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors for a layer, from its sizes alone: a 4-bit weight is packed."""
+
+    @classmethod
+    @abstractmethod
+    def draw(
+        cls, layer: Layer, rank: int, scale: float, draw_down: Callable[[Sequence[int]], Tensor]
+    ) -> Self:
+        """A fresh module that does not change the layer's output yet."""
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether the tensors of a file fit together."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """R of this module."""
+
+    @property
+    @abstractmethod
+    def features(self) -> tuple[int, int]:
+        """Features or channels that the layer maps from and to."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, y: Tensor, layer: Layer, scale: Scale, drop: Drop | None) -> Tensor:
+        """The layer's output with this module.
+
+        Args:
+            x: The layer's input.
+            y: Its output, with the modules below in the stack.
+            layer: The frozen layer.
+            scale: Strength times alpha / rank.
+            drop: Dropout of the values between the factors.
+        """
+
+    @abstractmethod
+    def delta_weight(self, weight: Tensor, scale: float) -> Tensor:
+        """What it adds to the layer's weight, in the shape and dtype of the weight."""
+
+    @abstractmethod
+    def fold(self, scale: float) -> Self:
+        """The same change at scale 1; what it multiplies becomes fp32."""
+
+    @abstractmethod
+    def pad(self, rank: int) -> Self:
+        """The same change at a larger rank."""
+
+    @abstractmethod
+    def unpad(self, rank: int) -> Self:
+        """The reverse of `pad`; itself if it was not padded to its rank from this one."""
+
+    @abstractmethod
+    def norm_squared(self) -> float:
+        """The squared Frobenius norm of its change at scale 1."""
+
+    @abstractmethod
+    def distance_squared(self, other: Any) -> float:
+        """The squared norm of the difference from another module of its kind, at scale 1."""
+
+    @abstractmethod
+    def limit_norm(self, max_norm: float, scale: float) -> Tensor:
+        """Shrinks its change to a norm if that is larger; returns the norm before."""
+
+    @classmethod
+    def parts(cls) -> tuple[str, ...]:
+        """The names of the tensors."""
+        return tuple(field.name for field in fields(cls))  # type: ignore[arg-type]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by part."""
+        return {part: getattr(self, part) for part in self.parts()}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """A copy with each tensor changed."""
+        return type(self)(**{part: change(tensor) for part, tensor in self.tensors().items()})
+
+    def to(self, device: torch.device) -> Self:
+        """On a device; tensors that are there already are shared."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors().values())
+
+    @property
+    def is_finite(self) -> bool:
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors().values())
+
+    @property
+    def starting_at_zero(self) -> Tensor:
+        """The tensor that `zero_part` names."""
+        tensor: Tensor = getattr(self, self.zero_part)
+        return tensor
+
+
+@dataclass(slots=True)
+class LowRank(AdapterModule):
+    """A low-rank pair: adds `scale * up(down(x))` to the output (LoRA, arXiv 2106.09685, equation 3)."""
+
+    kind = "lora"
+    is_additive = True
+    zero_part = "up"
+
+    down: Tensor
+    """(R, in), or (R, in, kh, kw) for a convolution."""
+    up: Tensor
+    """(out, R), or (out, R, 1, 1) for a convolution."""
+
+    @classmethod
+    def shapes(cls, layer: Layer, rank: int) -> dict[str, tuple[int, ...]]:
+        inputs, outputs = features_of(layer)
+        if isinstance(layer, nn.Conv2d):
+            return {"down": (rank, inputs, *layer.kernel_size), "up": (outputs, rank, 1, 1)}
+        return {"down": (rank, inputs), "up": (outputs, rank)}
+
+    @classmethod
+    def fits(cls, tensors: Mapping[str, Tensor]) -> bool:
+        down, up = tensors["down"].shape, tensors["up"].shape
+        return len(down) == len(up) and len(down) in (2, 4) and up[1] == down[0] and set(up[2:]) <= {1}
+
+    @classmethod
+    def draw(
+        cls, layer: Layer, rank: int, scale: float, draw_down: Callable[[Sequence[int]], Tensor]
+    ) -> Self:
+        shapes = cls.shapes(layer, rank)
+        return cls(draw_down(shapes["down"]), torch.zeros(shapes["up"]))
+
+    @property
+    def rank(self) -> int:
+        return int(self.down.shape[0])
+
+    @property
+    def features(self) -> tuple[int, int]:
+        return int(self.down.shape[1]), int(self.up.shape[0])
+
+    def apply(self, x: Tensor, y: Tensor, layer: Layer, scale: Scale, drop: Drop | None) -> Tensor:
+        if not isinstance(scale, Tensor) and scale == 0:
+            return y
+        return y + self.product(x, layer, scale, drop)
+
+    def product(self, x: Tensor, layer: Layer, scale: Scale, drop: Drop | None) -> Tensor:
+        """`scale * up(drop(down(x)))`; the factors go where `x` is, in its dtype, for the product alone."""
+        if isinstance(layer, nn.Conv2d):
+            hidden = F.conv2d(x, self.down.to(x), None, layer.stride, layer.padding, layer.dilation)
+            hidden = hidden * for_samples(scale, hidden)
+            return F.conv2d(drop(hidden) if drop else hidden, self.up.to(x))
+        hidden = F.linear(x, self.down.to(x))
+        hidden = hidden * for_samples(scale, hidden)
+        return F.linear(drop(hidden) if drop else hidden, self.up.to(x))
+
+    def delta_weight(self, weight: Tensor, scale: float) -> Tensor:
+        delta = as_float64(self.up) @ as_float64(self.down)
+        return (scale * delta).reshape(weight.shape).to(weight)
+
+    def fold(self, scale: float) -> Self:
+        up = (as_float64(self.up) * scale).float().reshape(self.up.shape).to(self.up.device)
+        return self.with_factors(self.down, up)
+
+    def with_factors(self, down: Tensor, up: Tensor) -> Self:
+        """A copy with other factors."""
+        return type(self)(**{**self.tensors(), "down": down, "up": up})
+
+    def pad(self, rank: int) -> Self:
+        return self.with_factors(pad(self.down, 0, rank), pad(self.up, 1, rank))
+
+    def unpad(self, rank: int) -> Self:
+        if not 1 <= rank < self.rank or self.down[rank:].any() or self.up[:, rank:].any():
+            return self
+        return self.with_factors(self.down[:rank].contiguous(), self.up[:, :rank].contiguous())
+
+    def norm_squared(self) -> float:
+        """The squared Frobenius norm of `up @ down`, without forming the product."""
+        down, up = as_float64(self.down), as_float64(self.up)
+        return max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0)
+
+    def distance_squared(self, other: LowRank) -> float:
+        """That of a pair whose product is the difference of the two; exactly zero for equal pairs."""
+        down, up, other_down, other_up = map(as_float64, (self.down, self.up, other.down, other.up))
+        rank = max(self.rank, other.rank)
+        down, other_down = pad(down, 0, rank), pad(other_down, 0, rank)
+        up, other_up = pad(up, 1, rank), pad(other_up, 1, rank)
+        return LowRank(
+            torch.cat([down, down - other_down]), torch.cat([up - other_up, other_up], dim=1)
+        ).norm_squared()
+
+    def limit_norm(self, max_norm: float, scale: float) -> Tensor:
+        """Multiplies both factors by the root of `max_norm / norm`, as kohya's tools do."""
+        down, up = self.down.flatten(1), self.up.flatten(1)
+        # The norm of the product from the two Gram matrices, (R, R), without forming it.
+        squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
+        norm: Tensor = squared.sqrt() * abs(scale)
+        factor = (max_norm / norm.clamp(min=max_norm)).sqrt()
+        self.down.mul_(factor)
+        self.up.mul_(factor)
+        return norm
+
+
+def features_of(layer: Layer) -> tuple[int, int]:
+    """Features or channels that a layer maps from and to."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.in_channels, layer.out_channels
+    return layer.in_features, layer.out_features
+
+
+def for_samples(scale: Scale, values: Tensor) -> Scale:
+    """A scale that multiplies values (B, ...) sample by sample.
+
+    A batch of several parts, as guidance makes, repeats the scales of its samples.
+
+    Raises:
+        AdapterError: If the batch is no multiple of the scales.
+    """
+    if not isinstance(scale, Tensor):
+        return scale
+    parts, rest = divmod(len(values), len(scale))
+    if rest:
+        raise AdapterError(
+            f"a batch of {len(values)} does not go with {len(scale)} strengths; give one for each sample"
+        )
+    return scale.to(values).repeat(parts).view(-1, *[1] * (values.ndim - 1))
+
+
+def as_float64(factor: Tensor) -> Tensor:
+    """A factor as a matrix in float64, on the CPU: MPS has none."""
+    return factor.detach().cpu().double().flatten(1)
+
+
+def pad(factor: Tensor, dim: int, size: int) -> Tensor:
+    """Appends zeros along a dimension up to a size."""
+    shape = list(factor.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([factor, factor.new_zeros(shape)], dim=dim) if shape[dim] > 0 else factor
