@@ -1,4 +1,4 @@
-"""Walks an image folder: its files, its repeats, and what to say when there are no images."""
+"""Walks an image folder: its files, its repeats, and why it has no images."""
 
 from __future__ import annotations
 
@@ -7,99 +7,88 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
-from sdlora.data.heldout import HELDOUT, is_heldout
-from sdlora.data.images import IMAGE_SUFFIXES
+from sdlora.data.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
+from sdlora.data.records import Noticed
 from sdlora.errors import DataError, join_names, shorten, unfit_letters
 
-LINKS_REMEDY = "copy what they point to, or set data.follow_links=true"
-
-
-@dataclass
-class Listing:
-    """The files below a folder, relative, with forward slashes."""
-
-    files: list[str] = field(default_factory=list)
-    hidden_images: list[str] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
-    unfit: dict[str, str] = field(default_factory=dict)
-    """What is no file that can be read, and why."""
-    outward: dict[str, str] = field(default_factory=dict)
-    """Links that lead out of the folder, and where to; they are not followed."""
-
-    @property
-    def images(self) -> list[str]:
-        """Those that are images by name."""
-        return [name for name in self.files if is_image(name)]
+HELDOUT = "heldout"
+SEARCH_UP, SEARCH_DOWN, MAX_SEARCHED = 3, 2, 500
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name says that it is an image."""
+    """Whether a file name has the suffix of an image."""
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
-def list_files(root: Path, follow_links: bool = False) -> Listing:
-    """Walks a folder in a fixed order, never in circles.
+def is_heldout(name: str) -> bool:
+    """Whether a file is in a folder named `heldout`, at any depth."""
+    return HELDOUT in PurePosixPath(name).parts[:-1]
+
+
+def list_files(root: Path, noticed: Noticed, *, follow_links: bool = False) -> list[str]:
+    """Lists all files below a folder: relative, with forward slashes, sorted.
 
     Args:
         root: The folder; it may be a link itself.
-        follow_links: Also follows links that lead out of it. What is in somebody's archive could else
-            bring any file of this machine into a run, and into the metadata of what it writes.
+        noticed: Takes what is ignored or cannot be read.
+        follow_links: Also follows links to files outside the folder. Otherwise a downloaded archive could
+            bring any file of this machine into a run, and into the metadata of its adapters.
     """
-    listing = Listing()
+    files: list[str] = []
     home = Path(os.path.realpath(root))
     visited: set[tuple[int, int]] = set()
     folders = [(root, "", False)]
     while folders:
-        folder, prefix, hidden = folders.pop()
+        folder, prefix, is_hidden = folders.pop()
         try:
             status = folder.stat()
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
-            listing.unreadable.append(prefix.rstrip("/") or str(root))
+            noticed["data.folder-unreadable"][prefix.rstrip("/") or str(root)] = ""
             continue
         if (status.st_dev, status.st_ino) in visited:
             continue
         visited.add((status.st_dev, status.st_ino))
         inner = []
         for entry in entries:
-            name, ignored = prefix + entry.name, hidden or _is_ignored(entry.name)
-            kind = _kind_of(entry)
-            if not follow_links and entry.is_symlink():
-                target = Path(os.path.realpath(entry.path))
-                if not target.is_relative_to(home):
-                    if not ignored:
-                        listing.outward[name] = str(target)
-                    continue
-            if kind == "folder":
-                inner.append((Path(entry.path), f"{name}/", ignored))
-            elif ignored:
+            name, is_ignored = prefix + entry.name, is_hidden or _is_ignored(entry.name)
+            target = Path(os.path.realpath(entry.path)) if entry.is_symlink() else home
+            if not follow_links and not target.is_relative_to(home):
+                if not is_ignored:
+                    noticed["data.link-outside"][name] = f"-> {target}"
+                continue
+            problem = _problem_of(entry, name)
+            if problem == "folder":
+                inner.append((Path(entry.path), f"{name}/", is_ignored))
+            elif is_ignored:
                 if is_image(name) and not entry.name.startswith("._"):
-                    listing.hidden_images.append(name)
-            elif kind != "file":
-                listing.unfit[name] = kind
-            elif unfit_letters(name):
-                listing.unfit[name] = "has a name that is not text; rename it"
+                    noticed["data.image-hidden"][name] = ""
+            elif problem:
+                noticed["data.image-unreadable" if is_image(name) else "data.file-unreadable"][name] = problem
             else:
-                listing.files.append(name)
+                files.append(name)
         folders += reversed(inner)
-    listing.files.sort()
-    return listing
+    for name in files:
+        if PurePosixPath(name).suffix.lower() in UNREAD_SUFFIXES:
+            noticed["data.image-format"][name] = ""
+    return sorted(files)
 
 
-def _kind_of(entry: os.DirEntry[str]) -> str:
-    """`file`, `folder`, or why it is neither."""
+def _problem_of(entry: os.DirEntry[str], name: str) -> str:
+    """`folder`, or why an entry is not a usable file; empty if it is one."""
     try:
         mode = entry.stat().st_mode
     except OSError as error:
-        return "is a link to nothing" if entry.is_symlink() else f"cannot be read ({error.strerror})"
+        return "is a broken link" if entry.is_symlink() else f"cannot be read ({error.strerror})"
     if stat.S_ISDIR(mode):
         return "folder"
-    return "file" if stat.S_ISREG(mode) else "is a pipe or a device, not a file"
+    if not stat.S_ISREG(mode):
+        return "is a pipe or a device, not a file"
+    return "has unprintable characters in its name; rename it" if unfit_letters(name) else ""
 
 
 def _is_ignored(name: str) -> bool:
@@ -116,72 +105,57 @@ def read_repeats(root: Path, name: str) -> int:
 
 
 def check_folder(root: Path) -> None:
-    """Raises a DataError if a folder is not there."""
+    """Checks that a path is a folder.
+
+    Raises:
+        DataError: Otherwise, with the nearest name.
+    """
     try:
-        is_folder, is_there = root.is_dir(), root.exists()
+        is_folder, exists = root.is_dir(), root.exists()
     except OSError as error:
-        raise DataError(f"image folder {shorten(str(root))} cannot be opened: {error.strerror}") from None
+        message = f"cannot open image folder {shorten(str(root))}: {error.strerror}"
+        raise DataError(message, key="data.folder-unreadable") from None
     if is_folder:
         return
-    if is_there:
-        raise DataError(f"image folder {root} is a file; give the folder that it is in: {root.parent}")
+    if exists:
+        message = f"image folder {root} is a file; pass the folder that contains it: {root.parent}"
+        raise DataError(message, key="data.folder-is-file")
     parent = root.absolute().parent
     siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
     guess = difflib.get_close_matches(root.name, siblings, 1, 0.5)
     remedy = f"did you mean {root.parent / guess[0]}?" if guess else "check the path"
-    raise DataError(f"image folder {root} does not exist; {remedy}")
+    raise DataError(f"image folder {root} does not exist; {remedy}", key="data.folder-missing")
 
 
-def describe_nothing(root: Path, listing: Listing) -> str:
-    """R-26: what is there instead, and where the nearest images are."""
+def no_images_error(root: Path, files: Sequence[str], noticed: Noticed) -> DataError:
+    """R-26: names the files that were found, why they are not used, and the nearest folder with images."""
+    suffixes = Counter(PurePosixPath(name).suffix.lower() or "without a suffix" for name in files)
+    found = join_names(f"{number} {suffix}" for suffix, number in suffixes.most_common())
     message = f"no images to train on in {root}"
-    kinds = Counter(PurePosixPath(name).suffix.lower() or "without a suffix" for name in listing.files)
-    found = join_names(f"{number} {kind}" for kind, number in kinds.most_common())
-    is_empty = not (listing.files or listing.outward or listing.unfit or listing.hidden_images)
-    message += f" (found: {found})" if found else " (it is empty)" if is_empty else ""
-    if listing.outward:
-        name, target = next(iter(listing.outward.items()))
-        return f"{message}; links lead out of it, such as {name} -> {target}; {LINKS_REMEDY}"
-    if listing.unfit:
-        name, reason = next(iter(listing.unfit.items()))
-        return f"{message}; {name} {reason}"
-    if any(is_heldout(name) for name in listing.images):
-        return f"{message}; all images are in {HELDOUT}, which is never trained on; move some out of it"
-    if listing.hidden_images:
-        return f"{message}; hidden folders hold images, such as {listing.hidden_images[0]}; move them out"
+    message += f" (found: {found})" if found else "" if any(noticed.values()) else " (it is empty)"
+    for key, remedy in (
+        ("data.link-outside", "links outside the folder; copy the files, or set data.follow_links=true"),
+        ("data.image-unreadable", ""),
+        ("data.file-unreadable", ""),
+        ("data.image-hidden", "is hidden; move it to a visible folder"),
+    ):
+        if noticed[key]:
+            name, detail = next(iter(noticed[key].items()))
+            return DataError(f"{message}: {name} {' '.join(filter(None, (detail, remedy)))}", key=key)
+    if any(is_image(name) and is_heldout(name) for name in files):
+        message += f"; all images are in folders named {HELDOUT}, which are never trained on; move some out"
+        return DataError(message, key="data.heldout")
     near = _nearest_images(root.absolute())
-    remedy = f"the nearest folder with images is {near}" if near else "give a folder with images"
-    return f"{message}; {remedy}"
+    remedy = f"the nearest folder with images is {near}" if near else "pass a folder with images"
+    return DataError(f"{message}; {remedy}", key="data.no-images")
 
 
 def _nearest_images(root: Path) -> Path | None:
-    """Looks up to three levels up, and there two levels down, but not through a whole disk."""
-    for above in root.parents[:3]:
-        for folder in islice(_folders_below(above, 2), 500):
-            if folder != root and _has_image(folder):
-                return folder
+    """Searches a few levels up, and below each a few levels down, but never a whole disk."""
+    for above in root.parents[:SEARCH_UP]:
+        for folder, inner, names in islice(os.walk(above), MAX_SEARCHED):
+            depth = len(Path(folder).relative_to(above).parts)
+            inner[:] = sorted(name for name in inner if not _is_ignored(name)) if depth < SEARCH_DOWN else []
+            if Path(folder) != root and any(map(is_image, names)):
+                return Path(folder)
     return None
-
-
-def _folders_below(folder: Path, depth: int) -> Iterator[Path]:
-    level = [folder]
-    for _ in range(depth + 1):
-        yield from level
-        following: list[Path] = []
-        for parent in level:
-            try:
-                following += sorted(
-                    Path(entry.path)
-                    for entry in os.scandir(parent)
-                    if entry.is_dir() and not _is_ignored(entry.name)
-                )
-            except OSError:
-                continue
-        level = following
-
-
-def _has_image(folder: Path) -> bool:
-    try:
-        return any(is_image(entry.name) for entry in islice(os.scandir(folder), 1000))
-    except OSError:
-        return False

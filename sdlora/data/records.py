@@ -1,16 +1,20 @@
-"""What is known about an image folder: sizes, records, findings, and the index that holds them."""
+"""Types for an image folder: sizes, images with captions, findings, and the index of a folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sdlora.errors import one_line
+from sdlora.errors import DataError, one_line
 
 Severity = Literal["error", "warning", "notice"]
+# For each kind of finding, the names it is about, with a detail each; `data.findings` words them.
+Noticed = defaultdict[str, dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -25,28 +29,26 @@ class Size:
 
     @property
     def area(self) -> int:
-        """Pixels in all."""
         return self.width * self.height
 
     @property
     def aspect(self) -> float:
-        """Width over height."""
         return self.width / self.height
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One image and its caption.
+    """One image and its captions.
 
     Attributes:
-        path: The file.
-        name: Its path relative to the image folder, with forward slashes; unique in an index.
+        path: Path of the file.
+        name: Path relative to the image folder, with forward slashes; unique in an index.
         digest: sha256 of the file's bytes, hexadecimal.
         size: As a viewer shows it, EXIF orientation applied.
-        caption: With the trigger placed; what evaluation, prompts and metadata use.
+        caption: The text with the trigger, for evaluation, prompts and metadata.
         caption_source: `.txt`, `.caption`, `metadata.jsonl`, `metadata.csv`, `trigger`, or empty.
-        repeats: How often it appears in an epoch.
-        variants: The captions that training draws from, where they are not `caption` alone.
+        repeats: Samples per epoch.
+        variants: Captions for training, unless there is only `caption`.
     """
 
     path: Path
@@ -66,14 +68,19 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that preflight saw: errors stop a run, warnings and notices are told.
+    """A result of preflight: errors stop a run, warnings and notices are printed.
 
-    The message is one line, whatever the names in it hold.
+    Attributes:
+        severity: How serious it is.
+        message: One line, with unprintable characters escaped.
+        names: The files it is about.
+        key: Stable name of the kind of finding, such as `data.image-unreadable`.
     """
 
     severity: Severity
     message: str
     names: tuple[str, ...] = ()
+    key: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "message", one_line(self.message))
@@ -81,28 +88,28 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class DatasetIndex:
-    """Everything that scanning an image folder found.
+    """Result of scanning an image folder.
 
     Attributes:
         root: The image folder.
-        records: The images to train on, by name.
-        heldout: The images that are never trained on, by name.
-        findings: What scanning noticed, errors included.
+        records: Training images, by name.
+        heldout: Held-out images, by name; never trained on.
+        noticed: Input of `data.findings.examine`.
     """
 
     root: Path
     records: tuple[ImageRecord, ...]
     heldout: tuple[ImageRecord, ...]
-    findings: tuple[Finding, ...]
+    noticed: Noticed
 
     @property
     def num_captions(self) -> int:
-        """Different captions that training draws from; each is encoded once."""
+        """Number of distinct training captions; each is encoded once."""
         return len({caption for record in self.records for caption in record.captions})
 
     @property
     def digest(self) -> str:
-        """sha256 over what is trained on: (image digest, caption, repeats), in any order of files."""
+        """sha256 of the training data: (image digest, caption, repeats), independent of file names."""
         rows = sorted((record.digest, record.caption, record.repeats) for record in self.records)
         return hashlib.sha256(json.dumps(rows, ensure_ascii=True).encode("ascii")).hexdigest()
 
@@ -110,3 +117,16 @@ class DatasetIndex:
 def count_of(number: int, noun: str) -> str:
     """`1 image`, `3 images`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def raise_errors(findings: Iterable[Finding]) -> None:
+    """Raises one DataError for all findings that are errors.
+
+    Raises:
+        DataError: With a line and a key for each.
+    """
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if errors:
+        raised = DataError("\n".join(finding.message for finding in errors))
+        raised.keys = tuple(finding.key for finding in errors)
+        raise raised

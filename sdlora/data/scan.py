@@ -1,49 +1,56 @@
-"""Scans an image folder: which files are images, what they show, which are held out."""
+"""Scans an image folder: reads every image and caption, and chooses the held-out images."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from sdlora.config import DataSection
-from sdlora.data.caption_files import find_captions
-from sdlora.data.captions import caption_pipeline
-from sdlora.data.doctor import (
-    report_captions,
-    report_files,
-    report_frames,
-    report_left_out,
-    report_records,
-    report_unreadable,
-)
+from sdlora.config import DataSection, RunConfig
+from sdlora.data.buckets import BucketPlan, plan_buckets
+from sdlora.data.caption_files import METADATA_FILES, Caption, find_captions
+from sdlora.data.captions import PLACEHOLDER, caption_pipeline
 from sdlora.data.folders import (
-    Listing,
+    HELDOUT,
     check_folder,
-    describe_nothing,
+    is_heldout,
     is_image,
     list_files,
+    no_images_error,
     read_repeats,
 )
-from sdlora.data.heldout import hold_out_share, is_below, is_heldout, locate_heldout
 from sdlora.data.images import UnreadableImageError, measure_file, parse_colour
-from sdlora.data.records import DatasetIndex, Finding, ImageRecord, Size
-from sdlora.errors import DataError
+from sdlora.data.records import DatasetIndex, ImageRecord, Noticed, Size
+from sdlora.errors import DataError, shorten
 
+AUTO_SHARE, AUTO_FROM, AUTO_LEAST = 0.1, 12, 2
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """What decoding a file gave: `reason` says why it cannot be used."""
+def read_dataset(config: RunConfig, *, resolution: int, min_step: int) -> tuple[DatasetIndex, BucketPlan]:
+    """Scans the image folder of a run and plans its buckets; the same settings always give the same crops.
 
-    digest: str
-    size: Size
-    moves: bool = False
-    reason: str = ""
+    Args:
+        config: The run's settings.
+        resolution: Training resolution of the base, in pixels, unless `data.resolution` is set.
+        min_step: Smallest bucket step of the base, in pixels.
+
+    Raises:
+        DataError: If the folder is missing or holds no image to train on.
+    """
+    seed = config.train.seed
+    index = scan_dataset(config.images, config.data, seed)
+    resolution = config.data.resolution or resolution
+    buckets = plan_buckets(
+        index.records, resolution, config.data, heldout=index.heldout, min_step=min_step, seed=seed
+    )
+    return index, buckets
 
 
 def scan_dataset(
@@ -51,14 +58,12 @@ def scan_dataset(
 ) -> DatasetIndex:
     """Reads every image and caption below a folder.
 
-    Mistakes in single files are findings of the index; `sdlora.data.doctor.examine` gives them all.
+    Problems with single files are kept for `sdlora.data.findings.examine`.
 
     Args:
-        root: The image folder; classes and `N_name` folders inside it are found.
-        settings: `trigger`, `heldout`, `allow_missing_captions`, `on_bad_image`, `background`,
-            `follow_links`.
-        seed: Decides, with the images' digests, which share is held out and what random operations do to
-            captions.
+        root: The image folder; subfolders and `N_name` folders in it are found.
+        settings: `trigger`, `heldout`, `allow_missing_captions`, `background`, `follow_links`.
+        seed: Keys, with the images' digests, the choice of held-out images and the variants of captions.
         progress: Called with (images read, images in all).
 
     Raises:
@@ -68,93 +73,95 @@ def scan_dataset(
     root = Path(root).expanduser()
     check_folder(root)
     parse_colour(settings.background)
-    listing = list_files(root, settings.follow_links)
-    images = listing.images
+    scan = _Scan(settings, seed)
+    files = list_files(root, scan.noticed, follow_links=settings.follow_links)
+    images = [name for name in files if is_image(name)]
     inside, outside = locate_heldout(root, images, settings.heldout)
-    training_names = [name for name in images if not is_below(name, inside) and not is_heldout(name)]
-    heldout_names = [name for name in images if is_below(name, inside)]
+    training_names = [name for name in images if not _is_below(name, inside) and not is_heldout(name)]
+    heldout_names = [name for name in images if _is_below(name, inside)]
     if not training_names:
-        raise DataError(describe_nothing(root, listing))
+        raise no_images_error(root, files, scan.noticed)
 
-    records, findings = _read_records(
-        root, listing, [*training_names, *heldout_names], settings, seed, progress
-    )
-    training = [record for record in records if not is_below(record.name, inside)]
-    heldout = [record for record in records if is_below(record.name, inside)]
+    records = scan.read(root, files, [*training_names, *heldout_names], progress)
+    training = [record for record in records if not _is_below(record.name, inside)]
+    heldout = [record for record in records if _is_below(record.name, inside)]
     if outside is not None:
-        heldout, noticed = _read_outside(outside, {record.name for record in training}, settings)
-        findings += noticed
+        heldout = _read_outside(scan, outside, {record.name for record in training})
     elif inside is None:
         training, heldout = hold_out_share(training, settings.heldout, seed)
-    findings += report_left_out([n for n in images if is_heldout(n) and not is_below(n, inside)])
-    findings += report_records(training, heldout)
+    unused = [name for name in images if is_heldout(name) and not _is_below(name, inside)]
+    scan.noticed["data.heldout-unused"] |= dict.fromkeys(unused, "")
     return DatasetIndex(
         root,
         tuple(sorted(training, key=lambda record: record.name)),
-        tuple(_as_heldout(record) for record in sorted(heldout, key=lambda record: record.name)),
-        tuple(findings),
+        # Once and with one caption each: the held-out loss must not depend on chance.
+        tuple(replace(r, repeats=1, variants=()) for r in sorted(heldout, key=lambda record: record.name)),
+        scan.noticed,
     )
 
 
-def _as_heldout(record: ImageRecord) -> ImageRecord:
-    """Once, and with one caption: the held-out loss must not depend on chance."""
-    return replace(record, repeats=1, variants=())
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """Result of decoding a file; `problem` is why it cannot be used."""
+
+    digest: str
+    size: Size
+    is_animated: bool = False
+    problem: str = ""
 
 
-def _read_records(
-    root: Path,
-    listing: Listing,
-    names: Sequence[str],
-    settings: DataSection,
-    seed: int,
-    progress: Progress | None,
-) -> tuple[list[ImageRecord], list[Finding]]:
-    """Decodes the named images and finds their captions."""
-    captions, findings = find_captions(root, listing.files, listing.images)
-    measured = dict(zip(names, _measure_all([root / name for name in names], progress), strict=True))
-    good = [name for name in names if not measured[name].reason]
-    findings += report_files(listing)
-    bad = {name: m.reason for name, m in measured.items() if m.reason}
-    bad |= {name: reason for name, reason in listing.unfit.items() if is_image(name)}
-    findings += report_unreadable(bad, settings)
-    findings += report_frames([name for name in good if measured[name].moves])
-    findings += report_captions(root, good, captions, settings)
-    pipeline = caption_pipeline(settings)
-    records = []
-    for name in good:
-        found, m = captions.get(name), measured[name]
-        text = found.text if found else ""
-        source = found.source if found else "trigger" if settings.trigger else ""
-        caption, variants = pipeline.plain(text), pipeline.variants(text, seed=seed, digest=m.digest)
-        records.append(
-            ImageRecord(
-                path=root / name,
-                name=name,
-                digest=m.digest,
-                size=m.size,
-                caption=caption,
-                caption_source=source,
-                repeats=read_repeats(root, name),
-                variants=() if variants == (caption,) else variants,
-            )
+class _Scan:
+    """Reads images and captions, and collects findings."""
+
+    def __init__(self, settings: DataSection, seed: int) -> None:
+        self.settings = settings
+        self.seed = seed
+        self.noticed: Noticed = defaultdict(dict)
+
+    def read(
+        self, root: Path, files: Sequence[str], names: Sequence[str], progress: Progress | None = None
+    ) -> list[ImageRecord]:
+        """Decodes the named images and finds their captions among the files."""
+        captions = find_captions(root, files, [name for name in files if is_image(name)], self.noticed)
+        measured = dict(zip(names, _measure_all([root / name for name in names], progress), strict=True))
+        for name, result in measured.items():
+            if result.problem:
+                self.noticed["data.image-unreadable"][name] = result.problem
+            elif result.is_animated:
+                self.noticed["data.image-frames"][name] = ""
+        usable = {name: result for name, result in measured.items() if not result.problem}
+        self._check_coverage(root, list(usable), captions)
+        return [self._record(root, name, result, captions.get(name)) for name, result in usable.items()]
+
+    def _record(self, root: Path, name: str, measured: _Measured, found: Caption | None) -> ImageRecord:
+        pipeline, text = caption_pipeline(self.settings), found.text if found else ""
+        caption = pipeline.plain(text)
+        variants = pipeline.variants(text, seed=self.seed, digest=measured.digest)
+        return ImageRecord(
+            path=root / name,
+            name=name,
+            digest=measured.digest,
+            size=measured.size,
+            caption=caption,
+            caption_source=found.source if found else "trigger" if self.settings.trigger else "",
+            repeats=read_repeats(root, name),
+            variants=() if variants == (caption,) else variants,
         )
-    return records, findings
 
-
-def _read_outside(
-    folder: Path, taken: set[str], settings: DataSection
-) -> tuple[list[ImageRecord], list[Finding]]:
-    """Held-out images from a folder elsewhere; their names start with that folder's."""
-    listing = list_files(folder, settings.follow_links)
-    if not listing.images:
-        raise DataError(
-            f"data.heldout = {settings.heldout} has no images; give another folder, a share, or 0"
-        )
-    records, findings = _read_records(folder, listing, listing.images, settings, 0, None)
-    prefix = f"{folder.resolve().name}/"
-    while any(prefix + record.name in taken for record in records):
-        prefix = f"_{prefix}"
-    return [replace(record, name=prefix + record.name) for record in records], findings
+    def _check_coverage(self, root: Path, names: Sequence[str], captions: Mapping[str, Caption]) -> None:
+        """R-05: no captions without a trigger, and captions for some images only, are errors by default."""
+        settings, noticed = self.settings, self.noticed
+        missing = dict.fromkeys((name for name in names if name not in captions), "")
+        if missing and not settings.allow_missing_captions:
+            if len(missing) < len(names):
+                noticed["data.captions-partial"] |= missing
+            elif not settings.trigger:
+                noticed["data.captions-missing"] |= missing
+                above = (root.absolute().parent / name for name in METADATA_FILES)
+                noticed["data.captions-above"] |= {str(file): "" for file in above if file.is_file()}
+        if not settings.trigger:
+            unset = [name for name in names if name in captions and PLACEHOLDER in captions[name].text]
+            noticed["data.placeholder"] |= dict.fromkeys(unset, "")
 
 
 def _measure_all(paths: Sequence[Path], progress: Progress | None) -> list[_Measured]:
@@ -173,4 +180,90 @@ def _measure(path: Path) -> _Measured:
     try:
         return _Measured(*measure_file(path))
     except UnreadableImageError as error:
-        return _Measured("", Size(1, 1), reason=error.reason)
+        return _Measured("", Size(1, 1), problem=error.reason)
+
+
+def locate_heldout(root: Path, images: Iterable[str], value: float | str) -> tuple[str | None, Path | None]:
+    """The held-out folder that `data.heldout` means.
+
+    Returns:
+        A folder inside the image folder (relative), or one elsewhere; neither if a share is set.
+
+    Raises:
+        DataError: If a folder is set that does not exist.
+    """
+    if value == "auto":
+        return (HELDOUT if any(map(is_heldout, images)) else None), None
+    if not isinstance(value, str):
+        return None, None
+    for folder in (root / value, Path(value).expanduser()):
+        is_folder = False
+        with suppress(OSError):  # The name may be too long.
+            is_folder = folder.is_dir()
+        if is_folder:
+            inside = _relative(folder, root)
+            return (inside, None) if inside else (None, folder)
+    raise DataError(
+        f"data.heldout = {shorten(value)} is not a folder; set a folder, a share such as 0.1, or 0",
+        key="data.heldout",
+    )
+
+
+def _is_below(name: str, folder: str | None) -> bool:
+    """Whether a file is in the held-out folder; HELDOUT means any folder of that name."""
+    if folder is None:
+        return False
+    return is_heldout(name) if folder == HELDOUT else name.startswith(f"{folder}/")
+
+
+def _relative(folder: Path, root: Path) -> str:
+    try:
+        inside = folder.resolve().relative_to(root.resolve()).as_posix()
+    except ValueError:
+        return ""
+    if inside == ".":
+        raise DataError(
+            f"data.heldout = {folder} is the image folder itself; set another folder, a share or 0",
+            key="data.heldout",
+        )
+    return inside
+
+
+def _read_outside(scan: _Scan, folder: Path, taken: set[str]) -> list[ImageRecord]:
+    """Held-out images from a folder elsewhere; their names start with that folder's."""
+    files = list_files(folder, scan.noticed, follow_links=scan.settings.follow_links)
+    images = [name for name in files if is_image(name)]
+    if not images:
+        raise DataError(
+            f"data.heldout = {scan.settings.heldout} has no images; set another folder, a share, or 0",
+            key="data.heldout",
+        )
+    prefix = f"{folder.resolve().name}/"
+    records = scan.read(folder, files, images)
+    while any(prefix + record.name in taken for record in records):
+        prefix = f"_{prefix}"
+    return [replace(record, name=prefix + record.name) for record in records]
+
+
+def hold_out_share(
+    records: Sequence[ImageRecord], share: float | str, seed: int
+) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """Chooses held-out images by digest, evenly over the folders; copies of an image stay together."""
+    images = {record.digest: record for record in records}
+    if isinstance(share, str):
+        number = max(AUTO_LEAST, round(AUTO_SHARE * len(images))) if len(images) >= AUTO_FROM else 0
+    else:
+        number = min(len(images) - 1, max(1, round(share * len(images)))) if share > 0 and images else 0
+    if not number:
+        return list(records), []
+
+    def draw(digest: str) -> tuple[str, str]:
+        folder = str(PurePosixPath(images[digest].name).parent)
+        return folder, hashlib.sha256(f"{seed}:heldout:{digest}".encode()).hexdigest()
+
+    order = sorted(images, key=draw)
+    chosen = {order[(2 * i + 1) * len(order) // (2 * number)] for i in range(number)}
+    return (
+        [record for record in records if record.digest not in chosen],
+        [record for record in records if record.digest in chosen],
+    )

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sdlora.config import RunConfig
 from sdlora.data.buckets import BucketPlan
-from sdlora.data.dataset import read_dataset
 from sdlora.data.images import crop_image, load_record
 from sdlora.data.records import ImageRecord, Size
+from sdlora.data.scan import read_dataset
 from sdlora.data.tensors import crop_to_time_ids, image_to_tensor
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.errors import RunError

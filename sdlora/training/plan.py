@@ -10,11 +10,10 @@ from typing import Any
 from sdlora.config import RunConfig
 from sdlora.data.batches import BatchOrder
 from sdlora.data.buckets import BucketPlan
-from sdlora.data.dataset import read_dataset
-from sdlora.data.records import DatasetIndex, Finding
+from sdlora.data.records import DatasetIndex, Finding, raise_errors
 from sdlora.diffusion.objective import Objective
 from sdlora.diffusion.schedule import schedule_from_config
-from sdlora.errors import DataError, RunError
+from sdlora.errors import RunError
 from sdlora.lora.adapter import KINDS
 from sdlora.lora.attach import count_parameters, match_modules
 from sdlora.lora.layout import Layout, plan_layout
@@ -25,7 +24,7 @@ from sdlora.models.safety import missing_checker
 from sdlora.training.adapter import check_init_from, check_parents, find_parents, with_parents
 from sdlora.training.defaults import check_objective, global_batch, resolve_config
 from sdlora.training.optimizer import check_optimizer, find_optimizer, num_warmup_steps
-from sdlora.training.preflight import examine_images
+from sdlora.training.preflight import check_for_base
 from sdlora.tree.lineage import Step
 
 
@@ -212,15 +211,13 @@ def make_plan(config: RunConfig, num_processes: int = 1, machine: Machine = ANY_
     find_optimizer(config.train)
     info = inspect_base(config.base, config.objective)
     check_objective(config, info)
-    index, buckets = read_dataset(config, resolution=info.resolution, min_step=info.min_step)
+    checkup = check_for_base(config, info)
+    index, buckets, findings = checkup.index, checkup.buckets, checkup.findings
     forced: list[str] = []
     parents = find_parents(config.lora, forced.append)
     config, about_rank = with_parents(config, parents)
     config = resolve_config(config, info, index, num_processes)
-    findings, data_lines = examine_images(config, info, index, buckets)
-    errors = [finding.message for finding in findings if finding.severity == "error"]
-    if errors:
-        raise DataError("\n".join(errors))
+    raise_errors(findings)
     unchecked = missing_checker(info) if config.sample.safety_checker and config.train.sample_every else None
     if unchecked:
         findings.append(Finding("notice", unchecked))
@@ -261,7 +258,7 @@ def make_plan(config: RunConfig, num_processes: int = 1, machine: Machine = ANY_
         work=replace(work, config=config),
         machine=machine,
         findings=findings,
-        data_lines=data_lines,
+        data_lines=checkup.summary,
         parents=parents,
     )
 

@@ -1,4 +1,4 @@
-"""Fixtures of the data tests: pictures of any size and captions beside them."""
+"""Fixtures of the data tests: images of any size, captions beside them, and the findings about them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from sdlora.data.records import ImageRecord, Size
+from sdlora.config import DataSection
+from sdlora.data.buckets import plan_buckets
+from sdlora.data.findings import examine
+from sdlora.data.records import DatasetIndex, Finding, ImageRecord, Size
 
 Write = Callable[..., Path]
 
 
 @pytest.fixture
 def write_image(tmp_path: Path) -> Write:
-    """Writes a small picture whose bytes differ for each name; with a caption file if one is given."""
+    """Writes a small image whose bytes differ for each name; with a caption file if one is given."""
 
     def write(
         name: str, size: tuple[int, int] = (48, 32), caption: str | None = None, look: str = ""
@@ -53,3 +56,16 @@ def make_records() -> Callable[..., list[ImageRecord]]:
         ]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def found() -> Callable[..., dict[str, Finding]]:
+    """What preflight finds in a folder apart from sizes and tokens, by severity and key."""
+
+    def find(index: DatasetIndex, **settings: object) -> dict[str, Finding]:
+        section = DataSection(**settings)
+        findings = examine(index, plan_buckets((), 512, section), section, None)
+        assert not any("\n" in finding.message for finding in findings)
+        return {f"{finding.severity} {finding.key}": finding for finding in findings}
+
+    return find

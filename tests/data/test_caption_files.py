@@ -24,11 +24,6 @@ def captions(index: DatasetIndex) -> dict[str, tuple[str, str]]:
     return {record.name: (record.caption, record.caption_source) for record in index.records}
 
 
-def messages(index: DatasetIndex, severity: str) -> list[str]:
-    """The messages of one severity."""
-    return [finding.message for finding in index.findings if finding.severity == severity]
-
-
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252"])
 def test_encodings(encoding: str) -> None:
     """R-29: UTF-8 with and without a mark, UTF-16 with and without one, and cp1252 read alike."""
@@ -44,15 +39,15 @@ def test_utf16_with_mark_in_both_orders() -> None:
     assert decode_text(b"\xfe\xff" + "猫の絵".encode("utf-16-be")) == ("猫の絵", "utf-16")
 
 
-def test_windows_text_is_a_notice(tmp_path: Path, write_image) -> None:
+def test_windows_text_is_a_notice(tmp_path: Path, write_image, found) -> None:
     """R-29: cp1252 is read, with a notice that names the file."""
     write_image("a.png").with_suffix(".txt").write_bytes("a café".encode("cp1252"))
     index = scan(tmp_path)
     assert captions(index) == {"a.png": ("a café", ".txt")}
-    assert any("cp1252" in message and "a.txt" in message for message in messages(index, "notice"))
+    assert found(index)["notice data.caption-encoding"].names == ("a.txt",)
 
 
-def test_all_four_places(tmp_path: Path, write_image) -> None:
+def test_all_four_places(tmp_path: Path, write_image, found) -> None:
     """R-05: .txt, .caption, metadata.jsonl and metadata.csv are found without an option."""
     write_image("a.png", caption="from text")
     write_image("b.png").with_suffix(".caption").write_text("from\n  caption \n", encoding="utf-8")
@@ -70,7 +65,7 @@ def test_all_four_places(tmp_path: Path, write_image) -> None:
         "sub/c.png": ("from lines", "metadata.jsonl"),
         "table/d e.png": ('from, the "table"', "metadata.csv"),
     }
-    assert index.findings == ()
+    assert found(index) == {}
 
 
 @pytest.mark.parametrize("column", ["text", "caption", "prompt"])
@@ -93,24 +88,29 @@ def test_metadata_of_the_nearest_folder_wins(tmp_path: Path, write_image) -> Non
     assert captions(scan(tmp_path)) == {"sub/a.png": ("near", "metadata.jsonl")}
 
 
-def test_row_without_a_picture_is_a_warning(tmp_path: Path, write_image) -> None:
+def test_row_without_an_image_is_a_warning(tmp_path: Path, write_image, found) -> None:
     """R-05: a metadata row that points to nothing is named."""
     write_image("a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\ngone.png,y\n", encoding="utf-8")
-    assert any("gone.png" in message for message in messages(scan(tmp_path), "warning"))
+    (finding,) = found(scan(tmp_path)).items()
+    assert finding[0] == "warning data.row-unmatched"
+    assert finding[1].names == ("gone.png",)
+    assert "metadata.csv" in finding[1].message
 
 
-def test_conflict_names_the_winner(tmp_path: Path, write_image) -> None:
+def test_conflict_names_the_winner(tmp_path: Path, write_image, found) -> None:
     """R-05: a sidecar and metadata that differ are a notice; the sidecar wins."""
     write_image("a.png", caption="mine")
     write_image("b.png", caption="same")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,yours\nb.png,same\n", encoding="utf-8")
     index = scan(tmp_path)
     assert captions(index)["a.png"] == ("mine", ".txt")
-    assert messages(index, "notice") == [".txt and metadata.csv differ for 1 image; .txt wins: a.png"]
+    conflict = found(index)["notice data.captions-differ"]
+    assert conflict.names == ("a.png",)
+    assert ".txt wins over metadata.csv" in conflict.message
 
 
-def test_broken_metadata_is_an_error(tmp_path: Path, write_image) -> None:
+def test_broken_metadata_is_an_error(tmp_path: Path, write_image, found) -> None:
     """R-05: a line that is not JSON, and a table without the needed columns, stop the run."""
     write_image("a/1.png", caption="x")
     write_image("b/2.png", caption="x")
@@ -118,60 +118,66 @@ def test_broken_metadata_is_an_error(tmp_path: Path, write_image) -> None:
     (tmp_path / "a" / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "x"}\n{oops\n', "utf-8")
     (tmp_path / "b" / "metadata.csv").write_text("file,text\n2.png,x\n", "utf-8")
     (tmp_path / "c" / "metadata.csv").write_text("file_name,label\n3.png,x\n", "utf-8")
-    errors = messages(scan(tmp_path), "error")
-    assert any("a/metadata.jsonl" in error and "line 2" in error for error in errors)
-    assert any("b/metadata.csv has no column file_name" in error for error in errors)
-    assert any("c/metadata.csv has no column text, caption or prompt" in error for error in errors)
+    errors = found(scan(tmp_path))
+    assert errors["error data.table-json"].names == ("a/metadata.jsonl",)
+    assert "line 2" in errors["error data.table-json"].message
+    assert errors["error data.table-columns"].names == ("b/metadata.csv", "c/metadata.csv")
+    for shown in ("file_name", "text, caption or prompt", "file, text", "file_name, label"):
+        assert shown in errors["error data.table-columns"].message
 
 
-def test_no_caption_and_no_trigger_lists_the_files(tmp_path: Path, write_image) -> None:
+def test_no_caption_and_no_trigger_lists_the_files(tmp_path: Path, write_image, found) -> None:
     """R-05: without captions and without a trigger the files are listed, five of them."""
     for number in range(8):
         write_image(f"{number}.png")
-    (error,) = messages(scan(tmp_path), "error")
-    assert "no captions for 8 images" in error
-    assert "0.png, 1.png, 2.png, 3.png, 4.png and 3 more" in error
-    assert "data.trigger" in error
+    ((key, error),) = found(scan(tmp_path)).items()
+    assert key == "error data.captions-missing"
+    assert error.names == tuple(f"{number}.png" for number in range(8))
+    assert "4.png" in error.message
+    assert "5.png" not in error.message
+    assert "data.trigger" in error.message
 
 
-def test_no_caption_with_a_trigger(tmp_path: Path, write_image) -> None:
+def test_no_caption_with_a_trigger(tmp_path: Path, write_image, found) -> None:
     """R-05: with a trigger and no captions at all, the trigger is the caption."""
     write_image("a.png")
     index = scan(tmp_path, trigger="sks style")
     assert captions(index) == {"a.png": ("sks style", "trigger")}
-    assert messages(index, "error") == []
+    assert found(index) == {}
 
 
 @pytest.mark.parametrize("trigger", [None, "sks"])
-def test_mixed_coverage(tmp_path: Path, write_image, trigger: str | None) -> None:
+def test_mixed_coverage(tmp_path: Path, write_image, found, trigger: str | None) -> None:
     """R-05: captions for a part only are an error unless allowed; an empty caption file is no caption."""
     write_image("a.png", caption="a cat")
     write_image("b.png")
     write_image("c.png", caption="  \n")
-    (error,) = messages(scan(tmp_path, trigger=trigger), "error")
-    assert "2 of 3 images have no caption: b.png, c.png" in error
-    assert "data.allow_missing_captions" in error
+    ((key, error),) = found(scan(tmp_path, trigger=trigger)).items()
+    assert key == "error data.captions-partial"
+    assert error.names == ("b.png", "c.png")
+    assert "data.allow_missing_captions" in error.message
     index = scan(tmp_path, trigger=trigger, allow_missing_captions=True)
-    assert messages(index, "error") == []
+    assert found(index) == {}
     assert captions(index)["b.png"] == (("sks", "trigger") if trigger else ("", ""))
 
 
-def test_captions_above_the_folder_are_pointed_at(tmp_path: Path, write_image) -> None:
-    """R-26: pointing at a leaf whose metadata lies above says where it is."""
+def test_captions_above_the_folder_are_pointed_at(tmp_path: Path, write_image, found) -> None:
+    """R-26: for a leaf folder whose metadata lies above it, the metadata is named."""
     write_image("leaf/a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\nleaf/a.png,x\n", encoding="utf-8")
-    (error,) = messages(scan(tmp_path / "leaf"), "error")
-    assert str(tmp_path / "metadata.csv") in error
+    errors = found(scan(tmp_path / "leaf"))
+    assert errors.keys() == {"error data.captions-missing", "error data.captions-above"}
+    assert errors["error data.captions-above"].names == (str(tmp_path / "metadata.csv"),)
 
 
-def test_caption_files_without_a_picture(tmp_path: Path, write_image) -> None:
+def test_caption_files_without_an_image(tmp_path: Path, write_image, found) -> None:
     """R-05: leftover caption files are named; a licence is not taken for one."""
     write_image("a.png", caption="x")
     (tmp_path / "old.txt").write_text("x", encoding="utf-8")
     (tmp_path / "LICENSE.txt").write_text("x", encoding="utf-8")
-    (notice,) = messages(scan(tmp_path), "notice")
-    assert "old.txt" in notice
-    assert "LICENSE" not in notice
+    ((key, notice),) = found(scan(tmp_path)).items()
+    assert key == "notice data.caption-unmatched"
+    assert notice.names == ("old.txt",)
 
 
 def test_accents_stored_apart(tmp_path: Path, write_image) -> None:
@@ -181,27 +187,26 @@ def test_accents_stored_apart(tmp_path: Path, write_image) -> None:
     assert next(iter(captions(scan(tmp_path)).values())) == ("found", "metadata.csv")
 
 
-def test_placeholder_without_a_trigger(tmp_path: Path, write_image) -> None:
+def test_placeholder_without_a_trigger(tmp_path: Path, write_image, found) -> None:
     """R-30: an unreplaced placeholder is an error that names the files."""
     write_image("a.png", caption="a {trigger} cat")
-    (error,) = messages(scan(tmp_path), "error")
-    assert "{trigger}" in error
-    assert "a.png" in error
+    ((key, error),) = found(scan(tmp_path)).items()
+    assert key == "error data.placeholder"
+    assert error.names == ("a.png",)
+    assert "{trigger}" in error.message
     assert captions(scan(tmp_path, trigger="sks")) == {"a.png": ("a sks cat", ".txt")}
 
 
-def test_a_caption_of_megabytes(tmp_path: Path, write_image) -> None:
+def test_a_caption_of_megabytes(tmp_path: Path, write_image, found) -> None:
     """R-05: a caption file of 10 MB is something else; it is named and not read."""
     write_image("a.png", caption="x" * 10_000_000)
     write_image("b.png", caption="a cat")
-    (error, _) = messages(scan(tmp_path), "error")
-    assert error == (
-        "1 caption file that cannot be read: a.txt is too large (10.0 MB; at most 0.1 MB are read); "
-        "mend them, or move them away"
-    )
+    error = found(scan(tmp_path))["error data.caption-unreadable"]
+    assert error.names == ("a.txt",)
+    assert "10.0 MB" in error.message
 
 
-def test_metadata_of_megabytes(tmp_path: Path, write_image) -> None:
+def test_metadata_of_megabytes(tmp_path: Path, write_image, found) -> None:
     """R-05: tables of 100 MB, of millions of lines, and with captions of megabytes are one line each."""
     for name in ("a", "b", "c", "d"):
         write_image(f"{name}/1.png", caption="x")
@@ -212,17 +217,16 @@ def test_metadata_of_megabytes(tmp_path: Path, write_image) -> None:
     (tmp_path / "c" / "metadata.jsonl").write_text(json.dumps(row), encoding="utf-8")
     (tmp_path / "d" / "metadata.csv").write_text(f"file_name,text\n1.png,{'x' * 200_000}\n", encoding="utf-8")
     with bounded():
-        errors = messages(scan(tmp_path), "error")
-    assert sorted(errors) == [
-        "1 caption file that cannot be read: a/metadata.jsonl is too large (100.0 MB; at most 32.0 MB are "
-        "read); mend them, or move them away",
-        "b/metadata.csv has 1,000,000 lines; at most 500,000 are read, so split the folder",
-        "c/metadata.jsonl has 1 caption of more than 100,000 letters: c/1.png (200,000); shorten them",
-        "d/metadata.csv is not a CSV table: field larger than field limit (131072)",
-    ]
+        errors = {key: error.names for key, error in found(scan(tmp_path)).items()}
+    assert errors == {
+        "error data.caption-unreadable": ("a/metadata.jsonl",),
+        "error data.table-lines": ("b/metadata.csv",),
+        "error data.caption-long": ("c/1.png",),
+        "error data.table-csv": ("d/metadata.csv",),
+    }
 
 
-def test_a_broken_table_is_one_line(tmp_path: Path, write_image) -> None:
+def test_a_broken_table_is_one_line(tmp_path: Path, write_image, found) -> None:
     """R-05: the first few and a count, as of all that goes wrong with many files."""
     rows = []
     for number in range(10):
@@ -231,19 +235,20 @@ def test_a_broken_table_is_one_line(tmp_path: Path, write_image) -> None:
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
     for number in range(10, 20):
         write_image(f"{number}.png", caption="x" * 100_001)
-    long, unread = messages(scan(tmp_path), "error")[:2]
-    assert long.startswith("metadata.jsonl has 10 captions of more than 100,000 letters: 0.png (100,001), 1")
-    assert long.endswith("4.png (100,001) and 5 more; shorten them")
-    assert unread.startswith("10 caption files that cannot be read: 10.txt is too large (")
-    assert unread.endswith(" and 5 more; mend them, or move them away")
+    errors = found(scan(tmp_path))
+    long, unread = errors["error data.caption-long"], errors["error data.caption-unreadable"]
+    assert len(long.names) == len(unread.names) == 10
+    assert "metadata.jsonl" in long.message
+    assert "100,001" in long.message
+    assert all(finding.message.count("and 5 more") == 1 for finding in (long, unread))
 
 
 @pytest.mark.parametrize(
     "target", ["../../etc/passwd", "/etc/passwd", "../secret.png", "~/secret.png", "C:\\secret.png", "."]
 )
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_metadata_that_points_out(tmp_path: Path, write_image, target: str, kind: str) -> None:
-    """R-05: a row that names a file elsewhere names nothing; only pictures of the folder get captions."""
+def test_metadata_that_points_out(tmp_path: Path, write_image, found, target: str, kind: str) -> None:
+    """R-05: a row that names a file elsewhere names nothing; only images of the folder get captions."""
     write_image("secret.png")
     write_image("set/a.png", caption="mine")
     rows = {
@@ -253,7 +258,7 @@ def test_metadata_that_points_out(tmp_path: Path, write_image, target: str, kind
     (tmp_path / "set" / f"metadata.{kind}").write_text(rows[kind], encoding="utf-8")
     index = scan(tmp_path / "set")
     assert captions(index) == {"a.png": ("mine", ".txt")}
-    assert any("names images that are not there (1)" in line for line in messages(index, "warning"))
+    assert found(index)["warning data.row-unmatched"].names == (target,)
 
 
 def test_absolute_names_of_the_folder_itself(tmp_path: Path, write_image) -> None:
@@ -285,12 +290,14 @@ def test_letters_that_no_file_can_take(tmp_path: Path, write_image) -> None:
     ],
     ids=lambda line: line[:12],
 )
-def test_lines_that_are_no_rows(tmp_path: Path, write_image, line: str) -> None:
+def test_lines_that_are_no_rows(tmp_path: Path, write_image, found, line: str) -> None:
     """R-05: JSON too deep or with numbers too long is named by its line."""
     write_image("a.png", caption="x")
     (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "text": "x"}}\n{line}', "utf-8")
-    (error,) = messages(scan(tmp_path), "error")
-    assert error == "metadata.jsonl must hold one JSON object a line; correct line 2"
+    ((key, error),) = found(scan(tmp_path)).items()
+    assert key == "error data.table-json"
+    assert error.names == ("metadata.jsonl",)
+    assert "line 2" in error.message
 
 
 @pytest.mark.parametrize("value", ["null", "true", "[1, [2]]", '{"a": "b"}', "3.5", "7"])

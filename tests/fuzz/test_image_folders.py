@@ -13,7 +13,8 @@ from PIL import Image
 
 from sdlora.config import DataSection
 from sdlora.data.buckets import plan_buckets
-from sdlora.data.doctor import examine, summary
+from sdlora.data.doctor import summarise
+from sdlora.data.findings import examine
 from sdlora.data.images import load_image, measure_file
 from sdlora.data.scan import scan_dataset
 from sdlora.errors import unfit_letters
@@ -57,7 +58,9 @@ def scan(folder: Path, trigger: str | None) -> None:
     index = scan_dataset(folder, settings)
     assert [record.name for record in index.records] == ["1.png", "sub/2.png"]
     plan = plan_buckets(index.records, 64, settings)
-    lines = [finding.message for finding in examine(index, plan, settings, None)] + summary(index, plan, None)
+    lines = [finding.message for finding in examine(index, plan, settings, None)] + summarise(
+        index, plan, None
+    )
     assert not any(unfit_letters(line) or len(line) > 4000 for line in lines)
     for record in index.records:
         assert record.caption == " ".join(record.caption.split())

@@ -1,9 +1,9 @@
-"""A run's pictures are read in one way, whoever asks (R-15)."""
+"""A run's images are read in one way, whoever asks (R-15)."""
 
 from __future__ import annotations
 
 from sdlora.config import load_config
-from sdlora.data.dataset import read_dataset
+from sdlora.data.scan import read_dataset
 from sdlora.models.info import inspect_base
 from sdlora.training.plan import make_plan
 from sdlora.training.preflight import check_folder

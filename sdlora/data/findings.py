@@ -1,0 +1,242 @@
+"""Preflight findings: everything that is wrong or remarkable in an image folder, and its wording."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any, Protocol
+
+from sdlora.config import DataSection
+from sdlora.data.buckets import MAX_LOSS, BucketPlan
+from sdlora.data.captions import has_trigger
+from sdlora.data.records import DatasetIndex, Finding, ImageRecord, Noticed, Severity, count_of
+from sdlora.errors import join_names
+
+MANY_REPEATS = 100
+MAX_REPEATS = 10_000
+LARGE_LOSS = 0.15
+LARGE_UPSCALE = 2.0
+
+# Severity and message for each key. {names} lists the first five names with their details.
+MESSAGES: dict[str, tuple[Severity, str]] = {
+    "data.no-images-left": ("error", "no image in {names} is left to train on; see the other errors"),
+    "data.link-outside": (
+        "error",
+        "{count:link} to files outside the image folder: {names}; copy the files, or set "
+        "data.follow_links=true",
+    ),
+    "data.image-unreadable": (
+        "error",
+        "cannot use {count:image}: {names}; replace or remove them, or set data.on_bad_image=skip",
+    ),
+    "data.image-skipped": ("warning", "skipped {count:image}: {names}"),
+    "data.image-format": (
+        "warning",
+        "{count:file} in an unsupported image format: {names}; convert to PNG or JPEG",
+    ),
+    "data.image-frames": ("notice", "{count:image} with several frames, using the first: {names}"),
+    "data.image-hidden": ("notice", "ignored {count:image} in hidden files or folders: {names}"),
+    "data.file-unreadable": ("warning", "cannot read {count:file}: {names}"),
+    "data.folder-unreadable": ("warning", "cannot open {count:folder}: {names}"),
+    "data.heldout-unused": (
+        "notice",
+        "ignored {count:image} in folders named heldout (never trained on): {names}",
+    ),
+    "data.caption-unreadable": ("error", "cannot read {count:caption file}: {names}; fix or remove them"),
+    "data.caption-long": ("error", "{count:caption} too long: {names}; shorten them"),
+    "data.caption-encoding": (
+        "notice",
+        "{count:file} not in UTF-8, read as Windows text (cp1252): {names}; save as UTF-8 if characters "
+        "look wrong",
+    ),
+    "data.caption-unmatched": ("notice", "{count:caption file} without a matching image: {names}"),
+    "data.captions-differ": ("notice", "{count:image} with several captions: {names}"),
+    "data.captions-partial": (
+        "error",
+        "{count:image} without a caption, although others have one: {names}; write the missing ones, or set "
+        "data.allow_missing_captions=true",
+    ),
+    "data.captions-missing": (
+        "error",
+        "no captions for {count:image}: {names}; write .txt files beside them, or set data.trigger",
+    ),
+    "data.captions-above": ("error", "{names} is outside the image folder; pass its folder to use it"),
+    "data.placeholder": (
+        "error",
+        "{{trigger}} in {count:caption} but data.trigger is not set: {names}; set it",
+    ),
+    "data.table-lines": ("error", "{names}; split the folder"),
+    "data.table-csv": ("error", "{names}; fix or remove it"),
+    "data.table-json": ("error", "{names}; write one JSON object per line"),
+    "data.table-columns": ("error", "{names}; rename the column"),
+    "data.row-unmatched": ("warning", "{count:metadata row} without a matching image: {names}"),
+    "data.stem-shared": (
+        "warning",
+        "{count:image} with the same name but for the suffix, sharing a caption file: {names}; rename one "
+        "of each",
+    ),
+    "data.copies": ("warning", "exact copies: {names}; keep one of each"),
+    "data.heldout-trained": (
+        "warning",
+        "{count:held-out image} also among the training images: {names}; remove one of each",
+    ),
+    "data.repeats": (
+        "warning",
+        "a folder name asks for {names} repeats of each image; rename the folder if it is a date",
+    ),
+    "data.repeats-excessive": (
+        "error",
+        "a folder name asks for {names} repeats of each image; rename the folder if it is a date",
+    ),
+    "data.resolution": (
+        "warning",
+        "data.resolution = {names} of an image between 1:2 and 2:1; a larger data.resolution crops less",
+    ),
+    "data.image-cropped": (
+        "warning",
+        f"{{count:image}} cropped by more than {LARGE_LOSS:.0%} to fit a bucket: {{names}}",
+    ),
+    "data.image-blurred": (
+        "warning",
+        "{count:image} enlarged more than twice, so blurred: {names}; use larger files or a smaller "
+        "data.resolution",
+    ),
+    "data.image-enlarged": ("notice", "{count:image} enlarged: {names}"),
+    "data.caption-truncated": (
+        "warning",
+        "{count:caption} over the token limit: {names}; shorten them",
+    ),
+    "data.trigger-truncated": (
+        "error",
+        "the trigger is cut off from {count:caption}: {names}; move it to the front",
+    ),
+}
+
+
+class TokenCount(Protocol):
+    """How a tokenizer reads a caption."""
+
+    @property
+    def used(self) -> int:
+        """Tokens of the whole caption."""
+
+    @property
+    def limit(self) -> int:
+        """Tokens that the base takes."""
+
+    @property
+    def pieces(self) -> Sequence[str]:
+        """The tokens as text."""
+
+    @property
+    def lost(self) -> str:
+        """The end of the caption that is cut off, or empty."""
+
+
+CountTokens = Callable[[str], TokenCount]
+
+
+def examine(
+    index: DatasetIndex, plan: BucketPlan, settings: DataSection, count_tokens: CountTokens | None
+) -> list[Finding]:
+    """All findings, errors first; a caller stops on errors.
+
+    Args:
+        index: The scanned folder.
+        plan: The buckets.
+        settings: `trigger` and `on_bad_image` are used.
+        count_tokens: The base's tokenizer, if there is a base.
+    """
+    noticed: Noticed = defaultdict(dict, {key: dict(names) for key, names in index.noticed.items()})
+    if not index.records:
+        noticed["data.no-images-left"][str(index.root)] = ""
+    if settings.on_bad_image == "skip" and "data.image-unreadable" in noticed:
+        noticed["data.image-skipped"] = noticed.pop("data.image-unreadable")
+    _examine_records(index.records, index.heldout, noticed)
+    _examine_sizes(plan, noticed)
+    if count_tokens is not None:
+        _examine_tokens([*index.records, *index.heldout], settings.trigger, count_tokens, noticed)
+    found = [_word(key, names) for key, names in noticed.items() if names]
+    order = ("error", "warning", "notice")
+    return sorted(found, key=lambda finding: order.index(finding.severity))
+
+
+class _Count(int):
+    """A number that `{count:image}` prints with its noun."""
+
+    def __format__(self, noun: str) -> str:
+        return count_of(int(self), noun)
+
+
+def _word(key: str, details: Mapping[str, str]) -> Finding:
+    severity, message = MESSAGES[key]
+    names: Any = join_names(f"{name} {detail}" if detail else name for name, detail in details.items())
+    return Finding(severity, message.format(count=_Count(len(details)), names=names), tuple(details), key)
+
+
+def _examine_records(
+    training: Sequence[ImageRecord], heldout: Sequence[ImageRecord], noticed: Noticed
+) -> None:
+    """Shared stems (R-21), exact copies, held-out images that are trained on, unlikely repeats."""
+    stems: dict[PurePosixPath, list[str]] = defaultdict(list)
+    copies: dict[str, list[str]] = defaultdict(list)
+    for record in training:
+        stems[PurePosixPath(record.name).with_suffix("")].append(record.name)
+        copies[record.digest].append(record.name)
+    shared = [name for names in stems.values() if len(names) > 1 for name in names]
+    noticed["data.stem-shared"] |= dict.fromkeys(shared, "")
+    for first, *others in copies.values():
+        if others:
+            noticed["data.copies"][first] = f"= {join_names(others, separator=' = ')}"
+    leaked = [record.name for record in heldout if record.digest in copies]
+    noticed["data.heldout-trained"] |= dict.fromkeys(leaked, "")
+    most = max((record.repeats for record in training), default=0)
+    if most > MANY_REPEATS:
+        noticed["data.repeats-excessive" if most > MAX_REPEATS else "data.repeats"][str(most)] = ""
+
+
+def _examine_sizes(plan: BucketPlan, noticed: Noticed) -> None:
+    """R-15: resolutions that crop much, and the images that lose or are enlarged most."""
+    if plan.worst_loss >= MAX_LOSS:
+        detail = f"with buckets in steps of {plan.step} px can crop {plan.worst_loss:.0%}"
+        noticed["data.resolution"][str(plan.resolution)] = detail
+    for share, name in largest_first((plan.lost_share(record.name), record.name) for record in plan.records):
+        if share > LARGE_LOSS:
+            noticed["data.image-cropped"][name] = f"{share:.0%}"
+    for factor, name in largest_first((plan.upscale(record), record.name) for record in plan.records):
+        if factor > LARGE_UPSCALE:
+            noticed["data.image-blurred"][name] = f"{factor:.1f} times"
+        elif factor > 1.0:
+            noticed["data.image-enlarged"][name] = f"{factor:.2f} times"
+
+
+def largest_first(pairs: Iterable[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Sorted by number, then by name."""
+    return sorted(pairs, key=lambda pair: (-pair[0], pair[1]))
+
+
+def _examine_tokens(
+    records: Sequence[ImageRecord], trigger: str | None, count_tokens: CountTokens, noticed: Noticed
+) -> None:
+    """R-28: which captions are cut, which words are lost, and whether the trigger survives."""
+    captions = dict.fromkeys(caption for record in records for caption in record.captions)
+    counts = {caption: count_tokens(caption) for caption in captions}
+    for record in records:
+        for caption in record.captions:
+            count = counts[caption]
+            if not count.lost:
+                continue
+            lost = count.lost if len(count.lost) <= 60 else f"{count.lost[:57]}..."
+            noticed["data.caption-truncated"][record.name] = f"loses {lost!r} (limit {count.limit} tokens)"
+            if trigger and not has_trigger(_kept(caption, count.lost), trigger):
+                noticed["data.trigger-truncated"][record.name] = ""
+
+
+def _kept(caption: str, lost: str) -> str:
+    """The caption without the end that was cut off; tokenizers may have changed case and spaces."""
+    squeezed, tail = " ".join(caption.lower().split()), " ".join(lost.lower().split())
+    place = squeezed.rfind(tail)
+    if place < 0:
+        place = max(0, len(squeezed) - len(tail))
+    return squeezed[:place]
