@@ -9,11 +9,20 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from sdlora.errors import MAX_PROBLEMS, ConfigError, shorten
+from sdlora.objectives import LOSSES, TIMESTEPS, Entry
 from sdlora.problems import describe_error, drop_removed, guess_key
 from sdlora.reading import MAX_DEPTH, MAX_NAME, UnfitFileError, parse_toml, read_bytes, read_json
 
@@ -250,18 +259,43 @@ class LoraSection(Section):
         return float(self.rank) if self.alpha is None else self.alpha
 
 
-class ObjectiveSection(Section):
+def _table(setting: str, entries: Mapping[str, Entry], what: str) -> dict[str, Any]:
+    """The setting that names an entry of a table, and the parameters of all its entries."""
+    names = tuple(entries)
+    choices = ", ".join(f"{name} ({entry.description})" for name, entry in entries.items())
+    fields: dict[str, Any] = {setting: (Literal[names], _setting(names[0], f"{what}: {choices}"))}
+    for name in dict.fromkeys(name for entry in entries.values() for name in entry.parameters):
+        owners = {key: entry.parameters[name] for key, entry in entries.items() if name in entry.parameters}
+        parameter = next(iter(owners.values()))
+        kind: Any = Literal[parameter.choices] if parameter.choices else float
+        if len({owner.default for owner in owners.values()}) == 1:
+            default, text = parameter.default, f"{parameter.description} (for {', '.join(owners)})"
+        else:
+            kind, default = kind | None, None
+            defaults = ", ".join(f"{owner.default:g} ({key})" for key, owner in owners.items())
+            text = f"{parameter.description}; default: {defaults}"
+        fields[name] = (kind, _setting(default, text, "", **parameter.bounds))
+    return fields
+
+
+if TYPE_CHECKING:
+
+    class _Tables(Section):
+        loss: str = ""
+        timesteps: str = ""
+
+else:
+    _Tables = create_model(
+        "_Tables",
+        __base__=Section,
+        **_table("loss", LOSSES, "loss function"),
+        **_table("timesteps", TIMESTEPS, "timestep distribution"),
+    )
+
+
+class ObjectiveSection(_Tables):
     """The training objective: loss, timesteps and noise."""
 
-    loss: Literal["mse", "huber", "pseudo_huber", "smooth_l1"] = _setting(
-        "mse", "loss function: mse, huber, pseudo_huber or smooth_l1", "use mse or pseudo_huber"
-    )
-    huber_delta: float = _setting(
-        0.1, "error at which Huber losses turn from squared to absolute", "use about 0.1", ge=1e-3, le=1e3
-    )
-    huber_schedule: Literal["constant", "exponential", "snr"] = _setting(
-        "snr", "dependence of huber_delta on the timestep: constant, exponential or snr", "use snr"
-    )
     min_snr_gamma: float = _setting(
         0.0, "min-SNR loss weighting (2303.09556), usually 5; 0: off", "use about 5, or 0 to disable it", ge=0
     )
@@ -289,20 +323,6 @@ class ObjectiveSection(Section):
         "use about 0.1, or 0 to disable it",
         ge=0,
         le=1,
-    )
-    timesteps: Literal["uniform", "logit_normal", "style_friendly"] = _setting(
-        "uniform", "timestep distribution: uniform, logit_normal or style_friendly", "use uniform"
-    )
-    timestep_mean: float | None = _setting(
-        None,
-        "mean of the timestep distribution; default: 0 (logit_normal), -6 (style_friendly, log-SNR)",
-        "omit it to use the default",
-    )
-    timestep_std: float | None = _setting(
-        None,
-        "standard deviation of the timestep distribution; default: 1 (logit_normal), 2 (style_friendly)",
-        "omit it to use the default",
-        gt=0,
     )
     timestep_range: tuple[int, int] = _setting(
         (0, 1000), "timesteps to train: the first, and one past the last", "use [0, 1000] for all"
@@ -340,10 +360,11 @@ class ObjectiveSection(Section):
                 f"{self.pyramid_noise} both amplify low frequencies; keep one of them"
             )
         self._check_idle("pyramid_discount", self.pyramid_noise > 0, "objective.pyramid_noise=6")
-        for name in ("huber_delta", "huber_schedule"):
-            self._check_idle(name, self.loss != "mse", "objective.loss=pseudo_huber")
-        for name in ("timestep_mean", "timestep_std"):
-            self._check_idle(name, self.timesteps != "uniform", "objective.timesteps=style_friendly")
+        for setting, entries in (("loss", LOSSES), ("timesteps", TIMESTEPS)):
+            used = entries[getattr(self, setting)].parameters.keys()
+            for owner, entry in entries.items():
+                for name in entry.parameters.keys() - used:
+                    self._check_idle(name, False, f"objective.{setting}={owner}")
         return self
 
     def _check_idle(self, name: str, is_used: bool, remedy: str) -> None:
@@ -352,14 +373,12 @@ class ObjectiveSection(Section):
         if not is_used and value != type(self).model_fields[name].default:
             raise ValueError(f"objective.{name} = {value} has no effect alone; set {remedy} or remove it")
 
-    @property
-    def timestep_normal(self) -> tuple[float, float]:
-        """Mean and standard deviation of the normal distribution that timesteps are drawn from."""
-        mean, std = (-6.0, 2.0) if self.timesteps == "style_friendly" else (0.0, 1.0)
-        return (
-            mean if self.timestep_mean is None else self.timestep_mean,
-            std if self.timestep_std is None else self.timestep_std,
-        )
+    def parameters(self, entry: Entry) -> dict[str, Any]:
+        """The parameters of a loss or timestep distribution: as given, else its own defaults."""
+        given = {name: getattr(self, name) for name in entry.parameters}
+        return {
+            name: entry.parameters[name].default if value is None else value for name, value in given.items()
+        }
 
 
 class TrainSection(Section):

@@ -68,7 +68,7 @@ def problems(*overrides: str) -> list[str]:
         ("objective.loss=l2", "objective.loss = 'l2' must be one of 'mse', 'huber'"),
         (
             "objective.timestep_mean=-4",
-            "objective.timestep_mean = -4.0 has no effect alone; set objective.timesteps=style_friendly or",
+            "objective.timestep_mean = -4.0 has no effect alone; set objective.timesteps=",
         ),
         ("objective.huber_delta=1", "objective.huber_delta = 1.0 has no effect alone; set objective.loss="),
         ("objective.pyramid_discount=0.5", "has no effect alone; set objective.pyramid_noise=6"),

@@ -14,9 +14,11 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from sdlora.config import ObjectiveSection
-from sdlora.diffusion.losses import elementwise_loss, timestep_weight
 from sdlora.diffusion.schedule import NoiseSchedule
-from sdlora.diffusion.timesteps import TimestepSampler, make_sampler
+from sdlora.diffusion.timesteps import TimestepSampler, describe_parameters, make_sampler
+from sdlora.objectives import LOSSES, TIMESTEPS
+
+SNR_RANGE = (1e-3, 1e3)
 
 
 def draw_noise(shape: torch.Size, settings: ObjectiveSection, generator: Generator) -> Tensor:
@@ -76,6 +78,39 @@ def perturb(noise: Tensor, strength: float, generator: Generator) -> Tensor:
         generator: Of the sample.
     """
     return noise + strength * torch.randn(noise.shape, generator=generator) if strength else noise
+
+
+def timestep_weight(schedule: NoiseSchedule, timesteps: Tensor, settings: ObjectiveSection) -> Tensor | None:
+    """The weight of each sample by its timestep, (B,); None if all count alike."""
+    if settings.min_snr_gamma:
+        return min_snr_weight(schedule, timesteps, settings.min_snr_gamma)
+    return debiased_weight(schedule, timesteps) if settings.debiased else None
+
+
+def min_snr_weight(schedule: NoiseSchedule, timesteps: Tensor, gamma: float) -> Tensor:
+    """The Min-SNR-γ weight, shape (B,).
+
+    Hang et al. 2023 (2303.09556), section 3.4: min(SNR, γ) for x_0 targets, divided by SNR for ε targets and
+    by SNR + 1 for v targets. Written so that it stays finite at SNR = 0 and ∞.
+    """
+    snr = schedule.snr(timesteps)
+    if schedule.prediction_type == "epsilon":
+        return (gamma / snr).clamp(max=1)
+    clipped = snr.clamp(max=gamma)
+    return clipped if schedule.prediction_type == "sample" else clipped / (snr + 1)
+
+
+def debiased_weight(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
+    """The weight of debiased estimation, shape (B,): high noise counts more.
+
+    Yu et al. 2023 (2310.08442): 1 / √SNR for ε targets, which is √SNR for x_0 targets and
+    √SNR / (SNR + 1) for v targets. The SNR is kept in [0.001, 1000]: no weight is infinite at SNR = 0 or ∞,
+    and no base without zero terminal SNR goes below.
+    """
+    snr = schedule.snr(timesteps).clamp(*SNR_RANGE)
+    if schedule.prediction_type == "epsilon":
+        return snr.rsqrt()
+    return snr.sqrt() if schedule.prediction_type == "sample" else snr.sqrt() / (snr + 1)
 
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -154,7 +189,8 @@ def denoising_loss(denoise: Denoiser, objective: Objective, draws: Draws) -> Ten
     noisy = schedule.add_noise(draws.latents, draws.input_noise, draws.timesteps)
     answer = denoise(noisy, draws.timesteps).float()
     error = answer - schedule.target(draws.latents, draws.noise, draws.timesteps)
-    loss = elementwise_loss(error, schedule, draws.timesteps, settings).mean(dim=(1, 2, 3))
+    entry = LOSSES[settings.loss]
+    loss = entry.function(error, schedule, draws.timesteps, **settings.parameters(entry)).mean(dim=(1, 2, 3))
     weight = timestep_weight(schedule, draws.timesteps, settings)
     return loss if weight is None else loss * weight
 
@@ -162,15 +198,15 @@ def denoising_loss(denoise: Denoiser, objective: Objective, draws: Draws) -> Ten
 def describe_objective(objective: Objective) -> str:
     """The objective in one line, for the plan: what is off is not mentioned."""
     settings, sampler = objective.settings, objective.sampler
-    loss, timesteps = str(settings.loss), f"{settings.timesteps} timesteps"
-    if loss != "mse":
-        loss += f" (delta {settings.huber_delta:g}, {settings.huber_schedule})"
+    loss, timesteps = settings.loss, f"{settings.timesteps} timesteps"
+    if parameters := settings.parameters(LOSSES[settings.loss]):
+        loss += f" ({describe_parameters(parameters)})"
     if (sampler.low, sampler.high) != (0, objective.schedule.num_timesteps):
         timesteps += f" in {sampler.low}-{sampler.high - 1}"
     if settings.timesteps != "uniform":
-        mean, std = settings.timestep_normal
-        half = f"{sampler.quantile(0.25)}-{sampler.quantile(0.75)}"
-        timesteps += f" (normal of mean {mean:g}, std {std:g}; half of them in {half})"
+        parts = [describe_parameters(settings.parameters(TIMESTEPS[settings.timesteps]))]
+        parts.append(f"half of them in {sampler.quantile(0.25)}-{sampler.quantile(0.75)}")
+        timesteps += f" ({'; '.join(filter(None, parts))})"
     others = {
         f"min-SNR {settings.min_snr_gamma:g}": settings.min_snr_gamma,
         "debiased weights": settings.debiased,

@@ -59,6 +59,17 @@ class NoiseSchedule:
         return torch.logit(self.alphas_cumprod.double())
 
     @property
+    def log_snr_edges(self) -> Tensor:
+        """Log-SNR half way between neighbouring timesteps, shape (T + 1,), float64, falling."""
+        log_snr = self.log_snr
+        return torch.cat([log_snr[:1], (log_snr[:-1] + log_snr[1:]) / 2, log_snr[-1:]])
+
+    @property
+    def time_edges(self) -> Tensor:
+        """0, 1/T, … 1, shape (T + 1,), float64; timestep t covers t/T to (t + 1)/T."""
+        return torch.linspace(0, 1, self.num_timesteps + 1, dtype=torch.float64)
+
+    @property
     def has_zero_snr(self) -> bool:
         """Whether the last timestep is pure noise, in which an ε cannot be told from the input."""
         return bool(self.alphas_cumprod[-1] <= 0)

@@ -1,4 +1,4 @@
-"""Which noise levels are trained: a probability for each timestep of the base.
+"""Draws timesteps: a probability for each timestep of the base, from the entry of `objective.timesteps`.
 
 T timesteps of the schedule; t = 0 has the least noise.
 """
@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from sdlora.config import ObjectiveSection
 from sdlora.diffusion.schedule import NoiseSchedule
 from sdlora.errors import ConfigError
+from sdlora.objectives import TIMESTEPS
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class TimestepSampler:
     """Draws timesteps in [low, high).
 
     Args:
-        low: First timestep.
-        high: The one after the last.
+        low: The first timestep.
+        high: One past the last.
         cumulative: P(timestep <= t), (T,), float64; None draws uniformly.
     """
 
@@ -46,55 +47,42 @@ def make_sampler(schedule: NoiseSchedule, settings: ObjectiveSection) -> Timeste
     """The sampler of `objective.timesteps`.
 
     Raises:
-        ConfigError: If the distribution leaves nothing in `objective.timestep_range`.
+        ConfigError: If `objective.timestep_range` has no probability.
     """
     low, high = settings.timestep_range
     high = min(high, schedule.num_timesteps)
     if settings.timesteps == "uniform":
         return TimestepSampler(low, high)
     cumulative = timestep_probabilities(schedule, settings).cumsum(0)
-    # By its own last number, which is 1 then to the bit: no share below 1 lies behind all timesteps.
+    # Divided by its last value, it ends in exactly 1: every share below 1 is inside the range.
     return TimestepSampler(low, high, cumulative / cumulative[-1])
 
 
 def timestep_probabilities(schedule: NoiseSchedule, settings: ObjectiveSection) -> Tensor:
-    """P(t) for each timestep, shape (T,), float64; 0 outside `objective.timestep_range`, whose sum is 1.
-
-    uniform: all alike.
-
-    logit_normal (Esser et al. 2024, 2403.03206, equation 19): u = σ(z) with z ~ N(m, s²), and t = ⌊u T⌋, so
-    that P(t) = Φ((logit((t + 1) / T) - m) / s) - Φ((logit(t / T) - m) / s). m = 0 favours the middle, m > 0
-    much noise.
-
-    style_friendly (Choi et al. 2024, 2411.14793): the log-SNR λ = log(ᾱ / (1 - ᾱ)) is normal,
-    λ ~ N(m, s²), with m = -6 and s = 2: high noise, where layout, palette and manner are decided. Here t is
-    the timestep whose λ_t is nearest: P(t) = Φ((e_t - m) / s) - Φ((e_{t+1} - m) / s) with e_t half way from
-    λ_{t-1} to λ_t. A discrete base ends at some λ_{T-1} (-5.4 for Stable Diffusion 1 and 2, and SDXL); the
-    normal is cut there and at λ_0, since clamping would put 62 % of all samples on the last timestep.
+    """P(t) of each timestep, shape (T,), float64; 0 outside `objective.timestep_range`.
 
     Raises:
-        ConfigError: If the distribution leaves nothing in the range.
+        ConfigError: If `objective.timestep_range` has no probability.
     """
-    count = schedule.num_timesteps
     low, high = settings.timestep_range
-    inside = torch.zeros(count, dtype=torch.float64)
-    inside[low:high] = 1
-    if settings.timesteps == "uniform":
-        return inside / inside.sum()
-    mean, std = settings.timestep_normal
-    if settings.timesteps == "logit_normal":
-        edges = torch.logit(torch.linspace(0, 1, count + 1, dtype=torch.float64))
-    else:
-        log_snr = schedule.log_snr
-        middles = (log_snr[:-1] + log_snr[1:]) / 2
-        edges = torch.cat([log_snr[:1], middles, log_snr[-1:]])
-    probabilities = torch.special.ndtr((edges - mean) / std).diff().abs() * inside
-    total = probabilities.sum()
+    entry = TIMESTEPS[settings.timesteps]
+    parameters = settings.parameters(entry)
+    weights = entry.function(schedule, **parameters)
+    weights[:low] = weights[high:] = 0
+    total = weights.sum()
     if not total > 1e-9:
         raise ConfigError(
-            f"objective.timesteps = {settings.timesteps} with mean {mean:g} and standard deviation {std:g} "
-            f"leaves nothing in objective.timestep_range = [{low}, {high}]; widen the range, or change "
-            "objective.timestep_mean"
+            f"objective.timesteps = {settings.timesteps} ({describe_parameters(parameters)}) has almost no "
+            f"probability in objective.timestep_range = [{low}, {high}]; widen the range or change the "
+            "distribution"
         )
-    normalised: Tensor = probabilities / total
-    return normalised
+    probabilities: Tensor = weights / total
+    return probabilities
+
+
+def describe_parameters(parameters: dict[str, float | str]) -> str:
+    """Parameters and their values, such as `huber_delta 0.1, huber_schedule snr`."""
+    return ", ".join(
+        f"{name} {value if isinstance(value, str) else format(value, 'g')}"
+        for name, value in parameters.items()
+    )

@@ -9,16 +9,16 @@ import torch
 from torch.nn import functional
 
 from sdlora.config import ObjectiveSection
-from sdlora.diffusion.losses import elementwise_loss, huber_delta
 from sdlora.diffusion.schedule import NoiseSchedule
+from sdlora.objectives import LOSSES, huber_delta
 
 SCHEDULE = NoiseSchedule(torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0]), "epsilon")
 
 
 def losses_of(error: torch.Tensor, loss: str, delta: float) -> torch.Tensor:
     settings = ObjectiveSection(loss=loss, huber_delta=delta, huber_schedule="constant")
-    errors = error.view(1, 1, 1, -1)
-    return elementwise_loss(errors, SCHEDULE, torch.tensor([2]), settings).flatten()
+    entry, errors = LOSSES[loss], error.view(1, 1, 1, -1)
+    return entry.function(errors, SCHEDULE, torch.tensor([2]), **settings.parameters(entry)).flatten()
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,5 @@ def test_small_errors_are_squared(loss):
 )
 def test_delta_by_hand(schedule, expected):
     """R-32: δ falls from 1 without noise to `huber_delta` in noise; finite at SNR = 0 and ∞."""
-    settings = ObjectiveSection(loss="huber", huber_delta=0.2, huber_schedule=schedule)
-    delta = huber_delta(SCHEDULE, torch.arange(5), settings)
-    torch.testing.assert_close(delta, torch.tensor(expected))
+    delta = huber_delta(torch.zeros(1), SCHEDULE, torch.arange(5), 0.2, schedule)
+    torch.testing.assert_close(delta.flatten(), torch.tensor(expected))

@@ -215,6 +215,6 @@ def test_the_objective_in_words():
         make_objective(noise_offset=0.05, timestep_range=(200, 1000), debiased=True)
     ) == ("mse, uniform timesteps in 200-999, debiased weights, noise offset 0.05")
     assert describe_objective(make_objective(**EVERYTHING)) == (
-        "pseudo_huber (delta 0.1, snr), style_friendly timesteps (normal of mean -6, std 2; half of them in "
-        "811-955), min-SNR 5, pyramid noise 4 x 0.3, input perturbation 0.1"
+        "pseudo_huber (huber_delta 0.1, huber_schedule snr), style_friendly timesteps (timestep_mean -6, "
+        "timestep_std 2; half of them in 811-955), min-SNR 5, pyramid noise 4 x 0.3, input perturbation 0.1"
     )

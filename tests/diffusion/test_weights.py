@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdlora.config import ObjectiveSection
-from sdlora.diffusion.losses import debiased_weight, min_snr_weight, timestep_weight
+from sdlora.diffusion.objective import debiased_weight, min_snr_weight, timestep_weight
 from sdlora.diffusion.schedule import NoiseSchedule
 
 # SNR at these is 9, 1 and 0.

@@ -334,7 +334,7 @@ def test_the_objective_is_the_one_asked_for(make_images, small, make_trainer, tm
     trainer.train()
     assert [draw.timestep > 500 for result in trainer.results for draw in result.draws] == [True] * 4
     assert all(result.updated for result in trainer.results)
-    assert "pseudo_huber (delta 0.1, snr), style_friendly" in "\n".join(describe_plan(trainer.plan))
+    assert "pseudo_huber (huber_delta 0.1, huber_schedule snr), " in "\n".join(describe_plan(trainer.plan))
     notes = load_adapter(trainer.run.step_adapter(2)).notes
     assert notes["sdlora.timesteps"] == '"style_friendly"'
     assert notes["ss_multires_noise_iterations"] == "6"
