@@ -87,12 +87,6 @@ def with_parents(config: RunConfig, parents: Sequence[Step]) -> tuple[RunConfig,
     return config.replace(lora={**changes, "rank": rank}), line
 
 
-def describe_parents(parents: Sequence[Step]) -> list[str]:
-    """A line for the plan."""
-    path = " > ".join(f"{step.ancestor} rank {step.adapter.rank}" for step in parents)
-    return [f"parent    {path}; mounted and frozen, the new adapter on top"] if parents else []
-
-
 def text_digest(info: BaseInfo, parents: Sequence[Step]) -> str:
     """The fingerprint of what encodes captions: the base's text encoders with what the path adds to them."""
     changing = [step.ancestor for step in parents if step.adapter.changes_text]

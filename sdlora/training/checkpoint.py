@@ -1,4 +1,4 @@
-"""The state of a run, to continue: adapter, optimizer and counters, as safetensors and JSON."""
+"""Checkpoints: adapter, optimizer and counters of a run, as safetensors and JSON, to continue it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,108 @@ from torch import Tensor
 
 from sdlora.errors import RunError
 from sdlora.reading import UnfitFileError, read_header, read_json
+from sdlora.report.terminal import Terminal
+from sdlora.runs import RunFolder
+from sdlora.training.device import package_versions
+from sdlora.training.health import Counters
+from sdlora.training.plan import RunPlan
+from sdlora.training.resume import run_fingerprint
+from sdlora.training.step import StepRunner
 from sdlora.writing import sync_folder, temporary_name
 
 ADAPTER_FILE = "adapter.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 MAX_STATE_BYTES = 2**28
+EMA_PREFIX = "average."
+
+
+def save_state(run: RunFolder, plan: RunPlan, runner: StepRunner, counters: Counters) -> None:
+    """Writes the checkpoint of a step, then deletes the oldest ones.
+
+    Raises:
+        OSError: If there is no room; nothing is left behind, and no older checkpoint is deleted.
+    """
+    scaler, ema = runner.accelerator.scaler, runner.ema
+    averages = {EMA_PREFIX + name: value for name, value in ema.values.items()} if ema else {}
+    save_checkpoint(
+        run.checkpoint(counters.step),
+        tensors={**runner.adapter.named_tensors(), **averages},
+        optimizer=runner.optimizer.state_dict(),
+        state={
+            "counters": asdict(counters),
+            "num_averaged": ema.num_updates if ema else 0,
+            "scaler": scaler.state_dict() if scaler else None,
+            "identity": run_fingerprint(plan, runner.precision),
+            "versions": dict(package_versions()),
+        },
+    )
+    run.remove_checkpoints(keep=plan.config.train.keep_checkpoints)
+
+
+def newest_complete_step(run: RunFolder, terminal: Terminal) -> int:
+    """The step of the newest checkpoint that can be read; 0 if there is none."""
+    for step in reversed(run.checkpoint_steps()):
+        try:
+            read_checkpoint(run.checkpoint(step))
+        except RunError as error:
+            terminal.warn(f"{error}; trying the one before")
+            continue
+        return step
+    return 0
+
+
+def load_state(run: RunFolder, step: int, runner: StepRunner) -> Counters:
+    """Restores adapter, optimizer and EMA from the checkpoint of a step.
+
+    Returns:
+        The counters of the run at that step.
+
+    Raises:
+        RunError: If it belongs to another adapter, another optimizer or another program.
+    """
+    folder = run.checkpoint(step)
+    tensors, optimizer, state = read_checkpoint(folder)
+    try:
+        _restore(runner, tensors, optimizer, state)
+        return Counters.restore(state["counters"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise RunError(
+            f"checkpoint {folder} does not fit the run ({type(error).__name__}: {error}); move it away to "
+            "resume from the one before",
+            key="checkpoint-mismatch",
+        ) from None
+
+
+def _restore(
+    runner: StepRunner, tensors: dict[str, Tensor], optimizer: dict[str, Any], state: dict[str, Any]
+) -> None:
+    own = runner.adapter.named_tensors()
+    averages = {
+        name.removeprefix(EMA_PREFIX): value for name, value in tensors.items() if name.startswith(EMA_PREFIX)
+    }
+    if set(own) != {name for name in tensors if not name.startswith(EMA_PREFIX)}:
+        raise RunError(
+            "the checkpoint adapts other modules than lora.targets; start a new run", key="lora.targets"
+        )
+    for name, tensor in own.items():
+        if tensors[name].shape != tensor.shape:
+            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
+        tensor.data.copy_(tensors[name])
+    if runner.ema is not None:
+        runner.ema.restore(averages, state["num_averaged"])
+    restore_optimizer(runner.optimizer, optimizer)
+    if runner.accelerator.scaler and state["scaler"]:
+        runner.accelerator.scaler.load_state_dict(state["scaler"])
 
 
 def save_checkpoint(
     folder: Path, *, tensors: Mapping[str, Tensor], optimizer: Mapping[str, Any], state: Mapping[str, Any]
 ) -> None:
-    """Writes a state as a whole: into a temporary folder, read back, then renamed.
+    """Writes a checkpoint as a whole: into a temporary folder, read back, then renamed.
 
     Args:
-        folder: Where the state shall be.
+        folder: Of the checkpoint.
         tensors: The trained values, fp32.
         optimizer: A torch optimizer's `state_dict()`.
         state: Counters; JSON values.
@@ -55,7 +143,7 @@ def save_checkpoint(
                 os.fsync(handle.fileno())
         read_checkpoint(temporary)
         if folder.exists():
-            # A run goes on from before a state that is damaged, and comes to it again.
+            # A damaged one: the run was resumed from an earlier step and has reached it again.
             shutil.rmtree(folder)
         temporary.rename(folder)
         sync_folder(folder.parent)
@@ -66,10 +154,10 @@ def save_checkpoint(
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Reads a state back: trained values, the optimizer's `state_dict()`, counters.
+    """Reads a checkpoint: trained values, the optimizer's `state_dict()`, counters.
 
     Raises:
-        RunError: If it is incomplete, or not to the bit what was saved.
+        RunError: If it is incomplete or differs from what was saved.
     """
     state = read_state(folder)
     try:
@@ -79,38 +167,43 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], di
         )
         return tensors, _join_tensors(numbers, values), state
     except (OSError, UnfitFileError) as error:
-        raise RunError(f"checkpoint {folder} is not complete: {error}") from None
+        raise RunError(f"checkpoint {folder} is incomplete: {error}", key="checkpoint-incomplete") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"checkpoint {folder} is of another program ({type(error).__name__})") from None
+        raise RunError(
+            f"checkpoint {folder} was written by another program ({type(error).__name__})",
+            key="checkpoint-foreign",
+        ) from None
 
 
 def _read_tensors(file: Path, digest: str) -> dict[str, Tensor]:
     try:
         read_header(file)
         if _digest_file(file) != digest:
-            raise UnfitFileError("is not what was saved")
+            raise UnfitFileError("differs from what was saved")
         return load_file(file)
     except (UnfitFileError, SafetensorError) as error:
         raise UnfitFileError(f"{file.name} {error}") from None
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Counters and identity alone.
+    """Counters and fingerprint alone.
 
     Raises:
-        RunError: If they cannot be read, or are not what was saved.
+        RunError: If they cannot be read or differ from what was saved.
     """
     try:
         outer = read_json(folder / STATE_FILE, MAX_STATE_BYTES)
         if not isinstance(outer, dict) or outer.get("digest") != _digest_json(outer.get("state")):
-            raise UnfitFileError("is not what was saved")
+            raise UnfitFileError("differs from what was saved")
     except (OSError, UnfitFileError, RecursionError) as error:
-        raise RunError(f"checkpoint {folder} is not complete: {STATE_FILE} {error}") from None
+        raise RunError(
+            f"checkpoint {folder} is incomplete: {STATE_FILE} {error}", key="checkpoint-incomplete"
+        ) from None
     return dict(outer["state"])
 
 
 def seal_state(state: Mapping[str, Any]) -> str:
-    """JSON of a state with its own digest, so that what is read back is what was saved, to the bit."""
+    """JSON of a state with its own digest."""
     return json.dumps({"digest": _digest_json(state), "state": state}, indent=1)
 
 
@@ -165,12 +258,14 @@ def _join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Gives an optimizer its state back.
+    """Restores the state of an optimizer.
 
     Raises:
-        RunError: If the state is of another optimizer or another adapter.
+        RunError: If it belongs to another optimizer or another adapter.
     """
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:
-        raise RunError(f"the checkpoint does not fit train.optimizer: {error}") from None
+        raise RunError(
+            f"the checkpoint does not fit train.optimizer: {error}", key="train.optimizer"
+        ) from None

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import LoggerType, ProjectConfiguration
+from accelerate.utils import LoggerType
+from accelerate.utils.memory import should_reduce_batch_size
 
 from sdlora.config import RunConfig
-from sdlora.errors import ConfigError
+from sdlora.errors import ConfigError, first_line
 from sdlora.memory.estimate import Machine, free_bytes
 from sdlora.models.dtypes import DTYPES, Precision, has_bf16
 from sdlora.training.distributed import (
@@ -111,15 +112,17 @@ def make_accelerator(config: RunConfig) -> tuple[Accelerator, Precision]:
     return accelerator, precision
 
 
-def start_trackers(accelerator: Accelerator, folder: Path, settings: Mapping[str, str]) -> None:
-    """Starts the trackers of `train.trackers`.
-
-    Args:
-        folder: Where those that write files do.
-        settings: What the run is, for their tables.
-    """
-    accelerator.project_configuration = ProjectConfiguration(project_dir=str(folder))
-    accelerator.init_trackers("sdlora", config=dict(settings))
+@contextmanager
+def as_out_of_memory() -> Iterator[None]:
+    """Raises the errors of other allocators (CPU, MPS, cuDNN) as torch's OutOfMemoryError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if should_reduce_batch_size(error):
+            raise torch.OutOfMemoryError(first_line(error)) from error
+        raise
 
 
 def check_trackers(trackers: list[str]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -11,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +27,10 @@ from torch.distributed.distributed_c10d import PrefixStore
 from sdlora.errors import ConfigError, ProcessLost, RunStopped, SdloraError, first_line
 
 T = TypeVar("T")
+# Batch schedulers send SIGUSR1 before the time of a job ends; Windows has none.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+# A launcher forwards signals that its processes may have received already, such as from the same Ctrl-C.
+ECHO_SECONDS = 2.0
 # Between two meetings of the processes while each works on a share of its own.
 ROUND_SECONDS = 10.0
 # A host that is cut off cannot ask the others' store why.
@@ -135,6 +142,45 @@ def work_in_rounds(accelerator: Accelerator, jobs: Iterable[T], work: Callable[[
         end = time.monotonic() + ROUND_SECONDS
         while queue and (accelerator.num_processes == 1 or time.monotonic() < end):
             work(queue.popleft())
+
+
+class StopSignals:
+    """Notes the first signal in `received` instead of ending the process; a second one ends it."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._time = 0.0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        # Python allows signal handlers in the main thread only.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    @property
+    def exit_signal(self) -> int:
+        """The signal of the exit code: SIGINT, or SIGTERM for all that a scheduler sends."""
+        return signal.SIGINT if self.received == signal.SIGINT else signal.SIGTERM
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._time = number, time.monotonic()
+            if "LOCAL_RANK" not in os.environ:
+                self._restore()
+        elif time.monotonic() - self._time > ECHO_SECONDS:
+            self._restore()
+            os.kill(os.getpid(), number)
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
 
 @contextmanager

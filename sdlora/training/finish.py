@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 
 import torch
 
@@ -19,11 +18,11 @@ from sdlora.memory.estimate import as_size
 from sdlora.report.plots import draw_loss_curve
 from sdlora.report.summary import describe_losses, doubt_losses
 from sdlora.runs import RunFolder
-from sdlora.training.batch_size import as_out_of_memory, describe_remedies
+from sdlora.training.device import as_out_of_memory
 from sdlora.training.distributed import barrier
 from sdlora.training.loop import Trainer
-from sdlora.training.metadata import training_metadata
 from sdlora.training.plan import RunPlan
+from sdlora.training.plan_summary import training_metadata
 from sdlora.writing import write_file
 
 
@@ -52,8 +51,8 @@ def finish(trainer: Trainer) -> None:
 def export_final(trainer: Trainer) -> None:
     """Writes `final.*` and the card, then proves that the files load."""
     run, plan, adapter = trainer.run, trainer.plan, trainer.runner.adapter
-    facts = training_metadata(run, plan, step=trainer.step, images_seen=trainer.counters.images_seen)
-    metadata, settings = run_metadata(facts), plan.config.export
+    metadata = training_metadata(run, plan, step=trainer.step, images_seen=trainer.counters.images_seen)
+    settings = plan.config.export
     paths = []
     for dialect in dict.fromkeys(settings.formats):
         exported = export_adapter(
@@ -61,7 +60,7 @@ def export_final(trainer: Trainer) -> None:
             run.final_adapter(dialect),
             dialect=dialect,
             precision=settings.precision,
-            metadata=metadata,
+            metadata=run_metadata(metadata),
         )
         paths.append(exported.path)
         trainer.terminal.print(f"export    {exported}")
@@ -74,26 +73,38 @@ def export_final(trainer: Trainer) -> None:
         write_file(run.adapters / "grid.png", lambda file: shutil.copyfile(grids[-1], file))
     write_model_card(
         run.model_card,
-        facts,
+        metadata,
         prompts=plan.config.sample.prompts,
         grid="grid.png" if grids else None,
         weights=run.adapter.name,
     )
 
 
+OUT_OF_MEMORY_REMEDIES = (
+    "resume with train.gradient_checkpointing=true or a smaller train.batch_size (the global batch is kept), "
+    "or start a new run with base.quantize=int8, a smaller data.resolution or a smaller lora.rank"
+)
+
+
 @contextmanager
 def report_failed_start(plan: RunPlan, run: RunFolder) -> Iterator[None]:
-    """Running out of memory before the first step is a line with the way on."""
+    """Explains an out-of-memory before the first step."""
     try:
         with as_out_of_memory():
             yield
     except torch.OutOfMemoryError as error:
-        raise _explain_no_start(plan, run) from error
+        raise _failure(
+            "out of memory while loading the base and encoding the images, which takes about "
+            f"{as_size(plan.memory.stages['encoding'])} of {plan.machine.device.type} memory; free some "
+            f"and run `sdlora resume {run.path}`, or start a new run with base.quantize=int8 or a smaller "
+            "data.resolution",
+            key="out-of-memory",
+        ) from error
 
 
 @contextmanager
 def report_failure(trainer: Trainer) -> Iterator[None]:
-    """What ends a run that has begun is a line with the way on, and an event; its trackers are closed."""
+    """Explains an error that ends a run, with how to continue, adds its event, and closes the trackers."""
     try:
         with as_out_of_memory():
             yield
@@ -102,7 +113,7 @@ def report_failure(trainer: Trainer) -> Iterator[None]:
     except (SdloraError, OSError, torch.OutOfMemoryError) as error:
         failure = _explain(error, trainer)
         trainer.event("failed", message=str(failure))
-        # A launcher ends this process right after one that was lost: what matters is that it is told.
+        # A launcher ends this process soon after one that was lost: the message must come first.
         if trainer.accelerator.is_main_process and not isinstance(error, ProcessLost):
             with suppress(OSError):
                 draw_loss_curve(trainer.run)
@@ -115,33 +126,25 @@ def report_failure(trainer: Trainer) -> Iterator[None]:
 
 
 def _explain(error: SdloraError | OSError | torch.OutOfMemoryError, trainer: Trainer) -> SdloraError:
+    hint = trainer.resume_hint()
     if isinstance(error, torch.OutOfMemoryError):
-        plan = trainer.plan
-        advice = describe_remedies(replace(plan.work, config=plan.config), plan.machine)
-        images = count_of(plan.config.train.micro_batch, "image")
-        failure = RunError(
-            f"out of memory in step {trainer.step + 1}, with {images} of up to {plan.work.size} at once; "
-            f"{advice}; {trainer.resume_hint()}"
+        images = count_of(trainer.plan.config.train.micro_batch, "image")
+        return _failure(
+            f"out of memory in step {trainer.step + 1}, with {images} of up to {trainer.plan.work.size} at "
+            f"once; {OUT_OF_MEMORY_REMEDIES}; {hint}",
+            key="out-of-memory",
         )
-        failure.exit_code = 1
-        return failure
     if isinstance(error, ProcessLost):
-        return ProcessLost(f"{error}; {trainer.resume_hint()}", error.exit_code, is_told=error.is_told)
+        return ProcessLost(f"{error}; {hint}", error.exit_code, is_told=error.is_told)
     if isinstance(error, DataError):
-        return DataError(f"{error}; {trainer.resume_hint()}")
+        return DataError(f"{error}; {hint}", key=next(iter(error.keys), ""))
     if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
-        failure = RunError(f"{error}; then {trainer.resume_hint()}")
-        failure.exit_code = 1
-        return failure
+        return _failure(f"{error}; then {hint}", key="write-failed")
     return error
 
 
-def _explain_no_start(plan: RunPlan, run: RunFolder) -> RunError:
-    needed = f"{as_size(plan.memory.stages['encoding'])} of {plan.machine.device.type} memory"
-    failure = RunError(
-        f"out of memory while the base was loaded and the images encoded, which takes about {needed}; "
-        f"free some and `sdlora resume {run.path}`, or start a new run with base.quantize=int8 or a smaller "
-        "data.resolution"
-    )
-    failure.exit_code = 1
-    return failure
+def _failure(message: str, *, key: str) -> RunError:
+    """An error of the run itself, not of what was asked."""
+    error = RunError(message, key=key)
+    error.exit_code = 1
+    return error

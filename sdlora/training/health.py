@@ -1,34 +1,31 @@
-"""Checks that stop a run whose numbers no later step can repair."""
+"""Health checks after each step: what no later step can repair stops the run (R-06, R-09)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdlora.errors import TrainingDiverged
+from sdlora.errors import TrainingDiverged, join_names
 from sdlora.lora.adapter import Adapter
+from sdlora.runs import RunFolder
+from sdlora.training.plan import RunPlan
+from sdlora.training.step import StepResult
 
-NUM_ZERO_LOSSES = 5
-EMA = 0.98
-# A value is far if its logarithm is so many deviations above the mean of about the last 100, at least 30.
-FAR, LEAST_DEVIATION = 6.0, 0.1
-SPREAD, LEAST_COUNT = 0.99, 30
+MAX_ZERO_LOSSES = 5
+LOSS_EMA_DECAY = 0.98
+# An outlier's logarithm lies this many standard deviations above the mean of about the last 100 values.
+OUTLIER_DEVIATIONS, MIN_DEVIATION = 6.0, 0.1
+STATS_DECAY, MIN_COUNT = 0.99, 30
 
 
 @dataclass
 class RunningStats:
-    """Where the logarithms of a positive number lie: a loss, or a norm, varies by factors.
-
-    Args:
-        count: Values so far.
-        mean: Of their logarithms, the older the less.
-        variance: Likewise.
-    """
+    """Running mean and variance of the logarithm of a loss or a norm, which vary by factors."""
 
     count: int = 0
     mean: float = 0.0
@@ -36,39 +33,39 @@ class RunningStats:
 
     @property
     def limit(self) -> float:
-        """Logarithms above it are far outside."""
-        if self.count < LEAST_COUNT:
+        """The largest logarithm that is no outlier."""
+        if self.count < MIN_COUNT:
             return math.inf
-        return self.mean + FAR * max(math.sqrt(self.variance), LEAST_DEVIATION)
+        return self.mean + OUTLIER_DEVIATIONS * max(math.sqrt(self.variance), MIN_DEVIATION)
 
-    def take(self, value: float) -> bool:
-        """Takes a value in, and says whether it lies far above those before."""
+    def update(self, value: float) -> bool:
+        """Adds a value; returns whether it is an outlier among those before."""
         if not (value > 0 and math.isfinite(value)):
             return False
-        own = math.log(value)
-        is_far = own > self.limit
+        logarithm = math.log(value)
+        is_outlier = logarithm > self.limit
         self.count += 1
-        weight = max(1 / self.count, 1 - SPREAD)
-        # Something far may move the distribution, but not make it wide at once.
-        delta = min(own, self.limit) - self.mean
+        weight = max(1 / self.count, 1 - STATS_DECAY)
+        # An outlier may move the distribution, but not widen it at once.
+        delta = min(logarithm, self.limit) - self.mean
         self.mean += weight * delta
         self.variance = (1 - weight) * (self.variance + weight * delta**2)
-        return is_far
+        return is_outlier
 
 
 @dataclass
 class Counters:
-    """How far a run is; a checkpoint keeps it whole.
+    """Progress of a run, as checkpoints keep it.
 
     Args:
         step: Optimizer steps done.
         images_seen: Samples in them.
         loss_ema: Mean of about the last 50 losses.
-        skipped: Steps whose update was skipped.
-        skipped_in_row: The newest of them without a good step in between.
-        zeros_in_row: The newest steps whose loss was exactly 0.
-        losses: How the loss is distributed.
-        norms: How the gradient's norm is.
+        skipped: Steps without an update, since loss or gradient were not finite.
+        skipped_in_row: Those since the last update.
+        zeros_in_row: Latest steps with a loss of exactly 0.
+        losses: Distribution of the loss.
+        norms: Distribution of the gradient norm.
     """
 
     step: int = 0
@@ -82,108 +79,163 @@ class Counters:
 
     @classmethod
     def restore(cls, values: Mapping[str, Any]) -> Counters:
-        """From what `asdict` gave."""
-        spreads = {name: RunningStats(**values[name]) for name in ("losses", "norms")}
-        return cls(**{**values, **spreads})
+        """The inverse of `dataclasses.asdict`."""
+        stats = {name: RunningStats(**values[name]) for name in ("losses", "norms")}
+        return cls(**{**values, **stats})
 
-    def count(self, loss: float, norm: float, *, is_good: bool) -> list[str]:
-        """Notes how a step went.
-
-        Returns:
-            What was far outside the run's own distribution, in words.
-        """
-        far = [
-            f"{name} {value:.3g} where {math.exp(usual):.3g} is usual"
-            for name, value, spread, usual in (
-                ("loss", loss, self.losses, self.losses.mean),
-                ("gradient norm", norm, self.norms, self.norms.mean),
+    def count(self, result: StepResult) -> list[str]:
+        """Counts a step; returns its outliers, one text each."""
+        self.step = result.step
+        self.images_seen += len(result.images)
+        outliers = [
+            f"{name} {value:.3g} (usually {math.exp(usual):.3g})"
+            for name, value, stats, usual in (
+                ("loss", result.loss, self.losses, self.losses.mean),
+                ("gradient norm", result.grad_norm, self.norms, self.norms.mean),
             )
-            if spread.take(value)
+            if stats.update(value)
         ]
-        if math.isfinite(loss):
-            ema = self.loss_ema
-            # A plain mean at first: else the first loss, which is of one step, would weigh the most for long.
-            weight = max(1 / max(self.losses.count, 1), 1 - EMA)
-            self.loss_ema = loss if ema is None else ema + weight * (loss - ema)
-        self.zeros_in_row = self.zeros_in_row + 1 if loss == 0 else 0
-        self.skipped_in_row = 0 if is_good else self.skipped_in_row + 1
-        self.skipped += not is_good
-        return far
+        if math.isfinite(result.loss):
+            # A plain mean at first: else the loss of the first step alone would dominate for long.
+            weight = max(1 / max(self.losses.count, 1), 1 - LOSS_EMA_DECAY)
+            previous = result.loss if self.loss_ema is None else self.loss_ema
+            self.loss_ema = previous + weight * (result.loss - previous)
+        self.zeros_in_row = self.zeros_in_row + 1 if result.loss == 0 else 0
+        self.skipped_in_row = 0 if result.updated else self.skipped_in_row + 1
+        self.skipped += not result.updated
+        return outliers
 
 
-def check_counters(counters: Counters, max_skipped: int, situation: str) -> None:
-    """Stops after too many bad steps in a row, or several losses of exactly 0.
+class Health:
+    """Checks every step once it is done.
 
     Args:
-        counters: After the step was counted.
-        max_skipped: `train.max_skipped_steps`.
-        situation: What the step was, and where to go on from.
-
-    Raises:
-        TrainingDiverged: With both.
+        run: Its checkpoints are named in errors.
+        plan: The run.
+        adapter: The trained adapter.
+        warn: Called with a message, and `images` where some are concerned.
     """
-    if counters.zeros_in_row >= NUM_ZERO_LOSSES:
-        raise TrainingDiverged(
-            f"the loss was exactly 0 for {NUM_ZERO_LOSSES} steps: nothing is learnt; "
-            f"check the base and train.precision ({situation})"
+
+    def __init__(self, run: RunFolder, plan: RunPlan, adapter: Adapter, warn: Callable[..., None]) -> None:
+        self.run = run
+        self.plan = plan
+        self.adapter = adapter
+        self.warn = warn
+        self.restore(Counters())
+
+    def restore(self, counters: Counters) -> None:
+        """Continues from the counters of a checkpoint."""
+        self.counters = counters
+        self.proof_step = self.plan.proof_step()
+        self._keep_initial_values()
+
+    @property
+    def is_proving(self) -> bool:
+        """Whether the next update must change every module (R-09)."""
+        return self._initial is not None
+
+    def check(self, result: StepResult) -> None:
+        """Counts a step and checks its numbers.
+
+        Raises:
+            TrainingDiverged: If the run cannot recover; names step, images, rate and last good checkpoint.
+        """
+        outliers = self.counters.count(result)
+        self._check_counters(result)
+        self._check_parameters(result)
+        if outliers:
+            self.warn(f"step {result.step} is an outlier: {', '.join(outliers)}", images=result.images)
+        if self._initial is not None:
+            self._check_first_update(result, self._initial)
+
+    def _check_counters(self, result: StepResult) -> None:
+        if self.counters.zeros_in_row >= MAX_ZERO_LOSSES:
+            raise TrainingDiverged(
+                f"the loss was exactly 0 for {MAX_ZERO_LOSSES} steps, so nothing is learned; check the base "
+                f"and train.precision ({self._describe(result)})",
+                key="zero-loss",
+            )
+        if self.counters.skipped_in_row >= self.plan.config.train.max_skipped_steps:
+            raise TrainingDiverged(
+                f"loss or gradient was not finite for {self.counters.skipped_in_row} steps in a row; lower "
+                f"train.learning_rate or set train.precision=bf16 ({self._describe(result)})",
+                key="non-finite-steps",
+            )
+
+    def _check_parameters(self, result: StepResult) -> None:
+        # One number for all tensors, so that the device is asked once.
+        if torch.isfinite(torch.stack(torch._foreach_norm(self.adapter.parameters()))).all():
+            return
+        bad = [name for name, module in self.adapter.modules.items() if not module.is_finite]
+        if bad:
+            raise TrainingDiverged(
+                f"{len(bad)} modules have non-finite values: {join_names(bad)}; lower train.learning_rate "
+                f"({self._describe(result)})",
+                key="non-finite-parameters",
+            )
+
+    def _keep_initial_values(self) -> None:
+        """Copies what the first update must change, if that comes next."""
+        self._initial: list[Tensor] | None = None
+        if self.counters.step == self.proof_step:
+            modules = self.adapter.modules.values()
+            self._initial = [module.starting_at_zero.detach().clone() for module in modules]
+
+    def _check_first_update(self, result: StepResult, initial: Sequence[Tensor]) -> None:
+        if not result.updated:
+            # In fp16 the first steps are skipped until the scale fits.
+            self.proof_step = self.plan.proof_step(result.step)
+        else:
+            dead = find_dead_modules(self.adapter, initial)
+            excused = check_dead_modules(dead, self._has_single_token(result.step))
+            if excused:
+                self.warn(f"{len(excused)} modules cannot learn: self-attention over a single token")
+        self._keep_initial_values()
+
+    def _has_single_token(self, step: int) -> bool:
+        """Whether the coarsest level of the base sees the images of a step as a single position."""
+        size, info = self.plan.order.step(step - 1)[0].crop.size, self.plan.info
+        side = int(info.vae_factor * 2 ** (len(info.unet_config["block_out_channels"]) - 1))
+        return size.width <= side and size.height <= side
+
+    def _describe(self, result: StepResult) -> str:
+        # A checkpoint from among the skipped steps contains what makes them fail.
+        good = result.step - self.counters.skipped_in_row
+        steps = [step for step in self.run.checkpoint_steps() if step <= good]
+        last = (
+            f"last good checkpoint: {self.run.checkpoint(steps[-1])}" if steps else "no good checkpoint yet"
         )
-    if counters.skipped_in_row >= max_skipped:
-        raise TrainingDiverged(
-            f"loss or gradient was not finite for {counters.skipped_in_row} steps in a row; "
-            f"lower train.learning_rate or use train.precision=bf16 ({situation})"
+        return (
+            f"step {result.step}, loss {result.loss:g}, gradient norm {result.grad_norm:g}, learning rate "
+            f"{result.learning_rate:g}, images {', '.join(result.images)}; {last}"
         )
 
 
-def is_finite(parameters: Sequence[Tensor]) -> bool:
-    """Whether all values are numbers; one look at the device for all of them."""
-    norms = torch.stack(torch._foreach_norm(list(parameters)))
-    return bool(torch.isfinite(norms).all())
-
-
-def check_parameters(adapter: Adapter, situation: str) -> None:
-    """Stops when a trained value is not finite.
-
-    Raises:
-        TrainingDiverged: Naming the modules.
-    """
-    bad = [name for name, module in adapter.modules.items() if not module.is_finite]
-    if bad:
-        raise TrainingDiverged(
-            f"{len(bad)} modules hold values that are not finite, such as {bad[0]}; "
-            f"lower train.learning_rate ({situation})"
-        )
-
-
-def copy_starts(adapter: Adapter) -> list[Tensor]:
-    """What the first update must change, as it is now: of low-rank modules the up matrices."""
-    return [module.starting_at_zero.detach().clone() for module in adapter.modules.values()]
-
-
-def find_dead_modules(adapter: Adapter, before: Sequence[Tensor]) -> list[str]:
+def find_dead_modules(adapter: Adapter, initial: Sequence[Tensor]) -> list[str]:
     """The modules that the first update did not change."""
     return [
         name
-        for (name, module), start in zip(adapter.modules.items(), before, strict=True)
-        if torch.equal(module.starting_at_zero, start)
+        for (name, module), before in zip(adapter.modules.items(), initial, strict=True)
+        if torch.equal(module.starting_at_zero, before)
     ]
 
 
-def check_dead_modules(dead: Sequence[str], is_single_token: bool) -> list[str]:
-    """Stops for dead modules; gives back those that are only worth a warning.
+def check_dead_modules(dead: Sequence[str], has_single_token: bool) -> list[str]:
+    """Stops the run for dead modules; returns those that cannot learn.
 
-    Queries and keys of a self-attention over a single token cannot receive a gradient: its softmax
-    is 1 whatever they are.
+    Queries and keys of a self-attention over a single token receive no gradient: its softmax is always 1.
 
     Raises:
         TrainingDiverged: Naming the modules that should have changed.
     """
     excused = [
-        name for name in dead if is_single_token and ".attn1." in name and name.endswith((".to_q", ".to_k"))
+        name for name in dead if has_single_token and ".attn1." in name and name.endswith((".to_q", ".to_k"))
     ]
     wrong = [name for name in dead if name not in excused]
     if wrong:
         raise TrainingDiverged(
-            f"{len(wrong)} modules did not change in the first step: {', '.join(wrong[:5])}"
-            f"{' …' if len(wrong) > 5 else ''}; check lora.targets"
+            f"{len(wrong)} modules did not change in the first update: {join_names(wrong)}; "
+            "check lora.targets",
+            key="dead-modules",
         )
     return excused

@@ -22,9 +22,8 @@ from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.meta import empty_components
 from sdlora.models.safety import missing_checker
 from sdlora.training.adapter import check_init_from, check_parents, find_parents, with_parents
-from sdlora.training.defaults import check_objective, global_batch, resolve_config
 from sdlora.training.optimizer import check_optimizer, find_optimizer, num_warmup_steps
-from sdlora.training.preflight import check_for_base
+from sdlora.training.preflight import check_for_base, check_objective, global_batch, resolve_config
 from sdlora.tree.lineage import Step
 
 

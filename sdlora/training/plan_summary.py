@@ -1,19 +1,29 @@
-"""What is printed before a run starts: its plan, number by number."""
+"""A run's plan in words, for the terminal, and in plain values, for the files of the run."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
+from sdlora.config import RunConfig
 from sdlora.diffusion.objective import describe_objective
+from sdlora.export.metadata import TrainingMetadata
 from sdlora.lora.modules import component_of
+from sdlora.models.weights import kohya_hashes
+from sdlora.report.summary import losses_of
 from sdlora.report.terminal import Terminal
-from sdlora.training.adapter import describe_parents
+from sdlora.runs import RunFolder
 from sdlora.training.optimizer import describe_rates, num_warmup_steps
 from sdlora.training.plan import RunPlan
 
+LABEL_WIDTH = 10
+
 
 def print_plan(plan: RunPlan, terminal: Terminal, *, is_default_base: bool) -> None:
-    """Prints the plan of a new run, and what preflight noticed.
+    """Prints the plan of a new run, and the findings of preflight.
 
     Args:
         plan: The run.
@@ -24,7 +34,7 @@ def print_plan(plan: RunPlan, terminal: Terminal, *, is_default_base: bool) -> N
         terminal.print("no --base given: using the built-in base (128 px); pass --base for a real one")
     terminal.print(*describe_plan(plan))
     if plan.info.is_builtin and "learning_rate" not in plan.config.train.model_fields_set:
-        terminal.print("note: the built-in base is small and learns best at train.learning_rate=3e-3 or so")
+        terminal.print("note: the built-in base is small and learns best at about train.learning_rate=3e-3")
     for finding in plan.findings:
         if finding.severity == "warning":
             terminal.warn(finding.message)
@@ -33,37 +43,57 @@ def print_plan(plan: RunPlan, terminal: Terminal, *, is_default_base: bool) -> N
 
 
 def describe_plan(plan: RunPlan) -> list[str]:
-    """The plan in lines, from the base to the disk."""
+    """The plan, one line for each subject."""
     train, info = plan.config.train, plan.info
-    share = plan.num_trainable / plan.num_base
     warmup = num_warmup_steps(train.warmup, plan.steps)
-    epochs = plan.steps / plan.order.steps_per_epoch
     rates = describe_rates(plan.targets, train)
-    accumulation = f" x {train.accumulate} accumulated" if train.accumulate > 1 else ""
+    rows = {
+        "base": f"{info.name} ({info.family}, {info.prediction_type}, {info.resolution} px, "
+        f"{plan.num_base / 1e6:.1f} M parameters)",
+        "adapter": f"{plan.layout.describe()}; {len(plan.targets)} modules{_text_modules(plan)}, "
+        f"{plan.num_trainable / 1e6:.2f} M trainable parameters ({plan.num_trainable / plan.num_base:.2%}), "
+        f"{plan.adapter_bytes / 1e6:.1f} MB a file",
+        "steps": _describe_steps(plan),
+        "EMA": f"of the weights, over about {1 / (1 - train.ema_decay):.0f} steps (train.ema_decay = "
+        f"{train.ema_decay:g}); it is evaluated, sampled, saved and exported",
+        "network": f"{plan.exchange_bytes / 1e6:.2f} MB of gradients a step between "
+        f"{plan.num_processes} processes",
+        "optimizer": f"{train.optimizer}, learning rate {train.learning_rate:g}, {train.schedule} schedule, "
+        f"{warmup} warm-up steps{f'; {rates}' if rates else ''}",
+        "objective": describe_objective(plan.objective),
+        "cadence": f"save at {_points(plan.save_steps)}; sample at {_points(plan.sample_steps)}; "
+        f"held-out loss at {_points(plan.evaluate_steps)}",
+        "disk": f"up to {plan.disk_bytes / 1e6:.0f} MB, without samples",
+    }
+    if not train.ema_decay:
+        del rows["EMA"]
+    if plan.num_processes == 1:
+        del rows["network"]
+    lines = [f"{label:<{LABEL_WIDTH}}{text}" for label, text in rows.items()]
+    memory = plan.memory.lines(plan.info.quantize)
+    at = list(rows).index("optimizer")
+    return [lines[0], *plan.data_lines, *_parent_lines(plan), *lines[1:at], *memory, *lines[at:]]
+
+
+def _describe_steps(plan: RunPlan) -> str:
+    train = plan.config.train
+    factors = [f"batch size {train.batch_size}"]
     if train.batch_size == "auto":
-        accumulation = f", 1 to {train.accumulate} as the memory allows, {train.accumulate} in all"
-    processes = f" x {plan.num_processes} processes" if plan.num_processes > 1 else ""
-    return [
-        f"base      {info.name} ({info.family}, {info.prediction_type}, {info.resolution} px, "
-        f"{plan.num_base / 1e6:.1f} M in the UNet)",
-        *plan.data_lines,
-        *describe_parents(plan.parents),
-        f"adapter   {plan.layout.describe()}; {len(plan.layout.ranks)} modules{_text_modules(plan)}, "
-        f"{plan.num_trainable / 1e6:.2f} M trainable ({share:.2%} of the UNet), "
-        f"file {plan.adapter_bytes / 1e6:.1f} MB",
-        f"steps     {plan.steps} of batch {train.batch_size}{accumulation}{processes} = global batch "
-        f"{plan.global_batch}; {plan.order.steps_per_epoch} an epoch, {epochs:.1f} epochs, "
-        f"{plan.images_seen} images seen",
-        *_average_lines(plan),
-        *_exchange_lines(plan),
-        *plan.memory.lines(plan.info.quantize),
-        f"rate      {train.learning_rate:g}, {train.schedule} after {warmup} warm-up steps, "
-        f"{train.optimizer}{f'; {rates}' if rates else ''}",
-        f"loss      {describe_objective(plan.objective)}",
-        f"every     save {_points(plan.save_steps)}; samples {_points(plan.sample_steps)}; "
-        f"held-out loss {_points(plan.evaluate_steps)}",
-        f"disk      up to {plan.disk_bytes / 1e6:.0f} MB and the samples",
-    ]
+        factors = [f"batch size 1 to {train.accumulate} (auto)"]
+    elif train.accumulate > 1:
+        factors.append(f"{train.accumulate} accumulated")
+    if plan.num_processes > 1:
+        factors.append(f"{plan.num_processes} processes")
+    return (
+        f"{plan.steps}; {' x '.join(factors)} = global batch {plan.global_batch}; "
+        f"{plan.order.steps_per_epoch} steps an epoch, {plan.steps / plan.order.steps_per_epoch:.1f} epochs, "
+        f"{plan.images_seen} images seen"
+    )
+
+
+def _parent_lines(plan: RunPlan) -> list[str]:
+    path = " > ".join(f"{step.ancestor} rank {step.adapter.rank}" for step in plan.parents)
+    return [f"{'parent':<{LABEL_WIDTH}}{path}; frozen below the new adapter"] if path else []
 
 
 def _text_modules(plan: RunPlan) -> str:
@@ -71,28 +101,63 @@ def _text_modules(plan: RunPlan) -> str:
     return f" ({count} in text encoders)" if count else ""
 
 
-def _average_lines(plan: RunPlan) -> list[str]:
-    decay = plan.config.train.ema_decay
-    if not decay:
-        return []
-    return [
-        f"average   of about the last {1 / (1 - decay):.0f} steps (train.ema_decay = {decay:g}); "
-        "it is what is measured, sampled, saved and exported"
-    ]
-
-
-def _exchange_lines(plan: RunPlan) -> list[str]:
-    if plan.num_processes == 1:
-        return []
-    return [
-        f"exchange  {plan.exchange_bytes / 1e6:.2f} MB of gradients a step between "
-        f"{plan.num_processes} processes"
-    ]
-
-
 def _points(steps: Sequence[int]) -> str:
-    if not steps:
-        return "off"
     if len(steps) <= 3:
-        return "at " + ", ".join(map(str, steps))
-    return f"at {steps[0]}, {steps[1]} … {steps[-1]}"
+        return ", ".join(map(str, steps)) or "no step"
+    return f"{steps[0]}, {steps[1]} … {steps[-1]}"
+
+
+def training_metadata(run: RunFolder, plan: RunPlan, *, step: int, images_seen: int) -> TrainingMetadata:
+    """The metadata of a file saved at a step; nothing private unless `export.include_captions` allows it."""
+    config, info = plan.config, plan.info
+    environment = run.read_environment()
+    started = next((event["time"] for event in run.events("plan")), 0.0)
+    captions = [record.caption for record in plan.index.records] if config.export.include_captions else None
+    return TrainingMetadata(
+        title=run.name,
+        base_name=info.name,
+        base_digest=info.digest,
+        family=info.family,
+        kohya_version=info.traits.kohya_version,
+        kohya_v2=info.traits.kohya_v2,
+        architecture=info.traits.architecture,
+        prediction_type=plan.config.objective.prediction_type or info.prediction_type,
+        trigger=config.data.trigger,
+        rank=config.lora.rank,
+        alpha=config.lora.trained_alpha,
+        targets=config.lora.targets,
+        steps=step,
+        images_seen=images_seen,
+        repeats=Counter(record.repeats for record in plan.index.records),
+        dataset_digest=plan.index.digest,
+        resolution=config.data.resolution or info.resolution,
+        batch_size=plan.global_batch,
+        learning_rate=config.train.learning_rate,
+        optimizer=config.train.optimizer,
+        schedule=config.train.schedule,
+        precision=str(environment.get("compute_dtype")),
+        seed=config.train.seed,
+        date=datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        base_hashes=_base_hashes(info.path),
+        text_learning_rate=config.train.text_encoder_rate if config.lora.text_encoder else None,
+        ancestors=[parent.ancestor for parent in plan.parents],
+        heldout_loss=losses_of(run, "heldout").get(step),
+        captions=captions,
+        options=_options(config),
+        versions=dict(environment.get("versions") or {}),
+    )
+
+
+def _base_hashes(path: Path) -> tuple[str, str] | None:
+    """Of a base in one file; None if it is out of reach by now, since a save must not fail for it."""
+    try:
+        return kohya_hashes(path) if path.is_file() else None
+    except OSError:
+        return None
+
+
+def _options(config: RunConfig) -> dict[str, Any]:
+    """Settings of adapter and objective that differ from the defaults and have no field of their own."""
+    elsewhere = {"rank", "alpha", "targets", "init_from", "parent", "force_parent"}
+    lora = config.lora.model_dump(exclude_defaults=True, exclude=elsewhere)
+    return lora | config.objective.model_dump(exclude_defaults=True, exclude={"prediction_type"})

@@ -1,16 +1,23 @@
-"""Preflight for a base: `sdlora.data.doctor` with the size and the tokenizer of an inspected base."""
+"""Checks before a run, without a model, and the defaults that depend on the base or the images."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from sdlora.config import RunConfig
 from sdlora.data.doctor import Checkup, check_images
-from sdlora.data.records import Finding
+from sdlora.data.records import DatasetIndex, Finding, ImageRecord
+from sdlora.diffusion.schedule import schedule_from_config
+from sdlora.diffusion.timesteps import make_sampler
+from sdlora.errors import ConfigError
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.tokenizer import count_tokens, load_tokenizer
+
+NUM_PROMPTS = 4
+BUILTIN_BATCH_SIZE = 4
 
 
 def check_folder(config: RunConfig, sheet: Path | None = None) -> Checkup:
@@ -37,3 +44,100 @@ def check_for_base(config: RunConfig, info: BaseInfo, sheet: Path | None = None)
         sheet=sheet,
     )
     return replace(checkup, findings=[*(Finding("notice", text) for text in info.notices), *checkup.findings])
+
+
+def check_objective(config: RunConfig, info: BaseInfo) -> None:
+    """Refuses what the base cannot be asked for.
+
+    Raises:
+        ConfigError: If it predicts something else, has fewer timesteps, or is asked for ε in pure noise.
+    """
+    asked = config.objective.prediction_type
+    if asked and asked != info.prediction_type and not config.objective.force_prediction_type:
+        raise ConfigError(
+            f"objective.prediction_type = {asked} but the base {info.name} predicts {info.prediction_type}; "
+            "leave it out, or set objective.force_prediction_type=true"
+        )
+    schedule = schedule_from_config(info.scheduler_config, asked)
+    low, high = config.objective.timestep_range
+    if low >= schedule.num_timesteps:
+        raise ConfigError(
+            f"objective.timestep_range = [{low}, {high}] lies behind the base's "
+            f"{schedule.num_timesteps} timesteps"
+        )
+    if schedule.prediction_type == "epsilon" and schedule.has_zero_snr and high >= schedule.num_timesteps:
+        last = schedule.num_timesteps - 1
+        remedy = f"leave that timestep out with objective.timestep_range=[{min(low, last - 1)}, {last}]"
+        if asked:
+            remedy = f"leave objective.prediction_type out, or {remedy}"
+        raise ConfigError(
+            "objective.prediction_type = epsilon cannot be learnt with rescale_betas_zero_snr = true, as the "
+            f"base {info.name} has it (timestep {last} is pure noise); {remedy}"
+        )
+    make_sampler(schedule, config.objective)
+
+
+def resolve_config(config: RunConfig, info: BaseInfo, index: DatasetIndex, num_processes: int) -> RunConfig:
+    """Fills in every default that depends on the base or the images."""
+    train = config.train
+    if train.batch_size == "auto" and train.accumulate == 1:
+        raise ConfigError(
+            "train.batch_size = auto divides what train.accumulate gives each process to do in a step, and "
+            "train.accumulate = 1 leaves nothing to divide; give both, such as train.accumulate=8"
+        )
+    batch_size = train.batch_size or (BUILTIN_BATCH_SIZE if info.is_builtin else 1)
+    micro_batch = 1 if batch_size == "auto" else batch_size
+    # Repeats weigh images against each other: 10_name for all of them is no wish for ten times the steps.
+    batch = micro_batch * train.accumulate * num_processes
+    steps = train.steps or _default_steps(len(index.records), batch)
+    tenth = max(1, round(steps / 10))
+    cadence = {
+        name: tenth if getattr(train, name) is None else getattr(train, name)
+        for name in ("save_every", "sample_every", "evaluate_every")
+    }
+    trigger = config.data.trigger
+    prompts = config.sample.prompts or default_prompts(index)
+    prompts = [prompt.replace("{trigger}", trigger) if trigger else prompt for prompt in prompts]
+    resolution = config.data.resolution or info.resolution
+    if resolution % info.min_step:
+        raise ConfigError(
+            f"data.resolution = {resolution} must be a multiple of {info.min_step} for the base {info.name}"
+        )
+    return config.replace(
+        data={"resolution": resolution},
+        lora={"alpha": config.lora.trained_alpha},
+        train={"steps": steps, "batch_size": batch_size, **cadence},
+        sample={
+            "prompts": prompts,
+            "guidance": info.guidance if config.sample.guidance is None else config.sample.guidance,
+        },
+    )
+
+
+def global_batch(config: RunConfig, num_processes: int) -> int:
+    """batch_size × accumulate × num_processes."""
+    return config.train.micro_batch * config.train.accumulate * num_processes
+
+
+def _default_steps(num_images: int, batch: int) -> int:
+    return min(3000, max(100, round(80 * num_images / batch)))
+
+
+def default_prompts(index: DatasetIndex) -> list[str]:
+    """A few captions of the training images and a few of the held-out ones, spread evenly."""
+    prompts: list[str] = []
+    for records in (index.records, index.heldout):
+        captions = list(dict.fromkeys(record.caption for record in records if record.caption))
+        prompts += [captions[i] for i in _spread(len(captions), NUM_PROMPTS)]
+    return list(dict.fromkeys(prompts))
+
+
+def spread_records(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
+    """So many records, evenly spaced."""
+    return [records[i] for i in _spread(len(records), count)]
+
+
+def _spread(length: int, count: int) -> list[int]:
+    if length <= count:
+        return list(range(length))
+    return [round(i * (length - 1) / (count - 1)) for i in range(count)] if count > 1 else [0]

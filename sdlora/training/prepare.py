@@ -25,9 +25,9 @@ from sdlora.models.load import load_base
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.report.terminal import Terminal
 from sdlora.training.adapter import make_adapter, text_digest
-from sdlora.training.defaults import spread_records
 from sdlora.training.encodings import Encodings
 from sdlora.training.plan import RunPlan
+from sdlora.training.preflight import spread_records
 from sdlora.tree.lineage import Stack, stack_of
 
 NUM_HELDOUT = 64

@@ -14,35 +14,41 @@ from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 
 from sdlora.formats.files import load_adapter
-from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder
 from sdlora.sampling.generate import make_columns
 from sdlora.sampling.images import BLANKS, SampledImage
 from sdlora.sampling.request import make_pictures, request_of_run, write_images
-from sdlora.training.batch_size import as_out_of_memory
+from sdlora.training.device import as_out_of_memory
 from sdlora.training.distributed import all_reduce_count, all_reduce_sum, barrier
 from sdlora.training.plan import RunPlan
 from sdlora.training.prepare import Prepared
 
 
-class _Stopping(Exception):
-    """A signal came while images were made."""
+class SamplingStopped(Exception):
+    """Raised by `progress` to leave a grid out: it may take longer than a scheduler waits after a signal."""
 
 
 def sample_step(
     run: RunFolder,
     plan: RunPlan,
     prepared: Prepared,
-    step: int,
     accelerator: Accelerator,
-    terminal: Terminal,
-    stops: Callable[[], bool] = lambda: False,
+    step: int,
+    *,
+    progress: Callable[[int, int], None],
 ) -> Path | None:
-    """Samples the adapter saved at a step, each process a share; the main one returns the grid's path.
+    """Samples the adapter saved at a step, each process a share.
 
     Args:
-        stops: Whether this process was told to stop. Then the grid is left out, since it may take longer than
-            a batch scheduler waits; a resumed run makes it first.
+        run: Holds the adapter, and gets the images.
+        plan: The run.
+        prepared: The base, and text states of the prompts.
+        accelerator: Its processes.
+        step: The step.
+        progress: Called with the number of images done and of all; raises `SamplingStopped` to stop.
+
+    Returns:
+        The grid's path, on the main process; None on the others, and where one of them was stopped.
 
     Raises:
         OutOfMemoryError: On all processes, if one of them ran out of memory.
@@ -53,27 +59,24 @@ def sample_step(
     names = (plan.parents[-1].ancestor.name if plan.parents else "", run.name)
     columns = make_columns(load_adapter(run.step_adapter(step)), request.strengths, prepared.parents, names)
     images: list[SampledImage] = []
-    with terminal.progress(f"samples of step {step}", 1) as meter:
-
-        def show(done: int, total: int) -> None:
-            meter.show(done, total)
-            if stops():
-                raise _Stopping
-
-        with suppress(torch.OutOfMemoryError, _Stopping), as_out_of_memory():
+    stopped = False
+    try:
+        with suppress(torch.OutOfMemoryError), as_out_of_memory():
             images = make_pictures(
                 prepared.base,
                 columns,
                 request,
                 text=prepared.prompt_states,
-                progress=show,
+                progress=progress,
                 share=(accelerator.process_index, accelerator.num_processes),
             )
-        if all_reduce_count(accelerator, not images):
-            if all_reduce_count(accelerator, stops()):
-                return None
-            clear_device_cache()
-            raise torch.OutOfMemoryError("out of memory while sampling")
+    except SamplingStopped:
+        stopped = True
+    if all_reduce_count(accelerator, not images):
+        if all_reduce_count(accelerator, stopped):
+            return None
+        clear_device_cache()
+        raise torch.OutOfMemoryError("out of memory while sampling")
     images = _add_shares(accelerator, images)
     if not accelerator.is_main_process:
         return None
@@ -82,7 +85,7 @@ def sample_step(
 
 
 def _add_shares(accelerator: Accelerator, images: Sequence[SampledImage]) -> list[SampledImage]:
-    """All images, from those that each process made; the rest of its own are black."""
+    """Joins the images that each process made; those of other processes are black."""
     if accelerator.num_processes == 1:
         return list(images)
     pixels = torch.from_numpy(np.stack([np.asarray(image.image) for image in images]))
@@ -96,7 +99,7 @@ def _add_shares(accelerator: Accelerator, images: Sequence[SampledImage]) -> lis
 
 
 def log_grid(accelerator: Accelerator, grid: Path, step: int) -> None:
-    """Shows the grid in TensorBoard."""
+    """Adds the grid to TensorBoard."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             with Image.open(grid) as image:

@@ -1,4 +1,4 @@
-"""One optimizer step: draw, forward and backward by micro-batches, clip, update.
+"""One optimizer step: draws, forward and backward passes by micro-batch, clipping, update.
 
 B batch, C channels, H W latent size.
 """
@@ -6,7 +6,7 @@ B batch, C channels, H W latent size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -22,14 +22,13 @@ from sdlora.models.conditioning import Condition
 from sdlora.models.dtypes import Precision
 from sdlora.seeds import derive_seed
 from sdlora.training.distributed import all_reduce_sum
-from sdlora.training.ema import EMA, kept
 from sdlora.training.optimizer import build_optimizer, group_parameters
 from sdlora.training.prepare import Prepared
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample of a step, as it was drawn: the data's half of exact resume."""
+    """The random choices of one sample in a step."""
 
     index: int
     image: str
@@ -38,24 +37,81 @@ class Draw:
     timestep: int
 
 
-@dataclass(frozen=True)
-class Gradient:
-    """What a step's backward passes left.
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One optimizer step.
 
     Args:
-        loss: Mean over the samples of the step, on all processes.
-        norm: Of the gradient, before clipping.
-        draws: This process's samples.
+        step: Its number, from 1.
+        loss: Mean over the samples of all processes.
+        learning_rate: The base rate.
+        grad_norm: Before clipping.
+        updated: False if the update was skipped, since loss or gradient were not finite.
+        images: Names of the images, on all processes.
+        draws: The samples of this process.
+        rates: The learning rate of each parameter group.
+        norms: Norms of the adapter's modules, where `lora.max_norm` limits them.
     """
 
+    step: int
     loss: float
-    norm: float
+    learning_rate: float
+    grad_norm: float
+    updated: bool
+    images: tuple[str, ...]
     draws: tuple[Draw, ...]
+    rates: Mapping[str, float]
+    norms: NormReport | None = None
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether an update by it makes sense."""
-        return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+class EMA:
+    """An exponential moving average of the trained tensors, without their initial values.
+
+    After t updates, the value of i updates ago has the weight `decay**i (1 - decay) / (1 - decay**t)`: the
+    bias correction of Adam (Kingma and Ba 2015, 1412.6980, section 3). A short run is averaged as a whole.
+
+    Args:
+        tensors: The trained tensors by name.
+        decay: `train.ema_decay`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], decay: float) -> None:
+        self.decay = decay
+        self.num_updates = 0
+        self.trained = tensors
+        self.values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Adds the current values of the tensors."""
+        self.num_updates += 1
+        weight = (1 - self.decay) / (1 - self.decay**self.num_updates)
+        torch._foreach_lerp_(list(self.values.values()), list(self.trained.values()), weight)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The tensors hold their average inside, and their own values again afterwards, to the bit."""
+        with preserved(list(self.trained.values())):
+            for name, tensor in self.trained.items():
+                tensor.data.copy_(self.values[name])
+            yield
+
+    def restore(self, values: Mapping[str, Tensor], num_updates: int) -> None:
+        """Continues from a checkpoint."""
+        self.num_updates = num_updates
+        for name, value in self.values.items():
+            value.copy_(values[name])
+
+
+@contextmanager
+def preserved(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Restores tensors afterwards, to the bit."""
+    copies = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, copy in zip(tensors, copies, strict=True):
+            tensor.data.copy_(copy)
 
 
 class StepRunner:
@@ -69,22 +125,37 @@ class StepRunner:
         self.accelerator = accelerator
         self.precision = precision
         self.adapter = prepared.adapter
-        # A list, made once: an iterator that is used up clips nothing.
-        self.parameters: list[Tensor] = self.adapter.parameters()
+        tensors = self.adapter.named_tensors()
+        self.parameters: list[Tensor] = list(tensors.values())
         self.norms: NormReport | None = None
-        self.groups = group_parameters(self.adapter.named_tensors(), settings)
+        self.groups = group_parameters(tensors, settings)
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(settings, self.groups))
         self.optimizer.train()
-        decay = settings.ema_decay
-        self.ema = EMA(self.adapter.named_tensors(), decay) if decay else None
+        self.ema = EMA(tensors, settings.ema_decay) if settings.ema_decay else None
 
-    def compute_gradients(self, step: int, samples: list[Sample], *, dropout: bool = True) -> Gradient:
-        """Leaves the clipped gradient of the mean loss, summed over micro-batches and processes.
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """The learning rate of each parameter group."""
+        rates = (group["lr"] for group in self.optimizer.param_groups)
+        return dict(zip((group.name for group in self.groups), rates, strict=True))
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Sets the base rate; each group has its own multiple of it."""
+        for group, own in zip(self.optimizer.param_groups, self.groups, strict=True):
+            group["lr"] = rate * own.ratio
+
+    def compute_gradients(
+        self, step: int, samples: Sequence[Sample], *, dropout: bool = True
+    ) -> tuple[float, tuple[Draw, ...]]:
+        """Computes the gradient of the mean loss, summed over micro-batches and processes.
 
         Args:
             step: Seeds the draws.
             samples: Of the whole step, on all processes.
-            dropout: Whether the adapter's dropout is on, where it has one.
+            dropout: Whether the adapter's dropout is on, if it has one.
+
+        Returns:
+            The loss of the whole step, and the draws of this process.
         """
         total = torch.zeros((), device=self.accelerator.device)
         draws: list[Draw] = []
@@ -99,19 +170,22 @@ class StepRunner:
             total += loss
             draws += drawn
         if self.accelerator.num_processes > 1:
-            total = self._exchange(total)
-        return Gradient(float(total), self._clip(), tuple(draws))
+            total = self._all_reduce(total)
+        return float(total), tuple(draws)
 
     def forward_backward(
-        self, step: int, micro_batch: list[Sample], count: int, *, dropout: bool = True
+        self, step: int, micro_batch: Sequence[Sample], count: int, *, dropout: bool = True
     ) -> tuple[Tensor, list[Draw]]:
-        """Forward and backward pass of a micro-batch: its share of the loss of a step, and what was drawn.
+        """Forward and backward pass of a micro-batch.
 
         Args:
             step: Seeds the draws.
-            micro_batch: Of this process.
-            count: Samples of the whole step.
-            dropout: As in `compute_gradients`.
+            micro_batch: Samples of this process.
+            count: Number of samples in the whole step.
+            dropout: Whether the adapter's dropout is on, if it has one.
+
+        Returns:
+            The micro-batch's share of the loss, and its draws.
         """
         seeds = self._seeds("dropout", step, micro_batch) if dropout else []
         with self.prepared.dropout.drawn(seeds):
@@ -120,11 +194,11 @@ class StepRunner:
             self.accelerator.backward(loss)
         return loss.detach(), drawn
 
-    def _seeds(self, purpose: str, step: int, samples: list[Sample]) -> list[int]:
+    def _seeds(self, purpose: str, step: int, samples: Sequence[Sample]) -> list[int]:
         return [derive_seed(purpose, self.settings.seed, step, sample.index) for sample in samples]
 
-    def _losses(self, step: int, samples: list[Sample]) -> tuple[Tensor, list[Draw]]:
-        """The loss of each sample, (B,), and what was drawn for it."""
+    def _losses(self, step: int, samples: Sequence[Sample]) -> tuple[Tensor, list[Draw]]:
+        """The loss of each sample, (B,), and its draws."""
         encodings, device = self.prepared.encodings, self.accelerator.device
         seeds = self._seeds("sample", step, samples)
         views = [(sample.record, sample.crop) for sample in samples]
@@ -142,24 +216,24 @@ class StepRunner:
         ]
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """The UNet's answer to noisy latents (B, C, H, W), timesteps (B,) and their condition."""
+        """The base's prediction for noisy latents (B, C, H, W), timesteps (B,) and their condition."""
         with self._autocast():
             return self.prepared.base.denoise(noisy, timesteps, condition)
 
     def _autocast(self) -> AbstractContextManager[None]:
-        # A base that is stored in the compute dtype needs no casts.
+        # A base stored in the compute dtype needs no casts.
         if self.precision.compute == self.precision.base:
             return nullcontext()
         context: AbstractContextManager[None] = self.accelerator.autocast()
         return context
 
-    def _exchange(self, loss: Tensor) -> Tensor:
-        """Sums all gradients and the loss over the processes, in one exchange of the adapter's bytes.
+    def _all_reduce(self, loss: Tensor) -> Tensor:
+        """Sums all gradients and the loss over the processes in one exchange.
 
-        A process without samples takes part with zeros.
+        A process without samples contributes zeros.
         """
         if self.accelerator.scaler is not None:
-            # It has no scale until it has scaled something, which a process without samples did not.
+            # It has no scale until it has scaled something, which a process without samples has not.
             self.accelerator.scaler.scale(loss)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         own = torch.cat([*(gradient.flatten() for gradient in gradients), loss.flatten()])
@@ -169,18 +243,29 @@ class StepRunner:
             parameter.grad = part.view_as(parameter)
         return parts[-1].reshape(())
 
-    def _clip(self) -> float:
-        """Clips the gradients in place; returns their norm before."""
+    def clip_gradients(self) -> float:
+        """Clips the gradients to `train.grad_clip`; returns their norm before."""
         limit = self.settings.grad_clip or math.inf
         return float(self.accelerator.clip_grad_norm_(self.parameters, limit))
 
+    def update(self, *, skip: bool) -> None:
+        """Updates the adapter, unless the step is skipped, and clears the gradients."""
+        # A gradient scaler skips by itself, and must see non-finite gradients to lower its scale.
+        if not skip or self.accelerator.scaler is not None:
+            self.optimizer.step()
+            if self.prepared.max_norm:
+                self.norms = limit_norms(self.adapter, self.prepared.max_norm)
+            if self.ema is not None and not skip:
+                self.ema.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
     @contextmanager
     def inference_weights(self) -> Iterator[None]:
-        """The adapter as it is meant to be used, while it is looked at or saved.
+        """The adapter as it is evaluated and saved; the trained values return afterwards, to the bit.
 
-        With `train.ema_decay` that is the moving average of the trained values.
-        A schedule-free optimizer (Defazio et al. 2024, 2405.15682) trains at another point than the average
-        that it is after, and moves the parameters to it by `eval()`. Copies bring them back to the bit.
+        With `train.ema_decay` it is the moving average. A schedule-free optimizer (Defazio et al. 2024,
+        2405.15682) trains at another point than the average it converges to; its `eval()` moves the
+        parameters there.
         """
         if self.ema is not None:
             with self.ema.swapped_in():
@@ -189,26 +274,9 @@ class StepRunner:
         if not hasattr(self.optimizer.optimizer, "eval"):
             yield
             return
-        with kept(self.parameters):
+        with preserved(self.parameters):
             self.optimizer.eval()
             try:
                 yield
             finally:
                 self.optimizer.train()
-
-    def rates(self, rate: float) -> dict[str, float]:
-        """The learning rate of each group at a base rate."""
-        return {group.name: rate * group.ratio for group in self.groups}
-
-    def update(self, rate: float, *, skip: bool) -> None:
-        """Changes the adapter by its gradient, and forgets the gradient."""
-        for group, own in zip(self.optimizer.param_groups, self.rates(rate).values(), strict=True):
-            group["lr"] = own
-        # A gradient scaler skips by itself, and must see what is not finite to lower its scale.
-        if not skip or self.accelerator.scaler is not None:
-            self.optimizer.step()
-            if self.prepared.max_norm:
-                self.norms = limit_norms(self.adapter, self.prepared.max_norm)
-            if self.ema is not None and not skip:
-                self.ema.update()
-        self.optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""The two ways into a run: `train` starts one, `resume` goes on with one."""
+"""`train` starts a run, `resume` continues one."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from sdlora.models.dtypes import Precision
 from sdlora.models.load import attention_kernel
 from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder, next_free_folder
-from sdlora.training.device import describe_environment, find_machine, make_accelerator, start_trackers
+from sdlora.training.checkpoint import newest_complete_step, read_state
+from sdlora.training.device import describe_environment, find_machine, make_accelerator
 from sdlora.training.distributed import (
-    all_reduce_count,
     barrier,
     broadcast,
     num_launched,
     propagate_failure,
 )
 from sdlora.training.finish import finish, report_failed_start, report_failure
+from sdlora.training.logger import start_trackers
 from sdlora.training.loop import Trainer
 from sdlora.training.plan import RunPlan, check_disk, make_plan
 from sdlora.training.plan_summary import print_plan
@@ -33,10 +34,10 @@ from sdlora.training.prepare import prepare, warn_if_prediction_differs
 from sdlora.training.resume import (
     Change,
     apply_overrides,
+    check_fingerprint,
     check_same_plan,
-    check_state,
     global_batch_of,
-    newest_complete_step,
+    run_fingerprint,
 )
 
 
@@ -55,21 +56,21 @@ def train(
     """Trains a style LoRA on an image folder.
 
     Args:
-        images: The folder; captions are found beside the images.
-        base: `builtin`, a diffusers folder, a `.safetensors` file or a hub id; `builtin` if none is given.
-        out: The run folder; `runs/NAME` after the image folder if not given.
-        trigger: Words that call the style; placed in captions that lack them.
-        parent: A LoRA file, run or node that the new adapter is trained on top of, with all it stands on.
-        config: A TOML file that says what differs from the defaults, or a whole configuration.
+        images: The folder, with captions beside the images.
+        base: `builtin` (the default), a diffusers folder, a `.safetensors` file or a hub id.
+        out: The run folder; by default `runs/NAME`, named after the image folder.
+        trigger: Words that call the style; added to captions that lack them.
+        parent: A LoRA file, run or node to train on top of, with its own parents.
+        config: A TOML file with the settings that differ from the defaults, or a whole configuration.
         overrides: `section.key=value` texts, or a mapping from `section.key` to values.
-        dry_run: Prints the plan and stops before weights are loaded; writes nothing.
-        quiet: Prints nothing.
+        dry_run: Print the plan, load no weights and write nothing.
+        quiet: Print nothing.
 
     Returns:
-        The run folder; `run.adapter` is the final file.
+        The run folder; `run.adapter` is the path of the final file.
 
     Raises:
-        SdloraError: One line (or a line for each mistake) that says what to do.
+        SdloraError: One line for each mistake, with the remedy.
     """
     direct: dict[str, dict[str, Any]] = {
         "base": {"source": base},
@@ -86,7 +87,7 @@ def train(
         check_same_plan(accelerator, plan)
         check_disk(plan, run.path)
         if dry_run:
-            terminal.print("dry run: nothing was loaded, nothing was written")
+            terminal.print("dry run: no weights loaded, nothing written")
             return run
         environment = describe_environment(accelerator, precision, base_quantize=settings.base.quantize)
         if accelerator.is_main_process:
@@ -106,18 +107,17 @@ def resume(
     allow_changed: Collection[str] = (),
     quiet: bool = False,
 ) -> RunFolder:
-    """Goes on with a run from its newest complete checkpoint, as if it had never stopped.
+    """Continues a run from its newest complete checkpoint, as if it had never stopped.
 
     Args:
         run_folder: The run.
-        overrides: Only what may change: steps, cadence, trackers, and batch_size with accumulate
-            (their product is kept).
-        allow_changed: What else may be another than in the checkpoint, such as `dataset` or
-            `train.learning_rate`.
-        quiet: Prints nothing.
+        overrides: Settings that may change: steps, cadence, trackers, batch_size and accumulate (the global
+            batch is kept).
+        allow_changed: What else may differ from the checkpoint, such as `dataset` or `train.learning_rate`.
+        quiet: Print nothing.
 
     Raises:
-        SdloraError: If the folder holds no run, or something else was asked to change.
+        SdloraError: If the folder holds no run, or another setting would change.
     """
     run = RunFolder.open(run_folder)
     settings = run.read_config()
@@ -131,44 +131,46 @@ def resume(
     accelerator, precision, terminal = _start(changed, quiet)
     with propagate_failure(accelerator):
         steps = changed.train.steps or 0
-        is_finished = accelerator.is_main_process and run.is_finished(steps)
-        if all_reduce_count(accelerator, is_finished):
+        if broadcast(accelerator, accelerator.is_main_process and run.is_finished(steps)):
             last = max((event["step"] for event in run.events("done")), default=steps)
             terminal.print(
-                f"{run.path} is finished at step {last}: {run.adapter}; to continue, set a larger train.steps"
+                f"{run.path} is already finished at step {last}: {run.adapter}; to continue, set a larger "
+                "train.steps"
             )
             return run
-        step = all_reduce_count(
-            accelerator, newest_complete_step(run, terminal) if accelerator.is_main_process else 0
-        )
+        # The main process reads the checkpoints, which are large, for all.
+        newest = newest_complete_step(run, terminal) if accelerator.is_main_process else 0
+        step = broadcast(accelerator, newest)
         if step:
-            # A checkpoint holds what was taken over from that file, which may be gone.
+            # The checkpoint contains what that file contributed; the file may be gone.
             changed = changed.replace(lora={"init_from": None})
         plan = make_plan(changed, accelerator.num_processes, find_machine(accelerator, precision))
         check_same_plan(accelerator, plan)
-        changes = check_state(run, step, plan, precision, allow_changed) if step else []
+        changes: list[Change] = []
+        if step:
+            saved, now = read_state(run.checkpoint(step))["identity"], run_fingerprint(plan, precision)
+            changes = check_fingerprint(run, step, saved, now, allow_changed)
         if step > plan.steps:
             raise ConfigError(
-                f"train.steps = {plan.steps} but {run.path} is at step {step} already; give a larger one"
+                f"train.steps = {plan.steps} but {run.path} is already at step {step}; set a larger one"
             )
         check_disk(plan, run.path, step)
         nothing = f"{run.path} has no complete checkpoint: starting at step 0"
         terminal.print(f"resuming from step {step}" if step else nothing)
-        return _run(
-            run, plan, accelerator, precision, terminal, Resumption(step, changes, settings.lora.init_from)
-        )
+        resumption = Resumption(step, changes, settings.lora.init_from)
+        return _run(run, plan, accelerator, precision, terminal, resumption)
 
 
 @dataclass(frozen=True)
 class Resumption:
-    """Where a run goes on, what was allowed to change, and where the run started from."""
+    """A resumed run: the step of its checkpoint (0: none), allowed changes, and `lora.init_from`."""
 
     step: int
     changes: Sequence[Change]
     init_from: str | None
 
-    def bring_back(self, run: RunFolder, plan: RunPlan) -> None:
-        """Brings a run folder back to the step: what came after it will happen again."""
+    def rewind(self, run: RunFolder, plan: RunPlan) -> None:
+        """Removes what the run folder has from after the step, since that will happen again."""
         run.remove_leftovers()
         run.remove_checkpoints(plan.config.train.keep_checkpoints, last=self.step)
         config = plan.config.replace(lora={"init_from": self.init_from})
@@ -181,7 +183,7 @@ class Resumption:
 
 
 def with_absolute_paths(settings: RunConfig) -> RunConfig:
-    """The configuration as a run keeps it: it can be resumed and sampled from anywhere."""
+    """The configuration with absolute paths, so that a run can be resumed and sampled from anywhere."""
 
     def resolve(path: str | None) -> str | None:
         return str(Path(path).resolve()) if path and path != "builtin" and Path(path).exists() else path
@@ -197,7 +199,7 @@ def with_absolute_paths(settings: RunConfig) -> RunConfig:
 
 
 def _choose_folder(images: str | Path, out: str | Path | None, accelerator: Accelerator) -> RunFolder:
-    """The run folder: the main process chooses and checks it, before it or another one writes."""
+    """The run folder, chosen and checked by the main process."""
     path = ""
     if accelerator.is_main_process:
         name = Path(os.path.realpath(images)).name
@@ -211,11 +213,11 @@ def _choose_folder(images: str | Path, out: str | Path | None, accelerator: Acce
 def _start(settings: RunConfig, quiet: bool) -> tuple[Accelerator, Precision, Terminal]:
     accelerator, precision = make_accelerator(settings)
     terminal = Terminal(quiet=quiet or not accelerator.is_main_process)
-    few_bits = "" if settings.base.quantize == "none" else f" with {settings.base.quantize} layers"
+    quantized = "" if settings.base.quantize == "none" else f" with {settings.base.quantize} layers"
     processes = f" in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     terminal.print(
         f"device    {accelerator.device.type}{processes}, compute {precision.compute}, "
-        f"base stored in {precision.base}{few_bits}, adapter fp32"
+        f"base stored in {precision.base}{quantized}, adapter fp32"
     )
     return accelerator, precision, terminal
 
@@ -238,16 +240,16 @@ def _run(
         f"text encoder {dtypes['text_encoder']}, autocast {autocast}"
     )
     if plan.config.train.trackers:
-        start_trackers(accelerator, run.path, flat_settings(plan.config))
+        start_trackers(accelerator, run.path, plan.config)
     trainer = Trainer(run, plan, prepared, accelerator, precision, terminal)
     if resumption is not None:
         if resumption.step:
             trainer.resume(resumption.step)
         if accelerator.is_main_process:
-            resumption.bring_back(run, plan)
+            resumption.rewind(run, plan)
     trainer.event("prepared", attention=kernel, dtypes={**dtypes, "adapter": "float32"}, autocast=autocast)
-    if trainer.step == 0 and (doubt := warn_if_prediction_differs(plan, prepared)):
-        trainer.warn(doubt)
+    if trainer.step == 0 and (warning := warn_if_prediction_differs(plan, prepared)):
+        trainer.warn(warning)
     with report_failure(trainer):
         if plan.config.train.batch_size == "auto":
             trainer.fit_batch()
@@ -256,13 +258,3 @@ def _run(
         trainer.train()
         finish(trainer)
     return run
-
-
-def flat_settings(settings: RunConfig) -> dict[str, str]:
-    """Every setting by its `section.key`, as text."""
-    return {
-        f"{section}.{key}": str(value)
-        for section, keys in settings.model_dump(mode="json").items()
-        if isinstance(keys, dict)
-        for key, value in keys.items()
-    }

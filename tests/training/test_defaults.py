@@ -11,7 +11,7 @@ from sdlora.config import BaseSection, load_config
 from sdlora.data.records import DatasetIndex, ImageRecord, Size
 from sdlora.errors import ConfigError
 from sdlora.models.info import inspect_base
-from sdlora.training.defaults import check_objective, default_prompts, resolve_config, spread_records
+from sdlora.training.preflight import check_objective, default_prompts, resolve_config, spread_records
 
 INFO = inspect_base(BaseSection())
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sdlora.training.ema import EMA
 
 from sdlora.errors import ConfigError
 from sdlora.formats.files import load_adapter
 from sdlora.training.checkpoint import read_checkpoint
-from sdlora.training.ema import EMA
 from sdlora.training.resume import AVERAGE
 from sdlora.training.train import train
 
