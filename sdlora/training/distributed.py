@@ -59,7 +59,8 @@ def check_launcher(environment: Mapping[str, str]) -> None:
         if environment.get(variable, "").lower() in ("1", "true", "yes"):
             raise ConfigError(
                 f"the launcher asks for {engine} ({variable}), which sdlora does not use: only the adapter "
-                "learns, and each process holds the whole base; launch without it"
+                "is trained, and each process holds the whole base; launch without it",
+                key="launcher-engine",
             )
 
 

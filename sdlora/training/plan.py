@@ -277,8 +277,9 @@ def check_disk(plan: RunPlan, folder: Path, step: int = 0) -> None:
     free = shutil.disk_usage(parent).free
     needed = plan.bytes_after(step)
     if needed > free:
-        where = "make room" if step else "give another --out"
+        remedy = "free some" if step else "choose another --out"
         raise RunError(
             f"the run will write up to {needed / 1e6:.1f} MB{' more' if step else ''} but {parent} has "
-            f"{free / 1e6:.1f} MB free; {where}, or a larger train.save_every"
+            f"{free / 1e6:.1f} MB free; {remedy}, or set a larger train.save_every",
+            key="disk-space",
         )

@@ -34,7 +34,7 @@ from sdlora.training.plan import make_plan
 from sdlora.training.resume import apply_overrides, check_same_plan
 from sdlora.training.step import StepRunner
 from sdlora.training.train import resume, train
-from tests.checks import HANG_SECONDS
+from tests.checks import HANG_SECONDS, raises
 
 SIZES = ((64, 64),) * 5 + ((96, 64),) * 3
 EVERYTHING = {
@@ -197,22 +197,19 @@ def test_the_number_of_processes_may_change(images, quick, tmp_path, fork_proces
 
 
 @pytest.mark.parametrize(
-    ("overrides", "processes", "line"),
+    ("overrides", "processes", "key", "shows"),
     [
-        ([], 3, "the run's global batch of 8 cannot be divided over 3 processes; use 1, 2, 4, 8"),
-        (["train.batch_size=3"], 2, "train.batch_size = 3 does not fit the run's 4 samples a step on each"),
-        (
-            ["train.batch_size=4", "train.accumulate=2"],
-            2,
-            "train.batch_size = 4 x train.accumulate = 2 does not fit the run's 4 samples",
-        ),
-        (["lora.rank=4"], 1, "lora.rank cannot change in a resumed run; only"),
+        ([], 3, "global-batch", "1, 2, 4, 8"),
+        (["train.batch_size=3"], 2, "train.batch_size", "4 samples"),
+        (["train.batch_size=4", "train.accumulate=2"], 2, "train.batch_size", "train.accumulate = 2"),
+        (["train.accumulate=3"], 2, "train.accumulate", "4 samples"),
+        (["lora.rank=4"], 1, "lora.rank", "train.steps"),
     ],
 )
-def test_what_cannot_be_divided(images, quick, overrides, processes, line):
+def test_what_cannot_be_divided(images, quick, overrides, processes, key, shows):
     """R-16, R-17: one line, with what can be."""
     config = quick(images, train__batch_size=4, train__accumulate=2)
-    with pytest.raises(ConfigError, match=line) as caught:
+    with raises(ConfigError, key, shows=shows) as caught:
         apply_overrides(config, overrides, global_batch=8, num_processes=processes)
     assert len(caught.value.problems) == 1
 
@@ -305,9 +302,9 @@ def failing_at(step, error, train_step):
         (
             DataError("02.png is gone"),
             [2, 2],
-            r"process 1 on \S+ ended: 02.png is gone; `sdlora resume .*step 3",
+            r"process 1 .*: 02.png is gone; `sdlora resume .*step 3",
         ),
-        (None, [1, -9], r"another process ended or does not answer \(.*\); `sdlora resume .*from step 3"),
+        (None, [1, -9], r"another process .*; `sdlora resume .*step 3"),
     ],
     ids=["fails", "is killed"],
 )
@@ -339,7 +336,8 @@ def test_a_stop_is_told_once(images, quick, tmp_path, fork_processes, monkeypatc
         children = fork_processes(2, main)
         assert [child.wait() for child in children] == [143, 143]
     last = children[0].printed.splitlines()[-1]
-    assert last == f"sdlora: stopped at step 3 of 6; `sdlora resume {run.path}` goes on from step 3"
+    assert last.startswith("sdlora: ")
+    assert all(part in last for part in ("step 3 of 6", f"`sdlora resume {run.path}`"))
     assert children[1].printed == ""
 
 
@@ -392,7 +390,7 @@ def test_processes_that_see_another_vae(images, quick, fork_processes):
 def test_engines_that_are_not_used(images, quick, tmp_path, monkeypatch, variable):
     """R-11: what `accelerate launch` asks for by its environment has an effect or is refused."""
     monkeypatch.setenv(variable, "true")
-    with pytest.raises(ConfigError, match=f"the launcher asks for .*{variable}"):
+    with raises(ConfigError, "launcher-engine", shows=variable):
         train(images, config=quick(images), out=tmp_path / "run", quiet=True)
 
 
@@ -413,5 +411,5 @@ def test_processes_that_never_come(images, quick, tmp_path, fork):
 
 def test_an_exchange_that_fails_without_a_word():
     """R-17: some backends give an error no text; it is a lost process all the same."""
-    with pytest.raises(ProcessLost, match=r"does not answer \(RuntimeError\)"), distributed_errors():
+    with raises(ProcessLost, "process-lost", shows="RuntimeError"), distributed_errors():
         raise RuntimeError("")

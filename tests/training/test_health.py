@@ -6,73 +6,91 @@ import json
 import math
 import random
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sdlora.config import load_config
 from sdlora.errors import TrainingDiverged
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.kinds import LowRank
-from sdlora.training.health import (
-    Counters,
-    RunningStats,
-    check_counters,
-    check_dead_modules,
-    check_parameters,
-    copy_starts,
-    find_dead_modules,
-)
-from sdlora.training.step import Gradient
+from sdlora.runs import RunFolder
+from sdlora.training.health import Counters, Health, RunningStats, check_dead_modules, find_dead_modules
+from sdlora.training.step import StepResult
+from tests.checks import raises
 
 
-def check(counters: Counters, loss: float, norm: float = 1.0) -> bool:
-    is_good = Gradient(loss, norm, ()).is_finite
-    counters.count(loss, norm, is_good=is_good)
-    check_counters(counters, 3, "step 3, images cat.png; the last good checkpoint is X")
-    return is_good
+def make_result(step: int, loss: float, norm: float = 1.0) -> StepResult:
+    return StepResult(
+        step=step,
+        loss=loss,
+        learning_rate=1e-3,
+        grad_norm=norm,
+        updated=math.isfinite(loss) and math.isfinite(norm),
+        images=("cat.png",),
+        draws=(),
+        rates={},
+    )
+
+
+def count(counters: Counters, *losses: float) -> None:
+    for loss in losses:
+        counters.count(make_result(counters.step + 1, loss))
+
+
+@pytest.fixture
+def make_health(tmp_path):
+    """Health checks of an adapter, of a run with a checkpoint at step 2, proven from step 100 on."""
+
+    def make(adapter: Adapter, proof_step: int = 100) -> Health:
+        run = RunFolder(tmp_path / "run")
+        run.checkpoint(2).mkdir(parents=True, exist_ok=True)
+        plan = SimpleNamespace(
+            proof_step=lambda start=0: max(start, proof_step),
+            config=load_config(None, {"train.max_skipped_steps": 3}),
+        )
+        return Health(run, plan, adapter, warn=lambda message, **values: None)
+
+    return make
 
 
 def test_bad_steps_are_skipped_and_counted():
     """R-06: a loss or a gradient that is not finite skips the update."""
     counters = Counters()
-    assert [check(counters, *step) for step in ((0.5,), (math.nan,), (0.5, math.inf), (0.5,))] == [
-        True,
-        False,
-        False,
-        True,
-    ]
+    for step, (loss, norm) in enumerate([(0.5, 1), (math.nan, 1), (0.5, math.inf), (0.5, 1)], 1):
+        counters.count(make_result(step, loss, norm))
+    assert (counters.step, counters.images_seen) == (4, 4)
     assert (counters.skipped, counters.skipped_in_row) == (2, 0)
 
 
 def test_the_running_mean_is_not_its_first_value():
     """R-45: after few steps it is their mean, later that of about the last 50."""
     counters = Counters()
-    for loss in (0.9, 0.1, 0.2, math.nan, 0.4):
-        counters.count(loss, 1.0, is_good=True)
+    count(counters, 0.9, 0.1, 0.2, math.nan, 0.4)
     assert counters.loss_ema == pytest.approx(0.4)
-    for _ in range(200):
-        counters.count(0.1, 1.0, is_good=True)
+    count(counters, *[0.1] * 200)
     assert counters.loss_ema == pytest.approx(0.1, abs=0.01)
 
 
-def test_bad_steps_in_a_row_stop():
-    """R-06: with the step, the images and the last good checkpoint."""
-    counters = Counters()
-    check(counters, math.nan)
-    check(counters, math.nan)
-    with pytest.raises(TrainingDiverged, match="not finite for 3 steps in a row") as caught:
-        check(counters, math.nan)
-    assert "(step 3, images cat.png; the last good checkpoint is X)" in str(caught.value)
+def test_bad_steps_in_a_row_stop(make_health):
+    """R-06: with the step, the images, the rate and the last good checkpoint."""
+    health = make_health(make_adapter(a=1.0))
+    for step, loss in enumerate((0.5, 0.5, math.nan, math.nan), 1):
+        health.check(make_result(step, loss))
+    shows = ("3 steps", "step 5", "cat.png", "0.001", str(health.run.checkpoint(2)))
+    with raises(TrainingDiverged, "non-finite-steps", shows=shows) as caught:
+        health.check(make_result(5, math.nan))
     assert caught.value.exit_code == 1
 
 
-def test_a_loss_of_zero_stops():
+def test_a_loss_of_zero_stops(make_health):
     """R-06: nothing is learnt from a loss of exactly 0."""
-    counters = Counters()
-    for _ in range(4):
-        assert check(counters, 0.0)
-    with pytest.raises(TrainingDiverged, match="exactly 0"):
-        check(counters, 0.0)
+    health = make_health(make_adapter(a=1.0))
+    for step in range(4):
+        health.check(make_result(step + 1, 0.0))
+    with raises(TrainingDiverged, "zero-loss"):
+        health.check(make_result(5, 0.0))
 
 
 def test_what_is_far():
@@ -81,19 +99,19 @@ def test_what_is_far():
     for width in (0.01, 0.5, 1.5):
         spread = RunningStats()
         ordinary = [0.3 * math.exp(draws.gauss(0, width)) for _ in range(2000)]
-        assert not any(spread.take(value) for value in ordinary)
+        assert not any(spread.update(value) for value in ordinary)
         assert spread.mean == pytest.approx(math.log(0.3), abs=width / 2)
-        assert spread.take(0.3 * math.exp(12 * max(width, 0.1)))
-        assert not spread.take(0.3)
-    assert not RunningStats().take(1e9), "nothing is known yet"
-    assert not any(spread.take(value) for value in (0.0, math.nan, math.inf)), "other guards tell those"
+        assert spread.update(0.3 * math.exp(12 * max(width, 0.1)))
+        assert not spread.update(0.3)
+    assert not RunningStats().update(1e9), "nothing is known yet"
+    assert not any(spread.update(value) for value in (0.0, math.nan, math.inf)), "other guards tell those"
 
 
 def test_counters_survive_json():
     """R-03: whatever a run has counted comes back with its checkpoint."""
     counters = Counters()
     for step in range(40):
-        counters.count(0.1 + step / 100, math.inf if step == 5 else 2.0, is_good=step != 5)
+        counters.count(make_result(step + 1, 0.1 + step / 100, math.inf if step == 5 else 2.0))
     assert Counters.restore(json.loads(json.dumps(asdict(counters)))) == counters
 
 
@@ -104,29 +122,43 @@ def make_adapter(**ups: float) -> Adapter:
     return Adapter(modules, 1, 1.0)
 
 
-def test_parameters_that_are_not_finite_stop():
+def test_parameters_that_are_not_finite_stop(make_health):
     """R-06: named by module, before anything is written."""
-    check_parameters(make_adapter(a=1.0), "")
-    with pytest.raises(TrainingDiverged, match=r"1 modules .* such as b; .*\(step 3\)"):
-        check_parameters(make_adapter(a=1.0, b=math.nan), "step 3")
+    make_health(make_adapter(a=1.0)).check(make_result(3, 0.5))
+    with raises(TrainingDiverged, "non-finite-parameters", shows=("1 modules", ": b;", "step 3")):
+        make_health(make_adapter(a=1.0, b=math.nan)).check(make_result(3, 0.5))
 
 
-def test_dead_modules_are_named():
+def test_dead_modules_are_named(make_health):
     """R-09: each up-matrix must change in the first update."""
     adapter = make_adapter(a=0.0, b=1.0)
-    before = copy_starts(adapter)
+    health = make_health(adapter, proof_step=0)
+    assert health.is_proving
+    before = [module.starting_at_zero.clone() for module in adapter.modules.values()]
     adapter.modules["b"].up += 1
-    dead = find_dead_modules(adapter, before)
-    assert dead == ["a"]
-    with pytest.raises(TrainingDiverged, match="1 modules did not change in the first step: a"):
-        check_dead_modules(dead, is_single_token=False)
+    assert find_dead_modules(adapter, before) == ["a"]
+    with raises(TrainingDiverged, "dead-modules", shows=("1 modules", ": a;")):
+        check_dead_modules(["a"], has_single_token=False)
+
+
+def test_the_first_update_is_proven_once(make_health):
+    """R-09: a skipped step proves nothing; after the first update every step may leave a module alone."""
+    adapter = make_adapter(a=0.0)
+    health = make_health(adapter, proof_step=0)
+    health._has_single_token = lambda step: False
+    health.check(make_result(1, math.nan))
+    assert health.is_proving
+    adapter.modules["a"].up += 1
+    health.check(make_result(2, 0.5))
+    assert not health.is_proving
+    health.check(make_result(3, 0.5))
 
 
 def test_a_single_token_is_excused():
     """R-09: queries and keys of self-attention over one token cannot learn; all else must."""
     names = ["mid.attn1.to_q", "mid.attn1.to_k"]
-    assert check_dead_modules(names, is_single_token=True) == names
-    with pytest.raises(TrainingDiverged, match="2 modules"):
-        check_dead_modules(names, is_single_token=False)
-    with pytest.raises(TrainingDiverged, match=r"1 modules .*mid\.attn2\.to_q"):
-        check_dead_modules([*names, "mid.attn2.to_q"], is_single_token=True)
+    assert check_dead_modules(names, has_single_token=True) == names
+    with raises(TrainingDiverged, "dead-modules", shows="2 modules"):
+        check_dead_modules(names, has_single_token=False)
+    with raises(TrainingDiverged, "dead-modules", shows=("1 modules", "mid.attn2.to_q")):
+        check_dead_modules([*names, "mid.attn2.to_q"], has_single_token=True)

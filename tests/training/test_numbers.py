@@ -12,6 +12,7 @@ from sdlora.report.summary import describe_state
 from sdlora.runs import RunFolder
 from sdlora.training import step as runner
 from sdlora.training.train import train
+from tests.checks import raises
 
 SMALL_RUN = {"train__steps": 4, "train__save_every": 2, "train__sample_every": 0, "train__evaluate_every": 0}
 
@@ -71,9 +72,7 @@ def test_one_bad_step_is_skipped(make, spoil, value):
     [warning] = trainer.run.events("warning")
     assert warning["message"].startswith("step 2 skipped: loss ")
     assert warning["images"] == [sample.record.name for sample in samples]
-    with pytest.raises(
-        TrainingDiverged, match=r"not finite for 2 steps in a row; .*\(step 3, loss .*images "
-    ):
+    with raises(TrainingDiverged, "non-finite-steps", shows=("2 steps", "step 3", "images ")):
         trainer.train_step()
     assert trainer.run.saved_steps() == []
 
@@ -86,7 +85,7 @@ def test_a_skipped_first_step_proves_nothing(make):
     spoiling = trainer.runner.parameters[-1].register_hook(lambda gradient: gradient * math.inf)
     assert not trainer.train_step().updated
     spoiling.remove()
-    with pytest.raises(TrainingDiverged, match=f"1 modules did not change in the first step: {name}"):
+    with raises(TrainingDiverged, "dead-modules", shows=("1 modules", name)):
         trainer.train_step()
 
 
@@ -103,12 +102,10 @@ def test_a_bad_parameter_stops_at_once(make, value):
             pair.up.data[0, 0] = value
 
     trainer.runner.optimizer.step = spoilt
-    with pytest.raises(TrainingDiverged) as caught:
-        trainer.train()
-    last = trainer.run.checkpoint(2)
     [image] = [sample.record.name for sample in trainer.plan.order.step(2)]
-    for part in (f"such as {name};", "(step 3, loss ", "learning rate 0.001", f"images {image};", str(last)):
-        assert part in str(caught.value)
+    parts = (name, "step 3", "learning rate 0.001", image, str(trainer.run.checkpoint(2)))
+    with raises(TrainingDiverged, "non-finite-parameters", shows=parts):
+        trainer.train()
     assert trainer.run.saved_steps() == trainer.run.checkpoint_steps() == [2]
 
 
@@ -117,10 +114,9 @@ def test_a_state_among_bad_steps_is_not_called_good(make):
     trainer = make(train__steps=8, train__max_skipped_steps=3)
     denoise = trainer.runner.denoise
     trainer.runner.denoise = lambda *given: denoise(*given) * (math.nan if trainer.step >= 3 else 1)
-    with pytest.raises(TrainingDiverged, match="not finite for 3 steps in a row") as caught:
+    with raises(TrainingDiverged, "non-finite-steps", shows=str(trainer.run.checkpoint(2))):
         trainer.train()
     assert trainer.run.checkpoint_steps() == [2, 4]
-    assert str(caught.value).endswith(f"the last good checkpoint is {trainer.run.checkpoint(2)})")
 
 
 def test_a_run_that_fails_leaves_its_curve(make_images, tiny, sd15_folder, tmp_path):
@@ -141,7 +137,7 @@ def test_a_loss_of_zero_stops(make, monkeypatch):
     trainer.record(trainer.train_step(), 1.0)
     up = trainer.runner.parameters[-1]
     monkeypatch.setattr(runner, "denoising_loss", lambda *rest: 0 * up.sum() + torch.zeros(1))
-    with pytest.raises(TrainingDiverged, match=r"exactly 0 for 5 steps: .*\(step 6, loss 0"):
+    with raises(TrainingDiverged, "zero-loss", shows=("5 steps", "step 6")):
         trainer.train()
 
 
@@ -158,7 +154,7 @@ def test_a_spike_is_told_with_its_pictures(make, sd21_folder):
     trainer.train()
     [warning] = trainer.run.events("warning")
     assert warning["step"] == 51
-    assert warning["message"].startswith("step 51 is far from the others: loss ")
+    assert warning["message"].startswith("step 51 is an outlier: loss ")
     assert warning["images"] == [sample.record.name for sample in trainer.plan.order.step(50)]
 
 

@@ -84,6 +84,6 @@ def test_fp16_in_a_process_without_samples(make_images, tiny, make_trainer, tmp_
     # As on a GPU: fp16 is refused on a CPU.
     accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu"), True
     accelerator.state._mixed_precision = "fp16"
-    assert runner._exchange(torch.zeros(())) == 0
-    assert runner._clip() == 0
+    assert runner._all_reduce(torch.zeros(())) == 0
+    assert runner.clip_gradients() == 0
     assert not any(tensor.grad.any() for tensor in runner.parameters)
