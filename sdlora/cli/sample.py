@@ -91,8 +91,8 @@ def _folders(subjects: Sequence[Path | None], out: Path | None) -> list[Path | N
     """`--out`, or with several sources a subfolder for each, named after it; duplicates get -2, -3, ..."""
     if out is None or len(subjects) < 2:
         return [out] * len(subjects)
-    from sdlora.tree.lineage import name_of
+    from sdlora.tree.lineage import adapter_name
 
-    names = [name_of(source) for source in subjects if source]
+    names = [adapter_name(source) for source in subjects if source]
     counts = [names[:place].count(name) for place, name in enumerate(names, 1)]
     return [out / (f"{name}-{n}" if n > 1 else name) for name, n in zip(names, counts, strict=True)]

@@ -30,7 +30,7 @@ from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.runs import RunFolder
 from sdlora.sampling.generate import Column, generate_columns
 from sdlora.sampling.request import choose_device, make_request
-from sdlora.tree.lineage import Stack, find_ancestors, stack_of
+from sdlora.tree.lineage import Stack, find_ancestors, path_to_stack
 
 MAX_IMAGES = 40
 
@@ -140,7 +140,7 @@ def open_bench(run: str | Path | RunFolder) -> Bench:
             f"run {folder.path} has no held-out images; train with data.heldout=0.1 or a folder heldout/"
         )
     adapter = load_adapter(folder.adapter)
-    ancestors = stack_of(find_ancestors(folder.adapter, adapter))
+    ancestors = path_to_stack(find_ancestors(folder.adapter, adapter))
     base = load_base(info, dtype=DTYPES[folder.base_dtype], device=choose_device())
     drawings = [
         image_to_tensor(crop_image(load_record(record, config.data.background), plan.crops[record.name][0]))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from sdlora.tree.lineage import Ancestor, lineage_notes
+from sdlora.tree.lineage import Ancestor, lineage_to_notes
 
 _PREDICTIONS = {"v_prediction": "v"}
 _OPTIONS = {
@@ -131,7 +131,7 @@ def run_metadata(facts: TrainingMetadata) -> dict[str, str]:
         texts["ss_text_encoder_lr"] = facts.text_learning_rate
     if facts.base_hashes:
         texts["ss_sd_model_hash"], texts["ss_new_sd_model_hash"] = facts.base_hashes
-    texts |= lineage_notes(facts.ancestors)
+    texts |= lineage_to_notes(facts.ancestors)
     if facts.heldout_loss is not None:
         texts["sdlora.heldout_loss"] = f"{facts.heldout_loss:.6g}"
     if facts.trigger:

@@ -15,7 +15,7 @@ from sdlora.rank.svd import decompose
 
 
 @dataclass(frozen=True, slots=True)
-class StartReport:
+class InitReport:
     """How a fresh adapter took over another one's change.
 
     Args:
@@ -44,7 +44,7 @@ class StartReport:
         return ", ".join(part for part in parts if part)
 
 
-def check_start(start: Adapter, targets: Collection[str], source: str) -> None:
+def check_init_targets(start: Adapter, targets: Collection[str], source: str) -> None:
     """Whether an adapter on these modules can take over another one's change.
 
     Args:
@@ -65,7 +65,7 @@ def check_start(start: Adapter, targets: Collection[str], source: str) -> None:
 
 
 @torch.no_grad()
-def start_from(adapter: Adapter, start: Adapter) -> StartReport:
+def init_from_adapter(adapter: Adapter, start: Adapter) -> InitReport:
     """Gives a fresh adapter the change of another one, module by module.
 
     A larger rank keeps its further rows of `down` as drawn, with columns of `up` that are zero: the same
@@ -73,7 +73,7 @@ def start_from(adapter: Adapter, start: Adapter) -> StartReport:
 
     Args:
         adapter: Fresh; changed in place. What the other one does not change stays fresh.
-        start: One that `check_start` lets pass.
+        start: One that `check_init_targets` lets pass.
     """
     padded, truncated, lost, whole = 0, 0, 0.0, 0.0
     fresh_pairs = low_rank_modules(adapter, "lora.init_from")
@@ -90,4 +90,4 @@ def start_from(adapter: Adapter, start: Adapter) -> StartReport:
         own.down[: pair.rank] = pair.down.to(own.down)
         own.up[:, : pair.rank] = (pair.up * (scale / adapter.scale_of(name))).to(own.up)
     kept, fresh = len(start.modules) - padded - truncated, len(adapter.modules) - len(start.modules)
-    return StartReport(kept, padded, truncated, fresh, math.sqrt(lost / whole) if lost else 0.0)
+    return InitReport(kept, padded, truncated, fresh, math.sqrt(lost / whole) if lost else 0.0)

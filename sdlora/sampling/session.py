@@ -31,7 +31,7 @@ from sdlora.sampling.request import (
     sample_to_folder,
 )
 from sdlora.sampling.schedulers import check_prompts, resolve_settings
-from sdlora.tree.lineage import Step, find_ancestors, stack_of
+from sdlora.tree.lineage import PathEntry, find_ancestors, path_to_stack
 from sdlora.tree.tree import AdapterTree
 
 
@@ -87,7 +87,7 @@ def plan_sample(
         SdloraError: If something asked for is not there or does not fit.
     """
     subject = _find_subject(source, base, step)
-    ancestors: list[Step] = []
+    ancestors: list[PathEntry] = []
     if subject.adapter is not None and subject.file is not None:
         ancestors = find_ancestors(subject.file, subject.adapter, force=force, warn=warn)
     config = subject.config.replace(sample=changes) if changes else subject.config
@@ -125,7 +125,7 @@ class SamplePlan:
     """
 
     subject: _Subject
-    ancestors: list[Step]
+    ancestors: list[PathEntry]
     info: BaseInfo
     request: SampleRequest
     out: str | Path | None
@@ -141,7 +141,7 @@ class SamplePlan:
         names = (self.ancestors[-1].ancestor.name if self.ancestors else "", subject.name)
         return sample_to_folder(
             base,
-            make_columns(subject.adapter, self.request.strengths, stack_of(self.ancestors), names),
+            make_columns(subject.adapter, self.request.strengths, path_to_stack(self.ancestors), names),
             self.request,
             choose_folder(self.out, subject.name),
             name=subject.name if subject.adapter is not None else None,
@@ -162,7 +162,7 @@ class _Subject:
     dtype: torch.dtype | None = None
 
 
-def _check_fits(subject: _Subject, ancestors: list[Step], info: BaseInfo) -> None:
+def _check_fits(subject: _Subject, ancestors: list[PathEntry], info: BaseInfo) -> None:
     """Whether all that is shown can be mounted, before any weight is loaded."""
     adapters = [(step.file, step.adapter) for step in ancestors]
     adapters += [(subject.file, subject.adapter)] if subject.file and subject.adapter else []

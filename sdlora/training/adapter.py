@@ -15,13 +15,13 @@ from sdlora.lora.attach import check_fit
 from sdlora.lora.layout import Layout
 from sdlora.lora.modules import Model, component_of, components
 from sdlora.models.info import BaseInfo
-from sdlora.rank.init_from import StartReport, check_start, start_from
-from sdlora.tree.lineage import Step, find_source, load_path
+from sdlora.rank.init_from import InitReport, check_init_targets, init_from_adapter
+from sdlora.tree.lineage import PathEntry, find_source, load_path
 
 SMALLEST_RANK = 4
 
 
-def find_parents(lora: LoraSection, warn: Callable[[str], None]) -> tuple[Step, ...]:
+def find_parents(lora: LoraSection, warn: Callable[[str], None]) -> tuple[PathEntry, ...]:
     """The path that the run stands on, the root first; empty without `lora.parent`.
 
     Args:
@@ -40,7 +40,7 @@ def find_parents(lora: LoraSection, warn: Callable[[str], None]) -> tuple[Step, 
     return tuple(load_path(file, force=lora.force_parent, warn=warn))
 
 
-def check_parents(parents: Sequence[Step], info: BaseInfo, model: Model) -> list[str]:
+def check_parents(parents: Sequence[PathEntry], info: BaseInfo, model: Model) -> list[str]:
     """Whether the path goes with the base.
 
     Args:
@@ -67,7 +67,7 @@ def check_parents(parents: Sequence[Step], info: BaseInfo, model: Model) -> list
     return lines
 
 
-def with_parents(config: RunConfig, parents: Sequence[Step]) -> tuple[RunConfig, str | None]:
+def with_parents(config: RunConfig, parents: Sequence[PathEntry]) -> tuple[RunConfig, str | None]:
     """The settings with what follows from the parent: where its file is, and half its rank.
 
     Returns:
@@ -87,7 +87,7 @@ def with_parents(config: RunConfig, parents: Sequence[Step]) -> tuple[RunConfig,
     return config.replace(lora={**changes, "rank": rank}), line
 
 
-def text_digest(info: BaseInfo, parents: Sequence[Step]) -> str:
+def text_digest(info: BaseInfo, parents: Sequence[PathEntry]) -> str:
     """The fingerprint of what encodes captions: the base's text encoders with what the path adds to them."""
     changing = [step.ancestor for step in parents if step.adapter.changes_text]
     if not changing:
@@ -119,13 +119,13 @@ def check_init_from(config: RunConfig, info: BaseInfo, model: Model, layout: Lay
     # What another network has is not for lora.targets to reach.
     own = {name: pair for name, pair in start.modules.items() if component_of(name) in components(model)}
     check_fit(replace(start, modules=own), model, key)
-    check_start(start, layout.ranks, key)
+    check_init_targets(start, layout.ranks, key)
     return warning
 
 
 def make_adapter(
     config: RunConfig, info: BaseInfo, model: Model, layout: Layout
-) -> tuple[Adapter, StartReport | None]:
+) -> tuple[Adapter, InitReport | None]:
     """The trainable adapter, and how it took over `lora.init_from` if that is set."""
     lora = config.lora
     adapter = draw_adapter(
@@ -137,7 +137,7 @@ def make_adapter(
         kind=layout.kind,
         family=info.family,
     )
-    return adapter, start_from(adapter, _load_start(lora.init_from, info)) if lora.init_from else None
+    return adapter, init_from_adapter(adapter, _load_start(lora.init_from, info)) if lora.init_from else None
 
 
 def _load_start(source: str, info: BaseInfo) -> Adapter:

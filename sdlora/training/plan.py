@@ -24,7 +24,7 @@ from sdlora.models.safety import missing_checker
 from sdlora.training.adapter import check_init_from, check_parents, find_parents, with_parents
 from sdlora.training.optimizer import check_optimizer, find_optimizer, num_warmup_steps
 from sdlora.training.preflight import check_for_base, check_objective, global_batch, resolve_config
-from sdlora.tree.lineage import Step
+from sdlora.tree.lineage import PathEntry
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class RunPlan:
     machine: Machine
     findings: list[Finding]
     data_lines: list[str]
-    parents: tuple[Step, ...] = ()
+    parents: tuple[PathEntry, ...] = ()
 
     @property
     def steps(self) -> int:

@@ -28,7 +28,7 @@ from sdlora.training.adapter import make_adapter, text_digest
 from sdlora.training.encodings import Encodings
 from sdlora.training.plan import RunPlan
 from sdlora.training.preflight import spread_records
-from sdlora.tree.lineage import Stack, stack_of
+from sdlora.tree.lineage import Stack, path_to_stack
 
 NUM_HELDOUT = 64
 NUM_ASKED = 2
@@ -87,7 +87,7 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, termi
     text_learns = config.lora.text_encoder
     device, waits = accelerator.device, config.data.cache is not False
     base = load_base(plan.info, dtype=precision.base_dtype, device=device, waits=waits)
-    parents = stack_of(plan.parents)
+    parents = path_to_stack(plan.parents)
     encodings = Encodings(
         base,
         _open_cache(config),
@@ -168,7 +168,7 @@ def _encode(plan: RunPlan, encodings: Encodings, accelerator: Accelerator, termi
     captions += ["", *config.sample.prompts, config.sample.negative_prompt]
     base, device = encodings.base, accelerator.device
     base.text_encoders_to(device)
-    mount(base.components, stack_of(plan.parents))
+    mount(base.components, path_to_stack(plan.parents))
     if encodings.cache is None:
         return
     # One after the other: the device never holds text encoders, VAE and UNet at once.

@@ -36,10 +36,10 @@ class Ancestor:
     """As it was mounted."""
 
     def __str__(self) -> str:
-        return f"{self.name} ({short(self.digest)})"
+        return f"{self.name} ({short_digest(self.digest)})"
 
 
-def short(digest: str) -> str:
+def short_digest(digest: str) -> str:
     """The first characters of a digest, as user interfaces show it."""
     return digest[:12]
 
@@ -58,7 +58,7 @@ def digest_file(path: Path) -> str:
     return digest_adapter(load_adapter(path, dtype=None))
 
 
-def noted_digest(path: Path) -> str | None:
+def recorded_digest(path: Path) -> str | None:
     """The digest that a diffusers file names in its header; None if the file must be read to know it."""
     header = read_lora_header(path)
     return None if any(map(is_kohya_key, header.shapes)) else header.metadata.get(HASH)
@@ -84,13 +84,13 @@ def read_lineage(notes: Mapping[str, str]) -> tuple[Ancestor, ...]:
         raise AdapterError(f"holds {LINEAGE} that cannot be read; export the LoRA again") from None
     if chain and chain[-1].digest != parent:
         raise AdapterError(
-            f"names the parent {shorten(short(parent))} in {PARENT}, but {chain[-1]} in {LINEAGE}; "
+            f"names the parent {shorten(short_digest(parent))} in {PARENT}, but {chain[-1]} in {LINEAGE}; "
             "export the LoRA again"
         )
     return chain or (Ancestor("its parent", parent),)
 
 
-def lineage_notes(ancestors: Sequence[Ancestor]) -> dict[str, str]:
+def lineage_to_notes(ancestors: Sequence[Ancestor]) -> dict[str, str]:
     """The metadata that names the ancestors; none for a root."""
     if not ancestors:
         return {}
@@ -98,7 +98,7 @@ def lineage_notes(ancestors: Sequence[Ancestor]) -> dict[str, str]:
     return {PARENT: ancestors[-1].digest, LINEAGE: chain}
 
 
-def lineage_below(name: str, parent: Adapter, strength: float = 1.0) -> tuple[Ancestor, ...]:
+def child_lineage(name: str, parent: Adapter, strength: float = 1.0) -> tuple[Ancestor, ...]:
     """The ancestors of a child of an adapter, the root first.
 
     Args:
@@ -109,7 +109,7 @@ def lineage_below(name: str, parent: Adapter, strength: float = 1.0) -> tuple[An
     return (*read_lineage(parent.notes), Ancestor(name, digest_adapter(parent), strength))
 
 
-def explain_refusal(child: str, expected: Ancestor, found: str, digest: str | None) -> str | None:
+def describe_mismatch(child: str, expected: Ancestor, found: str, digest: str | None) -> str | None:
     """Why a child must not be used as things are: an error, and with `--force` a warning.
 
     Args:
@@ -126,7 +126,7 @@ def explain_refusal(child: str, expected: Ancestor, found: str, digest: str | No
     trained = f"{child} was trained on {expected}"
     if digest is None:
         return f"{trained}, which is not {found}; put that file there (--force goes without it)"
-    return f"{trained}, but {found} is {short(digest)} now; put the old file back (--force takes this one)"
+    return f"{trained}, but {found} is {short_digest(digest)} now; put the old file back (--force takes this one)"
 
 
 Stack: TypeAlias = tuple[tuple[Adapter, float], ...]
@@ -136,7 +136,7 @@ _LEVELS = 4
 
 
 @dataclass(frozen=True)
-class Step:
+class PathEntry:
     """One adapter of a path, found and loaded.
 
     Args:
@@ -150,14 +150,14 @@ class Step:
     adapter: Adapter
 
 
-def stack_of(path: Sequence[Step]) -> Stack:
+def path_to_stack(path: Sequence[PathEntry]) -> Stack:
     """What `mount` takes."""
     return tuple((step.adapter, step.ancestor.strength) for step in path)
 
 
 def load_path(
     source: str | Path, *, force: bool = False, warn: Callable[[str], None] | None = None
-) -> list[Step]:
+) -> list[PathEntry]:
     """An adapter and all it stands on, the root first: the path that a child of it is trained on.
 
     Args:
@@ -168,14 +168,14 @@ def load_path(
         AdapterError: If there is no such file, or an ancestor is missing or changed.
     """
     file = find_source(source)
-    own = _load_step(file, name_of(file))
+    own = _load_entry(file, adapter_name(file))
     return [*find_ancestors(file, own.adapter, force=force, warn=warn), own]
 
 
-def _load_step(file: Path, name: str, strength: float = 1.0) -> Step:
+def _load_entry(file: Path, name: str, strength: float = 1.0) -> PathEntry:
     loaded = load_adapter(file, dtype=None)
     ancestor = Ancestor(name, digest_adapter(loaded), strength)
-    return Step(ancestor, file, loaded.to(dtype=torch.float32))
+    return PathEntry(ancestor, file, loaded.to(dtype=torch.float32))
 
 
 def find_source(source: str | Path) -> Path:
@@ -195,7 +195,7 @@ def find_source(source: str | Path) -> Path:
     return found
 
 
-def name_of(file: Path) -> str:
+def adapter_name(file: Path) -> str:
     """What to call an adapter: its run's name (`ink`, or `ink/rank-4`), or the file's without the ending."""
     run, own = _run_of(file), file.name.removesuffix(KOHYA_ENDING).removesuffix(ENDING)
     if run is None:
@@ -205,7 +205,7 @@ def name_of(file: Path) -> str:
 
 def find_ancestors(
     file: Path, adapter: Adapter, *, force: bool = False, warn: Callable[[str], None] | None = None
-) -> list[Step]:
+) -> list[PathEntry]:
     """Finds and loads the adapters that another one was trained on top of, the root first.
 
     They are looked for where the run of the file says, beside the file, in the folders beside it, and
@@ -220,13 +220,15 @@ def find_ancestors(
     Raises:
         AdapterError: If one is not there, or is not what it was; says what was expected and found.
     """
-    path: list[Step] = []
+    path: list[PathEntry] = []
     child, places = file, list(_places(file))
     for ancestor in reversed(read_lineage(adapter.notes)):
         place = _find(ancestor, places)
-        step = _load_step(place, ancestor.name, ancestor.strength) if place else None
+        step = _load_entry(place, ancestor.name, ancestor.strength) if place else None
         found = str(place or "beside it, nor in the folders above")
-        refusal = explain_refusal(name_of(child), ancestor, found, step.ancestor.digest if step else None)
+        refusal = describe_mismatch(
+            adapter_name(child), ancestor, found, step.ancestor.digest if step else None
+        )
         if refusal and not force:
             raise AdapterError(refusal)
         if refusal and warn:
@@ -242,7 +244,7 @@ def _find(ancestor: Ancestor, places: Sequence[Path]) -> Path | None:
     unknown: list[Path] = []
     for place in places:
         with suppress(AdapterError):
-            noted = noted_digest(place)
+            noted = recorded_digest(place)
             if noted == ancestor.digest:
                 return place
             unknown += [place] if noted is None else []
@@ -251,7 +253,7 @@ def _find(ancestor: Ancestor, places: Sequence[Path]) -> Path | None:
         with suppress(AdapterError):
             if digest_file(place) == ancestor.digest:
                 return place
-    return next((place for place in places if place.is_file() and name_of(place) == ancestor.name), None)
+    return next((place for place in places if place.is_file() and adapter_name(place) == ancestor.name), None)
 
 
 def _run_of(file: Path) -> RunFolder | None:

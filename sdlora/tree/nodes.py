@@ -13,15 +13,15 @@ from sdlora.tree.lineage import (
     ENDING,
     KOHYA_ENDING,
     Ancestor,
+    describe_mismatch,
     digest_file,
-    explain_refusal,
-    noted_digest,
     read_lineage,
+    recorded_digest,
 )
 
 
 @dataclass(frozen=True)
-class Parentage:
+class ParentLinks:
     """The parents of nodes.
 
     Args:
@@ -35,14 +35,14 @@ class Parentage:
     problems: list[str] = field(default_factory=list)
 
 
-def find_parentage(nodes: Mapping[str, Node], place: str) -> Parentage:
+def link_parents(nodes: Mapping[str, Node], place: str) -> ParentLinks:
     """Finds each node's parent by its tensors, else by its name.
 
     Args:
         nodes: By name.
         place: What to call where they are.
     """
-    found = Parentage()
+    found = ParentLinks()
     by_digest: dict[str, str] = {}
     for name, node in nodes.items():
         first = by_digest.setdefault(node.digest, name)
@@ -54,19 +54,19 @@ def find_parentage(nodes: Mapping[str, Node], place: str) -> Parentage:
         there = [by_digest.get(one.digest) or _namesake(one, name, nodes) for one in node.lineage]
         parent = there[-1]
         digest = nodes[parent].digest if parent else None
-        if refusal := explain_refusal(name, node.lineage[-1], parent or f"in {place}", digest):
+        if refusal := describe_mismatch(name, node.lineage[-1], parent or f"in {place}", digest):
             found.refused[name] = refusal
         # Below a gap, the path goes on with the next ancestor that is there.
         if nearest := next(filter(None, reversed(there)), None):
             found.parents[name] = nearest
     for name in nodes:
-        _cut_circle(name, found)
+        _break_cycle(name, found)
     for name in nodes:
         _check_lineage(name, nodes, found)
     return found
 
 
-def path_of(name: str, parents: Mapping[str, str]) -> list[str]:
+def path_to(name: str, parents: Mapping[str, str]) -> list[str]:
     """A node and all above it, the root first."""
     path = [name]
     while (above := parents.get(path[0])) is not None:
@@ -80,7 +80,7 @@ def _namesake(ancestor: Ancestor, child: str, nodes: Mapping[str, Node]) -> str 
     return next((name for name in called_so if name != child), None)
 
 
-def _cut_circle(name: str, found: Parentage) -> None:
+def _break_cycle(name: str, found: ParentLinks) -> None:
     """Refuses a node that is among its own ancestors, which only edited metadata makes."""
     above = [name]
     while (step := found.parents.get(above[-1])) is not None and step not in above:
@@ -90,9 +90,9 @@ def _cut_circle(name: str, found: Parentage) -> None:
         found.parents.pop(name)
 
 
-def _check_lineage(name: str, nodes: Mapping[str, Node], found: Parentage) -> None:
+def _check_lineage(name: str, nodes: Mapping[str, Node], found: ParentLinks) -> None:
     """Whether the ancestors are those that were there at the training, all the way up."""
-    *above, _ = path = path_of(name, found.parents)
+    *above, _ = path = path_to(name, found.parents)
     if any(step in found.refused for step in path):
         return
     lineage = nodes[name].lineage
@@ -153,7 +153,7 @@ def find_files(root: Path) -> dict[str, Path]:
     return files
 
 
-def spare_files(root: Path) -> dict[str, Path]:
+def find_saved_adapters(root: Path) -> dict[str, Path]:
     """What runs have saved beside the final file, by node name: earlier steps, smaller ranks."""
     found = [
         file for run in sorted(_runs(root)) for file in sorted(RunFolder(run).adapters.glob(f"*{ENDING}"))
@@ -186,7 +186,7 @@ def read_node(name: str, file: Path) -> Node:
     return Node(
         name,
         file,
-        noted_digest(file) or digest_file(file),
+        recorded_digest(file) or digest_file(file),
         lineage,
         info.rank,
         info.size_bytes,

@@ -29,10 +29,10 @@ from sdlora.tree.lineage import (
     PARENT,
     digest_adapter,
     digest_file,
-    noted_digest,
-    short,
+    recorded_digest,
+    short_digest,
 )
-from sdlora.tree.nodes import Node, find_files, find_parentage, path_of, read_node, spare_files
+from sdlora.tree.nodes import Node, find_files, find_saved_adapters, link_parents, path_to, read_node
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class AdapterTree:
     def __init__(self, folder: Path, nodes: Mapping[str, Node], problems: Sequence[str] = ()) -> None:
         self.folder = folder
         self.nodes = dict(sorted(nodes.items()))
-        parentage = find_parentage(self.nodes, str(folder))
+        parentage = link_parents(self.nodes, str(folder))
         self.problems = [*problems, *parentage.problems]
         self.parents = parentage.parents
         """Node to parent, or to the nearest ancestor that is there, whether or not it is the right one."""
@@ -93,9 +93,9 @@ class AdapterTree:
                 problems.append(str(error))
         wanted = {ancestor.digest for node in nodes.values() for ancestor in node.lineage}
         wanted -= {node.digest for node in nodes.values()}
-        for name, file in (spare_files(root) if wanted else {}).items():
+        for name, file in (find_saved_adapters(root) if wanted else {}).items():
             with suppress(AdapterError):
-                if noted_digest(file) in wanted:
+                if recorded_digest(file) in wanted:
                     nodes[name] = read_node(name, file)
                     wanted.remove(nodes[name].digest)
         if not nodes:
@@ -135,11 +135,11 @@ class AdapterTree:
         """
         if not force and (lines := self.refusals(name)):
             raise AdapterError(lines[0])
-        return [self.nodes[step] for step in path_of(name, self.parents)]
+        return [self.nodes[step] for step in path_to(name, self.parents)]
 
     def refusals(self, name: str) -> list[str]:
         """Why a node must not be used, one line for each step of its path; `force` uses it nevertheless."""
-        path = path_of(self.node(name).name, self.parents)
+        path = path_to(self.node(name).name, self.parents)
         return [self.refused[step] for step in path if step in self.refused]
 
     def common_ancestor(self, first: str, second: str) -> Node | None:
@@ -167,7 +167,7 @@ class AdapterTree:
                     continue
                 if digest != node.digest:
                     lines.append(
-                        f"{name}: {file} holds {short(digest)} where {short(node.digest)} is expected; "
+                        f"{name}: {file} holds {short_digest(digest)} where {short_digest(node.digest)} is expected; "
                         "put the old file back, or export it again"
                     )
         return lines
@@ -185,7 +185,7 @@ class AdapterTree:
             digest = digest_adapter(adapter)
             if digest != node.digest:
                 raise AdapterError(
-                    f"{node.file} holds {short(digest)} where {short(node.digest)} is expected; "
+                    f"{node.file} holds {short_digest(digest)} where {short_digest(node.digest)} is expected; "
                     "it was changed, so put the old file back, or export it again"
                 )
             self._loaded[key] = adapter.to(device, torch.float32)

@@ -13,7 +13,7 @@ from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
 from sdlora.models.meta import empty_unet
 from sdlora.rank.spectrum import spectrum
-from sdlora.tree.lineage import lineage_below, lineage_notes
+from sdlora.tree.lineage import child_lineage, lineage_to_notes
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def styles(tmp_path_factory):
             pair.up.data.normal_(std=0.1, generator=torch.Generator().manual_seed(rank))
         save_adapter(folder / f"{name}.safetensors", adapter, metadata=notes)
         parent = load_adapter(folder / "ink.safetensors", dtype=None)
-        notes = {**notes, **lineage_notes(lineage_below("ink", parent))}
+        notes = {**notes, **lineage_to_notes(child_lineage("ink", parent))}
     return folder
 
 

@@ -14,7 +14,7 @@ from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_targets
 from sdlora.models.info import inspect_base
 from sdlora.models.meta import empty_unet
-from sdlora.tree.lineage import lineage_below, lineage_notes
+from sdlora.tree.lineage import child_lineage, lineage_to_notes
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def styles(tmp_path_factory):
         return save_adapter(folder / f"{name}.safetensors", adapter, metadata=notes)
 
     ink = load_adapter(save("ink", 4, **{"sdlora.heldout_loss": "0.0712"}), dtype=None)
-    save("ink/portraits", 2, **lineage_notes(lineage_below("ink", ink)))
+    save("ink/portraits", 2, **lineage_to_notes(child_lineage("ink", ink)))
     return folder
 
 

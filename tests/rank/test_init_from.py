@@ -9,7 +9,7 @@ from sdlora.errors import ConfigError
 from sdlora.formats.files import load_adapter, save_adapter
 from sdlora.lora.adapter import draw_adapter
 from sdlora.lora.attach import match_targets
-from sdlora.rank.init_from import check_start, start_from
+from sdlora.rank.init_from import check_init_targets, init_from_adapter
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_a_larger_rank_is_exact_and_can_learn(unet, make_adapter, deltas, draw, 
     """The same change to the bit where no arithmetic is needed; the new directions get gradients."""
     start = make_adapter(unet, rank=3, alpha=3)
     adapter, fresh = draw(8, scale), draw(8)
-    report = start_from(adapter, start)
+    report = init_from_adapter(adapter, start)
     assert str(report) == "32 padded to a larger rank, exactly"
     for name, pair in adapter.modules.items():
         assert torch.equal(pair.down[:3], start.modules[name].down)
@@ -44,7 +44,7 @@ def test_a_smaller_rank_is_the_nearest(unet, make_adapter, deltas, draw):
     """Eckart and Young: no product of that rank is nearer; the relative error is that of the whole."""
     start = make_adapter(unet, rank=6, alpha=3, targets=["all"])
     adapter = draw(2, 4.0, ["all"])
-    report = start_from(adapter, start)
+    report = init_from_adapter(adapter, start)
     lost = whole = 0.0
     for name, delta in deltas(adapter).items():
         exact = deltas(start)[name]
@@ -62,7 +62,7 @@ def test_fewer_modules_leave_the_rest_fresh(unet, make_adapter, draw):
     """What the file does not change starts as in a new run, and is said."""
     start = make_adapter(unet, rank=4, alpha=4, targets=["*.attn2.*"])
     adapter, fresh = draw(4), draw(4)
-    assert str(start_from(adapter, start)) == (
+    assert str(init_from_adapter(adapter, start)) == (
         "16 modules as they are, 16 fresh, since the file does not change them"
     )
     for name, pair in adapter.modules.items():
@@ -77,8 +77,8 @@ def test_more_modules_are_refused(unet, make_adapter):
     with pytest.raises(
         ConfigError, match=r"init = x also changes \d+ of its \d+ modules that lora.targets leaves"
     ):
-        check_start(start, match_targets(unet, ["attention"]), "init = x")
-    check_start(make_adapter(unet), match_targets(unet, ["all"]), "init = x")
+        check_init_targets(start, match_targets(unet, ["attention"]), "init = x")
+    check_init_targets(make_adapter(unet), match_targets(unet, ["all"]), "init = x")
 
 
 @pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
@@ -87,7 +87,7 @@ def test_from_a_file_of_any_dialect(tmp_path, unet, make_adapter, deltas, draw, 
     trained = make_adapter(unet, rank=4, alpha=3)
     path = save_adapter(tmp_path / "x.safetensors", trained, dialect=dialect)
     adapter = draw(6, 0.25)
-    start_from(adapter, load_adapter(path))
+    init_from_adapter(adapter, load_adapter(path))
     exact = deltas(trained)
     for name, delta in deltas(adapter).items():
         torch.testing.assert_close(delta, exact[name], rtol=1e-5, atol=1e-8)

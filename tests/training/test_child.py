@@ -29,7 +29,7 @@ from sdlora.sampling.session import sample
 from sdlora.training.plan import make_plan
 from sdlora.training.plan_summary import describe_plan
 from sdlora.training.train import resume, train
-from sdlora.tree.lineage import digest_file, lineage_below, lineage_notes, load_path, read_lineage
+from sdlora.tree.lineage import child_lineage, digest_file, lineage_to_notes, load_path, read_lineage
 from sdlora.tree.tree import AdapterTree
 from tests.checks import assert_same_image
 
@@ -46,7 +46,7 @@ def make_style():
         for number, pair in enumerate(adapter.modules.values()):
             pair.up.data.normal_(std=0.1, generator=torch.Generator().manual_seed(seed * 1000 + number))
         if parent is not None:
-            notes |= lineage_notes(lineage_below(parent.stem, load_adapter(parent, dtype=None)))
+            notes |= lineage_to_notes(child_lineage(parent.stem, load_adapter(parent, dtype=None)))
         notes = {"sdlora.family": "sd1", **notes}
         return save_adapter(folder / f"{name}.safetensors", round_adapter(adapter)[0], metadata=notes)
 

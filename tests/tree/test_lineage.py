@@ -13,12 +13,12 @@ from sdlora.formats.files import load_adapter, save_adapter
 from sdlora.formats.write import round_adapter
 from sdlora.tree.lineage import (
     Ancestor,
+    child_lineage,
+    describe_mismatch,
     digest_file,
-    explain_refusal,
-    lineage_below,
-    lineage_notes,
-    noted_digest,
+    lineage_to_notes,
     read_lineage,
+    recorded_digest,
 )
 
 CHAIN = (Ancestor("ink", "ab" * 32, 0.5), Ancestor("ink/portraits", "cd" * 32))
@@ -33,7 +33,7 @@ def rounded(unet, make_adapter):
 def test_digest_is_the_hash_that_other_programs_show(rounded, tmp_path):
     """R-42: of the tensor bytes, as `sshs_model_hash`; so any tool can check it."""
     file = save_adapter(tmp_path / "a.safetensors", rounded)
-    assert digest_file(file) == load_adapter(file).notes["sshs_model_hash"] == noted_digest(file)
+    assert digest_file(file) == load_adapter(file).notes["sshs_model_hash"] == recorded_digest(file)
 
 
 def test_digest_is_of_the_content(rounded, tmp_path, make_adapter, unet):
@@ -44,7 +44,7 @@ def test_digest_is_of_the_content(rounded, tmp_path, make_adapter, unet):
     save_file(load_file(tmp_path / "a.safetensors"), other_writer)
     again = save_adapter(tmp_path / "d.safetensors", load_adapter(kohya, dtype=None))
     assert {digest_file(file) for file in (kohya, other_writer, again)} == {digest}
-    assert [noted_digest(file) for file in (kohya, other_writer, again)] == [None, None, digest]
+    assert [recorded_digest(file) for file in (kohya, other_writer, again)] == [None, None, digest]
     next(iter(rounded.modules.values())).up[0, 0] += 0.01
     assert digest_file(save_adapter(tmp_path / "e.safetensors", rounded)) != digest
     mixed = round_adapter(make_adapter(unet, rank=2))[0]
@@ -63,21 +63,21 @@ def test_mixed_ranks_have_one_digest_in_both_dialects(mixed_adapter, tmp_path):
 def test_chain_round_trip(rounded, tmp_path):
     """Names, digests and strengths survive the file, in both dialects, and a conversion."""
     for dialect in ("diffusers", "kohya"):
-        notes = {**rounded.notes, **lineage_notes(CHAIN)}
+        notes = {**rounded.notes, **lineage_to_notes(CHAIN)}
         file = save_adapter(tmp_path / f"{dialect}.safetensors", rounded, dialect=dialect, metadata=notes)
         loaded = load_adapter(file, dtype=None)
         assert read_lineage(loaded.notes) == CHAIN
         assert loaded.parent == CHAIN[-1].digest
         again = load_adapter(save_adapter(tmp_path / "again.safetensors", loaded))
         assert read_lineage(again.notes) == CHAIN
-        child = lineage_below("leaf", loaded, 0.7)
+        child = child_lineage("leaf", loaded, 0.7)
         assert child == (*CHAIN, Ancestor("leaf", digest_file(file), 0.7))
 
 
 def test_a_root_has_none(rounded):
     """No parent, no keys."""
     assert read_lineage(rounded.notes) == ()
-    assert lineage_notes(()) == {}
+    assert lineage_to_notes(()) == {}
 
 
 def test_a_parent_alone_is_enough():
@@ -111,8 +111,8 @@ def test_damaged_metadata(text, message):
 
 def test_a_wrong_parent_is_refused_with_both_digests():
     """What was expected and what was found."""
-    assert explain_refusal("leaf", CHAIN[0], "ink", "ab" * 32) is None
-    message = str(explain_refusal("leaf", CHAIN[0], "ink", "ff" * 32))
+    assert describe_mismatch("leaf", CHAIN[0], "ink", "ab" * 32) is None
+    message = str(describe_mismatch("leaf", CHAIN[0], "ink", "ff" * 32))
     assert "leaf was trained on ink (abababababab), but ink is ffffffffffff now" in message
     assert "--force" in message
 

@@ -17,7 +17,7 @@ from sdlora.formats.files import load_adapter, save_adapter
 from sdlora.formats.write import round_adapter
 from sdlora.lora.attach import mount
 from sdlora.lora.modules import lora_layers
-from sdlora.tree.lineage import lineage_below, lineage_notes
+from sdlora.tree.lineage import child_lineage, lineage_to_notes
 from sdlora.tree.tree import AdapterTree, SwitchPlan
 
 SHAPES = (
@@ -39,7 +39,7 @@ def grow(unet, make_adapter, tmp_path):
         if parent is not None:
             file = folder / f"{parent}.safetensors"
             above = load_adapter(file, dtype=None)
-            notes |= lineage_notes(lineage_below(parent.rpartition("/")[2], above, strength))
+            notes |= lineage_to_notes(child_lineage(parent.rpartition("/")[2], above, strength))
         return save_adapter(folder / f"{name}.safetensors", adapter, dialect=dialect, metadata=notes)
 
     grow.folder = folder
@@ -204,8 +204,8 @@ def rewrite(file, **notes):
 def test_problems_are_one_line_each(grow, small):
     """Circles, duplicates, files that are something else, a chain that another one was recorded for."""
     ink, water = (load_adapter(small / f"{name}.safetensors", dtype=None) for name in ("ink", "water"))
-    rewrite(small / "ink.safetensors", **lineage_notes(lineage_below("water", water)))
-    rewrite(small / "water.safetensors", **lineage_notes(lineage_below("ink", ink)))
+    rewrite(small / "ink.safetensors", **lineage_to_notes(child_lineage("water", water)))
+    rewrite(small / "water.safetensors", **lineage_to_notes(child_lineage("ink", ink)))
     shutil.copyfile(small / "ink" / "maps.safetensors", small / "copy.safetensors")
     (small / "base.safetensors").write_text("no")
     lines = AdapterTree.from_folder(small).verify()
@@ -221,7 +221,7 @@ def test_a_chain_that_changed_above_the_parent(small, grow):
     """The parent is right, but does not stand where it stood."""
     rewrite(
         small / "ink" / "portraits.safetensors",
-        **lineage_notes(lineage_below("water", load_adapter(small / "water.safetensors", dtype=None))),
+        **lineage_to_notes(child_lineage("water", load_adapter(small / "water.safetensors", dtype=None))),
     )
     tree = AdapterTree.from_folder(small)
     assert "was trained on ink (" in tree.refused["ink/portraits/old"]
