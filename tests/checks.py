@@ -7,6 +7,7 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,28 @@ HANG_SECONDS = 300
 """How long a test waits for another process: a guard against waiting forever, never a measure of speed."""
 
 
+@dataclass
+class Calls:
+    """The number of functions, in Python and C, called inside `with counted() as calls`."""
+
+    count: int = 0
+
+
+@contextmanager
+def counted() -> Iterator[Calls]:
+    """Measures work by calls, which do not depend on the machine's speed."""
+    calls = Calls()
+
+    def note(frame: object, event: str, value: object) -> None:
+        calls.count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
+
+
 @contextmanager
 def bounded(calls: int = 1_000_000, megabytes: int | None = None) -> Iterator[None]:
     """Fails if what happens inside takes much work or memory, on a fast machine as on a slow one.
@@ -46,23 +69,16 @@ def bounded(calls: int = 1_000_000, megabytes: int | None = None) -> Iterator[No
         calls: Of functions, in Python and C.
         megabytes: At the peak; None does not measure it, which takes a while.
     """
-    count = 0
-
-    def count_call(frame: object, event: str, value: object) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
     if megabytes is not None:
         tracemalloc.start()
     started = time.process_time()
-    sys.setprofile(count_call)
     try:
-        yield
+        with counted() as done:
+            yield
     finally:
-        sys.setprofile(None)
         spent, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    assert count < calls, f"{count:,} calls"
+    assert done.count < calls, f"{done.count:,} calls"
     assert megabytes is None or peak < megabytes * 2**20, f"{peak:,} bytes"
     # A single call can hang as well: of an expression that backtracks, or a number of many digits.
     assert spent < HANG_SECONDS

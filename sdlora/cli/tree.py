@@ -50,7 +50,7 @@ def show(folder: Folder) -> None:
     from sdlora.tree.tree import AdapterTree
 
     tree = AdapterTree.from_folder(folder)
-    # A tree cuts what is wider than the console; what it refuses, and why, must be read whole.
+    # Rich cuts lines at the width of the console, but errors must be readable in full.
     Console(highlight=False, width=_WIDEST).print(_draw(tree))
     for line in tree.problems:
         typer.echo(f"warning: {line}")
@@ -72,8 +72,8 @@ def _draw(tree: AdapterTree) -> Tree:
     while left:
         place, node = left.pop(0)
         label = Text(_describe(node))
-        if reason := tree.refused.get(node.name):
-            label.append(f"\n{reason}", style="red")
+        if error := tree.errors.get(node.name):
+            label.append(f"\n{error}", style="red")
         branch = place.add(label)
         left += [(branch, child) for child in tree.children(node.name)]
     return drawing
@@ -98,7 +98,7 @@ def verify(folder: Folder) -> None:
         typer.echo(line)
     if lines:
         raise typer.Exit(1)
-    typer.echo(f"{len(tree.nodes)} nodes, each on the parent that it was trained on")
+    typer.echo(f"{len(tree.nodes)} nodes, all with the parents that they were trained on")
 
 
 def sample(
@@ -171,8 +171,8 @@ def flatten(
     tree = AdapterTree.from_folder(folder)
     check_out(out, (step.file for step in tree.nodes.values()))
     flat, cost = tree.flatten(node, strengths=changes, rank=rank, force=force)
-    for line in tree.refusals(node):
-        typer.echo(f"warning: {line}")
+    for error in tree.path_errors(node):
+        typer.echo(f"warning: {error}")
     report = export_adapter(flat, out, dialect=settings.formats[0], precision=settings.precision)
     typer.echo(f"path      {flat.notes['sdlora.flattened']}")
     for line in (*(cost.lines() if cost else ()), *report.lines()):

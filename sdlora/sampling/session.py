@@ -268,9 +268,8 @@ def sample_tree(
         raise ConfigError("there is no prompt; give --prompt TEXT")
     columns = [Column()]
     for name, path in zip(names, tree.strengths(names, strengths, force=force), strict=True):
-        stack = tuple((tree.load(step), strength) for step, strength in path.items())
-        columns.append(Column(stack, path[name], name))
-    for forced in dict.fromkeys(line for name in names for line in tree.refusals(name)):
+        columns.append(Column(tree.load_stack(path), path[name], name))
+    for forced in dict.fromkeys(str(error) for name in names for error in tree.path_errors(name)):
         if warn:
             warn(forced)
     folder = choose_folder(out, tree.folder.resolve().name)

@@ -1,4 +1,4 @@
-"""Finding what an adapter stands on: its ancestors' files, wherever they lie and whatever they are called."""
+"""The ancestors of an adapter: their names and digests in its metadata, and their files on the disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdlora.formats.container import digest_tensors, read_lora_header
 from sdlora.formats.files import load_adapter
 from sdlora.formats.keys import is_kohya_key
 from sdlora.formats.write import adapter_to_diffusers
-from sdlora.lora.adapter import Adapter
+from sdlora.lora.adapter import Adapter, low_rank_modules
 from sdlora.runs import RunFolder
 
 PARENT, LINEAGE, HASH = "sdlora.parent", "sdlora.lineage", "sshs_model_hash"
@@ -26,21 +26,24 @@ ENDING, KOHYA_ENDING = ".safetensors", ".kohya.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Ancestor:
-    """An adapter that another one was trained on top of."""
+    """An adapter that another one was trained on top of.
+
+    Args:
+        name: Its name at that time.
+        digest: SHA-256 of the tensors of its diffusers file.
+        strength: Its strength in that training.
+    """
 
     name: str
-    """As it was called then."""
     digest: str
-    """SHA-256 of the tensors of its diffusers file."""
     strength: float = 1.0
-    """As it was mounted."""
 
     def __str__(self) -> str:
         return f"{self.name} ({short_digest(self.digest)})"
 
 
 def short_digest(digest: str) -> str:
-    """The first characters of a digest, as user interfaces show it."""
+    """The first characters, as user interfaces show them."""
     return digest[:12]
 
 
@@ -54,18 +57,18 @@ def digest_adapter(adapter: Adapter) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """The digest of a LoRA file, computed; files of one adapter in several dialects have the same."""
+    """The computed digest of a LoRA file, which is the same for every dialect of one adapter."""
     return digest_adapter(load_adapter(path, dtype=None))
 
 
 def recorded_digest(path: Path) -> str | None:
-    """The digest that a diffusers file names in its header; None if the file must be read to know it."""
+    """The digest in the header of a diffusers file; None if the tensors must be read to know it."""
     header = read_lora_header(path)
     return None if any(map(is_kohya_key, header.shapes)) else header.metadata.get(HASH)
 
 
 def read_lineage(notes: Mapping[str, str]) -> tuple[Ancestor, ...]:
-    """The ancestors that a file's metadata names, the root first.
+    """The ancestors in a file's metadata, the root first.
 
     Raises:
         AdapterError: If the metadata is damaged; completes "FILE ...".
@@ -81,17 +84,20 @@ def read_lineage(notes: Mapping[str, str]) -> tuple[Ancestor, ...]:
         if not all(math.isfinite(ancestor.strength) for ancestor in chain):
             raise ValueError
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
-        raise AdapterError(f"holds {LINEAGE} that cannot be read; export the LoRA again") from None
+        raise AdapterError(
+            f"has unreadable metadata in {LINEAGE}; export the LoRA again", key="tree.bad-lineage"
+        ) from None
     if chain and chain[-1].digest != parent:
         raise AdapterError(
             f"names the parent {shorten(short_digest(parent))} in {PARENT}, but {chain[-1]} in {LINEAGE}; "
-            "export the LoRA again"
+            "export the LoRA again",
+            key="tree.contradicting-parents",
         )
     return chain or (Ancestor("its parent", parent),)
 
 
 def lineage_to_notes(ancestors: Sequence[Ancestor]) -> dict[str, str]:
-    """The metadata that names the ancestors; none for a root."""
+    """The metadata for a file with these ancestors; empty for a root."""
     if not ancestors:
         return {}
     chain = json.dumps([asdict(ancestor) for ancestor in ancestors], ensure_ascii=False)
@@ -102,31 +108,38 @@ def child_lineage(name: str, parent: Adapter, strength: float = 1.0) -> tuple[An
     """The ancestors of a child of an adapter, the root first.
 
     Args:
-        name: What the parent is called.
+        name: Of the parent.
         parent: In the dtype of its file.
-        strength: As it is mounted.
+        strength: Of the parent in the child's training.
     """
     return (*read_lineage(parent.notes), Ancestor(name, digest_adapter(parent), strength))
 
 
-def describe_mismatch(child: str, expected: Ancestor, found: str, digest: str | None) -> str | None:
-    """Why a child must not be used as things are: an error, and with `--force` a warning.
+def parent_error(child: str, expected: Ancestor, found: str, digest: str | None) -> AdapterError | None:
+    """Compares a child's parent with the one that its file names.
 
     Args:
-        child: What to call it.
-        expected: As the child's file names it.
-        found: What to call the one that is there; where it was looked for, if there is none.
-        digest: Of that one; None if there is none.
+        child: Its name.
+        expected: The parent in the child's metadata.
+        found: The name of the parent that was found, or the place that was searched.
+        digest: Of the parent that was found; None without one.
 
     Returns:
-        What was expected and what was found; None if that is the same.
+        The error to raise, or to warn with where `--force` is given; None for the right parent.
     """
     if digest == expected.digest:
         return None
     trained = f"{child} was trained on {expected}"
     if digest is None:
-        return f"{trained}, which is not {found}; put that file there (--force goes without it)"
-    return f"{trained}, but {found} is {short_digest(digest)} now; put the old file back (--force takes this one)"
+        return AdapterError(
+            f"{trained}, which is not {found}; restore that file, or use --force to continue without it",
+            key="tree.parent-missing",
+        )
+    return AdapterError(
+        f"{trained}, but {found} is {short_digest(digest)} now; restore the old file, or use --force to take "
+        "this one",
+        key="tree.parent-changed",
+    )
 
 
 Stack: TypeAlias = tuple[tuple[Adapter, float], ...]
@@ -137,11 +150,11 @@ _LEVELS = 4
 
 @dataclass(frozen=True)
 class PathEntry:
-    """One adapter of a path, found and loaded.
+    """A loaded adapter of a path.
 
     Args:
-        ancestor: Its name, its digest as it is, and its strength.
-        file: Where it is.
+        ancestor: Its name, its present digest, and its strength.
+        file: Its path.
         adapter: In fp32.
     """
 
@@ -151,18 +164,19 @@ class PathEntry:
 
 
 def path_to_stack(path: Sequence[PathEntry]) -> Stack:
-    """What `mount` takes."""
-    return tuple((step.adapter, step.ancestor.strength) for step in path)
+    """The argument of `mount`."""
+    return tuple((entry.adapter, entry.ancestor.strength) for entry in path)
 
 
 def load_path(
     source: str | Path, *, force: bool = False, warn: Callable[[str], None] | None = None
 ) -> list[PathEntry]:
-    """An adapter and all it stands on, the root first: the path that a child of it is trained on.
+    """Loads an adapter and its ancestors, the root first: the path that a child of it is trained on.
 
     Args:
-        source: A LoRA file, a run folder, or a file without its ending, as a tree calls it.
-        force: As in `find_ancestors`, and so is `warn`.
+        source: A LoRA file, a run folder, or a node: a file without its ending.
+        force: As for `find_ancestors`.
+        warn: As for `find_ancestors`.
 
     Raises:
         AdapterError: If there is no such file, or an ancestor is missing or changed.
@@ -179,7 +193,7 @@ def _load_entry(file: Path, name: str, strength: float = 1.0) -> PathEntry:
 
 
 def find_source(source: str | Path) -> Path:
-    """The file that a file, a run or a node stands for.
+    """The LoRA file of a path, a run folder or a node.
 
     Raises:
         AdapterError: If there is none.
@@ -191,12 +205,12 @@ def find_source(source: str | Path) -> Path:
     candidates = [path, *(Path(f"{path}{ending}") for ending in (ENDING, KOHYA_ENDING))]
     found = next((file for file in candidates if file.is_file()), None)
     if found is None:
-        raise AdapterError(f"{source} is no LoRA file, no run and no node; give one of them")
+        raise AdapterError(f"{source} is not a LoRA file, run folder or tree node", key="tree.not-found")
     return found
 
 
 def adapter_name(file: Path) -> str:
-    """What to call an adapter: its run's name (`ink`, or `ink/rank-4`), or the file's without the ending."""
+    """The name of an adapter: its run's (`ink`, or `ink/rank-4`), or the file's without the ending."""
     run, own = _run_of(file), file.name.removesuffix(KOHYA_ENDING).removesuffix(ENDING)
     if run is None:
         return own
@@ -208,35 +222,48 @@ def find_ancestors(
 ) -> list[PathEntry]:
     """Finds and loads the adapters that another one was trained on top of, the root first.
 
-    They are looked for where the run of the file says, beside the file, in the folders beside it, and
-    likewise up to three folders above; each next one also around the one before.
+    They are searched at the path in the settings of the file's run, beside the file, in neighbouring folders,
+    and around up to three folders above; each next ancestor also around the one before.
 
     Args:
-        file: Where the adapter is from.
-        adapter: As loaded.
-        force: Takes a file of the right name that holds other tensors, and goes without one that is missing.
-        warn: Told of each that is taken, or gone without, by force.
+        file: The adapter's file.
+        adapter: Loaded from it.
+        force: Takes a file of the right name with other tensors, and continues without a missing one.
+        warn: Called with a line for each of these.
 
     Raises:
-        AdapterError: If one is not there, or is not what it was; says what was expected and found.
+        AdapterError: If an ancestor is missing or changed, or an adapter of the path is of a kind that cannot
+            be added to others.
     """
+    lineage = read_lineage(adapter.notes)
+    if not lineage:
+        return []
+    check_additive(file, adapter)
     path: list[PathEntry] = []
     child, places = file, list(_places(file))
-    for ancestor in reversed(read_lineage(adapter.notes)):
+    for ancestor in reversed(lineage):
         place = _find(ancestor, places)
-        step = _load_entry(place, ancestor.name, ancestor.strength) if place else None
+        entry = _load_entry(place, ancestor.name, ancestor.strength) if place else None
         found = str(place or "beside it, nor in the folders above")
-        refusal = describe_mismatch(
-            adapter_name(child), ancestor, found, step.ancestor.digest if step else None
-        )
-        if refusal and not force:
-            raise AdapterError(refusal)
-        if refusal and warn:
-            warn(refusal)
-        if step is not None:
-            path.insert(0, step)
-            child, places = step.file, list(dict.fromkeys([*_places(step.file), *places]))
+        error = parent_error(adapter_name(child), ancestor, found, entry.ancestor.digest if entry else None)
+        if error and not force:
+            raise error
+        if error and warn:
+            warn(str(error))
+        if entry is not None:
+            check_additive(entry.file, entry.adapter)
+            path.insert(0, entry)
+            child, places = entry.file, list(dict.fromkeys([*_places(entry.file), *places]))
     return path
+
+
+def check_additive(file: Path, adapter: Adapter) -> None:
+    """Checks that an adapter can be a parent or a child: their changes are added to each other.
+
+    Raises:
+        AdapterError: If it is of another kind, such as DoRA.
+    """
+    low_rank_modules(adapter, f"{file}: a tree of adapters")
 
 
 def _find(ancestor: Ancestor, places: Sequence[Path]) -> Path | None:
@@ -244,11 +271,11 @@ def _find(ancestor: Ancestor, places: Sequence[Path]) -> Path | None:
     unknown: list[Path] = []
     for place in places:
         with suppress(AdapterError):
-            noted = recorded_digest(place)
-            if noted == ancestor.digest:
+            recorded = recorded_digest(place)
+            if recorded == ancestor.digest:
                 return place
-            unknown += [place] if noted is None else []
-    # Others must be read whole, which takes time where many lie about.
+            unknown += [place] if recorded is None else []
+    # These must be read whole, which takes time where there are many.
     for place in unknown:
         with suppress(AdapterError):
             if digest_file(place) == ancestor.digest:
@@ -263,17 +290,13 @@ def _run_of(file: Path) -> RunFolder | None:
 
 
 def _places(file: Path) -> Iterator[Path]:
-    """Files that may be the parent of one, the likeliest first."""
+    """Files that may be the parent of a file, the likeliest first."""
     if run := _run_of(file):
         with suppress(RunError, ConfigError):
             if parent := run.read_config().lora.parent:
                 yield Path(parent)
     folder = file.absolute().parent
+    inside = "*", "*/*", "*/adapters/final", "*/adapters/*-*[0-9]"
     for place in [folder, *folder.parents[: _LEVELS - 1]]:
-        for pattern in (
-            f"*{ENDING}",
-            f"*/*{ENDING}",
-            f"*/adapters/final{ENDING}",
-            f"*/adapters/*-*[0-9]{ENDING}",
-        ):
-            yield from (other for other in sorted(place.glob(pattern)) if other != file.absolute())
+        for pattern in inside:
+            yield from (other for other in sorted(place.glob(pattern + ENDING)) if other != file.absolute())

@@ -1,4 +1,4 @@
-"""The nodes of a tree: LoRA files in a folder, and what they say of themselves."""
+"""The nodes of a tree: LoRA files in a folder, linked to the parents that their metadata names."""
 
 from __future__ import annotations
 
@@ -13,92 +13,11 @@ from sdlora.tree.lineage import (
     ENDING,
     KOHYA_ENDING,
     Ancestor,
-    describe_mismatch,
     digest_file,
+    parent_error,
     read_lineage,
     recorded_digest,
 )
-
-
-@dataclass(frozen=True)
-class ParentLinks:
-    """The parents of nodes.
-
-    Args:
-        parents: Node to parent, or to the nearest ancestor that is there, whether or not it is the right one.
-        refused: Node to the line that says why it must not be used.
-        problems: What is odd but does no harm, one line each.
-    """
-
-    parents: dict[str, str] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-
-def link_parents(nodes: Mapping[str, Node], place: str) -> ParentLinks:
-    """Finds each node's parent by its tensors, else by its name.
-
-    Args:
-        nodes: By name.
-        place: What to call where they are.
-    """
-    found = ParentLinks()
-    by_digest: dict[str, str] = {}
-    for name, node in nodes.items():
-        first = by_digest.setdefault(node.digest, name)
-        if first != name:
-            found.problems.append(f"{name} holds the same tensors as {first}; keep one of them")
-    for name, node in nodes.items():
-        if not node.lineage:
-            continue
-        there = [by_digest.get(one.digest) or _namesake(one, name, nodes) for one in node.lineage]
-        parent = there[-1]
-        digest = nodes[parent].digest if parent else None
-        if refusal := describe_mismatch(name, node.lineage[-1], parent or f"in {place}", digest):
-            found.refused[name] = refusal
-        # Below a gap, the path goes on with the next ancestor that is there.
-        if nearest := next(filter(None, reversed(there)), None):
-            found.parents[name] = nearest
-    for name in nodes:
-        _break_cycle(name, found)
-    for name in nodes:
-        _check_lineage(name, nodes, found)
-    return found
-
-
-def path_to(name: str, parents: Mapping[str, str]) -> list[str]:
-    """A node and all above it, the root first."""
-    path = [name]
-    while (above := parents.get(path[0])) is not None:
-        path.insert(0, above)
-    return path
-
-
-def _namesake(ancestor: Ancestor, child: str, nodes: Mapping[str, Node]) -> str | None:
-    """Another node that is called as the ancestor of a child was."""
-    called_so = (name for name in nodes if ancestor.name in (name, name.rpartition("/")[2]))
-    return next((name for name in called_so if name != child), None)
-
-
-def _break_cycle(name: str, found: ParentLinks) -> None:
-    """Refuses a node that is among its own ancestors, which only edited metadata makes."""
-    above = [name]
-    while (step := found.parents.get(above[-1])) is not None and step not in above:
-        above.append(step)
-    if step == name:
-        found.refused[name] = f"{name} is among its own ancestors ({' < '.join([*above, name])})"
-        found.parents.pop(name)
-
-
-def _check_lineage(name: str, nodes: Mapping[str, Node], found: ParentLinks) -> None:
-    """Whether the ancestors are those that were there at the training, all the way up."""
-    *above, _ = path = path_to(name, found.parents)
-    if any(step in found.refused for step in path):
-        return
-    lineage = nodes[name].lineage
-    if [ancestor.digest for ancestor in lineage] != [nodes[step].digest for step in above]:
-        expected = " > ".join(map(str, lineage))
-        found.refused[name] = f"{name} was trained on {expected}, but stands on {' > '.join(above)} here"
 
 
 @dataclass(frozen=True)
@@ -107,12 +26,12 @@ class Node:
 
     Args:
         name: Its path in the folder, without the ending.
-        file: Where it is.
-        digest: Of its tensors, as its header has it.
+        file: Its path.
+        digest: Of its tensors, as recorded in its header.
         lineage: The ancestors that it was trained on, the root first.
         rank: The largest of its modules.
         size_bytes: Of the file.
-        notes: What the file says.
+        notes: The file's metadata.
     """
 
     name: str
@@ -125,20 +44,35 @@ class Node:
 
     @property
     def images(self) -> str:
-        """How many images it was trained on; empty if the file does not say."""
+        """The number of images it was trained on; empty if unknown."""
         return shorten(self.notes.get("ss_num_train_images", ""))
 
     @property
     def heldout_loss(self) -> float | None:
-        """As measured when it was saved, on top of its ancestors."""
+        """The loss when it was saved, on top of its ancestors."""
         try:
             return float(self.notes["sdlora.heldout_loss"])
         except (KeyError, ValueError):
             return None
 
 
+def read_node(name: str, file: Path) -> Node:
+    """Reads a file's header.
+
+    Raises:
+        AdapterError: If it is not a LoRA, or its metadata is damaged.
+    """
+    info = inspect_adapter(file)
+    try:
+        lineage = read_lineage(info.metadata)
+    except AdapterError as error:
+        raise AdapterError(f"{file} {error}", key=error.keys[0]) from None
+    digest = recorded_digest(file) or digest_file(file)
+    return Node(name, file, digest, lineage, info.rank, info.size_bytes, info.metadata)
+
+
 def find_files(root: Path) -> dict[str, Path]:
-    """Files by node name; of a run its final one, of two dialects the diffusers one."""
+    """Files by node name: a run's final adapter, and of two dialects the diffusers file."""
     files: dict[str, Path] = {}
     runs = _runs(root)
     for folder in sorted(runs):
@@ -154,7 +88,7 @@ def find_files(root: Path) -> dict[str, Path]:
 
 
 def find_saved_adapters(root: Path) -> dict[str, Path]:
-    """What runs have saved beside the final file, by node name: earlier steps, smaller ranks."""
+    """What runs have saved beside their final adapters, by node name: earlier steps, smaller ranks."""
     found = [
         file for run in sorted(_runs(root)) for file in sorted(RunFolder(run).adapters.glob(f"*{ENDING}"))
     ]
@@ -172,23 +106,88 @@ def node_name(root: Path, file: Path) -> str:
     return name.removesuffix(KOHYA_ENDING).removesuffix(ENDING) if name != "." else root.absolute().name
 
 
-def read_node(name: str, file: Path) -> Node:
-    """Reads what a file says of itself.
+@dataclass(frozen=True)
+class ParentLinks:
+    """The parents of nodes.
 
-    Raises:
-        AdapterError: If it is no LoRA, or its metadata is damaged.
+    Args:
+        parents: Node to parent, or to the nearest ancestor that was found, be it the right one or not.
+        errors: Node to the reason why it must not be used.
+        problems: What is odd but harmless, one line each.
     """
-    info = inspect_adapter(file)
-    try:
-        lineage = read_lineage(info.metadata)
-    except AdapterError as error:
-        raise AdapterError(f"{file} {error}") from None
-    return Node(
-        name,
-        file,
-        recorded_digest(file) or digest_file(file),
-        lineage,
-        info.rank,
-        info.size_bytes,
-        info.metadata,
+
+    parents: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, AdapterError] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def link_parents(nodes: Mapping[str, Node], place: str) -> ParentLinks:
+    """Finds each node's parent by its tensors, else by its name.
+
+    Args:
+        nodes: By name.
+        place: Their folder, for messages.
+    """
+    links = ParentLinks()
+    by_digest: dict[str, str] = {}
+    for name, node in nodes.items():
+        first = by_digest.setdefault(node.digest, name)
+        if first != name:
+            links.problems.append(f"{name} holds the same tensors as {first}; keep one of them")
+    for name, node in nodes.items():
+        if not node.lineage:
+            continue
+        found = [by_digest.get(one.digest) or _namesake(one, name, nodes) for one in node.lineage]
+        parent = found[-1]
+        digest = nodes[parent].digest if parent else None
+        if error := parent_error(name, node.lineage[-1], parent or f"in {place}", digest):
+            links.errors[name] = error
+        # The path skips ancestors that are missing.
+        if nearest := next(filter(None, reversed(found)), None):
+            links.parents[name] = nearest
+    for name in nodes:
+        _break_cycle(name, links)
+    for name in nodes:
+        if error := _lineage_error(name, nodes, links):
+            links.errors[name] = error
+    return links
+
+
+def path_to(name: str, parents: Mapping[str, str]) -> list[str]:
+    """A node and its ancestors, the root first."""
+    path = [name]
+    while (above := parents.get(path[0])) is not None:
+        path.insert(0, above)
+    return path
+
+
+def _namesake(ancestor: Ancestor, child: str, nodes: Mapping[str, Node]) -> str | None:
+    """Another node with the name that the ancestor of a child had."""
+    same = (name for name in nodes if ancestor.name in (name, name.rpartition("/")[2]))
+    return next((name for name in same if name != child), None)
+
+
+def _break_cycle(name: str, links: ParentLinks) -> None:
+    """Refuses a node that is its own ancestor, which only edited metadata makes possible."""
+    above = [name]
+    while (parent := links.parents.get(above[-1])) is not None and parent not in above:
+        above.append(parent)
+    if parent == name:
+        path = " < ".join([*above, name])
+        links.errors[name] = AdapterError(f"{name} is its own ancestor ({path})", key="tree.cycle")
+        links.parents.pop(name)
+
+
+def _lineage_error(name: str, nodes: Mapping[str, Node], links: ParentLinks) -> AdapterError | None:
+    """Refuses a node whose parent is right but has other ancestors than in the node's training."""
+    *above, _ = path = path_to(name, links.parents)
+    if any(step in links.errors for step in path):
+        return None
+    lineage = nodes[name].lineage
+    if [ancestor.digest for ancestor in lineage] == [nodes[step].digest for step in above]:
+        return None
+    expected, found = " > ".join(map(str, lineage)), " > ".join(above)
+    return AdapterError(
+        f"{name} was trained on {expected}, but its ancestors here are {found}; --force takes these",
+        key="tree.lineage-changed",
     )

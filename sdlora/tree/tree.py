@@ -1,7 +1,7 @@
 """A folder of LoRA files as a tree: each node was trained on the base plus the sum of its ancestors.
 
 There is no database. A node's name is its path in the folder without the ending; its parent is the file with
-the tensors that it was trained on, wherever that lies and whatever it is called.
+the tensors that it was trained on, whatever its place and name.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from sdlora.tree.lineage import (
     KOHYA_ENDING,
     LINEAGE,
     PARENT,
+    Stack,
+    check_additive,
     digest_adapter,
     digest_file,
     recorded_digest,
@@ -37,11 +39,11 @@ from sdlora.tree.nodes import Node, find_files, find_saved_adapters, link_parent
 
 @dataclass(frozen=True)
 class SwitchPlan:
-    """How to come from one node to another: up to the lowest common ancestor, and down.
+    """The way from one node to another: up to their lowest common ancestor, and down.
 
     Args:
-        pop: Taken off, the lowest first.
-        push: Put on, the highest first.
+        pop: Nodes to unmount, the lowest first.
+        push: Nodes to mount, the highest first.
     """
 
     pop: tuple[str, ...]
@@ -49,23 +51,23 @@ class SwitchPlan:
 
 
 class AdapterTree:
-    """Nodes, their parents, and the ways between them.
+    """Nodes and their parents.
 
     Args:
         folder: For messages.
         nodes: By name.
-        problems: Files that are no nodes, one line each.
+        problems: Files that cannot be nodes, one line each.
     """
 
     def __init__(self, folder: Path, nodes: Mapping[str, Node], problems: Sequence[str] = ()) -> None:
         self.folder = folder
         self.nodes = dict(sorted(nodes.items()))
-        parentage = link_parents(self.nodes, str(folder))
-        self.problems = [*problems, *parentage.problems]
-        self.parents = parentage.parents
-        """Node to parent, or to the nearest ancestor that is there, whether or not it is the right one."""
-        self.refused = parentage.refused
-        """Node to the line that says why it must not be used."""
+        links = link_parents(self.nodes, str(folder))
+        self.problems = [*problems, *links.problems]
+        self.parents = links.parents
+        """Node to parent, or to the nearest ancestor that was found, whether or not it is the right one."""
+        self.errors = links.errors
+        """Node to the reason why it must not be used."""
         self._loaded: dict[tuple[str, str], Adapter] = {}
 
     def __repr__(self) -> str:
@@ -73,17 +75,17 @@ class AdapterTree:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> AdapterTree:
-        """Reads the headers of all LoRA files in a folder, and below it.
+        """Reads the headers of all LoRA files in a folder and its subfolders.
 
-        A run folder is one node, its final adapter; another one that it has saved is a node where one stands
-        on that. Files that are no LoRAs are problems, not errors.
+        A run folder is one node, its final adapter; another adapter of a run is a node if it is a parent.
+        Files that are not LoRAs are problems, not errors.
 
         Raises:
-            AdapterError: If there is no folder, or nothing in it.
+            AdapterError: If there is no such folder, or no LoRA file in it.
         """
         root = Path(folder)
         if not root.is_dir():
-            raise AdapterError(f"tree {folder} is no folder; give one that holds LoRA files")
+            raise AdapterError(f"{folder} is not a folder; give one with LoRA files", key="tree.no-folder")
         nodes: dict[str, Node] = {}
         problems: list[str] = []
         for name, file in find_files(root).items():
@@ -99,19 +101,21 @@ class AdapterTree:
                     nodes[name] = read_node(name, file)
                     wanted.remove(nodes[name].digest)
         if not nodes:
-            raise AdapterError(
-                "\n".join([f"tree {folder} holds no LoRA file; give another folder", *problems])
-            )
+            lines = [f"{folder} holds no LoRA file; give another folder", *problems]
+            raise AdapterError("\n".join(lines), key="tree.empty")
         return cls(root, nodes, problems)
 
     def node(self, name: str) -> Node:
         """A node by name.
 
         Raises:
-            AdapterError: If there is none; names those that are.
+            AdapterError: If there is none.
         """
         if name not in self.nodes:
-            raise AdapterError(f"tree {self.folder} has no node {name}; it has {', '.join(self.nodes)}")
+            raise AdapterError(
+                f"tree {self.folder} has no node {name}; choose from {', '.join(self.nodes)}",
+                key="tree.no-node",
+            )
         return self.nodes[name]
 
     def parent(self, name: str) -> Node | None:
@@ -124,72 +128,73 @@ class AdapterTree:
         return [node for node in self.nodes.values() if self.parents.get(node.name) == name]
 
     def path(self, name: str, *, force: bool = False) -> list[Node]:
-        """The node and all above it, the root first.
+        """A node and its ancestors, the root first.
 
         Args:
             name: The node.
-            force: Takes wrong parents for right ones, and goes without missing ones.
+            force: Accepts changed parents, and skips missing ones.
 
         Raises:
-            AdapterError: If one of them stands on a wrong, changed or missing parent.
+            AdapterError: If a parent on the path is changed or missing.
         """
-        if not force and (lines := self.refusals(name)):
-            raise AdapterError(lines[0])
+        if not force and (errors := self.path_errors(name)):
+            raise errors[0]
         return [self.nodes[step] for step in path_to(name, self.parents)]
 
-    def refusals(self, name: str) -> list[str]:
-        """Why a node must not be used, one line for each step of its path; `force` uses it nevertheless."""
+    def path_errors(self, name: str) -> list[AdapterError]:
+        """The reasons why a node must not be used, of all nodes of its path; `force` ignores them."""
         path = path_to(self.node(name).name, self.parents)
-        return [self.refused[step] for step in path if step in self.refused]
+        return [self.errors[step] for step in path if step in self.errors]
 
     def common_ancestor(self, first: str, second: str) -> Node | None:
-        """The lowest node that is on both paths (a node is on its own); None if only the base is."""
+        """The lowest node of both paths, which may be one of the two; None if they share the base alone."""
         shared = [a for a, b in zip(self.path(first), self.path(second), strict=False) if a is b]
         return shared[-1] if shared else None
 
     def switch_plan(self, start: str | None, end: str | None) -> SwitchPlan:
-        """What to take off and to put on; None is the base."""
+        """What to unmount and to mount; None is the base."""
         before = [node.name for node in self.path(start)] if start else []
         after = [node.name for node in self.path(end)] if end else []
         shared = sum(1 for a, b in zip(before, after, strict=False) if a == b)
         return SwitchPlan(tuple(reversed(before[shared:])), tuple(after[shared:]))
 
     def verify(self) -> list[str]:
-        """Every problem, one line each; reads all tensors, so a file that says a wrong digest is found."""
-        lines = [*self.problems, *self.refused.values()]
+        """Every problem, one line each; reads all tensors, so that a wrong digest in a header is found."""
+        lines = [*self.problems, *map(str, self.errors.values())]
         for name, node in self.nodes.items():
             twin = node.file.with_name(node.file.name.removesuffix(ENDING) + KOHYA_ENDING)
             for file in filter(Path.is_file, (node.file, twin)):
                 try:
-                    digest = digest_file(file)
+                    _check_digest(file, digest_file(file), node.digest)
                 except AdapterError as error:
                     lines.append(f"{name}: {error}")
-                    continue
-                if digest != node.digest:
-                    lines.append(
-                        f"{name}: {file} holds {short_digest(digest)} where {short_digest(node.digest)} is expected; "
-                        "put the old file back, or export it again"
-                    )
         return lines
 
     def load(self, name: str, device: torch.device | str = "cpu") -> Adapter:
-        """A node's own adapter in fp32, once for each device.
+        """A node's own adapter in fp32, loaded once for each device.
 
         Raises:
-            AdapterError: If the file does not hold what its header says.
+            AdapterError: If the tensors are not those of the recorded digest.
         """
         key = (name, str(device))
         if key not in self._loaded:
             node = self.node(name)
             adapter = load_adapter(node.file, dtype=None)
-            digest = digest_adapter(adapter)
-            if digest != node.digest:
-                raise AdapterError(
-                    f"{node.file} holds {short_digest(digest)} where {short_digest(node.digest)} is expected; "
-                    "it was changed, so put the old file back, or export it again"
-                )
+            _check_digest(node.file, digest_adapter(adapter), node.digest)
             self._loaded[key] = adapter.to(device, torch.float32)
         return self._loaded[key]
+
+    def load_stack(self, path: Mapping[str, float], device: torch.device | str = "cpu") -> Stack:
+        """The adapters of a path from `strengths`, to mount.
+
+        Raises:
+            AdapterError: If one of several is of a kind that cannot be added to others.
+        """
+        stack = tuple((self.load(name, device), strength) for name, strength in path.items())
+        for name, (adapter, _) in zip(path, stack, strict=True):
+            if len(path) > 1:
+                check_additive(self.node(name).file, adapter)
+        return stack
 
     def strengths(
         self,
@@ -198,15 +203,15 @@ class AdapterTree:
         *,
         force: bool = False,
     ) -> list[dict[str, float]]:
-        """The path to each node, the root first, with the strength of each step: as trained, unless changed.
+        """The path to each node, the root first, with the strength of each node: as trained, unless changed.
 
         Args:
             names: Nodes; None is the base, whose path is empty.
-            changes: By node name.
+            changes: Strengths by node name.
             force: As in `path`.
 
         Raises:
-            AdapterError: If a node stands on a wrong parent, or a change is for none of the paths.
+            AdapterError: If a parent is changed or missing, or a changed strength is for none of the paths.
         """
         rows: list[dict[str, float]] = []
         for name in names:
@@ -217,8 +222,10 @@ class AdapterTree:
                 row = {step.name: trained.get(step.digest, 1.0) for step in above} | {name: 1.0}
             rows.append(row)
         paths = " and ".join(" > ".join(row) for row in rows if row)
-        if strange := sorted(set(changes or {}) - {step for row in rows for step in row}):
-            raise AdapterError(f"strengths name {', '.join(strange)}, which is not on the path {paths}")
+        if unknown := sorted(set(changes or {}) - {step for row in rows for step in row}):
+            raise AdapterError(
+                f"strengths for {', '.join(unknown)}: not on the path {paths}", key="tree.not-on-path"
+            )
         return [{step: (changes or {}).get(step, own) for step, own in row.items()} for row in rows]
 
     def mount(
@@ -229,24 +236,27 @@ class AdapterTree:
         strengths: Mapping[str, float] | None = None,
         force: bool = False,
     ) -> None:
-        """Makes a pipeline draw like a node: what is mounted is taken off, the node's path is put on.
+        """Mounts the path of a node on a pipeline, in place of what is mounted.
 
-        Nothing is fused, so base weights stay as they are to the last bit, and a switch takes milliseconds.
-        What `pipe.save_pretrained` writes is the base; `flatten` and `merge-into-base` take a node along.
+        Nothing is fused: base weights keep every bit, and a switch takes milliseconds.
+        `pipe.save_pretrained` writes the base; `flatten` and `merge-into-base` include a node.
 
         Args:
             pipe: A stock diffusers pipeline.
-            names: A node, or one for each sample of the batches to come; None is the base.
-            strengths: By node name, where another than the one of the training is wanted.
+            names: A node, or one for each sample of the next batches; None is the base.
+            strengths: By node name, to change those of the training.
             force: As in `path`.
 
         Raises:
-            AdapterError: If there is no such node, or one stands on a wrong, changed or missing parent.
+            AdapterError: If there is no such node, a parent is changed or missing, or one of several adapters
+                is of a kind that cannot be added to others.
         """
         model = _components(pipe)
         device = next(model["unet"].parameters()).device
         steps = [names] if names is None or isinstance(names, str) else names
         rows = self.strengths(steps, strengths, force=force)
+        for row in rows:
+            self.load_stack(row, device)
         stack: list[tuple[Adapter, Scale]] = []
         for step in dict.fromkeys(step for row in rows for step in row):
             values = [row.get(step, 0.0) for row in rows]
@@ -254,7 +264,7 @@ class AdapterTree:
         mount(model, stack)
 
     def unmount(self, pipe: Any) -> None:
-        """Gives a pipeline its own layers back."""
+        """Restores a pipeline's own layers."""
         detach(_components(pipe))
 
     def flatten(
@@ -265,16 +275,16 @@ class AdapterTree:
         rank: int | None = None,
         force: bool = False,
     ) -> tuple[Adapter, ResizeReport | None]:
-        """One ordinary adapter that does what a node does on top of its ancestors.
+        """One ordinary adapter with the sum of a node's and its ancestors' changes.
 
         Args:
             name: The node.
-            strengths: By node name, where another than the one of the training is wanted.
-            rank: The nearest adapter of this rank; not given, ranks are joined and nothing is lost.
+            strengths: By node name, to change those of the training.
+            rank: Truncates the sum to this rank; by default its rank is the sum of the ranks, without loss.
             force: As in `path`.
 
         Returns:
-            The adapter, and what a given rank has cost.
+            The adapter, and the error of the truncation.
         """
         path = self.strengths([name], strengths, force=force)[0]
         parts = [(replace(self.load(step), parent=None), strength) for step, strength in path.items()]
@@ -286,10 +296,21 @@ class AdapterTree:
         return (joined, None) if rank is None else resize(joined, rank=rank)
 
 
+def _check_digest(file: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise AdapterError(
+            f"{file} has the digest {short_digest(found)}, not {short_digest(expected)}: it was changed; "
+            "restore the old file, or export it again",
+            key="tree.file-changed",
+        )
+
+
 def _components(pipe: Any) -> dict[str, nn.Module]:
-    """The parts of a pipeline that can carry adapters."""
+    """The networks of a pipeline that adapters can be mounted on."""
     parts = {name: getattr(pipe, name, None) for name in ("unet", "text_encoder", "text_encoder_2")}
     found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     if "unet" not in found:
-        raise AdapterError(f"{type(pipe).__name__} has no UNet; give a Stable Diffusion pipeline")
+        raise AdapterError(
+            f"{type(pipe).__name__} has no UNet; give a Stable Diffusion pipeline", key="tree.no-unet"
+        )
     return found

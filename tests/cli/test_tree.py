@@ -15,6 +15,7 @@ from sdlora.lora.attach import match_targets
 from sdlora.models.info import inspect_base
 from sdlora.models.meta import empty_unet
 from sdlora.tree.lineage import child_lineage, lineage_to_notes
+from sdlora.tree.tree import AdapterTree
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +61,15 @@ def test_show(sdlora, styles, broken):
     assert portraits.index("ink/portraits") > ink.index("ink")
     code, printed, _ = sdlora("tree", "show", broken)
     assert code == 0
-    assert "ink/portraits was trained on ink (" in printed
-    assert "; put that file there (--force goes without it)\n" in printed, "a narrow console cuts nothing"
+    error = AdapterTree.from_folder(broken).errors["ink/portraits"]
+    assert f"{error}\n" in printed, "a narrow console cuts nothing"
 
 
 def test_verify(sdlora, styles, broken):
     """Exit code 1, a line for each problem."""
     code, printed, _ = sdlora("tree", "verify", styles)
-    assert (code, printed) == (0, "2 nodes, each on the parent that it was trained on\n")
+    assert code == 0
+    assert printed.startswith("2 nodes")
     code, printed, _ = sdlora("tree", "verify", broken)
     assert code == 1
     assert len(printed.splitlines()) == 1
@@ -107,37 +109,33 @@ def test_sample(sdlora, styles, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "values"),
     [
-        (
-            ["flatten", "{styles}", "sepia", "--out", "x.safetensors"],
-            "has no node sepia; it has ink, ink/portraits",
-        ),
-        (["flatten", "{broken}", "ink/portraits", "--out", "x.safetensors"], "which is not in"),
-        (
-            ["flatten", "{styles}", "ink", "--strengths", "ink", "--out", "x.safetensors"],
-            "must be NODE=NUMBER",
-        ),
+        (["flatten", "{styles}", "sepia", "--out", "x.safetensors"], ["sepia", "ink, ink/portraits"]),
+        (["flatten", "{broken}", "ink/portraits", "--out", "x.safetensors"], ["ink/portraits", "--force"]),
+        (["flatten", "{styles}", "ink", "--strengths", "ink", "--out", "x.safetensors"], ["NODE=NUMBER"]),
         (
             ["flatten", "{styles}", "ink/portraits", "--out", "{styles}/ink.safetensors"],
-            "is the file that is read; give another name",
+            ["{styles}/ink.safetensors"],
         ),
-        (["sample", "{styles}"], "there is no prompt; give --prompt TEXT"),
-        (["sample", "{styles}", "ink", "--prompt", "x", "--strengths", "sea=1"], "strengths name sea"),
-        (["sample", "{styles}", "ink", "--prompt", "{{trigger}}, x"], "no file of the tree says its trigger"),
-        (["show", "nowhere"], "tree nowhere is no folder"),
+        (["sample", "{styles}"], ["--prompt"]),
+        (["sample", "{styles}", "ink", "--prompt", "x", "--strengths", "sea=1"], ["sea", "path ink"]),
+        (["sample", "{styles}", "ink", "--prompt", "{{trigger}}, x"], ["'{{trigger}}, x'"]),
+        (["show", "nowhere"], ["nowhere is not a folder"]),
     ],
 )
-def test_mistakes(sdlora, styles, broken, arguments, message):
+def test_mistakes(sdlora, styles, broken, arguments, values):
     """One line, exit code 2."""
-    code, _, errors = sdlora("tree", *(str(a).format(styles=styles, broken=broken) for a in arguments))
+    places = {"styles": styles, "broken": broken}
+    code, _, errors = sdlora("tree", *(str(a).format(**places) for a in arguments))
     assert code == 2
     assert len(errors) == 1
-    assert message in errors[0]
+    for value in values:
+        assert value.format(**places) in errors[0]
 
 
 def test_info_names_the_path(sdlora, styles):
-    """`sdlora info` says what a file stands on."""
+    """`sdlora info` lists a file's ancestors."""
     code, printed, _ = sdlora("info", styles / "ink" / "portraits.safetensors")
     assert code == 0
     assert printed.splitlines()[-1].startswith("parents   ink (")
@@ -145,7 +143,7 @@ def test_info_names_the_path(sdlora, styles):
 
 
 def test_a_child_is_planned(sdlora, styles, make_images):
-    """`train --parent NODE`: what it stands on, and the rank that follows."""
+    """`train --parent NODE`: its ancestors, and the rank that follows."""
     images, node = make_images(), styles / "ink" / "portraits"
     code, printed, errors = sdlora("train", images, "--parent", node, "--dry-run", "data.resolution=64")
     assert code == 0, errors
@@ -153,16 +151,13 @@ def test_a_child_is_planned(sdlora, styles, make_images):
     parent = next(line for line in lines if line.startswith("parent    "))
     assert "ink (" in parent
     assert parent.index("portraits (") > parent.index("ink (")
-    assert "mounted and frozen" in parent
-    assert any("lora.rank = 4: half of the 2 of its parent, at least 4" in line for line in lines)
+    assert any("lora.rank = 4" in line for line in lines)
     code, _, errors = sdlora("train", images, "--parent", "nowhere", "--dry-run")
-    assert (code, errors) == (
-        2,
-        ["sdlora: lora.parent = nowhere is no LoRA file, no run and no node; give one of them"],
-    )
+    assert (code, len(errors)) == (2, 1)
+    assert errors[0].startswith("sdlora: lora.parent = nowhere ")
     code, _, errors = sdlora("train", images, "--force", "--dry-run")
     assert code == 2
-    assert "lora.force_parent = true has no effect alone" in errors[0]
+    assert "lora.force_parent = true" in errors[0]
 
 
 def test_force(sdlora, broken, make_images, tmp_path):
@@ -179,11 +174,12 @@ def test_force(sdlora, broken, make_images, tmp_path):
     for out, command in commands.items():
         code, _, errors = sdlora(*command, "--out", tmp_path / out)
         assert (code, len(errors)) == (2, 1)
-        assert "portraits was trained on ink (" in errors[0]
-        assert "(--force goes without it)" in errors[0]
+        assert "portraits" in errors[0]
+        assert "ink (" in errors[0]
+        assert "--force" in errors[0]
         assert not (tmp_path / out).exists()
         code, printed, errors = sdlora(*command, "--out", tmp_path / out, "--force")
         assert code == 0, errors
-        warnings = [line for line in printed.splitlines() if line.startswith("warning: ") and "ink" in line]
-        assert [line.endswith("(--force goes without it)") for line in warnings] == [True]
+        warnings = [line for line in printed.splitlines() if line.startswith("warning: ") and "ink (" in line]
+        assert len(warnings) == 1
     assert inspect_adapter(tmp_path / "flat.safetensors").rank == 2

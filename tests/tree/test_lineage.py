@@ -1,8 +1,9 @@
-"""What an adapter stands on: digests and the chain in the metadata."""
+"""The ancestors of an adapter: digests, and the lineage in the metadata."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from sdlora.formats.write import round_adapter
 from sdlora.tree.lineage import (
     Ancestor,
     child_lineage,
-    describe_mismatch,
     digest_file,
+    find_ancestors,
     lineage_to_notes,
+    parent_error,
     read_lineage,
     recorded_digest,
 )
+from tests.checks import raises
 
 CHAIN = (Ancestor("ink", "ab" * 32, 0.5), Ancestor("ink/portraits", "cd" * 32))
 
@@ -85,36 +88,44 @@ def test_a_parent_alone_is_enough():
     assert read_lineage({"sdlora.parent": "ab"}) == (Ancestor("its parent", "ab"),)
 
 
+def test_no_lineage_beside_the_parent():
+    """The parent alone is enough, whatever the lineage holds."""
+    notes = {"sdlora.parent": "ab", "sdlora.lineage": "{}"}
+    assert read_lineage(notes) == (Ancestor("its parent", "ab"),)
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "key"),
     [
-        ("[", "holds sdlora.lineage that cannot be read"),
-        ("{}", ""),
-        ('[{"name": "a"}]', "holds sdlora.lineage that cannot be read"),
-        ('[{"name": "a", "digest": "cd", "strength": "x"}]', "holds sdlora.lineage that cannot be read"),
-        (
-            json.dumps([{"name": "a", "digest": "cd", "strength": 1}]),
-            "names the parent ab in sdlora.parent, but a (cd)",
-        ),
+        ("[", "tree.bad-lineage"),
+        ('[{"name": "a"}]', "tree.bad-lineage"),
+        ('[{"name": "a", "digest": "cd", "strength": "x"}]', "tree.bad-lineage"),
+        (json.dumps([{"name": "a", "digest": "cd", "strength": 1}]), "tree.contradicting-parents"),
     ],
 )
-def test_damaged_metadata(text, message):
+def test_damaged_metadata(text, key):
     """R-25: one line, not a trace."""
-    notes = {"sdlora.parent": "ab", "sdlora.lineage": text}
-    if not message:
-        assert read_lineage(notes) == (Ancestor("its parent", "ab"),)
-        return
-    with pytest.raises(AdapterError) as caught:
-        read_lineage(notes)
-    assert message in str(caught.value)
+    with raises(AdapterError, key, shows="sdlora.lineage"):
+        read_lineage({"sdlora.parent": "ab", "sdlora.lineage": text})
 
 
 def test_a_wrong_parent_is_refused_with_both_digests():
     """What was expected and what was found."""
-    assert describe_mismatch("leaf", CHAIN[0], "ink", "ab" * 32) is None
-    message = str(describe_mismatch("leaf", CHAIN[0], "ink", "ff" * 32))
-    assert "leaf was trained on ink (abababababab), but ink is ffffffffffff now" in message
-    assert "--force" in message
+    assert parent_error("leaf", CHAIN[0], "ink", "ab" * 32) is None
+    changed = parent_error("leaf", CHAIN[0], "ink", "ff" * 32)
+    missing = parent_error("leaf", CHAIN[0], "in styles", None)
+    assert (changed.keys, missing.keys) == (("tree.parent-changed",), ("tree.parent-missing",))
+    for value in ("leaf", "ink (abababababab)", "ffffffffffff", "--force"):
+        assert value in str(changed)
+    for value in ("leaf", "ink (abababababab)", "in styles", "--force"):
+        assert value in str(missing)
+
+
+def test_a_root_searches_nothing(rounded, tmp_path, monkeypatch):
+    """A file without a parent does not walk the folders around it."""
+    file = save_adapter(tmp_path / "a.safetensors", rounded)
+    monkeypatch.setattr(Path, "glob", lambda *rest: pytest.fail("a folder was searched"))
+    assert find_ancestors(file, load_adapter(file)) == []
 
 
 def test_tensors_keep_their_dtype(rounded, tmp_path):

@@ -6,7 +6,6 @@ import hashlib
 import json
 import random
 import shutil
-import time
 from itertools import product
 
 import pytest
@@ -17,8 +16,9 @@ from sdlora.formats.files import load_adapter, save_adapter
 from sdlora.formats.write import round_adapter
 from sdlora.lora.attach import mount
 from sdlora.lora.modules import lora_layers
-from sdlora.tree.lineage import child_lineage, lineage_to_notes
+from sdlora.tree.lineage import child_lineage, lineage_to_notes, short_digest
 from sdlora.tree.tree import AdapterTree, SwitchPlan
+from tests.checks import counted, raises
 
 SHAPES = (
     {"rank": 6, "alpha": 6, "targets": ["attention", "feed_forward"]},
@@ -91,7 +91,7 @@ def test_structure(small):
     assert tree.switch_plan("water", "water") == SwitchPlan((), ())
     assert tree.verify() == []
     assert tree.node("ink").images == "12"
-    with pytest.raises(AdapterError, match="has no node sepia; it has ink, ink/maps"):
+    with raises(AdapterError, "tree.no-node", shows=("sepia", "ink, ink/maps")):
         tree.node("sepia")
 
 
@@ -132,18 +132,18 @@ def test_kohya_twins_are_no_nodes(grow):
     assert tree.node("ink").file.name == "ink.safetensors"
     assert tree.verify() == []
     grow("ink.kohya", dialect="kohya", **SHAPES[0], seed=4)
-    assert "ink.kohya.safetensors holds" in tree.verify()[0]
+    assert "ink.kohya.safetensors" in tree.verify()[0]
 
 
 def test_a_changed_parent_is_refused(grow, small, pipe):
     """What was expected, what was found; --force takes it."""
+    before = AdapterTree.from_folder(small).node("ink").digest
     grow("ink", seed=77, **SHAPES[0])
     tree = AdapterTree.from_folder(small)
     assert len(tree.verify()) == 2
+    digests = f"ink ({short_digest(before)})", short_digest(tree.node("ink").digest)
     for name in ("ink/portraits", "ink/portraits/old"):
-        with pytest.raises(
-            AdapterError, match=r"ink/portraits was trained on ink \(\w{12}\), but ink is \w{12} now"
-        ):
+        with raises(AdapterError, "tree.parent-changed", shows=("ink/portraits", *digests, "--force")):
             tree.mount(pipe, name)
     tree.mount(pipe, "ink/portraits", force=True)
     tree.mount(pipe, "ink")
@@ -153,9 +153,7 @@ def test_a_missing_parent_is_refused(small, pipe):
     """It is named; --force goes without it."""
     (small / "ink.safetensors").unlink()
     tree = AdapterTree.from_folder(small)
-    with pytest.raises(
-        AdapterError, match=r"ink/maps was trained on ink \(\w{12}\), which is not in .*styles"
-    ):
+    with raises(AdapterError, "tree.parent-missing", shows=("ink/maps", "ink (", str(small), "--force")):
         tree.path("ink/maps")
     assert [node.name for node in tree.path("ink/portraits/old", force=True)] == [
         "ink/portraits", "ink/portraits/old",
@@ -167,8 +165,8 @@ def test_a_gap_in_the_path(small):
     (small / "ink" / "portraits.safetensors").unlink()
     tree = AdapterTree.from_folder(small)
     assert tree.parent("ink/portraits/old").name == "ink"
-    assert tree.refusals("ink/portraits/old") == [tree.refused["ink/portraits/old"]]
-    with pytest.raises(AdapterError, match="which is not in"):
+    assert tree.path_errors("ink/portraits/old") == [tree.errors["ink/portraits/old"]]
+    with raises(AdapterError, "tree.parent-missing"):
         tree.path("ink/portraits/old")
     assert [node.name for node in tree.path("ink/portraits/old", force=True)] == ["ink", "ink/portraits/old"]
 
@@ -179,8 +177,7 @@ def test_a_node_that_is_called_as_its_missing_parent(grow):
     grow("new/ink", "ink", **SHAPES[1])
     (grow.folder / "ink.safetensors").unlink()
     tree = AdapterTree.from_folder(grow.folder)
-    assert "new/ink was trained on ink (" in tree.refused["new/ink"]
-    assert "which is not in" in tree.refused["new/ink"]
+    assert tree.errors["new/ink"].keys == ("tree.parent-missing",)
 
 
 def test_tensors_that_were_changed_under_the_old_hash_are_found(small, pipe):
@@ -191,8 +188,8 @@ def test_tensors_that_were_changed_under_the_old_hash_are_found(small, pipe):
     file.write_bytes(data)
     tree = AdapterTree.from_folder(small)
     assert len(tree.verify()) == 1
-    assert "maps.safetensors holds" in tree.verify()[0]
-    with pytest.raises(AdapterError, match=r"maps.safetensors holds \w{12} where \w{12} is expected"):
+    assert "maps.safetensors" in tree.verify()[0]
+    with raises(AdapterError, "tree.file-changed", shows="maps.safetensors"):
         tree.mount(pipe, "ink/maps")
 
 
@@ -208,24 +205,27 @@ def test_problems_are_one_line_each(grow, small):
     rewrite(small / "water.safetensors", **lineage_to_notes(child_lineage("ink", ink)))
     shutil.copyfile(small / "ink" / "maps.safetensors", small / "copy.safetensors")
     (small / "base.safetensors").write_text("no")
-    lines = AdapterTree.from_folder(small).verify()
+    tree = AdapterTree.from_folder(small)
+    lines = tree.verify()
     assert [line for line in lines if "\n" in line] == []
-    joined = "\n".join(lines)
-    assert "ink/maps holds the same tensors as copy; keep one of them" in joined
-    assert "base.safetensors is no safetensors file" in joined
-    assert "is among its own ancestors (" in joined
-    assert "ink/portraits/old" not in joined or "but stands on" in joined
+    assert any("ink/maps" in line and "copy" in line for line in tree.problems)
+    assert any("base.safetensors" in line for line in tree.problems)
+    keys = [error.keys for error in tree.errors.values()]
+    assert ("tree.cycle",) in keys
+    assert [line for line in lines if line not in tree.problems] == list(map(str, tree.errors.values()))
 
 
 def test_a_chain_that_changed_above_the_parent(small, grow):
-    """The parent is right, but does not stand where it stood."""
+    """The parent is right, but has other ancestors than it had."""
     rewrite(
         small / "ink" / "portraits.safetensors",
         **lineage_to_notes(child_lineage("water", load_adapter(small / "water.safetensors", dtype=None))),
     )
     tree = AdapterTree.from_folder(small)
-    assert "was trained on ink (" in tree.refused["ink/portraits/old"]
-    assert "but stands on water > ink/portraits here" in tree.refused["ink/portraits/old"]
+    error = tree.errors["ink/portraits/old"]
+    assert error.keys == ("tree.lineage-changed",)
+    assert "ink (" in str(error)
+    assert "water > ink/portraits" in str(error)
 
 
 def test_what_a_file_says_may_be_anything(grow, small):
@@ -240,16 +240,17 @@ def test_what_a_file_says_may_be_anything(grow, small):
     tree = AdapterTree.from_folder(small)
     assert tree.node("ink").heldout_loss is None
     assert "\x1b" not in tree.node("ink").images
-    assert "water was trained on a\\nb\\x1b (cd)" in tree.refused["water"]
+    assert "a\\nb\\x1b (cd)" in str(tree.errors["water"])
     assert len(tree.problems) == 1
-    assert "maps.safetensors holds sdlora.lineage that cannot be read" in tree.problems[0]
+    assert "maps.safetensors" in tree.problems[0]
+    assert "sdlora.lineage" in tree.problems[0]
 
 
 def test_an_empty_or_missing_folder(tmp_path):
     """One line."""
-    with pytest.raises(AdapterError, match="is no folder"):
+    with raises(AdapterError, "tree.no-folder", shows="nowhere"):
         AdapterTree.from_folder(tmp_path / "nowhere")
-    with pytest.raises(AdapterError, match="holds no LoRA file; give another folder"):
+    with raises(AdapterError, "tree.empty", shows=str(tmp_path)):
         AdapterTree.from_folder(tmp_path)
 
 
@@ -294,7 +295,7 @@ def test_strengths(grow, small, pipe, unet, run):
     found = run(unet)
     mount(unet, [(tree.load("ink"), 0.5), (tree.load("ink/half"), 0.3)])
     assert torch.equal(found, run(unet))
-    with pytest.raises(AdapterError, match="strengths name water, which is not on the path ink > ink/half"):
+    with raises(AdapterError, "tree.not-on-path", shows=("water", "ink > ink/half")):
         tree.mount(pipe, "ink/half", strengths={"water": 1.0})
 
 
@@ -413,7 +414,7 @@ def test_a_thousand_switches(every, grow, pipe, unet, run):
 
 
 def test_a_switch_is_quick(grow, make_unet, make_pipeline, tmp_path):
-    """50 times quicker than unload and load of the flattened file, for SD 1.5's 128 modules, in one run."""
+    """A 25th of the calls of loading the flattened file anew, for SD 1.5's 128 modules, and no copies."""
     layout = {
         "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
@@ -438,17 +439,16 @@ def test_a_switch_is_quick(grow, make_unet, make_pipeline, tmp_path):
         stock.unload_lora_weights()
         stock.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=f"flat_{file.stem}3f")
 
-    def quickest(change, ways, times):
-        spent = []
-        for number in range(times):
-            start = time.process_time()
-            change(ways[number % 2])
-            spent.append(time.process_time() - start)
-        return min(spent[2:])
+    def calls(change, ways):
+        for way in ways:  # the first time loads
+            change(way)
+        with counted() as counts:
+            change(ways[0])
+        return counts.count
 
-    ours, theirs = quickest(switch, ["ink/a", "ink/b"], 12), quickest(reload, files, 4)
+    ours, theirs = calls(switch, ["ink/a", "ink/b"]), calls(reload, files)
     assert len(tree.load("ink").modules) == 128
-    assert 50 * ours < theirs, f"{ours * 1e3:.2f} ms and {theirs * 1e3:.0f} ms"
+    assert 25 * ours < theirs, f"{ours} calls and {theirs}"
     weights = {tensor.data_ptr() for tensor in pipe.unet.parameters()}
     switch("ink/a")
     switch("ink/b")
