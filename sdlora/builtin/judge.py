@@ -35,7 +35,6 @@ WIDTHS = (40, 80, 144, 224)
 VARIANTS = 4  # of each drawing, besides itself
 BATCH = 64
 PEAK_RATE = 2e-3
-AVERAGE_DECAY = 0.998
 LABEL_SMOOTHING = 0.1
 
 
@@ -46,15 +45,16 @@ class Judge(nn.Module):
         super().__init__()
         self.concepts = list(concepts)
         self.widths = tuple(widths)
-        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 5, 2, 2), nn.GroupNorm(8, widths[0]), nn.SiLU()]
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 5, 2, 2), nn.BatchNorm2d(widths[0]), nn.ReLU()]
         for before, after in zip(widths, (*widths[1:], widths[-1]), strict=True):
-            layers += [nn.Conv2d(before, after, 3, 1, 1), nn.GroupNorm(8, after), nn.SiLU(), nn.MaxPool2d(2)]
+            layers += [nn.Conv2d(before, after, 3, 1, 1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
         self.layers = nn.Sequential(*layers)
         self.drop = nn.Dropout(0.2)
-        self.head = nn.Linear(widths[-1], len(self.concepts))
+        side = (IMAGE_SIZE // 2) >> len(widths)
+        self.head = nn.Linear(widths[-1] * side * side, len(self.concepts))
 
     def forward(self, images: Tensor) -> Tensor:
-        scores: Tensor = self.head(self.drop(self.layers(images).amax(dim=(2, 3))))
+        scores: Tensor = self.head(self.drop(self.layers(images).flatten(1)))
         return scores
 
 
@@ -99,33 +99,34 @@ def render_training(
     return to_input(images), torch.tensor(labels)
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
     """Images in [-1, 1], turned, sheared, scaled, shifted, recoloured, blurred and disturbed a little."""
     count = len(images)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
-    angle, shear = uniform(-0.3, 0.3), uniform(-0.2, 0.2)
-    wide, tall = uniform(0.85, 1.35), uniform(0.85, 1.35)
-    flipped = torch.where(uniform(0, 1) < 0.4, -1.0, 1.0)
-    rows = torch.stack(
-        [angle.cos() * wide * flipped, (shear - angle.sin()) * tall, uniform(-0.15, 0.15)], dim=1
-    )
-    columns = torch.stack([angle.sin() * wide * flipped, angle.cos() * tall, uniform(-0.15, 0.15)], dim=1)
+    def happens(share: float, *shape: int) -> Tensor:
+        return torch.rand(count, *shape, generator=generator) < share * strength
+
+    angle, shear = strength * uniform(-0.3, 0.3), strength * uniform(-0.2, 0.2)
+    wide, tall = 1 + strength * uniform(-0.15, 0.35), 1 + strength * uniform(-0.15, 0.35)
+    flipped = torch.where(happens(0.4), -1.0, 1.0)
+    shifts = strength * uniform(-0.15, 0.15, 2)
+    rows = torch.stack([angle.cos() * wide * flipped, (shear - angle.sin()) * tall, shifts[:, 0]], dim=1)
+    columns = torch.stack([angle.sin() * wide * flipped, angle.cos() * tall, shifts[:, 1]], dim=1)
     grid = F.affine_grid(torch.stack([rows, columns], dim=1), list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     # each colour channel becomes a mixture of all three: hues turn, some images lose their colour
-    mixing = torch.eye(3) + uniform(0, 1, 1, 1) * torch.randn(count, 3, 3, generator=generator) * 0.5
+    mixing = torch.eye(3) + strength * uniform(0, 0.5, 1, 1) * torch.randn(count, 3, 3, generator=generator)
     mixing = mixing / mixing.sum(dim=2, keepdim=True).clamp(min=0.5)
-    gray = torch.full((3, 3), 1 / 3).expand(count, 3, 3)
-    mixing = torch.where(uniform(0, 1, 1, 1) < 0.2, gray, mixing)
-    images = torch.einsum("bij,bjhw->bihw", mixing, images) * uniform(0.6, 1.3, 1, 1, 1)
-    images = images * torch.where(uniform(0, 1, 1, 1, 1) < 0.15, -1.0, 1.0)
-    blurred = F.avg_pool2d(images, 3, 1, 1)
-    images = torch.where(uniform(0, 1, 1, 1, 1) < 0.3, blurred, images)
-    images = images + uniform(0, 0.12, 1, 1, 1) * torch.randn(images.shape, generator=generator)
-    return images.clamp(-1, 1)
+    mixing = torch.where(happens(0.2, 1, 1), torch.full((3, 3), 1 / 3), mixing)
+    contrast = 1 + strength * uniform(-0.4, 0.3, 1, 1, 1)
+    images = torch.einsum("bij,bjhw->bihw", mixing, images) * contrast
+    images = torch.where(happens(0.1, 1, 1, 1), -images, images)
+    images = torch.where(happens(0.3, 1, 1, 1), F.avg_pool2d(images, 3, 1, 1), images)
+    noise = torch.randn(images.shape, generator=generator)
+    return (images + strength * uniform(0, 0.12, 1, 1, 1) * noise).clamp(-1, 1)
 
 
 def draw_labelled(by_label: dict[int, list[int]], rng: random.Random, count: int) -> list[int]:
@@ -134,24 +135,18 @@ def draw_labelled(by_label: dict[int, list[int]], rng: random.Random, count: int
     return [rng.choice(by_label[label]) for label in labels]
 
 
-def train(
-    concepts: Sequence[str], icons_folder: Path, datasets: Path, steps: int, log: Path, seed: int = 0
-) -> Judge:
-    """Trains a judge; its weights are the running average of the last steps."""
-    held = heldout_concepts(datasets)
-    images, labels = render_training(concepts, icons_folder, held)
+def fit(judge: Judge, images: Tensor, labels: Tensor, steps: int, seed: int, log: Path) -> None:
+    """Trains the judge on images (uint8) and their labels; augmentation grows over the first third."""
     by_label: dict[int, list[int]] = defaultdict(list)
     for number, label in enumerate(labels.tolist()):
         by_label[label].append(number)
-    torch.manual_seed(seed)
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
-    judge, average = Judge(concepts), Judge(concepts)
-    average.load_state_dict(judge.state_dict())
-    judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    judge.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(judge.parameters(), lr=PEAK_RATE, weight_decay=0.05, fused=True)
+    running = 0.0
     for step in range(steps):
         numbers = draw_labelled(by_label, rng, BATCH)
-        batch = augment(images[numbers].float() / 127.5 - 1, generator)
+        batch = augment(images[numbers].float() / 127.5 - 1, generator, min(1.0, 0.2 + 3 * step / steps))
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, PEAK_RATE, 100, 0.8)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             scores = judge(batch.contiguous(memory_format=torch.channels_last))
@@ -159,14 +154,21 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        decay = min(AVERAGE_DECAY, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(judge.parameters()), 1 - decay)
-        if (step + 1) % 200 == 0:
-            ceilings = {name: round(ceiling(average, datasets / name)[0], 3) for name in STYLE_SETS}
-            facts = {"step": step + 1, "loss": round(loss.item(), 3), **ceilings, "time": round(time.time())}
-            append_line(log, facts)
-    return average.eval()
+        running += (loss.item() - running) / min(step + 1, 50)
+        if (step + 1) % 50 == 0:
+            append_line(log, {"step": step + 1, "loss": round(running, 3), "time": round(time.time())})
+    judge.eval()
+
+
+def train(
+    concepts: Sequence[str], icons_folder: Path, datasets: Path, steps: int, log: Path, seed: int = 0
+) -> Judge:
+    """Renders the drawings, and trains a judge on them."""
+    images, labels = render_training(concepts, icons_folder, heldout_concepts(datasets))
+    torch.manual_seed(seed)
+    judge = Judge(concepts)
+    fit(judge, images, labels, steps, seed, log)
+    return judge
 
 
 @torch.no_grad()
@@ -193,7 +195,14 @@ def ceiling(judge: Judge, dataset: Path) -> tuple[float, list[str]]:
 def save_judge(judge: Judge, file: Path) -> None:
     """Writes the weights in fp16; the concepts and widths are in the file's metadata."""
     facts = {"concepts": json.dumps(judge.concepts), "widths": json.dumps(judge.widths)}
-    write_tensors(file, {name: value.half() for name, value in judge.state_dict().items()}, facts)
+    write_tensors(
+        file,
+        {
+            name: value.half() if value.is_floating_point() else value
+            for name, value in judge.state_dict().items()
+        },
+        facts,
+    )
 
 
 def load_judge(file: Path = JUDGE_FILE) -> Judge:
@@ -206,7 +215,7 @@ def load_judge(file: Path = JUDGE_FILE) -> Judge:
         raise ModelError(f"{file} is not there; make it: python -m sdlora.builtin.judge --out {file}")
     facts = read_facts(file)
     judge = Judge(json.loads(facts["concepts"]), json.loads(facts["widths"]))
-    judge.load_state_dict({name: value.float() for name, value in load_file(file).items()})
+    judge.load_state_dict(load_file(file))
     return judge.eval()
 
 

@@ -44,7 +44,7 @@ TEXT_SEED_OFFSET = 500_000  # the two phases draw from different streams
 class Recipe:
     """Everything that decides the weights; kept beside them, and a run continues only with an equal one.
 
-    `steps` and `decay_share` may change on the way: the learning rate follows from the step and those two.
+    The learning rate and its course, `steps` and `decay_share`, may change on the way.
     """
 
     steps: int = 20_000
@@ -62,7 +62,7 @@ class Recipe:
 
     def may_continue(self, other: Recipe) -> bool:
         """Whether a run of `other` can go on under this recipe."""
-        free = {"steps": 0, "decay_share": 0.0}
+        free = {"steps": 0, "decay_share": 0.0, "learning_rate": 0.0}
         return {**vars(self), **free} == {**vars(other), **free}
 
 
