@@ -1,4 +1,4 @@
-"""The order of training: which samples each step has, and which of them are this process's."""
+"""The order of training: the samples of each step, and their split into micro-batches."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Sample:
     """One image as one step sees it.
 
     Attributes:
-        index: Its number in the run, counted over all steps before it; keys its random draws.
+        index: Its number in the run, counted over all earlier steps; keys its random draws.
         record: The image.
-        crop: The variant drawn for this sample.
-        caption: The variant drawn for this sample, or empty where it was dropped.
+        crop: The crop drawn for this sample.
+        caption: The caption drawn for this sample; empty if dropped.
     """
 
     index: int
@@ -37,14 +37,14 @@ class Sample:
 class BatchOrder:
     """The samples of every step, a function of (seed, epoch, global batch) alone.
 
-    Within an epoch each image appears exactly `repeats` times, no step mixes shapes, and a bucket's last
-    step may be short. Any step can be asked for; nothing is carried from one to the next.
+    Within an epoch each image appears exactly `repeats` times, no step mixes shapes, and the last step of a
+    bucket may be short. There is no state: any step can be requested at any time.
 
     Args:
-        records: The images to train on.
+        records: The training images.
         plan: Their crops.
-        settings: `caption_dropout` is used.
-        global_batch: Samples in a step, over all processes and micro-batches.
+        settings: Options of the caption pipeline.
+        global_batch: Samples per step, over all processes and micro-batches.
         seed: Keys the order and the draws.
 
     Raises:
@@ -64,13 +64,13 @@ class BatchOrder:
         seed: int,
     ) -> None:
         if not records:
-            raise DataError("there are no images to train on; give a folder with some")
+            raise DataError("no images to train on; pass a folder with images", key="data.no-images")
         assert global_batch >= 1
         self._plan = plan
         self._captions = caption_pipeline(settings)
         self._global_batch = global_batch
         self._seed = seed
-        # The order must not depend on the order in which files were listed.
+        # The order must not depend on the order of the files.
         self._records = sorted(records, key=lambda record: (record.digest, record.name))
         self._buckets: dict[Size, list[int]] = defaultdict(list)
         for number, record in enumerate(self._records):
@@ -81,7 +81,7 @@ class BatchOrder:
         self._steps: list[tuple[int, list[int]]] = []
 
     def step(self, step: int) -> list[Sample]:
-        """The samples of an optimizer step, counted from 0; all of one shape."""
+        """The samples of an optimizer step, counted from 0; all have the same shape."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._steps = epoch, self._order(epoch)
@@ -105,7 +105,7 @@ class BatchOrder:
         return placed
 
     def _draw(self, index: int, record: ImageRecord) -> Sample:
-        """Crop and caption come from generators of their own, so that neither moves the other (R-04)."""
+        """Crop and caption have separate generators, so that neither changes the other (R-04)."""
         crop = keyed_random(self._seed, "variant", index).choice(self._plan.crops[record.name])
         return Sample(index, record, crop, self._captions.draw(record, seed=self._seed, index=index))
 
@@ -113,10 +113,10 @@ class BatchOrder:
 def split_micro_batches(
     samples: Sequence[T], *, batch_size: int, process_index: int, num_processes: int
 ) -> list[list[T]]:
-    """This process's micro-batches of a step.
+    """Micro-batches of this process in a step.
 
-    Every process gets the same number of them, so that all take part in each exchange of gradients; in a
-    short step some are smaller or empty.
+    Every process gets the same number, since all take part in each exchange of gradients; in a short step
+    some are smaller or empty.
     """
     own = list(samples[process_index::num_processes])
     largest = -(-len(samples) // num_processes)

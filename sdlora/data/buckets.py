@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: sizes of about one area, and the crop that brings each image into its own."""
+"""Aspect-ratio buckets: sizes of about equal area, and the crops of each image for its bucket."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ MAX_ASPECT = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """How an image becomes a sample: scale to `resized`, cut `size` at (left, top), then mirror.
+    """How an image becomes a sample: scale to `resized`, crop `size` at (left, top), then mirror.
 
     Attributes:
-        resized: The whole image after scaling.
-        left: Pixels cut at the left, before mirroring.
-        top: Pixels cut at the top.
-        size: The bucket.
+        resized: Size of the whole image after scaling.
+        left: Pixels removed at the left, before mirroring.
+        top: Pixels removed at the top.
+        size: Size of the bucket.
         flipped: Whether the result is mirrored.
     """
 
@@ -35,7 +35,7 @@ class Crop:
 
     @property
     def shown_left(self) -> int:
-        """Pixels cut at the left of the image as the model sees it, after mirroring."""
+        """Pixels removed at the left after mirroring, as the model sees it."""
         return self.resized.width - self.size.width - self.left if self.flipped else self.left
 
 
@@ -44,11 +44,11 @@ class BucketPlan:
     """The bucket and the crops of every image.
 
     Attributes:
-        resolution: Side of the square that gives the buckets their area, in pixels.
+        resolution: Side of the square with the area of the buckets, in pixels.
         step: Sides of buckets are multiples of this, in pixels.
-        records: The images to train on.
-        crops: From a record's name to its fixed crops; mirrored ones follow when flips are on. Held-out
-            images have one centre crop.
+        records: The training images.
+        crops: Fixed crops of each image by its name, mirrored ones last. Held-out images have one center
+            crop.
     """
 
     resolution: int
@@ -57,11 +57,11 @@ class BucketPlan:
     crops: Mapping[str, tuple[Crop, ...]]
 
     def bucket_of(self, name: str) -> Size:
-        """The size at which an image is trained."""
+        """Size at which an image is trained."""
         return self.crops[name][0].size
 
     def table(self) -> list[tuple[Size, int, int]]:
-        """Rows (bucket, images, samples in an epoch) of the images to train on, by size."""
+        """Rows (bucket, images, samples per epoch) of the training images, by size."""
         rows: dict[Size, tuple[int, int]] = {}
         for record in self.records:
             size = self.bucket_of(record.name)
@@ -70,17 +70,17 @@ class BucketPlan:
         return [(size, *rows[size]) for size in sorted(rows)]
 
     def lost_share(self, name: str) -> float:
-        """Share of an image's area that its crop leaves out."""
+        """Share of the area of an image that its crop removes."""
         crop = self.crops[name][0]
         return 1.0 - crop.size.area / crop.resized.area
 
     def upscale(self, record: ImageRecord) -> float:
-        """Factor by which an image is scaled to cover its bucket; above 1 it is enlarged."""
+        """Factor by which an image is scaled to cover its bucket; above 1, it is enlarged."""
         return self.crops[record.name][0].resized.width / record.size.width
 
     @property
     def worst_loss(self) -> float:
-        """The largest share that an image of aspect 1:2 to 2:1 can lose with these buckets."""
+        """Largest share that an image of aspect 1:2 to 2:1 can lose with these buckets."""
         return worst_loss(self.resolution, self.step)
 
 
@@ -93,40 +93,40 @@ def plan_buckets(
     min_step: int = 8,
     seed: int = 0,
 ) -> BucketPlan:
-    """Gives each image a bucket and its crops.
+    """Assigns a bucket and crops to each image.
 
     Args:
-        records: The images to train on.
-        resolution: Side in pixels of the square whose area the buckets have.
+        records: The training images.
+        resolution: Side of the square with the area of the buckets, in pixels.
         settings: `crop`, `crop_variants` and `flip` are used.
-        heldout: Images that get one centre crop.
-        min_step: What the sides must be a multiple of for the base, in pixels.
+        heldout: Images that get one center crop.
+        min_step: The sides must be multiples of this for the base, in pixels.
         seed: Keys the random crops, together with each image's digest.
     """
     step = choose_step(resolution, min_step)
     buckets = list_buckets(resolution, step)
     crops: dict[str, tuple[Crop, ...]] = {}
     for record in heldout:
-        crops[record.name] = (_centre_crop(record.size, _choose_bucket(record.size, buckets, resolution)),)
+        crops[record.name] = (_center_crop(record.size, _choose_bucket(record.size, buckets, resolution)),)
     for record in records:
-        centre = _centre_crop(record.size, _choose_bucket(record.size, buckets, resolution))
-        variants = (centre,) if settings.crop == "center" else _random_crops(record, centre, settings, seed)
+        center = _center_crop(record.size, _choose_bucket(record.size, buckets, resolution))
+        variants = (center,) if settings.crop == "center" else _random_crops(record, center, settings, seed)
         mirrored = tuple(replace(crop, flipped=True) for crop in variants) if settings.flip else ()
         crops[record.name] = (*variants, *mirrored)
     return BucketPlan(resolution, step, tuple(records), crops)
 
 
 def choose_step(resolution: int, min_step: int = 8) -> int:
-    """The largest of 64, 32, 16, 8 px (a multiple of `min_step`) with which no usual image loses 8 %.
+    """The largest of 64, 32, 16, 8 px, multiples of `min_step`, for which no usual image loses 8 %.
 
-    If none does, `min_step` itself is the best there is.
+    If there is none, `min_step`.
     """
     steps = [step for step in STEPS if step % min_step == 0]
     return next((step for step in steps if worst_loss(resolution, step) < MAX_LOSS), min_step)
 
 
 def list_buckets(resolution: int, step: int) -> list[Size]:
-    """All buckets: for each side the other one that comes nearest to the area, both ways round."""
+    """All buckets: for each side, the other side that comes nearest to the area, in both orientations."""
     square = max(1, round(resolution / step)) * step
     sizes = {Size(square, square)}
     for multiple in range(1, int(2 * resolution / step) + 1):
@@ -138,9 +138,9 @@ def list_buckets(resolution: int, step: int) -> list[Size]:
 
 
 def worst_loss(resolution: int, step: int) -> float:
-    """The largest share of area lost by an image of aspect 1:2 to 2:1.
+    """Largest share of area lost by an image of aspect 1:2 to 2:1.
 
-    Between two neighbouring buckets the worst image has the geometric mean of their aspects.
+    The worst image between two neighbouring buckets has the geometric mean of their aspects.
     """
     aspects = sorted({size.aspect for size in list_buckets(resolution, step)})
     middles = [(low * high) ** 0.5 for low, high in pairwise(aspects)]
@@ -153,7 +153,7 @@ def _loss(aspect: float, bucket: float) -> float:
 
 
 def _choose_bucket(size: Size, buckets: Iterable[Size], resolution: int) -> Size:
-    """The bucket that loses least; of two alike, the one nearer to the area."""
+    """The bucket that loses least; of equal ones, the one nearer to the area."""
     return min(
         buckets,
         key=lambda bucket: (
@@ -164,7 +164,7 @@ def _choose_bucket(size: Size, buckets: Iterable[Size], resolution: int) -> Size
     )
 
 
-def _centre_crop(size: Size, bucket: Size) -> Crop:
+def _center_crop(size: Size, bucket: Size) -> Crop:
     scale = max(bucket.width / size.width, bucket.height / size.height)
     resized = Size(
         max(bucket.width, round(size.width * scale)), max(bucket.height, round(size.height * scale))
@@ -172,13 +172,13 @@ def _centre_crop(size: Size, bucket: Size) -> Crop:
     return Crop(resized, (resized.width - bucket.width) // 2, (resized.height - bucket.height) // 2, bucket)
 
 
-def _random_crops(record: ImageRecord, centre: Crop, settings: DataSection, seed: int) -> tuple[Crop, ...]:
-    """Fixed crops at drawn offsets; those that coincide are kept once."""
+def _random_crops(record: ImageRecord, center: Crop, settings: DataSection, seed: int) -> tuple[Crop, ...]:
+    """Fixed crops at random offsets; equal ones are kept once."""
     draws = keyed_random(seed, "crop", record.digest)
-    spare_width = centre.resized.width - centre.size.width
-    spare_height = centre.resized.height - centre.size.height
+    spare_width = center.resized.width - center.size.width
+    spare_height = center.resized.height - center.size.height
     crops = (
-        replace(centre, left=draws.randint(0, spare_width), top=draws.randint(0, spare_height))
+        replace(center, left=draws.randint(0, spare_width), top=draws.randint(0, spare_height))
         for _ in range(settings.num_crops)
     )
     return tuple(dict.fromkeys(crops))

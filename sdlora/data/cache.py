@@ -1,4 +1,4 @@
-"""Keeps what the frozen parts of the base computed, under keys made from content."""
+"""A content-addressed cache of latents and text states."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ DIGEST = "sha256"
 MAX_BYTES = 2**28
 MAX_KEPT = 2**31
 DTYPES = {"F32", "F16", "BF16"}
-Shapes = dict[str, tuple[int, ...]]
+TensorShapes = dict[str, tuple[int, ...]]
 LATENTS, TEXT = "latents", "text"
 
 
 def cache_folder() -> Path:
-    """`SDLORA_CACHE`, else the user's cache folder as the platform has it."""
+    """`SDLORA_CACHE`, else the platform's cache folder for users."""
     given = os.environ.get("SDLORA_CACHE")
     if given:
         return Path(given).expanduser()
@@ -42,13 +42,13 @@ def cache_folder() -> Path:
 
 
 def latent_key(record: ImageRecord, crop: Crop, *, vae_digest: str, background: str, dtype: str) -> str:
-    """The key of a crop's latents; everything that changes them is in it (R-21)."""
+    """Key of the latents of a crop; contains everything that changes them (R-21)."""
     box = [crop.resized.width, crop.resized.height, crop.left, crop.top, crop.size.width, crop.size.height]
     return _make_key(LATENTS, record.digest, vae_digest, box, crop.flipped, parse_colour(background), dtype)
 
 
 def text_key(caption: str, *, encoder_digest: str, dtype: str) -> str:
-    """The key of a caption's hidden states; the empty caption has one too."""
+    """Key of the hidden states of a caption; the empty caption has one too."""
     return _make_key(TEXT, caption, encoder_digest, dtype)
 
 
@@ -58,14 +58,14 @@ def _make_key(kind: str, *ingredients: Any) -> str:
 
 
 class TensorCache:
-    """Named tensors for each key, one safetensors file a key, and a copy in memory of up to 2 GiB of them.
+    """Named tensors for each key: a safetensors file per key, and up to 2 GiB of copies in memory.
 
     Args:
-        folder: Where the files are; None keeps everything in memory.
+        folder: Folder of the files; None keeps everything in memory.
 
     Attributes:
-        problem: Why the last file could not be written, empty if all were; the copy in memory serves then.
-        damaged: Files that were there, but not as they were written; what they held is made anew.
+        problem: Why the last file could not be written, or empty; the copy in memory is used instead.
+        damaged: Files that differ from what was written; their content is computed again.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -76,19 +76,18 @@ class TensorCache:
         self._num_bytes = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        # Another process reads the files; only what has no file must travel.
-        travels = self.folder is None or self.problem
-        return self.__dict__ if travels else {**self.__dict__, "_memory": {}, "_num_bytes": 0}
+        # Another process reads the files; only tensors without a file must be sent.
+        has_files = self.folder is not None and not self.problem
+        return {**self.__dict__, "_memory": {}, "_num_bytes": 0} if has_files else self.__dict__
 
-    def get(self, key: str, shapes: Shapes | None = None) -> dict[str, torch.Tensor] | None:
-        """The tensors of a key, or None; not to be changed in place.
+    def get(self, key: str, shapes: TensorShapes | None = None) -> dict[str, torch.Tensor] | None:
+        """The tensors of a key, or None; they must not be changed in place.
 
-        A file that is damaged, or is not what an encoder makes, counts as missing: anybody may have
-        written it.
+        A file that is damaged, or that no encoder can have made, counts as missing.
 
         Args:
             key: From `latent_key` or `text_key`.
-            shapes: What the tensors must be.
+            shapes: Expected shapes by name.
         """
         if key not in self._memory and self.folder is not None:
             file = self._file(key)
@@ -101,7 +100,7 @@ class TensorCache:
         return self._memory.get(key)
 
     def put(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Stores tensors on the CPU; a disk that is full or not writable costs the file only."""
+        """Stores tensors on the CPU; if the disk is full or not writable, in memory only."""
         kept = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         if self.folder is not None:
             file = self._file(key)
@@ -112,15 +111,14 @@ class TensorCache:
         self._keep(key, kept)
 
     def _keep(self, key: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Puts a copy in memory; the oldest make room, since their files can be read again."""
+        """Keeps a copy in memory, evicting the oldest that can be read from their files again."""
         self._num_bytes += _size(tensors) - _size(self._memory.pop(key, {}))
         self._memory[key] = tensors
         while self.folder is not None and not self.problem and self._num_bytes > MAX_KEPT:
             self._num_bytes -= _size(self._memory.pop(next(iter(self._memory))))
         return tensors
 
-    def contains(self, key: str, shapes: Shapes | None = None) -> bool:
-        """Whether `get` would find the key."""
+    def contains(self, key: str, shapes: TensorShapes | None = None) -> bool:
         return self.get(key, shapes) is not None
 
     def _file(self, key: str) -> Path:
@@ -134,17 +132,17 @@ def _size(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def seal(tensors: dict[str, torch.Tensor]) -> bytes:
-    """What is written for an entry: its tensors, with the digest of their values."""
+    """Bytes of an entry: its tensors, with the digest of their values in the metadata."""
     return save(tensors, {DIGEST: _digest(save(tensors))})
 
 
 def _digest(entry: bytes) -> str:
-    """Of the values alone, which follow the header."""
+    """sha256 of the values, which follow the header."""
     return hashlib.sha256(memoryview(entry)[8 + int.from_bytes(entry[:8], "little") :]).hexdigest()
 
 
-def _read_tensors(file: Path, shapes: Shapes | None = None) -> dict[str, torch.Tensor]:
-    """Reads an entry into memory; a map of the file for each would run into the system's limit on maps."""
+def _read_tensors(file: Path, shapes: TensorShapes | None = None) -> dict[str, torch.Tensor]:
+    """Reads an entry without mapping it: systems limit the number of mapped files."""
     header = read_header(file)
     _check_header(header, shapes)
     data = read_bytes(file, MAX_BYTES)
@@ -156,10 +154,10 @@ def _read_tensors(file: Path, shapes: Shapes | None = None) -> dict[str, torch.T
     return tensors
 
 
-def _check_header(header: Header, shapes: Shapes | None) -> None:
-    """Refuses an entry that is not what an encoder makes."""
+def _check_header(header: Header, shapes: TensorShapes | None) -> None:
+    """Refuses an entry that no encoder can have made."""
     if not DTYPES.issuperset(header.dtypes.values()) or any(0 in shape for shape in header.shapes.values()):
-        raise UnfitFileError("holds what no encoder makes")
+        raise UnfitFileError("was not made by an encoder")
     if shapes is not None and header.shapes != shapes:
         raise UnfitFileError("holds tensors of other shapes")
 
@@ -174,7 +172,7 @@ def measure_cache(folder: Path) -> list[tuple[str, int, int]]:
 
 
 def clear_cache(folder: Path) -> int:
-    """Deletes the cache's own files, nothing else in that folder or elsewhere, and gives the bytes freed."""
+    """Deletes the files of the cache and nothing else; returns the bytes freed."""
     freed = 0
     for kind in (LATENTS, TEXT):
         for pattern in ("*.safetensors", ".*.safetensors.*.tmp"):
@@ -189,7 +187,7 @@ def clear_cache(folder: Path) -> int:
 
 
 def _entries(folder: Path, pattern: str) -> list[Path]:
-    """The files of one kind; a link below the cache folder was not made by sdlora and is left alone."""
+    """Files of one kind. Links in the cache folder are not sdlora's and are ignored."""
     if folder.is_symlink():
         return []
     inner = [path for path in folder.glob("*") if path.is_dir() and not path.is_symlink()]

@@ -59,12 +59,12 @@ OPERATIONS: dict[str, Callable[[DataSection], Operation | None]] = {
     "replace_placeholder": lambda data: ReplacePlaceholder(data.trigger) if data.trigger else None,
     "prepend_trigger": lambda data: PrependTrigger(data.trigger) if data.trigger else None,
 }
-"""How the settings make each operation, in the order in which they apply; None where one is off."""
+"""Makes each operation from the settings, in the order in which they apply; None if it is off."""
 
 
 @dataclass(frozen=True)
 class CaptionPipeline:
-    """The operations of a run, and how often a sample gets the empty caption instead.
+    """The operations of a run, and caption dropout.
 
     Args:
         operations: In the order in which they apply.
@@ -86,7 +86,7 @@ class CaptionPipeline:
         return CaptionPipeline(fixed)(caption, random.Random(0))
 
     def variants(self, caption: str, *, seed: int, digest: str) -> tuple[str, ...]:
-        """The captions that an image is trained with; those that coincide are kept once.
+        """Training captions of an image; equal ones are kept once.
 
         Args:
             caption: Text of the file.
@@ -101,9 +101,9 @@ class CaptionPipeline:
         return tuple(dict.fromkeys(texts))
 
     def draw(self, record: ImageRecord, *, seed: int, index: int) -> str:
-        """The caption of one sample: a variant of the image's, or empty.
+        """The caption of one sample: one of the image's variants, or empty.
 
-        Variant and dropout have generators of their own, so that neither moves the other (R-04).
+        Variant and dropout have separate generators, so that neither changes the other (R-04).
         """
         if keyed_random(seed, "dropout", index).random() < self.dropout:
             return ""
@@ -113,7 +113,7 @@ class CaptionPipeline:
 
 
 def caption_pipeline(settings: DataSection) -> CaptionPipeline:
-    """The pipeline that the settings ask for."""
+    """The pipeline for the settings."""
     operations = (make(settings) for make in OPERATIONS.values())
     return CaptionPipeline([step for step in operations if step is not None], settings.caption_dropout)
 

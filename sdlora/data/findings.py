@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any, Protocol
+from typing import Protocol
 
 from sdlora.config import DataSection
 from sdlora.data.buckets import MAX_LOSS, BucketPlan
@@ -18,99 +18,59 @@ MAX_REPEATS = 10_000
 LARGE_LOSS = 0.15
 LARGE_UPSCALE = 2.0
 
-# Severity and message for each key. {names} lists the first five names with their details.
-MESSAGES: dict[str, tuple[Severity, str]] = {
-    "data.no-images-left": ("error", "no image in {names} is left to train on; see the other errors"),
-    "data.link-outside": (
-        "error",
-        "{count:link} to files outside the image folder: {names}; copy the files, or set "
+# Messages by key. {names} lists the first five names, each with its detail; {count:image} counts all.
+MESSAGES: dict[Severity, dict[str, str]] = {
+    "error": {
+        "data.no-images-left": "no usable image in {names}; see the other errors",
+        "data.link-outside": "{count:link} out of the image folder: {names}; copy the files, or set "
         "data.follow_links=true",
-    ),
-    "data.image-unreadable": (
-        "error",
-        "cannot use {count:image}: {names}; replace or remove them, or set data.on_bad_image=skip",
-    ),
-    "data.image-skipped": ("warning", "skipped {count:image}: {names}"),
-    "data.image-format": (
-        "warning",
-        "{count:file} in an unsupported image format: {names}; convert to PNG or JPEG",
-    ),
-    "data.image-frames": ("notice", "{count:image} with several frames, using the first: {names}"),
-    "data.image-hidden": ("notice", "ignored {count:image} in hidden files or folders: {names}"),
-    "data.file-unreadable": ("warning", "cannot read {count:file}: {names}"),
-    "data.folder-unreadable": ("warning", "cannot open {count:folder}: {names}"),
-    "data.heldout-unused": (
-        "notice",
-        "ignored {count:image} in folders named heldout (never trained on): {names}",
-    ),
-    "data.caption-unreadable": ("error", "cannot read {count:caption file}: {names}; fix or remove them"),
-    "data.caption-long": ("error", "{count:caption} too long: {names}; shorten them"),
-    "data.caption-encoding": (
-        "notice",
-        "{count:file} not in UTF-8, read as Windows text (cp1252): {names}; save as UTF-8 if characters "
-        "look wrong",
-    ),
-    "data.caption-unmatched": ("notice", "{count:caption file} without a matching image: {names}"),
-    "data.captions-differ": ("notice", "{count:image} with several captions: {names}"),
-    "data.captions-partial": (
-        "error",
-        "{count:image} without a caption, although others have one: {names}; write the missing ones, or set "
-        "data.allow_missing_captions=true",
-    ),
-    "data.captions-missing": (
-        "error",
-        "no captions for {count:image}: {names}; write .txt files beside them, or set data.trigger",
-    ),
-    "data.captions-above": ("error", "{names} is outside the image folder; pass its folder to use it"),
-    "data.placeholder": (
-        "error",
-        "{{trigger}} in {count:caption} but data.trigger is not set: {names}; set it",
-    ),
-    "data.table-lines": ("error", "{names}; split the folder"),
-    "data.table-csv": ("error", "{names}; fix or remove it"),
-    "data.table-json": ("error", "{names}; write one JSON object per line"),
-    "data.table-columns": ("error", "{names}; rename the column"),
-    "data.row-unmatched": ("warning", "{count:metadata row} without a matching image: {names}"),
-    "data.stem-shared": (
-        "warning",
-        "{count:image} with the same name but for the suffix, sharing a caption file: {names}; rename one "
-        "of each",
-    ),
-    "data.copies": ("warning", "exact copies: {names}; keep one of each"),
-    "data.heldout-trained": (
-        "warning",
-        "{count:held-out image} also among the training images: {names}; remove one of each",
-    ),
-    "data.repeats": (
-        "warning",
-        "a folder name asks for {names} repeats of each image; rename the folder if it is a date",
-    ),
-    "data.repeats-excessive": (
-        "error",
-        "a folder name asks for {names} repeats of each image; rename the folder if it is a date",
-    ),
-    "data.resolution": (
-        "warning",
-        "data.resolution = {names} of an image between 1:2 and 2:1; a larger data.resolution crops less",
-    ),
-    "data.image-cropped": (
-        "warning",
-        f"{{count:image}} cropped by more than {LARGE_LOSS:.0%} to fit a bucket: {{names}}",
-    ),
-    "data.image-blurred": (
-        "warning",
-        "{count:image} enlarged more than twice, so blurred: {names}; use larger files or a smaller "
-        "data.resolution",
-    ),
-    "data.image-enlarged": ("notice", "{count:image} enlarged: {names}"),
-    "data.caption-truncated": (
-        "warning",
-        "{count:caption} over the token limit: {names}; shorten them",
-    ),
-    "data.trigger-truncated": (
-        "error",
-        "the trigger is cut off from {count:caption}: {names}; move it to the front",
-    ),
+        "data.image-unreadable": "cannot use {count:image}: {names}; replace or remove them, or set "
+        "data.on_bad_image=skip",
+        "data.caption-unreadable": "cannot read {count:caption file}: {names}; fix or remove them",
+        "data.caption-long": "{count:caption} too long: {names}; shorten them",
+        "data.captions-partial": "{count:image} without a caption, although others have one: {names}; write "
+        "the missing ones, or set data.allow_missing_captions=true",
+        "data.captions-missing": "no captions for {count:image}: {names}; write .txt files beside them, or "
+        "set data.trigger",
+        "data.captions-above": "{names} is outside the image folder; pass its folder to use it",
+        "data.placeholder": "{{trigger}} in {count:caption}, but data.trigger is not set: {names}; set it",
+        "data.table-lines": "{names}; split the folder",
+        "data.table-csv": "{names}; fix or remove it",
+        "data.table-json": "{names}; write one JSON object per line",
+        "data.table-columns": "{names}; rename the column",
+        "data.repeats-excessive": "a folder name asks for {names} repeats of each image; if it is a date, "
+        "rename the folder",
+        "data.trigger-truncated": "the token limit cuts off the trigger of {count:caption}: {names}; move it "
+        "to the front",
+    },
+    "warning": {
+        "data.image-skipped": "skipped {count:image}: {names}",
+        "data.image-format": "{count:image} in an unsupported format: {names}; convert to PNG or JPEG",
+        "data.file-unreadable": "cannot read {count:file}: {names}",
+        "data.folder-unreadable": "cannot open {count:folder}: {names}",
+        "data.row-unmatched": "{count:metadata row} without a matching image: {names}",
+        "data.stem-shared": "{count:image} sharing a caption file with another: {names}; rename one of each",
+        "data.copies": "exact copies: {names}; keep one of each",
+        "data.heldout-trained": "{count:held-out image} also trained on: {names}; remove one of each",
+        "data.repeats": "a folder name asks for {names} repeats of each image; if it is a date, rename the "
+        "folder",
+        "data.resolution": "data.resolution = {names} of an image between 1:2 and 2:1; a larger one crops "
+        "less",
+        "data.image-cropped": f"{{count:image}} cropped by more than {LARGE_LOSS:.0%}: {{names}}",
+        "data.image-blurred": "{count:image} enlarged more than twice, so blurred: {names}; use larger files "
+        "or a smaller data.resolution",
+        "data.caption-truncated": "{count:caption} over the token limit: {names}; shorten them",
+    },
+    "notice": {
+        "data.image-frames": "{count:image} with several frames, using the first: {names}",
+        "data.image-hidden": "ignored {count:image} in hidden files or folders: {names}",
+        "data.image-enlarged": "{count:image} enlarged: {names}",
+        "data.heldout-unused": "ignored {count:image} in folders named heldout, never trained on: {names}",
+        "data.caption-encoding": "{count:file} not in UTF-8, read as Windows text (cp1252): {names}; save as "
+        "UTF-8 if characters look wrong",
+        "data.caption-unmatched": "{count:caption file} without a matching image: {names}",
+        "data.captions-differ": "{count:image} with several captions: {names}",
+    },
 }
 
 
@@ -157,9 +117,13 @@ def examine(
     _examine_sizes(plan, noticed)
     if count_tokens is not None:
         _examine_tokens([*index.records, *index.heldout], settings.trigger, count_tokens, noticed)
-    found = [_word(key, names) for key, names in noticed.items() if names]
-    order = ("error", "warning", "notice")
-    return sorted(found, key=lambda finding: order.index(finding.severity))
+    assert noticed.keys() <= {key for messages in MESSAGES.values() for key in messages}
+    return [
+        _word(severity, key, message, noticed[key])
+        for severity, messages in MESSAGES.items()
+        for key, message in messages.items()
+        if noticed[key]
+    ]
 
 
 class _Count(int):
@@ -169,9 +133,8 @@ class _Count(int):
         return count_of(int(self), noun)
 
 
-def _word(key: str, details: Mapping[str, str]) -> Finding:
-    severity, message = MESSAGES[key]
-    names: Any = join_names(f"{name} {detail}" if detail else name for name, detail in details.items())
+def _word(severity: Severity, key: str, message: str, details: Mapping[str, str]) -> Finding:
+    names = join_names(f"{name} {detail}" if detail else name for name, detail in details.items())
     return Finding(severity, message.format(count=_Count(len(details)), names=names), tuple(details), key)
 
 

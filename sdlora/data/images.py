@@ -1,4 +1,4 @@
-"""Reads any image as a viewer shows it, and cuts out what the model will see."""
+"""Reads any image as a viewer shows it, and crops it for the model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UNREAD_SUFFIXES = (
     *(".heic", ".heif", ".jxl", ".svg", ".psd", ".eps"),
     *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"),
 )
-# What Pillow may take a file for, whatever its name says: its reader of EPS would start another program.
+# Formats that Pillow may detect, whatever the suffix: its EPS reader would start another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "PPM", "TGA")
 MAX_BYTES = 2**30
 LARGE_BYTES = 2**25
@@ -37,10 +37,10 @@ _large = threading.RLock()
 
 
 class UnreadableImageError(DataError):
-    """An image that cannot be decoded; `reason` is the part of the message after the file's name."""
+    """An image that cannot be decoded; `reason` follows the file's name in the message."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path} {reason}; replace or remove it")
+        super().__init__(f"{path} {reason}; replace or remove it", key="data.image-unreadable")
         self.path = path
         self.reason = reason
 
@@ -49,7 +49,7 @@ class UnreadableImageError(DataError):
 
 
 def parse_colour(background: str) -> tuple[int, int, int]:
-    """The red, green and blue of a colour's name or #rrggbb.
+    """Red, green and blue of a colour name or #rrggbb.
 
     Raises:
         ConfigError: If it is neither.
@@ -67,7 +67,7 @@ def load_image(path: Path, background: str = "white") -> Image.Image:
     """Reads an image in RGB: first frame, EXIF orientation applied, transparency over a colour.
 
     Raises:
-        DataError: If it is empty, cut short or not an image; the message names the file.
+        DataError: If it is empty, truncated or not an image; the message names the file.
         ConfigError: If `background` is not a colour.
     """
     colour = parse_colour(background)
@@ -75,28 +75,25 @@ def load_image(path: Path, background: str = "white") -> Image.Image:
 
 
 def load_record(record: ImageRecord, background: str = "white") -> Image.Image:
-    """Reads the image of a record, in the state in which it was scanned.
+    """Reads the image of a record, unchanged since it was scanned.
 
     Raises:
-        DataError: If it is gone or has changed since; the message names the file.
+        DataError: If it is gone or has changed; the message names the file.
     """
     try:
         data = read_bytes(record.path, MAX_BYTES)
     except (OSError, UnfitFileError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise DataError(
-            f"{record.path} was there when the images were scanned, and cannot be read now ({reason}); "
-            "put it back and go on, or start again without it"
-        ) from None
+        message = f"cannot read {record.path} any more ({reason}); restore it and resume, or start a new run"
+        raise DataError(message, key="data.image-gone") from None
     if hashlib.sha256(data).hexdigest() != record.digest:
-        raise DataError(
-            f"{record.path} has changed since the images were scanned; put it back and go on, or start again"
-        )
+        message = f"{record.path} has changed since it was scanned; restore it and resume, or start a new run"
+        raise DataError(message, key="data.image-changed")
     return _load(record.path, data, parse_colour(background))
 
 
 def measure_file(path: Path) -> tuple[str, Size, bool]:
-    """The digest of a file, and what `measure_image` finds in it.
+    """Digest, size as shown, and whether a file is animated.
 
     Raises:
         UnreadableImageError: If it cannot be read to its end, or is not an image.
@@ -111,26 +108,30 @@ def measure_file(path: Path) -> tuple[str, Size, bool]:
 
 
 def measure_image(path: Path, data: bytes) -> tuple[Size, bool]:
-    """Decodes a whole file to see that it can be, and gives its size as shown and whether it moves.
+    """Decodes a whole file; returns its size as shown, and whether it is animated.
 
     Raises:
-        UnreadableImageError: If it is empty, cut short or not an image.
+        UnreadableImageError: If it is empty, truncated or not an image.
     """
-    with _decoding(path), _open(path, data) as image, _one_at_a_time(_pixels(image) > LARGE_PIXELS):
-        moves = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
+    with (
+        _decoding(path),
+        _open(path, data) as image,
+        _one_at_a_time(image.width * image.height > LARGE_PIXELS),
+    ):
+        is_animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
         if image.format == "JPEG":
-            # A reduced decode reads the whole stream all the same, at a third of the cost.
+            # A reduced decode still reads the whole stream, at a third of the cost.
             width, height = image.size
             turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
             image.draft(None, (max(1, width // 8), max(1, height // 8)))
             image.load()
             return Size(height, width) if turned else Size(width, height), False
         image.load()
-        return Size(*_transpose(image).size), moves
+        return Size(*_transpose(image).size), is_animated
 
 
 def crop_image(image: Image.Image, crop: Crop) -> Image.Image:
-    """Scales an image to cover its bucket, cuts the bucket out, and mirrors it if the crop says so."""
+    """Scales an image to cover its bucket, crops it, and mirrors it if the crop is flipped."""
     resized = (crop.resized.width, crop.resized.height)
     if image.size != resized:
         image = image.resize(resized, Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -158,14 +159,10 @@ def _open(path: Path, data: bytes) -> Image.Image:
         raise UnreadableImageError(path, "is empty (0 bytes)")
     Image.init()
     try:
-        # An older Pillow has no reader of AVIF.
+        # An older Pillow cannot read AVIF.
         return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
     except UnidentifiedImageError:
         raise UnreadableImageError(path, f"is not an image (it starts with {data[:12]!r})") from None
-
-
-def _pixels(image: Image.Image) -> int:
-    return image.width * image.height
 
 
 def _one_at_a_time(is_large: bool) -> AbstractContextManager[object]:
@@ -174,7 +171,7 @@ def _one_at_a_time(is_large: bool) -> AbstractContextManager[object]:
 
 @contextmanager
 def _decoding(path: Path) -> Iterator[None]:
-    """Turns what decoders raise into one error that names the file, and keeps Pillow's warnings quiet."""
+    """Turns any decoder's exception into one error that names the file; silences Pillow's warnings."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\..*")
@@ -185,20 +182,20 @@ def _decoding(path: Path) -> Iterator[None]:
         raise UnreadableImageError(path, "has too many pixels (over 178 million); scale it down") from None
     except MemoryError:
         raise UnreadableImageError(path, "needs more memory than there is; scale it down") from None
-    except Exception as error:  # Decoders raise whatever a broken file makes them stumble over.
+    except Exception as error:  # Decoders raise many types of exceptions for damaged files.
         cut = isinstance(error, EOFError) or "truncated" in str(error)
-        reason = "is cut short" if cut else "cannot be decoded"
+        reason = "is truncated" if cut else "cannot be decoded"
         raise UnreadableImageError(path, f"{reason} ({str(error) or type(error).__name__})") from None
 
 
 def _transpose(image: Image.Image) -> Image.Image:
-    with suppress(Exception):  # A damaged EXIF block must not cost the image.
+    with suppress(Exception):  # A damaged EXIF block does not make an image unusable.
         return ImageOps.exif_transpose(image)
     return image
 
 
 def _flatten(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """Any mode becomes RGB."""
+    """Converts any mode to RGB."""
     if image.mode.startswith("I") or image.mode == "F":
         return _reduce_depth(image).convert("RGB")
     has_alpha = image.has_transparency_data
@@ -216,7 +213,7 @@ def _flatten(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
 
 
 def _reduce_depth(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float grey become 8-bit; Pillow's own conversion clips them to white."""
+    """Scales 16-bit, 32-bit and float greyscale to 8 bits; Pillow's own conversion would clip to white."""
     values = np.asarray(image)
     if image.mode == "F":
         top = 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
@@ -230,7 +227,7 @@ def _reduce_depth(image: Image.Image) -> Image.Image:
 
 
 def _convert_to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """Applies a colour profile (print colours, wide-gamut photographs) as viewers do."""
+    """Applies a colour profile (CMYK, wide gamut) as viewers do."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if source.profile.xcolor_space.strip() != ("CMYK" if image.mode == "CMYK" else "RGB"):

@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -30,7 +30,6 @@ from sdlora.data.records import DatasetIndex, ImageRecord, Noticed, Size
 from sdlora.errors import DataError, shorten
 
 AUTO_SHARE, AUTO_FROM, AUTO_LEAST = 0.1, 12, 2
-Progress = Callable[[int, int], None]
 
 
 def read_dataset(config: RunConfig, *, resolution: int, min_step: int) -> tuple[DatasetIndex, BucketPlan]:
@@ -53,9 +52,7 @@ def read_dataset(config: RunConfig, *, resolution: int, min_step: int) -> tuple[
     return index, buckets
 
 
-def scan_dataset(
-    root: str | Path, settings: DataSection, seed: int = 0, *, progress: Progress | None = None
-) -> DatasetIndex:
+def scan_dataset(root: str | Path, settings: DataSection, seed: int = 0) -> DatasetIndex:
     """Reads every image and caption below a folder.
 
     Problems with single files are kept for `sdlora.data.findings.examine`.
@@ -64,7 +61,6 @@ def scan_dataset(
         root: The image folder; subfolders and `N_name` folders in it are found.
         settings: `trigger`, `heldout`, `allow_missing_captions`, `background`, `follow_links`.
         seed: Keys, with the images' digests, the choice of held-out images and the variants of captions.
-        progress: Called with (images read, images in all).
 
     Raises:
         DataError: If the folder is missing or holds no image to train on.
@@ -82,7 +78,7 @@ def scan_dataset(
     if not training_names:
         raise no_images_error(root, files, scan.noticed)
 
-    records = scan.read(root, files, [*training_names, *heldout_names], progress)
+    records = scan.read(root, files, [*training_names, *heldout_names])
     training = [record for record in records if not _is_below(record.name, inside)]
     heldout = [record for record in records if _is_below(record.name, inside)]
     if outside is not None:
@@ -118,12 +114,10 @@ class _Scan:
         self.seed = seed
         self.noticed: Noticed = defaultdict(dict)
 
-    def read(
-        self, root: Path, files: Sequence[str], names: Sequence[str], progress: Progress | None = None
-    ) -> list[ImageRecord]:
+    def read(self, root: Path, files: Sequence[str], names: Sequence[str]) -> list[ImageRecord]:
         """Decodes the named images and finds their captions among the files."""
         captions = find_captions(root, files, [name for name in files if is_image(name)], self.noticed)
-        measured = dict(zip(names, _measure_all([root / name for name in names], progress), strict=True))
+        measured = dict(zip(names, _measure_all([root / name for name in names]), strict=True))
         for name, result in measured.items():
             if result.problem:
                 self.noticed["data.image-unreadable"][name] = result.problem
@@ -164,15 +158,10 @@ class _Scan:
             noticed["data.placeholder"] |= dict.fromkeys(unset, "")
 
 
-def _measure_all(paths: Sequence[Path], progress: Progress | None) -> list[_Measured]:
-    results: list[_Measured] = []
+def _measure_all(paths: Sequence[Path]) -> list[_Measured]:
     with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         warnings.filterwarnings("ignore", module=r"PIL\..*")
-        for number, result in enumerate(pool.map(_measure, paths), 1):
-            results.append(result)
-            if progress is not None:
-                progress(number, len(paths))
-    return results
+        return list(pool.map(_measure, paths))
 
 
 def _measure(path: Path) -> _Measured:

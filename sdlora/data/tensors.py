@@ -1,4 +1,4 @@
-"""An image becomes the tensors that a base takes."""
+"""Tensors of an image: its pixels, and the sizes and crop that SDXL is conditioned on."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def image_to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def crop_to_time_ids(original: Size, crop: Crop) -> torch.Tensor:
-    """What SDXL is told of an image's sizes (Podell et al. 2023, 2307.01952, section 2.2).
+    """Size and crop conditioning of SDXL (Podell et al. 2023, 2307.01952, section 2.2).
 
     Args:
-        original: The whole image as a viewer shows it, before it was scaled.
-        crop: Its place is counted in the scaled image, as SDXL was trained; in a mirrored one from the
-            left that the model sees.
+        original: Size of the whole image as a viewer shows it, before scaling.
+        crop: Its offsets count in the scaled image, as SDXL was trained; after mirroring, from the left
+            side that the model sees.
 
     Returns:
         (6,) float32: original height, width; top, left; target height, width.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdlora.config import DataSection
 from sdlora.data.buckets import Crop
-from sdlora.data.cache import Shapes, TensorCache, latent_key, text_key
+from sdlora.data.cache import TensorCache, TensorShapes, latent_key, text_key
 from sdlora.data.images import crop_image, load_record
 from sdlora.data.records import ImageRecord, count_of
 from sdlora.data.tensors import crop_to_time_ids, image_to_tensor
@@ -158,14 +158,14 @@ class Encodings:
             return self.cache.contains(self._text_key(job), self._text_shapes())
         return self.cache.contains(self._latent_key(*job), self._latent_shapes(job[1]))
 
-    def _latent_shapes(self, crop: Crop) -> Shapes:
+    def _latent_shapes(self, crop: Crop) -> TensorShapes:
         info = self.base.info
         sides = (crop.size.height // info.vae_factor, crop.size.width // info.vae_factor)
         return dict.fromkeys(("mean", "std"), (info.latent_channels, *sides))
 
-    def _text_shapes(self) -> Shapes:
+    def _text_shapes(self) -> TensorShapes:
         info = self.base.info
-        pooled: Shapes = {"pooled": (info.pooled_width,)} if info.has_time_ids else {}
+        pooled: TensorShapes = {"pooled": (info.pooled_width,)} if info.has_time_ids else {}
         return {"hidden": (info.text_length, info.text_width), **pooled}
 
     def _latent_key(self, record: ImageRecord, crop: Crop) -> str:

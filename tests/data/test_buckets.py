@@ -97,7 +97,7 @@ def test_random_crops_are_fixed(make_records) -> None:
     assert plan.crops["000.png"] == plan_buckets(records[:1], 256, settings, seed=5).crops["000.png"]
     assert plan.crops["002.png"] != plan_buckets(records, 256, settings, seed=6).crops["002.png"]
     assert len(plan.crops["002.png"]) == 6
-    assert len(plan.crops["001.png"]) == 1, "a picture that fits has no second crop"
+    assert len(plan.crops["001.png"]) == 1, "an image that fits has no second crop"
     for crops in plan.crops.values():
         for crop in crops:
             assert 0 <= crop.left <= crop.resized.width - crop.size.width
@@ -113,8 +113,8 @@ def test_flips_are_variants(make_records) -> None:
     assert [(crop.left, crop.top) for crop in crops[:4]] == [(crop.left, crop.top) for crop in crops[4:]]
 
 
-def test_heldout_has_one_centre_crop(make_records) -> None:
-    """R-12: held-out pictures are cropped in the centre and never mirrored."""
+def test_heldout_has_one_center_crop(make_records) -> None:
+    """R-12: held-out images are cropped in the center and never mirrored."""
     records = make_records((512, 512), (700, 300))
     settings = DataSection(crop="random", flip=True)
     plan = plan_buckets(records[:1], 256, settings, heldout=records[1:])
@@ -125,5 +125,5 @@ def test_heldout_has_one_centre_crop(make_records) -> None:
 
 
 def test_no_records() -> None:
-    """R-15: an index without usable pictures still gives a plan, so that the doctor can speak."""
+    """R-15: an index without usable images still gives a plan, so that the doctor can speak."""
     assert plan_buckets([], 512, CENTRE).table() == []

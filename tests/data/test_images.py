@@ -1,4 +1,4 @@
-"""Every picture loads as a viewer shows it, or is named (R-14)."""
+"""Every image loads as a viewer shows it, or is named (R-14)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from sdlora.data.records import Size
 from sdlora.data.scan import scan_dataset
 from sdlora.data.tensors import image_to_tensor
 from sdlora.errors import ConfigError, DataError
-from tests.checks import HANG_SECONDS
+from tests.checks import HANG_SECONDS, raises
 
 STORED = {
     1: None,
@@ -47,7 +47,7 @@ STORED = {
 
 
 def make_corners(width: int = 48, height: int = 32) -> Image.Image:
-    """A picture with another colour in each quarter."""
+    """An image with another colour in each quarter."""
     image = Image.new("RGB", (width, height))
     for place, colour in enumerate(("red", "lime", "blue", "yellow")):
         left, top = place % 2 * width // 2, place // 2 * height // 2
@@ -56,7 +56,7 @@ def make_corners(width: int = 48, height: int = 32) -> Image.Image:
 
 
 def difference(one: Image.Image, other: Image.Image) -> float:
-    """Mean absolute difference of two pictures of one size."""
+    """Mean absolute difference of two images of one size."""
     assert one.size == other.size
     return float(np.abs(np.asarray(one, np.float32) - np.asarray(other, np.float32)).mean())
 
@@ -90,7 +90,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: s
 
 @pytest.mark.parametrize("background", ["white", "black", "#336699"])
 def test_hidden_pixels_do_not_show(tmp_path: Path, background: str) -> None:
-    """R-14: a transparent RGBA picture with coloured hidden pixels becomes the background colour."""
+    """R-14: a transparent RGBA image with coloured hidden pixels becomes the background colour."""
     image = Image.new("RGBA", (16, 16), (255, 0, 255, 0))
     image.paste((0, 128, 0, 255), (0, 0, 8, 16))
     image.save(tmp_path / "a.png")
@@ -148,7 +148,7 @@ def test_sixteen_bits(tmp_path: Path) -> None:
 
 
 def test_other_modes(tmp_path: Path) -> None:
-    """R-14: one-bit, float and 32-bit pictures load too."""
+    """R-14: one-bit, float and 32-bit images load too."""
     Image.new("1", (4, 4), 1).save(tmp_path / "bit.png")
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "float.tif")
     Image.fromarray(np.full((4, 4), 32768, np.int32)).save(tmp_path / "int.tif")
@@ -182,7 +182,7 @@ def test_colour_profile_is_applied(tmp_path: Path) -> None:
 
 
 def write_bad_files(folder: Path) -> dict[str, str]:
-    """Files that are no pictures, and what the error must say."""
+    """Files that are not images, and what distinguishes their errors."""
     noise = Image.effect_noise((200, 200), 80).convert("RGB")
     for name in ("cut.jpg", "cut.png", "cut.webp"):
         noise.save(folder / name)
@@ -196,14 +196,14 @@ def write_bad_files(folder: Path) -> dict[str, str]:
     with (folder / "huge.png").open("wb") as file:
         file.truncate(2**32 - 10**5)
     return {
-        "cut.jpg": "is cut short",
+        "cut.jpg": "truncated",
         "cut.png": "",
         "cut.webp": "",
-        "empty.png": "is empty",
-        "text.png": "is not an image",
-        "bomb.png": "too many pixels",
-        "script.png": "is not an image",
-        "huge.png": "is too large (4,294.9 MB",
+        "empty.png": "0 bytes",
+        "text.png": "hello there",
+        "bomb.png": "178 million",
+        "script.png": "%!PS-Adobe-3",
+        "huge.png": "4,294.9 MB",
     }
 
 
@@ -211,17 +211,16 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     """R-14: truncated, empty, text and oversized files raise one line with the file's name."""
     for name, reason in write_bad_files(tmp_path).items():
         path = tmp_path / name
-        with pytest.raises(DataError) as loading:
+        with raises(DataError, "data.image-unreadable", shows=str(path)) as loading:
             load_image(path)
-        with pytest.raises(UnreadableImageError) as measuring:
+        with raises(UnreadableImageError, "data.image-unreadable", shows=str(path)) as measuring:
             measure_file(path)
         for caught in (loading, measuring):
-            assert str(path) in str(caught.value)
             assert reason in str(caught.value)
             assert "\n" not in str(caught.value)
         assert str(pickle.loads(pickle.dumps(measuring.value))) == str(measuring.value)
     for read in (load_image, measure_file):
-        with pytest.raises(DataError, match=r"gone\.png cannot be read"):
+        with raises(DataError, "data.image-unreadable", shows=("gone.png", "No such file")):
             read(tmp_path / "gone.png")
 
 
@@ -237,8 +236,8 @@ def test_wide_panorama(tmp_path: Path, suffix: str) -> None:
     assert crop_image(loaded, crop).getpixel((64, 64)) == pytest.approx((255, 0, 0), abs=2)
 
 
-def test_large_pictures_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """R-14: of many threads one at a time decodes a large picture, so that memory does not multiply."""
+def test_large_images_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R-14: of many threads one at a time decodes a large image, so that memory does not multiply."""
     monkeypatch.setattr(images_module, "LARGE_PIXELS", 100)
     Image.new("RGB", (20, 20)).save(tmp_path / "large.png")
     Image.new("RGB", (5, 5)).save(tmp_path / "small.png")
@@ -264,26 +263,26 @@ def test_large_pictures_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert max(together.count((5, 5)) for together in most) > 1
 
 
-def test_pictures_that_went_or_changed(tmp_path: Path, write_image) -> None:
+def test_images_that_went_or_changed(tmp_path: Path, write_image) -> None:
     """A file that vanished or changed after it was scanned is one line that names it."""
     path = write_image("a.png", caption="x")
     (record,) = scan_dataset(tmp_path, DataSection()).records
     assert load_record(record).tobytes() == load_image(path).tobytes()
     write_image("a.png", look="other")
-    with pytest.raises(DataError, match=r"a\.png has changed since the images were scanned; put it back"):
+    with raises(DataError, "data.image-changed", shows=str(path)):
         load_record(record)
     path.unlink()
-    with pytest.raises(DataError, match=r"a\.png was there .* cannot be read now \(No such file") as caught:
+    with raises(DataError, "data.image-gone", shows=(str(path), "No such file")) as caught:
         load_record(record)
     assert "\n" not in str(caught.value)
     path.mkdir()
-    with pytest.raises(DataError, match=r"a\.png was there .* \(is a folder, not a file\)"):
+    with raises(DataError, "data.image-gone", shows="is a folder"):
         load_record(record)
 
 
 def test_unknown_background(tmp_path: Path) -> None:
     """R-35: a colour that is none is named with its key."""
-    with pytest.raises(ConfigError, match=r"data\.background = 'whit' is not a colour"):
+    with raises(ConfigError, "data.background", shows="whit"):
         load_image(tmp_path / "a.png", "whit")
 
 

@@ -42,8 +42,8 @@ class Case:
 
 
 sides = st.integers(8, 3000) | st.sampled_from([64, 512, 1024])
-# Few different pictures: copies share a digest, and several share a bucket.
-pictures = st.tuples(st.tuples(sides, sides), st.integers(1, 5), st.integers(0, 8))
+# Few different images: copies share a digest, and several share a bucket.
+images = st.tuples(st.tuples(sides, sides), st.integers(1, 5), st.integers(0, 8))
 splits = st.builds(Split, st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
 
 
@@ -56,11 +56,11 @@ def cases(draw: st.DrawFn) -> Case:
             name=f"{number}.png",
             digest=f"{digest:064x}",
             size=Size(*size),
-            caption=f"picture {number}",
+            caption=f"image {number}",
             caption_source=".txt",
             repeats=repeats,
         )
-        for number, (size, repeats, digest) in enumerate(draw(st.lists(pictures, min_size=1, max_size=12)))
+        for number, (size, repeats, digest) in enumerate(draw(st.lists(images, min_size=1, max_size=12)))
     ]
     settings = DataSection(
         crop=draw(st.sampled_from(["center", "random"])),
@@ -71,7 +71,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(records, plan_buckets(records, 64, settings, seed=seed), settings, seed)
 
 
-def hands_of(samples: list[Sample], split: Split) -> list[list[list[Sample]]]:
+def shares_of(samples: list[Sample], split: Split) -> list[list[list[Sample]]]:
     """The micro-batches of every process."""
     return [
         split_micro_batches(
@@ -88,8 +88,8 @@ def test_an_epoch_is_exact_for_any_split(case: Case, split: Split, epoch: int) -
     seen: Counter[str] = Counter()
     first = epoch * order.steps_per_epoch
     for step in range(first, first + order.steps_per_epoch):
-        hands = hands_of(order.step(step), split)
-        batches = [batch for hand in hands for batch in hand]
+        shares = shares_of(order.step(step), split)
+        batches = [batch for share in shares for batch in share]
         samples = [sample for batch in batches for sample in batch]
         seen.update(sample.record.name for sample in samples)
         assert 1 <= len(samples) <= split.global_batch
@@ -97,8 +97,8 @@ def test_an_epoch_is_exact_for_any_split(case: Case, split: Split, epoch: int) -
         assert all(sample.crop.size == case.plan.bucket_of(sample.record.name) for sample in samples)
         assert all(len(batch) <= split.batch_size for batch in batches)
         # All processes take part in each exchange of gradients, or a run with several would hang.
-        assert len({len(hand) for hand in hands}) == 1
-        assert 1 <= len(hands[0]) <= split.accumulate
+        assert len({len(share) for share in shares}) == 1
+        assert 1 <= len(shares[0]) <= split.accumulate
     assert seen == {record.name: record.repeats for record in case.records}
 
 
@@ -110,14 +110,14 @@ def test_splits_of_one_global_batch_train_the_same(case: Case, split: Split, dat
     divisors = [number for number in range(1, split.global_batch + 1) if split.global_batch % number == 0]
     processes = data.draw(st.sampled_from(divisors))
     other = Split(processes, 1, split.global_batch // processes)
-    dealt = [
+    found = [
         sorted(
-            (sample for hand in hands_of(order.step(step), way) for batch in hand for sample in batch),
+            (sample for share in shares_of(order.step(step), way) for batch in share for sample in batch),
             key=lambda sample: sample.index,
         )
         for way in (split, other)
     ]
-    assert dealt[0] == dealt[1] == order.step(step)
+    assert found[0] == found[1] == order.step(step)
 
 
 @given(cases(), st.integers(1, 20), st.data())

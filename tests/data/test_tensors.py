@@ -1,4 +1,4 @@
-"""Pictures and their sizes as tensors."""
+"""Images and their sizes as tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdlora.data.tensors import crop_to_time_ids, image_to_tensor
 
 
 def coordinates(width: int, height: int) -> Image.Image:
-    """A picture whose red and green say where a pixel is."""
+    """An image whose red and green say where a pixel is."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     return Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
 
@@ -31,7 +31,7 @@ def test_pixels_lie_between_minus_one_and_one() -> None:
 
 @pytest.mark.parametrize("flipped", [False, True])
 def test_corner_is_where_the_seen_picture_begins(flipped: bool) -> None:
-    """R-31: top and left are counted in the scaled picture, mirrored first where the sample is."""
+    """R-31: top and left are counted in the scaled image, mirrored first where the sample is."""
     whole = coordinates(80, 60)
     crop = Crop(Size(80, 60), left=7, top=11, size=Size(48, 32), flipped=flipped)
     original_height, original_width, top, left, height, width = map(
@@ -49,7 +49,7 @@ def test_sizes_of_a_picture_on_the_disk(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     coordinates(120, 200).save(tmp_path / "turned.jpg", exif=exif)
-    (tmp_path / "turned.txt").write_text("a picture")
+    (tmp_path / "turned.txt").write_text("an image")
     settings = DataSection(heldout=0, crop="random")
     index = scan_dataset(tmp_path, settings, 0)
     [record] = index.records

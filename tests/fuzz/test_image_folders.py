@@ -1,4 +1,4 @@
-"""Captions, tables and pictures in a folder that somebody made (R-05, R-14, R-29)."""
+"""Captions, tables and images in a folder that somebody made (R-05, R-14, R-29)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def encoded(texts: st.SearchStrategy[str]) -> st.SearchStrategy[bytes]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two pictures, one in a folder below."""
+    """Two images, one in a folder below."""
     (tmp_path / "sub").mkdir()
     Image.new("RGB", (9, 8), "red").save(tmp_path / "1.png")
     Image.new("RGB", (8, 16), "blue").save(tmp_path / "sub" / "2.png")
@@ -85,7 +85,7 @@ def test_caption_files(fuzz, damaged, folder: Path) -> None:
 
 @st.composite
 def rows(draw: st.DrawFn, json_values: st.SearchStrategy[Any]) -> str:
-    """Lines of JSON: pictures with captions, or anything."""
+    """Lines of JSON: images with captions, or anything."""
     lines = []
     for _ in range(draw(st.integers(0, 4))):
         row: Any = {
@@ -132,7 +132,7 @@ def test_metadata_csv(fuzz, damaged, folder: Path) -> None:
 
 
 def sound_pictures() -> list[bytes]:
-    """One small picture of each kind that is read."""
+    """One small image of each kind that is read."""
     image = Image.linear_gradient("L").resize((16, 12)).convert("RGB")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -160,7 +160,7 @@ def sound_pictures() -> list[bytes]:
 
 
 def test_pictures(fuzz, damaged, tmp_path: Path) -> None:
-    """R-14: a picture loads in the size that was measured, or is named."""
+    """R-14: an image loads in the size that was measured, or is named."""
     path = tmp_path / "x.png"
 
     def read(content: bytes) -> None:

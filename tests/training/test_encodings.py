@@ -6,7 +6,6 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -14,6 +13,7 @@ from sdlora.data.cache import cache_folder, seal
 from sdlora.data.captions import OPERATIONS
 from sdlora.errors import DataError
 from sdlora.report.terminal import Terminal
+from tests.checks import raises
 
 
 def test_a_cache_of_somebody_else_changes_nothing(
@@ -63,7 +63,7 @@ def test_a_picture_that_goes_in_mid_run(make_images, small, make_trainer, tmp_pa
             picture.rename(tmp_path / "away.png")
 
     trainer.record = lose_picture
-    with pytest.raises(DataError, match=r"01\.png was there .*; put it back and go on") as caught:
+    with raises(DataError, "data.image-gone", shows="01.png") as caught:
         trainer.train()
     assert "\n" not in str(caught.value)
     assert trainer.run.checkpoint_steps() == [2]
