@@ -22,10 +22,10 @@ SNR_RANGE = (1e-3, 1e3)
 
 
 def draw_noise(shape: torch.Size, settings: ObjectiveSection, generator: Generator) -> Tensor:
-    """The noise ε that the UNet is asked for, (C, H, W).
+    """The noise ε that the denoiser is asked for, (C, H, W).
 
     Offset noise (Guttenberg 2023, "Diffusion with Offset Noise"): ε' = ε + s ξ, where ξ ~ N(0, I) is one
-    number for each channel: the mean of an image is noised as well, so that the UNet learns to move it.
+    number for each channel: the mean of an image is noised as well, so that the denoiser learns to move it.
 
     Args:
         shape: (C, H, W).
@@ -45,7 +45,7 @@ def add_pyramid(noise: Tensor, levels: int, discount: float, generator: Generato
 
     Multi-resolution noise (Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training"):
     ε' = (ε + Σ_{i < n} dⁱ up(ε_i)) / std, where ε_i is white noise of 1 / r_iⁱ the size, r_i uniform in
-    [2, 4), enlarged bilinearly; the sum ends early at a level of one pixel. Low frequencies gain: the UNet
+    [2, 4), enlarged bilinearly; the sum ends early at a level of one pixel. Low frequencies gain: it
     learns to move whole areas and the mean, which white noise hardly touches.
 
     Args:
@@ -67,10 +67,10 @@ def add_pyramid(noise: Tensor, levels: int, discount: float, generator: Generato
 
 
 def perturb(noise: Tensor, strength: float, generator: Generator) -> Tensor:
-    """The noise that makes the UNet's input, (C, H, W); its target stays ε.
+    """The noise that makes the denoiser's input, (C, H, W); its target stays ε.
 
     Input perturbation (Ning et al. 2023, 2301.11706): x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) (ε + γ ξ) with
-    ξ ~ N(0, I): while sampling, the UNet sees its own errors, and gets used to some here.
+    ξ ~ N(0, I): while sampling, the denoiser sees its own errors, and gets used to some here.
 
     Args:
         noise: ε, (C, H, W).
@@ -121,7 +121,7 @@ class Objective:
     """What is minimised.
 
     Args:
-        schedule: The forward process and what the UNet answers.
+        schedule: The forward process and what the denoiser answers.
         settings: Noise, timesteps, loss and weights.
     """
 
@@ -176,7 +176,7 @@ def draw(objective: Objective, posteriors: Sequence[tuple[Tensor, Tensor]], seed
 
 
 def denoising_loss(denoise: Denoiser, objective: Objective, draws: Draws) -> Tensor:
-    """The weighted error of the UNet's answer, one value per sample, shape (B,).
+    """The weighted error of the denoiser's answer, one value per sample, shape (B,).
 
     Rombach et al. 2022 (2112.10752), equation 2, for the base's own prediction type.
 

@@ -24,7 +24,7 @@ class NoiseSchedule:
 
     Args:
         alphas_cumprod: ᾱ, shape (T,), float64 while it is built, kept in float32.
-        prediction_type: What the UNet answers: epsilon, v_prediction or sample.
+        prediction_type: What the denoiser answers: epsilon, v_prediction or sample.
     """
 
     alphas_cumprod: Tensor
@@ -80,7 +80,7 @@ class NoiseSchedule:
         return signal * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the UNet should answer, shape (B, C, H, W).
+        """What the denoiser should answer, shape (B, C, H, W).
 
         epsilon: ε (2006.11239, equation 14). v_prediction: v = √ᾱ_t ε - √(1 - ᾱ_t) x_0
         (Salimans & Ho 2022, 2202.00512, appendix D). sample: x_0.

@@ -22,11 +22,10 @@ from sdlora.evaluation.heldout import HeldoutItem, HeldoutLoss, heldout_loss
 from sdlora.formats.files import load_adapter
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mounted
-from sdlora.models.conditioning import Condition
+from sdlora.models.base import Base, Condition
 from sdlora.models.dtypes import DTYPES
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
-from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.runs import RunFolder
 from sdlora.sampling.generate import Column, generate_columns
 from sdlora.sampling.request import choose_device, make_request
@@ -53,7 +52,7 @@ class Bench:
 
     run: RunFolder
     config: RunConfig
-    base: StableDiffusion
+    base: Base
     adapter: Adapter
     ancestors: Stack
     records: Sequence[ImageRecord]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from sdlora.data.captions import trigger_pattern
 from sdlora.errors import ConfigError
 from sdlora.evaluation.bench import Bench, open_bench
 from sdlora.evaluation.heldout import HeldoutLoss
-from sdlora.models.load import load_unet
-from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.models.base import Base
+from sdlora.models.load import full_base
 from sdlora.runs import RunFolder
 from sdlora.writing import write_json
 
@@ -38,9 +37,7 @@ class ImageDistance:
     content: float
 
 
-def image_distances(
-    base: StableDiffusion, samples: Sequence[Tensor], drawings: Sequence[Tensor]
-) -> list[ImageDistance]:
+def image_distances(base: Base, samples: Sequence[Tensor], drawings: Sequence[Tensor]) -> list[ImageDistance]:
     """The distances of each pair.
 
     Args:
@@ -64,7 +61,7 @@ def mean_distance(distances: Sequence[ImageDistance]) -> ImageDistance:
     )
 
 
-def _encode(base: StableDiffusion, images: Sequence[Tensor]) -> list[Tensor]:
+def _encode(base: Base, images: Sequence[Tensor]) -> list[Tensor]:
     return [base.encode_images(image[None])[0][0].cpu().double() for image in images]
 
 
@@ -224,20 +221,8 @@ def check_quantized(run: Path, config: RunConfig) -> None:
         )
 
 
-@contextmanager
-def with_full_unet(base: StableDiffusion) -> Iterator[StableDiffusion]:
-    """The base with a UNet that is not quantised, in the same dtype, while its own waits on the CPU."""
-    device = base.device
-    base.unet.to("cpu")
-    try:
-        unet = load_unet(base.info.parts["unet"], base.dtype, device)
-        yield replace(base, unet=unet, info=replace(base.info, quantize="none"))
-    finally:
-        base.unet.to(device)
-
-
 def _measure_gap(bench: Bench, trained: HeldoutLoss) -> Gap:
-    with with_full_unet(bench.base) as full:
+    with full_base(bench.base) as full:
         used = replace(bench, base=full).loss(bench.style)
     return Gap(bench.base.info.quantize, trained.loss, used.loss, trained.num_images)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sdlora.diffusion.schedule import NoiseSchedule
+from sdlora.models.base import Condition
 from sdlora.models.checks import PREDICTIONS
-from sdlora.models.conditioning import Condition
 from sdlora.seeds import derive_seed
 
 NUM_BANDS = 5
@@ -118,7 +118,7 @@ def _losses(
     return (answer - schedule.target(latents, noise, timesteps)).square().mean(dim=(1, 2, 3))
 
 
-# There the three targets differ most from one another, and a trained UNet is still close to its own.
+# There the three targets differ most from one another, and a trained denoiser is still close to its own.
 SIGNAL = 0.6
 CLEARLY = 0.6
 
@@ -127,7 +127,7 @@ CLEARLY = 0.6
 def recognise_prediction(
     denoise: Denoise, schedule: NoiseSchedule, items: Sequence[HeldoutItem], device: torch.device
 ) -> str | None:
-    """The prediction type whose target a UNet's answers fit clearly better than the others'.
+    """The prediction type whose target a denoiser's answers fit clearly better than the others'.
 
     Args:
         denoise: As for `heldout_loss`.

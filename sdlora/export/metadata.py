@@ -55,7 +55,7 @@ class TrainingMetadata:
     batch_size: int
     """Global."""
     learning_rate: float
-    """Of the UNet."""
+    """Of the denoiser."""
     optimizer: str
     schedule: str
     precision: str

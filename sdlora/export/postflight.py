@@ -20,11 +20,12 @@ from sdlora.formats.write import fold
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mounted, unwrapped
 from sdlora.lora.kinds import AdapterModule
-from sdlora.lora.modules import Model, components, named_modules, replace_modules
+from sdlora.lora.modules import DENOISER, Model, components, named_modules, replace_modules
 from sdlora.models.info import BaseInfo
-from sdlora.models.load import load_part, load_stock_pipeline, load_unet, pipeline_of
+from sdlora.models.load import load_denoiser, load_part, load_stock_pipeline
 from sdlora.models.quantize import CONV_SETTINGS
 from sdlora.models.quiet import without_bars
+from sdlora.models.stable_diffusion import pipeline_of, wrap_denoiser
 from sdlora.sampling.generate import undisturbed
 
 # Share of a module's change that may differ: rounding to fp16 loses at most 1e-3 of it, to bf16 8e-3.
@@ -86,7 +87,7 @@ def postflight(
     Args:
         paths: The files.
         adapter: The adapter as trained, before folding and rounding.
-        model: The base's UNet, or components.
+        model: The base's denoiser, or components.
         info: The base.
 
     Raises:
@@ -95,16 +96,16 @@ def postflight(
     """
     parts = {name: part for name, part in components(model).items() if name in adapter.components}
     with undisturbed(*components(model).values()), unwrapped(model), _plain_types(model):
-        outputs = _measure(parts, adapter)
+        outputs = _measure(parts, adapter, info)
         reports = []
         for path in map(Path, paths):
             with _restored(components(model)):
                 pipeline = pipeline_of(info, scheduler=None, **components(model))
                 try:
-                    reports.append(_check(pipeline, path, adapter, parts, outputs))
+                    reports.append(_check(pipeline, path, adapter, parts, outputs, info))
                 finally:
                     pipeline.unload_lora_weights()
-            after = {name: _run(name, part) for name, part in parts.items()}
+            after = {name: _run(name, part, info) for name, part in parts.items()}
             if changed := [name for name in parts if not torch.equal(after[name], outputs.base[name])]:
                 raise _failure(
                     path, [f"after unloading, the output of {', '.join(changed)} is not as before"]
@@ -121,34 +122,34 @@ def verify(
         path: The file.
         adapter: What it should do.
         info: The base; the full one is used, whatever `base.quantize` says.
-        dtype: Of the UNet; text encoders are fp32.
+        dtype: Of the denoiser; text encoders are fp32.
         device: Where both run, one after the other.
     """
     info = replace(info, quantize="none")
     parts: dict[str, Any] = {
-        name: load_unet(info.parts[name], dtype, device)
-        if name == "unet"
+        name: load_denoiser(info.parts[name], dtype, device)
+        if name == DENOISER
         else load_part(info.parts[name], torch.float32).to(device).eval()
         for name in adapter.components
     }
-    outputs = _measure(parts, adapter)
+    outputs = _measure(parts, adapter, info)
     parts.clear()
-    pipeline = load_stock_pipeline(info, dtype=dtype, only=["unet", *adapter.components])
+    pipeline = load_stock_pipeline(info, dtype=dtype, only=[DENOISER, *adapter.components])
     fresh = {name: getattr(pipeline, name).to(device).eval() for name in adapter.components}
-    return _check(pipeline, Path(path), adapter, fresh, outputs)
+    return _check(pipeline, Path(path), adapter, fresh, outputs, info)
 
 
-def _measure(parts: Mapping[str, Any], adapter: Adapter) -> _Outputs:
+def _measure(parts: Mapping[str, Any], adapter: Adapter, info: BaseInfo) -> _Outputs:
     """Runs each part without the adapter and with it, at a strength that rounding does not hide."""
     base, trained, strengths = {}, {}, dict.fromkeys(parts, 1.0)
     for name, part in parts.items():
-        base[name] = _run(name, part)
+        base[name] = _run(name, part, info)
         eps = torch.finfo(next(part.parameters()).dtype).eps
         visible = min(MAX_CHANGE, VISIBLE_CHANGE * eps) * _size(base[name])
         # The effect of a strength that is far too small is mostly rounding, hence the repetition.
         for _ in range(MAX_TRIES):
             with mounted(parts, [(adapter, strengths[name])]):
-                trained[name] = _run(name, part)
+                trained[name] = _run(name, part, info)
             effect = _size(trained[name] - base[name])
             if not 0 < effect < 0.8 * visible:
                 break
@@ -157,7 +158,12 @@ def _measure(parts: Mapping[str, Any], adapter: Adapter) -> _Outputs:
 
 
 def _check(
-    pipeline: Any, path: Path, adapter: Adapter, parts: Mapping[str, Any], outputs: _Outputs
+    pipeline: Any,
+    path: Path,
+    adapter: Adapter,
+    parts: Mapping[str, Any],
+    outputs: _Outputs,
+    info: BaseInfo,
 ) -> PostflightReport:
     """Loads one file into a pipeline and compares its modules and outputs with the trained ones."""
     problems = _load(pipeline, path, list(parts)) + _compare_modules(adapter, parts)
@@ -165,9 +171,9 @@ def _check(
     for name, part in parts.items():
         if (strength := outputs.strengths[name]) != 1:
             _set_strength(part, strength)
-        stock, base, trained = _run(name, part), outputs.base[name], outputs.trained[name]
+        stock, base, trained = _run(name, part, info), outputs.base[name], outputs.trained[name]
         differences[name], effects[name] = _size(stock - trained), _size(trained - base)
-        title = "UNet" if name == "unet" else name
+        title = "denoiser" if name == DENOISER else name
         if torch.equal(stock, base):
             problems.append(f"the {title}'s output is the base's")
         # `not <=`, so that an error that is not a number counts.
@@ -236,34 +242,12 @@ def _set_strength(part: nn.Module, strength: float) -> None:
 
 
 @torch.no_grad()
-def _run(name: str, part: Any) -> Tensor:
+def _run(name: str, part: Any, info: BaseInfo) -> Tensor:
     """A part's output for a fixed input, fp32, on the CPU."""
-    answer: Tensor = _run_unet(part) if name == "unet" else _run_text_encoder(part)
-    return answer.float().cpu()
-
-
-def _run_unet(unet: Any) -> Tensor:
-    """Noise predicted, (1, C, H, W), at the UNet's own size."""
-    weight = next(unet.parameters())
-    config = unet.config
-    # Enough for every level to see more than one place; an SDXL's own 128 would take a CPU minutes.
-    side = 4 * 2 ** (len(config.block_out_channels) - 1)
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(1, config.in_channels, side, side, generator=generator)
-    hidden = torch.randn(1, 8, config.cross_attention_dim, generator=generator)
-    added = None
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        sizes = torch.tensor([[512.0, 512.0, 0.0, 0.0, 512.0, 512.0]])
-        added = {
-            "text_embeds": torch.randn(1, pooled, generator=generator).to(weight),
-            "time_ids": sizes.to(weight),
-        }
-    timestep = torch.tensor([500], device=weight.device)
-    answer: Tensor = unet(
-        latents.to(weight), timestep, encoder_hidden_states=hidden.to(weight), added_cond_kwargs=added
-    ).sample
-    return answer
+    if name == DENOISER:
+        base = wrap_denoiser(info, part)
+        return base.denoise(*base.example_inputs()).cpu()
+    return _run_text_encoder(part).float().cpu()
 
 
 def _run_text_encoder(encoder: Any) -> Tensor:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sdlora.config import BaseSection
 from sdlora.errors import ModelError
-from sdlora.lora.modules import component_of, module_name
+from sdlora.lora.modules import DENOISER, component_of, module_name
 from sdlora.models.components import Part
 from sdlora.models.info import inspect_base
-from sdlora.models.ldm_keys import names_of_unet
+from sdlora.models.ldm_keys import denoiser_names
 from sdlora.models.stream import DTYPES, read_stored
 from sdlora.models.weights import read_header
 from sdlora.writing import write_file
@@ -27,7 +27,7 @@ def stored_weights(part: Part) -> dict[str, tuple[str, tuple[int, ...]]]:
 
     OpenCLIP's fused layers, which single files of SD 2 and SDXL have, keep their own names.
     """
-    names = names_of_unet(part) if part.folder is None and part.name == "unet" else None
+    names = denoiser_names(part) if part.folder is None and part.name == DENOISER else None
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in part.files:
         for stored, shape in read_header(file).shapes.items():

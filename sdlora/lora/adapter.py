@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sdlora.errors import AdapterError
 from sdlora.lora.kinds import AdapterModule, LowRank
-from sdlora.lora.modules import LAYERS_PER_BLOCK, Model, carrier_layers, component_of, components
+from sdlora.lora.modules import DENOISER, LAYERS_PER_BLOCK, Model, carrier_layers, component_of, components
 from sdlora.seeds import name_seed
 
 Init = Literal["gaussian", "kaiming", "orthogonal"]
@@ -33,7 +33,7 @@ class Adapter:
     """
 
     modules: Mapping[str, AdapterModule]
-    """By module name in the UNet; those of text encoders start with `text_encoder.` or `text_encoder_2.`."""
+    """By module name; those of text encoders start with `text_encoder.` or `text_encoder_2.`."""
     rank: int
     """The rank of all modules, or the largest where they differ."""
     alpha: float
@@ -53,13 +53,13 @@ class Adapter:
 
     @property
     def components(self) -> list[str]:
-        """The parts of a base that it changes: `unet`, `text_encoder`, `text_encoder_2`."""
+        """The components of a base that it changes, by their names in files."""
         return list(dict.fromkeys(map(component_of, self.modules)))
 
     @property
     def changes_text(self) -> bool:
         """Whether it changes a text encoder, so that text states depend on its strength."""
-        return self.components not in ([], ["unet"])
+        return self.components not in ([], [DENOISER])
 
     @property
     def scale(self) -> float:
@@ -199,8 +199,8 @@ def _draw_down(shape: Sequence[int], init: Init, generator: torch.Generator) -> 
 
 
 def _layers_per_block(model: Model) -> dict[str, str]:
-    """A note for the names of the kohya format, where a slim UNet has not the usual number."""
-    config: Any = getattr(components(model).get("unet"), "config", None)
+    """A note for the names of the kohya format, where a slim denoiser has not the usual number."""
+    config: Any = getattr(components(model).get(DENOISER), "config", None)
     layers = getattr(config, "layers_per_block", LAYERS_PER_BLOCK)
     return {} if layers == LAYERS_PER_BLOCK else {"sdlora.layers_per_block": str(layers)}
 

@@ -14,6 +14,7 @@ from sdlora.lora.adapter import KINDS, Adapter
 from sdlora.lora.kinds import Layer, Scale, features_of
 from sdlora.lora.layers import Dropout, LoraLayer, StackEntry
 from sdlora.lora.modules import (
+    DENOISER,
     TEXT_ENCODERS,
     Model,
     carrier_layers,
@@ -88,15 +89,15 @@ def match_names(names: Iterable[str], target: str) -> list[str]:
 
 
 def match_modules(model: Model, targets: Sequence[str]) -> list[str]:
-    """As `match_targets`, but every component has modules: text encoders the layers that the UNet has.
+    """As `match_targets`, but every component has modules: text encoders the layers that the denoiser has.
 
     Args:
         model: Components by name.
-        targets: If none of them is in a text encoder, its attention joins, and its MLPs where the UNet's
+        targets: If none of them is in a text encoder, its attention joins, and its MLPs where the denoiser's
             feed-forward layers are targets.
     """
     names = match_targets(model, targets)
-    if len(components(model)) == 1 or any(component_of(name) != "unet" for name in names):
+    if len(components(model)) == 1 or any(component_of(name) != DENOISER for name in names):
         return names
     wide = any(match_names(names, "feed_forward"))
     return names + match_targets(model, ["text_attention", *(["text_mlp"] if wide else [])])
@@ -232,7 +233,7 @@ def _check_fit(
         if texts and component not in parts:
             raise AdapterError(
                 f"{source} changes {len(texts)} modules of {component}, but it is used on the "
-                f"{' and '.join(parts)} alone; load it with diffusers, or train one for the UNet alone"
+                f"{' and '.join(parts)} alone; load it with diffusers, or train one for the denoiser alone"
             )
     missing = [name for name in adapter.modules if name not in layers]
     if any(f"{name}.base_layer" in layers for name in missing):

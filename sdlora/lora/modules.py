@@ -1,7 +1,7 @@
-"""Modules by the names that adapters use, in a UNet alone or in the components of a pipeline.
+"""Modules by the names that adapters use, in a denoiser alone or in the components of a pipeline.
 
-A UNet's modules have their plain names. Those of text encoders start with the component, and always have the
-level `text_model`, as all LoRA files do: `text_encoder.text_model.encoder.layers.0.self_attn.q_proj`.
+Modules of the denoiser have their plain names. Those of text encoders start with the component, and always
+have the level `text_model`, as in LoRA files: `text_encoder.text_model.encoder.layers.0.self_attn.q_proj`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from torch import nn
 from sdlora.lora.kinds import Layer
 from sdlora.lora.layers import LoraLayer, can_carry
 
+# The component that is trained on, by its name in files.
+DENOISER = "unet"
 TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.")
 LAYERS_PER_BLOCK = 2
 
 Model: TypeAlias = nn.Module | Mapping[str, nn.Module]
-"""A UNet, or components such as `{"unet": …, "text_encoder": …, "text_encoder_2": …}`."""
+"""A denoiser, or components such as `{"unet": …, "text_encoder": …, "text_encoder_2": …}`."""
 
 
 def components(model: Model) -> dict[str, nn.Module]:
-    """The components by name; a module alone is the UNet."""
-    return {"unet": model} if isinstance(model, nn.Module) else dict(model)
+    """The components by name; a module alone is the denoiser."""
+    return {DENOISER: model} if isinstance(model, nn.Module) else dict(model)
 
 
 def named_modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
@@ -78,13 +80,13 @@ def replace_modules(model: Model, modules: Mapping[str, nn.Module]) -> None:
 
 
 def module_name(component: str, path: str) -> str:
-    """The adapter's name of a component's module: plain in the UNet, else with the component before it."""
-    return path if component == "unet" else with_text_model(f"{component}.{path}")
+    """The adapter's name of a module: plain in the denoiser, else with the component before it."""
+    return path if component == DENOISER else with_text_model(f"{component}.{path}")
 
 
 def component_of(module: str) -> str:
     """The part of a base that a module is in: `unet`, `text_encoder` or `text_encoder_2`."""
-    return next((prefix[:-1] for prefix in TEXT_ENCODERS if module.startswith(prefix)), "unet")
+    return next((prefix[:-1] for prefix in TEXT_ENCODERS if module.startswith(prefix)), DENOISER)
 
 
 def with_text_model(name: str) -> str:

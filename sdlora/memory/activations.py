@@ -1,11 +1,10 @@
 """Passes of a run's networks without numbers, on the meta device: how much memory each needs beside weights.
 
-B batch, C channels, H W image size, h w latent size, L tokens, D width, P pooled width.
+B batch, C channels, H W image size, h w latent size, L tokens.
 """
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,9 +22,9 @@ from sdlora.lora.adapter import KINDS, Adapter
 from sdlora.lora.attach import mount
 from sdlora.lora.kinds import AdapterModule
 from sdlora.lora.modules import carrier_layers
-from sdlora.models.checks import NUM_TIME_IDS
-from sdlora.models.meta import empty_model
-from sdlora.models.quantize import quantize
+from sdlora.models.base import Base
+from sdlora.models.info import BaseInfo
+from sdlora.models.meta import empty_base, empty_model
 
 
 def peak_bytes(compute: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
@@ -95,28 +94,24 @@ META = torch.device("meta")
 
 
 @dataclass(frozen=True)
-class UnetPass:
-    """One pass of a UNet with an adapter.
+class DenoiserPass:
+    """One pass of a denoiser with an adapter.
 
     Args:
-        config: The UNet's, as JSON.
-        ranks: Of the adapter's modules.
+        info: The base.
+        ranks: Rank of each of the adapter's modules.
         latents: h and w.
-        tokens: L.
         dtype: Of arithmetic and activations.
-        is_quantized: Whether weights are expanded for each product.
         batch_size: B.
         learns: With the backward pass.
         checkpointing: Whether activations are recomputed for that.
         kind: Of the adapter.
     """
 
-    config: str
+    info: BaseInfo
     ranks: tuple[tuple[str, int], ...]
     latents: Size
-    tokens: int
     dtype: torch.dtype
-    is_quantized: bool
     batch_size: int
     learns: bool
     checkpointing: bool = False
@@ -124,66 +119,46 @@ class UnetPass:
 
 
 @lru_cache(maxsize=64)
-def unet_peak(task: UnetPass) -> int:
+def denoiser_peak(task: DenoiserPass) -> int:
     """The most bytes alive at once, weights left out, gradients of the adapter included."""
-    unet = _build_unet(task.config, task.dtype, task.is_quantized)
-    config = unet.config
-    unet.train(task.checkpointing)
-    (unet.enable_gradient_checkpointing if task.checkpointing else unet.disable_gradient_checkpointing)()
-    adapter = _empty_adapter(unet, task.kind, dict(task.ranks), learns=task.learns)
-    mount(unet, [(adapter, 1.0)] if adapter else [])
-
-    def make(*shape: int) -> Tensor:
-        return torch.empty(task.batch_size, *shape, dtype=task.dtype, device=META)
-
-    noisy = make(config.in_channels, task.latents.height, task.latents.width)
-    hidden = make(task.tokens, config.cross_attention_dim)
-    added = None
-    if config.addition_embed_type == "text_time":
-        ids_width = NUM_TIME_IDS * config.addition_time_embed_dim
-        pooled = config.projection_class_embeddings_input_dim - ids_width
-        added = {"text_embeds": make(pooled), "time_ids": make(NUM_TIME_IDS)}
-    timesteps = torch.zeros(task.batch_size, dtype=torch.long, device=META)
+    base = _build(task.info, task.dtype, task.checkpointing)
+    adapter = _empty_adapter(base.denoiser, task.kind, dict(task.ranks), learns=task.learns)
+    mount(base.denoiser, [(adapter, 1.0)] if adapter else [])
+    inputs = base.example_inputs((task.latents.height, task.latents.width), task.batch_size)
 
     def compute() -> None:
         with torch.set_grad_enabled(task.learns):
-            answer = unet(noisy, timesteps, hidden, added_cond_kwargs=added, return_dict=False)[0]
+            prediction = base.denoise(*inputs)
             if task.learns:
-                answer.float().square().mean().backward()
+                prediction.square().mean().backward()
 
-    known = [*unet.parameters(), *unet.buffers(), *(adapter.parameters() if adapter else [])]
-    return peak_bytes(compute, known)
+    weights = [*base.denoiser.parameters(), *base.denoiser.buffers()]
+    return peak_bytes(compute, [*weights, *(adapter.parameters() if adapter else [])])
 
 
-@lru_cache(maxsize=2)
-def _build_unet(config: str, dtype: torch.dtype, is_quantized: bool) -> Any:
-    unet = empty_model("unet", json.loads(config))
-    nn.Module.to(unet, dtype)
-    if is_quantized:
-        # Any scheme expands to the same weights, and this one needs no tables of another package.
-        quantize(unet, "int8")
-    return unet.requires_grad_(False)
+@lru_cache(maxsize=3)
+def _build(info: BaseInfo, dtype: torch.dtype, checkpointing: bool) -> Base:
+    base = empty_base(info, dtype)
+    if checkpointing:
+        base.enable_gradient_checkpointing(text=False)
+    return base
 
 
 @lru_cache(maxsize=64)
-def vae_peaks(config: str, size: Size, dtype: torch.dtype) -> tuple[int, int]:
-    """What encoding and decoding one image need.
+def vae_peaks(info: BaseInfo, size: Size, dtype: torch.dtype) -> tuple[int, int]:
+    """The most bytes alive at once while one image is encoded, and while it is decoded.
 
     Args:
-        config: The VAE's, as JSON.
+        info: The base.
         size: H and W.
         dtype: Of the VAE.
     """
-    vae = empty_model("vae", json.loads(config))
+    vae = empty_model("vae", info.vae_config)
     nn.Module.to(vae, dtype)
     weights = [*vae.parameters(), *vae.buffers()]
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    latents = (vae.config.latent_channels, size.height // factor, size.width // factor)
-
-    def make(*shape: int) -> Tensor:
-        return torch.empty(1, *shape, dtype=dtype, device=META)
-
-    pixels, noise = make(3, size.height, size.width), make(*latents)
+    latents = (1, info.latent_channels, size.height // info.vae_factor, size.width // info.vae_factor)
+    pixels = torch.empty(1, 3, size.height, size.width, dtype=dtype, device=META)
+    noise = torch.empty(latents, dtype=dtype, device=META)
     with torch.no_grad():
         return peak_bytes(lambda: vae.encode(pixels), weights), peak_bytes(lambda: vae.decode(noise), weights)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,7 +13,8 @@ from torch import nn
 from sdlora.config import Quantize, RunConfig, TrainSection
 from sdlora.data.records import Size
 from sdlora.lora.attach import count_parameters
-from sdlora.memory.activations import UnetPass, text_peak, unet_peak, vae_peaks
+from sdlora.lora.modules import DENOISER
+from sdlora.memory.activations import DenoiserPass, denoiser_peak, text_peak, vae_peaks
 from sdlora.models.dtypes import Precision
 from sdlora.models.info import BaseInfo
 from sdlora.models.load import vae_dtype
@@ -31,7 +31,7 @@ class Machine:
     """Where a run shall be.
 
     Args:
-        precision: Of the UNet.
+        precision: Of the denoiser.
         device: Of one process.
         free_bytes: What that has left; None where nobody knows.
     """
@@ -58,7 +58,7 @@ class Workload:
     Args:
         config: The settings, with every default resolved but `train.gradient_checkpointing`.
         info: The base.
-        parts: Its UNet, and the text encoders where they learn, on the meta device.
+        parts: Its denoiser, and the text encoders where they learn, on the meta device.
         ranks: Of the modules that learn.
         num_frozen: Numbers in the adapters below the trained one.
         size: The largest image, in pixels.
@@ -77,23 +77,23 @@ class Memory:
     """Bytes.
 
     Args:
-        unet: The UNet's weights, by kind of layer.
+        denoiser: Its weights, by kind of layer.
         vae: Its weights.
         text_encoders: Their weights.
         adapter: The trained numbers, the optimizer's moments, and the adapters below; gradients count as
             activations.
         encode: The most that encoding an image needs beside weights.
         learn: The most that forward and backward pass of a micro-batch need.
-        sample: The most that the UNet needs to sample a batch, its own copy of the adapter included; 0 if
+        sample: The most that the denoiser needs to sample a batch, its own copy of the adapter included; 0 if
             there are no samples.
         decode: The most that decoding an image needs; 0 likewise.
-        prove: The most that the UNet needs for the one pass that proves an export.
+        prove: The most that the denoiser needs for the one pass that proves an export.
         checkpointing: Whether activations are recomputed.
-        staying: Which encoders stay on the device while the UNet learns: `vae`, `text_encoders`.
+        staying: Which encoders stay on the device while the adapter trains: `vae`, `text_encoders`.
         shares: Whether encoders that leave the device still take of the same memory.
     """
 
-    unet: Mapping[str, PartBytes]
+    denoiser: Mapping[str, PartBytes]
     vae: int
     text_encoders: int
     adapter: int
@@ -107,17 +107,17 @@ class Memory:
     shares: bool
 
     @property
-    def unet_bytes(self) -> int:
-        """Of the UNet as it is kept."""
-        return sum(part.stored for part in self.unet.values())
+    def denoiser_bytes(self) -> int:
+        """Weights of the denoiser as they are stored."""
+        return sum(part.stored for part in self.denoiser.values())
 
     @property
     def stages(self) -> dict[str, int]:
         """The peak of each stage of a run."""
         encoders = {"vae": self.vae, "text_encoders": self.text_encoders}
         beside = sum(size for name, size in encoders.items() if self.shares or name in self.staying)
-        trained = self.unet_bytes + self.adapter + beside
-        waiting = self.unet_bytes if self.shares else 0
+        trained = self.denoiser_bytes + self.adapter + beside
+        waiting = self.denoiser_bytes if self.shares else 0
         encoding = max(self.text_encoders, self.vae + self.encode)
         if self.shares:
             encoding = waiting + self.vae + self.text_encoders + self.encode
@@ -137,7 +137,7 @@ class Memory:
     def lines(self, quantize: Quantize) -> list[str]:
         """For the plan, with `base.quantize`."""
         stages = ", ".join(f"{stage} {as_size(size)}" for stage, size in self.stages.items())
-        whole = {"UNet": self.unet_bytes, "adapter": self.adapter, "activations": self.learn}
+        whole = {"denoiser": self.denoiser_bytes, "adapter": self.adapter, "activations": self.learn}
         beside = self.stages["training"] - sum(whole.values())
         whole |= {"encoders": beside} if beside else {}
         parts = ", ".join(f"{name} {as_size(size)}" for name, size in whole.items())
@@ -147,16 +147,18 @@ class Memory:
             f"          training: {parts}, {how} gradient checkpointing",
         ]
         if quantize != "none":
-            kinds = ", ".join(
-                f"{name} {as_size(part.plain)} to {as_size(part.stored)}" for name, part in self.unet.items()
-            )
-            saved = 1 - self.unet_bytes / sum(part.plain for part in self.unet.values())
-            lines.append(f"{quantize:<9} {kinds}: the UNet takes {saved:.0%} less")
+            kinds = [
+                f"{kind} {as_size(size.plain)} to {as_size(size.stored)}"
+                for kind, size in self.denoiser.items()
+            ]
+            saved = 1 - self.denoiser_bytes / sum(size.plain for size in self.denoiser.values())
+            lines.append(f"{quantize:<9} {', '.join(kinds)}: the denoiser takes {saved:.0%} less")
         return lines
 
     def as_event(self) -> dict[str, Any]:
         """The numbers, for `events.jsonl`."""
-        return {**asdict(self), "stages": self.stages, "peak": self.peak}
+        values = asdict(self)
+        return {DENOISER: values.pop("denoiser"), **values, "stages": self.stages, "peak": self.peak}
 
 
 def as_size(num_bytes: float) -> str:
@@ -201,27 +203,25 @@ def estimate_memory(work: Workload, machine: Machine, *, checkpointing: bool) ->
     config, info, precision = work.config, work.info, machine.precision
     ranks = {name: rank for name, rank in work.ranks.items() if not name.startswith("text_encoder")}
     texts = {name: rank for name, rank in work.ranks.items() if name not in ranks}
-    learning = UnetPass(
-        config=_as_json(info.unet_config),
+    learning = DenoiserPass(
+        info=info,
         kind=config.lora.kind,
         ranks=tuple(ranks.items()),
         latents=Size(work.size.width // info.vae_factor, work.size.height // info.vae_factor),
-        tokens=info.text_length,
         dtype=precision.base_dtype,
-        is_quantized=info.quantize != "none",
         batch_size=config.train.micro_batch,
         learns=True,
         checkpointing=checkpointing,
     )
-    learn = unet_peak(learning)
+    learn = denoiser_peak(learning)
     if precision.compute != precision.base:
         # Autocast keeps a copy of every weight until the backward pass.
         learn += info.num_parameters * precision.compute_dtype.itemsize
-    encoders = {name: part for name, part in work.parts.items() if name != "unet"}
+    encoders = {name: part for name, part in work.parts.items() if name != DENOISER}
     learn += text_peak(encoders, texts, info.text_length, learning.batch_size, kind=config.lora.kind)
     trained = count_parameters(work.parts, work.ranks, config.lora.kind)
     vae = vae_dtype(info, precision.base_dtype, machine.device)
-    encode, decode = vae_peaks(_as_json(info.vae_config), work.size, vae)
+    encode, decode = vae_peaks(info, work.size, vae)
     guided = 2 if (config.sample.guidance or 0) > 1 else 1
     sampling = replace(
         learning, learns=False, checkpointing=False, batch_size=guided * config.sample.batch_size
@@ -229,23 +229,19 @@ def estimate_memory(work: Workload, machine: Machine, *, checkpointing: bool) ->
     has_samples = bool(config.train.sample_every)
     no_cache = config.data.cache is False
     return Memory(
-        unet=bytes_by_part(work.parts["unet"], precision.base_dtype, info.quantize),
+        denoiser=bytes_by_part(work.parts[DENOISER], precision.base_dtype, info.quantize),
         vae=info.parts["vae"].num_parameters * vae.itemsize,
         text_encoders=4 * sum(info.parts[name].num_parameters for name in info.traits.text_encoders),
         adapter=trained * (4 + _moment_bytes(config.train)) + 4 * work.num_frozen,
         encode=encode,
         learn=learn,
-        sample=unet_peak(sampling) + 4 * trained if has_samples else 0,
+        sample=denoiser_peak(sampling) + 4 * trained if has_samples else 0,
         decode=decode if has_samples else 0,
-        prove=unet_peak(replace(sampling, batch_size=1)),
+        prove=denoiser_peak(replace(sampling, batch_size=1)),
         checkpointing=checkpointing,
         staying=("vae",) * no_cache + ("text_encoders",) * (no_cache or bool(texts)),
         shares=machine.device.type == "cpu",
     )
-
-
-def _as_json(config: Mapping[str, Any]) -> str:
-    return json.dumps(dict(config), sort_keys=True)
 
 
 def _moment_bytes(train: TrainSection) -> int:

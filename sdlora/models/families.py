@@ -54,11 +54,11 @@ SDXL = Family(
 FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}
 
 
-def family_of(unet_config: Mapping[str, Any]) -> str:
+def family_of(denoiser_config: Mapping[str, Any]) -> str:
     """The family's name, told by how the UNet is conditioned; widths never decide (small variants exist)."""
-    if unet_config.get("addition_embed_type") == "text_time":
+    if denoiser_config.get("addition_embed_type") == "text_time":
         return "sdxl"
-    return "sd2" if unet_config.get("use_linear_projection") else "sd1"
+    return "sd2" if denoiser_config.get("use_linear_projection") else "sd1"
 
 
 def describe_family(name: str, prediction_type: str) -> Family:

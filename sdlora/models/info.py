@@ -47,23 +47,20 @@ class BaseInfo:
     scheduler_config: Mapping[str, Any] = field(repr=False)
 
     @property
-    def unet_config(self) -> Mapping[str, Any]:
-        """Of the UNet."""
+    def denoiser_config(self) -> Mapping[str, Any]:
         return self.parts["unet"].config
 
     @property
     def vae_config(self) -> Mapping[str, Any]:
-        """Of the VAE."""
         return self.parts["vae"].config
 
     @property
     def digest(self) -> str:
-        """Fingerprint of the UNet."""
+        """Fingerprint of the denoiser."""
         return self.parts["unet"].digest
 
     @property
     def vae_digest(self) -> str:
-        """Fingerprint of the VAE."""
         return self.parts["vae"].digest
 
     @property
@@ -75,7 +72,7 @@ class BaseInfo:
 
     @property
     def num_parameters(self) -> int:
-        """Of the UNet."""
+        """Parameters of the denoiser."""
         return self.parts["unet"].num_parameters
 
     @property
@@ -90,7 +87,7 @@ class BaseInfo:
     @property
     def text_width(self) -> int:
         """D of the text states that the UNet reads."""
-        return int(self.unet_config.get("cross_attention_dim", 1280))
+        return int(self.denoiser_config.get("cross_attention_dim", 1280))
 
     @property
     def pooled_width(self) -> int:
@@ -123,6 +120,12 @@ class BaseInfo:
         return int(2 ** (len(self.vae_config.get("block_out_channels", (64,))) - 1))
 
     @property
+    def coarsest_px(self) -> int:
+        """Pixels per position, along a side, at the denoiser's deepest level."""
+        widths = self.denoiser_config.get("block_out_channels", (320, 640, 1280, 1280))
+        return int(self.vae_factor * 2 ** (len(widths) - 1))
+
+    @property
     def latent_channels(self) -> int:
         """C of the latents."""
         return int(self.vae_config.get("latent_channels", 4))
@@ -130,7 +133,7 @@ class BaseInfo:
     @property
     def has_time_ids(self) -> bool:
         """Whether the UNet is told the sizes of each image, as SDXL's is (R-31)."""
-        return bool(self.unet_config.get("addition_embed_type") == "text_time")
+        return bool(self.denoiser_config.get("addition_embed_type") == "text_time")
 
     @property
     def unread_layer(self) -> str | None:
@@ -152,7 +155,7 @@ class BaseInfo:
     @property
     def resolution(self) -> int:
         """The side in pixels that the base was trained for."""
-        size = self.unet_config.get("sample_size")
+        size = self.denoiser_config.get("sample_size")
         side = max(size) if isinstance(size, list | tuple) else size
         return int(side) * self.vae_factor if side else self.traits.resolution
 

@@ -20,7 +20,7 @@ from sdlora.models.weights import read_header
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def names_of_unet(part: Part) -> dict[str, str]:
+def denoiser_names(part: Part) -> dict[str, str]:
     """From the names of a UNet's tensors in a single file to diffusers' own."""
     stored = {name: name for name in read_header(part.files[0]).shapes if name.startswith(part.prefix)}
     return {name: new for new, name in convert_ldm_unet_checkpoint(stored, dict(part.config)).items()}

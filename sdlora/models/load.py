@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import diffusers
 import torch
@@ -13,24 +15,22 @@ from torch import nn
 
 from sdlora.config import Quantize
 from sdlora.errors import ModelError
+from sdlora.models.base import Base
 from sdlora.models.components import Part
 from sdlora.models.info import BaseInfo
-from sdlora.models.ldm_keys import load_original, names_of_unet
+from sdlora.models.ldm_keys import denoiser_names, load_original
 from sdlora.models.meta import MODELS, UNFIT, empty_model, reason_of
 from sdlora.models.quiet import quiet
 from sdlora.models.safety import find_checker
-from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.models.stable_diffusion import (
+    PIPELINES,
+    StableDiffusion,
+    StockPipeline,
+    pipeline_of,
+    without_checker,
+)
 from sdlora.models.stream import check_finite, fill, read_part
 from sdlora.models.tokenizer import load_tokenizer
-
-with quiet():
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
-
-StockPipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
-PIPELINES: dict[str, Any] = {
-    cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)
-}
 
 # No pickles, no trust_remote_code (R-44); a base that was found is on the disk (R-39).
 SAFE = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
@@ -60,33 +60,41 @@ def load_base(
         ModelError: If the files lack weights that the configuration asks for.
     """
     place = "cpu" if waits else device
-    unet = load_unet(info.parts["unet"], dtype, place, info.quantize)
+    denoiser = load_denoiser(info.parts["unet"], dtype, place, info.quantize)
     vae = load_part(info.parts["vae"], vae_dtype(info, dtype, device))
     text_encoders = tuple(load_part(info.parts[name], torch.float32) for name in info.traits.text_encoders)
     tokenizers = tuple(load_tokenizer(info, number) for number in range(len(info.words)))
     for part in (vae, *text_encoders):
         _unmap(part.to(place).requires_grad_(False).eval())
-    return StableDiffusion(
-        info, unet, vae, text_encoders, tokenizers, dtype, withhold=find_checker(info, device)
-    )
+    checker = find_checker(info, device)
+    return StableDiffusion(info, denoiser, vae, text_encoders, tokenizers, dtype, checker)
 
 
-def load_unet(
-    part: Part,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    scheme: Quantize = "none",
+def load_denoiser(
+    part: Part, dtype: torch.dtype, device: torch.device | str = "cpu", scheme: Quantize = "none"
 ) -> UNet2DConditionModel:
-    """The UNet, of whichever source, streamed to where it shall be in the bits that it is kept in.
+    """The UNet, streamed from its files to the device and quantized on the way.
 
     Raises:
-        ModelError: If weights would be left at random, or are not numbers.
+        ModelError: If weights are missing or not finite.
     """
     unet = empty_model("unet", part.config)
-    names = None if part.folder is not None else names_of_unet(part)
-    missing = fill(unet, read_part(part, names), part, dtype=dtype, device=device, scheme=scheme)
-    _check_complete(part, missing)
+    names = None if part.folder is not None else denoiser_names(part)
+    tensors = read_part(part, names)
+    _check_complete(part, fill(unet, tensors, part, dtype=dtype, device=device, scheme=scheme))
     return unet.requires_grad_(False).eval()
+
+
+@contextmanager
+def full_base(base: Base) -> Iterator[Base]:
+    """The base with its denoiser unquantized, in the same dtype, while the quantized one is on the CPU."""
+    assert isinstance(base, StableDiffusion)
+    device, info = base.device, replace(base.info, quantize="none")
+    base.denoiser.to("cpu")
+    try:
+        yield replace(base, info=info, denoiser=load_denoiser(info.parts["unet"], base.dtype, device))
+    finally:
+        base.denoiser.to(device)
 
 
 def load_part(part: Part, dtype: torch.dtype) -> Any:
@@ -96,7 +104,7 @@ def load_part(part: Part, dtype: torch.dtype) -> Any:
         ModelError: If weights would be left at random, or are not numbers.
     """
     if part.name == "unet":
-        return load_unet(part, dtype)
+        return load_denoiser(part, dtype)
     with quiet():
         loaded, missing = (
             _load_folder(part, dtype) if part.folder else load_original(MODELS[part.name], part, dtype)
@@ -148,19 +156,6 @@ def vae_dtype(info: BaseInfo, dtype: torch.dtype, device: torch.device | str) ->
     return torch.bfloat16 if small and not info.vae_config.get("force_upcast", True) else torch.float32
 
 
-def pipeline_of(info: BaseInfo, **parts: Any) -> Any:
-    """The stock pipeline of a base around some parts; the others are left out, a safety checker too.
-
-    Args:
-        parts: `unet`, `scheduler` and so on, by diffusers' names.
-    """
-    left_out = dict.fromkeys(("vae", *info.traits.text_encoders, *info.traits.tokenizers))
-    with quiet():
-        pipeline = PIPELINES[info.traits.pipeline](**{**left_out, **_without_checker(info), **parts})
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def load_stock_pipeline(
     info: BaseInfo, *, dtype: torch.dtype = torch.float32, only: Sequence[str] | None = None
 ) -> StockPipeline:
@@ -185,7 +180,7 @@ def load_stock_pipeline(
             variant=next(iter(variants), None),
             use_safetensors=True,
             local_files_only=True,
-            **_without_checker(info),
+            **without_checker(info),
             **{DTYPE: dtype},
             **parts,
         )
@@ -211,16 +206,3 @@ def _assemble_pipeline(info: BaseInfo, dtype: torch.dtype, only: Sequence[str] |
         scheduler = getattr(schedulers, config["_class_name"]).from_config(config)
     pipeline: StockPipeline = pipeline_of(info, scheduler=scheduler, **parts)
     return pipeline
-
-
-def _without_checker(info: BaseInfo) -> dict[str, Any]:
-    """SDXL's pipeline knows no safety checker."""
-    if info.family == "sdxl":
-        return {}
-    return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-
-
-def attention_kernel(unet: UNet2DConditionModel) -> str:
-    """Which attention the UNet runs, for the log (R-46); diffusers picks SDPA where torch has it."""
-    kinds = sorted({type(processor).__name__ for processor in unet.attn_processors.values()})
-    return "SDPA" if kinds == ["AttnProcessor2_0"] else ", ".join(kinds)

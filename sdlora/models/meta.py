@@ -14,7 +14,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sdlora.errors import ModelError, shorten
 from sdlora.models.info import BaseInfo
+from sdlora.models.quantize import quantize
 from sdlora.models.quiet import quiet
+from sdlora.models.stable_diffusion import StableDiffusion, wrap_denoiser
 
 DIFFUSERS: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 MODELS: dict[str, Any] = {
@@ -29,13 +31,13 @@ UNFIT = (
 )
 
 
-def empty_unet(info: BaseInfo) -> UNet2DConditionModel:
+def empty_denoiser(info: BaseInfo) -> UNet2DConditionModel:
     """The UNet without weights (on the meta device), to find and count modules in.
 
     Raises:
         ModelError: If its files hold less than its configuration asks for (R-25).
     """
-    unet = empty_model("unet", info.unet_config)
+    unet = empty_model("unet", info.denoiser_config)
     asked = sum(parameter.numel() for parameter in unet.parameters())
     if info.num_parameters < asked:
         raise ModelError(
@@ -67,7 +69,7 @@ def empty_components(info: BaseInfo, *, text: bool) -> dict[str, nn.Module]:
     Args:
         text: With text encoders, as deep as they are read (`BaseInfo.unread_layer`).
     """
-    parts: dict[str, nn.Module] = {"unet": empty_unet(info)}
+    parts: dict[str, nn.Module] = {"unet": empty_denoiser(info)}
     for name in info.traits.text_encoders if text else ():
         try:
             config = CLIPTextConfig.from_dict(dict(info.parts[name].config))
@@ -78,6 +80,16 @@ def empty_components(info: BaseInfo, *, text: bool) -> dict[str, nn.Module]:
         except UNFIT as error:
             raise _unbuildable(name, error) from None
     return parts
+
+
+def empty_base(info: BaseInfo, dtype: torch.dtype = torch.float32) -> StableDiffusion:
+    """A denoiser without weights (on the meta device), quantized as `info.quantize` asks."""
+    denoiser = empty_denoiser(info)
+    nn.Module.to(denoiser, dtype)
+    if info.quantize != "none":
+        # Every scheme dequantizes to the same weights, and this one needs no tables of another package.
+        quantize(denoiser, "int8")
+    return wrap_denoiser(info, denoiser.requires_grad_(False).eval())
 
 
 def _unbuildable(name: str, error: Exception) -> ModelError:

@@ -1,4 +1,4 @@
-"""A Stable Diffusion in use: frozen parts, and the four things done with them.
+"""Stable Diffusion 1.x, 2.x and XL as a `Base`: a UNet, a VAE, CLIP text encoders and their tokenizers.
 
 B batch, C channels, H W image size, h w latent size, L tokens, D width, P pooled width.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -18,11 +18,19 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdlora.errors import ModelError
-from sdlora.models.conditioning import Condition
+from sdlora.models.base import Condition
 from sdlora.models.info import BaseInfo
 from sdlora.models.quiet import quiet
 from sdlora.models.tokenizer import TokenCount, count_tokens
 
+with quiet():
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+
+StockPipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
+PIPELINES: dict[str, Any] = {
+    cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)
+}
 TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
 # A decoder needs gigabytes for each megapixel: small images are decoded together, large ones one by one.
@@ -31,36 +39,34 @@ DECODE_AT_ONCE_PX = 512 * 512
 
 @dataclass(eq=False)
 class StableDiffusion:
-    """A loaded base: everything in eval mode and without gradients.
+    """The networks of a base, in eval mode and without gradients.
 
     Args:
-        text_encoders: One, or SDXL's two; `tokenizers` likewise.
+        text_encoders: One, or the two of SDXL, each with a tokenizer.
         dtype: Of the UNet; text encoders are fp32, the VAE fp32 unless bf16 is known to suit it.
-        withhold: A safety checker: for each image, whether it must not be shown.
     """
 
     info: BaseInfo
-    unet: UNet2DConditionModel
+    denoiser: UNet2DConditionModel
     vae: AutoencoderKL
     text_encoders: tuple[TextEncoder, ...]
     tokenizers: tuple[CLIPTokenizer, ...]
     dtype: torch.dtype
-    withhold: Callable[[Sequence[Image]], Sequence[bool]] | None = None
+    safety_checker: Callable[[Sequence[Image]], Sequence[bool]] | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where the UNet is."""
-        return torch.device(next(self.unet.parameters()).device)
+        return torch.device(next(self.denoiser.parameters()).device)
 
     @property
     def components(self) -> dict[str, nn.Module]:
-        """The parts that can carry adapters, by their names in LoRA files."""
-        texts = zip(self.info.traits.text_encoders, self.text_encoders, strict=True)
-        return {"unet": self.unet, **dict(texts)}
+        """The networks that can carry adapters, by their names in LoRA files."""
+        texts = zip(self.info.traits.text_encoders, self.text_encoders, strict=False)
+        return {"unet": self.denoiser, **dict(texts)}
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """Effective dtype of each part, with the layers of fewer bits (R-11)."""
+        """Effective dtype of each component, and of quantized layers (R-11)."""
         parts = {"unet": self.dtype, "vae": self.vae.dtype}
         parts |= dict.fromkeys(self.info.traits.text_encoders, self.text_dtype)
         names = {name: str(dtype).removeprefix("torch.") for name, dtype in parts.items()}
@@ -70,9 +76,14 @@ class StableDiffusion:
 
     @property
     def text_dtype(self) -> torch.dtype:
-        """Of the text encoders."""
         dtype: torch.dtype = self.text_encoders[0].dtype
         return dtype
+
+    @property
+    def attention_kernel(self) -> str:
+        """Attention of the UNet, for the log (R-46); diffusers picks SDPA where torch has it."""
+        kinds = sorted({type(processor).__name__ for processor in self.denoiser.attn_processors.values()})
+        return "SDPA" if kinds == ["AttnProcessor2_0"] else ", ".join(kinds)
 
     def encoders_to(self, device: torch.device | str) -> None:
         """Moves VAE and text encoders; the UNet stays."""
@@ -80,17 +91,16 @@ class StableDiffusion:
         self.text_encoders_to(device)
 
     def text_encoders_to(self, device: torch.device | str) -> None:
-        """Moves the text encoders."""
         for part in self.text_encoders:
             part.to(device)
 
     def enable_gradient_checkpointing(self, *, text: bool) -> None:
-        """Computes activations anew where gradients need them, in the UNet and in text encoders that learn.
+        """Recomputes activations in the backward pass, in the UNet and in text encoders that are trained.
 
-        diffusers and transformers do so in train mode alone; it changes nothing else in these networks.
+        diffusers and transformers do so in train mode only, which changes nothing else in these networks.
         """
-        self.unet.enable_gradient_checkpointing()
-        self.unet.train()
+        self.denoiser.enable_gradient_checkpointing()
+        self.denoiser.train()
         for encoder in self.text_encoders if text else ():
             # transformers renamed it.
             enable = getattr(encoder, "activation_checkpointing_enable", None)
@@ -190,9 +200,9 @@ class StableDiffusion:
         Returns:
             hidden (B, L, D) and, for SDXL, pooled (B, P) in float32, on the text encoders' device.
         """
-        return Condition.stack([self.encode_together([caption])[0] for caption in captions])
+        return Condition.stack([self.encode_batch([caption])[0] for caption in captions])
 
-    def encode_together(self, captions: Sequence[str]) -> Condition:
+    def encode_batch(self, captions: Sequence[str]) -> Condition:
         """As `encode_captions`, all in one pass, as text encoders that learn see a batch.
 
         The empty caption is what the base takes for no text at all: for most SDXL bases zeros, since
@@ -234,7 +244,7 @@ class StableDiffusion:
             return encoder(ids, attention_mask=mask)[0], None
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """The UNet's answer.
+        """The UNet's prediction.
 
         Args:
             noisy: (B, C, h, w).
@@ -248,10 +258,41 @@ class StableDiffusion:
         added = None
         if condition.time_ids is not None:
             added = {"text_embeds": condition.pooled, "time_ids": condition.time_ids}
-        answer: Tensor = self.unet(
+        answer: Tensor = self.denoiser(
             noisy.to(self.dtype), timesteps, condition.hidden, added_cond_kwargs=added, return_dict=False
         )[0]
         return answer.float()
+
+    def example_inputs(
+        self, latents: tuple[int, int] | None = None, batch_size: int = 1
+    ) -> tuple[Tensor, Tensor, Condition]:
+        """Fixed inputs for `denoise`, on its device.
+
+        Args:
+            latents: h and w; by default the smallest that has several positions at every level, since a CPU
+                takes minutes for the size that SDXL was trained for.
+            batch_size: B.
+        """
+        info, generator = self.info, torch.Generator().manual_seed(0)
+        side = 4 * info.coarsest_px // info.vae_factor
+        height, width = latents or (side, side)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(batch_size, *shape, generator=generator).to(self.device, self.dtype)
+
+        noisy = draw(info.latent_channels, height, width)
+        timesteps = torch.full((batch_size,), info.num_train_timesteps // 2, device=self.device)
+        condition = Condition(draw(info.text_length, info.text_width))
+        if info.has_time_ids:
+            size = (height * info.vae_factor, width * info.vae_factor)
+            time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=self.device)
+            pooled = draw(info.pooled_width)
+            condition = Condition(condition.hidden, pooled, time_ids.expand(batch_size, -1))
+        return noisy, timesteps, condition
+
+    def make_pipeline(self, scheduler: Any) -> Any:
+        """The stock pipeline around the UNet, which takes encoded prompts and gives latents."""
+        return pipeline_of(self.info, unet=self.denoiser, scheduler=scheduler)
 
     def count_tokens(self, caption: str) -> TokenCount:
         """The caption as the text encoders see it; SDXL's two read the same tokens."""
@@ -260,3 +301,30 @@ class StableDiffusion:
 
 def _all_finite(*tensors: Tensor) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def wrap_denoiser(info: BaseInfo, denoiser: Any) -> StableDiffusion:
+    """A base that can only denoise, around a network that diffusers has loaded, or one without weights."""
+    dtype = next(denoiser.parameters()).dtype
+    vae: Any = None
+    return StableDiffusion(info, denoiser, vae, (), (), dtype)
+
+
+def pipeline_of(info: BaseInfo, **components: Any) -> Any:
+    """The stock pipeline of a base around some components; the others, and a safety checker, are left out.
+
+    Args:
+        components: `unet`, `scheduler` and so on, by diffusers' names.
+    """
+    left_out = dict.fromkeys(("vae", *info.traits.text_encoders, *info.traits.tokenizers))
+    with quiet():
+        pipeline = PIPELINES[info.traits.pipeline](**{**left_out, **without_checker(info), **components})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def without_checker(info: BaseInfo) -> dict[str, Any]:
+    """Arguments that leave out the safety checker, which the pipeline of SDXL does not have."""
+    if info.family == "sdxl":
+        return {}
+    return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

@@ -10,7 +10,7 @@ import torch
 
 from sdlora.errors import ConfigError
 from sdlora.lora.adapter import Adapter, low_rank_modules
-from sdlora.lora.modules import component_of
+from sdlora.lora.modules import DENOISER, component_of
 from sdlora.rank.svd import decompose
 
 
@@ -57,7 +57,9 @@ def check_init_targets(start: Adapter, targets: Collection[str], source: str) ->
     """
     left_out = [name for name in start.modules if name not in targets]
     if left_out:
-        text = "lora.text_encoder=true and " if any(component_of(name) != "unet" for name in left_out) else ""
+        text = (
+            "lora.text_encoder=true and " if any(component_of(name) != DENOISER for name in left_out) else ""
+        )
         raise ConfigError(
             f"{source} also changes {len(left_out)} of its {len(start.modules)} modules that lora.targets "
             f"leaves out, such as {left_out[0]}; set {text}lora.targets to all that it changes"

@@ -1,4 +1,4 @@
-"""Images for prompts, seeds and strengths, made by the stock diffusers pipeline with our UNet in it.
+"""Images for prompts, seeds and strengths, made by the stock diffusers pipeline around our denoiser.
 
 B batch, C channels, h w latent size.
 """
@@ -19,10 +19,8 @@ from torch import Tensor, nn
 
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mounted
-from sdlora.models.conditioning import Condition
-from sdlora.models.load import pipeline_of
+from sdlora.models.base import Base, Condition
 from sdlora.models.quiet import quiet
-from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.sampling.images import NOT_FINITE, WITHHELD, SampledImage, SampleSettings
 from sdlora.sampling.schedulers import check_prompts, make_scheduler, resolve_settings
 from sdlora.tree.lineage import Stack
@@ -104,7 +102,7 @@ def make_columns(
 
 
 def generate(
-    base: StableDiffusion,
+    base: Base,
     adapter: Adapter | None,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -121,7 +119,7 @@ def generate(
 
 @torch.no_grad()
 def generate_columns(
-    base: StableDiffusion,
+    base: Base,
     columns: Sequence[Column],
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -162,9 +160,7 @@ def generate_columns(
     known = dict(text or {})
     parts = base.components
     with undisturbed(*parts.values()), torch.autocast(base.device.type, enabled=False):
-        pipeline = pipeline_of(
-            base.info, unet=base.unet, scheduler=make_scheduler(base.info, settings.scheduler)
-        )
+        pipeline = base.make_pipeline(make_scheduler(base.info, settings.scheduler))
         for column, made in zip(columns, samples, strict=True):
             with mounted(parts, column.stack):
                 if column.changes_text:
@@ -190,7 +186,7 @@ def generate_columns(
 
 @torch.no_grad()
 def encode_prompts(
-    base: StableDiffusion,
+    base: Base,
     prompts: Sequence[str],
     settings: SampleSettings,
     known: Mapping[str, Condition] | None = None,
@@ -213,7 +209,7 @@ def _batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
 
 
 def _denoise(
-    base: StableDiffusion,
+    base: Base,
     pipeline: Any,
     batch: Sequence[Row],
     states: Mapping[str, Condition],
@@ -272,12 +268,12 @@ def _leave_out(batch: Sequence[Row], settings: SampleSettings) -> tuple[list[Ima
 
 
 def _show(
-    base: StableDiffusion, pipeline: Any, latents: Tensor, settings: SampleSettings
+    base: Base, pipeline: Any, latents: Tensor, settings: SampleSettings
 ) -> tuple[list[Image.Image], list[str]]:
     """Images, and why some of them are blank."""
     pixels = base.decode_latents(latents)
     images = pipeline.image_processor.postprocess(pixels.nan_to_num(), output_type="pil")
-    withhold = base.withhold if settings.safety_checker else None
+    withhold = base.safety_checker if settings.safety_checker else None
     withheld = withhold(images) if withhold is not None else [False] * len(images)
     blanks = [
         WITHHELD if hidden else "" if bool(own.isfinite().all()) else NOT_FINITE

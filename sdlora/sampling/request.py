@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 
 from sdlora.config import RunConfig, SampleSection
-from sdlora.models.conditioning import Condition
+from sdlora.models.base import Base, Condition
 from sdlora.models.dtypes import has_bf16
 from sdlora.models.info import BaseInfo
-from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.sampling.generate import Column, generate_columns
 from sdlora.sampling.grid import make_grid
 from sdlora.sampling.images import SampledImage, SampleSettings, save_images
@@ -78,7 +77,7 @@ def choose_dtype(device: torch.device) -> torch.dtype:
 
 
 def sample_to_folder(
-    base: StableDiffusion,
+    base: Base,
     columns: Sequence[Column],
     request: SampleRequest,
     folder: Path,
@@ -114,7 +113,7 @@ def write_images(
 
 
 def make_pictures(
-    base: StableDiffusion,
+    base: Base,
     columns: Sequence[Column],
     request: SampleRequest,
     *,

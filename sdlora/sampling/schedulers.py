@@ -20,7 +20,7 @@ SCHEDULERS = sorted(
     {member.name for member in KarrasDiffusionSchedulers} - {"EDMEulerScheduler"}
     | {"LCMScheduler", "TCDScheduler", "SASolverScheduler"}
 )
-"""Those of diffusers that can step a Stable Diffusion UNet; EDM's is for networks preconditioned its way."""
+"""Schedulers of diffusers that can step Stable Diffusion; EDM's is for networks preconditioned its way."""
 
 
 def make_scheduler(info: BaseInfo, name: str | None = None) -> Any:

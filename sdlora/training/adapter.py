@@ -46,7 +46,7 @@ def check_parents(parents: Sequence[PathEntry], info: BaseInfo, model: Model) ->
     Args:
         parents: From `find_parents`.
         info: The base.
-        model: Its UNet, or components by name; they may lie on the meta device.
+        model: The denoiser, or components by name; they may lie on the meta device.
 
     Returns:
         Lines to warn with, of those that were trained on another base of the family.

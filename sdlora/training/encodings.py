@@ -18,8 +18,7 @@ from sdlora.data.images import crop_image, load_record
 from sdlora.data.records import ImageRecord, count_of
 from sdlora.data.tensors import crop_to_time_ids, image_to_tensor
 from sdlora.errors import DataError, ModelError
-from sdlora.models.conditioning import Condition
-from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.models.base import Base, Condition
 from sdlora.report.terminal import Terminal
 from sdlora.training.distributed import barrier, work_in_rounds
 
@@ -27,7 +26,7 @@ View = tuple[ImageRecord, Crop]
 
 
 class Encodings:
-    """What the UNet trains on.
+    """What the denoiser trains on.
 
     Everything is encoded alone, never in a batch: the same image or caption gives the same bits
     whatever stands beside it, so that a cached, an uncached and a later run agree.
@@ -43,7 +42,7 @@ class Encodings:
 
     def __init__(
         self,
-        base: StableDiffusion,
+        base: Base,
         cache: TensorCache | None,
         settings: DataSection,
         *,
@@ -141,9 +140,9 @@ class Encodings:
         return Condition(known["hidden"], known.get("pooled"))
 
     def conditions(self, captions: Sequence[str], views: Sequence[View]) -> Condition:
-        """What the UNet is told of a batch: captions and, where it is told them, sizes of images (R-31)."""
+        """The condition of a batch: captions and, where the base reads them, sizes of images (R-31)."""
         if self.text_learns:
-            together = self.base.encode_together(captions)
+            together = self.base.encode_batch(captions)
         else:
             together = Condition.stack([self.condition(caption) for caption in captions])
         if not self.base.info.has_time_ids:

@@ -195,7 +195,7 @@ class Health:
     def _has_single_token(self, step: int) -> bool:
         """Whether the coarsest level of the base sees the images of a step as a single position."""
         size, info = self.plan.order.step(step - 1)[0].crop.size, self.plan.info
-        side = int(info.vae_factor * 2 ** (len(info.unet_config["block_out_channels"]) - 1))
+        side = info.coarsest_px
         return size.width <= side and size.height <= side
 
     def _describe(self, result: StepResult) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from sdlora.config import TrainSection
 from sdlora.errors import ConfigError, shorten
 from sdlora.lora.attach import match_names
-from sdlora.lora.modules import component_of
+from sdlora.lora.modules import DENOISER, component_of
 
 TEXT = "text encoders"
 
@@ -96,7 +96,7 @@ def _rate_of(module: str, pattern: str | None, settings: TrainSection) -> tuple[
     """What decides a module's learning rate, and the rate."""
     if pattern is not None:
         return pattern, settings.learning_rates[pattern]
-    if component_of(module) != "unet":
+    if component_of(module) != DENOISER:
         return TEXT, settings.text_encoder_rate
     return "others", settings.learning_rate
 

@@ -17,6 +17,7 @@ from sdlora.errors import RunError
 from sdlora.lora.adapter import KINDS
 from sdlora.lora.attach import count_parameters, match_modules
 from sdlora.lora.layout import Layout, plan_layout
+from sdlora.lora.modules import DENOISER
 from sdlora.memory.estimate import ANY_MACHINE, Machine, Memory, Workload, plan_memory
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.meta import empty_components
@@ -40,7 +41,7 @@ class RunPlan:
         layout: The modules that get an adapter, with their ranks and alphas.
         num_trainable: Parameters of the adapter.
         num_padded: The same with every module at the largest rank, as kohya's format has them.
-        num_base: Parameters of the UNet.
+        num_base: Parameters of the denoiser.
         num_processes: Processes of the run.
         memory: What the run will need of the device's.
         work: What it was estimated from.
@@ -251,7 +252,7 @@ def make_plan(config: RunConfig, num_processes: int = 1, machine: Machine = ANY_
         num_padded=count_parameters(
             parts, dict.fromkeys(layout.ranks, max(layout.ranks.values())), layout.kind
         ),
-        num_base=sum(parameter.numel() for parameter in parts["unet"].parameters()),
+        num_base=sum(parameter.numel() for parameter in parts[DENOISER].parameters()),
         num_processes=num_processes,
         memory=memory,
         work=replace(work, config=config),

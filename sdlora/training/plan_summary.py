@@ -11,7 +11,7 @@ from typing import Any
 from sdlora.config import RunConfig
 from sdlora.diffusion.objective import describe_objective
 from sdlora.export.metadata import TrainingMetadata
-from sdlora.lora.modules import component_of
+from sdlora.lora.modules import DENOISER, component_of
 from sdlora.models.weights import kohya_hashes
 from sdlora.report.summary import losses_of
 from sdlora.report.terminal import Terminal
@@ -97,7 +97,7 @@ def _parent_lines(plan: RunPlan) -> list[str]:
 
 
 def _text_modules(plan: RunPlan) -> str:
-    count = sum(component_of(name) != "unet" for name in plan.targets)
+    count = sum(component_of(name) != DENOISER for name in plan.targets)
     return f" ({count} in text encoders)" if count else ""
 
 

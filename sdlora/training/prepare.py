@@ -19,10 +19,9 @@ from sdlora.evaluation.heldout import HeldoutItem, recognise_prediction
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mount
 from sdlora.lora.layers import Dropout
-from sdlora.models.conditioning import Condition
+from sdlora.models.base import Base, Condition
 from sdlora.models.dtypes import Precision
 from sdlora.models.load import load_base
-from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.report.terminal import Terminal
 from sdlora.training.adapter import make_adapter, text_digest
 from sdlora.training.encodings import Encodings
@@ -47,7 +46,7 @@ class Prepared:
     """Everything the loop needs.
 
     Args:
-        base: The UNet on the device with the adapter mounted, and the text encoders where they learn.
+        base: The denoiser on the device with the adapter mounted, and the text encoders where they learn.
         adapter: The trainable adapter.
         objective: The loss's settings.
         encodings: Latents and text states.
@@ -58,7 +57,7 @@ class Prepared:
         parents: What is mounted below the adapter, frozen: (adapter, strength), the root first.
     """
 
-    base: StableDiffusion
+    base: Base
     adapter: Adapter
     objective: Objective
     encodings: Encodings
@@ -109,7 +108,7 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, termi
         for split, records in (("train", train), ("heldout", heldout))
         if records
     }
-    base.unet.to(device)
+    base.denoiser.to(device)
     if config.train.gradient_checkpointing:
         base.enable_gradient_checkpointing(text=text_learns)
     adapter, started = make_adapter(config, plan.info, base.components, plan.layout)
@@ -131,7 +130,7 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, termi
 
 
 def warn_if_prediction_differs(plan: RunPlan, prepared: Prepared) -> str | None:
-    """Asks the UNet itself, since a wrong prediction type trains to nothing without a sign (R-32).
+    """Asks the denoiser itself, since a wrong prediction type trains to nothing without a sign (R-32).
 
     Returns:
         A line to warn with, if its answers fit another type than the one it is taken to predict.
@@ -171,7 +170,7 @@ def _encode(plan: RunPlan, encodings: Encodings, accelerator: Accelerator, termi
     mount(base.components, path_to_stack(plan.parents))
     if encodings.cache is None:
         return
-    # One after the other: the device never holds text encoders, VAE and UNet at once.
+    # One after the other: the device never holds text encoders, VAE and denoiser at once.
     encodings.prepare((), captions, accelerator, terminal)
     if not encodings.text_learns:
         base.text_encoders_to("cpu")

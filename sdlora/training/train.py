@@ -13,8 +13,8 @@ from accelerate.utils import set_seed
 
 from sdlora.config import RunConfig, load_config
 from sdlora.errors import ConfigError
+from sdlora.lora.modules import DENOISER
 from sdlora.models.dtypes import Precision
-from sdlora.models.load import attention_kernel
 from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder, next_free_folder
 from sdlora.training.checkpoint import newest_complete_step, read_state
@@ -233,10 +233,10 @@ def _run(
     set_seed(plan.config.train.seed)
     with report_failed_start(plan, run):
         prepared = prepare(plan, accelerator, precision, terminal)
-    kernel, dtypes = attention_kernel(prepared.base.unet), prepared.base.dtypes
+    kernel, dtypes = prepared.base.attention_kernel, prepared.base.dtypes
     autocast = "on" if precision.compute != precision.base else "off"
     terminal.print(
-        f"attention {kernel}; UNet {dtypes['unet']}, VAE {dtypes['vae']}, "
+        f"attention {kernel}; denoiser {dtypes[DENOISER]}, VAE {dtypes['vae']}, "
         f"text encoder {dtypes['text_encoder']}, autocast {autocast}"
     )
     if plan.config.train.trackers:

@@ -20,6 +20,7 @@ from sdlora.formats.files import load_adapter
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import detach, mount
 from sdlora.lora.kinds import Scale
+from sdlora.lora.modules import DENOISER
 from sdlora.rank.merge import merge
 from sdlora.rank.resize import ResizeReport, resize
 from sdlora.tree.lineage import (
@@ -252,7 +253,7 @@ class AdapterTree:
                 is of a kind that cannot be added to others.
         """
         model = _components(pipe)
-        device = next(model["unet"].parameters()).device
+        device = next(model[DENOISER].parameters()).device
         steps = [names] if names is None or isinstance(names, str) else names
         rows = self.strengths(steps, strengths, force=force)
         for row in rows:
@@ -307,10 +308,10 @@ def _check_digest(file: Path, found: str, expected: str) -> None:
 
 def _components(pipe: Any) -> dict[str, nn.Module]:
     """The networks of a pipeline that adapters can be mounted on."""
-    parts = {name: getattr(pipe, name, None) for name in ("unet", "text_encoder", "text_encoder_2")}
+    parts = {name: getattr(pipe, name, None) for name in (DENOISER, "text_encoder", "text_encoder_2")}
     found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
-    if "unet" not in found:
+    if DENOISER not in found:
         raise AdapterError(
-            f"{type(pipe).__name__} has no UNet; give a Stable Diffusion pipeline", key="tree.no-unet"
+            f"{type(pipe).__name__} has no denoiser; give a Stable Diffusion pipeline", key="tree.no-unet"
         )
     return found

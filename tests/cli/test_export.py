@@ -11,7 +11,7 @@ from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_targets
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
-from sdlora.models.meta import empty_unet
+from sdlora.models.meta import empty_denoiser
 from sdlora.rank.spectrum import spectrum
 from sdlora.tree.lineage import child_lineage, lineage_to_notes
 
@@ -21,7 +21,7 @@ def styles(tmp_path_factory):
     """A LoRA of rank 2 for the built-in base, and a child of it of rank 1."""
     folder = tmp_path_factory.mktemp("conversion") / "styles"
     folder.mkdir()
-    unet = empty_unet(inspect_base(BaseSection())).to_empty(device="cpu")
+    unet = empty_denoiser(inspect_base(BaseSection())).to_empty(device="cpu")
     notes = {"sdlora.base_name": "builtin", "sdlora.family": "sd1"}
     for name, rank in (("ink", 2), ("portraits", 1)):
         adapter = create_adapter(
@@ -63,7 +63,7 @@ def test_score_against_the_base(sdlora, styles, tmp_path):
     file, out = styles / "ink.safetensors", tmp_path / "small.safetensors"
     values = spectrum(load_adapter(file)).values
     weights = dict(
-        load_base(inspect_base(BaseSection()), dtype=torch.float32, device="cpu").unet.named_parameters()
+        load_base(inspect_base(BaseSection()), dtype=torch.float32, device="cpu").denoiser.named_parameters()
     )
     norms = {name: float(weights[f"{name}.weight"].norm()) for name in values}
     # Half of the directions stay; the limit lies between two of them, so that rounding decides nothing.

@@ -13,7 +13,7 @@ from sdlora.formats.write import round_adapter
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_targets
 from sdlora.models.info import inspect_base
-from sdlora.models.meta import empty_unet
+from sdlora.models.meta import empty_denoiser
 from sdlora.tree.lineage import child_lineage, lineage_to_notes
 from sdlora.tree.tree import AdapterTree
 
@@ -22,7 +22,7 @@ from sdlora.tree.tree import AdapterTree
 def styles(tmp_path_factory):
     """ink, and ink/portraits on top of it, for the built-in base."""
     folder = tmp_path_factory.mktemp("trees") / "styles"
-    unet = empty_unet(inspect_base(BaseSection()))
+    unet = empty_denoiser(inspect_base(BaseSection()))
     unet.to_empty(device="cpu")
 
     def save(name, rank, **notes):

@@ -16,11 +16,10 @@ from sdlora.evaluation.evaluate import (
     image_distances,
     mean_distance,
     remove_trigger,
-    with_full_unet,
 )
 from sdlora.evaluation.heldout import HeldoutLoss
 from sdlora.models.info import inspect_base
-from sdlora.models.load import load_base
+from sdlora.models.load import full_base, load_base
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +102,11 @@ def test_the_full_base_comes_and_goes(sd15_folder):
     """R-18, R-48: another UNet, the same encoders; afterwards all is as before, after an error too."""
     info = inspect_base(BaseSection(source=str(sd15_folder), quantize="int8"))
     small = load_base(info, dtype=torch.float32, device="cpu")
-    unet = small.unet
+    unet = small.denoiser
 
     def fail():
-        with with_full_unet(small) as full:
-            assert full.unet is not unet
+        with full_base(small) as full:
+            assert full.denoiser is not unet
             assert full.vae is small.vae
             assert full.info.quantize == "none"
             assert full.dtypes["unet"] == "float32"
@@ -115,7 +114,7 @@ def test_the_full_base_comes_and_goes(sd15_folder):
 
     with pytest.raises(KeyError):
         fail()
-    assert small.unet is unet
+    assert small.denoiser is unet
     assert small.info.quantize == "int8"
 
 

@@ -7,7 +7,7 @@ import torch
 
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.evaluation.heldout import HeldoutItem, heldout_loss
-from sdlora.models.conditioning import Condition
+from sdlora.models.base import Condition
 from sdlora.seeds import derive_seed
 
 SCHEDULE = schedule_from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})

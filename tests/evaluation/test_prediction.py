@@ -12,8 +12,8 @@ import torch
 from sdlora.config import BaseSection
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.evaluation.heldout import HeldoutItem, recognise_prediction
+from sdlora.models.base import Condition
 from sdlora.models.checks import PREDICTIONS
-from sdlora.models.conditioning import Condition
 from sdlora.models.hub import BUILTIN
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base

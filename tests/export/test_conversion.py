@@ -41,7 +41,7 @@ def load(source):
 def make_adapter(source, targets, text=False, rank=3):
     """One with an effect on each of its modules."""
     base = load(source)
-    model = base.components if text else base.unet
+    model = base.components if text else base.denoiser
     adapter = create_adapter(
         model, match_targets(model, targets), rank, rank / 2, seed=0, family=base.info.family
     )
@@ -99,7 +99,7 @@ def test_a_merged_base_in_another_precision(tmp_path):
         file = next((place / part).glob("*.safetensors"))
         assert {t.dtype for t in load_file(file).values() if t.is_floating_point()} == {torch.float16}
     name = next(iter(adapter.modules))
-    weight = dict(base.unet.named_parameters())[f"{name}.weight"].double()
+    weight = dict(base.denoiser.named_parameters())[f"{name}.weight"].double()
     pair = adapter.modules[name]
     expected = weight + adapter.scale_of(name) * (pair.up.double() @ pair.down.double())
     found = load_file(place / "unet" / "diffusion_pytorch_model.safetensors")[f"{name}.weight"]
@@ -232,7 +232,7 @@ def test_a_base_that_is_not_finite_is_never_written(strength, dtype, tmp_path):
 def test_norms_of_the_base():
     """For `resize --score`: read one weight at a time."""
     _, base = make_adapter(BUILTIN, ["*attn1.to_q"])
-    names = match_targets(base.unet, ["attention", "convolutions"])
+    names = match_targets(base.denoiser, ["attention", "convolutions"])
     norms = weight_norms("builtin", names)
-    weights = dict(base.unet.named_parameters())
+    weights = dict(base.denoiser.named_parameters())
     assert norms == pytest.approx({name: float(weights[f"{name}.weight"].norm()) for name in names}, rel=1e-5)

@@ -31,7 +31,7 @@ def info():
 
 @pytest.fixture(scope="module")
 def shared_unet(info):
-    return load_base(info, dtype=torch.float32, device="cpu").unet
+    return load_base(info, dtype=torch.float32, device="cpu").denoiser
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def info():
 
 @pytest.fixture(scope="module")
 def shared_unet(info):
-    return load_base(info, dtype=torch.float32, device="cpu").unet
+    return load_base(info, dtype=torch.float32, device="cpu").denoiser
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_postflight_leaves_a_plain_unet_plain(tmp_path, unet, info, make_adapter
 
 @pytest.fixture(scope="module")
 def half(info):
-    return load_base(info, dtype=torch.bfloat16, device="cpu").unet
+    return load_base(info, dtype=torch.bfloat16, device="cpu").denoiser
 
 
 @pytest.mark.parametrize("size", [1e-6, 0.02])
@@ -113,7 +113,7 @@ def test_an_error_shows_in_bf16(tmp_path, half, info, make_adapter, size, monkey
 def test_postflight_on_a_quantised_base(tmp_path, sd15_folder, quantize, dtype):
     """R-01, R-48: the file is proven on the base that it was trained on, whose layers are then as before."""
     info = inspect_base(BaseSection(source=str(sd15_folder), quantize=quantize))
-    unet = load_base(info, dtype=dtype, device="cpu").unet
+    unet = load_base(info, dtype=dtype, device="cpu").denoiser
     adapter = create_adapter(unet, match_targets(unet, ["all"]), 4, 2.0, seed=0, family=info.family)
     generator = torch.Generator().manual_seed(1)
     for pair in adapter.modules.values():
@@ -249,7 +249,7 @@ def test_stock_pipeline_at_strength_zero_and_after_unloading(tmp_path, unet, inf
     path = export_adapter(make_adapter(), tmp_path / "x.safetensors").path
     pipeline = load_stock_pipeline(info, dtype=torch.float32, only=["unet"])
     generator = torch.Generator().manual_seed(0)
-    channels, width = info.unet_config["in_channels"], info.unet_config["cross_attention_dim"]
+    channels, width = info.denoiser_config["in_channels"], info.denoiser_config["cross_attention_dim"]
     latents = torch.randn(1, channels, 8, 8, generator=generator)
     hidden = torch.randn(1, 4, width, generator=generator)
 

@@ -18,7 +18,7 @@ from sdlora.config import BaseSection, load_config
 from sdlora.data.records import Size
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_modules, match_targets, mount
-from sdlora.memory.activations import META, UnetPass, peak_bytes, unet_peak, vae_peaks
+from sdlora.memory.activations import META, DenoiserPass, denoiser_peak, peak_bytes, vae_peaks
 from sdlora.memory.estimate import Machine, Workload, as_size, estimate_memory, plan_memory
 from sdlora.models.components import Part
 from sdlora.models.dtypes import Precision
@@ -59,7 +59,10 @@ def test_what_a_backward_pass_waits_for_is_counted():
     assert 3 * one < peak < 4 * one + 3 * weight + 64
 
 
-PASS = UnetPass("", (), Size(16, 16), 32, torch.float32, False, 2, learns=True)
+def make_pass(quantize="none", ranks=(), **changes):
+    info = inspect_base(BaseSection(quantize=quantize))
+    task = DenoiserPass(info, ranks, Size(16, 16), torch.float32, batch_size=2, learns=True)
+    return replace(task, **changes)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +70,7 @@ PASS = UnetPass("", (), Size(16, 16), 32, torch.float32, False, 2, learns=True)
     [
         {},
         {"checkpointing": True},
-        {"is_quantized": True},
+        {"quantize": "int8"},
         {"learns": False, "batch_size": 4},
         {"dtype": torch.bfloat16},
         {"latents": Size(24, 12)},
@@ -76,32 +79,25 @@ PASS = UnetPass("", (), Size(16, 16), 32, torch.float32, False, 2, learns=True)
 )
 def test_a_pass_without_numbers_is_as_large_as_a_real_one(changes):
     """R-18: the same tensors live on the meta device as on the CPU, within 5 %."""
-    task = replace(PASS, **changes)
-    info = inspect_base(BaseSection(quantize="int8" if task.is_quantized else "none"))
-    base = load_base(info, dtype=task.dtype, device="cpu")
-    names = match_targets(base.unet, ["attention"])
-    adapter = create_adapter(base.unet, names, 8, 8.0, seed=0, family="sd1")
+    task = make_pass(**changes)
+    base = load_base(task.info, dtype=task.dtype, device="cpu")
+    names = match_targets(base.denoiser, ["attention"])
+    adapter = create_adapter(base.denoiser, names, 8, 8.0, seed=0, family="sd1")
     for tensor in adapter.parameters():
         tensor.requires_grad_(task.learns)
-    mount(base.unet, [(adapter, 1.0)])
+    mount(base.denoiser, [(adapter, 1.0)])
     if task.checkpointing:
         base.enable_gradient_checkpointing(text=False)
-    planned = unet_peak(
-        replace(task, config=json.dumps(dict(info.unet_config)), ranks=tuple((n, 8) for n in names))
-    )
-    latents = (task.batch_size, info.latent_channels, task.latents.height, task.latents.width)
-    noisy = torch.zeros(latents, dtype=task.dtype)
-    hidden = torch.zeros(
-        task.batch_size, task.tokens, info.unet_config["cross_attention_dim"], dtype=task.dtype
-    )
+    planned = denoiser_peak(replace(task, ranks=tuple((name, 8) for name in names)))
+    inputs = base.example_inputs((task.latents.height, task.latents.width), task.batch_size)
 
     def compute():
         with torch.set_grad_enabled(task.learns):
-            answer = base.unet(noisy, torch.zeros(task.batch_size), hidden, return_dict=False)[0]
+            prediction = base.denoise(*inputs)
             if task.learns:
-                answer.float().square().mean().backward()
+                prediction.square().mean().backward()
 
-    known = [*base.unet.parameters(), *base.unet.buffers(), *adapter.parameters()]
+    known = [*base.denoiser.parameters(), *base.denoiser.buffers(), *adapter.parameters()]
     assert planned == pytest.approx(peak_bytes(compute, known), rel=0.05)
 
 
@@ -122,11 +118,11 @@ def test_stages_add_up():
     kept = estimate_memory(work(data__cache=False), Machine(FP32, CUDA), checkpointing=False)
     encoders = gpu.vae + gpu.text_encoders
     assert gpu.stages["encoding"] == max(gpu.text_encoders, gpu.vae + gpu.encode)
-    assert gpu.stages["training"] == gpu.unet_bytes + gpu.adapter + gpu.learn
+    assert gpu.stages["training"] == gpu.denoiser_bytes + gpu.adapter + gpu.learn
     assert cpu.stages["training"] == kept.stages["training"] == gpu.stages["training"] + encoders
-    assert cpu.stages["encoding"] == encoders + gpu.encode + gpu.unet_bytes
-    assert gpu.stages["sampling"] == gpu.unet_bytes + gpu.adapter + max(gpu.sample, gpu.vae + gpu.decode)
-    assert gpu.stages["postflight"] == gpu.unet_bytes + gpu.adapter + gpu.prove
+    assert cpu.stages["encoding"] == encoders + gpu.encode + gpu.denoiser_bytes
+    assert gpu.stages["sampling"] == gpu.denoiser_bytes + gpu.adapter + max(gpu.sample, gpu.vae + gpu.decode)
+    assert gpu.stages["postflight"] == gpu.denoiser_bytes + gpu.adapter + gpu.prove
     assert (
         "sampling"
         not in estimate_memory(work(train__sample_every=0), Machine(FP32, CUDA), checkpointing=False).stages
@@ -142,17 +138,17 @@ def test_what_changes_the_numbers():
     )
     assert eight.adapter == 6 * trained
     half = estimate_memory(work(), Machine(Precision("bf16", "bf16"), CUDA), checkpointing=False)
-    assert half.unet_bytes * 2 == plain.unet_bytes
+    assert half.denoiser_bytes * 2 == plain.denoiser_bytes
     small = estimate_memory(work(base__quantize="nf4"), Machine(FP32, CUDA), checkpointing=False)
-    assert small.unet_bytes < 0.25 * plain.unet_bytes
+    assert small.denoiser_bytes < 0.25 * plain.denoiser_bytes
     assert small.learn < plain.learn
     wide = estimate_memory(work(128), Machine(FP32, CUDA), checkpointing=False)
     assert 1.5 * plain.learn < wide.learn < 2.5 * plain.learn
     text = estimate_memory(work(lora__text_encoder=True), Machine(FP32, CUDA), checkpointing=False)
     assert text.learn > plain.learn
-    assert text.stages["training"] > text.unet_bytes + text.adapter + text.learn
+    assert text.stages["training"] > text.denoiser_bytes + text.adapter + text.learn
     mixed = estimate_memory(work(), Machine(Precision("bf16", "fp32"), CUDA), checkpointing=False)
-    assert mixed.learn - plain.learn == plain.unet_bytes // 2
+    assert mixed.learn - plain.learn == plain.denoiser_bytes // 2
 
 
 def test_checkpointing_comes_when_memory_asks():
@@ -187,7 +183,7 @@ def test_the_plan_says_what_is_really_saved():
     assert first.startswith(f"memory    about {as_size(memory.peak)}: encoding ")
     assert second.endswith("without gradient checkpointing")
     assert third.startswith("nf4       linear 17 MB to 2 MB, convolution 23 MB to 6 MB, rest 0 MB")
-    assert third.endswith("the UNet takes 80% less")
+    assert third.endswith("the denoiser takes 80% less")
     assert json.loads(json.dumps(memory.as_event()))["peak"] == memory.peak
 
 
@@ -210,7 +206,7 @@ def describe_real_base(family, unet, settings):
         name: Part(name, config, (), "", sum(p.numel() for p in empty_model(name, config).parameters()))
         for name, config in configs.items()
     }
-    positions = {"max_position_embeddings": 77}
+    positions = {"max_position_embeddings": 77, "projection_dim": 1280}
     parts |= {name: Part(name, positions, (), "", count) for name, count in TEXTS[family].items()}
     known = inspect_base(settings)
     return replace(known, source=family, family=family, parts=parts, words=(), scheduler_config={})
@@ -239,20 +235,27 @@ def test_presets_say_what_the_plan_estimates(repository, full_size, preset):
 
 MEASURE = """
 import json, sys, psutil, torch
+from dataclasses import replace
 from pathlib import Path
 torch.set_num_threads(1)
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from sdlora.config import BaseSection
 from sdlora.data.records import Size
 from sdlora.lora.adapter import create_adapter
-from sdlora.lora.attach import match_modules, match_targets, mount
-from sdlora.models.quantize import quantize
-from sdlora.memory.activations import UnetPass, unet_peak
+from sdlora.lora.attach import match_targets, mount
+from sdlora.memory.activations import DenoiserPass, denoiser_peak
+from sdlora.models.info import inspect_base
+from sdlora.models.load import load_base
 config = {"block_out_channels": (64, 128), "down_block_types": ("CrossAttnDownBlock2D",) * 2,
           "up_block_types": ("CrossAttnUpBlock2D",) * 2, "cross_attention_dim": 64, "norm_num_groups": 16,
-          "attention_head_dim": 4}
+          "attention_head_dim": 4, "in_channels": 8, "out_channels": 8}
 unet = UNet2DConditionModel(**config).requires_grad_(False).eval()
+info = inspect_base(BaseSection())
+part = replace(info.parts["unet"], config=config, num_parameters=sum(p.numel() for p in unet.parameters()))
+base = replace(load_base(info, dtype=torch.float32, device="cpu"), denoiser=unet,
+               info=replace(info, parts={**info.parts, "unet": part}))
 def learn(size):
-    unet(torch.randn(1, 4, size, size), torch.tensor([9]), torch.randn(1, 8, 64)).sample.mean().backward()
+    base.denoise(*base.example_inputs((size, size))).mean().backward()
 names = match_targets(unet, ["attention"])
 mount(unet, [(create_adapter(unet, names, 4, 4.0, seed=0, family="sd1"), 1.0)])
 learn(16)
@@ -260,9 +263,8 @@ before = psutil.Process().memory_info().rss
 learn(64)
 peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 ranks = tuple((name, 4) for name in names)
-config |= {"in_channels": 4}
-task = UnetPass(json.dumps(config), ranks, Size(64, 64), 8, torch.float32, False, 1, True)
-print(json.dumps([unet_peak(task), peak - before]))
+task = DenoiserPass(base.info, ranks, Size(64, 64), torch.float32, 1, True)
+print(json.dumps([denoiser_peak(task), peak - before]))
 """
 
 
@@ -288,34 +290,27 @@ def test_resident_memory_is_what_was_planned():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_device_memory_is_what_was_planned(checkpointing):
     """R-18: torch's own count of a step on a GPU, within a fifth."""
-    info = inspect_base(BaseSection())
-    base = load_base(info, dtype=torch.float32, device="cuda")
-    names = match_targets(base.unet, ["attention"])
-    adapter = create_adapter(base.unet, names, 8, 8.0, seed=0, family="sd1")
+    task = make_pass(latents=Size(64, 64), checkpointing=checkpointing)
+    base = load_base(task.info, dtype=torch.float32, device="cuda")
+    names = match_targets(base.denoiser, ["attention"])
+    adapter = create_adapter(base.denoiser, names, 8, 8.0, seed=0, family="sd1")
     for pair in adapter.modules.values():
         pair.down.data, pair.up.data = pair.down.data.cuda(), pair.up.data.cuda()
-    mount(base.unet, [(adapter, 1.0)])
+    mount(base.denoiser, [(adapter, 1.0)])
     if checkpointing:
         base.enable_gradient_checkpointing(text=False)
-    task = replace(
-        PASS,
-        config=json.dumps(dict(info.unet_config)),
-        ranks=tuple((name, 8) for name in names),
-        latents=Size(64, 64),
-        checkpointing=checkpointing,
-    )
-    noisy = torch.randn(2, info.latent_channels, 64, 64, device="cuda")
-    hidden = torch.randn(2, 32, info.unet_config["cross_attention_dim"], device="cuda")
+    inputs = base.example_inputs((64, 64), batch_size=2)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    base.unet(noisy, torch.tensor([5, 900], device="cuda"), hidden).sample.square().mean().backward()
+    base.denoise(*inputs).square().mean().backward()
     measured = torch.cuda.max_memory_allocated() - before
-    assert measured == pytest.approx(unet_peak(task), rel=0.2)
+    planned = denoiser_peak(replace(task, ranks=tuple((name, 8) for name in names)))
+    assert measured == pytest.approx(planned, rel=0.2)
 
 
 def test_decoding_a_picture_needs_more_than_encoding_it():
     """R-18: both grow with the picture's area."""
-    config = json.dumps(dict(inspect_base(BaseSection()).vae_config))
-    small, large = (vae_peaks(config, Size(side, side), torch.float32) for side in (64, 128))
+    info = inspect_base(BaseSection())
+    small, large = (vae_peaks(info, Size(side, side), torch.float32) for side in (64, 128))
     assert large[1] > large[0]
     assert large[0] == pytest.approx(4 * small[0], rel=0.1)

@@ -48,7 +48,7 @@ def test_builtin_is_read_from_its_own_files(info: BaseInfo, copy_base: CopyBase)
         info.vae_digest,
         info.text_digest,
     )
-    assert same.resolution == info.resolution == info.unet_config["sample_size"] * info.vae_factor
+    assert same.resolution == info.resolution == info.denoiser_config["sample_size"] * info.vae_factor
     assert (info.guidance, same.guidance) == (3.0, 7.5)
     assert info.text_length == 32
     assert info.traits.kohya_version == "sd_v1"
@@ -194,7 +194,7 @@ def test_other_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     Image.new("RGB", (8, 8)).save(tmp_path / "cat.png")
     assert "is a .txt file, not a model" in refusal(tmp_path / "notes.txt")
-    assert "is a picture" in refusal(tmp_path / "cat.png")
+    assert "is an image" in refusal(tmp_path / "cat.png")
 
 
 def test_wrong_folders_are_named(copy_base: CopyBase, tmp_path: Path) -> None:

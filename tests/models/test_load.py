@@ -24,8 +24,8 @@ from sdlora.models import load
 from sdlora.models.dtypes import DTYPES
 from sdlora.models.hub import BUILTIN
 from sdlora.models.info import BaseInfo, inspect_base
-from sdlora.models.load import attention_kernel, load_base, load_part, load_stock_pipeline, vae_dtype
-from sdlora.models.meta import empty_components, empty_unet
+from sdlora.models.load import load_base, load_part, load_stock_pipeline, vae_dtype
+from sdlora.models.meta import empty_components, empty_denoiser
 from sdlora.models.quiet import quiet
 from sdlora.models.stable_diffusion import StableDiffusion
 
@@ -36,14 +36,14 @@ CopyBase = Callable[..., Path]
 def test_unet_is_stored_as_asked_and_everything_is_frozen(info: BaseInfo, name: str) -> None:
     """R-11: fp32, bf16, fp16 of the UNet; VAE and text encoder fp32 on the CPU; eval, no gradients."""
     base = load_base(info, dtype=DTYPES[name], device="cpu")
-    assert {p.dtype for p in base.unet.parameters()} == {DTYPES[name]}
+    assert {p.dtype for p in base.denoiser.parameters()} == {DTYPES[name]}
     assert {p.dtype for p in (*base.vae.parameters(), *base.text_encoders[0].parameters())} == {torch.float32}
     assert base.dtypes == {
         "unet": str(DTYPES[name]).removeprefix("torch."),
         "vae": "float32",
         "text_encoder": "float32",
     }
-    for part in (base.unet, base.vae, *base.text_encoders):
+    for part in (base.denoiser, base.vae, *base.text_encoders):
         assert not any(parameter.requires_grad for parameter in part.parameters())
         assert not any(module.training for module in part.modules())
 
@@ -54,12 +54,12 @@ def test_layers_of_few_bits_are_named(quantize: Any) -> None:
     base = load_base(inspect_base(BaseSection(quantize=quantize)), dtype=torch.bfloat16, device="cpu")
     assert base.dtypes["unet"] == f"bfloat16 with {quantize} layers"
     assert base.dtypes["vae"] == "float32"
-    assert next(base.unet.parameters()).dtype == base.dtype == torch.bfloat16
+    assert next(base.denoiser.parameters()).dtype == base.dtype == torch.bfloat16
     answer = base.denoise(
         torch.randn(1, base.info.latent_channels, 16, 16), torch.tensor([500]), base.encode_captions(["a"])
     )
     assert torch.isfinite(answer).all()
-    assert not any(module.training for module in base.unet.modules())
+    assert not any(module.training for module in base.denoiser.modules())
 
 
 def test_vae_precision_follows_its_configuration(info: BaseInfo, copy_base: CopyBase) -> None:
@@ -77,10 +77,10 @@ def test_loading_prints_nothing() -> None:
     """R-27: importing and loading the built-in base is silent, also in few bits and as a stock pipeline."""
     code = (
         "import torch; from sdlora.config import BaseSection; from sdlora.models.load import *;"
-        "from sdlora.models.meta import empty_unet; from sdlora.models.info import inspect_base;"
+        "from sdlora.models.meta import empty_denoiser; from sdlora.models.info import inspect_base;"
         "info = inspect_base(BaseSection()); load_base(info, dtype=torch.float32, device='cpu');"
         "few = inspect_base(BaseSection(quantize='nf4')); load_base(few, dtype=torch.float32, device='cpu');"
-        "empty_unet(info); load_stock_pipeline(info); load_stock_pipeline(info, only=['unet'])"
+        "empty_denoiser(info); load_stock_pipeline(info); load_stock_pipeline(info, only=['unet'])"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == ""
@@ -135,11 +135,11 @@ def test_sdxl_parts(sdxl: StableDiffusion, sdxl_stock: Any, sdxl_info: BaseInfo)
         *("CLIPTokenizer", "CLIPTokenizer"),
         "StableDiffusionXLPipeline",
     ]
-    for part in (sdxl.unet, sdxl.vae, *sdxl.text_encoders):
+    for part in (sdxl.denoiser, sdxl.vae, *sdxl.text_encoders):
         assert not any(parameter.requires_grad for parameter in part.parameters())
     alone = load_stock_pipeline(sdxl_info, only=["unet"])
     assert (alone.vae, alone.text_encoder, alone.text_encoder_2, alone.tokenizer_2) == (None,) * 4
-    assert sum(p.numel() for p in empty_unet(sdxl_info).parameters()) == sdxl_info.num_parameters
+    assert sum(p.numel() for p in empty_denoiser(sdxl_info).parameters()) == sdxl_info.num_parameters
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
@@ -202,18 +202,18 @@ def test_pickles_and_foreign_code_are_out_of_reach() -> None:
 
 def test_empty_unet_has_every_module_and_no_weights(info: BaseInfo, base: StableDiffusion) -> None:
     """R-16: a dry run counts parameters before weights are loaded."""
-    unet = empty_unet(info)
+    unet = empty_denoiser(info)
     assert {p.device.type for p in unet.parameters()} == {"meta"}
-    assert [name for name, _ in unet.named_modules()] == [name for name, _ in base.unet.named_modules()]
+    assert [name for name, _ in unet.named_modules()] == [name for name, _ in base.denoiser.named_modules()]
     assert sum(p.numel() for p in unet.parameters()) == info.num_parameters
 
 
 def test_attention_kernel_is_named(info: BaseInfo) -> None:
     """R-46: SDPA by default; another processor is called by its name."""
     base = load_base(info, dtype=torch.float32, device="cpu")
-    assert attention_kernel(base.unet) == "SDPA"
-    base.unet.set_attn_processor(AttnProcessor())
-    assert attention_kernel(base.unet) == "AttnProcessor"
+    assert base.attention_kernel == "SDPA"
+    base.denoiser.set_attn_processor(AttnProcessor())
+    assert base.attention_kernel == "AttnProcessor"
 
 
 def test_separate_vae_is_the_one_in_use(copy_base: CopyBase) -> None:
@@ -234,7 +234,7 @@ def test_shipped_base_is_an_ordinary_folder() -> None:
 def test_parts_wait_on_the_cpu(info: BaseInfo) -> None:
     """R-20: in the dtypes of the device where they will be used."""
     base = load_base(info, dtype=torch.bfloat16, device="cuda", waits=True)
-    assert {part.device.type for part in (base.unet, base.vae, *base.text_encoders)} == {"cpu"}
+    assert {part.device.type for part in (base.denoiser, base.vae, *base.text_encoders)} == {"cpu"}
     base.text_encoders_to("cuda")
     assert base.vae.device.type == "cpu"
     assert base.encode_captions(["a cat"]).hidden.device.type == "cuda"
@@ -272,7 +272,7 @@ def test_folders_of_one_precision(copy_base: CopyBase, info: BaseInfo, kind: str
     assert {part.variant for part in found.parts.values()} == {kind}
     assert found.num_parameters == info.num_parameters
     ours = load_base(found, dtype=torch.float32, device="cpu")
-    for one, part in (("unet", ours.unet), ("vae", ours.vae), ("text_encoder", ours.text_encoders[0])):
+    for one, part in (("unet", ours.denoiser), ("vae", ours.vae), ("text_encoder", ours.text_encoders[0])):
         plain = load_part(info.parts[one], torch.float32).state_dict()
         stock = getattr(load_stock_pipeline(found), one).state_dict()
         for name, tensor in part.state_dict().items():

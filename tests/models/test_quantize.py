@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sdlora.models.info import BaseInfo
 from sdlora.models.load import load_base
-from sdlora.models.meta import empty_unet
+from sdlora.models.meta import empty_denoiser
 from sdlora.models.quantize import (
     Int8,
     Nf4,
@@ -133,8 +133,8 @@ def test_what_is_left_alone(layer: nn.Module, scheme: Any, expected: type | None
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_bytes_are_known_before_anything_is_loaded(info: BaseInfo, scheme: Any) -> None:
     """R-48: what the plan states, part by part, is what is then stored."""
-    unet = load_base(info, dtype=torch.bfloat16, device="cpu").unet
-    planned = bytes_by_part(empty_unet(info), torch.bfloat16, scheme)
+    unet = load_base(info, dtype=torch.bfloat16, device="cpu").denoiser
+    planned = bytes_by_part(empty_denoiser(info), torch.bfloat16, scheme)
     assert bytes_by_part(unet, torch.bfloat16, scheme) == planned
     tensors = [*unet.parameters(), *unet.buffers()]
     assert sum(part.plain for part in planned.values()) == sum(t.numel() * t.element_size() for t in tensors)
@@ -147,7 +147,7 @@ def test_bytes_are_known_before_anything_is_loaded(info: BaseInfo, scheme: Any) 
         if isinstance(packing, Int8):
             stored.append(packing.scale)
     assert sum(part.stored for part in planned.values()) == sum(t.numel() * t.element_size() for t in stored)
-    plain = bytes_by_part(empty_unet(info), torch.bfloat16, "none")
+    plain = bytes_by_part(empty_denoiser(info), torch.bfloat16, "none")
     assert all(part.plain == part.stored == planned[name].plain for name, part in plain.items())
 
 
@@ -155,7 +155,7 @@ def denoise(base: StableDiffusion, unet: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     weight = unet.conv_in.weight
     latents = torch.randn(2, base.info.latent_channels, 16, 16, generator=generator)
-    hidden = torch.randn(2, 8, base.info.unet_config["cross_attention_dim"], generator=generator)
+    hidden = torch.randn(2, 8, base.info.denoiser_config["cross_attention_dim"], generator=generator)
     timesteps = torch.tensor([400, 800])
     answer: Tensor = unet(latents.to(weight), timesteps, hidden.to(weight), return_dict=False)[0].float()
     return answer
@@ -167,8 +167,8 @@ def test_a_trained_unet_answers_nearly_the_same(
 ) -> None:
     """R-48: the error of 8 bits is small, that of 4 bits 10 times larger; both are there, twice the same."""
     with torch.no_grad():
-        expected = denoise(base, base.unet)
-        first, second = copy.deepcopy(base.unet), copy.deepcopy(base.unet)
+        expected = denoise(base, base.denoiser)
+        first, second = copy.deepcopy(base.denoiser), copy.deepcopy(base.denoiser)
         quantize(first, scheme)
         quantize(second, scheme)
         answer = denoise(base, first)

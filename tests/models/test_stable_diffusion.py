@@ -14,7 +14,7 @@ from sdlora.data.buckets import Crop
 from sdlora.data.records import Size
 from sdlora.data.tensors import crop_to_time_ids
 from sdlora.errors import ModelError
-from sdlora.models.conditioning import Condition
+from sdlora.models.base import Condition
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base, load_stock_pipeline
 from sdlora.models.stable_diffusion import StableDiffusion
@@ -27,7 +27,7 @@ def test_captions_are_encoded_as_the_pipeline_does(base: StableDiffusion, stock:
     for caption in CAPTIONS:
         expected, negative = stock.encode_prompt(caption, torch.device("cpu"), 1, True, "")
         condition = base.encode_captions([caption])
-        width = base.info.unet_config["cross_attention_dim"]
+        width = base.info.denoiser_config["cross_attention_dim"]
         assert condition.hidden.shape == (1, base.info.text_length, width)
         # Two copies of the weights, read by two loaders: not the same computation.
         torch.testing.assert_close(condition.hidden, expected, rtol=1e-5, atol=1e-5)
@@ -165,7 +165,7 @@ def test_denoise_is_the_unet(base: StableDiffusion) -> None:
     condition = base.encode_captions(["a", "b"])
     answer = base.denoise(noisy, torch.tensor([10, 900]), condition)
     for row, timestep in enumerate((10, 900)):
-        expected = base.unet(noisy[row : row + 1], timestep, condition.hidden[row : row + 1]).sample
+        expected = base.denoiser(noisy[row : row + 1], timestep, condition.hidden[row : row + 1]).sample
         assert torch.allclose(answer[row : row + 1], expected, atol=1e-5)
 
 
@@ -206,9 +206,9 @@ def test_denoise_is_the_sdxl_pipeline_s_call(sdxl: StableDiffusion, sdxl_stock: 
 
 def test_components_are_named_as_in_files(base: StableDiffusion, sdxl: StableDiffusion) -> None:
     """R-34: what can carry an adapter, one text encoder or two."""
-    assert base.components == {"unet": base.unet, "text_encoder": base.text_encoders[0]}
+    assert base.components == {"unet": base.denoiser, "text_encoder": base.text_encoders[0]}
     first, second = sdxl.text_encoders
-    assert sdxl.components == {"unet": sdxl.unet, "text_encoder": first, "text_encoder_2": second}
+    assert sdxl.components == {"unet": sdxl.denoiser, "text_encoder": first, "text_encoder_2": second}
     assert set(sdxl.dtypes) == {"unet", "vae", "text_encoder", "text_encoder_2"}
 
 

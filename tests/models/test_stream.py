@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from sdlora.errors import ModelError
 from sdlora.models.components import Part
 from sdlora.models.info import BaseInfo
-from sdlora.models.load import load_stock_pipeline, load_unet
+from sdlora.models.load import load_denoiser, load_stock_pipeline
 from sdlora.models.quantize import Int8, QuantizedLinear, quantize
 from sdlora.models.stream import DTYPES, fill, read_part
 
@@ -27,7 +27,7 @@ def part_of(*files: Path) -> Part:
 
 
 def filled(info: BaseInfo, dtype: torch.dtype, scheme: Any = "none") -> nn.Module:
-    return load_unet(info.parts["unet"], dtype, "cpu", scheme)
+    return load_denoiser(info.parts["unet"], dtype, "cpu", scheme)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -36,7 +36,9 @@ def stock(info: BaseInfo) -> Any:
 @pytest.fixture(scope="session")
 def adapter(base: StableDiffusion) -> Adapter:
     """As read from a file: rank 4, alpha 2, on the attention projections, with an effect."""
-    fresh = create_adapter(base.unet, match_targets(base.unet, ["attention"]), 4, 2, seed=0, family="sd1")
+    fresh = create_adapter(
+        base.denoiser, match_targets(base.denoiser, ["attention"]), 4, 2, seed=0, family="sd1"
+    )
     generator = torch.Generator().manual_seed(1)
     for pair in fresh.modules.values():
         pair.up = torch.randn(pair.up.shape, generator=generator) * 0.3

@@ -178,15 +178,15 @@ def test_rows_and_columns(base: StableDiffusion, adapter: Adapter) -> None:
 def test_nothing_is_left_behind(info: BaseInfo, adapter: Adapter) -> None:
     """R-04, R-10: random states, train mode of each module, mounted stacks, gradients."""
     base = load_base(info, dtype=torch.float32, device="cpu")
-    names = match_targets(base.unet, ["*.attn2.to_v"])
-    trained = create_adapter(base.unet, names, 2, 2, seed=0, family="sd1")
-    mount(base.unet, [(trained, 1.0)])
+    names = match_targets(base.denoiser, ["*.attn2.to_v"])
+    trained = create_adapter(base.denoiser, names, 2, 2, seed=0, family="sd1")
+    mount(base.denoiser, [(trained, 1.0)])
     for parameter in trained.parameters():
         parameter.grad = torch.ones_like(parameter)
-    base.unet.train()
-    base.unet.mid_block.eval()
-    modes = [module.training for module in base.unet.modules()]
-    stacks = {name: layer.stack for name, layer in lora_layers(base.unet).items()}
+    base.denoiser.train()
+    base.denoiser.mid_block.eval()
+    modes = [module.training for module in base.denoiser.modules()]
+    stacks = {name: layer.stack for name, layer in lora_layers(base.denoiser).items()}
     torch.manual_seed(1)
     random.seed(1)
     np.random.seed(1)
@@ -201,8 +201,8 @@ def test_nothing_is_left_behind(info: BaseInfo, adapter: Adapter) -> None:
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), states[2], strict=True))
-    assert [module.training for module in base.unet.modules()] == modes
-    after = {name: layer.stack for name, layer in lora_layers(base.unet).items()}
+    assert [module.training for module in base.denoiser.modules()] == modes
+    after = {name: layer.stack for name, layer in lora_layers(base.denoiser).items()}
     assert list(after) == list(stacks)
     assert all(a is b for name in stacks for a, b in zip(after[name], stacks[name], strict=True))
     assert all(
@@ -213,7 +213,7 @@ def test_nothing_is_left_behind(info: BaseInfo, adapter: Adapter) -> None:
 def test_state_is_put_back_after_a_failure(info: BaseInfo, adapter: Adapter) -> None:
     """R-18: whatever stops sampling (memory, Ctrl-C) passes on, and training can go on."""
     base = load_base(info, dtype=torch.float32, device="cpu")
-    base.unet.train()
+    base.denoiser.train()
     state = torch.get_rng_state()
 
     def stop(_: int) -> None:
@@ -221,8 +221,8 @@ def test_state_is_put_back_after_a_failure(info: BaseInfo, adapter: Adapter) -> 
 
     with pytest.raises(torch.OutOfMemoryError):
         generate(base, adapter, PROMPTS[:1], [0], [1.0], QUICK, progress=stop)
-    assert base.unet.training
-    assert not lora_layers(base.unet)
+    assert base.denoiser.training
+    assert not lora_layers(base.denoiser)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -230,22 +230,22 @@ def test_base_column_hides_what_is_mounted(info: BaseInfo, adapter: Adapter) -> 
     """R-10: in training the trainable adapter is on the UNet; the base column is the base all the same."""
     base = load_base(info, dtype=torch.float32, device="cpu")
     plain = generate(base, None, PROMPTS[:1], [0], [], QUICK)
-    mount(base.unet, [(adapter, 1.0)])
-    assert lora_layers(base.unet)
+    mount(base.denoiser, [(adapter, 1.0)])
+    assert lora_layers(base.denoiser)
     assert np.array_equal(pixels(generate(base, None, PROMPTS[:1], [0], [], QUICK)), pixels(plain))
 
 
 def test_never_fuses(info: BaseInfo, adapter: Adapter) -> None:
     """R-38: base weights and outputs are bit-identical after sampling and unloading."""
     base = load_base(info, dtype=torch.bfloat16, device="cpu")
-    weights = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
+    weights = {name: tensor.clone() for name, tensor in base.denoiser.state_dict().items()}
     x = torch.randn(1, info.latent_channels, 16, 16)
     condition = base.encode_captions(["a cat"])
     before = base.denoise(x, torch.tensor([500]), condition)
     for _ in range(3):
         generate(base, adapter, PROMPTS[:1], [0], [0.7], QUICK)
-    detach(base.unet)
-    after = base.unet.state_dict()
+    detach(base.denoiser)
+    after = base.denoiser.state_dict()
     assert list(after) == list(weights)
     assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
     assert torch.equal(base.denoise(x, torch.tensor([500]), condition), before)
@@ -258,7 +258,9 @@ def test_never_fuses(info: BaseInfo, adapter: Adapter) -> None:
 def test_half_precision_bases_sample(info: BaseInfo, dtype: torch.dtype, targets: str) -> None:
     """R-11: an fp32 adapter on a half precision UNet with an fp32 VAE, the first layer included."""
     base = load_base(info, dtype=dtype, device="cpu")
-    adapter = create_adapter(base.unet, match_targets(base.unet, [targets]), 2, 2, seed=0, family="sd1")
+    adapter = create_adapter(
+        base.denoiser, match_targets(base.denoiser, [targets]), 2, 2, seed=0, family="sd1"
+    )
     pictures = generate(base, adapter, PROMPTS[:1], [0], [1.0], QUICK)
     reference = generate(
         load_base(info, dtype=torch.float32, device="cpu"), None, PROMPTS[:1], [0], [], QUICK
@@ -271,7 +273,10 @@ def test_states_encoded_before_give_the_same_pictures(base: StableDiffusion, ada
     settings = replace(QUICK, negative_prompt="a cat")
     text = encode_prompts(base, PROMPTS, settings)
     assert set(text) == {*PROMPTS, "a cat"}
-    assert text["a cat"].hidden.shape == (base.info.text_length, base.info.unet_config["cross_attention_dim"])
+    assert text["a cat"].hidden.shape == (
+        base.info.text_length,
+        base.info.denoiser_config["cross_attention_dim"],
+    )
     before = generate(base, adapter, PROMPTS, [0], [1.0], settings)
     blind = replace(base, tokenizers=())
     assert np.array_equal(
@@ -281,7 +286,7 @@ def test_states_encoded_before_give_the_same_pictures(base: StableDiffusion, ada
 
 def test_withheld_pictures_are_blank_and_say_so(base: StableDiffusion) -> None:
     """R-47: what a safety checker keeps back is marked, never a black square."""
-    careful = replace(base, withhold=lambda images: [number == 1 for number in range(len(images))])
+    careful = replace(base, safety_checker=lambda images: [number == 1 for number in range(len(images))])
     pictures = generate(careful, None, PROMPTS, [0], [], QUICK)
     assert [picture.blank for picture in pictures] == ["", WITHHELD]
     assert pictures[1].image.getcolors() == [(pictures[1].image.width * pictures[1].image.height, (230,) * 3)]

@@ -124,7 +124,7 @@ def test_a_checker_that_is_named_but_not_there(careful: Path, tmp_path: Path) ->
     shutil.copytree(careful, folder)
     shutil.rmtree(folder / "safety_checker")
     info = inspect_base(BaseSection(source=str(folder)))
-    assert load_base(info, dtype=torch.float32, device="cpu").withhold is None
+    assert load_base(info, dtype=torch.float32, device="cpu").safety_checker is None
     said: list[str] = []
     asked: dict[str, Any] = {"base": str(folder), "prompts": PROMPTS[:1], "steps": 1, "size": (64, 64)}
     sample(out=tmp_path / "one", warn=said.append, **asked)

@@ -44,7 +44,9 @@ def base(info: BaseInfo) -> StableDiffusion:
 
 @pytest.fixture(scope="module")
 def adapter(base: StableDiffusion) -> Adapter:
-    fresh = create_adapter(base.unet, match_targets(base.unet, ["attention"]), 4, 2, seed=0, family="sdxl")
+    fresh = create_adapter(
+        base.denoiser, match_targets(base.denoiser, ["attention"]), 4, 2, seed=0, family="sdxl"
+    )
     generator = torch.Generator().manual_seed(1)
     for pair in fresh.modules.values():
         pair.up = torch.randn(pair.up.shape, generator=generator) * 0.3

@@ -22,7 +22,7 @@ from sdlora.formats.write import round_adapter
 from sdlora.lora.adapter import Adapter, create_adapter
 from sdlora.lora.attach import match_targets, mounted
 from sdlora.models.info import inspect_base
-from sdlora.models.meta import empty_unet
+from sdlora.models.meta import empty_denoiser
 from sdlora.rank.resize import resize
 from sdlora.runs import RunFolder
 from sdlora.sampling.session import sample
@@ -37,7 +37,7 @@ from tests.checks import assert_same_image
 @pytest.fixture(scope="module")
 def make_style():
     """Saves an adapter for the built-in base, with a parent or without."""
-    unet = empty_unet(inspect_base(BaseSection())).to_empty(device="cpu")
+    unet = empty_denoiser(inspect_base(BaseSection())).to_empty(device="cpu")
 
     def make(folder, name, rank=6, parent=None, seed=0, **notes):
         adapter = create_adapter(
@@ -79,7 +79,7 @@ def test_it_starts_where_its_parent_is(save_style, small, make_trainer, images, 
         with mounted(base.components, [(load_adapter(file), 1.0) for file in files]):
             return heldout_loss(base.denoise, schedule, items, batch_size=4, device=base.device)
 
-    before = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in base.denoiser.state_dict().items()}
     parents = [tensor for adapter, _ in trainer.prepared.parents for tensor in adapter.parameters()]
     kept = [tensor.clone() for tensor in parents]
     # The trainer's own pairs are on the stack, and its batches are another size: one rounding apart.
@@ -90,7 +90,7 @@ def test_it_starts_where_its_parent_is(save_style, small, make_trainer, images, 
     assert trainer.evaluate("heldout").loss != expected
     assert all(torch.equal(one, other) for one, other in zip(parents, kept, strict=True))
     assert not any(tensor.requires_grad for tensor in parents)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in base.unet.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.denoiser.state_dict().items())
     trained = {id(p) for group in trainer.runner.optimizer.param_groups for p in group["params"]}
     assert trained == {id(tensor) for tensor in trainer.runner.adapter.parameters()}
 

@@ -148,7 +148,7 @@ def test_sampling_does_not_disturb(make_images, small, make_trainer, snapshot, t
 def test_only_the_adapter_learns(make_images, small, make_trainer, tmp_path):
     """R-06, R-09: down and up are fp32 and move; not a bit of the base does."""
     trainer = make_trainer(small(make_images()), tmp_path / "run")
-    unet = trainer.prepared.base.unet
+    unet = trainer.prepared.base.denoiser
     before = {name: parameter.clone() for name, parameter in unet.named_parameters()}
     start = {name: tensor.clone() for name, tensor in trainer.runner.adapter.named_tensors().items()}
     trainer.train()
@@ -213,7 +213,7 @@ def test_precisions(make_images, small, make_trainer, tmp_path, precision, base_
     trainer = make_trainer(config, tmp_path / "run")
     trainer.train()
     assert all(math.isfinite(result.loss) and result.updated for result in trainer.results)
-    stored = next(trainer.prepared.base.unet.parameters()).dtype
+    stored = next(trainer.prepared.base.denoiser.parameters()).dtype
     assert stored == (torch.bfloat16 if (precision, base_dtype) == ("bf16", "auto") else torch.float32)
     assert all(tensor.dtype == torch.float32 for tensor in trainer.runner.parameters)
 
@@ -277,7 +277,7 @@ def test_clipping_clips(make_images, small, make_trainer, tmp_path):
 def test_numbers_that_are_not_finite_stop_the_run(make_images, small, make_trainer, tmp_path):
     """R-06: a run whose base gives NaN skips, counts, and stops by name; no file is written."""
     trainer = make_trainer(small(make_images(), train__max_skipped_steps=3, train__steps=9), tmp_path / "run")
-    layer = next(iter(lora_layers(trainer.prepared.base.unet).values()))
+    layer = next(iter(lora_layers(trainer.prepared.base.denoiser).values()))
     layer.base.weight.data.fill_(math.nan)
     before = [tensor.clone() for tensor in trainer.runner.parameters]
     with raises(TrainingDiverged, "non-finite-steps", shows=("step 3", "loss nan")):

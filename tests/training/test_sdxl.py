@@ -106,7 +106,7 @@ def test_every_sample_is_told_its_sizes(config, make_trainer, tmp_path):
     """R-31: the picture's own size, its crop's corner after mirroring, and its bucket, sample by sample."""
     trainer = make_trainer(config, tmp_path / "run")
     seen = []
-    trainer.prepared.base.unet.register_forward_pre_hook(
+    trainer.prepared.base.denoiser.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]), with_kwargs=True
     )
     trainer.train()

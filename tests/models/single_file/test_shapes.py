@@ -18,7 +18,7 @@ from sdlora.errors import ModelError
 from sdlora.models.infer_config import clip_config, open_clip_config, unet_config, vae_config
 from sdlora.models.info import inspect_base
 from sdlora.models.ldm_keys import names_of_unet
-from sdlora.models.meta import empty_unet
+from sdlora.models.meta import empty_denoiser
 
 ATTENDS = "CrossAttnDownBlock2D"
 UNETS: dict[str, dict[str, Any]] = {
@@ -219,8 +219,8 @@ def test_published_bases_are_read_whole(
     assert file.stat().st_size / 1e9 == pytest.approx(PUBLISHED[family][1], abs=0.01)
     info = inspect_base(BaseSection(source=str(file)))
     assert info.family == family
-    assert info.unet_config["attention_head_dim"] == UNETS[family]["attention_head_dim"]
-    unet = empty_unet(info).state_dict()
+    assert info.denoiser_config["attention_head_dim"] == UNETS[family]["attention_head_dim"]
+    unet = empty_denoiser(info).state_dict()
     names = names_of_unet(info.parts["unet"])
     assert {new: tensors[old].shape for old, new in names.items()} == {n: t.shape for n, t in unet.items()}
     assert [info.parts["vae"].config[key] for key in VAE] == list(VAE.values())

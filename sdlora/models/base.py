@@ -1,0 +1,148 @@
+"""The protocol of a base: what training, sampling, evaluation and the memory plan know of it.
+
+`StableDiffusion` implements it. Nothing outside `models/` asks which network denoises or which encoders read
+the text.
+
+B batch, C channels, H W image size, h w latent size, L tokens, D width of the hidden states, P of the pooled
+ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from sdlora.models.info import BaseInfo
+from sdlora.models.tokenizer import TokenCount
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """What the denoiser reads beside noisy latents and timesteps.
+
+    Args:
+        hidden: Text states, (B, L, D), or (L, D) for one caption.
+        pooled: (B, P) where the denoiser reads pooled text, else None.
+        time_ids: (B, 6) for SDXL (2307.01952, section 2.2), else None: original height and width, top and
+            left of the crop, target height and width, in pixels.
+    """
+
+    hidden: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, index: int) -> Condition:
+        """One caption of a batch."""
+        return Condition(
+            self.hidden[index],
+            None if self.pooled is None else self.pooled[index],
+            None if self.time_ids is None else self.time_ids[index],
+        )
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Condition:
+        """A copy on a device; time ids are pixels and stay exact whatever the dtype."""
+        return Condition(
+            self.hidden.to(device, dtype),
+            None if self.pooled is None else self.pooled.to(device, dtype),
+            None if self.time_ids is None else self.time_ids.to(device),
+        )
+
+    def with_time_ids(self, time_ids: Tensor) -> Condition:
+        return replace(self, time_ids=time_ids)
+
+    @staticmethod
+    def stack(conditions: Sequence[Condition]) -> Condition:
+        """A batch of single captions."""
+        pooled = [one.pooled for one in conditions if one.pooled is not None]
+        time_ids = [one.time_ids for one in conditions if one.time_ids is not None]
+        return Condition(
+            torch.stack([one.hidden for one in conditions]),
+            torch.stack(pooled) if pooled else None,
+            torch.stack(time_ids) if time_ids else None,
+        )
+
+
+class Base(Protocol):
+    """A frozen base in eval mode and without gradients.
+
+    Attributes:
+        info: Its description, known before weights are loaded. `info.scheduler_config` describes the noise
+            schedule, which `diffusion.schedule` builds.
+        denoiser: The network that is trained on.
+        vae: Encodes and decodes images.
+        dtype: Of the denoiser.
+        safety_checker: Whether each image must be withheld; None if the base has none.
+    """
+
+    info: BaseInfo
+    denoiser: nn.Module
+    vae: Any
+    dtype: torch.dtype
+    safety_checker: Callable[[Sequence[Image]], Sequence[bool]] | None
+
+    @property
+    def device(self) -> torch.device:
+        """The denoiser's device."""
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """The networks that can carry adapters, by their names in LoRA files."""
+
+    @property
+    def dtypes(self) -> Mapping[str, str]:
+        """Effective dtype of each component, for the log (R-11)."""
+
+    @property
+    def text_dtype(self) -> torch.dtype:
+        """Dtype of the text encoders."""
+
+    @property
+    def attention_kernel(self) -> str:
+        """Attention implementation of the denoiser, for the log (R-46)."""
+
+    def encoders_to(self, device: torch.device | str) -> None:
+        """Moves VAE and text encoders."""
+
+    def text_encoders_to(self, device: torch.device | str) -> None: ...
+
+    def enable_gradient_checkpointing(self, *, text: bool) -> None:
+        """Recomputes activations in the backward pass; `text` for text encoders as well."""
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean and standard deviation, each (B, C, h, w), of pixels (B, 3, H, W) in [-1, 1]."""
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) of latents (B, C, h, w)."""
+
+    def encode_captions(self, captions: Sequence[str]) -> Condition:
+        """Text states of captions, each encoded alone so that it does not depend on its neighbours."""
+
+    def encode_batch(self, captions: Sequence[str]) -> Condition:
+        """Text states of captions in one pass, with gradients where a text encoder is trained."""
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """The denoiser's prediction (B, C, h, w) in float32 for noisy latents and timesteps (B,)."""
+
+    def example_inputs(
+        self, latents: tuple[int, int] | None = None, batch_size: int = 1
+    ) -> tuple[Tensor, Tensor, Condition]:
+        """Fixed inputs for `denoise`, on its device.
+
+        Args:
+            latents: h and w; by default the smallest that has several positions at every level.
+            batch_size: B.
+        """
+
+    def make_pipeline(self, scheduler: Any) -> Any:
+        """The stock diffusers pipeline around the denoiser, which takes encoded prompts and gives latents."""
+
+    def count_tokens(self, caption: str) -> TokenCount:
+        """A caption as the text encoders see it."""
