@@ -17,7 +17,7 @@ from sdlora.config import BaseSection
 from sdlora.errors import ModelError
 from sdlora.models.infer_config import clip_config, open_clip_config, unet_config, vae_config
 from sdlora.models.info import inspect_base
-from sdlora.models.ldm_keys import names_of_unet
+from sdlora.models.ldm_keys import denoiser_names
 from sdlora.models.meta import empty_denoiser
 
 ATTENDS = "CrossAttnDownBlock2D"
@@ -221,7 +221,7 @@ def test_published_bases_are_read_whole(
     assert info.family == family
     assert info.denoiser_config["attention_head_dim"] == UNETS[family]["attention_head_dim"]
     unet = empty_denoiser(info).state_dict()
-    names = names_of_unet(info.parts["unet"])
+    names = denoiser_names(info.parts["unet"])
     assert {new: tensors[old].shape for old, new in names.items()} == {n: t.shape for n, t in unet.items()}
     assert [info.parts["vae"].config[key] for key in VAE] == list(VAE.values())
     assert info.parts["text_encoder"].config["num_hidden_layers"] == (23 if family == "sd2" else 12)
