@@ -77,6 +77,11 @@ def mse(error: Tensor, schedule: Schedule, timesteps: Tensor) -> Tensor:
     return error.square()
 
 
+def l1(error: Tensor, schedule: Schedule, timesteps: Tensor) -> Tensor:
+    """|e|, which hardly heeds outliers; its gradients do not shrink with the error."""
+    return error.abs()
+
+
 def huber(error: Tensor, schedule: Schedule, timesteps: Tensor, **parameters: Any) -> Tensor:
     """Huber (1964): e² for |e| <= δ, else δ (2 |e| - δ); equals e² for small errors."""
     delta, size = huber_delta(error, schedule, timesteps, **parameters), error.abs()
@@ -137,6 +142,7 @@ HUBER = {
 
 LOSSES = {
     "mse": Entry(mse, "squared error"),
+    "l1": Entry(l1, "absolute error"),
     "huber": Entry(huber, "squared, then linear", HUBER),
     "pseudo_huber": Entry(pseudo_huber, "a smooth Huber loss", HUBER),
     "smooth_l1": Entry(smooth_l1, "absolute, smooth at 0", HUBER),

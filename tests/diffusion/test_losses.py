@@ -16,7 +16,8 @@ SCHEDULE = NoiseSchedule(torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0]), "epsilon")
 
 
 def losses_of(error: torch.Tensor, loss: str, delta: float) -> torch.Tensor:
-    settings = ObjectiveSection(loss=loss, huber_delta=delta, huber_schedule="constant")
+    given = {"huber_delta": delta, "huber_schedule": "constant"} if LOSSES[loss].parameters else {}
+    settings = ObjectiveSection(loss=loss, **given)
     entry, errors = LOSSES[loss], error.view(1, 1, 1, -1)
     return entry.function(errors, SCHEDULE, torch.tensor([2]), **settings.parameters(entry)).flatten()
 
@@ -25,6 +26,8 @@ def losses_of(error: torch.Tensor, loss: str, delta: float) -> torch.Tensor:
     ("loss", "expected"),
     [
         # δ = 0.5 at e = 0, 0.5, -2.
+        ("mse", [0.0, 0.25, 4.0]),
+        ("l1", [0.0, 0.5, 2.0]),
         ("huber", [0.0, 0.25, 0.5 * (4 - 0.5)]),
         ("pseudo_huber", [0.0, 1 * (math.sqrt(0.5) - 0.5), 1 * (math.sqrt(4.25) - 0.5)]),
         ("smooth_l1", [0.0, 2 * (math.sqrt(0.5) - 0.5), 2 * (math.sqrt(4.25) - 0.5)]),
