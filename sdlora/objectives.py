@@ -174,6 +174,15 @@ def style_friendly(schedule: Schedule, timestep_mean: float, timestep_std: float
     return _normal_cdf((schedule.log_snr_edges - timestep_mean) / timestep_std).diff().abs()
 
 
+def cubic(schedule: Schedule) -> Tensor:
+    """T2I-Adapter (Mou et al. 2023, 2302.08453, section 3.4): t = ⌊(1 - u³) T⌋ with uniform u.
+
+    P(t) = (1 - t / T)^(1/3) - (1 - (t + 1) / T)^(1/3): high noise, and some of all the rest. It is ai-toolkit's
+    `content_or_style = style`.
+    """
+    return -(1 - schedule.time_edges).pow(1 / 3).diff()
+
+
 def _normal_cdf(value: Tensor) -> Tensor:
     """Φ."""
     return (1 + (value * math.sqrt(0.5)).erf()) * 0.5
@@ -190,4 +199,5 @@ TIMESTEPS = {
     "uniform": Entry(uniform, "equally often"),
     "logit_normal": Entry(logit_normal, "mid noise, as SD3", _normal(0.0, 1.0)),
     "style_friendly": Entry(style_friendly, "high noise, normal in log-SNR", _normal(-6.0, 2.0)),
+    "cubic": Entry(cubic, "high noise, as T2I-Adapter"),
 }

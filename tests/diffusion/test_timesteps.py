@@ -11,6 +11,7 @@ from sdlora.config import ObjectiveSection
 from sdlora.diffusion.schedule import NoiseSchedule, schedule_from_config
 from sdlora.diffusion.timesteps import make_sampler, timestep_probabilities
 from sdlora.errors import ConfigError
+from sdlora.objectives import TIMESTEPS
 from tests.checks import raises
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -74,7 +75,19 @@ def test_logit_normal_by_hand():
     torch.testing.assert_close(timestep_probabilities(schedule, settings), expected)
 
 
-@pytest.mark.parametrize("timesteps", ["uniform", "logit_normal", "style_friendly"])
+def test_cubic_by_hand():
+    """2302.08453: ⌊(1 - u³) 4⌋ is 3 for u below 4^(-1/3), 2 up to 2^(-1/3), 1 up to (3/4)^(1/3), else 0."""
+    schedule = NoiseSchedule(torch.tensor([0.9, 0.6, 0.3, 0.1]), "epsilon")
+    limits = [1.0, 0.75 ** (1 / 3), 0.5 ** (1 / 3), 0.25 ** (1 / 3), 0.0]
+    expected = -torch.tensor(limits, dtype=torch.float64).diff()
+    found = timestep_probabilities(schedule, section("cubic", timestep_range=(0, 4)))
+    torch.testing.assert_close(found, expected)
+    share = torch.rand(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    counts = ((1 - share**3) * 4).long().bincount(minlength=4) / len(share)
+    torch.testing.assert_close(counts.double(), expected, rtol=0, atol=0.005)
+
+
+@pytest.mark.parametrize("timesteps", TIMESTEPS)
 def test_draws_follow_the_probabilities(timesteps):
     """What is drawn is what was worked out; objective.timestep_range cuts."""
     settings = section(timesteps, timestep_range=(100, 900))
