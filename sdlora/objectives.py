@@ -177,10 +177,20 @@ def style_friendly(schedule: Schedule, timestep_mean: float, timestep_std: float
 def cubic(schedule: Schedule) -> Tensor:
     """T2I-Adapter (Mou et al. 2023, 2302.08453, section 3.4): t = ⌊(1 - u³) T⌋ with uniform u.
 
-    P(t) = (1 - t / T)^(1/3) - (1 - (t + 1) / T)^(1/3): high noise, and some of all the rest. It is ai-toolkit's
-    `content_or_style = style`.
+    P(t) = (1 - t / T)^(1/3) - (1 - (t + 1) / T)^(1/3): high noise, and some of all the rest. In ai-toolkit this
+    is `content_or_style = style`.
     """
     return -(1 - schedule.time_edges).pow(1 / 3).diff()
+
+
+def sigmoid(schedule: Schedule, timestep_weight: float, timestep_bias: float) -> Tensor:
+    """OneTrainer's SIGMOID: P(t) in proportion to σ(w (t / (T - 1) - 1/2 - b)).
+
+    w and b are OneTrainer's `noising_weight` and `noising_bias`: w > 0 favours high noise, w < 0 low noise, and
+    b > 0 moves the turning point towards high noise. (sd-scripts' sigmoid is `logit_normal`.)
+    """
+    time = schedule.time_edges[:-1] * (schedule.num_timesteps / max(1, schedule.num_timesteps - 1))
+    return (timestep_weight * (time - 0.5 - timestep_bias)).sigmoid()
 
 
 def _normal_cdf(value: Tensor) -> Tensor:
@@ -200,4 +210,14 @@ TIMESTEPS = {
     "logit_normal": Entry(logit_normal, "mid noise, as SD3", _normal(0.0, 1.0)),
     "style_friendly": Entry(style_friendly, "high noise, normal in log-SNR", _normal(-6.0, 2.0)),
     "cubic": Entry(cubic, "high noise, as T2I-Adapter"),
+    "sigmoid": Entry(
+        sigmoid,
+        "a sigmoid of t / T, as OneTrainer",
+        {
+            "timestep_weight": Parameter(8.0, "steepness of the sigmoid; below 0 favors low noise"),
+            "timestep_bias": Parameter(
+                0.0, "offset of its turning point from the middle", {"gt": -1, "lt": 1}
+            ),
+        },
+    ),
 }

@@ -87,6 +87,15 @@ def test_cubic_by_hand():
     torch.testing.assert_close(counts.double(), expected, rtol=0, atol=0.005)
 
 
+def test_sigmoid_by_hand():
+    """OneTrainer: 1 / (1 + exp(-w (x - 1/2 - b))) at x = 0, 1/3, 2/3, 1."""
+    schedule = NoiseSchedule(torch.tensor([0.9, 0.6, 0.3, 0.1]), "epsilon")
+    settings = section("sigmoid", timestep_weight=6.0, timestep_bias=1 / 6, timestep_range=(0, 4))
+    weights = [1 / (1 + math.exp(exponent)) for exponent in (4, 2, 0, -2)]
+    expected = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    torch.testing.assert_close(timestep_probabilities(schedule, settings), expected)
+
+
 @pytest.mark.parametrize("timesteps", TIMESTEPS)
 def test_draws_follow_the_probabilities(timesteps):
     """What is drawn is what was worked out; objective.timestep_range cuts."""
