@@ -157,7 +157,7 @@ def uniform(schedule: Schedule) -> Tensor:
 def logit_normal(schedule: Schedule, timestep_mean: float, timestep_std: float) -> Tensor:
     """Esser et al. 2024 (2403.03206), equation 19: t = ⌊σ(z) T⌋ with z ~ N(m, s²).
 
-    P(t) = Φ((logit((t + 1) / T) - m) / s) - Φ((logit(t / T) - m) / s). m = 0 favours the middle, m > 0 high
+    P(t) = Φ((logit((t + 1) / T) - m) / s) - Φ((logit(t / T) - m) / s). m = 0 favors the middle, m > 0 high
     noise. sd-scripts' `timestep_sampling = sigmoid` is m = 0 with s = `sigmoid_scale`.
     """
     return _normal_cdf((schedule.time_edges.logit() - timestep_mean) / timestep_std).diff()
@@ -177,8 +177,8 @@ def style_friendly(schedule: Schedule, timestep_mean: float, timestep_std: float
 def cubic(schedule: Schedule) -> Tensor:
     """T2I-Adapter (Mou et al. 2023, 2302.08453, section 3.4): t = ⌊(1 - u³) T⌋ with uniform u.
 
-    P(t) = (1 - t / T)^(1/3) - (1 - (t + 1) / T)^(1/3): high noise, and some of all the rest. In ai-toolkit this
-    is `content_or_style = style`.
+    P(t) = (1 - t / T)^(1/3) - (1 - (t + 1) / T)^(1/3): high noise, and some of all the rest. ai-toolkit
+    calls it `content_or_style = style`.
     """
     return -(1 - schedule.time_edges).pow(1 / 3).diff()
 
@@ -186,8 +186,8 @@ def cubic(schedule: Schedule) -> Tensor:
 def sigmoid(schedule: Schedule, timestep_weight: float, timestep_bias: float) -> Tensor:
     """OneTrainer's SIGMOID: P(t) in proportion to σ(w (t / (T - 1) - 1/2 - b)).
 
-    w and b are OneTrainer's `noising_weight` and `noising_bias`: w > 0 favours high noise, w < 0 low noise, and
-    b > 0 moves the turning point towards high noise. (sd-scripts' sigmoid is `logit_normal`.)
+    w and b are OneTrainer's `noising_weight` and `noising_bias`: w > 0 favors high noise, w < 0 low noise,
+    and b > 0 moves the turning point towards high noise. (sd-scripts' sigmoid is `logit_normal`.)
     """
     time = schedule.time_edges[:-1] * (schedule.num_timesteps / max(1, schedule.num_timesteps - 1))
     return (timestep_weight * (time - 0.5 - timestep_bias)).sigmoid()
