@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -79,6 +80,20 @@ def test_links_and_figures_exist():
     assert len(targets) > 8
     for target in targets:
         assert (REPOSITORY / target).exists(), target
+
+
+def test_the_table_of_settings():
+    """Its rows are what config.py says: key, default, description; paste what this prints to update it."""
+    table = README[README.index("| setting | default | description |") :].split("\n\n")[0]
+    rows = table.splitlines()[2:]
+    expected = []
+    for key in (row.split("`")[1] for row in rows):
+        section, name = key.split(".")
+        settings = getattr(sdlora.RunConfig(), section)
+        value, description = getattr(settings, name), type(settings).model_fields[name].description
+        default = f"`{value if isinstance(value, str) else json.dumps(value)}`" if value is not None else ""
+        expected.append(f"| `{key}` | {default} | {description} |")
+    assert rows == expected, "\n".join(expected)
 
 
 def test_every_setting_named_is_one():
