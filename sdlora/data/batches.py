@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TypeVar
 
 from sdlora.config import DataSection
@@ -46,13 +47,7 @@ class BatchOrder:
         settings: Options of the caption pipeline.
         global_batch: Samples per step, over all processes and micro-batches.
         seed: Keys the order and the draws.
-
-    Raises:
-        DataError: If there are no images.
     """
-
-    steps_per_epoch: int
-    samples_per_epoch: int
 
     def __init__(
         self,
@@ -98,11 +93,8 @@ class BatchOrder:
             draws.shuffle(numbers)
             steps += [numbers[i : i + self._global_batch] for i in range(0, len(numbers), self._global_batch)]
         draws.shuffle(steps)
-        placed, before = [], 0
-        for numbers in steps:
-            placed.append((before, numbers))
-            before += len(numbers)
-        return placed
+        before = accumulate(map(len, steps), initial=0)
+        return list(zip(before, steps, strict=False))
 
     def _draw(self, index: int, record: ImageRecord) -> Sample:
         """Crop and caption have separate generators, so that neither changes the other (R-04)."""

@@ -78,11 +78,6 @@ class BucketPlan:
         """Factor by which an image is scaled to cover its bucket; above 1, it is enlarged."""
         return self.crops[record.name][0].resized.width / record.size.width
 
-    @property
-    def worst_loss(self) -> float:
-        """Largest share that an image of aspect 1:2 to 2:1 can lose with these buckets."""
-        return worst_loss(self.resolution, self.step)
-
 
 def plan_buckets(
     records: Sequence[ImageRecord],
@@ -100,7 +95,7 @@ def plan_buckets(
         resolution: Side of the square with the area of the buckets, in pixels.
         settings: `crop`, `crop_variants` and `flip` are used.
         heldout: Images that get one center crop.
-        min_step: The sides must be multiples of this for the base, in pixels.
+        min_step: The base needs sides that are multiples of this, in pixels.
         seed: Keys the random crops, together with each image's digest.
     """
     step = choose_step(resolution, min_step)

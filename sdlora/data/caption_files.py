@@ -65,15 +65,6 @@ def find_captions(
     """Looks for captions beside the images and in metadata files above them.
 
     The order of trust is `.txt`, `.caption`, then metadata of the nearest folder, `.jsonl` before `.csv`.
-
-    Args:
-        root: The image folder.
-        files: All files in it, relative, with forward slashes.
-        images: Those that are images.
-        noticed: Takes what cannot be read or matched.
-
-    Returns:
-        The caption of each image that has one.
     """
     search = _Search(root, noticed)
     names = sorted(files)

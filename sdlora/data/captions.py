@@ -64,12 +64,7 @@ OPERATIONS: dict[str, Callable[[DataSection], Operation | None]] = {
 
 @dataclass(frozen=True)
 class CaptionPipeline:
-    """The operations of a run, and caption dropout.
-
-    Args:
-        operations: In the order in which they apply.
-        dropout: Share of samples with the empty caption.
-    """
+    """The operations of a run, in order, and the share of samples with an empty caption."""
 
     operations: Sequence[Operation]
     dropout: float = 0.0
@@ -86,13 +81,7 @@ class CaptionPipeline:
         return CaptionPipeline(fixed)(caption, random.Random(0))
 
     def variants(self, caption: str, *, seed: int, digest: str) -> tuple[str, ...]:
-        """Training captions of an image; equal ones are kept once.
-
-        Args:
-            caption: Text of the file.
-            seed: Of the run.
-            digest: Of the image; keys the draws together with the seed and the variant's number.
-        """
+        """Training captions of the image with this digest; equal ones are kept once."""
         is_random = any(operation.is_random for operation in self.operations)
         texts = [
             self(caption, keyed_random(seed, "caption", digest, number))

@@ -23,15 +23,7 @@ SHEET_IMAGES, SHEET_COLUMNS, SHEET_CELL = 60, 10, 128
 
 @dataclass(frozen=True)
 class Checkup:
-    """Result of examining an image folder.
-
-    Attributes:
-        index: The images.
-        buckets: Their buckets and crops.
-        summary: Lines about images, captions and buckets.
-        findings: Errors, warnings, notices.
-        sheet: Path of the contact sheet, if one was asked for.
-    """
+    """Result of examining an image folder."""
 
     index: DatasetIndex
     buckets: BucketPlan
@@ -41,7 +33,6 @@ class Checkup:
 
     @property
     def has_errors(self) -> bool:
-        """Whether training would refuse the folder."""
         return any(finding.severity == "error" for finding in self.findings)
 
     def lines(self) -> list[str]:
@@ -60,18 +51,11 @@ def check_images(
     count_tokens: CountTokens | None = None,
     sheet: Path | None = None,
 ) -> Checkup:
-    """Examines the image folder of a run.
-
-    Args:
-        config: `images`, `data` and `train.seed` are used.
-        resolution: Training resolution of the base, in pixels.
-        min_step: Smallest bucket step of the base, in pixels.
-        count_tokens: The base's tokenizer, if there is a base.
-        sheet: Path of the contact sheet to draw.
+    """Examines the image folder of a run, and draws a contact sheet if a path is given.
 
     Raises:
-        DataError: If the folder is missing or holds no image to train on.
-        ConfigError: If the sheet would be one of the images.
+        DataError: If the folder is missing or has no image to train on.
+        ConfigError: If the contact sheet would be one of the images.
     """
     if sheet is not None and Path(os.path.realpath(sheet)).is_relative_to(os.path.realpath(config.images)):
         raise ConfigError(

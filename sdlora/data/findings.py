@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Protocol
 
 from sdlora.config import DataSection
-from sdlora.data.buckets import MAX_LOSS, BucketPlan
+from sdlora.data.buckets import MAX_LOSS, BucketPlan, worst_loss
 from sdlora.data.captions import has_trigger
 from sdlora.data.records import DatasetIndex, Finding, ImageRecord, Noticed, Severity, count_of
 from sdlora.errors import join_names
@@ -75,23 +75,16 @@ MESSAGES: dict[Severity, dict[str, str]] = {
 
 
 class TokenCount(Protocol):
-    """How a tokenizer reads a caption."""
+    """How a tokenizer reads a caption: the tokens it needs, as text too, and the text beyond the limit."""
 
     @property
-    def used(self) -> int:
-        """Tokens of the whole caption."""
-
+    def used(self) -> int: ...
     @property
-    def limit(self) -> int:
-        """Tokens that the base takes."""
-
+    def limit(self) -> int: ...
     @property
-    def pieces(self) -> Sequence[str]:
-        """The tokens as text."""
-
+    def pieces(self) -> Sequence[str]: ...
     @property
-    def lost(self) -> str:
-        """The end of the caption that is cut off, or empty."""
+    def lost(self) -> str: ...
 
 
 CountTokens = Callable[[str], TokenCount]
@@ -100,14 +93,7 @@ CountTokens = Callable[[str], TokenCount]
 def examine(
     index: DatasetIndex, plan: BucketPlan, settings: DataSection, count_tokens: CountTokens | None
 ) -> list[Finding]:
-    """All findings, errors first; a caller stops on errors.
-
-    Args:
-        index: The scanned folder.
-        plan: The buckets.
-        settings: `trigger` and `on_bad_image` are used.
-        count_tokens: The base's tokenizer, if there is a base.
-    """
+    """All findings, errors first; tokens are counted if there is a base."""
     noticed: Noticed = defaultdict(dict, {key: dict(names) for key, names in index.noticed.items()})
     if not index.records:
         noticed["data.no-images-left"][str(index.root)] = ""
@@ -127,7 +113,7 @@ def examine(
 
 
 class _Count(int):
-    """A number that `{count:image}` prints with its noun."""
+    """`{count:image}` prints the number with its noun."""
 
     def __format__(self, noun: str) -> str:
         return count_of(int(self), noun)
@@ -161,8 +147,8 @@ def _examine_records(
 
 def _examine_sizes(plan: BucketPlan, noticed: Noticed) -> None:
     """R-15: resolutions that crop much, and the images that lose or are enlarged most."""
-    if plan.worst_loss >= MAX_LOSS:
-        detail = f"with buckets in steps of {plan.step} px can crop {plan.worst_loss:.0%}"
+    if (loss := worst_loss(plan.resolution, plan.step)) >= MAX_LOSS:
+        detail = f"with buckets in steps of {plan.step} px can crop {loss:.0%}"
         noticed["data.resolution"][str(plan.resolution)] = detail
     for share, name in largest_first((plan.lost_share(record.name), record.name) for record in plan.records):
         if share > LARGE_LOSS:

@@ -32,11 +32,8 @@ def is_heldout(name: str) -> bool:
 def list_files(root: Path, noticed: Noticed, *, follow_links: bool = False) -> list[str]:
     """Lists all files below a folder: relative, with forward slashes, sorted.
 
-    Args:
-        root: The folder; it may be a link itself.
-        noticed: Takes what is ignored or cannot be read.
-        follow_links: Also follows links to files outside the folder. Otherwise a downloaded archive could
-            bring any file of this machine into a run, and into the metadata of its adapters.
+    Links out of the folder are not followed by default: a downloaded archive could bring any file of this
+    machine into a run, and into the metadata of its adapters.
     """
     files: list[str] = []
     home = Path(os.path.realpath(root))

@@ -49,11 +49,7 @@ class UnreadableImageError(DataError):
 
 
 def parse_colour(background: str) -> tuple[int, int, int]:
-    """Red, green and blue of a colour name or #rrggbb.
-
-    Raises:
-        ConfigError: If it is neither.
-    """
+    """Red, green and blue of a colour name or #rrggbb."""
     try:
         red, green, blue = ImageColor.getrgb(background)[:3]
     except ValueError:
@@ -93,11 +89,7 @@ def load_record(record: ImageRecord, background: str = "white") -> Image.Image:
 
 
 def measure_file(path: Path) -> tuple[str, Size, bool]:
-    """Digest, size as shown, and whether a file is animated.
-
-    Raises:
-        UnreadableImageError: If it cannot be read to its end, or is not an image.
-    """
+    """Digest, size as shown, and whether a file is animated; raises UnreadableImageError."""
     try:
         is_large = path.stat().st_size > LARGE_BYTES
     except OSError as error:
@@ -108,16 +100,8 @@ def measure_file(path: Path) -> tuple[str, Size, bool]:
 
 
 def measure_image(path: Path, data: bytes) -> tuple[Size, bool]:
-    """Decodes a whole file; returns its size as shown, and whether it is animated.
-
-    Raises:
-        UnreadableImageError: If it is empty, truncated or not an image.
-    """
-    with (
-        _decoding(path),
-        _open(path, data) as image,
-        _one_at_a_time(image.width * image.height > LARGE_PIXELS),
-    ):
+    """Decodes a whole file; returns its size as shown, and whether it is animated."""
+    with _decoding(path), _open(path, data) as image, _one_at_a_time(_area(image) > LARGE_PIXELS):
         is_animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
         if image.format == "JPEG":
             # A reduced decode still reads the whole stream, at a third of the cost.
@@ -163,6 +147,10 @@ def _open(path: Path, data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
     except UnidentifiedImageError:
         raise UnreadableImageError(path, f"is not an image (it starts with {data[:12]!r})") from None
+
+
+def _area(image: Image.Image) -> int:
+    return image.width * image.height
 
 
 def _one_at_a_time(is_large: bool) -> AbstractContextManager[object]:

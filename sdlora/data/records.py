@@ -68,14 +68,7 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A result of preflight: errors stop a run, warnings and notices are printed.
-
-    Attributes:
-        severity: How serious it is.
-        message: One line, with unprintable characters escaped.
-        names: The files it is about.
-        key: Stable name of the kind of finding, such as `data.image-unreadable`.
-    """
+    """A result of preflight; errors stop a run. Keys, such as `data.copies`, are stable."""
 
     severity: Severity
     message: str
@@ -88,14 +81,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class DatasetIndex:
-    """Result of scanning an image folder.
-
-    Attributes:
-        root: The image folder.
-        records: Training images, by name.
-        heldout: Held-out images, by name; never trained on.
-        noticed: Input of `data.findings.examine`.
-    """
+    """Result of scanning an image folder: training and held-out images by name, and input for findings."""
 
     root: Path
     records: tuple[ImageRecord, ...]
@@ -120,11 +106,7 @@ def count_of(number: int, noun: str) -> str:
 
 
 def raise_errors(findings: Iterable[Finding]) -> None:
-    """Raises one DataError for all findings that are errors.
-
-    Raises:
-        DataError: With a line and a key for each.
-    """
+    """Raises one DataError for all findings that are errors, with a line and a key for each."""
     errors = [finding for finding in findings if finding.severity == "error"]
     if errors:
         raised = DataError("\n".join(finding.message for finding in errors))

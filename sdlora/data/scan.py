@@ -33,16 +33,7 @@ AUTO_SHARE, AUTO_FROM, AUTO_LEAST = 0.1, 12, 2
 
 
 def read_dataset(config: RunConfig, *, resolution: int, min_step: int) -> tuple[DatasetIndex, BucketPlan]:
-    """Scans the image folder of a run and plans its buckets; the same settings always give the same crops.
-
-    Args:
-        config: The run's settings.
-        resolution: Training resolution of the base, in pixels, unless `data.resolution` is set.
-        min_step: Smallest bucket step of the base, in pixels.
-
-    Raises:
-        DataError: If the folder is missing or holds no image to train on.
-    """
+    """Scans the image folder of a run and plans its buckets for a base of this size."""
     seed = config.train.seed
     index = scan_dataset(config.images, config.data, seed)
     resolution = config.data.resolution or resolution
@@ -53,17 +44,12 @@ def read_dataset(config: RunConfig, *, resolution: int, min_step: int) -> tuple[
 
 
 def scan_dataset(root: str | Path, settings: DataSection, seed: int = 0) -> DatasetIndex:
-    """Reads every image and caption below a folder.
+    """Reads every image and caption below a folder; `data.findings` examines the result.
 
-    Problems with single files are kept for `sdlora.data.findings.examine`.
-
-    Args:
-        root: The image folder; subfolders and `N_name` folders in it are found.
-        settings: `trigger`, `heldout`, `allow_missing_captions`, `background`, `follow_links`.
-        seed: Keys, with the images' digests, the choice of held-out images and the variants of captions.
+    The seed and the images' digests decide which are held out, and the variants of captions.
 
     Raises:
-        DataError: If the folder is missing or holds no image to train on.
+        DataError: If the folder is missing or has no image to train on.
         ConfigError: If `data.background` is not a colour.
     """
     root = Path(root).expanduser()
