@@ -1,4 +1,4 @@
-"""Training that starts from another LoRA file: same change, another rank."""
+"""Initialising a fresh adapter from another LoRA file: the same change, at another rank."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sdlora.rank.svd import decompose
 
 @dataclass(frozen=True, slots=True)
 class InitReport:
-    """How a fresh adapter took over another one's change.
+    """How modules were initialised from a file.
 
     Args:
         num_kept: Modules of the same rank.
-        num_padded: Modules whose rank grew, by directions that change nothing yet.
-        num_truncated: Modules whose rank shrank.
-        num_fresh: Modules that the other one does not change.
+        num_padded: Modules padded to a larger rank, which changes nothing yet.
+        num_truncated: Modules truncated to a smaller rank.
+        num_fresh: Modules that are not in the file.
         error: Norm of what truncation lost over the norm of the whole change.
     """
 
@@ -34,26 +34,26 @@ class InitReport:
 
     def __str__(self) -> str:
         parts = [
-            f"{self.num_kept} modules as they are" if self.num_kept else "",
-            f"{self.num_padded} padded to a larger rank, exactly" if self.num_padded else "",
-            f"{self.num_truncated} truncated to a smaller rank (relative error {self.error:.2%} of the whole)"
+            f"{self.num_kept} modules copied" if self.num_kept else "",
+            f"{self.num_padded} padded to a larger rank (exact)" if self.num_padded else "",
+            f"{self.num_truncated} truncated to a smaller rank (error {self.error:.2%} of the whole change)"
             if self.num_truncated
             else "",
-            f"{self.num_fresh} fresh, since the file does not change them" if self.num_fresh else "",
+            f"{self.num_fresh} not in the file (fresh)" if self.num_fresh else "",
         ]
         return ", ".join(part for part in parts if part)
 
 
 def check_init_targets(start: Adapter, targets: Collection[str], source: str) -> None:
-    """Whether an adapter on these modules can take over another one's change.
+    """Checks that all modules of a file are trained.
 
     Args:
-        start: As read from a file.
+        start: Loaded from the file.
         targets: The modules that are trained.
         source: The setting, such as `lora.init_from = style.safetensors`.
 
     Raises:
-        ConfigError: If the other one changes modules that are not trained.
+        ConfigError: If some are not.
     """
     left_out = [name for name in start.modules if name not in targets]
     if left_out:
@@ -61,21 +61,22 @@ def check_init_targets(start: Adapter, targets: Collection[str], source: str) ->
             "lora.text_encoder=true and " if any(component_of(name) != DENOISER for name in left_out) else ""
         )
         raise ConfigError(
-            f"{source} also changes {len(left_out)} of its {len(start.modules)} modules that lora.targets "
-            f"leaves out, such as {left_out[0]}; set {text}lora.targets to all that it changes"
+            f"{source} has {len(left_out)} of its {len(start.modules)} modules outside lora.targets, such as "
+            f"{left_out[0]}; set {text}lora.targets to include them",
+            key="lora.targets",
         )
 
 
 @torch.no_grad()
 def init_from_adapter(adapter: Adapter, start: Adapter) -> InitReport:
-    """Gives a fresh adapter the change of another one, module by module.
+    """Copies the change of another adapter into a fresh one, module by module.
 
-    A larger rank keeps its further rows of `down` as drawn, with columns of `up` that are zero: the same
-    change, and directions that can learn. A smaller rank takes the nearest product of that rank.
+    A larger rank keeps its further rows of `down` as drawn, with zero columns of `up`: the same change, and
+    directions that can learn. A smaller rank gets the nearest product of that rank.
 
     Args:
-        adapter: Fresh; changed in place. What the other one does not change stays fresh.
-        start: One that `check_init_targets` lets pass.
+        adapter: Fresh; changed in place. Modules that the other one lacks stay fresh.
+        start: Checked by `check_init_targets`.
     """
     padded, truncated, lost, whole = 0, 0, 0.0, 0.0
     fresh_pairs = low_rank_modules(adapter, "lora.init_from")

@@ -1,7 +1,7 @@
-"""One adapter from several: their weighted sum, exact or at a smaller rank, and two ways to mind conflicts.
+"""Merging adapters into one: their weighted sum, exact or truncated, TIES and DARE.
 
-R rank. TIES and DARE change single weights, so they need the dense change: they form it for one module at a
-time, and give it back as the nearest pair of a rank.
+R rank. TIES and DARE work on single weights: they form the dense change of one module at a time, and return
+the nearest pair of a rank.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Method = Literal["concatenate", "svd", "ties", "dare"]
 METHODS: tuple[Method, ...] = get_args(Method)
 DENSITY = 0.5
 
-# What a file says of how it was trained is not true of a sum.
+# The metadata that also holds for a sum.
 _KEPT_NOTES = (
     "sdlora.parent", "sdlora.lineage", "sdlora.family", "sdlora.base_name", "sdlora.base_digest",
     "sdlora.prediction_type", "sdlora.resolution",
@@ -39,18 +39,18 @@ _KEPT_NOTES = (
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What the rank of a merged adapter could not hold.
+    """The error of a merge at a limited rank.
 
     Args:
-        error: Norm of what is lost over the norm of the whole change.
-        worst: The module that lost most, with its own relative error.
+        error: Norm of the difference over the norm of the whole change.
+        worst: The module with the largest relative error, and that error.
     """
 
     error: float
     worst: tuple[str, float]
 
     def lines(self) -> list[str]:
-        """For people."""
+        """As printed."""
         return [describe_error(self.error, self.worst)]
 
 
@@ -62,24 +62,24 @@ def merge(
     density: float | None = None,
     seed: int | None = None,
 ) -> tuple[Adapter, MergeReport | None]:
-    """Joins adapters of one family into one; modules that only some of them have are joined from those.
+    """Merges adapters of one family, module by module; some modules may be in only some of them.
 
     Args:
         adapters: (adapter, weight).
-        method: `concatenate` is the exact weighted sum, its rank the sum of the ranks; `svd` the nearest of
-            a rank to it. `ties` keeps the largest elements of each change, lets them vote on the sign, and
-            takes the mean of those that agree (TIES-Merging, arXiv 2306.01708). `dare` drops elements by
-            chance and scales the others up, so that the expected sum is the same (arXiv 2311.03099).
-        rank: Of the result; the largest of the ranks if not given. Not for `concatenate`.
-        density: The share of elements that `ties` and `dare` keep; 0.5 if not given.
-        seed: Of `dare`, 0 if not given; a draw depends on it, the adapter's place and the module's name.
+        method: `concatenate` is the exact weighted sum, whose rank is the sum of the ranks; `svd` truncates
+            it. `ties` keeps the largest elements of each change, elects a sign for each element, and
+            averages those that agree (TIES-Merging, arXiv 2306.01708). `dare` drops elements at random and
+            rescales the others, so that the expected sum is the same (arXiv 2311.03099).
+        rank: Of the result, by default the largest of the ranks; not for `concatenate`.
+        density: The share of elements that `ties` and `dare` keep, by default 0.5.
+        seed: Of `dare`, by default 0; a draw depends on it, the adapter's position and the module's name.
 
     Returns:
-        An adapter with alpha == rank, in fp32; and what its rank could not hold, where it was limited.
+        An adapter with alpha == rank, in fp32; and the error where its rank was limited.
 
     Raises:
-        ConfigError: If the settings do not go together.
-        AdapterError: If the adapters do not fit each other.
+        ConfigError: If the settings contradict each other.
+        AdapterError: If the adapters do not fit each other, or modules are not low-rank pairs.
     """
     _check(adapters, method, rank=rank, density=density, seed=seed)
     density = DENSITY if density is None else density
@@ -96,7 +96,7 @@ def merge(
         ]
         shapes = {(pair.down.shape[1:], pair.up.shape[0]) for _, pair in parts}
         if len(shapes) > 1:
-            raise AdapterError(f"the LoRAs do not fit each other: {name} has different sizes in them")
+            raise AdapterError(f"the sizes of {name} differ between the LoRAs", key="merge.sizes")
         modules[name] = join(name, parts)
     first = adapters[0][0]
     family = next((adapter.family for adapter, _ in adapters if adapter.family), "")
@@ -109,30 +109,37 @@ def merge(
 
 
 def _check(adapters: Sequence[tuple[Adapter, float]], method: Method, **given: float | None) -> None:
-    """Refuses what does not go together; a setting that the method does not use is a mistake."""
+    """Checks the settings and the adapters; a setting without effect is a mistake."""
     if not adapters:
-        raise ConfigError("merge needs at least one LoRA; give files")
+        raise ConfigError("there is no LoRA to merge; give files", key="merge.no-files")
     if method not in METHODS:
-        raise ConfigError(f"method = {method!r} must be one of {', '.join(METHODS)}")
+        raise ConfigError(f"method = {method!r} must be one of {', '.join(METHODS)}", key="merge.method")
     uses = {"rank": ("svd", "ties", "dare"), "density": ("ties", "dare"), "seed": ("dare",)}
     for name, value in given.items():
         if value is not None and method not in uses[name]:
             raise ConfigError(
                 f"{name} = {value:g} has no effect with method = {method}; leave it out, or use method = "
-                f"{' or '.join(uses[name])}"
+                f"{' or '.join(uses[name])}",
+                key="merge.no-effect",
             )
     rank, density = given["rank"], given["density"]
     if rank is not None and rank < 1:
-        raise ConfigError(f"rank = {rank:g} must be at least 1; leave it out for the largest of the LoRAs")
+        raise ConfigError(
+            f"rank = {rank:g} must be at least 1; the default is the largest of the LoRAs", key="merge.rank"
+        )
     if density is not None and not 0 < density <= 1:
-        raise ConfigError(f"density = {density:g} must be above 0 and at most 1; use {DENSITY}")
+        raise ConfigError(
+            f"density = {density:g} must be above 0 and at most 1, such as {DENSITY}", key="merge.density"
+        )
     families = sorted({adapter.family for adapter, _ in adapters if adapter.family})
     if len(families) > 1:
-        raise AdapterError(f"the LoRAs are for {' and '.join(families)}; give LoRAs of one family")
+        raise AdapterError(
+            f"the LoRAs are for {' and '.join(families)}; give LoRAs of one family", key="merge.families"
+        )
     if len({adapter.parent for adapter, _ in adapters}) > 1:
         raise AdapterError(
-            "the LoRAs were trained on top of different parents, so a sum of them stands on neither; "
-            "flatten each first with `sdlora tree flatten`"
+            "the LoRAs have different parents; flatten each with `sdlora tree flatten` first",
+            key="merge.parents",
         )
 
 
@@ -174,13 +181,13 @@ class _Joined(NamedTuple):
 
     pair: LowRank
     norm: float = 0.0
-    """Of the change that the pair stands for, where its rank is limited."""
+    """Of the whole change, where the rank is limited."""
     lost: float = 0.0
-    """The norm of what the pair could not hold."""
+    """Norm of the difference to it."""
 
 
 def _joiner(method: Method, rank: int, density: float, seed: int) -> Callable[[str, Parts], _Joined]:
-    """Joins the pairs of one module, given with the place of their adapter."""
+    """The function that merges the pairs of one module, given with the positions of their adapters."""
 
     def exact(name: str, parts: Parts) -> _Joined:
         return _Joined(concatenate([pair for _, pair in parts]))
@@ -200,7 +207,7 @@ def _joiner(method: Method, rank: int, density: float, seed: int) -> Callable[[s
 
 
 def concatenate(pairs: Sequence[LowRank]) -> LowRank:
-    """The pair whose product is the sum of the products, exactly: its rank is the sum of the ranks."""
+    """The exact sum of products; its rank is the sum of the ranks."""
     return LowRank(torch.cat([pair.down for pair in pairs]), torch.cat([pair.up for pair in pairs], dim=1))
 
 
@@ -210,27 +217,21 @@ def delta(pair: LowRank) -> Tensor:
 
 
 def trim(change: Tensor, density: float) -> Tensor:
-    """Keeps the share of elements with the largest magnitude (TIES-Merging, step 1), here of each module."""
+    """Keeps a share of the elements, the largest in magnitude (TIES-Merging, step 1)."""
     kept = max(1, round(density * change.numel()))
     threshold = change.abs().flatten().kthvalue(change.numel() - kept + 1).values
     return torch.where(change.abs() >= threshold, change, 0)
 
 
 def elect_signs(changes: Sequence[Tensor]) -> Tensor:
-    """The mean of those changes that have the sign of the sum, element by element (TIES, steps 2 and 3)."""
+    """Averages the elements that have the sign of their sum (TIES-Merging, steps 2 and 3)."""
     stacked = torch.stack(list(changes))
     agrees = (stacked.sign() == stacked.sum(0).sign()) & (stacked != 0)
     return (stacked * agrees).sum(0) / agrees.sum(0).clamp(min=1)
 
 
 def drop(change: Tensor, density: float, key: str) -> Tensor:
-    """Keeps each element with a probability and divides it by that (DARE).
-
-    Args:
-        change: The dense change.
-        density: The probability.
-        key: Decides the draw.
-    """
+    """Keeps each element with probability `density`, and divides it by that (DARE)."""
     generator = torch.Generator().manual_seed(name_seed(key))
     kept = torch.rand(change.shape, generator=generator).to(change.device) < density
     return change * kept / density

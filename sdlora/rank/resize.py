@@ -1,4 +1,4 @@
-"""The same adapter with less rank: by a number, by energy, by ratio, against the base, or to a file size."""
+"""Reducing the rank of an adapter: to a number, by energy, ratio or score, or to a file size."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class ResizeReport:
-    """What a smaller adapter has lost.
+    """Size and error of a resized adapter.
 
     Args:
-        rule: What was asked, such as `energy 0.99`.
-        ranks: By module; those that are left out have none.
+        rule: The rule with its value, such as `energy 0.99`.
+        ranks: By module; 0 for dropped modules.
         error: Norm of the difference over the norm of the whole change.
-        worst: The module that lost most, with its own relative error.
-        before: Parameters.
-        after: Parameters.
+        worst: The module with the largest relative error, and that error.
+        before: Number of parameters.
+        after: Number of parameters.
     """
 
     rule: str
@@ -36,14 +36,14 @@ class ResizeReport:
     after: int
 
     def lines(self) -> list[str]:
-        """For people."""
+        """As printed."""
         counts = Counter(rank for rank in self.ranks.values() if rank)
         ranks = ", ".join(f"{rank} ({count} modules)" for rank, count in sorted(counts.items())[:8])
         more = f" and {len(counts) - 8} more ranks" if len(counts) > 8 else ""
         dropped = sum(not rank for rank in self.ranks.values())
-        left_out = f"; {dropped} modules keep nothing and are left out" if dropped else ""
+        left_out = f"; {dropped} modules dropped" if dropped else ""
         return [
-            f"resized   by {self.rule}: {self.before:,} parameters become {self.after:,} "
+            f"resized   {self.rule}: {self.before:,} parameters -> {self.after:,} "
             f"({self.after / self.before:.0%})",
             f"rank      {ranks}{more}{left_out}",
             describe_error(self.error, self.worst),
@@ -51,8 +51,8 @@ class ResizeReport:
 
 
 def describe_error(error: float, worst: tuple[str, float]) -> str:
-    """What a smaller rank costs, for people: norms of what is lost over norms of what there was."""
-    return f"error     {error:.2%} of the whole change; most in {worst[0]} ({worst[1]:.2%})"
+    """The line about relative errors."""
+    return f"error     {error:.2%} of the whole change, at most {worst[1]:.2%} of a module ({worst[0]})"
 
 
 def resize(
@@ -67,32 +67,33 @@ def resize(
     precision: str = "fp16",
     dialect: Dialect = "diffusers",
 ) -> tuple[Adapter, ResizeReport]:
-    """The nearest adapter of smaller ranks, by exactly one rule; each module has its own rank.
+    """Truncates each module to a rank of its own, chosen by exactly one rule.
 
     Args:
-        adapter: Any; it is not changed.
-        rank: The same for all modules, but for those that have less.
-        energy: Each module keeps at least this share of its energy.
-        ratio: Each module keeps the directions of at least this share of its largest singular value.
-        score: Keeps the directions of at least this share of the base weight's own norm; modules that
-            hardly change the base are left out.
-        size_mb: The file has at most so many megabytes, and the most energy that fits in them.
+        adapter: Not changed.
+        rank: The largest rank of a module.
+        energy: Modules keep at least this share of their energy, the sum of squared singular values.
+        ratio: Modules keep singular values of at least this share of their largest (the inverse of kohya's
+            `sv_ratio`).
+        score: Modules keep singular values of at least this share of the base weight's norm; modules that
+            hardly change the base are dropped.
+        size_mb: The largest size of the file in megabytes, filled with as much energy as possible.
         base_norms: The Frobenius norm of each module's base weight, for `score`.
         precision: Of the file, for `size_mb`.
-        dialect: Of the file, for `size_mb`: kohya's has one rank for all modules.
+        dialect: Of the file, for `size_mb`: kohya files have one rank for all modules.
 
     Returns:
-        The adapter, alpha == rank, fp32; and what it lost.
+        The adapter, alpha == rank, fp32; and its error.
 
     Raises:
-        ConfigError: If none or several rules are given, or one is out of range.
-        AdapterError: If nothing would be left.
+        ConfigError: If none or several rules are given, or a value is out of range.
+        AdapterError: If no module would be left, or modules are not low-rank pairs.
     """
     rules = {"rank": rank, "energy": energy, "ratio": ratio, "score": score, "size_mb": size_mb}
     given = {name: float(value) for name, value in rules.items() if value is not None}
     if len(given) != 1:
         found = " and ".join(f"{name} = {value:g}" for name, value in given.items()) or "none"
-        raise ConfigError(f"resize takes one of {', '.join(rules)}, not {found}; give exactly one")
+        raise ConfigError(f"give exactly one of {', '.join(rules)}, not {found}", key="resize.one-rule")
     rule, value = given.popitem()
     _check_rule(rule, value)
     values = spectrum(adapter)
@@ -102,7 +103,7 @@ def resize(
     else:
         ranks = _ranks_by_rule(values, rule, value, base_norms)
     if not any(ranks.values()):
-        raise AdapterError(f"resize by {rule} = {value:g} would leave nothing of the adapter; ask for less")
+        raise AdapterError(f"{rule} = {value:g} would drop every module", key="resize.nothing-left")
     modules = {
         name: decompose(pair, adapter.scale_of(name)).truncate(ranks[name])
         for name, pair in low_rank_modules(adapter, "resize").items()
@@ -133,15 +134,15 @@ def _check_rule(rule: str, value: float) -> None:
         "score": value > 0,
         "size_mb": value > 0,
     }
-    # Not `if value < ...`: what is no number is wrong.
+    # Not `if value < ...`: NaN is out of range.
     if not is_right[rule]:
-        raise ConfigError(f"{rule} = {value:g} is out of range; {remedies[rule]}")
+        raise ConfigError(f"{rule} = {value:g} is out of range; {remedies[rule]}", key="resize.range")
 
 
 def _ranks_by_rule(
     found: Spectrum, rule: str, value: float, base_norms: Mapping[str, float] | None
 ) -> dict[str, int]:
-    """Each module's rank; 0 leaves it out."""
+    """The rank of each module; 0 drops it."""
     if rule == "rank":
         return {name: min(int(value), found.numerical_rank(name)) for name in found.values}
     if rule == "energy":
@@ -154,13 +155,14 @@ def _ranks_by_rule(
     missing = [name for name in found.values if name not in (base_norms or {})]
     if base_norms is None or missing:
         raise ConfigError(
-            f"resize by score needs the norm of the base weights ({len(missing)} are missing); give --base"
+            f"score needs the base's weights ({len(missing)} modules are missing); give --base",
+            key="resize.score-without-base",
         )
     return {name: int((values >= value * base_norms[name]).sum()) for name, values in found.values.items()}
 
 
 def _ranks_for_size(adapter: Adapter, found: Spectrum, budget: float, dialect: Dialect) -> dict[str, int]:
-    """The directions with the most energy for each number in the file, as many as the budget has room for."""
+    """Fills a budget of parameters with the singular values of the most energy per parameter."""
     costs = {name: module.num_parameters // module.rank for name, module in adapter.modules.items()}
     if dialect == "kohya":
         rank = int(budget // sum(costs.values()))
@@ -179,7 +181,7 @@ def _ranks_for_size(adapter: Adapter, found: Spectrum, budget: float, dialect: D
 
 
 def _header_bytes(adapter: Adapter) -> int:
-    """An upper bound of what a file holds beside its tensors: its table, its notes, the ranks."""
+    """An upper bound of the header's size."""
     names = sum(5 * len(name) + 300 for name in adapter.modules)
     return names + sum(len(key) + len(text.encode()) + 6 for key, text in adapter.notes.items()) + 1024
 

@@ -1,4 +1,4 @@
-"""How much rank an adapter uses: the singular values of its changes, module by module and block by block.
+"""Singular values of an adapter, by module and by block: how much of its rank it uses.
 
 K singular values of a module (at most its rank).
 """
@@ -18,21 +18,21 @@ from sdlora.lora.modules import TEXT_ENCODERS
 from sdlora.rank.svd import singular_values
 
 SHARES = (0.5, 0.9, 0.99)
-# Of the largest value: what is below is the rounding of the decomposition, and fp16 could not hold it.
+# Share of the largest value; smaller values are rounding errors of the decomposition, and lost in fp16.
 ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class BlockSpectrum:
-    """The modules of one block of the network, on average."""
+    """Averages over the modules of one block of the network."""
 
     block: str
     num_modules: int
     rank: int
-    """The largest."""
+    """The largest of its modules."""
     effective_rank: float
     ranks_for_energy: tuple[float, ...]
-    """Directions that hold 50, 90 and 99 % of a module's energy."""
+    """Number of singular values with 50, 90 and 99 % of a module's energy."""
     energy: float
     """The block's share of the whole adapter's energy."""
 
@@ -57,30 +57,30 @@ class Spectrum:
         return float((-(shares * shares.log()).sum()).exp()) if len(shares) else 0.0
 
     def rank_for_energy(self, name: str, share: float) -> int:
-        """The fewest directions of the module that hold this share of its energy."""
+        """The smallest rank with at least this share of the module's energy."""
         cumulated = self.values[name].square().cumsum(0)
         if not len(cumulated) or not cumulated[-1] > 0:
             return 0
-        # A share of all is reached by the last of them, whatever rounding says.
+        # Rounding must not push a share of 1 past the last value.
         return min(int((cumulated < share * cumulated[-1]).sum()) + 1, int((self.values[name] > 0).sum()))
 
     def numerical_rank(self, name: str) -> int:
-        """The directions of the module that are more than rounding; 0 for no change."""
+        """The number of singular values above rounding; 0 for no change."""
         values = self.values[name]
         return int((values > ROUNDING * values.max()).sum())
 
     def error(self, ranks: Mapping[str, int]) -> float:
-        """What truncation to these ranks costs: norm of the difference over the norm of the whole change.
+        """The relative error of truncation to these ranks: norm of the difference over norm of the change.
 
         Args:
-            ranks: By module; only those that are named count.
+            ranks: By module; other modules do not count.
         """
         lost = sum(float(self.values[name][rank:].square().sum()) for name, rank in ranks.items())
         whole = sum(float(self.values[name].square().sum()) for name in ranks)
         return math.sqrt(lost / whole) if whole > 0 else 0.0
 
     def blocks(self) -> list[BlockSpectrum]:
-        """Block by block, in the order of the network."""
+        """In the order of the network."""
         groups: dict[str, list[str]] = defaultdict(list)
         for name in self.values:
             groups[block_of(name)].append(name)
@@ -106,7 +106,7 @@ def _mean(numbers: list[float] | list[int]) -> float:
 
 
 def block_of(module: str) -> str:
-    """`down_blocks.1`, `mid_block`, `up_blocks.2`, or the text encoder that a module is in."""
+    """The block of a module: `down_blocks.1`, `mid_block`, `up_blocks.2`, or the text encoder's name."""
     if module.startswith(TEXT_ENCODERS):
         return module.partition(".")[0]
     found = re.match(r"(?:down|up)_blocks\.\d+|mid_block", module)

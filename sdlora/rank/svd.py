@@ -1,7 +1,7 @@
-"""Singular values of a module's change, and the nearest pair of a smaller rank.
+"""Singular value decomposition of a module's change, and the nearest pair of a smaller rank.
 
 R rank, K singular values of a module (at most R). A change `up @ down` is decomposed through the QR of its
-two factors, so that only a matrix of (R, R) is ever decomposed, and the dense one is never formed.
+two factors: only an (R, R) matrix is decomposed, and the dense one is never formed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdlora.lora.kinds import LowRank
 
-# Above this rank float64 takes minutes for an SDXL file, and float32 (1e-6) is still far finer than a file.
+# Above this rank float64 takes minutes for an SDXL file, and float32 (1e-6) is still far finer than fp16.
 LARGEST_EXACT_RANK = 64
 LARGEST_EXACT_SIDE = 512
 OVERSAMPLING, ITERATIONS = 16, 3
@@ -30,10 +30,10 @@ class Decomposition:
     right: Tensor
     """(K, in), or (K, in * kh * kw) for a convolution; orthonormal rows."""
     kernel: tuple[int, ...]
-    """The shape of `down` behind its rank."""
+    """The shape of `down` after its rank."""
 
     def truncate(self, rank: int) -> LowRank:
-        """The nearest pair of a rank (Eckart and Young 1936), fp32; the values are dealt to both factors."""
+        """The nearest pair of a rank (Eckart and Young 1936), fp32; each factor takes roots of the values."""
         roots = self.values[:rank].sqrt()
         down, up = roots[:, None] * self.right[:rank], self.left[:, :rank] * roots
         ones = (1, 1) if len(self.kernel) == 3 else ()
@@ -44,7 +44,7 @@ class Decomposition:
 
 
 def _factors(pair: LowRank) -> tuple[Tensor, Tensor]:
-    """`up` (out, R) and `down` (R, in * kh * kw) in the dtype to work in."""
+    """`up` (out, R) and `down` (R, in * kh * kw) in the working dtype."""
     dtype = torch.float64 if pair.rank <= LARGEST_EXACT_RANK else torch.float32
     return pair.up.detach().to(dtype).flatten(1), pair.down.detach().to(dtype).flatten(1)
 
@@ -69,13 +69,13 @@ def singular_values(pair: LowRank, scale: float = 1.0) -> Tensor:
 def decompose_dense(change: Tensor, rank: int, kernel: tuple[int, ...]) -> Decomposition:
     """The largest singular values of a dense change, at least `rank` of them.
 
-    Exact for small matrices. Else by subspace iteration from a fixed start (Halko et al. 2011, algorithm
-    4.4), since an exact decomposition of each module of SDXL would take an hour.
+    Exact for small matrices, else by subspace iteration from a fixed start (Halko et al. 2011, algorithm
+    4.4): exact decompositions of all modules of SDXL would take an hour.
 
     Args:
         change: (out, in * kh * kw).
-        rank: How many will be used.
-        kernel: The shape of the module's `down` behind its rank.
+        rank: The number of values that will be used.
+        kernel: The shape of the module's `down` after its rank.
     """
     side, width = min(change.shape), rank + OVERSAMPLING
     if side <= max(width, LARGEST_EXACT_SIDE):

@@ -16,28 +16,32 @@ from sdlora.lora.layout import Layout
 from sdlora.lora.modules import Model, component_of, components
 from sdlora.models.info import BaseInfo
 from sdlora.rank.init_from import InitReport, check_init_targets, init_from_adapter
-from sdlora.tree.lineage import PathEntry, find_source, load_path
+from sdlora.tree.lineage import PathEntry, check_additive, find_source, load_path
 
 SMALLEST_RANK = 4
 
 
 def find_parents(lora: LoraSection, warn: Callable[[str], None]) -> tuple[PathEntry, ...]:
-    """The path that the run stands on, the root first; empty without `lora.parent`.
+    """The parent with its ancestors, the root first; empty without `lora.parent`.
 
     Args:
         lora: The settings.
-        warn: Told of what `lora.force_parent` takes or goes without.
+        warn: Called with a line for each mismatch that `lora.force_parent` accepts.
 
     Raises:
-        AdapterError: If the parent, or one of its ancestors, is missing or changed.
+        AdapterError: If the parent, or one of its ancestors, is missing, changed, or of a kind that cannot be
+            added to others.
     """
     if lora.parent is None:
         return ()
     try:
         file = find_source(lora.parent)
     except AdapterError as error:
-        raise AdapterError(f"lora.parent = {error}") from None
-    return tuple(load_path(file, force=lora.force_parent, warn=warn))
+        raise AdapterError(f"lora.parent = {error}", key="lora.parent") from None
+    path = load_path(file, force=lora.force_parent, warn=warn)
+    for entry in path:
+        check_additive(entry.file, entry.adapter)
+    return tuple(path)
 
 
 def check_parents(parents: Sequence[PathEntry], info: BaseInfo, model: Model) -> list[str]:

@@ -41,14 +41,14 @@ def test_spectrum(sdlora, style, tmp_path):
 
 
 def test_resize(sdlora, style, tmp_path):
-    """The file has the rank asked; what was lost is said."""
+    """The file has the rank asked for; the error is printed."""
     out = tmp_path / "small.safetensors"
     code, printed, _ = sdlora("resize", style, "--rank", 2, "--out", out, "--format", "kohya")
     assert code == 0
     info = inspect_adapter(out)
     assert (info.rank, info.dialect, info.dtypes) == (2, "kohya", ("float16",))
-    assert "resized   by rank 2: 128 parameters become 64 (50%)" in printed
-    assert "error     " in printed
+    for value in ("rank 2", "128", "64", "50%", "error  "):
+        assert value in printed
 
 
 def test_merge(sdlora, style, tmp_path):
@@ -67,24 +67,24 @@ def test_merge(sdlora, style, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "value"),
     [
-        (["resize"], "resize takes one of rank, energy, ratio, score, size_mb, not none; give exactly one"),
-        (["resize", "--rank", 2, "--energy", 0.9], "not rank = 2 and energy = 0.9; give exactly one"),
-        (["resize", "--rank", 2, "--format", "webui"], "export.formats = 'webui' must be one of"),
-        (["resize", "--rank", 2, "--base", "builtin"], "--base builtin has no effect without --score"),
-        (["merge", "--weights", "1,2"], "--weights 1,2 has 2 numbers for 1 LoRAs"),
-        (["merge", "--method", "mean"], "method = 'mean' must be one of concatenate, svd, ties, dare"),
-        (["merge", "--rank", 2], "rank = 2 has no effect with method = concatenate"),
+        (["resize"], "rank, energy, ratio, score, size_mb"),
+        (["resize", "--rank", 2, "--energy", 0.9], "rank = 2 and energy = 0.9"),
+        (["resize", "--rank", 2, "--format", "webui"], "export.formats = 'webui'"),
+        (["resize", "--rank", 2, "--base", "builtin"], "--base builtin"),
+        (["merge", "--weights", "1,2"], "--weights 1,2"),
+        (["merge", "--method", "mean"], "method = 'mean'"),
+        (["merge", "--rank", 2], "rank = 2"),
     ],
 )
-def test_mistakes(sdlora, style, tmp_path, arguments, message):
+def test_mistakes(sdlora, style, tmp_path, arguments, value):
     """One line, exit code 2, nothing written."""
     out = tmp_path / "out.safetensors"
     code, _, errors = sdlora(arguments[0], style, *arguments[1:], "--out", out)
     assert code == 2
     assert len(errors) == 1
-    assert message in errors[0]
+    assert value in errors[0]
     assert not out.exists()
 
 
@@ -94,7 +94,8 @@ def test_a_source_is_never_written_over(sdlora, style, verb):
     before = style.read_bytes()
     code, _, errors = sdlora(verb[0], style, *verb[1:], "--out", style)
     assert code == 2
-    assert errors == [f"sdlora: --out {style} is the file that is read; give another name, it stays as it is"]
+    assert len(errors) == 1
+    assert f"--out {style}" in errors[0]
     assert style.read_bytes() == before
 
 
@@ -102,9 +103,8 @@ def test_advise_rank_wants_a_run(sdlora, style):
     """What it is given is looked at before anything heavy."""
     code, _, errors = sdlora("advise-rank", "nowhere", "--ranks", "2,4")
     assert code == 2
-    assert errors == [
-        "sdlora: run folder nowhere does not exist; give the folder that `sdlora train` printed"
-    ]
+    assert len(errors) == 1
+    assert "nowhere" in errors[0]
     code, _, errors = sdlora("advise-rank", "nowhere", "--ranks", "2-4")
     assert code == 2
     assert "--ranks 2-4" in errors[0]

@@ -18,6 +18,7 @@ from sdlora.lora.kinds import LowRank
 from sdlora.lora.modules import carrier_layers
 from sdlora.rank.merge import merge
 from sdlora.rank.resize import resize
+from tests.checks import raises
 
 
 def test_rules_keep_what_they_say(make_pair):
@@ -53,7 +54,8 @@ def test_error_is_what_was_lost(uneven, deltas):
     lost = float((before[name] - after[name]).norm() / before[name].norm())
     assert error == pytest.approx(lost, rel=1e-5)
     assert report.after == small.num_parameters < report.before == uneven.num_parameters
-    assert f"error     {report.error:.2%} of the whole change; most in {name}" in report.lines()[-1]
+    assert f"{report.error:.2%}" in report.lines()[-1]
+    assert name in report.lines()[-1]
 
 
 def test_full_energy_changes_nothing(uneven, deltas):
@@ -122,28 +124,27 @@ def test_what_was_measured_of_the_old_one_is_not_said_of_the_new_one(uneven):
 
 
 @pytest.mark.parametrize(
-    ("rule", "message"),
+    ("rule", "key", "values"),
     [
-        ({}, "resize takes one of rank, energy, ratio, score, size_mb, not none; give exactly one"),
-        ({"rank": 2, "energy": 0.5}, "not rank = 2 and energy = 0.5; give exactly one"),
-        ({"rank": 0}, "rank = 0 is out of range; use 1 or more"),
-        ({"energy": 99}, "energy = 99 is out of range; use a share such as 0.99"),
-        ({"ratio": math.nan}, "ratio = nan is out of range"),
-        ({"score": 0.1}, "needs the norm of the base weights (2 are missing); give --base"),
+        ({}, "resize.one-rule", ("rank, energy, ratio, score, size_mb", "none")),
+        ({"rank": 2, "energy": 0.5}, "resize.one-rule", "rank = 2 and energy = 0.5"),
+        ({"rank": 0}, "resize.range", ("rank = 0", "1 or more")),
+        ({"energy": 99}, "resize.range", ("energy = 99", "0.99")),
+        ({"ratio": math.nan}, "resize.range", "ratio = nan"),
+        ({"score": 0.1}, "resize.score-without-base", ("2 modules", "--base")),
     ],
 )
-def test_mistakes(rule, message, make_pair):
+def test_mistakes(rule, key, values, make_pair):
     """One line names the rule, the value seen and the remedy."""
     adapter = Adapter({"a": make_pair([1.0, 1.0]), "b": make_pair([1.0, 1.0])}, 2, 2.0)
-    with pytest.raises(ConfigError) as caught:
+    with raises(ConfigError, key, shows=values):
         resize(adapter, **rule)
-    assert message in str(caught.value)
 
 
 def test_nothing_left_is_refused(make_pair):
     """An adapter without modules is never made."""
     adapter = Adapter({"a": make_pair([1.0, 1.0])}, 2, 2.0)
-    with pytest.raises(AdapterError, match=r"resize by size_mb = 1e-05 would leave nothing"):
+    with raises(AdapterError, "resize.nothing-left", shows="size_mb = 1e-05"):
         resize(adapter, size_mb=1e-5)
 
 
