@@ -77,7 +77,7 @@ class RunFolder:
             raise RunError(f"run folder {path} does not exist; give the folder that `sdlora train` printed")
         if (run.path / "model_index.json").is_file():
             raise RunError(f"{path} is a base, not a run or a LoRA; give it with --base")
-        if not run.config_file.is_file():
+        if not run.exists:
             raise RunError(
                 f"{path} holds no run (no config.json); give the folder that `sdlora train` printed"
             )
@@ -91,22 +91,15 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"--out {self.path} is a file; give a folder")
-        if self.config_file.exists():
+        if self.exists:
             raise RunError(
                 f"--out {self.path} already holds a run; give another folder, or `sdlora resume {self.path}`"
             )
 
-    def check_writable(self) -> None:
-        """Finds the nearest existing parent and asks whether it can be written.
-
-        Raises:
-            RunError: If not.
-        """
-        parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise RunError(
-                f"--out {self.path} cannot be written ({parent} is not writable); give another folder"
-            )
+    @property
+    def exists(self) -> bool:
+        """Whether the folder holds a run."""
+        return self.config_file.is_file()
 
     @property
     def name(self) -> str:
@@ -342,11 +335,3 @@ class RunFolder:
 def _steps(names: Iterable[str]) -> list[int]:
     """The steps of names such as `step-000200`, in order."""
     return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-([0-9]{1,9})", name)))
-
-
-def next_free_folder(path: Path) -> Path:
-    """The path, or with `-2` and so on behind when that is taken."""
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return candidate

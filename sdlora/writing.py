@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sdlora.errors import RunError
+
 
 def write_file(
     path: Path, write: Callable[[Path], object], verify: Callable[[Path], object] | None = None
@@ -41,6 +43,28 @@ def write_file(
             error.filename = str(path)
         raise
     return path
+
+
+def check_writable(path: Path) -> None:
+    """Checks that a file or folder can be made, without making it.
+
+    Raises:
+        RunError: If its nearest existing parent is not a writable folder.
+    """
+    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise RunError(
+            f"--out {path} cannot be written ({parent} is not writable); choose another path",
+            key="option--out",
+        )
+
+
+def next_free_folder(path: Path) -> Path:
+    """The path, or with `-2` and so on behind when that is taken."""
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return candidate
 
 
 def temporary_name(path: Path) -> Path:

@@ -138,7 +138,7 @@ MISTAKES = {
         ["merge-into-base", "{lora}", "--base", "builtin", "--out", "{text}/x"],
         "--out {text}/x cannot be written",
     ),
-    "a merge of this folder": (["merge-into-base", ".", "--out", "x"], ". is no LoRA file, no run and no"),
+    "a merge of this folder": (["merge-into-base", ".", "--out", "x"], ". contains no LoRA file"),
     "prompts from a device": (["sample", "--prompts", "/dev/zero"], "is a pipe or a device, not a file"),
     "an empty base": (["sample", "--base", "", "--prompt", "x"], "base.source = '' must not be empty"),
     "an extract of nothing": (

@@ -19,7 +19,7 @@ ABOVE_COLUMNS = ("formats", "rank", "tree", "memory", "sampling", "export", "eva
 ALLOWED = {
     "errors": set(),
     "reading": set(),
-    "writing": set(),
+    "writing": {"errors"},
     "aliases": set(),
     "objectives": set(),
     "problems": {"errors", "aliases"},

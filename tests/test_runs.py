@@ -10,8 +10,8 @@ import pytest
 
 from sdlora.config import RunConfig
 from sdlora.errors import RunError
-from sdlora.runs import RunFolder, next_free_folder
-from sdlora.writing import write_file, write_json, write_text
+from sdlora.runs import RunFolder
+from sdlora.writing import check_writable, next_free_folder, write_file, write_json, write_text
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -71,14 +71,14 @@ def test_a_place_that_cannot_be_written(tmp_path):
     """One line, before anything starts."""
     tmp_path.chmod(0o500)
     with pytest.raises(RunError, match="is not writable"):
-        RunFolder(tmp_path / "run").check_writable()
+        check_writable(tmp_path / "run")
 
 
 def test_a_place_below_a_file_cannot_be_written(tmp_path):
     """Nor can a folder be made below a file, by anyone."""
     file = write_text(tmp_path / "file", "")
     with pytest.raises(RunError, match="cannot be written"):
-        RunFolder(file / "run").check_writable()
+        check_writable(file / "run")
 
 
 def test_events_are_one_object_a_line(tmp_path):

@@ -17,18 +17,15 @@ def info(file: Source) -> None:
     from contextlib import suppress
 
     from sdlora.errors import AdapterError
-    from sdlora.formats.files import inspect_adapter, lora_file
+    from sdlora.formats.files import inspect_adapter
     from sdlora.report.summary import describe_state
     from sdlora.runs import RunFolder
     from sdlora.tree.lineage import read_lineage
 
-    path = lora_file(file)
-    if path.is_dir():
-        run = RunFolder.open(path)
+    if (run := RunFolder(file)).exists:
         for line in describe_state(run):
             typer.echo(line)
-        path = run.adapter
-    found = inspect_adapter(path)
+    found = inspect_adapter(file)
     for line in found.lines():
         typer.echo(line)
     with suppress(AdapterError):

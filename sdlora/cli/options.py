@@ -196,11 +196,11 @@ def note_newest(*sources: Path) -> None:
     Raises:
         RunError: If a run has no adapter at all.
     """
-    from sdlora.runs import RunFolder
+    from sdlora.formats.files import resolve_adapter
 
-    for run in map(RunFolder, sources):
-        if run.config_file.is_file() and (file := run.adapter).stem.startswith("step-"):
-            typer.echo(f"note: {run.path} is not finished; using its newest adapter, {file.name}")
+    for found in map(resolve_adapter, sources):
+        if found.run and found.file.stem.startswith("step-"):
+            typer.echo(f"note: {found.run.path} is not finished; using its newest adapter, {found.file.name}")
 
 
 def _finite(number: Number) -> Number:

@@ -33,14 +33,13 @@ def spectrum(
     from rich.console import Console
 
     from sdlora.cli.options import check_png, note_newest
-    from sdlora.export.export import find_adapter
-    from sdlora.formats.files import load_adapter
+    from sdlora.formats.files import load_adapter, resolve_adapter
     from sdlora.rank.spectrum import block_of
     from sdlora.rank.spectrum import spectrum as measure
 
     check_png(plot, "--plot")
     note_newest(source)
-    file = find_adapter(source)
+    file = resolve_adapter(source).file
     found = measure(load_adapter(file, dtype=None))
     if modules:
         Console(highlight=False, width=max(Console().width, 130)).print(_module_table(found))
@@ -109,13 +108,13 @@ def resize(
     settings = export_settings(format, precision)
     if base is not None and score is None:
         raise ConfigError(f"--base {base} has no effect without --score; remove it", key="option--base")
-    from sdlora.export.export import check_out, export_adapter, find_adapter
+    from sdlora.export.export import check_out, export_adapter
     from sdlora.export.rewrite import weight_norms
-    from sdlora.formats.files import load_adapter
+    from sdlora.formats.files import load_adapter, resolve_adapter
     from sdlora.rank.resize import resize as shrink
 
     note_newest(source)
-    dialect, file = settings.formats[0], find_adapter(source)
+    dialect, file = settings.formats[0], resolve_adapter(source).file
     check_out(out, [file])
     adapter = load_adapter(file, dtype=None)
     norms = weight_norms(base, list(adapter.modules)) if base and score is not None else None
@@ -167,12 +166,12 @@ def merge(
             f"--weights {weights} has {len(factors)} numbers for {len(sources)} LoRAs; use one per LoRA",
             key="option--weights",
         )
-    from sdlora.export.export import check_out, export_adapter, find_adapter
-    from sdlora.formats.files import load_adapter
+    from sdlora.export.export import check_out, export_adapter
+    from sdlora.formats.files import load_adapter, resolve_adapter
     from sdlora.rank.merge import merge as join
 
     note_newest(*sources)
-    files = [find_adapter(source) for source in sources]
+    files = [resolve_adapter(source).file for source in sources]
     check_out(out, files)
     adapters = [load_adapter(file, dtype=None) for file in files]
     pairs = list(zip(adapters, factors, strict=True))

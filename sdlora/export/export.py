@@ -12,11 +12,10 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from sdlora.errors import AdapterError, first_line
-from sdlora.formats.files import load_adapter, save_adapter
+from sdlora.formats.files import load_adapter, resolve_adapter, save_adapter
 from sdlora.formats.keys import Dialect
 from sdlora.formats.write import Precision, Rounding, round_adapter
 from sdlora.lora.adapter import Adapter
-from sdlora.runs import RunFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +84,10 @@ def export(
         out: The `.safetensors` file to write.
 
     Raises:
-        AdapterError: If the source is no LoRA, or the file cannot be written or is the source itself.
-        RunError: If the run has saved no adapter yet.
+        AdapterError: If the source is not a LoRA, or the file cannot be written or is the source itself.
+        RunError: If the run has no saved adapter yet.
     """
-    file = find_adapter(source)
+    file = resolve_adapter(source).file
     check_out(out, [file])
     return export_adapter(load_adapter(file), out, dialect=dialect, precision=precision)
 
@@ -104,12 +103,6 @@ def check_out(out: str | Path, sources: Iterable[Path]) -> None:
         raise AdapterError(f"--out {out} is the file that is read; give another name, it stays as it is")
 
 
-def find_adapter(source: str | Path) -> Path:
-    """The LoRA file of a run, or the file itself."""
-    run = RunFolder(source)
-    return run.adapter if run.config_file.is_file() else run.path
-
-
 def push_run(source: str | Path, repo_id: str, *, api: Any = None) -> str:
     """Uploads a run's final files, model card and grid, or a single LoRA file.
 
@@ -121,13 +114,13 @@ def push_run(source: str | Path, repo_id: str, *, api: Any = None) -> str:
     Returns:
         Where the files are.
     """
-    run = RunFolder(source)
-    if not run.config_file.is_file():
-        file = find_adapter(source)
+    found = resolve_adapter(source)
+    file, run = found.file, found.run
+    if run is None:
         load_adapter(file)
         card = file.with_name("README.md")
         return push_to_hub({path.name: path for path in (file, card) if path.is_file()}, repo_id, api=api)
-    files = {run.adapter.name: run.adapter}
+    files = {file.name: file}
     for path in (run.final_adapter("kohya"), run.model_card):
         if path.is_file():
             files[path.name] = path

@@ -21,8 +21,7 @@ from sdlora.lora.modules import component_of
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.meta import empty_components
 from sdlora.reading import PICKLES
-from sdlora.runs import RunFolder
-from sdlora.writing import temporary_name, write_json
+from sdlora.writing import check_writable, temporary_name, write_json
 
 
 def merge_into_base(
@@ -88,7 +87,7 @@ def _check_place(info: BaseInfo, place: Path) -> None:
             "one file, so give a .safetensors file" if info.path.is_file() else "a folder, so give a folder"
         )
         raise ModelError(f"--out {place} does not go with the base {info.name}, which is {kind}")
-    RunFolder(place).check_writable()
+    check_writable(place)
 
 
 class _Change:

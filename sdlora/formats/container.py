@@ -33,13 +33,6 @@ def read_lora_header(path: Path) -> Header:
     Raises:
         AdapterError: If the file is missing, of another kind, damaged, or holds what no LoRA holds.
     """
-    if path.is_dir():
-        what = (
-            "a base, not a LoRA (it belongs to --base)"
-            if (path / "model_index.json").is_file()
-            else "a folder"
-        )
-        raise AdapterError(f"{path} is {what}; give a LoRA .safetensors file")
     if path.suffix.lower() in PICKLES:
         raise AdapterError(
             f"{path} is a {path.suffix} file, which is a pickle and can run code when opened; "

@@ -27,7 +27,11 @@ from sdlora.formats.write import (
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.modules import TEXT_ENCODERS
 from sdlora.reading import MAX_HEADER_BYTES, Header, UnfitFileError, read_bytes
+from sdlora.runs import RunFolder
 from sdlora.writing import write_file
+
+ENDING, KOHYA_ENDING = ".safetensors", ".kohya.safetensors"
+FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
 # Keys that describe the tensors as written; they never survive from one file to the next.
 # fmt: off
@@ -138,13 +142,13 @@ def load_adapter(path: str | Path, dtype: torch.dtype | None = torch.float32) ->
     """Reads a LoRA file of any dialect, scale folded.
 
     Args:
-        path: The file; a folder that PEFT or diffusers has written stands for the file inside.
+        path: The file, or anything else that `resolve_adapter` takes.
         dtype: fp32, or None for the file's own, which leaves a large file on the disk until it is used.
 
     Raises:
         AdapterError: If it is missing, incomplete, not finite, or something other than a LoRA.
     """
-    path = lora_file(path)
+    path = resolve_adapter(path).file
     state, header = read_tensors(path)
     try:
         adapter = state_to_adapter(state, _metadata(path, header), dtype)
@@ -165,7 +169,7 @@ def inspect_adapter(path: str | Path) -> AdapterInfo:
     Raises:
         AdapterError: If it is missing, incomplete, or something other than a LoRA.
     """
-    path = lora_file(path)
+    path = resolve_adapter(path).file
     state, header = read_tensors(path)
     metadata = _metadata(path, header)
     try:
@@ -193,11 +197,43 @@ def inspect_adapter(path: str | Path) -> AdapterInfo:
     )
 
 
-def lora_file(path: str | Path) -> Path:
-    """The LoRA in a folder that PEFT or diffusers has written; any other path as it is."""
-    path = Path(path)
-    names = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors") if path.is_dir() else ()
-    return next((path / name for name in names if (path / name).is_file()), path)
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """A LoRA file, and the run that it was found in if the user named that."""
+
+    file: Path
+    run: RunFolder | None = None
+
+
+def resolve_adapter(source: str | Path | RunFolder, step: int | None = None) -> AdapterSource:
+    """Finds the LoRA file that a path stands for.
+
+    Args:
+        source: A LoRA file; a run folder; a folder that PEFT or diffusers wrote; or a file without its
+            ending, which is how a tree names its nodes.
+        step: Step at which a run saved the adapter; its final one if not given.
+
+    Raises:
+        AdapterError: If there is no LoRA file.
+        RunError: If the run has not saved that adapter.
+        ConfigError: If `step` is given with something other than a run.
+    """
+    path = Path(source)
+    candidates = [path, *(Path(f"{path}{ending}") for ending in (ENDING, KOHYA_ENDING))]
+    if path.is_dir():
+        candidates = [path / name for name in FOLDER_FILES]
+    file = next((file for file in candidates if file.is_file()), None)
+    if file is not None:
+        if step is not None:
+            raise ConfigError(f"--step {step} requires a run folder; {source} is a file", key="option--step")
+        return AdapterSource(file)
+    run = RunFolder(path)
+    if run.exists:
+        return AdapterSource(run.adapter if step is None else run.saved_adapter(step), run)
+    if (path / "model_index.json").is_file():
+        raise AdapterError(f"{path} is a base model, not a LoRA; pass it with --base", key="lora.is-a-base")
+    problem = "contains no LoRA file and is not a run folder" if path.is_dir() else "does not exist"
+    raise AdapterError(f"{path} {problem}; use a LoRA file, a run folder or a tree node", key="lora.missing")
 
 
 def _metadata(path: Path, header: Header) -> dict[str, str]:

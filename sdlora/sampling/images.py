@@ -12,8 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdlora.errors import ConfigError
-from sdlora.runs import RunFolder, next_free_folder
-from sdlora.writing import write_file
+from sdlora.writing import check_writable, next_free_folder, write_file
 
 WITHHELD = "withheld by the safety checker"
 NOT_FINITE = "not finite; try less strength or guidance"
@@ -111,7 +110,7 @@ def choose_folder(out: str | Path | None, name: str) -> Path:
     folder = Path(out) if out is not None else next_free_folder(Path("samples") / name)
     if (folder / "grid.png").exists():
         raise ConfigError(f"--out {folder} already holds a grid; give another folder")
-    RunFolder(folder).check_writable()
+    check_writable(folder)
     return folder
 
 

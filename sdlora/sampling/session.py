@@ -12,7 +12,7 @@ import torch
 
 from sdlora.config import RunConfig, SampleSection, load_config
 from sdlora.errors import ConfigError
-from sdlora.formats.files import load_adapter, lora_file
+from sdlora.formats.files import load_adapter, resolve_adapter
 from sdlora.lora.adapter import Adapter, check_base
 from sdlora.lora.attach import check_fit
 from sdlora.models.dtypes import DTYPES
@@ -88,7 +88,7 @@ def plan_sample(
     """
     subject = _find_subject(source, base, step)
     ancestors: list[PathEntry] = []
-    if subject.adapter is not None and subject.file is not None:
+    if subject.file and subject.adapter and subject.adapter.parent:
         ancestors = find_ancestors(subject.file, subject.adapter, force=force, warn=warn)
     config = subject.config.replace(sample=changes) if changes else subject.config
     if not config.sample.prompts:
@@ -141,7 +141,12 @@ class SamplePlan:
         names = (self.ancestors[-1].ancestor.name if self.ancestors else "", subject.name)
         return sample_to_folder(
             base,
-            make_columns(subject.adapter, self.request.strengths, path_to_stack(self.ancestors), names),
+            make_columns(
+                subject.adapter,
+                self.request.strengths,
+                path_to_stack(self.ancestors) if self.ancestors else (),
+                names,
+            ),
             self.request,
             choose_folder(self.out, subject.name),
             name=subject.name if subject.adapter is not None else None,
@@ -176,17 +181,15 @@ def _check_fits(subject: _Subject, ancestors: list[PathEntry], info: BaseInfo) -
 def _find_subject(
     source: str | Path | RunFolder | None, base: str | Path | None, step: int | None
 ) -> _Subject:
-    if isinstance(source, RunFolder) or (source is not None and lora_file(source).is_dir()):
-        run = source if isinstance(source, RunFolder) else RunFolder.open(source)
+    found = None if source is None else resolve_adapter(source, step)
+    if found and found.run:
+        run, file = found.run, found.file
         config = run.read_config()
-        file = run.adapter if step is None else run.saved_adapter(step)
         dtype = DTYPES[run.base_dtype]
         title = run.name if step is None else f"{run.name}, step {step}"
         subject = _Subject(run.name, title, config, file, load_adapter(file), dtype)
-    elif source is not None:
-        if step is not None:
-            raise ConfigError(f"--step {step} needs a run folder; {source} is a file")
-        file = Path(source)
+    elif found:
+        file = found.file
         adapter = load_adapter(file)
         config = load_config()
         if base is None:

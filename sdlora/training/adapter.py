@@ -8,15 +8,14 @@ from dataclasses import replace
 
 from sdlora.config import LoraSection, RunConfig
 from sdlora.errors import AdapterError, RunError
-from sdlora.export.export import find_adapter
-from sdlora.formats.files import load_adapter
+from sdlora.formats.files import load_adapter, resolve_adapter
 from sdlora.lora.adapter import Adapter, check_base, draw_adapter
 from sdlora.lora.attach import check_fit
 from sdlora.lora.layout import Layout
 from sdlora.lora.modules import Model, component_of, components
 from sdlora.models.info import BaseInfo
 from sdlora.rank.init_from import InitReport, check_init_targets, init_from_adapter
-from sdlora.tree.lineage import PathEntry, check_additive, find_source, load_path
+from sdlora.tree.lineage import PathEntry, check_additive, load_path
 
 SMALLEST_RANK = 4
 
@@ -35,7 +34,7 @@ def find_parents(lora: LoraSection, warn: Callable[[str], None]) -> tuple[PathEn
     if lora.parent is None:
         return ()
     try:
-        file = find_source(lora.parent)
+        file = resolve_adapter(lora.parent).file
     except AdapterError as error:
         raise AdapterError(f"lora.parent = {error}", key="lora.parent") from None
     path = load_path(file, force=lora.force_parent, warn=warn)
@@ -147,6 +146,6 @@ def make_adapter(
 def _load_start(source: str, info: BaseInfo) -> Adapter:
     """The LoRA to start from, a file or a run's, without what other trainers adapt though nobody reads it."""
     try:
-        return load_adapter(find_adapter(source)).without(info.unread_layer)
+        return load_adapter(source).without(info.unread_layer)
     except (AdapterError, RunError) as error:
         raise AdapterError(f"lora.init_from: {error}") from None

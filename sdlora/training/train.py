@@ -16,7 +16,7 @@ from sdlora.errors import ConfigError
 from sdlora.lora.modules import DENOISER
 from sdlora.models.dtypes import Precision
 from sdlora.report.terminal import Terminal
-from sdlora.runs import RunFolder, next_free_folder
+from sdlora.runs import RunFolder
 from sdlora.training.checkpoint import newest_complete_step, read_state
 from sdlora.training.device import describe_environment, find_machine, make_accelerator
 from sdlora.training.distributed import (
@@ -39,6 +39,7 @@ from sdlora.training.resume import (
     global_batch_of,
     run_fingerprint,
 )
+from sdlora.writing import check_writable, next_free_folder
 
 
 def train(
@@ -205,7 +206,7 @@ def _choose_folder(images: str | Path, out: str | Path | None, accelerator: Acce
         name = Path(os.path.realpath(images)).name
         free = next_free_folder(Path("runs") / name) if out is None else Path(out)
         RunFolder(free).check_free()
-        RunFolder(free).check_writable()
+        check_writable(free)
         path = str(free)
     return RunFolder(broadcast(accelerator, path))
 

@@ -14,14 +14,13 @@ import torch
 
 from sdlora.errors import AdapterError, ConfigError, RunError, shorten
 from sdlora.formats.container import digest_tensors, read_lora_header
-from sdlora.formats.files import load_adapter
+from sdlora.formats.files import ENDING, KOHYA_ENDING, load_adapter, resolve_adapter
 from sdlora.formats.keys import is_kohya_key
 from sdlora.formats.write import adapter_to_diffusers
 from sdlora.lora.adapter import Adapter, low_rank_modules
 from sdlora.runs import RunFolder
 
 PARENT, LINEAGE, HASH = "sdlora.parent", "sdlora.lineage", "sshs_model_hash"
-ENDING, KOHYA_ENDING = ".safetensors", ".kohya.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +180,7 @@ def load_path(
     Raises:
         AdapterError: If there is no such file, or an ancestor is missing or changed.
     """
-    file = find_source(source)
+    file = resolve_adapter(source).file
     own = _load_entry(file, adapter_name(file))
     return [*find_ancestors(file, own.adapter, force=force, warn=warn), own]
 
@@ -190,23 +189,6 @@ def _load_entry(file: Path, name: str, strength: float = 1.0) -> PathEntry:
     loaded = load_adapter(file, dtype=None)
     ancestor = Ancestor(name, digest_adapter(loaded), strength)
     return PathEntry(ancestor, file, loaded.to(dtype=torch.float32))
-
-
-def find_source(source: str | Path) -> Path:
-    """The LoRA file of a path, a run folder or a node.
-
-    Raises:
-        AdapterError: If there is none.
-    """
-    path = Path(source)
-    run = RunFolder(path)
-    if run.config_file.is_file():
-        return run.adapter
-    candidates = [path, *(Path(f"{path}{ending}") for ending in (ENDING, KOHYA_ENDING))]
-    found = next((file for file in candidates if file.is_file()), None)
-    if found is None:
-        raise AdapterError(f"{source} is not a LoRA file, run folder or tree node", key="tree.not-found")
-    return found
 
 
 def adapter_name(file: Path) -> str:
@@ -286,7 +268,7 @@ def _find(ancestor: Ancestor, places: Sequence[Path]) -> Path | None:
 def _run_of(file: Path) -> RunFolder | None:
     """The run that a file is an adapter of."""
     run = RunFolder(file.absolute().parent.parent)
-    return run if file.absolute().parent == run.adapters and run.config_file.is_file() else None
+    return run if file.absolute().parent == run.adapters and run.exists else None
 
 
 def _places(file: Path) -> Iterator[Path]:

@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdlora.errors import AdapterError, RunError, shorten
-from sdlora.formats.files import inspect_adapter
+from sdlora.formats.files import ENDING, KOHYA_ENDING, inspect_adapter
 from sdlora.runs import RunFolder
 from sdlora.tree.lineage import (
-    ENDING,
-    KOHYA_ENDING,
     Ancestor,
     digest_file,
     parent_error,

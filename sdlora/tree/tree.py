@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from sdlora.errors import AdapterError
-from sdlora.formats.files import load_adapter
+from sdlora.formats.files import ENDING, KOHYA_ENDING, load_adapter
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import detach, mount
 from sdlora.lora.kinds import Scale
@@ -24,8 +24,6 @@ from sdlora.lora.modules import DENOISER
 from sdlora.rank.merge import merge
 from sdlora.rank.resize import ResizeReport, resize
 from sdlora.tree.lineage import (
-    ENDING,
-    KOHYA_ENDING,
     LINEAGE,
     PARENT,
     Stack,

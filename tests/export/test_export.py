@@ -22,6 +22,7 @@ from sdlora.lora.attach import detach, match_targets
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
 from sdlora.runs import RunFolder
+from tests.checks import raises
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +220,7 @@ def test_bad_places_and_sources(tmp_path, make_adapter):
     with pytest.raises(AdapterError, match="cannot be written") as caught:
         export_adapter(make_adapter(), tmp_path / "file" / "x.safetensors")
     assert caught.value.exit_code == 2
-    with pytest.raises(AdapterError, match="does not exist"):
+    with raises(AdapterError, "lora.missing"):
         export(tmp_path / "nothing.safetensors", tmp_path / "x.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

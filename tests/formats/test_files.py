@@ -17,6 +17,7 @@ from sdlora.formats.container import write_tensors
 from sdlora.formats.files import inspect_adapter, load_adapter, save_adapter
 from sdlora.formats.write import round_adapter
 from sdlora.lora.attach import mount
+from tests.checks import raises
 
 
 def metadata_of(path):
@@ -236,9 +237,9 @@ def test_other_files_are_refused_for_what_they_are(tmp_path, name, content, mess
 
 def test_missing_files_and_folders(tmp_path):
     """R-25: what is not there, and a folder without a LoRA."""
-    with pytest.raises(AdapterError, match=r"nothing.safetensors does not exist"):
+    with raises(AdapterError, "lora.missing", shows="nothing.safetensors"):
         load_adapter(tmp_path / "nothing.safetensors")
-    with pytest.raises(AdapterError, match="is a folder"):
+    with raises(AdapterError, "lora.missing"):
         load_adapter(tmp_path)
 
 
