@@ -24,9 +24,6 @@ def register(app: typer.Typer) -> None:
 
 def spectrum(
     source: Source,
-    modules: Annotated[
-        bool, typer.Option("--modules", help="One row per module instead of per block.")
-    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Plot the spectrum to this PNG file.")] = None,
 ) -> None:
     """Show how much of its rank a LoRA uses, block by block."""
@@ -41,12 +38,11 @@ def spectrum(
     note_newest(source)
     file = resolve_adapter(source).file
     found = measure(load_adapter(file, dtype=None))
-    if modules:
-        Console(highlight=False, width=max(Console().width, 130)).print(_module_table(found))
-    else:
-        Console(highlight=False).print(_block_table(found))
-    typer.echo("effective rank: exp of the entropy of the singular values; 50 %, 90 %, 99 %: directions that")
-    typer.echo("hold so much of a module's energy (the sum of squares), on average over the modules")
+    Console(highlight=False).print(_block_table(found))
+    typer.echo(
+        "effective: exp of the entropy of the singular values; 50 %, 90 %, 99 %: the rank that holds this"
+    )
+    typer.echo("this share of a module's energy (the sum of squares); both averaged over modules")
     if plot is not None:
         from sdlora.report.plots import draw_spectrum
 
@@ -65,19 +61,6 @@ def _block_table(found: Spectrum) -> Table:
         ranks = (f"{rank:.1f}" for rank in row.ranks_for_energy)
         numbers = (row.num_modules, row.rank, f"{row.effective_rank:.1f}", *ranks, f"{row.energy:.1%}")
         table.add_row(row.block, *map(str, numbers))
-    return table
-
-
-def _module_table(found: Spectrum) -> Table:
-    from rich.table import Table
-
-    table = Table("module", box=None)
-    for heading in ("rank", "effective", "50 %", "90 %", "99 %", "largest"):
-        table.add_column(heading, justify="right")
-    for name, values in found.values.items():
-        ranks = (found.rank_for_energy(name, share) for share in (0.5, 0.9, 0.99))
-        numbers = (len(values), f"{found.effective_rank(name):.1f}", *ranks, f"{float(values[0]):.3g}")
-        table.add_row(name, *map(str, numbers))
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -120,23 +121,16 @@ def resize(
 
 
 def _check_rule(rule: str, value: float) -> None:
-    remedies = {
-        "rank": "use 1 or more",
-        "energy": "use a share such as 0.99",
-        "ratio": "use a share such as 0.05",
-        "score": "use a share such as 0.003",
-        "size_mb": "give megabytes such as 8",
+    examples = {
+        "rank": "1 or more",
+        "energy": "a share such as 0.99",
+        "ratio": "a share such as 0.05",
+        "score": "a share such as 0.003",
+        "size_mb": "megabytes such as 8",
     }
-    is_right = {
-        "rank": value >= 1,
-        "energy": 0 < value <= 1,
-        "ratio": 0 < value <= 1,
-        "score": value > 0,
-        "size_mb": value > 0,
-    }
-    # Not `if value < ...`: NaN is out of range.
-    if not is_right[rule]:
-        raise ConfigError(f"{rule} = {value:g} is out of range; {remedies[rule]}", key="resize.range")
+    # NaN is out of range.
+    if not 0 < value <= (1 if rule in ("energy", "ratio") else math.inf):
+        raise ConfigError(f"{rule} = {value:g} is out of range; use {examples[rule]}", key="resize.range")
 
 
 def _ranks_by_rule(
