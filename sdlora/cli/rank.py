@@ -39,9 +39,7 @@ def spectrum(
     file = resolve_adapter(source).file
     found = measure(load_adapter(file, dtype=None))
     Console(highlight=False).print(_block_table(found))
-    typer.echo(
-        "effective: exp of the entropy of the singular values; 50 %, 90 %, 99 %: the rank that holds this"
-    )
+    typer.echo("effective: exp of the entropy of the singular values; 50 %, 90 %, 99 %: the rank that holds")
     typer.echo("this share of a module's energy (the sum of squares); both averaged over modules")
     if plot is not None:
         from sdlora.report.plots import draw_spectrum
