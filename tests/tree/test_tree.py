@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import shutil
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -15,8 +16,9 @@ from sdlora.errors import AdapterError
 from sdlora.formats.files import load_adapter, save_adapter
 from sdlora.formats.write import round_adapter
 from sdlora.lora.attach import mount
+from sdlora.lora.kinds import LowRank
 from sdlora.lora.modules import lora_layers
-from sdlora.tree.lineage import child_lineage, lineage_to_notes, short_digest
+from sdlora.tree.lineage import child_lineage, find_ancestors, lineage_to_notes, short_digest
 from sdlora.tree.tree import AdapterTree, SwitchPlan
 from tests.checks import counted, raises
 
@@ -356,6 +358,38 @@ def test_stock_diffusers_alone_gives_the_same(small, make_unet, make_pipeline, u
         )
     stock.set_adapters([f"node_{number}f3a" for number in range(len(path))], [1.0] * len(path))
     torch.testing.assert_close(run(stock.unet), run(unet), rtol=1e-4, atol=1e-5)
+
+
+class NotAdditive(LowRank):
+    """Stands for a kind whose change depends on the base's weight."""
+
+    kind = "other"
+    is_additive = False
+
+
+def not_additive(file):
+    adapter = load_adapter(file)
+    modules = {name: NotAdditive(pair.down, pair.up) for name, pair in adapter.modules.items()}
+    return replace(adapter, modules=modules)
+
+
+def test_kinds_that_do_not_add(small, pipe, monkeypatch):
+    """An adapter of such a kind is neither a parent nor a child; the error names the file and the kind."""
+    file = small / "ink" / "maps.safetensors"
+    with raises(AdapterError, "lora.kind", shows=(str(file), "other")):
+        find_ancestors(file, not_additive(file))
+    tree = AdapterTree.from_folder(small)
+    load = tree.load
+    for wrong in ("ink", "ink/maps"):
+        own = lambda name, *rest, wrong=wrong: (
+            not_additive(tree.node(name).file) if name == wrong else load(name, *rest)
+        )
+        monkeypatch.setattr(tree, "load", own)
+        with raises(AdapterError, "lora.kind", shows=(f"{wrong}.safetensors", "other")):
+            tree.mount(pipe, "ink/maps")
+        assert lora_layers(pipe.unet) == {}
+        with raises(AdapterError, "lora.kind", shows="other"):
+            tree.flatten("ink/maps")
 
 
 @pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
