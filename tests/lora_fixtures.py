@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora.formats.files import save_adapter
 from sdlora.lora.adapter import Adapter, create_adapter
 from sdlora.lora.attach import match_targets
 from sdlora.lora.kinds import LowRank
 from sdlora.lora.modules import Model, named_modules
+
+# Every test process loads this file, and many need no network: diffusers is imported where one is made.
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 TINY: Mapping[str, Any] = {
     "sample_size": 8,
@@ -65,6 +67,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
 @pytest.fixture(scope="session")
 def make_unet() -> Callable[..., UNet2DConditionModel]:
     """A tiny UNet, always with the same weights, frozen."""
+    from diffusers import UNet2DConditionModel
 
     def make(**changes: Any) -> UNet2DConditionModel:
         with torch.random.fork_rng():
@@ -83,6 +86,7 @@ def unet(make_unet: Callable[..., UNet2DConditionModel]) -> UNet2DConditionModel
 @pytest.fixture(scope="session")
 def make_texts() -> Callable[[], list[torch.nn.Module]]:
     """Two frozen text encoders, of the classes without and with the level `text_model`."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     def make() -> list[torch.nn.Module]:
         config = CLIPTextConfig(
@@ -129,6 +133,8 @@ def make_family(
 @pytest.fixture(scope="session")
 def sd15(full_size: dict[str, dict[str, Any]]) -> UNet2DConditionModel:
     """The architecture of Stable Diffusion 1.5, without weights."""
+    from diffusers import UNet2DConditionModel
+
     with torch.device("meta"):
         return UNet2DConditionModel(**full_size["sd1"])
 
@@ -136,6 +142,8 @@ def sd15(full_size: dict[str, dict[str, Any]]) -> UNet2DConditionModel:
 @pytest.fixture(scope="session")
 def sdxl(full_size: dict[str, dict[str, Any]]) -> UNet2DConditionModel:
     """The architecture of SDXL, without weights."""
+    from diffusers import UNet2DConditionModel
+
     with torch.device("meta"):
         return UNet2DConditionModel(**full_size["sdxl"])
 
@@ -189,6 +197,7 @@ def mixed_adapter(unet: UNet2DConditionModel, make_adapter: Callable[..., Adapte
 @pytest.fixture
 def make_pipeline() -> Callable[..., Any]:
     """The stock pipeline around a UNet and perhaps text encoders, as its loader of LoRA files needs it."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
     def make(unet: UNet2DConditionModel, **texts: torch.nn.Module) -> Any:
         scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
