@@ -182,7 +182,7 @@ def prepare(place: Place, recipe: Recipe) -> Parts:
         tokenizer, text_encoder, unet = load_start(place.start, place.out / "tokenizer")
         scaling_factor = float(vae.config.scaling_factor)
     text_encoder, unet = text_encoder.to(device), unet.to(device)
-    if place.compiled or device.type == "cuda":  # on a CPU it pays only where the UNet is compiled
+    if place.compiled:  # it pays only there
         unet.to(memory_format=torch.channels_last)
     if device.type == "cpu":  # plain attention is faster than SDPA's backward at these sizes
         from diffusers.models.attention_processor import AttnProcessor
@@ -269,6 +269,8 @@ def unet_loss(parts: Parts, concepts: list[str], rng: random.Random, generator: 
     noise = torch.randn(latents.shape, generator=generator).to(parts.device)
     timesteps = draw_timesteps(len(latents), generator).to(parts.device)
     noisy = parts.schedule.add_noise(latents, noise, timesteps)
+    if parts.denoise is not parts.unet:
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
     target = parts.schedule.get_velocity(latents, noise, timesteps)
     with torch.autocast(parts.device.type, dtype=torch.bfloat16):
         states = parts.text_encoder(tokens)[0]
