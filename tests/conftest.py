@@ -289,7 +289,10 @@ def copy_folder(tmp_path: Path) -> Callable[..., Path]:
 def sdlora(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Callable[..., tuple[int, str, list[str]]]:
-    """Runs a command in an empty folder: (exit code, what was printed, the lines of the error)."""
+    """Runs a command in an empty folder: (exit code, what was printed, the lines of the error).
+
+    `sdlora.keys` are the keys of the last error.
+    """
     place = tmp_path / "place"
     place.mkdir()
     monkeypatch.chdir(place)
@@ -301,7 +304,9 @@ def sdlora(
             main()
         except SystemExit as stop:
             code = int(stop.code or 0)
+            run.keys = getattr(stop.__context__, "keys", ())
         printed = capsys.readouterr()
         return code, printed.out, printed.err.splitlines()
 
+    run.keys = ()
     return run

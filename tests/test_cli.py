@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -53,106 +54,125 @@ def make_lora(path: Path, family: str = "sd1", width: int = 4) -> Path:
     return save_adapter(path, Adapter({module: pair}, 1, 1.0, family))
 
 
+# Arguments, key of the error (empty: told apart by the values), and values that the line shows.
 MISTAKES = {
-    "no folder": (["train", "nowhere"], "image folder nowhere does not exist"),
-    "empty folder": (["train", "{empty}"], "no images to train on in {empty}"),
-    "folder without images": (["train", "{texts}"], "no images"),
-    "captions missing": (["train", "{bare}"], "caption"),
-    "unknown key": (
-        ["train", "{images}", "lora.rnk=4"],
-        "lora.rnk is not a setting; did you mean lora.rank?",
+    "no folder": (["train", "nowhere"], "data.folder-missing", ["nowhere"]),
+    "empty folder": (["train", "{empty}"], "data.no-images", ["{empty}", "empty"]),
+    "folder without images": (["train", "{texts}"], "data.no-images", ["1 .md"]),
+    "captions missing": (["train", "{bare}"], "data.captions-missing", ["a.png", "data.trigger"]),
+    "unknown key": (["train", "{images}", "lora.rnk=4"], "lora.rnk", ["lora.rank"]),
+    "wrong type": (["train", "{images}", "train.steps=soon"], "train.steps", ["'soon'"]),
+    "rank 0": (["train", "{images}", "lora.rank=0"], "lora.rank", ["0"]),
+    "no such config": (["train", "{images}", "--config", "none.toml"], "", ["none.toml"]),
+    "no such base": (["train", "{images}", "--base", "nobase"], "", ["base.source = nobase"]),
+    "a LoRA as base": (["train", "{images}", "--base", "{lora}"], "", ["base.source = {lora}"]),
+    "a folder as base": (
+        ["train", "{images}", "--base", "{texts}"],
+        "",
+        ["base.source = {texts}", "model_index.json"],
     ),
-    "wrong type": (["train", "{images}", "train.steps=soon"], "train.steps = 'soon' must be a whole number"),
-    "rank 0": (["train", "{images}", "lora.rank=0"], "lora.rank = 0 must be at least 1"),
-    "no such config": (
-        ["train", "{images}", "--config", "none.toml"],
-        "config file none.toml does not exist",
-    ),
-    "no such base": (["train", "{images}", "--base", "nobase"], "base.source = nobase does not exist"),
-    "a LoRA as base": (["train", "{images}", "--base", "{lora}"], "is a LoRA file, not a base"),
-    "a folder as base": (["train", "{images}", "--base", "{texts}"], "base.source = {texts}"),
-    "no such target": (["train", "{images}", "lora.targets=foo"], "lora.targets = ['foo']: 'foo' matches no"),
-    "a bad resolution": (
-        ["train", "{images}", "data.resolution=100"],
-        "data.resolution = 100 must be a multiple of 8",
-    ),
+    "no such target": (["train", "{images}", "lora.targets=foo"], "lora.targets", ["'foo'"]),
+    "a bad resolution": (["train", "{images}", "data.resolution=100"], "data.resolution", ["100", "8"]),
     "no such tracker": (
         ["train", "{images}", "train.trackers=wandbb"],
-        "train.trackers has 'wandbb'; known are",
+        "train.trackers",
+        ["'wandbb'", "wandb"],
     ),
-    "fp16 on a CPU": (["train", "{images}", "train.precision=fp16"], "train.precision = fp16 needs a GPU"),
+    "fp16 on a CPU": (["train", "{images}", "train.precision=fp16"], "train.precision", ["fp16", "bf16"]),
     "a placeholder without a trigger": (
         ["train", "{images}", "sample.prompts=a {{trigger}} cat"],
-        "sample.prompts uses {{trigger}} in 'a {{trigger}} cat' but data.trigger is not set",
+        "sample.prompts",
+        ["'a {{trigger}} cat'", "data.trigger"],
     ),
     "another prediction": (
         ["train", "{images}", "objective.prediction_type=epsilon"],
-        "objective.prediction_type = epsilon but the base builtin predicts v_prediction",
+        "objective.prediction_type",
+        ["epsilon", "v_prediction", "objective.force_prediction_type"],
     ),
-    "out is a file": (["train", "{images}", "--out", "{text}"], "--out {text} is a file; give a folder"),
-    "out below a file": (["train", "{images}", "--out", "{text}/run"], "cannot be written"),
-    "resume of no run": (["resume", "{empty}"], "{empty} holds no run (no config.json)"),
-    "resume of nothing": (["resume", "nowhere"], "run folder nowhere does not exist"),
-    "sample of nothing": (["sample", "nowhere.safetensors", "--prompt", "a cat"], "nowhere.safetensors"),
-    "sample of a text": (["sample", "{text}", "--prompt", "a cat"], "{text}"),
-    "an empty prompt": (["sample", "--prompt", " "], "sample.prompts has an empty prompt"),
-    "no prompt": (["sample"], "there is no prompt; give --prompt TEXT"),
+    "out is a file": (["train", "{images}", "--out", "{text}"], "", ["--out {text}"]),
+    "out below a file": (["train", "{images}", "--out", "{text}/run"], "", ["--out {text}/run"]),
+    "resume of no run": (["resume", "{empty}"], "", ["{empty}", "config.json"]),
+    "resume of nothing": (["resume", "nowhere"], "", ["nowhere"]),
+    "sample of nothing": (
+        ["sample", "nowhere.safetensors", "--prompt", "a cat"],
+        "",
+        ["nowhere.safetensors"],
+    ),
+    "sample of a text": (["sample", "{text}", "--prompt", "a cat"], "", ["{text}"]),
+    "an empty prompt": (["sample", "--prompt", " "], "sample.prompts", []),
+    "no prompt": (["sample"], "", ["--prompt"]),
     "strengths that are none": (
         ["sample", "--prompt", "x", "--strengths", "a,b"],
-        "--strengths a,b must be numbers",
+        "option--strengths",
+        ["a,b"],
     ),
-    "a size that is none": (["sample", "--prompt", "x", "--size", "big"], "--size big must be WIDTHxHEIGHT"),
-    "no such scheduler": (["sample", "--prompt", "x", "--scheduler", "Eulr"], "sample.scheduler = 'Eulr'"),
-    "prompts that are none": (["sample", "--prompts", "{text}"], "contains no prompt"),
-    "prompts with options": (
-        ["sample", "--prompts", "{kohya}"],
-        "sd-scripts' option --n",
+    "a size that is none": (["sample", "--prompt", "x", "--size", "big"], "option--size", ["big"]),
+    "no such scheduler": (
+        ["sample", "--prompt", "x", "--scheduler", "Eulr"],
+        "sample.scheduler",
+        ["'Eulr'", "EulerDiscreteScheduler"],
     ),
+    "prompts that are none": (["sample", "--prompts", "{text}"], "option--prompts.empty", ["{text}"]),
+    "prompts with options": (["sample", "--prompts", "{kohya}"], "option--prompts.options", ["--n"]),
     "a LoRA of another family": (
         ["sample", "{lora2}", "--base", "builtin", "--prompt", "x"],
-        "is for family sd2",
+        "",
+        ["{lora2}", "sd2", "sd1", "--base"],
     ),
-    "a LoRA of another shape": (["sample", "{lora}", "--base", "builtin", "--prompt", "x"], "down_blocks.0"),
-    "a LoRA without a base": (
-        ["sample", "{lora}", "--prompt", "x"],
-        "{lora} does not name one); give --base",
+    "a LoRA of another shape": (
+        ["sample", "{lora}", "--base", "builtin", "--prompt", "x"],
+        "",
+        ["{lora}", "down_blocks.0"],
     ),
-    "info of a truncated file": (["info", "{cut}"], "{cut} is incomplete"),
-    "info of a text": (["info", "{text}"], "{text}"),
-    "info of another kind": (["info", "{weights}"], "{weights}"),
-    "a pickle": (["info", "{pickle}"], "{pickle}"),
-    "export to nowhere": (["export", "{lora}"], "requires --out FILE or --push-to-hub REPO"),
+    "a LoRA without a base": (["sample", "{lora}", "--prompt", "x"], "", ["{lora}", "--base"]),
+    "info of a truncated file": (["info", "{cut}"], "", ["{cut}"]),
+    "info of a text": (["info", "{text}"], "", ["{text}"]),
+    "info of another kind": (["info", "{weights}"], "", ["{weights}", "decoder.conv_in.weight"]),
+    "a pickle": (["info", "{pickle}"], "", ["{pickle}"]),
+    "export to nowhere": (["export", "{lora}"], "option--out", ["--push-to-hub"]),
     "export to no dialect": (
         ["export", "{lora}", "--format", "onnx", "--out", "x.safetensors"],
         "export.formats",
+        ["'onnx'"],
     ),
-    "a name that is too long": (["info", "x" * 3000], "…: File name too long"),
-    "a plot below a file": (["spectrum", "{lora}", "--plot", "{text}/x.png"], "{text}: File"),
-    "a plot in place of a LoRA": (["spectrum", "{lora}", "--plot", "{lora}"], "{lora} must end in .png"),
-    "a sheet in place of a text": (["doctor", "{images}", "--contact-sheet", "{text}"], "must end in .png"),
+    "a name that is too long": (["info", "x" * 3000], "path", ["…", "File name too long"]),
+    "a plot below a file": (["spectrum", "{lora}", "--plot", "{text}/x.png"], "path", ["{text}"]),
+    "a plot in place of a LoRA": (
+        ["spectrum", "{lora}", "--plot", "{lora}"],
+        "option--plot",
+        ["{lora}", ".png"],
+    ),
+    "a sheet in place of a text": (
+        ["doctor", "{images}", "--contact-sheet", "{text}"],
+        "option--contact-sheet",
+        ["{text}", ".png"],
+    ),
     "a sheet among the images": (
         ["doctor", "{images}", "--contact-sheet", "{images}/0.png"],
-        "is in the image folder and would be trained on; give another place",
+        "option--contact-sheet",
+        ["{images}/0.png"],
     ),
     "a merged base below a file": (
         ["merge-into-base", "{lora}", "--base", "builtin", "--out", "{text}/x"],
-        "--out {text}/x cannot be written",
+        "",
+        ["--out {text}/x"],
     ),
-    "a merge of this folder": (["merge-into-base", ".", "--out", "x"], ". contains no LoRA file"),
-    "prompts from a device": (["sample", "--prompts", "/dev/zero"], "is a pipe or a device, not a file"),
-    "an empty base": (["sample", "--base", "", "--prompt", "x"], "base.source = '' must not be empty"),
+    "a merge of this folder": (["merge-into-base", ".", "--out", "x"], "", [". "]),
+    "prompts from a device": (["sample", "--prompts", "/dev/zero"], "option--prompts", ["/dev/zero"]),
+    "an empty base": (["sample", "--base", "", "--prompt", "x"], "base.source", ["''"]),
     "an extract of nothing": (
         ["extract", "", "--base", "builtin", "--out", "x.safetensors"],
-        "base.source = '' must not be empty",
+        "base.source",
+        ["''"],
     ),
-    "export to no safetensors": (["export", "{lora}", "--out", "x.pt"], "must end in .safetensors"),
+    "export to no safetensors": (["export", "{lora}", "--out", "x.pt"], "", ["--out x.pt", ".safetensors"]),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line(sdlora, make_images, tmp_path, name):
     """R-25, R-26, R-30, R-35, R-40, R-41: what, the value, the remedy; exit 2; no file is left behind."""
-    arguments, expected = MISTAKES[name]
+    arguments, key, shows = MISTAKES[name]
     places = {
         kind: tmp_path / kind
         for kind in ("empty", "texts", "bare", "text", "kohya", "lora", "lora2", "cut", "weights", "pickle")
@@ -179,7 +199,9 @@ def test_a_mistake_is_one_line(sdlora, make_images, tmp_path, name):
     assert code == 2, errors
     assert len(errors) == 1, errors
     assert errors[0].startswith("sdlora: ")
-    assert expected.format(**places) in errors[0]
+    assert not key or key in sdlora.keys
+    for value in shows:
+        assert value.format(**places) in errors[0]
     assert files_below(tmp_path) == before
 
 
@@ -188,7 +210,7 @@ def test_a_run_is_never_overwritten(sdlora, small_run, make_images):
     before = {path: path.read_bytes() for path in small_run.path.rglob("*") if path.is_file()}
     code, _, errors = sdlora("train", make_images("more"), "--out", small_run.path, *QUICK)
     assert (code, len(errors)) == (2, 1)
-    assert "already holds a run" in errors[0]
+    assert str(small_run.path) in errors[0]
     assert {path: path.read_bytes() for path in small_run.path.rglob("*") if path.is_file()} == before
 
 
@@ -215,9 +237,9 @@ def test_dry_run(sdlora, make_images):
     """R-16: the plan is printed, no weight is loaded, nothing is written."""
     code, printed, _ = sdlora("train", make_images("style", ((64, 64),) * 5), "--dry-run", *QUICK)
     assert code == 0
-    for part in ("5 images", "2 of batch 2 = global batch 2", "modules", "rank 2", "disk"):
+    for part in ("5 images", "global batch 2", "modules", "rank 2", "disk"):
         assert part in printed
-    assert printed.splitlines()[-1] == "dry run: nothing was loaded, nothing was written"
+    assert printed.splitlines()[-1].startswith("dry run:")
     assert files_below(Path()) == []
 
 
@@ -249,9 +271,10 @@ def test_sample_verb(sdlora, small_run, tmp_path):
         assert picture.text["parameters"].startswith("a dog")
         assert "Seed: 3" in picture.text["parameters"]
     code, _, errors = sdlora("sample", small_run.path, "--prompt", "x", "--out", out)
-    assert (code, errors[0].endswith("already holds a grid; give another folder")) == (2, True)
+    assert (code, str(out) in errors[0]) == (2, True)
     code, _, errors = sdlora("sample", small_run.path, "--step", 7)
-    assert (code, "saved are 2" in errors[0]) == (2, True)
+    assert code == 2
+    assert {"7", "2"} <= set(re.findall(r"[0-9]+", errors[0]))
     code, _, errors = sdlora("sample", "--prompt", "a cat", "--seeds", "0", "--steps", 2, "--size", "64x64")
     assert code == 0, errors
     assert files_below(Path("samples/base")) == ["00.png", "grid.png"]
@@ -273,16 +296,16 @@ def test_sample_several(sdlora, small_run, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == sorted([small_run.name, "ink.v2"])
 
 
-def test_all_subjects_are_checked_before_the_first_picture(sdlora, small_run, tmp_path):
+def test_all_subjects_are_checked_before_the_first_image(sdlora, small_run, tmp_path):
     """A mistake in the second leaves nothing of the first; two of one name have a folder each."""
     quick = ["--base", "builtin", "--prompt", "x", "--steps", 1, "--seeds", 0, "--size", "64x64"]
     blocked = tmp_path / "blocked"
     blocked.write_text("", encoding="utf-8")
     for sources, out, message in (
         ([small_run.adapter, "nowhere"], "grids", "nowhere"),
-        ([small_run.adapter, make_lora(tmp_path / "b.safetensors", "sdxl")], "grids", "is for family sdxl"),
-        ([small_run.adapter], blocked, "blocked cannot be written"),
-        ([small_run.adapter], blocked / "grids", "grids cannot be written"),
+        ([small_run.adapter, make_lora(tmp_path / "b.safetensors", "sdxl")], "grids", "sdxl"),
+        ([small_run.adapter], blocked, str(blocked)),
+        ([small_run.adapter], blocked / "grids", str(blocked / "grids")),
     ):
         code, _, errors = sdlora("sample", *sources, *quick, "--out", tmp_path / out)
         assert (code, len(errors)) == (2, 1)
@@ -359,7 +382,7 @@ def test_export_info_cache_doctor(sdlora, small_run, make_images, tmp_path):
 
 
 def test_evaluate_verb(sdlora, make_images, tmp_path):
-    """Held-out loss and style distance, base beside style; a run without held-out pictures says so."""
+    """Held-out loss and style distance, base beside style; a run without held-out images says so."""
     images = make_images("eight", ((64, 64),) * 8)
     arguments = ["--trigger", "dotty", "data.heldout=0.25", *QUICK]
     assert sdlora("train", images, "--out", tmp_path / "run", *arguments)[0] == 0
@@ -369,10 +392,10 @@ def test_evaluate_verb(sdlora, make_images, tmp_path):
     assert "style distance" in printed
     assert "without trigger" in printed
     assert RunFolder(tmp_path / "run").evaluation_file.is_file()
-    told: list[tuple[int, int]] = []
-    evaluate(tmp_path / "run", progress=lambda *done: told.append(done))
-    # Two held-out pictures: by the base, by the style, and without the trigger.
-    assert told == [(2, 6), (4, 6), (6, 6)]
+    seen: list[tuple[int, int]] = []
+    evaluate(tmp_path / "run", progress=lambda *done: seen.append(done))
+    # Two held-out images: by the base, by the style, and without the trigger.
+    assert seen == [(2, 6), (4, 6), (6, 6)]
 
 
 def test_version_and_help(sdlora):

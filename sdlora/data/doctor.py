@@ -60,7 +60,7 @@ def check_images(
     if sheet is not None and Path(os.path.realpath(sheet)).is_relative_to(os.path.realpath(config.images)):
         raise ConfigError(
             f"--contact-sheet {sheet} is inside the image folder and would be trained on; use another path",
-            key="contact-sheet",
+            key="option--contact-sheet",
         )
     index, buckets = read_dataset(config, resolution=resolution, min_step=min_step)
     findings = examine(index, buckets, config.data, count_tokens)

@@ -198,7 +198,7 @@ def test_checkup_is_what_the_doctor_prints(tmp_path: Path, write_image) -> None:
     assert bad.has_errors
     assert [finding.key for finding in bad.findings] == ["data.captions-partial"]
     assert bad.findings[0].message in "\n".join(bad.lines())
-    with raises(ConfigError, "contact-sheet", shows=str(tmp_path / "images")):
+    with raises(ConfigError, "option--contact-sheet", shows=str(tmp_path / "images")):
         check_images(config, resolution=128, min_step=8, sheet=tmp_path / "images" / "sheet.png")
     with raises(DataError, "data.captions-partial", shows="b.png"):
         raise_errors(bad.findings)
