@@ -1,4 +1,4 @@
-"""The adapter of a run: fresh, or with the change of another LoRA file."""
+"""The adapter of a run: its parents, and its initial values."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def find_parents(lora: LoraSection, warn: Callable[[str], None]) -> tuple[PathEn
 
 
 def check_parents(parents: Sequence[PathEntry], info: BaseInfo, model: Model) -> list[str]:
-    """Whether the path goes with the base.
+    """Checks that the parents fit the base.
 
     Args:
         parents: From `find_parents`.
@@ -52,7 +52,7 @@ def check_parents(parents: Sequence[PathEntry], info: BaseInfo, model: Model) ->
         model: The denoiser, or components by name; they may lie on the meta device.
 
     Returns:
-        Lines to warn with, of those that were trained on another base of the family.
+        Warnings for those that were trained on another base of the family.
 
     Raises:
         AdapterError: If one of them is for another family or does not fit.
@@ -71,10 +71,10 @@ def check_parents(parents: Sequence[PathEntry], info: BaseInfo, model: Model) ->
 
 
 def with_parents(config: RunConfig, parents: Sequence[PathEntry]) -> tuple[RunConfig, str | None]:
-    """The settings with what follows from the parent: where its file is, and half its rank.
+    """The settings with the path of the parent and, by default, half of its rank.
 
     Returns:
-        The settings, and a line about the rank if it was not given.
+        The settings, and a notice about the rank if it was not set.
     """
     if not parents:
         return config, None
@@ -84,14 +84,14 @@ def with_parents(config: RunConfig, parents: Sequence[PathEntry]) -> tuple[RunCo
         return config.replace(lora=changes), None
     rank = max(SMALLEST_RANK, above // 2)
     line = (
-        f"lora.rank = {rank}: half of the {above} of its parent, at least {SMALLEST_RANK}; "
-        "set lora.rank for another"
+        f"lora.rank = {rank}, half of its parent's {above} and at least {SMALLEST_RANK}; "
+        "set lora.rank to choose another"
     )
     return config.replace(lora={**changes, "rank": rank}), line
 
 
 def text_digest(info: BaseInfo, parents: Sequence[PathEntry]) -> str:
-    """The fingerprint of what encodes captions: the base's text encoders with what the path adds to them."""
+    """The digest of the text encoders with the parents' changes, for the cache of text states."""
     changing = [step.ancestor for step in parents if step.adapter.changes_text]
     if not changing:
         return info.text_digest
@@ -100,26 +100,20 @@ def text_digest(info: BaseInfo, parents: Sequence[PathEntry]) -> str:
 
 
 def check_init_from(config: RunConfig, info: BaseInfo, model: Model, layout: Layout) -> str | None:
-    """Whether a run can start from `lora.init_from`, before any weight is loaded.
-
-    Args:
-        config: The settings.
-        info: The base.
-        model: Its network, or components by name; it may lie on the meta device.
-        layout: The modules that are trained.
+    """Checks that `lora.init_from` fits the base and the targets, before weights are loaded.
 
     Returns:
-        A line to warn with if the file is for another base of the same family.
+        A warning if the file is for another base of the same family.
 
     Raises:
-        SdloraError: If there is no such file, or it does not go with base and targets.
+        SdloraError: If the file is missing or does not fit.
     """
     if config.lora.init_from is None:
         return None
     key = f"lora.init_from = {config.lora.init_from}"
     start = _load_start(config.lora.init_from, info)
     warning = check_base(start, family=info.family, name=info.name, digest=info.digest, source=key)
-    # What another network has is not for lora.targets to reach.
+    # lora.targets cannot reach the modules of other networks.
     own = {name: pair for name, pair in start.modules.items() if component_of(name) in components(model)}
     check_fit(replace(start, modules=own), model, key)
     check_init_targets(start, layout.ranks, key)
@@ -129,7 +123,7 @@ def check_init_from(config: RunConfig, info: BaseInfo, model: Model, layout: Lay
 def make_adapter(
     config: RunConfig, info: BaseInfo, model: Model, layout: Layout
 ) -> tuple[Adapter, InitReport | None]:
-    """The trainable adapter, and how it took over `lora.init_from` if that is set."""
+    """The trainable adapter, and a report of its initialization from `lora.init_from`, if set."""
     lora = config.lora
     adapter = draw_adapter(
         model,
@@ -144,7 +138,7 @@ def make_adapter(
 
 
 def _load_start(source: str, info: BaseInfo) -> Adapter:
-    """The LoRA to start from, a file or a run's, without what other trainers adapt though nobody reads it."""
+    """The adapter of a file or run, without the layer that some trainers adapt but the base never uses."""
     try:
         return load_adapter(source).without(info.unread_layer)
     except (AdapterError, RunError) as error:

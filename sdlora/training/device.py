@@ -1,4 +1,4 @@
-"""Accelerate's processes and device, and one source of truth for precision."""
+"""Accelerate's processes and device, and the one source of truth for precision (R-11)."""
 
 from __future__ import annotations
 
@@ -45,39 +45,38 @@ PACKAGES = (
 
 
 def choose_precision(config: RunConfig, device: torch.device, environment: Mapping[str, str]) -> Precision:
-    """Settles precision from the settings, the launcher and the device.
+    """Resolves the precision from the settings, the launcher and the device.
 
     Args:
         config: `train.precision` and `base.dtype`.
         device: Where training runs.
-        environment: Environment variables; `accelerate launch` exports its own precision there, and
-            always exports `no` when it was not asked for one.
+        environment: Environment variables; `accelerate launch` exports its precision, `no` if unset.
 
     Raises:
-        ConfigError: If the launcher disagrees, the device cannot, or the base is stored in less than it
-            shall compute in.
+        ConfigError: If the launcher disagrees, the device does not support it, or the base is stored in
+            less than the compute precision.
     """
     asked, base = str(config.train.precision), config.base.dtype
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if launched != "no":
         if asked not in ("auto", launched):
             raise ConfigError(
-                f"train.precision = {asked} but the launcher says --mixed_precision {launched} "
-                "(ACCELERATE_MIXED_PRECISION); give one of them, or the same to both"
+                f"train.precision = {asked} but the launcher has --mixed_precision {launched} "
+                "(ACCELERATE_MIXED_PRECISION); set one of them, or both alike"
             )
         asked = launched
     if asked == "auto":
         asked = "bf16" if has_bf16(device) else "fp32" if base == "auto" else base
     if asked not in DTYPES:
         raise ConfigError(
-            f"--mixed_precision {asked} is not supported; use train.precision=bf16, fp16 or fp32"
+            f"train.precision = {asked} (from the launcher) is not supported; use bf16, fp16 or fp32"
         )
     if asked == "fp16" and device.type == "cpu":
-        raise ConfigError("train.precision = fp16 needs a GPU (this is the cpu); use bf16 or fp32")
+        raise ConfigError("train.precision = fp16 requires a GPU (the device is cpu); use bf16 or fp32")
     if asked == "fp32" and base not in ("auto", "fp32"):
         raise ConfigError(
-            f"train.precision = fp32 and base.dtype = {base} cannot be together: autocast computes in less "
-            f"than the base is stored in, never in more; leave base.dtype out, or set train.precision={base}"
+            f"train.precision = fp32 conflicts with base.dtype = {base}: autocast lowers precision, never "
+            f"raises it; remove base.dtype, or set train.precision={base}"
         )
     return Precision(asked, asked if base == "auto" else base)
 
@@ -86,7 +85,7 @@ def make_accelerator(config: RunConfig) -> tuple[Accelerator, Precision]:
     """Starts Accelerate: processes, device, trackers.
 
     Raises:
-        ConfigError: If precision, a tracker or the launcher's processes cannot be had.
+        ConfigError: If the precision, a tracker or the launcher's processes are not available.
     """
     check_trackers(config.train.trackers)
     check_launcher(os.environ)
@@ -97,8 +96,9 @@ def make_accelerator(config: RunConfig) -> tuple[Accelerator, Precision]:
         first = Accelerator(mixed_precision="no", cpu=is_gloo, kwargs_handlers=[group])
     if first.num_processes != num_launched(os.environ):
         raise ConfigError(
-            f"the launcher started {num_launched(os.environ)} processes, which {first.device} cannot join "
-            "into one run; start one"
+            f"the launcher started {num_launched(os.environ)} processes, but {first.device} supports one "
+            "only; start one",
+            key="processes",
         )
     precision = choose_precision(config, first.device, os.environ)
     AcceleratorState._reset_state(reset_partial_state=False)
@@ -106,7 +106,7 @@ def make_accelerator(config: RunConfig) -> tuple[Accelerator, Precision]:
         mixed_precision={"fp32": "no"}.get(precision.compute, precision.compute),
         cpu=is_gloo,
         log_with=list(config.train.trackers) or None,
-        # Trackers want a folder here; the run's is chosen when the processes have met.
+        # Trackers require a folder here; the run's is chosen later, by all processes together.
         project_dir=".",
     )
     return accelerator, precision
@@ -126,25 +126,25 @@ def as_out_of_memory() -> Iterator[None]:
 
 
 def check_trackers(trackers: list[str]) -> None:
-    """Refuses unknown trackers and those whose package is missing.
+    """Checks that trackers are known and installed.
 
     Raises:
-        ConfigError: Naming it and what to install.
+        ConfigError: Naming the tracker and its package.
     """
     known = sorted(str(kind.value) for kind in LoggerType if kind != LoggerType.ALL)
     for tracker in trackers:
         if tracker not in known:
-            raise ConfigError(f"train.trackers has {tracker!r}; known are {', '.join(known)}")
-        # Each has the name of its package.
+            raise ConfigError(f"train.trackers has unknown {tracker!r}; choose from {', '.join(known)}")
+        # A tracker's name is its package's.
         if _version(tracker) == NOT_INSTALLED:
             package = "'sdlora[tensorboard]'" if tracker == "tensorboard" else tracker
             raise ConfigError(
-                f"train.trackers has {tracker!r} but its package is not installed; pip install {package}"
+                f"train.trackers has {tracker!r}, which is not installed; pip install {package}"
             )
 
 
 def describe_environment(accelerator: Accelerator, precision: Precision, **values: Any) -> dict[str, Any]:
-    """Versions, device and dtypes, as `environment.json` keeps them."""
+    """Versions, device and dtypes, for `environment.json`."""
     device = accelerator.device
     name = (
         torch.cuda.get_device_name(device)
@@ -169,7 +169,7 @@ def describe_environment(accelerator: Accelerator, precision: Precision, **value
 
 @cache
 def package_versions() -> Mapping[str, str]:
-    """What decides the bits of a run, and what its files say they were made with."""
+    """Versions of the packages that affect the result of a run."""
     return MappingProxyType({package: _version(package) for package in PACKAGES})
 
 
@@ -181,7 +181,7 @@ def _version(package: str) -> str:
 
 
 def find_machine(accelerator: Accelerator, precision: Precision) -> Machine:
-    """What all processes can count on: the least that one of them has, and of one CPU's memory a share."""
+    """The device with the least free memory of all processes; processes share the memory of a CPU."""
     own = free_bytes(accelerator.device)
     least = min(all_gather(accelerator, -1 if own is None else own))
     share = accelerator.num_processes if accelerator.device.type == "cpu" else 1

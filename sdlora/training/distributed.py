@@ -1,4 +1,4 @@
-"""Several processes as one run: what they sum, where they wait, and how one that ends tells the rest."""
+"""Several processes as one run: collectives, stop signals, and errors that reach every process."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 # A launcher forwards signals that its processes may have received already, such as from the same Ctrl-C.
 ECHO_SECONDS = 2.0
-# Between two meetings of the processes while each works on a share of its own.
+# Time between two exchanges while each process works on a share of its own.
 ROUND_SECONDS = 10.0
-# A host that is cut off cannot ask the others' store why.
-ASK_SECONDS = 5.0
-# What `accelerate launch` exports for engines that wrap the model.
+# A host that is cut off cannot reach the store of the others.
+STORE_SECONDS = 5.0
+# Variables that `accelerate launch` exports for engines that wrap the model.
 ENGINES = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -45,12 +45,12 @@ ENGINES = {
 
 
 def num_launched(environment: Mapping[str, str]) -> int:
-    """How many processes the launcher says there are."""
+    """The number of processes that the launcher started."""
     return int(environment.get("WORLD_SIZE") or 1)
 
 
 def check_launcher(environment: Mapping[str, str]) -> None:
-    """Refuses what a launcher can ask for and this trainer does not do.
+    """Refuses engines that launchers offer and this trainer does not use.
 
     Raises:
         ConfigError: Naming the engine.
@@ -70,7 +70,7 @@ def needs_gloo(environment: Mapping[str, str]) -> bool:
 
 
 def group_settings(timeout_seconds: float) -> InitProcessGroupKwargs:
-    """How long a process waits for the others before it gives the run up."""
+    """The process group's timeout, after which a process gives up waiting for the others."""
     atexit.register(leave)
     return InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds))
 
@@ -132,11 +132,12 @@ def barrier(accelerator: Accelerator) -> None:
 
 
 def work_in_rounds(accelerator: Accelerator, jobs: Iterable[T], work: Callable[[T], object]) -> None:
-    """Does this process's jobs; none waits for another longer than a round and a job.
+    """Runs the jobs of this process; no process waits for another longer than a round and a job.
 
     Args:
-        jobs: This process's own; each may have another number of them.
-        work: Does one.
+        accelerator: Its processes.
+        jobs: Of this process; their number may differ between processes.
+        work: Runs one job.
     """
     queue = deque(jobs)
     while all_reduce_count(accelerator, len(queue)):
@@ -186,21 +187,21 @@ class StopSignals:
 
 @contextmanager
 def propagate_failure(accelerator: Accelerator) -> Iterator[None]:
-    """Tells the other processes why this one ends, then cuts the connections, so that none waits for it."""
+    """Passes an error that ends this process to the others and closes the connections: none waits for it."""
     try:
         yield
     except (RunStopped, ProcessLost):
         raise
     except BaseException as error:
         if accelerator.num_processes > 1 and dist.is_initialized():
-            _say_why(accelerator.process_index, error)
+            _write_failure(accelerator.process_index, error)
             leave()
         raise
 
 
 @contextmanager
 def distributed_errors() -> Iterator[None]:
-    """An exchange with the others; that it fails means that one of them is gone."""
+    """Raises the failure of a collective as `ProcessLost`: another process ended."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -210,39 +211,39 @@ def distributed_errors() -> Iterator[None]:
 
 
 def _explain(error: RuntimeError) -> ProcessLost:
-    told = _ask_why()
-    if told is not None:
-        message = f"process {told['process']} on {told['host']} ended: {told['reason']}"
-        return ProcessLost(message, told["code"], is_told=True)
+    failure = _read_failure()
+    if failure is not None:
+        message = f"process {failure['process']} on {failure['host']} ended: {failure['reason']}"
+        return ProcessLost(message, failure["code"], is_told=True)
     return ProcessLost(f"another process ended or does not answer ({first_line(error)})")
 
 
-def _say_why(process: int, error: BaseException) -> None:
+def _write_failure(process: int, error: BaseException) -> None:
     is_own = isinstance(error, SdloraError)
-    told = {
+    failure = {
         "process": process,
         "host": socket.gethostname(),
         "reason": str(error) if is_own else f"{type(error).__name__}: {error}",
         "code": error.exit_code if isinstance(error, SdloraError) else 1,
     }
-    _within(ASK_SECONDS, lambda: _store().set("why", json.dumps(told)))
+    _within(STORE_SECONDS, lambda: _store().set("failure", json.dumps(failure)))
 
 
-def _ask_why() -> dict[str, Any] | None:
-    def ask() -> dict[str, Any] | None:
+def _read_failure() -> dict[str, Any] | None:
+    def read() -> dict[str, Any] | None:
         store = _store()
-        return dict(json.loads(store.get("why"))) if store.check(["why"]) else None
+        return dict(json.loads(store.get("failure"))) if store.check(["failure"]) else None
 
-    return _within(ASK_SECONDS, ask)
+    return _within(STORE_SECONDS, read)
 
 
 def _store() -> PrefixStore:
-    """The table that the launcher's processes share."""
+    """The key-value store of the process group."""
     return PrefixStore("sdlora", distributed_c10d._get_default_store())
 
 
 def _within(seconds: float, ask: Callable[[], T]) -> T | None:
-    """The answer, or None if it does not come in time or cannot be had."""
+    """The result, or None if it takes too long or fails."""
     answers: list[T] = []
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Latents and text states by image and caption: from the cache, or from the encoders.
+"""Latents and text states of images and captions, from the cache or from the encoders (R-20).
 
 C channels, H W latent size.
 """
@@ -28,16 +28,15 @@ View = tuple[ImageRecord, Crop]
 class Encodings:
     """What the denoiser trains on.
 
-    Everything is encoded alone, never in a batch: the same image or caption gives the same bits
-    whatever stands beside it, so that a cached, an uncached and a later run agree.
+    Each image or caption is encoded alone, never in a batch, so that its bits do not depend on its neighbours
+    and a cached run equals an uncached one.
 
     Args:
-        base: Encodes what is not known yet.
-        cache: Where encodings are kept; None encodes anew at each use.
-        settings: Alpha colour, and whether the cache must work.
-        text_learns: Text encoders learn: captions are encoded anew at each use, with gradients, and never
-            kept (R-34).
-        text_digest: Of what encodes captions, where that is more than the base's own text encoders.
+        base: Its encoders.
+        cache: None encodes again at each use.
+        settings: Background color, and whether the cache is required.
+        text_learns: Text encoders are trained: captions are encoded at each use, with gradients (R-34).
+        text_digest: Of the text encoders with the parents' changes; the base's own by default.
     """
 
     def __init__(
@@ -59,10 +58,10 @@ class Encodings:
     def prepare(
         self, views: Iterable[View], captions: Iterable[str], accelerator: Accelerator, terminal: Terminal
     ) -> None:
-        """Encodes what the cache lacks, each process a share.
+        """Encodes what is missing in the cache, each process a share.
 
         Args:
-            views: Images in all their crops.
+            views: Images with their crops.
             captions: All captions in use.
             accelerator: Its processes.
             terminal: Shows progress.
@@ -72,28 +71,29 @@ class Encodings:
         jobs: list[str | View] = [] if self.text_learns else [*dict.fromkeys(captions)]
         jobs += {self._latent_key(*view): view for view in views}.values()
         jobs = [job for job in jobs if not self._is_known(job)]
-        # All look at what is missing before one of them begins to fill it.
+        # All processes look for missing entries before one of them adds any.
         barrier(accelerator)
         self._encode(jobs[accelerator.process_index :: accelerator.num_processes], accelerator, terminal)
-        # What the others put where this process cannot see it: on a host with a cache of its own.
+        # Entries of other processes that are missing here: a host with a cache of its own.
         self._encode([job for job in jobs if not self._is_known(job)], accelerator, terminal)
 
     def check_cache(self, terminal: Terminal) -> None:
-        """Says it if files of the cache were damaged, or nothing can be kept on the disk.
+        """Warns of damaged cache files, and of a cache that cannot be written.
 
         Raises:
-            DataError: If that was asked for.
+            DataError: If `data.cache = true` requires it.
         """
         if self.cache is None:
             return
         if damaged := sorted(map(str, self.cache.damaged)):
             terminal.warn(
-                f"the cache held {count_of(len(damaged), 'damaged file')}, encoded anew: {damaged[0]}"
+                f"the cache had {count_of(len(damaged), 'damaged file')}, encoded again: {damaged[0]}"
             )
         if self.cache.problem:
             if self.is_required:
                 raise DataError(
-                    f"{self.cache.problem}, but data.cache = true needs it; set SDLORA_CACHE to a folder"
+                    f"{self.cache.problem}, but data.cache = true requires it; set SDLORA_CACHE to a folder",
+                    key="data.cache",
                 )
             terminal.warn(self.cache.problem)
 
@@ -111,7 +111,7 @@ class Encodings:
         """Mean and standard deviation of the VAE's posterior, each (C, H, W) on the CPU.
 
         Raises:
-            DataError: If the image is gone or has changed since it was scanned, naming it.
+            DataError: If the image is missing or has changed since it was scanned.
             ModelError: If the latents are not finite, naming the image.
         """
         key = self._latent_key(record, crop)

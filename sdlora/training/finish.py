@@ -1,4 +1,4 @@
-"""The end of a run: files for other programs, the proof that they load, the card, the loss curve."""
+"""The end of a run: export, postflight, model card and loss curve; and errors that end it early."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizer by name, and the learning rate as a pure function of the step."""
+"""The optimizer, its parameter groups, and the learning rate as a pure function of the step (R-08)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class ParameterGroup:
     """Parameters that share a learning rate.
 
     Args:
-        name: The pattern of `train.learning_rates`, `text encoders` or `others`; and the factor, with LoRA+.
-        ratio: The group's rate over `train.learning_rate`, the same at every step.
+        name: The pattern of `train.learning_rates`, `text encoders` or `others`; with LoRA+ also the part.
+        ratio: The group's learning rate over `train.learning_rate`, at every step.
         parameters: The tensors.
     """
 
@@ -38,14 +38,14 @@ class ParameterGroup:
 
 
 def match_rates(modules: Sequence[str], settings: TrainSection) -> dict[str, str | None]:
-    """The pattern of `train.learning_rates` that decides for each module: the last one that matches, or None.
+    """The last pattern of `train.learning_rates` that matches each module, or None.
 
     Args:
         modules: Names; those of text encoders start with `text_encoder.` or `text_encoder_2.`.
         settings: Patterns, or targets such as `convolutions`, and their rates.
 
     Raises:
-        ConfigError: With one line for each pattern that decides for no module.
+        ConfigError: With one line for each pattern without effect.
     """
     matched = {pattern: match_names(modules, pattern) for pattern in settings.learning_rates}
     chosen: dict[str, str | None] = dict.fromkeys(modules)
@@ -56,9 +56,9 @@ def match_rates(modules: Sequence[str], settings: TrainSection) -> dict[str, str
         if pattern not in chosen.values():
             nearest = difflib.get_close_matches(pattern.strip("*."), modules, 1, 0.3) or list(modules[:1])
             reason = (
-                f"is overruled by {chosen[matches[0]]!r} and others after it; put it last"
+                f"is overridden by {chosen[matches[0]]!r} after it; move it to the end"
                 if matches
-                else f"matches no module that is trained; the nearest is {nearest[0]}"
+                else f"matches no trained module; the nearest is {nearest[0]}"
             )
             problems.append(f"train.learning_rates: {shorten(repr(pattern))} {reason}")
     if problems:
@@ -67,17 +67,17 @@ def match_rates(modules: Sequence[str], settings: TrainSection) -> dict[str, str
 
 
 def group_parameters(named: Mapping[str, Tensor], settings: TrainSection) -> list[ParameterGroup]:
-    """Groups of parameters, in the order in which their first one comes; one group if all learn alike.
+    """Groups the parameters by learning rate, in order of appearance.
 
     LoRA+ (Hayou et al. 2024, 2402.12354): the rate of `up` is λ times that of `down`, with λ =
-    `train.lora_plus_ratio`; at one rate for both, `up` learns too slowly in wide layers.
+    `train.lora_plus_ratio`; at equal rates, `up` learns too slowly in wide layers.
 
     Args:
         named: Tensors by module and part, such as `mid_block.attentions.0.proj_in.down`.
         settings: `learning_rate`, `learning_rates`, `lora_plus_ratio`.
 
     Raises:
-        ConfigError: With one line for each pattern that decides for no module.
+        ConfigError: With one line for each pattern without effect.
     """
     chosen = match_rates(list(dict.fromkeys(name.rpartition(".")[0] for name in named)), settings)
     groups: dict[str, ParameterGroup] = {}
@@ -93,7 +93,7 @@ def group_parameters(named: Mapping[str, Tensor], settings: TrainSection) -> lis
 
 
 def _rate_of(module: str, pattern: str | None, settings: TrainSection) -> tuple[str, float]:
-    """What decides a module's learning rate, and the rate."""
+    """The group of a module, and its learning rate."""
     if pattern is not None:
         return pattern, settings.learning_rates[pattern]
     if component_of(module) != DENOISER:
@@ -102,7 +102,7 @@ def _rate_of(module: str, pattern: str | None, settings: TrainSection) -> tuple[
 
 
 def describe_rates(modules: Sequence[str], settings: TrainSection) -> str:
-    """The rates that differ from the base rate, for the plan; empty if none does."""
+    """The learning rates that differ from the base rate; empty if none does."""
     chosen = match_rates(modules, settings)
     rates = Counter(_rate_of(module, pattern, settings) for module, pattern in chosen.items())
     texts = [
@@ -111,7 +111,7 @@ def describe_rates(modules: Sequence[str], settings: TrainSection) -> str:
         if key != "others"
     ]
     if settings.lora_plus_ratio != 1:
-        texts.append(f"up {settings.lora_plus_ratio:g} times as fast as down")
+        texts.append(f"LoRA+ ratio {settings.lora_plus_ratio:g}")
     return "; ".join(texts)
 
 
@@ -129,8 +129,7 @@ def learning_rate(step: int, settings: TrainSection, steps: int) -> float:
         steps: Updates in the whole run.
 
     Returns:
-        A linear rise over the warm-up (its last step has the peak), then the schedule, which at
-        the last step of linear and cosine has come down to one part in (steps - warm-up).
+        A linear rise over the warm-up, whose last step has the peak, then the schedule.
     """
     warmup = num_warmup_steps(settings.warmup, steps)
     if step < warmup:
@@ -144,11 +143,11 @@ def learning_rate(step: int, settings: TrainSection, steps: int) -> float:
 
 
 def build_optimizer(settings: TrainSection, groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
-    """Makes the optimizer: `adamw`, or any class by its import path.
+    """Builds the optimizer: `adamw`, or any class by its import path.
 
     Raises:
-        ConfigError: If it cannot be imported, is no optimizer, refuses its arguments, is schedule-free where
-            `train.ema_decay` averages too, or finds one rate for all parameters where groups ask for several.
+        ConfigError: If it cannot be imported, is not an optimizer, rejects its arguments, averages weights
+            like `train.ema_decay`, or adapts one learning rate where groups have several.
     """
     cls, arguments = find_optimizer(settings)
     if settings.optimizer.lower() == "adamw":
@@ -162,26 +161,26 @@ def build_optimizer(settings: TrainSection, groups: Sequence[ParameterGroup]) ->
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"train.optimizer_args = {settings.optimizer_args!r} is refused by {settings.optimizer}: {error}"
+            f"train.optimizer_args = {settings.optimizer_args!r} is rejected by {settings.optimizer}: {error}"
         ) from None
     assert isinstance(optimizer, torch.optim.Optimizer)
     if settings.ema_decay and hasattr(optimizer, "eval"):
         raise ConfigError(
-            f"train.ema_decay = {settings.ema_decay:g} averages what train.optimizer = {settings.optimizer} "
-            "averages already; leave train.ema_decay out, or use adamw"
+            f"train.ema_decay = {settings.ema_decay:g} conflicts with train.optimizer = {settings.optimizer}"
+            ", which averages weights itself; remove train.ema_decay, or use adamw"
         )
     # Prodigy and D-Adaptation keep their one estimate of the rate as `d`, and fail at the first step.
     if len({group.ratio for group in groups}) > 1 and "d" in optimizer.param_groups[0]:
         raise ConfigError(
-            f"train.optimizer = {settings.optimizer} finds one rate for all parameters; leave "
-            "train.learning_rates and train.lora_plus_ratio out (with lora.text_encoder, set "
-            f"train.text_encoder_learning_rate={settings.learning_rate:g} too), or use adamw"
+            f"train.optimizer = {settings.optimizer} adapts one learning rate for all parameters; remove "
+            "train.learning_rates and train.lora_plus_ratio (with lora.text_encoder, also set "
+            f"train.text_encoder_learning_rate={settings.learning_rate:g}), or use adamw"
         )
     return optimizer
 
 
 def check_optimizer(settings: TrainSection, modules: Sequence[str], parts: Sequence[str]) -> None:
-    """Makes the optimizer with one number for each tensor: every mistake shows before weights are loaded.
+    """Builds the optimizer with one number for each tensor, to find mistakes before weights are loaded.
 
     Raises:
         ConfigError: As `group_parameters` and `build_optimizer` do.
@@ -194,13 +193,13 @@ def find_optimizer(settings: TrainSection) -> tuple[type, dict[str, Any]]:
     """The class and its arguments; checked before anything is loaded."""
     arguments = dict(settings.optimizer_args)
     if "lr" in arguments:
-        raise ConfigError("train.optimizer_args has lr; set train.learning_rate instead")
+        raise ConfigError("train.optimizer_args contains lr; set train.learning_rate instead")
     if settings.optimizer.lower() == "adamw":
         return torch.optim.AdamW, arguments
     module_name, _, name = settings.optimizer.rpartition(".")
     if not module_name:
         raise ConfigError(
-            f"train.optimizer = {settings.optimizer!r} is not known; use adamw or an import path "
+            f"train.optimizer = {settings.optimizer!r} is unknown; use adamw or an import path "
             "such as torch.optim.SGD or bitsandbytes.optim.AdamW8bit"
         )
     try:
@@ -215,5 +214,7 @@ def find_optimizer(settings: TrainSection) -> tuple[type, dict[str, Any]]:
             f"train.optimizer = {settings.optimizer}: {module_name} has no {name}; check the spelling"
         ) from None
     if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)):
-        raise ConfigError(f"train.optimizer = {settings.optimizer} is not a torch optimizer; give a class")
+        raise ConfigError(
+            f"train.optimizer = {settings.optimizer} is not a subclass of torch.optim.Optimizer"
+        )
     return cls, arguments

@@ -1,9 +1,10 @@
-"""The plan of a run: every number that follows from the settings, before a weight is loaded."""
+"""The plan of a run: all numbers that follow from the settings, before weights are loaded."""
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,13 @@ class RunPlan:
         index: The images.
         buckets: Their buckets and crops.
         order: The samples of every step.
-        layout: The modules that get an adapter, with their ranks and alphas.
-        num_trainable: Parameters of the adapter.
-        num_padded: The same with every module at the largest rank, as kohya's format has them.
-        num_base: Parameters of the denoiser.
+        layout: The adapted modules, with their ranks and alphas.
         num_processes: Processes of the run.
-        memory: What the run will need of the device's.
-        work: What it was estimated from.
-        machine: Where.
-        findings: What preflight noticed; errors have already stopped the run.
-        data_lines: What preflight prints about the images.
+        memory: Estimate of the device memory.
+        work: Inputs of the estimate.
+        machine: The device.
+        findings: Warnings and notices of preflight; errors have stopped the run already.
+        data_lines: Summary of the images.
         parents: What the new adapter stands on, the root first.
     """
 
@@ -57,9 +55,6 @@ class RunPlan:
     buckets: BucketPlan
     order: BatchOrder
     layout: Layout
-    num_trainable: int
-    num_padded: int
-    num_base: int
     num_processes: int
     memory: Memory
     work: Workload
@@ -76,13 +71,12 @@ class RunPlan:
 
     @property
     def objective(self) -> Objective:
-        """What is minimised."""
         asked = self.config.objective
         return Objective(schedule_from_config(self.info.scheduler_config, asked.prediction_type), asked)
 
     @property
     def targets(self) -> list[str]:
-        """The modules that get an adapter."""
+        """Names of the adapted modules."""
         return list(self.layout.ranks)
 
     @property
@@ -91,7 +85,7 @@ class RunPlan:
         return global_batch(self.config, self.num_processes)
 
     def due_steps(self, every: int | None) -> list[int]:
-        """The steps at which something is due: each `every`, and the last; none for 0."""
+        """Every n-th step and the last; none for 0."""
         if not every:
             return []
         return sorted({*range(every, self.steps + 1, every), self.steps})
@@ -124,22 +118,37 @@ class RunPlan:
         captioned = (n for n in steps if any(sample.caption for sample in self.order.step(n)))
         return next(captioned, self.steps)
 
+    @cached_property
+    def num_trainable(self) -> int:
+        """Parameters of the adapter."""
+        return count_parameters(self.work.parts, self.layout.ranks, self.layout.kind)
+
+    @cached_property
+    def num_padded(self) -> int:
+        """Parameters with every module at the largest rank, as in kohya's format."""
+        ranks = dict.fromkeys(self.layout.ranks, max(self.layout.ranks.values()))
+        return count_parameters(self.work.parts, ranks, self.layout.kind)
+
+    @cached_property
+    def num_base(self) -> int:
+        """Parameters of the denoiser."""
+        return sum(parameter.numel() for parameter in self.work.parts[DENOISER].parameters())
+
     @property
     def num_images(self) -> int:
-        """Images to train on."""
         return len(self.index.records)
 
     @property
     def images_seen(self) -> int:
-        """Samples of the whole run; short steps count what they hold."""
+        """Samples of the whole run, with its short steps."""
         epochs = self.steps // self.order.steps_per_epoch
-        # Where an epoch has its short steps is drawn for each.
+        # The positions of short steps in an epoch are random.
         begun = range(epochs * self.order.steps_per_epoch, self.steps)
         return epochs * self.order.samples_per_epoch + sum(len(self.order.step(step)) for step in begun)
 
     @property
     def adapter_bytes(self) -> int:
-        """Size of one saved file, its header left out."""
+        """Size of one saved file, without its header."""
         return self.num_trainable * self._value_bytes
 
     @property
@@ -148,15 +157,15 @@ class RunPlan:
 
     @property
     def disk_bytes(self) -> int:
-        """What the run will write, samples left out."""
+        """Bytes that the run will write, without samples."""
         return self.bytes_after(0)
 
     def bytes_after(self, step: int) -> int:
-        """What it will write from a step on: adapters, and states of weights, two moments and the average."""
+        """Bytes written after a step: adapters, and checkpoints with weights, two moments and the EMA."""
         final = {"diffusers": self.num_trainable, "kohya": self.num_padded}
         exports = self._value_bytes * sum(final[name] for name in self.config.export.formats)
         adapters = sum(due > step for due in {*self.save_steps, *self.sample_steps})
-        # One more than are kept, until the newest is whole; a resumed run has that one already.
+        # One more than are kept, until the newest is complete; a resumed run has that one already.
         states = min(self.config.train.keep_checkpoints, sum(due > step for due in self.save_steps))
         states += step == 0
         state_bytes = (16 if self.config.train.ema_decay else 12) * self.num_trainable
@@ -164,7 +173,7 @@ class RunPlan:
 
     @property
     def exchange_bytes(self) -> int:
-        """What a process hands to the others in a step: the adapter's gradients in fp32, and the loss."""
+        """Bytes that a process reduces in a step: the gradients in fp32, and the loss."""
         return 4 * (self.num_trainable + 1) if self.num_processes > 1 else 0
 
     def as_event(self) -> dict[str, Any]:
@@ -198,15 +207,15 @@ class RunPlan:
 
 
 def make_plan(config: RunConfig, num_processes: int = 1, machine: Machine = ANY_MACHINE) -> RunPlan:
-    """Reads every image and caption and the base's description; loads no weights.
+    """Reads all images and captions and the base's configuration; loads no weights.
 
     Args:
         config: The settings.
         num_processes: Of the run.
-        machine: Where it shall be.
+        machine: The device, for the estimate of memory.
 
     Raises:
-        SdloraError: For anything that is wrong with the images, the base or the settings.
+        SdloraError: If the images, the base or the settings cannot be used.
     """
     find_optimizer(config.train)
     info = inspect_base(config.base, config.objective)
@@ -248,11 +257,6 @@ def make_plan(config: RunConfig, num_processes: int = 1, machine: Machine = ANY_
             seed=config.train.seed,
         ),
         layout=layout,
-        num_trainable=count_parameters(parts, layout.ranks, layout.kind),
-        num_padded=count_parameters(
-            parts, dict.fromkeys(layout.ranks, max(layout.ranks.values())), layout.kind
-        ),
-        num_base=sum(parameter.numel() for parameter in parts[DENOISER].parameters()),
         num_processes=num_processes,
         memory=memory,
         work=replace(work, config=config),
@@ -264,15 +268,10 @@ def make_plan(config: RunConfig, num_processes: int = 1, machine: Machine = ANY_
 
 
 def check_disk(plan: RunPlan, folder: Path, step: int = 0) -> None:
-    """Compares what the run will write with the free space.
-
-    Args:
-        plan: The run.
-        folder: Where it writes.
-        step: Where it goes on.
+    """Compares the bytes that a run will write after a step with the free space of its folder.
 
     Raises:
-        RunError: If it does not fit.
+        RunError: If they do not fit.
     """
     parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(parent).free

@@ -47,47 +47,47 @@ def check_for_base(config: RunConfig, info: BaseInfo, sheet: Path | None = None)
 
 
 def check_objective(config: RunConfig, info: BaseInfo) -> None:
-    """Refuses what the base cannot be asked for.
+    """Checks that the objective suits the base.
 
     Raises:
-        ConfigError: If it predicts something else, has fewer timesteps, or is asked for ε in pure noise.
+        ConfigError: If it predicts something else, has fewer timesteps, or would predict ε from pure noise.
     """
     asked = config.objective.prediction_type
     if asked and asked != info.prediction_type and not config.objective.force_prediction_type:
         raise ConfigError(
             f"objective.prediction_type = {asked} but the base {info.name} predicts {info.prediction_type}; "
-            "leave it out, or set objective.force_prediction_type=true"
+            "remove the setting, or set objective.force_prediction_type=true"
         )
     schedule = schedule_from_config(info.scheduler_config, asked)
     low, high = config.objective.timestep_range
     if low >= schedule.num_timesteps:
         raise ConfigError(
-            f"objective.timestep_range = [{low}, {high}] lies behind the base's "
+            f"objective.timestep_range = [{low}, {high}] starts beyond the base's "
             f"{schedule.num_timesteps} timesteps"
         )
     if schedule.prediction_type == "epsilon" and schedule.has_zero_snr and high >= schedule.num_timesteps:
         last = schedule.num_timesteps - 1
-        remedy = f"leave that timestep out with objective.timestep_range=[{min(low, last - 1)}, {last}]"
+        remedy = f"exclude that timestep with objective.timestep_range=[{min(low, last - 1)}, {last}]"
         if asked:
-            remedy = f"leave objective.prediction_type out, or {remedy}"
+            remedy = f"remove objective.prediction_type, or {remedy}"
         raise ConfigError(
-            "objective.prediction_type = epsilon cannot be learnt with rescale_betas_zero_snr = true, as the "
-            f"base {info.name} has it (timestep {last} is pure noise); {remedy}"
+            "objective.prediction_type = epsilon cannot be learned with rescale_betas_zero_snr = true of the "
+            f"base {info.name} (timestep {last} is pure noise); {remedy}"
         )
     make_sampler(schedule, config.objective)
 
 
 def resolve_config(config: RunConfig, info: BaseInfo, index: DatasetIndex, num_processes: int) -> RunConfig:
-    """Fills in every default that depends on the base or the images."""
+    """Resolves the defaults that depend on the base or the images."""
     train = config.train
     if train.batch_size == "auto" and train.accumulate == 1:
         raise ConfigError(
-            "train.batch_size = auto divides what train.accumulate gives each process to do in a step, and "
-            "train.accumulate = 1 leaves nothing to divide; give both, such as train.accumulate=8"
+            "train.batch_size = auto divides the train.accumulate samples of each process in a step, and "
+            "train.accumulate = 1 cannot be divided; set a larger one, such as train.accumulate=8"
         )
     batch_size = train.batch_size or (BUILTIN_BATCH_SIZE if info.is_builtin else 1)
     micro_batch = 1 if batch_size == "auto" else batch_size
-    # Repeats weigh images against each other: 10_name for all of them is no wish for ten times the steps.
+    # Repeats weight images against each other: 10_name for all of them does not mean ten times the steps.
     batch = micro_batch * train.accumulate * num_processes
     steps = train.steps or _default_steps(len(index.records), batch)
     tenth = max(1, round(steps / 10))
@@ -133,7 +133,7 @@ def default_prompts(index: DatasetIndex) -> list[str]:
 
 
 def spread_records(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
-    """So many records, evenly spaced."""
+    """Up to `count` records, evenly spaced."""
     return [records[i] for i in _spread(len(records), count)]
 
 

@@ -30,11 +30,11 @@ from sdlora.training.preflight import spread_records
 from sdlora.tree.lineage import Stack, path_to_stack
 
 NUM_HELDOUT = 64
-NUM_ASKED = 2
+NUM_CHECKED = 2
 
 
 class HeldoutView(NamedTuple):
-    """An image of the held-out loss, in its crop, with the mean of its latents (C, H, W)."""
+    """An image of the held-out loss with its crop and the mean of its latents (C, H, W)."""
 
     record: ImageRecord
     crop: Crop
@@ -51,10 +51,10 @@ class Prepared:
         objective: The loss's settings.
         encodings: Latents and text states.
         splits: Images of the held-out loss: `train`, and `heldout` if there are any.
-        prompt_states: Text states of the sample prompts and the negative prompt; none where they change.
-        dropout: Of the adapter; the runner says when and with which seeds.
-        max_norm: Limit on the change of a module after each update; 0 for none.
-        parents: What is mounted below the adapter, frozen: (adapter, strength), the root first.
+        prompt_states: Text states of the prompts and the negative prompt; empty if training changes them.
+        dropout: Of the adapter.
+        max_norm: `lora.max_norm`.
+        parents: Frozen adapters below the trained one: (adapter, strength), the root first.
     """
 
     base: Base
@@ -69,7 +69,7 @@ class Prepared:
 
     @torch.no_grad()
     def heldout_items(self, split: str, most: int | None = None) -> list[HeldoutItem]:
-        """The images of a split as the loss sees them, with the text states of now; at most so many."""
+        """Up to `most` images of a split with their current text states."""
         return [
             HeldoutItem(
                 view.record.digest,
@@ -81,7 +81,7 @@ class Prepared:
 
 
 def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, terminal: Terminal) -> Prepared:
-    """Loads the base, encodes, lets the encoders leave the device, and mounts a fresh adapter."""
+    """Loads the base, encodes, moves the encoders off the device, and mounts a fresh adapter."""
     config = plan.config
     text_learns = config.lora.text_encoder
     device, waits = accelerator.device, config.data.cache is not False
@@ -100,7 +100,7 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, termi
     )
     _encode(plan, encodings, accelerator, terminal)
     prompts = dict.fromkeys([*config.sample.prompts, config.sample.negative_prompt])
-    # The base's own column of a grid needs the base's own text states: sampling encodes them itself.
+    # With trained text encoders, sampling encodes the prompts for each column.
     text_differs = text_learns or any(adapter.changes_text for adapter, _ in parents)
     prompt_states = {} if text_differs else {prompt: encodings.condition(prompt) for prompt in prompts}
     splits = {
@@ -130,19 +130,19 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, termi
 
 
 def warn_if_prediction_differs(plan: RunPlan, prepared: Prepared) -> str | None:
-    """Asks the denoiser itself, since a wrong prediction type trains to nothing without a sign (R-32).
+    """Compares the base's predictions with its prediction type: a wrong one fails silently (R-32).
 
     Returns:
-        A line to warn with, if its answers fit another type than the one it is taken to predict.
+        A warning if they fit another type.
     """
     schedule, base = prepared.objective.schedule, prepared.base
-    items = prepared.heldout_items("train", NUM_ASKED)
+    items = prepared.heldout_items("train", NUM_CHECKED)
     found = recognise_prediction(base.denoise, schedule, items, base.device)
     if found is None or found == schedule.prediction_type:
         return None
     return (
-        f"the base {plan.info.name} is taken to predict {schedule.prediction_type}, "
-        f"but its answers fit {found}; unless that is meant, stop and set "
+        f"objective.prediction_type = {schedule.prediction_type}, but the predictions of the base "
+        f"{plan.info.name} fit {found}; to train with that, stop and set "
         f"objective.prediction_type={found} objective.force_prediction_type=true"
     )
 
@@ -152,7 +152,7 @@ def _open_cache(config: RunConfig) -> TensorCache | None:
 
 
 def _encode(plan: RunPlan, encodings: Encodings, accelerator: Accelerator, terminal: Terminal) -> None:
-    """Fills the cache, each process its share."""
+    """Fills the cache, each process a share."""
     config = plan.config
     views = [
         (record, crop)
@@ -170,7 +170,7 @@ def _encode(plan: RunPlan, encodings: Encodings, accelerator: Accelerator, termi
     mount(base.components, path_to_stack(plan.parents))
     if encodings.cache is None:
         return
-    # One after the other: the device never holds text encoders, VAE and denoiser at once.
+    # One at a time, to save memory: text encoders, then the VAE, then the denoiser.
     encodings.prepare((), captions, accelerator, terminal)
     if not encodings.text_learns:
         base.text_encoders_to("cpu")

@@ -11,6 +11,7 @@ from sdlora.config import load_config
 from sdlora.errors import ConfigError
 from sdlora.models.dtypes import Precision, has_bf16
 from sdlora.training.device import choose_precision
+from tests.checks import raises
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -33,7 +34,7 @@ def test_what_is_said_is_what_is_computed_in(overrides, compute, base):
 def test_more_than_the_base_has_is_refused(base):
     """R-11: fp32 was said, and the UNet computed in what it was stored in."""
     config = load_config(None, {"train.precision": "fp32", "base.dtype": base})
-    with pytest.raises(ConfigError, match=f"train.precision = fp32 and base.dtype = {base} cannot be"):
+    with raises(ConfigError, "train.precision", shows=("fp32", f"base.dtype = {base}")):
         choose_precision(config, CPU, {})
 
 

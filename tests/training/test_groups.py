@@ -89,8 +89,10 @@ def test_a_pattern_without_effect_is_refused():
     with pytest.raises(ConfigError) as caught:
         match_rates(MODULES, settings(rates))
     first, second = caught.value.problems
-    assert "train.learning_rates: 'mid_block.*' is overruled by '*block*'" in first
-    assert "train.learning_rates: '*.attn3.*' matches no module that is trained; the nearest is" in second
+    assert caught.value.keys == ("train.learning_rates",) * 2
+    assert all(name in first for name in ("'mid_block.*'", "'*block*'"))
+    assert "'*.attn3.*'" in second
+    assert any(name in second for name in MODULES)
 
 
 def test_in_words():
@@ -98,5 +100,5 @@ def test_in_words():
     unet = MODULES[:3]
     assert describe_rates(unet, settings()) == ""
     assert describe_rates(unet, settings({"*.attn2.*": 0.05}, lora_plus_ratio=4)) == (
-        "0.05 on *.attn2.* (2 of 3 modules); up 4 times as fast as down"
+        "0.05 on *.attn2.* (2 of 3 modules); LoRA+ ratio 4"
     )

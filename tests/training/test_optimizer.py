@@ -17,6 +17,7 @@ from sdlora.training.optimizer import (
     learning_rate,
     num_warmup_steps,
 )
+from tests.checks import raises
 
 
 def groups_of(*ratios: float) -> list[ParameterGroup]:
@@ -81,19 +82,19 @@ def test_any_optimizer_by_import_path():
 
 
 @pytest.mark.parametrize(
-    ("values", "line"),
+    ("values", "key", "shows"),
     [
-        ({"optimizer": "adamx"}, "train.optimizer = 'adamx' is not known; use adamw or an import path"),
-        ({"optimizer": "torch.optim.Adamx"}, "torch.optim has no Adamx"),
-        ({"optimizer": "nowhere.Lion"}, "cannot be imported .*pip install nowhere"),
-        ({"optimizer": "torch.nn.Linear"}, "is not a torch optimizer"),
-        ({"optimizer_args": {"lr": 1}}, "set train.learning_rate instead"),
-        ({"optimizer_args": {"betaz": 1}}, "train.optimizer_args = .*betaz.* is refused by adamw"),
+        ({"optimizer": "adamx"}, "train.optimizer", ("'adamx'", "adamw")),
+        ({"optimizer": "torch.optim.Adamx"}, "train.optimizer", "torch.optim has no Adamx"),
+        ({"optimizer": "nowhere.Lion"}, "train.optimizer", "pip install nowhere"),
+        ({"optimizer": "torch.nn.Linear"}, "train.optimizer", "torch.optim.Optimizer"),
+        ({"optimizer_args": {"lr": 1}}, "train.optimizer_args", "train.learning_rate"),
+        ({"optimizer_args": {"betaz": 1}}, "train.optimizer_args", "betaz"),
     ],
 )
-def test_wrong_optimizers(values, line):
+def test_wrong_optimizers(values, key, shows):
     """One line that names the setting."""
-    with pytest.raises(ConfigError, match=line):
+    with raises(ConfigError, key, shows=shows):
         check_optimizer(settings(**values), ["mid_block.to_q"], ["down", "up"])
 
 
@@ -109,5 +110,5 @@ def test_an_optimizer_that_finds_its_own_rate(monkeypatch):
     monkeypatch.setattr(torch.optim, "OneRate", OneRate, raising=False)
     asked = settings(optimizer="torch.optim.OneRate")
     check_optimizer(asked, ["mid_block.to_q"], ["down", "up"])
-    with pytest.raises(ConfigError, match=r"OneRate finds one rate .* train\.lora_plus_ratio out"):
+    with raises(ConfigError, "train.optimizer", shows=("OneRate", "train.lora_plus_ratio")):
         check_optimizer(asked.model_copy(update={"lora_plus_ratio": 2.0}), ["mid_block.to_q"], ["down", "up"])
