@@ -126,23 +126,23 @@ def sample(
     settings = sample_settings(prompt, prompts, seeds, steps=steps, guidance=guidance)
     changes, pixels = parse_strengths(strengths), parse_size(size)
     from sdlora.report.terminal import Terminal
-    from sdlora.sampling.session import sample_tree
+    from sdlora.sampling.session import plan_tree
     from sdlora.tree.tree import AdapterTree
 
     terminal = Terminal()
+    plan = plan_tree(
+        AdapterTree.from_folder(folder),
+        nodes or (),
+        strengths=changes,
+        base=base,
+        out=out,
+        size=pixels,
+        force=force,
+        warn=terminal.warn,
+        **settings,
+    )
     with terminal.progress("sampling", 1) as meter:
-        grid = sample_tree(
-            AdapterTree.from_folder(folder),
-            nodes or (),
-            strengths=changes,
-            base=base,
-            out=out,
-            size=pixels,
-            force=force,
-            progress=meter.show,
-            warn=terminal.warn,
-            **settings,
-        )
+        grid = plan.make(meter.show)
     typer.echo(f"grid      {grid}")
 
 

@@ -27,8 +27,9 @@ from sdlora.models.dtypes import DTYPES
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
 from sdlora.runs import RunFolder
-from sdlora.sampling.generate import Column, generate_columns
-from sdlora.sampling.request import choose_device, make_request
+from sdlora.sampling.generate import Column, generate
+from sdlora.sampling.images import SampleSettings
+from sdlora.sampling.session import choose_device
 from sdlora.tree.lineage import Stack, find_ancestors, path_to_stack
 
 MAX_IMAGES = 40
@@ -102,17 +103,17 @@ class Bench:
         columns = [Column(stack, 1.0 if stack else 0.0) for stack in stacks]
         found: list[dict[int, Tensor]] = [{} for _ in stacks]
         for size, numbers in groups.items():
-            request = make_request(self.config.sample, self.base.info, (size.width, size.height))
+            settings = SampleSettings.of(self.config.sample, (size.width, size.height))
             # Measured, not shown: a blank in place of an image would be measured too.
-            settings = replace(request.settings, safety_checker=False)
+            settings = replace(settings, safety_checker=False)
             prompts = [captions[number] for number in numbers]
-            images = generate_columns(
+            images = generate(
                 self.base,
                 columns,
                 prompts,
                 [seed],
                 settings,
-                progress=lambda done: progress(sum(map(len, found)) + done),
+                progress=lambda done, total: progress(sum(map(len, found)) + done),
             )
             for place, made in enumerate(found):
                 own = images[place :: len(columns)]

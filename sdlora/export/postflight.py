@@ -26,7 +26,7 @@ from sdlora.models.load import load_denoiser, load_part, load_stock_pipeline
 from sdlora.models.quantize import CONV_SETTINGS
 from sdlora.models.quiet import without_bars
 from sdlora.models.stable_diffusion import pipeline_of, wrap_denoiser
-from sdlora.sampling.generate import undisturbed
+from sdlora.sampling.generate import preserve_state
 
 # Share of a module's change that may differ: rounding to fp16 loses at most 1e-3 of it, to bf16 8e-3.
 MODULE_TOLERANCE = 0.05
@@ -95,7 +95,7 @@ def postflight(
             in another way than the trained adapter does, or cannot be taken off; names the modules.
     """
     parts = {name: part for name, part in components(model).items() if name in adapter.components}
-    with undisturbed(*components(model).values()), unwrapped(model), _plain_types(model):
+    with preserve_state(*components(model).values()), unwrapped(model), _plain_types(model):
         outputs = _measure(parts, adapter, info)
         reports = []
         for path in map(Path, paths):

@@ -21,13 +21,13 @@ from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mounted
 from sdlora.models.base import Base, Condition
 from sdlora.models.quiet import quiet
-from sdlora.sampling.images import NOT_FINITE, WITHHELD, SampledImage, SampleSettings
+from sdlora.sampling.images import FLAGGED, NOT_FINITE, SampledImage, SampleSettings
 from sdlora.sampling.schedulers import check_prompts, make_scheduler, resolve_settings
 from sdlora.tree.lineage import Stack
 
 
 @contextmanager
-def undisturbed(*models: nn.Module) -> Iterator[None]:
+def preserve_state(*models: nn.Module) -> Iterator[None]:
     """Puts models in eval mode and gives them, and all random generators, back as they were."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     python, numpy = random.getstate(), np.random.get_state()
@@ -101,24 +101,8 @@ def make_columns(
     return columns + [Column((*ancestors, (adapter, strength)), strength, name) for strength in shown]
 
 
-def generate(
-    base: Base,
-    adapter: Adapter | None,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    strengths: Sequence[float],
-    settings: SampleSettings = SampleSettings(),  # noqa: B008
-    **options: Any,
-) -> list[SampledImage]:
-    """Makes a sample for each prompt and seed, by the base and by each strength of the adapter.
-
-    As `generate_columns`, whose options it takes, with the columns of `make_columns`.
-    """
-    return generate_columns(base, make_columns(adapter, strengths), prompts, seeds, settings, **options)
-
-
 @torch.no_grad()
-def generate_columns(
+def generate(
     base: Base,
     columns: Sequence[Column],
     prompts: Sequence[str],
@@ -126,7 +110,7 @@ def generate_columns(
     settings: SampleSettings = SampleSettings(),  # noqa: B008
     *,
     text: Mapping[str, Condition] | None = None,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int, int], object] | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> list[SampledImage]:
     """Makes a sample for each prompt, seed and column.
@@ -142,7 +126,7 @@ def generate_columns(
         settings: How.
         text: Prompt to the base's text states, from `encode_prompts`; what is missing is encoded here, and
             all of it for each column that changes a text encoder.
-        progress: Called with the number of samples finished so far.
+        progress: Called with (finished, total) images.
         share: (k, n) makes every n-th batch, from the k-th on. Batches are the same whoever makes them; the
             samples of the others are black, so that the sum of all shares is the whole.
 
@@ -159,7 +143,7 @@ def generate_columns(
     turns = itertools.cycle(range(share[1]))
     known = dict(text or {})
     parts = base.components
-    with undisturbed(*parts.values()), torch.autocast(base.device.type, enabled=False):
+    with preserve_state(*parts.values()), torch.autocast(base.device.type, enabled=False):
         pipeline = base.make_pipeline(make_scheduler(base.info, settings.scheduler))
         for column, made in zip(columns, samples, strict=True):
             with mounted(parts, column.stack):
@@ -180,7 +164,7 @@ def generate_columns(
                         for row, image, blank in zip(batch, *shown, strict=True)
                     ]
                     if progress is not None:
-                        progress(sum(map(len, samples)))
+                        progress(sum(map(len, samples)), len(rows) * len(columns))
     return [sample for row in zip(*samples, strict=True) for sample in row]
 
 
@@ -276,7 +260,7 @@ def _show(
     withhold = base.safety_checker if settings.safety_checker else None
     withheld = withhold(images) if withhold is not None else [False] * len(images)
     blanks = [
-        WITHHELD if hidden else "" if bool(own.isfinite().all()) else NOT_FINITE
+        FLAGGED if hidden else "" if bool(own.isfinite().all()) else NOT_FINITE
         for own, hidden in zip(pixels, withheld, strict=True)
     ]
     shown = [

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil, log
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from sdlora.sampling.images import SampledImage
+from sdlora.sampling.images import SampledImage, save_images
 
 PAPER, INK, SOFT, RULE, EMPTY = "#ffffff", "#1c1c1e", "#7c7c82", "#e3e3e6", "#f1f1f3"
 MAX_CELL_PX = 512
@@ -83,6 +84,19 @@ def make_grid(samples: Sequence[SampledImage], *, title: str = "") -> Image.Imag
     cells = {(*_column(p), p.prompt, p.seed): p for p in reversed(samples)}
     layout = _layout(samples)
     return _join([_Sheet(layout, columns, part, cells) for part in _panels(layout, columns, groups)], title)
+
+
+def save_grid(
+    folder: Path, images: Sequence[SampledImage], *, base: str, adapter: str | None, title: str
+) -> Path:
+    """Writes the single images and their grid; returns the path of the grid.
+
+    Args:
+        base: Name of the base in the metadata.
+        adapter: Name of the adapter in the metadata.
+        title: Title of the grid.
+    """
+    return save_images(folder, images, make_grid(images, title=title), {"base": base, "adapter": adapter})
 
 
 def _panels(

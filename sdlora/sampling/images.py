@@ -11,13 +11,14 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from sdlora.config import SampleSection
 from sdlora.errors import ConfigError
 from sdlora.writing import check_writable, next_free_folder, write_file
 
-WITHHELD = "withheld by the safety checker"
+FLAGGED = "withheld by the safety checker"
 NOT_FINITE = "not finite; try less strength or guidance"
-BLANKS = ("", WITHHELD, NOT_FINITE)
-"""Why there is no image."""
+BLANKS = ("", FLAGGED, NOT_FINITE)
+"""Reasons for a blank image; empty for an image."""
 
 SAMPLERS = {
     "DDIMScheduler": "DDIM",
@@ -40,14 +41,14 @@ SAMPLERS = {
 
 @dataclass(frozen=True, slots=True)
 class SampleSettings:
-    """How images are made; what is left out is the base's own choice.
+    """How images are made; None stands for the base's own choice.
 
     Args:
         guidance: 0 and 1 switch classifier-free guidance off.
         scheduler: A diffusers scheduler class, such as `DDIMScheduler`.
         width: In pixels, as height.
         batch_size: Images denoised at once.
-        safety_checker: Whether the base's own, if it has one, may withhold images.
+        safety_checker: Whether images that the base's own checker flags are left blank.
     """
 
     steps: int = 25
@@ -58,6 +59,13 @@ class SampleSettings:
     height: int | None = None
     batch_size: int = 4
     safety_checker: bool = True
+
+    @classmethod
+    def of(cls, sample: SampleSection, size: tuple[int, int]) -> SampleSettings:
+        """The settings of a run, at a width and height in pixels."""
+        width, height = size
+        names = ("steps", "guidance", "scheduler", "negative_prompt", "batch_size", "safety_checker")
+        return cls(**{name: getattr(sample, name) for name in names}, width=width, height=height)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +141,7 @@ def save_images(
             "prompt": image.prompt,
             "seed": image.seed,
             "strength": image.strength,
-            "withheld": image.blank == WITHHELD,
+            "withheld": image.blank == FLAGGED,
             **({"blank": image.blank} if image.blank else {}),
             **({"adapter": image.adapter} if image.adapter else {}),
             **asdict(image.settings),

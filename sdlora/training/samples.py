@@ -15,9 +15,9 @@ from PIL import Image
 
 from sdlora.formats.files import load_adapter
 from sdlora.runs import RunFolder
-from sdlora.sampling.generate import make_columns
-from sdlora.sampling.images import BLANKS, SampledImage
-from sdlora.sampling.request import make_pictures, request_of_run, write_images
+from sdlora.sampling.generate import generate, make_columns
+from sdlora.sampling.grid import save_grid
+from sdlora.sampling.images import BLANKS, SampledImage, SampleSettings
 from sdlora.training.device import as_out_of_memory
 from sdlora.training.distributed import all_reduce_count, all_reduce_sum, barrier
 from sdlora.training.plan import RunPlan
@@ -55,17 +55,19 @@ def sample_step(
     """
     # The main process has just written the adapter that all now read.
     barrier(accelerator)
-    request = request_of_run(plan.config, plan.info)
+    sample, side = plan.config.sample, plan.config.data.resolution or plan.info.resolution
     names = (plan.parents[-1].ancestor.name if plan.parents else "", run.name)
-    columns = make_columns(load_adapter(run.step_adapter(step)), request.strengths, prepared.parents, names)
+    columns = make_columns(load_adapter(run.step_adapter(step)), sample.strengths, prepared.parents, names)
     images: list[SampledImage] = []
     stopped = False
     try:
         with suppress(torch.OutOfMemoryError), as_out_of_memory():
-            images = make_pictures(
+            images = generate(
                 prepared.base,
                 columns,
-                request,
+                sample.prompts,
+                sample.seeds,
+                SampleSettings.of(sample, (side, side)),
                 text=prepared.prompt_states,
                 progress=progress,
                 share=(accelerator.process_index, accelerator.num_processes),
@@ -81,7 +83,7 @@ def sample_step(
     if not accelerator.is_main_process:
         return None
     folder, title = run.sample_folder(step), f"{run.name}, step {step}"
-    return write_images(folder, images, base=prepared.base.info.name, adapter=run.name, title=title)
+    return save_grid(folder, images, base=prepared.base.info.name, adapter=run.name, title=title)
 
 
 def _add_shares(accelerator: Accelerator, images: Sequence[SampledImage]) -> list[SampledImage]:

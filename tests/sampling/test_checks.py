@@ -14,10 +14,10 @@ from sdlora.formats.files import save_adapter
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.kinds import LowRank
 from sdlora.models.stable_diffusion import StableDiffusion
-from sdlora.sampling.generate import generate
 from sdlora.sampling.images import SampleSettings
 from sdlora.sampling.schedulers import check_prompts
 from sdlora.sampling.session import sample
+from tests.sampling.drawing import generate
 
 PROMPTS = ["a tractor"]
 
@@ -46,8 +46,8 @@ def test_good_prompts_pass() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (SampleSettings(width=130), r"pictures' width = 130 must be a multiple of 8 pixels; use 128"),
-        (SampleSettings(height=4), r"pictures' height = 4 must be a multiple of 8 pixels; use 8"),
+        (SampleSettings(width=130), r"images' width = 130 must be a multiple of 8 pixels; use 128"),
+        (SampleSettings(height=4), r"images' height = 4 must be a multiple of 8 pixels; use 8"),
         (SampleSettings(steps=3, scheduler="PNDM"), "sample.steps = 3 is too few for PNDMScheduler"),
         (SampleSettings(steps=5000), r"sample.steps = 5000 must be 1 to 1000"),
         (

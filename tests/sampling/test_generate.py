@@ -25,10 +25,11 @@ from sdlora.models.hub import BUILTIN
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base, load_stock_pipeline
 from sdlora.models.stable_diffusion import StableDiffusion
-from sdlora.sampling.generate import encode_prompts, generate, make_columns
-from sdlora.sampling.images import NOT_FINITE, WITHHELD, SampledImage, SampleSettings
+from sdlora.sampling.generate import encode_prompts, make_columns
+from sdlora.sampling.images import FLAGGED, NOT_FINITE, SampledImage, SampleSettings
 from sdlora.sampling.schedulers import resolve_settings
 from tests.checks import assert_same_image
+from tests.sampling.drawing import generate
 
 # diffusers' schedulers speak to numpy in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -47,7 +48,7 @@ def pixels(images: Sequence[SampledImage | Image.Image]) -> np.ndarray[Any, Any]
 def stock_images(
     pipeline: Any, rows: Sequence[tuple[str, int]], settings: SampleSettings
 ) -> np.ndarray[Any, Any]:
-    """The same pictures by a plain diffusers call."""
+    """The same images by a plain diffusers call."""
     return pixels(
         pipeline(
             [prompt for prompt, _ in rows],
@@ -84,9 +85,9 @@ def test_base_equals_stock_diffusers(base: StableDiffusion, stock: Any, settings
         expected = stock_images(stock, [(p, s) for p in PROMPTS for s in seeds], resolved)
     finally:
         stock.scheduler = own
-    pictures = generate(base, None, PROMPTS, seeds, [], settings)
+    images = generate(base, None, PROMPTS, seeds, [], settings)
     # Another library's loader and buffers: not the same computation.
-    assert_same_image(pixels(pictures), expected)
+    assert_same_image(pixels(images), expected)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -108,21 +109,21 @@ def test_prediction_type_is_the_base_s(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(edited, encoding="utf-8")
     info = inspect_base(BaseSection(source=str(tmp_path)))
     settings = replace(QUICK, guidance=2.0)
-    pictures = generate(load_base(info, dtype=torch.float32, device="cpu"), None, PROMPTS, [0], [], settings)
+    images = generate(load_base(info, dtype=torch.float32, device="cpu"), None, PROMPTS, [0], [], settings)
     rows = [(prompt, 0) for prompt in PROMPTS]
     expected = stock_images(load_stock_pipeline(info), rows, resolve_settings(info, settings))
-    assert_same_image(pixels(pictures), expected)
+    assert_same_image(pixels(images), expected)
 
 
 def test_adapter_equals_stock_diffusers(
     base: StableDiffusion, adapter: Adapter, info: BaseInfo, tmp_path: Path
 ) -> None:
-    """R-01, R-37: the file in a stock pipeline gives our picture at strengths 1 and 0.5, within 2 of 255.
+    """R-01, R-37: the file in a stock pipeline gives our image at strengths 1 and 0.5, within 2 of 255.
 
     Not to the bit: peft multiplies the scale at another place, one rounding in float32.
     """
     file = save_adapter(tmp_path / "style.safetensors", adapter, dialect="diffusers", metadata={})
-    pictures = generate(base, load_adapter(file), PROMPTS, [0], [1.0, 0.5], QUICK)
+    images = generate(base, load_adapter(file), PROMPTS, [0], [1.0, 0.5], QUICK)
     pipeline = load_stock_pipeline(info)
     pipeline.load_lora_weights(str(file), adapter_name="style")
     pipeline.unet.eval()
@@ -130,9 +131,9 @@ def test_adapter_equals_stock_diffusers(
     for strength in (1.0, 0.5):
         pipeline.set_adapters(["style"], [strength])
         expected = stock_images(pipeline, rows, resolve_settings(info, QUICK))
-        ours = pixels([picture for picture in pictures if picture.strength == strength])
+        ours = pixels([image for image in images if image.strength == strength])
         assert np.abs(ours - expected).max() <= 2
-    plain = pixels([picture for picture in pictures if picture.strength == 0])
+    plain = pixels([image for image in images if image.strength == 0])
     assert np.abs(ours - plain).max() > 50
 
 
@@ -140,7 +141,7 @@ def test_twice_is_equal_to_the_pixel(base: StableDiffusion, adapter: Adapter) ->
     """R-10: the ambient random state has no say; also for a scheduler that draws noise at each step."""
     settings = replace(QUICK, scheduler="EulerAncestralDiscreteScheduler")
     ambient = []
-    watch = lambda _: ambient.append(torch.get_rng_state())
+    watch = lambda *_: ambient.append(torch.get_rng_state())
     first = generate(base, adapter, PROMPTS, [0, 1], [1.0], settings, progress=watch)
     torch.manual_seed(123)
     torch.randn(5)
@@ -151,7 +152,7 @@ def test_twice_is_equal_to_the_pixel(base: StableDiffusion, adapter: Adapter) ->
 
 
 def test_seed_gives_the_same_noise_everywhere(base: StableDiffusion, adapter: Adapter) -> None:
-    """R-10: a picture is the same whatever else is asked for, one batch or many (up to rounding)."""
+    """R-10: a image is the same whatever else is asked for, one batch or many (up to rounding)."""
     many = generate(base, adapter, PROMPTS, [5, 0], [1.0, 0.5], QUICK)
     alone = generate(base, adapter, PROMPTS[1:], [0], [0.5], replace(QUICK, batch_size=1))
     same = [p for p in many if (p.prompt, p.seed, p.strength) in {(PROMPTS[1], 0, 0.0), (PROMPTS[1], 0, 0.5)}]
@@ -162,15 +163,23 @@ def test_seed_gives_the_same_noise_everywhere(base: StableDiffusion, adapter: Ad
 def test_rows_and_columns(base: StableDiffusion, adapter: Adapter) -> None:
     """R-13: prompt, then seed, then strength, the base always first and once; settings are resolved."""
     done: list[int] = []
-    pictures = generate(base, adapter, PROMPTS, [1, 0], [0.5, 0, 0.5, 1], QUICK, progress=done.append)
-    assert [(p.prompt, p.seed, p.strength) for p in pictures] == [
+    images = generate(
+        base,
+        adapter,
+        PROMPTS,
+        [1, 0],
+        [0.5, 0, 0.5, 1],
+        QUICK,
+        progress=lambda finished, total: done.append(finished),
+    )
+    assert [(p.prompt, p.seed, p.strength) for p in images] == [
         (prompt, seed, strength) for prompt in PROMPTS for seed in (1, 0) for strength in (0.0, 0.5, 1.0)
     ]
     assert done == [4, 8, 12]
     assert [column.strength for column in make_columns(None, [0.5])] == [0.0]
     settings = resolve_settings(base.info, SampleSettings())
     assert (settings.width, settings.height) == (base.info.resolution,) * 2
-    assert pictures[0].settings == replace(settings, steps=3, width=64, height=64)
+    assert images[0].settings == replace(settings, steps=3, width=64, height=64)
     assert settings.guidance == base.info.guidance
     assert settings.scheduler == base.info.scheduler_config["_class_name"]
 
@@ -192,7 +201,7 @@ def test_nothing_is_left_behind(info: BaseInfo, adapter: Adapter) -> None:
     np.random.seed(1)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
 
-    def draw(_: int) -> None:
+    def draw(*_: int) -> None:
         torch.rand(3)
         random.random()
         np.random.rand()
@@ -216,7 +225,7 @@ def test_state_is_put_back_after_a_failure(info: BaseInfo, adapter: Adapter) -> 
     base.denoiser.train()
     state = torch.get_rng_state()
 
-    def stop(_: int) -> None:
+    def stop(*_: int) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
@@ -261,14 +270,14 @@ def test_half_precision_bases_sample(info: BaseInfo, dtype: torch.dtype, targets
     adapter = create_adapter(
         base.denoiser, match_targets(base.denoiser, [targets]), 2, 2, seed=0, family="sd1"
     )
-    pictures = generate(base, adapter, PROMPTS[:1], [0], [1.0], QUICK)
+    images = generate(base, adapter, PROMPTS[:1], [0], [1.0], QUICK)
     reference = generate(
         load_base(info, dtype=torch.float32, device="cpu"), None, PROMPTS[:1], [0], [], QUICK
     )
-    assert np.abs(pixels(pictures[1:]) - pixels(reference)).mean() < 6
+    assert np.abs(pixels(images[1:]) - pixels(reference)).mean() < 6
 
 
-def test_states_encoded_before_give_the_same_pictures(base: StableDiffusion, adapter: Adapter) -> None:
+def test_states_encoded_before_give_the_same_images(base: StableDiffusion, adapter: Adapter) -> None:
     """R-10: in training the text encoder has left; its states, negative prompt included, are handed over."""
     settings = replace(QUICK, negative_prompt="a cat")
     text = encode_prompts(base, PROMPTS, settings)
@@ -284,16 +293,16 @@ def test_states_encoded_before_give_the_same_pictures(base: StableDiffusion, ada
     )
 
 
-def test_withheld_pictures_are_blank_and_say_so(base: StableDiffusion) -> None:
+def test_withheld_images_are_blank_and_say_so(base: StableDiffusion) -> None:
     """R-47: what a safety checker keeps back is marked, never a black square."""
     careful = replace(base, safety_checker=lambda images: [number == 1 for number in range(len(images))])
-    pictures = generate(careful, None, PROMPTS, [0], [], QUICK)
-    assert [picture.blank for picture in pictures] == ["", WITHHELD]
-    assert pictures[1].image.getcolors() == [(pictures[1].image.width * pictures[1].image.height, (230,) * 3)]
+    images = generate(careful, None, PROMPTS, [0], [], QUICK)
+    assert [image.blank for image in images] == ["", FLAGGED]
+    assert images[1].image.getcolors() == [(images[1].image.width * images[1].image.height, (230,) * 3)]
 
 
-def test_pictures_that_are_not_finite_are_blank_and_say_so(base: StableDiffusion, adapter: Adapter) -> None:
-    """R-22: a strength that overflows is no black picture without a word."""
-    pictures = generate(base, adapter, PROMPTS[:1], [0], [1e30], QUICK)
-    assert [picture.blank for picture in pictures] == ["", NOT_FINITE]
-    assert pictures[1].image.getcolors() == [(64 * 64, (230,) * 3)]
+def test_images_that_are_not_finite_are_blank_and_say_so(base: StableDiffusion, adapter: Adapter) -> None:
+    """R-22: a strength that overflows is no black image without a word."""
+    images = generate(base, adapter, PROMPTS[:1], [0], [1e30], QUICK)
+    assert [image.blank for image in images] == ["", NOT_FINITE]
+    assert images[1].image.getcolors() == [(64 * 64, (230,) * 3)]

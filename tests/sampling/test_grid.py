@@ -1,4 +1,4 @@
-"""The grid as a picture."""
+"""The grid as a image."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import pytest
 from PIL import Image
 
 from sdlora.sampling.grid import Layout, make_grid
-from sdlora.sampling.images import WITHHELD, SampledImage
+from sdlora.sampling.images import FLAGGED, SampledImage
 
 RED, GREEN, BLUE, BLANK = (200, 30, 30), (30, 160, 60), (40, 60, 200), (230, 230, 230)
 
 
-def picture(
-    colour: tuple[int, int, int], prompt: str, seed: int, strength: float, **more: Any
-) -> SampledImage:
+def image(colour: tuple[int, int, int], prompt: str, seed: int, strength: float, **more: Any) -> SampledImage:
     size = more.pop("size", (128, 96))
     return SampledImage(Image.new("RGB", size, colour), prompt, seed, strength, **more)
 
@@ -31,9 +29,9 @@ def cells(grid: Image.Image, colour: tuple[int, int, int]) -> list[tuple[int, in
     return [box] if mask[box[1] : box[3], box[0] : box[2]].all() else [(-1, -1, -1, -1)]
 
 
-def test_pictures_stand_in_their_cells_unchanged() -> None:
+def test_images_stand_in_their_cells_unchanged() -> None:
     """R-13: base left of the strength, one row for each prompt, pixels not resampled."""
-    grid = make_grid([picture(GREEN, "a", 0, 1.0), picture(RED, "a", 0, 0), picture(BLUE, "b", 0, 0)])
+    grid = make_grid([image(GREEN, "a", 0, 1.0), image(RED, "a", 0, 0), image(BLUE, "b", 0, 0)])
     (red,), (green,), (blue,) = cells(grid, RED), cells(grid, GREEN), cells(grid, BLUE)
     for box in (red, green, blue):
         assert (box[2] - box[0], box[3] - box[1]) == (128, 96)
@@ -43,9 +41,9 @@ def test_pictures_stand_in_their_cells_unchanged() -> None:
     assert blue[1] > red[3]
 
 
-def test_large_pictures_are_reduced() -> None:
-    """R-13: a grid of 1024 px pictures stays one that a viewer opens."""
-    grid = make_grid([picture(RED, "a", 0, s, size=(1024, 768)) for s in (0, 0.5, 1)])
+def test_large_images_are_reduced() -> None:
+    """R-13: a grid of 1024 px images stays one that a viewer opens."""
+    grid = make_grid([image(RED, "a", 0, s, size=(1024, 768)) for s in (0, 0.5, 1)])
     mask = (np.asarray(grid) == RED).all(axis=2)
     assert mask.any(axis=0).sum() == 3 * 512
     assert mask.any(axis=1).sum() == 384
@@ -59,8 +57,8 @@ def _ink(grid: Image.Image, box: tuple[int, int, int, int]) -> int:
 
 def test_words_are_written_beside_and_above() -> None:
     """R-13: prompt and seed at the left, column names and title above."""
-    pictures = [picture(RED, "a red square", 4, 0), picture(GREEN, "a red square", 4, 1)]
-    grid, bare = make_grid(pictures, title="a title"), make_grid(pictures)
+    images = [image(RED, "a red square", 4, 0), image(GREEN, "a red square", 4, 1)]
+    grid, bare = make_grid(images, title="a title"), make_grid(images)
     (red,), (green,) = cells(grid, RED), cells(grid, GREEN)
     assert _ink(grid, (0, red[1], red[0] - 2, red[1] + 20)) > 40
     assert _ink(grid, (0, red[3] - 20, red[0] - 2, red[3])) > 20
@@ -72,10 +70,10 @@ def test_words_are_written_beside_and_above() -> None:
 
 @pytest.mark.parametrize("prompt", ["word " * 80, "x" * 400, "猫" * 200, "short"])
 @pytest.mark.parametrize("seeds", [1, 3])
-def test_long_prompts_never_reach_the_pictures_or_the_next_row(prompt: str, seeds: int) -> None:
+def test_long_prompts_never_reach_the_images_or_the_next_row(prompt: str, seeds: int) -> None:
     """R-13: wrapped at words or anywhere, cut with an ellipsis, within its own rows."""
-    pictures = [picture(RED, prompt, seed, 0) for seed in range(seeds)] + [picture(BLUE, "next", 0, 0)]
-    grid = make_grid(pictures)
+    images = [image(RED, prompt, seed, 0) for seed in range(seeds)] + [image(BLUE, "next", 0, 0)]
+    grid = make_grid(images)
     measure = Layout(128, 96)
     (blue,) = cells(grid, BLUE)
     edge = measure.margin + measure.words
@@ -83,45 +81,45 @@ def test_long_prompts_never_reach_the_pictures_or_the_next_row(prompt: str, seed
     assert _ink(grid, (0, blue[1] - measure.gap + 2, edge, blue[1] - 2)) == 0
 
 
-def test_withheld_pictures_are_labelled() -> None:
+def test_withheld_images_are_labelled() -> None:
     """R-47: the cell says so; an empty cell is another thing."""
-    pictures = [picture(RED, "a", 0, 0), picture(BLANK, "a", 0, 1, blank=WITHHELD)]
-    grid = make_grid(pictures)
+    images = [image(RED, "a", 0, 0), image(BLANK, "a", 0, 1, blank=FLAGGED)]
+    grid = make_grid(images)
     (red,) = cells(grid, RED)
     cell = (red[2] + 6, red[1] + 2, red[2] + 130, red[3] - 2)
     assert _ink(grid, cell) > 60
-    missing = make_grid([*pictures[:1], picture(GREEN, "b", 0, 1)])
+    missing = make_grid([*images[:1], image(GREEN, "b", 0, 1)])
     (red,) = cells(missing, RED)
     assert _ink(missing, (red[2] + 6, red[1] + 2, red[2] + 130, red[3] - 2)) == 0
 
 
 def test_several_adapters_share_one_base_column() -> None:
-    """R-13: pictures of two calls joined; the first base stands for both."""
-    pictures = [
-        picture(RED, "a", 0, 0, adapter="one"),
-        picture(GREEN, "a", 0, 1, adapter="one"),
-        picture(BLANK, "a", 0, 0, adapter="two"),
-        picture(BLUE, "a", 0, 1, adapter="two"),
+    """R-13: images of two calls joined; the first base stands for both."""
+    images = [
+        image(RED, "a", 0, 0, adapter="one"),
+        image(GREEN, "a", 0, 1, adapter="one"),
+        image(BLANK, "a", 0, 0, adapter="two"),
+        image(BLUE, "a", 0, 1, adapter="two"),
     ]
-    grid = make_grid(pictures)
+    grid = make_grid(images)
     boxes = [cells(grid, colour)[0] for colour in (RED, GREEN, BLUE)]
     assert boxes == sorted(boxes)
     assert len({box[1] for box in boxes}) == 1
     assert not (np.asarray(grid) == BLANK).all(axis=2)[boxes[0][1] :].any()
 
 
-def test_same_pictures_give_the_same_grid() -> None:
+def test_same_images_give_the_same_grid() -> None:
     """R-10: to the pixel."""
-    pictures = [picture(RED, "a red square", seed, strength) for seed in (0, 1) for strength in (0, 1)]
-    assert make_grid(pictures, title="t").tobytes() == make_grid(pictures, title="t").tobytes()
+    images = [image(RED, "a red square", seed, strength) for seed in (0, 1) for strength in (0, 1)]
+    assert make_grid(images, title="t").tobytes() == make_grid(images, title="t").tobytes()
 
 
 def test_many_prompts_stand_in_panels() -> None:
     """R-13: eight prompts and two columns fit a screen; each row still has the base left of its strength."""
-    pictures = [
-        picture((number, 9, 9), f"prompt {number}", 0, strength) for number in range(8) for strength in (0, 1)
+    images = [
+        image((number, 9, 9), f"prompt {number}", 0, strength) for number in range(8) for strength in (0, 1)
     ]
-    grid = make_grid(pictures, title="a title")
+    grid = make_grid(images, title="a title")
     assert 1 < grid.width / grid.height < 2.2
     boxes = []
     for number in range(8):

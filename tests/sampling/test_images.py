@@ -52,7 +52,7 @@ def test_no_negative_prompt_no_line(tmp_path: Path) -> None:
 
 
 def test_everything_is_there_as_json(tmp_path: Path) -> None:
-    """R-10: enough to make the picture again."""
+    """R-10: enough to make the image again."""
     save_images(tmp_path, [make()], Image.new("RGB", (8, 8)), {"base": "builtin", "digest": "abc"})
     values = json.loads(texts(tmp_path / "00.png")["sdlora"])
     assert values["prompt"] == "a cat, 猫"
@@ -64,9 +64,9 @@ def test_everything_is_there_as_json(tmp_path: Path) -> None:
 
 def test_files_are_named_in_order_and_reproducible(tmp_path: Path) -> None:
     """R-10, R-23: two digits or as many as needed, the same bytes each time, nothing temporary left."""
-    pictures = [make() for _ in range(101)]
+    images = [make() for _ in range(101)]
     for folder in ("a", "b"):
-        save_images(tmp_path / folder, pictures, Image.new("RGB", (8, 8)))
+        save_images(tmp_path / folder, images, Image.new("RGB", (8, 8)))
     names = sorted(file.name for file in (tmp_path / "a").iterdir())
     assert names[:2] == ["000.png", "001.png"]
     assert names[-2:] == ["100.png", "grid.png"]

@@ -23,10 +23,10 @@ from sdlora.models.info import inspect_base
 from sdlora.models.load import DTYPE, PIPELINES, load_base
 from sdlora.models.quiet import quiet
 from sdlora.models.safety import SafetyChecker, missing_checker
-from sdlora.sampling.generate import generate
-from sdlora.sampling.images import WITHHELD, SampleSettings
+from sdlora.sampling.images import FLAGGED, SampleSettings
 from sdlora.sampling.session import sample
 from tests.checks import assert_same_image
+from tests.sampling.drawing import generate
 
 PROMPTS = ["a tractor", "a red apple on a blue background"]
 SETTINGS = SampleSettings(steps=3, width=64, height=64, guidance=3.0, batch_size=1)
@@ -34,7 +34,7 @@ SETTINGS = SampleSettings(steps=3, width=64, height=64, guidance=3.0, batch_size
 
 @pytest.fixture(scope="module")
 def careful(tmp_path_factory: pytest.TempPathFactory, base: Any) -> Path:
-    """The built-in base with a tiny safety checker that knows the second prompt's picture, and no other."""
+    """The built-in base with a tiny safety checker that knows the second prompt's image, and no other."""
     folder = tmp_path_factory.mktemp("careful") / "base"
     shutil.copytree(BUILTIN, folder)
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
@@ -55,9 +55,9 @@ def careful(tmp_path_factory: pytest.TempPathFactory, base: Any) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=8)).eval()
-    pictures = generate(base, None, PROMPTS, [0], [], SETTINGS)
+    images = generate(base, None, PROMPTS, [0], [], SETTINGS)
     with torch.no_grad():
-        pixels = extractor([picture.image for picture in pictures], return_tensors="pt").pixel_values
+        pixels = extractor([image.image for image in images], return_tensors="pt").pixel_values
         plain, known = checker.visual_projection(checker.vision_model(pixels)[1])
         likeness = float(torch.cosine_similarity(plain, known, dim=0))
         checker.concept_embeds.copy_(known.expand(17, -1))
@@ -71,7 +71,7 @@ def careful(tmp_path_factory: pytest.TempPathFactory, base: Any) -> Path:
 
 
 def test_as_the_stock_pipeline_withholds(careful: Path) -> None:
-    """R-47: the same answers as diffusers gives; the others are its pictures."""
+    """R-47: the same answers as diffusers gives; the others are its images."""
     info = inspect_base(BaseSection(source=str(careful)))
     with quiet():
         stock = PIPELINES["StableDiffusionPipeline"].from_pretrained(careful, **{DTYPE: torch.float32})
@@ -88,20 +88,20 @@ def test_as_the_stock_pipeline_withholds(careful: Path) -> None:
             for prompt in PROMPTS
         ]
     assert [answer.nsfw_content_detected for answer in answers] == [[False], [True]]
-    pictures = generate(load_base(info, dtype=torch.float32, device="cpu"), None, PROMPTS, [0], [], SETTINGS)
-    assert [picture.blank for picture in pictures] == ["", WITHHELD]
-    assert_same_image(pictures[0].image, answers[0].images[0])
+    images = generate(load_base(info, dtype=torch.float32, device="cpu"), None, PROMPTS, [0], [], SETTINGS)
+    assert [image.blank for image in images] == ["", FLAGGED]
+    assert_same_image(images[0].image, answers[0].images[0])
     assert np.asarray(answers[1].images[0]).max() == 0
-    assert np.asarray(pictures[1].image).min() > 200
+    assert np.asarray(images[1].image).min() > 200
 
 
-def test_pictures_are_not_changed(careful: Path, base: Any) -> None:
+def test_images_are_not_changed(careful: Path, base: Any) -> None:
     """R-47: the checker answers; the caller decides what is shown instead."""
-    pictures = [picture.image for picture in generate(base, None, PROMPTS, [0], [], SETTINGS)]
-    before = [np.asarray(picture).copy() for picture in pictures]
+    images = [image.image for image in generate(base, None, PROMPTS, [0], [], SETTINGS)]
+    before = [np.asarray(image).copy() for image in images]
     checker = SafetyChecker(careful, "cpu")
-    assert checker(pictures) == checker(pictures) == [False, True]
-    assert all(np.array_equal(np.asarray(p), b) for p, b in zip(pictures, before, strict=True))
+    assert checker(images) == checker(images) == [False, True]
+    assert all(np.array_equal(np.asarray(p), b) for p, b in zip(images, before, strict=True))
 
 
 def test_switched_off(careful: Path, base: Any, tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ from sdlora.lora.modules import lora_layers
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base, load_stock_pipeline
 from sdlora.models.stable_diffusion import StableDiffusion
-from sdlora.sampling.generate import encode_prompts, generate
+from sdlora.sampling.generate import encode_prompts
 from sdlora.sampling.images import SampledImage, SampleSettings
 from sdlora.sampling.schedulers import resolve_settings
 from tests.checks import assert_same_image
+from tests.sampling.drawing import generate
 
 # diffusers' schedulers speak to numpy in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -54,12 +55,12 @@ def adapter(base: StableDiffusion) -> Adapter:
     return fresh
 
 
-def pixels(pictures: Sequence[SampledImage]) -> np.ndarray[Any, Any]:
-    return np.stack([np.asarray(picture.image, dtype=np.int32) for picture in pictures])
+def pixels(images: Sequence[SampledImage]) -> np.ndarray[Any, Any]:
+    return np.stack([np.asarray(image.image, dtype=np.int32) for image in images])
 
 
 def stock_images(pipeline: Any, seed: int, settings: SampleSettings) -> np.ndarray[Any, Any]:
-    """The same pictures by plain diffusers calls, one prompt at a time, as sdlora encodes them."""
+    """The same images by plain diffusers calls, one prompt at a time, as sdlora encodes them."""
     images = [
         pipeline(
             prompt,
@@ -97,7 +98,7 @@ def test_base_equals_stock_diffusers(base: StableDiffusion, info: BaseInfo, sett
 def test_adapter_equals_stock_diffusers(
     base: StableDiffusion, adapter: Adapter, info: BaseInfo, tmp_path: Path
 ) -> None:
-    """R-01, R-37: the file in a stock SDXL pipeline gives our picture at strengths 1 and 0.5."""
+    """R-01, R-37: the file in a stock SDXL pipeline gives our image at strengths 1 and 0.5."""
     _compare_with_stock(base, adapter, info, tmp_path)
 
 
@@ -121,20 +122,20 @@ def test_text_encoders_equal_stock_diffusers(source: str, sdxl_folder: Path, tmp
 
 def _compare_with_stock(base: StableDiffusion, adapter: Adapter, info: BaseInfo, tmp_path: Path) -> None:
     file = save_adapter(tmp_path / "style.safetensors", adapter, metadata={})
-    pictures = generate(base, load_adapter(file), PROMPTS, [0], [1.0, 0.5], QUICK)
+    images = generate(base, load_adapter(file), PROMPTS, [0], [1.0, 0.5], QUICK)
     pipeline = load_stock_pipeline(info)
     pipeline.load_lora_weights(str(file), adapter_name="style")
     for part in base.components:
         getattr(pipeline, part).eval()
-    plain = pixels([picture for picture in pictures if picture.strength == 0])
+    plain = pixels([image for image in images if image.strength == 0])
     for strength in (1.0, 0.5):
         pipeline.set_adapters(["style"], [strength])
-        ours = pixels([picture for picture in pictures if picture.strength == strength])
+        ours = pixels([image for image in images if image.strength == strength])
         assert np.abs(ours - stock_images(pipeline, 0, resolve_settings(info, QUICK))).max() <= 2
         assert np.abs(ours - plain).max() > 10
 
 
-def test_states_encoded_before_give_the_same_pictures(base: StableDiffusion, adapter: Adapter) -> None:
+def test_states_encoded_before_give_the_same_images(base: StableDiffusion, adapter: Adapter) -> None:
     """R-10: in training both text encoders have left; pooled states are handed over too."""
     settings = replace(QUICK, negative_prompt="a cat")
     text = encode_prompts(base, PROMPTS, settings)
