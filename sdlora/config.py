@@ -688,11 +688,13 @@ def read_toml(file: Path) -> dict[str, Any]:
     try:
         return drop_removed(parse_toml(read_bytes(file, MAX_TOML_BYTES).decode("utf-8-sig")))
     except FileNotFoundError:
-        raise ConfigError(f"config file {file} does not exist; presets are in configs/") from None
+        raise ConfigError(
+            f"config file {file} does not exist; presets are in configs/", key="config.missing"
+        ) from None
     except UnfitFileError as error:
-        raise ConfigError(f"config file {file} {error}; presets are in configs/") from None
+        raise ConfigError(f"config file {file} {error}; presets are in configs/", key=error.key) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read config file {file}: {error}") from None
+        raise ConfigError(f"cannot read config file {file}: {error}", key="config.unreadable") from None
 
 
 def read_config(file: Path) -> RunConfig:

@@ -1,4 +1,4 @@
-"""Reads files that anybody may have made: bounded in size, never a device, and checked before use."""
+"""Reads untrusted files: with size limits, never from pipes or devices, validated before use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import re
 import stat
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,62 +18,77 @@ MAX_TENSORS = 100_000
 MAX_NOTES = 10_000
 MAX_NAME = 500
 MAX_DEPTH = 8
-MAX_VALUES = 5000
-# A TOML key of thousands of dots takes the parser minutes.
+# Parsing a TOML key with thousands of dots takes minutes.
 MAX_DOTS = 500
 _END = re.compile(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,18})\s*\]')
 
 
 class UnfitFileError(ValueError):
-    """A file that is not read; the message completes "FILE ..."."""
+    """A file is refused.
+
+    Args:
+        reason: Completes the sentence "FILE ...".
+        key: Stable name of the reason.
+    """
+
+    def __init__(self, reason: str, key: str = "file.invalid") -> None:
+        super().__init__(reason)
+        self.key = key
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The header of a safetensors file."""
+    """The header of a safetensors file.
+
+    Args:
+        shapes: By tensor.
+        dtypes: By tensor, as safetensors spells them: `F32`, `BF16` …
+        metadata: The file's own.
+        num_bytes: Size of the file.
+        spans: First byte and number of bytes in the file, by tensor.
+    """
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
-    """As safetensors has them: `F32`, `BF16` …"""
     metadata: dict[str, str]
     num_bytes: int
-    """Size of the file."""
     spans: dict[str, tuple[int, int]]
-    """Where each tensor lies in the file: its first byte, and how many."""
 
 
 def check_file(path: Path) -> int:
     """The size of a regular file, in bytes; a pipe or a device might never end.
 
     Raises:
-        OSError: If it is not there.
-        UnfitFileError: If it is something else.
+        OSError: If it does not exist.
+        UnfitFileError: If it is not a regular file.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
-        raise UnfitFileError(f"is {kind}, not a file")
+        raise UnfitFileError(f"is {kind}, not a file", "file.irregular")
     return status.st_size
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """Reads a whole file of at most so many bytes.
+    """Reads a file of limited size.
 
     Raises:
         OSError: If it cannot be read.
-        UnfitFileError: If it is larger, or no file at all.
+        UnfitFileError: If it is larger, or not a regular file.
     """
     size = check_file(path)
     data = b""
     if size <= max_bytes:
         with path.open("rb") as handle:
-            # A buffer is made for all that is asked for, whatever the file has.
+            # Python allocates as much as is asked for, however small the file.
             data = handle.read(size + 1)
             if len(data) > size:
                 data += handle.read(max_bytes + 1 - len(data))
         size = max(size, len(data))
     if size > max_bytes:
-        raise UnfitFileError(f"is too large ({_megabytes(size)}; at most {_megabytes(max_bytes)} are read)")
+        raise UnfitFileError(
+            f"is too large ({_megabytes(size)}; the limit is {_megabytes(max_bytes)})", "file.too-large"
+        )
     return data
 
 
@@ -89,7 +103,7 @@ def read_json(path: Path, max_bytes: int) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Reads JSON, however deep and strange.
+    """Parses untrusted JSON.
 
     Raises:
         UnfitFileError: If it is not JSON, or nested too deeply.
@@ -97,52 +111,47 @@ def parse_json(text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except RecursionError:
-        raise UnfitFileError("is nested too deeply") from None
-    except ValueError as error:  # Also bytes that are no text, and numbers of thousands of digits.
-        raise UnfitFileError(f"is not JSON ({error})") from None
+        raise UnfitFileError("is nested too deeply", "file.nested") from None
+    except ValueError as error:  # Also for invalid UTF-8, and for integers with thousands of digits.
+        raise UnfitFileError(f"is not JSON ({error})", "file.json") from None
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Reads TOML, however deep and strange.
+    """Parses untrusted TOML.
 
     Raises:
         UnfitFileError: If it is not TOML, or nested too deeply.
     """
     if any(line.count(".") > MAX_DOTS for line in text.split("\n")):
-        raise UnfitFileError(f"has a line with more than {MAX_DOTS} dots")
+        raise UnfitFileError(f"has a line with more than {MAX_DOTS} dots", "file.nested")
     try:
         values = tomllib.loads(text)
     except RecursionError:
-        raise UnfitFileError("is nested too deeply") from None
-    except ValueError as error:  # Also numbers of thousands of digits.
-        raise UnfitFileError(f"is not TOML: {error}") from None
+        raise UnfitFileError("is nested too deeply", "file.nested") from None
+    except ValueError as error:  # Also for integers with thousands of digits.
+        raise UnfitFileError(f"is not TOML: {error}", "file.toml") from None
     level: list[Any] = [values]
-    count = 0
     for _ in range(MAX_DEPTH):
-        count += sum(map(len, level))
-        level = [inner for value in level for inner in _containers(value)]
+        level = [
+            inner
+            for value in level
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if isinstance(inner, dict | list)
+        ]
     if level:
-        raise UnfitFileError("is nested too deeply")
-    if count > MAX_VALUES:
-        raise UnfitFileError(f"holds {count:,} values, which no settings do; at most {MAX_VALUES:,} are read")
+        raise UnfitFileError("is nested too deeply", "file.nested")
     return values
 
 
-def _containers(value: Any) -> Iterator[Any]:
-    """The tables and lists inside a table or list."""
-    items = value.values() if isinstance(value, dict) else value
-    return (item for item in items if isinstance(item, dict | list))
-
-
 def read_header(path: Path) -> Header:
-    """Reads the header of a safetensors file and checks that the file is whole (R-25).
+    """Reads the header of a safetensors file and checks that the file is complete (R-25).
 
-    The library's own parser comes first: it is strict about types, places and sizes, and cheap. What it lets
-    pass (a name given twice, names of control characters) is refused here.
+    The library's own parser checks types, offsets and sizes first. It accepts duplicate names and control
+    characters in names, which are refused here.
 
     Raises:
         OSError: If the file cannot be read.
-        UnfitFileError: If it is of another kind, damaged, or absurd.
+        UnfitFileError: If it is another kind of file, damaged, or oversized.
     """
     size = check_file(path)
     with path.open("rb") as handle:
@@ -151,21 +160,22 @@ def read_header(path: Path) -> Header:
         handle.seek(8)
         raw = handle.read(length) if length <= min(size - 8, MAX_HEADER_BYTES) else b""
     if start[8:9] == b"{" and MAX_HEADER_BYTES < length <= size - 8:
-        raise UnfitFileError(f"has a header of {_megabytes(length)}, which no program writes")
+        limit = _megabytes(MAX_HEADER_BYTES)
+        raise UnfitFileError(f"has a header of {_megabytes(length)}; the limit is {limit}", "file.too-large")
     if not raw.startswith(b"{"):
-        raise UnfitFileError(_what_it_is(start, size))
+        raise _identify(start, size)
     if raw.count(b'"data_offsets"') > MAX_TENSORS:
-        raise UnfitFileError(f"says that it holds more than {MAX_TENSORS:,} tensors, which no model has")
+        raise UnfitFileError(f"declares more than {MAX_TENSORS:,} tensors", "file.too-large")
     try:
         with safe_open(path, framework="np"):
             pass
     except SafetensorError:
-        raise UnfitFileError(_what_is_wrong(raw, size)) from None
+        raise _describe_damage(raw, size) from None
     return _parse_header(raw, size)
 
 
 def _parse_header(raw: bytes, size: int) -> Header:
-    """Of a header whose types and places have been checked."""
+    """Parses a header whose types and offsets have been checked."""
     try:
         entries: dict[str, Any] = json.loads(raw, object_pairs_hook=_once)
         metadata: dict[str, str] = entries.pop("__metadata__", None) or {}
@@ -176,46 +186,52 @@ def _parse_header(raw: bytes, size: int) -> Header:
     except UnfitFileError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UnfitFileError("has a damaged header") from None
+        raise UnfitFileError("has a damaged header", "file.damaged") from None
     if len(metadata) > MAX_NOTES:
-        raise UnfitFileError(f"has {len(metadata):,} entries in its metadata, which no program writes")
+        raise UnfitFileError(
+            f"has {len(metadata):,} metadata entries; the limit is {MAX_NOTES:,}", "file.too-large"
+        )
     for name in shapes:
         if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
-            raise UnfitFileError(f"holds a tensor with the name {name[:40]!r}, which no program writes")
+            raise UnfitFileError(f"has a tensor with the invalid name {name[:40]!r}", "file.name")
     return Header(shapes, dtypes, metadata, size, spans)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose names are all different: of two alike, readers differ in which they take."""
+    """A JSON object without duplicate names, which readers resolve differently."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise UnfitFileError("has a damaged header: it gives a name twice")
+        raise UnfitFileError("has a damaged header: a name occurs twice", "file.damaged")
     return found
 
 
-def _what_is_wrong(raw: bytes, size: int) -> str:
-    """Why the library refuses a file that has a header."""
+def _describe_damage(raw: bytes, size: int) -> UnfitFileError:
+    """Why safetensors refuses a file that has a header."""
     promised = 8 + len(raw) + max((int(match[1]) for match in _END.finditer(raw)), default=0)
     if promised == size:
-        return "has a damaged header"
+        return UnfitFileError("has a damaged header", "file.damaged")
     kind = "incomplete" if size < promised else "damaged"
-    return f"is {kind}: its header says {promised} bytes, it has {size}"
+    return UnfitFileError(
+        f"is {kind}: {promised} bytes according to its header, but {size} on disk", f"file.{kind}"
+    )
 
 
-def _what_it_is(start: bytes, size: int) -> str:
-    """A guess at a file that has no safetensors header."""
+def _identify(start: bytes, size: int) -> UnfitFileError:
+    """Guesses what a file without a safetensors header is."""
     if size == 0:
-        return "is empty"
+        return UnfitFileError("is empty", "file.empty")
     if start.startswith((b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04")):
-        return "is a pickle under another name, which can run code when opened"
+        return UnfitFileError("is a renamed pickle, which can run code when opened", "file.pickle")
     if start.startswith(b"version https://git-lfs"):
-        return "is a git-lfs pointer, not the file itself"
+        return UnfitFileError("is a git-lfs pointer, not the file itself", "file.git-lfs")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "is a web page, not the file itself"
+        return UnfitFileError("is a web page, not the file itself", "file.html")
     length = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and length < 100_000_000:
-        return f"is incomplete: its header alone is {8 + length} bytes, the file has {size}"
-    return "is no safetensors file"
+        return UnfitFileError(
+            f"is incomplete: {8 + length} bytes for its header alone, but {size} on disk", "file.incomplete"
+        )
+    return UnfitFileError("is not a safetensors file", "file.not-safetensors")
 
 
 def _megabytes(size: int) -> str:

@@ -1,4 +1,4 @@
-"""The run folder: its paths, its events, and reading it back."""
+"""The run folder: its paths and its events."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 
 class RunFolder:
-    """What a run has written; the only place that knows the paths inside.
+    """Everything that a run has written; the only code that knows the paths inside.
 
     Args:
-        path: The folder; it need not exist.
+        path: The folder; it may not exist yet.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -45,10 +45,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, config: RunConfig, environment: Mapping[str, Any]) -> RunFolder:
-        """Makes a new run folder.
+        """Creates a run folder.
 
         Raises:
-            RunError: If a run is already there, or the place is not writable.
+            RunError: If it already contains a run, or cannot be written.
         """
         run = cls(path)
         run.check_free()
@@ -59,7 +59,7 @@ class RunFolder:
             run.write_config(config)
         except OSError as error:
             raise RunError(
-                f"the run folder {path} cannot be written: {error.strerror}; give another --out"
+                f"cannot write run folder {path}: {error.strerror}; use another --out", key="run.not-writable"
             ) from None
         return run
 
@@ -68,206 +68,196 @@ class RunFolder:
         """Opens an existing run.
 
         Raises:
-            RunError: If the folder is missing or holds no run.
+            RunError: If the folder does not exist or is not a run.
         """
-        run = cls(path)
+        run, remedy = cls(path), "use the folder that `sdlora train` printed"
         if run.path.is_file():
-            raise RunError(f"{path} is a file, not a run; give the folder that `sdlora train` printed")
+            raise RunError(f"{path} is a file, not a run folder; {remedy}", key="run.file")
         if not run.path.is_dir():
-            raise RunError(f"run folder {path} does not exist; give the folder that `sdlora train` printed")
+            raise RunError(f"run folder {path} does not exist; {remedy}", key="run.missing")
         if (run.path / "model_index.json").is_file():
-            raise RunError(f"{path} is a base, not a run or a LoRA; give it with --base")
+            raise RunError(f"{path} is a base, not a run or a LoRA; pass it with --base", key="run.base")
         if not run.exists:
             raise RunError(
-                f"{path} holds no run (no config.json); give the folder that `sdlora train` printed"
+                f"{path} is not a run folder (it has no config.json); {remedy}", key="run.no-config"
             )
         return run
 
     def check_free(self) -> None:
-        """Refuses a folder that already holds a run.
+        """Checks that no run would be overwritten.
 
         Raises:
-            RunError: If it does, or if it is a file.
+            RunError: If the folder already contains a run, or is a file.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"--out {self.path} is a file; give a folder")
+            raise RunError(f"--out {self.path} is a file; use a folder", key="run.file")
         if self.exists:
             raise RunError(
-                f"--out {self.path} already holds a run; give another folder, or `sdlora resume {self.path}`"
+                f"--out {self.path} already contains a run; use another folder, or continue that run with "
+                f"`sdlora resume {self.path}`",
+                key="run.exists",
             )
 
     @property
     def exists(self) -> bool:
-        """Whether the folder holds a run."""
+        """Whether the folder is a run."""
         return self.config_file.is_file()
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
         return self.path.absolute().name
 
     @property
     def config_file(self) -> Path:
-        """The resolved configuration."""
         return self.path / "config.json"
 
     @property
     def environment_file(self) -> Path:
-        """Versions, device and dtypes."""
         return self.path / "environment.json"
 
     @property
     def events_file(self) -> Path:
-        """One JSON object a line."""
         return self.path / "events.jsonl"
 
     @property
     def trace_file(self) -> Path:
-        """With `train.trace`: one JSON object a line for each sample of each step."""
+        """With `train.trace`: one line per sample of each step."""
         return self.path / "trace.jsonl"
 
     @property
     def adapters(self) -> Path:
-        """Saved adapters, to use."""
+        """Adapters, to use."""
         return self.path / "adapters"
 
     @property
     def checkpoints(self) -> Path:
-        """Saved states, to continue."""
+        """Checkpoints, to continue from."""
         return self.path / "checkpoints"
 
     @property
     def samples(self) -> Path:
-        """Grids and single images."""
         return self.path / "samples"
 
     @property
     def loss_curve(self) -> Path:
-        """The image of the losses."""
         return self.path / "loss.png"
 
     @property
     def evaluation_file(self) -> Path:
-        """What `sdlora evaluate` measured."""
         return self.path / "evaluation.json"
 
     @property
     def advice_file(self) -> Path:
-        """What `sdlora advise-rank` measured."""
         return self.path / "rank.json"
 
     @property
     def rank_curve(self) -> Path:
-        """The image of what each rank keeps."""
         return self.path / "rank.png"
 
     @property
     def model_card(self) -> Path:
-        """The card beside the final adapter, as Hugging Face reads it."""
         return self.adapters / "README.md"
 
     @property
     def adapter(self) -> Path:
-        """The final adapter in diffusers' format, else the newest saved one.
+        """The final adapter, if possible in diffusers' dialect; else the newest saved one.
 
         Raises:
-            RunError: If none has been saved yet.
+            RunError: If no adapter has been saved yet.
         """
-        final = self.final_adapter()
-        if final.is_file():
-            return final
-        kohya = self.final_adapter("kohya")
-        if kohya.is_file():
-            return kohya
-        steps = self.saved_steps()
-        if not steps:
-            raise RunError(f"run {self.path} has saved no adapter yet; `sdlora resume {self.path}` goes on")
-        return self.step_adapter(steps[-1])
+        for dialect in ("diffusers", "kohya"):
+            if (final := self.final_adapter(dialect)).is_file():
+                return final
+        if steps := self.saved_steps():
+            return self.step_adapter(steps[-1])
+        raise RunError(
+            f"run {self.path} has no saved adapter yet; continue it with `sdlora resume {self.path}`",
+            key="run.no-adapter",
+        )
 
     def final_adapter(self, dialect: str = "diffusers") -> Path:
-        """Where the final file of a dialect is, or will be."""
         return self.adapters / (
             "final.safetensors" if dialect == "diffusers" else f"final.{dialect}.safetensors"
         )
 
     def ranked_adapter(self, rank: int, dialect: str = "diffusers") -> Path:
-        """Where the final adapter at a smaller rank is, or will be."""
+        """Path of the final adapter at a smaller rank."""
         return self.adapters / f"rank-{rank}{self.final_adapter(dialect).name.removeprefix('final')}"
 
     def step_adapter(self, step: int) -> Path:
-        """Where the adapter saved at a step is, or will be."""
         return self.adapters / f"step-{step:06d}.safetensors"
 
     def saved_adapter(self, step: int) -> Path:
-        """The adapter saved at a step.
+        """An existing adapter of a step.
 
         Raises:
-            RunError: If none was saved then; names the steps that have one.
+            RunError: If none was saved at that step.
         """
         file = self.step_adapter(step)
         if not file.is_file():
             steps = ", ".join(map(str, self.saved_steps())) or "none"
-            raise RunError(f"--step {step}: run {self.path} saved no adapter at that step; saved are {steps}")
+            raise RunError(
+                f"--step {step}: run {self.path} has no adapter of that step; saved steps: {steps}",
+                key="run.no-step",
+            )
         return file
 
     def checkpoint(self, step: int) -> Path:
-        """Where the state of a step is, or will be."""
         return self.checkpoints / f"step-{step:06d}"
 
     def sample_folder(self, step: int) -> Path:
-        """Where the samples of a step are, or will be."""
         return self.samples / f"step-{step:06d}"
 
     def saved_steps(self) -> list[int]:
-        """Steps whose adapter is saved, in order."""
+        """Steps with a saved adapter, in order."""
         return _steps(file.stem for file in self.adapters.glob("step-*.safetensors"))
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps whose state is complete, in order."""
+        """Steps with a complete checkpoint, in order."""
         return _steps(folder.name for folder in self.checkpoints.glob("step-*") if folder.is_dir())
 
     def remove_checkpoints(self, keep: int, last: int | None = None) -> None:
-        """Deletes all but the newest states.
+        """Deletes all but the newest checkpoints.
 
         Args:
-            keep: How many stay.
-            last: States of later steps go too: a run that goes on from here could not read them.
+            keep: Number of checkpoints to keep.
+            last: Also deletes those of later steps: a run that continues from here could not read them.
         """
         steps = self.checkpoint_steps()
         good = [step for step in steps if last is None or step <= last]
         for step in set(steps) - set(good[-keep:]):
             folder = self.checkpoint(step)
-            # A state that is half deleted must not have the name of one.
+            # Renamed first: a partly deleted checkpoint must not look like one.
             leaving = temporary_name(folder)
             with suppress(OSError):
                 folder.rename(leaving)
             shutil.rmtree(leaving, ignore_errors=True)
 
     def remove_leftovers(self) -> None:
-        """Deletes the temporary files and folders of writes that were cut short."""
+        """Deletes temporary files and folders of interrupted writes."""
         remove_leftovers(self.path, self.adapters, self.checkpoints, *self.samples.glob("step-*"))
 
     def read_config(self) -> RunConfig:
-        """The resolved configuration of the run.
+        """The resolved configuration.
 
         Raises:
-            RunError: If it cannot be read, or is not one that this version wrote.
+            RunError: If it cannot be read, or has settings that this version does not know.
         """
         try:
             return read_config(self.config_file)
         except (OSError, UnfitFileError) as error:
-            raise RunError(f"{self.config_file} cannot be read: {error}") from None
+            raise RunError(f"cannot read {self.config_file}: {error}", key="run.config") from None
         except ConfigError as error:
             raise RunError(
-                f"{self.config_file} does not hold the settings of a run: {'; '.join(error.problems)}"
+                f"{self.config_file} has invalid settings: {'; '.join(error.problems)}", key="run.config"
             ) from None
 
     def write_config(self, config: RunConfig) -> None:
-        """Writes the resolved configuration; a run exists from here on."""
+        """Writes the resolved configuration; from then on, the folder is a run."""
         write_json(self.config_file, config.model_dump(mode="json"))
 
     def read_environment(self) -> dict[str, Any]:
-        """Versions, device and dtypes of the run.
+        """Versions, device and dtypes.
 
         Raises:
             RunError: If it cannot be read.
@@ -275,48 +265,49 @@ class RunFolder:
         try:
             value = read_json(self.environment_file, MAX_JSON_BYTES)
         except (OSError, UnfitFileError) as error:
-            raise RunError(f"{self.environment_file} cannot be read: {error}") from None
+            raise RunError(f"cannot read {self.environment_file}: {error}", key="run.environment") from None
         if not isinstance(value, dict):
-            raise RunError(f"{self.environment_file} is no JSON object; restore it, or start a new run")
+            raise RunError(
+                f"{self.environment_file} is not a JSON object; restore it, or start a new run",
+                key="run.environment",
+            )
         return value
 
     @property
     def base_dtype(self) -> str:
-        """In which dtype the run has its base: `fp32`, `bf16` or `fp16`.
+        """Dtype of the run's base: `fp32`, `bf16` or `fp16`.
 
         Raises:
-            RunError: If the run does not say.
+            RunError: If it is not recorded.
         """
         name = self.read_environment().get("base_dtype")
         if name not in DTYPES:
             raise RunError(
                 f"{self.environment_file} has base_dtype {name!r:.40}, not one of {', '.join(DTYPES)}; "
-                "restore it, or start a new run"
+                "restore it, or start a new run",
+                key="run.environment",
             )
         return str(name)
 
     def append(self, event: str, step: int, **values: Any) -> dict[str, Any]:
-        """Adds an event and gives it back."""
+        """Appends an event, and returns it."""
         record = {"event": event, "step": step, "time": round(time.time(), 3), **values}
         append_lines(self.events_file, [record])
         return record
 
     def append_trace(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Adds lines to the trace, each with its `step`."""
+        """Appends lines to the trace, each with its `step`."""
         append_lines(self.trace_file, rows)
 
     def events(self, *names: str) -> Iterator[dict[str, Any]]:
-        """The events in order, or only those of the given names; a line that is none is skipped.
-
-        A crash may have cut the last one short.
-        """
+        """Events in order, optionally only those with given names; skips invalid lines (after a crash)."""
         for record in read_lines(self.events_file):
             if isinstance(name := record.get("event"), str) and (not names or name in names):
                 yield record
 
     def cut_events(self, step: int) -> None:
-        """Drops the events, and the trace, after a step, since they will happen again."""
-        # What follows the checkpoint of a step, or at step 0 the start, happens again as well.
+        """Removes events and trace after a step; a resumed run writes them again."""
+        # These events of the step itself come after its checkpoint, so they are written again too.
         again = {"done", "exported", "failed", "gap", "postflight", *(["heldout"] if step == 0 else [])}
         kept = [event for event in self.events() if event["step"] <= step and event["event"] not in again]
         write_text(self.events_file, to_lines(kept))
@@ -324,14 +315,14 @@ class RunFolder:
             write_text(self.trace_file, to_lines(row for row in self.trace() if row["step"] <= step))
 
     def trace(self) -> Iterator[dict[str, Any]]:
-        """What was drawn for each sample of each step, in order; a line that a crash cut short is skipped."""
+        """The draws of each sample of each step, in order; skips invalid lines (after a crash)."""
         yield from read_lines(self.trace_file)
 
     def is_finished(self, steps: int) -> bool:
-        """Whether the run has ended at this number of steps."""
+        """Whether the run has been completed with this number of steps."""
         return any(event["step"] >= steps for event in self.events("done"))
 
 
 def _steps(names: Iterable[str]) -> list[int]:
-    """The steps of names such as `step-000200`, in order."""
+    """Steps in names such as `step-000200`, in order."""
     return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-([0-9]{1,9})", name)))

@@ -1,4 +1,4 @@
-"""Writes files so that they are complete or not there, and lines so that they are whole."""
+"""Atomic writes: a file is complete or absent, a line is complete or absent."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from sdlora.errors import RunError
 def write_file(
     path: Path, write: Callable[[Path], object], verify: Callable[[Path], object] | None = None
 ) -> Path:
-    """Writes a file so that it is either complete or not there.
+    """Writes a temporary file in the same folder, then renames it.
 
     Args:
-        path: Where the file shall be.
-        write: Writes the content to the temporary path that it is given (same folder).
-        verify: Re-opens the temporary file and raises if it is not right.
+        path: Path of the file.
+        write: Writes the content to the given temporary path.
+        verify: Reads the temporary file and raises an error if it is wrong.
 
     Raises:
-        OSError: If it cannot be written; names the file, not the temporary one.
+        OSError: If it cannot be written; with the name of the file, not the temporary one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
@@ -54,13 +54,13 @@ def check_writable(path: Path) -> None:
     parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise RunError(
-            f"--out {path} cannot be written ({parent} is not writable); choose another path",
+            f"cannot write --out {path} ({parent} is not writable); use another path",
             key="option--out",
         )
 
 
 def next_free_folder(path: Path) -> Path:
-    """The path, or with `-2` and so on behind when that is taken."""
+    """The path, or with `-2`, `-3`, … appended if it exists."""
     candidate, number = path, 2
     while candidate.exists():
         candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
@@ -68,16 +68,16 @@ def next_free_folder(path: Path) -> Path:
 
 
 def temporary_name(path: Path) -> Path:
-    """What a file or folder is called while this process writes it."""
+    """Name of a file or folder while this process writes it."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def remove_leftovers(*folders: Path, name: str = "*") -> None:
-    """Deletes what writes that were cut short left in some folders.
+    """Deletes temporary files and folders of interrupted writes, not recursively.
 
     Args:
-        folders: Those below them are left alone.
-        name: A pattern of the names that were to be.
+        folders: Where to look.
+        name: Pattern of the final names.
     """
     for folder in folders:
         for rest in folder.glob(f".{name}.*.tmp"):
@@ -90,18 +90,18 @@ def remove_leftovers(*folders: Path, name: str = "*") -> None:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Writes UTF-8 text atomically; half of a letter becomes the escape that JSON has for it."""
+    """Writes UTF-8 text atomically; lone surrogates are escaped as in JSON."""
     raw = text.encode("utf-8", "backslashreplace")
     return write_file(path, lambda temporary: temporary.write_bytes(raw))
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """Writes JSON atomically, readable by people."""
+    """Writes indented JSON atomically."""
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes what was renamed or made in a folder last through a power cut, where the system can."""
+    """Makes renames in a folder survive a power cut, if the system supports it."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     with suppress(OSError):
@@ -113,12 +113,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def to_lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """One JSON object a line."""
+    """JSON Lines."""
     return "".join(json.dumps(_strict(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 def _strict(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become text."""
+    """Replaces NaN and infinities, which JSON does not have, by strings."""
     if isinstance(value, Mapping):
         return {key: _strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -127,7 +127,7 @@ def _strict(value: Any) -> Any:
 
 
 def append_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Adds whole lines or, where the disk is full, none: a rest would spoil the next line."""
+    """Appends complete lines or, if the disk is full, none: a partial line would spoil the next one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     rest = memoryview(to_lines(rows).encode("utf-8", "backslashreplace"))
     with file.open("ab", buffering=0) as handle:
@@ -142,10 +142,10 @@ def append_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file that have a step; other lines are skipped."""
+    """The JSON objects in a file that have a `step`; skips other lines."""
     if not file.is_file():
         return
-    # Not splitlines: JSON text may hold line separators of other kinds.
+    # Not splitlines: JSON strings may contain other line separators.
     with file.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:

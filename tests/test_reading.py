@@ -32,38 +32,39 @@ ABSURD = {
         {"a": entry([2], 0, 8), "b": entry([2], 8, 2**50)},
         16,
         None,
-        "is incomplete|damaged",
+        "file.incomplete",
     ),
-    "shorter than the shape": ({"a": entry([20], 0, 8)}, 8, None, "damaged header"),
-    "overlapping": ({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, 12, None, "damaged header"),
-    "the same place": ({"a": entry([2], 0, 8), "b": entry([2], 0, 8)}, 8, None, "damaged header"),
-    "a hole": ({"a": entry([2], 0, 8), "b": entry([2], 16, 24)}, 24, None, "damaged header"),
-    "negative": ({"a": entry([2], -8, 0)}, 8, None, "damaged"),
-    "product too large": ({"a": entry([2**40, 2**40], 0, 8)}, 8, None, "damaged header"),
-    "unknown dtype": ({"a": entry([2], 0, 8, "X9")}, 8, None, "damaged header"),
-    "a number as dtype": ({"a": {**entry([2], 0, 8), "dtype": 3}}, 8, None, "damaged header"),
-    "metadata of numbers": ({"__metadata__": {"x": 1}, "a": entry([2], 0, 8)}, 8, None, "damaged header"),
-    "a list": (b"[1, 2]", 8, None, "is no safetensors file"),
-    "nested deeply": (b'{"a":' + b"[" * 10**6, 8, None, "damaged"),
-    "a number of many digits": (b'{"a":{"dtype":"F32","x":' + b"9" * 9999 + b"}}", 8, None, "damaged"),
-    "a name twice": (TWICE, 8, None, "gives a name twice"),
-    "the longest header": ({"a": entry([2], 0, 8)}, 8, 2**64 - 1, "is no safetensors file"),
-    "a header beyond the file": ({"a": entry([2], 0, 8)}, 8, 10**6, "its header alone is 1000008 bytes"),
-    "a sparse header": ({"a": entry([2], 0, 8)}, 2**40, 2**39, "has a header of 549,755.8 MB"),
-    "a control character": ({"a\x1b[2J": entry([2], 0, 8)}, 8, None, "which no program writes"),
-    "a line break": ({"a\nb": entry([2], 0, 8)}, 8, None, "which no program writes"),
-    "no name": ({"": entry([2], 0, 8)}, 8, None, "which no program writes"),
-    "a long name": ({"a" * 501: entry([2], 0, 8)}, 8, None, "which no program writes"),
+    "shorter than the shape": ({"a": entry([20], 0, 8)}, 8, None, "file.damaged"),
+    "overlapping": ({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, 12, None, "file.damaged"),
+    "the same place": ({"a": entry([2], 0, 8), "b": entry([2], 0, 8)}, 8, None, "file.damaged"),
+    "a hole": ({"a": entry([2], 0, 8), "b": entry([2], 16, 24)}, 24, None, "file.damaged"),
+    "negative": ({"a": entry([2], -8, 0)}, 8, None, "file.damaged"),
+    "product too large": ({"a": entry([2**40, 2**40], 0, 8)}, 8, None, "file.damaged"),
+    "unknown dtype": ({"a": entry([2], 0, 8, "X9")}, 8, None, "file.damaged"),
+    "a number as dtype": ({"a": {**entry([2], 0, 8), "dtype": 3}}, 8, None, "file.damaged"),
+    "metadata of numbers": ({"__metadata__": {"x": 1}, "a": entry([2], 0, 8)}, 8, None, "file.damaged"),
+    "a list": (b"[1, 2]", 8, None, "file.not-safetensors"),
+    "nested deeply": (b'{"a":' + b"[" * 10**6, 8, None, "file.damaged"),
+    "a number of many digits": (b'{"a":{"dtype":"F32","x":' + b"9" * 9999 + b"}}", 8, None, "file.damaged"),
+    "a name twice": (TWICE, 8, None, "file.damaged"),
+    "the longest header": ({"a": entry([2], 0, 8)}, 8, 2**64 - 1, "file.not-safetensors"),
+    "a header beyond the file": ({"a": entry([2], 0, 8)}, 8, 10**6, "file.incomplete"),
+    "a sparse header": ({"a": entry([2], 0, 8)}, 2**40, 2**39, "file.too-large"),
+    "a control character": ({"a\x1b[2J": entry([2], 0, 8)}, 8, None, "file.name"),
+    "a line break": ({"a\nb": entry([2], 0, 8)}, 8, None, "file.name"),
+    "no name": ({"": entry([2], 0, 8)}, 8, None, "file.name"),
+    "a long name": ({"a" * 501: entry([2], 0, 8)}, 8, None, "file.name"),
 }
 
 
 @pytest.mark.parametrize("case", ABSURD)
 def test_absurd_headers(tmp_path: Path, case: str) -> None:
     """R-25: sizes, places, names and types that cannot be are one line, in bounded time and memory."""
-    header, size, length, message = ABSURD[case]
+    header, size, length, key = ABSURD[case]
     path = write_container(tmp_path / "x.safetensors", header, size, length)
-    with bounded(megabytes=200), pytest.raises(UnfitFileError, match=message) as caught:
+    with bounded(megabytes=200), pytest.raises(UnfitFileError) as caught:
         read_header(path)
+    assert caught.value.key == key
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 200
 
@@ -82,7 +83,7 @@ def test_a_sound_header(tmp_path: Path) -> None:
 def test_metadata_of_100_mb(tmp_path: Path) -> None:
     """R-25: a header that is larger than any program's is refused without being read."""
     path = write_container(tmp_path / "x.safetensors", b'{"__metadata__":{"x":"', 10**8, 10**8)
-    with bounded(megabytes=1), pytest.raises(UnfitFileError, match=r"has a header of 100\.0 MB"):
+    with bounded(megabytes=1), pytest.raises(UnfitFileError, match=r"100\.0 MB"):
         read_header(path)
 
 
@@ -92,7 +93,7 @@ def test_millions_of_keys(tmp_path: Path) -> None:
     raw = b"{" + b"".join(one % number for number in range(250_000))[:-1] + b"}"
     assert len(raw) < MAX_HEADER_BYTES
     path = write_container(tmp_path / "x.safetensors", raw, 0)
-    with bounded(megabytes=40), pytest.raises(UnfitFileError, match="more than 100,000 tensors"):
+    with bounded(megabytes=40), pytest.raises(UnfitFileError, match="100,000"):
         read_header(path)
 
 
@@ -102,7 +103,7 @@ def test_metadata_of_many_keys(tmp_path: Path) -> None:
     path = write_container(tmp_path / "x.safetensors", header, 8)
     with (
         bounded(megabytes=200),
-        pytest.raises(UnfitFileError, match="has 20,000 entries in its metadata"),
+        pytest.raises(UnfitFileError, match="20,000"),
     ):
         read_header(path)
 
@@ -114,9 +115,9 @@ def test_pipes_devices_and_folders(tmp_path: Path) -> None:
     (tmp_path / "zero").symlink_to("/dev/zero")
     for read in (read_header, lambda path: read_bytes(path, 10), lambda path: read_json(path, 10)):
         for name in ("pipe", "zero"):
-            with pytest.raises(UnfitFileError, match="is a pipe or a device, not a file"):
+            with pytest.raises(UnfitFileError, match="pipe"):
                 read(tmp_path / name)
-        with pytest.raises(UnfitFileError, match="is a folder, not a file"):
+        with pytest.raises(UnfitFileError, match="folder"):
             read(tmp_path)
         with pytest.raises(FileNotFoundError):
             read(tmp_path / "none")
@@ -129,34 +130,35 @@ def test_size_is_bounded(tmp_path: Path) -> None:
     assert read_bytes(path, 1000) == b"x" * 1000
     with bounded(megabytes=1):
         assert read_bytes(path, 2**30) == b"x" * 1000, "without room for a gigabyte"
-    with pytest.raises(UnfitFileError, match=r"is too large \(0\.0 MB; at most 0\.0 MB"):
+    with pytest.raises(UnfitFileError, match=r"0\.0 MB"):
         read_bytes(path, 999)
     with path.open("rb+") as handle:
         handle.truncate(2**40)
     with (
         bounded(megabytes=1),
-        pytest.raises(UnfitFileError, match=r"too large \(1,099,511\.6 MB; at most 1\.0 MB"),
+        pytest.raises(UnfitFileError, match=r"1,099,511\.6 MB.* 1\.0 MB"),
     ):
         read_bytes(path, 10**6)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "key"),
     [
-        (b"{oops", "is not JSON"),
-        (b"\xff\xfe\x00", "is not JSON"),
-        (b"", "is not JSON"),
-        (b"9" * 5000, "is not JSON"),
-        (b"[" * 100_000, "is nested too deeply"),
-        (b'{"a":' * 100_000, "is nested too deeply"),
+        (b"{oops", "file.json"),
+        (b"\xff\xfe\x00", "file.json"),
+        (b"", "file.json"),
+        (b"9" * 5000, "file.json"),
+        (b"[" * 100_000, "file.nested"),
+        (b'{"a":' * 100_000, "file.nested"),
     ],
 )
-def test_json(tmp_path: Path, content: bytes, message: str) -> None:
+def test_json(tmp_path: Path, content: bytes, key: str) -> None:
     """R-44: state in JSON that was damaged or made to hurt is one line."""
     path = tmp_path / "a.json"
     path.write_bytes(content)
-    with bounded(megabytes=200), pytest.raises(UnfitFileError, match=message) as caught:
+    with bounded(megabytes=200), pytest.raises(UnfitFileError) as caught:
         read_json(path, 10**6)
+    assert caught.value.key == key
     assert "\n" not in str(caught.value)
     path.write_bytes(b'{"a": [1, "\xc3\xbc"]}')
     assert read_json(path, 10**6) == {"a": [1, "ü"]}

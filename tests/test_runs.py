@@ -12,6 +12,7 @@ from sdlora.config import RunConfig
 from sdlora.errors import RunError
 from sdlora.runs import RunFolder
 from sdlora.writing import check_writable, next_free_folder, write_file, write_json, write_text
+from tests.checks import raises
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -36,7 +37,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 def test_a_run_is_never_overwritten(tmp_path):
     """A folder that holds a run is refused, with the way on."""
     run = RunFolder.create(tmp_path / "run", RunConfig(), {"device": "cpu"})
-    with pytest.raises(RunError, match="already holds a run; give another folder, or `sdlora resume"):
+    with raises(RunError, "run.exists", shows="sdlora resume"):
         RunFolder.create(run.path, RunConfig(), {})
     assert run.read_config() == RunConfig()
     assert run.read_environment() == {"device": "cpu"}
@@ -47,22 +48,22 @@ def test_a_run_is_a_path(tmp_path):
     run = RunFolder.create(tmp_path / "run", RunConfig(), {})
     assert os.fspath(run) == str(tmp_path / "run")
     assert RunFolder.open(run).path == run.path
-    with pytest.raises(RunError, match="already holds a run"):
+    with raises(RunError, "run.exists"):
         RunFolder.create(run, RunConfig(), {})
 
 
 def test_wrong_folders(tmp_path):
     """`resume` on a folder that is no run, or is not there."""
-    with pytest.raises(RunError, match="does not exist"):
+    with raises(RunError, "run.missing"):
         RunFolder.open(tmp_path / "none")
-    with pytest.raises(RunError, match=r"holds no run \(no config\.json\)"):
+    with raises(RunError, "run.no-config", shows="config.json"):
         RunFolder.open(tmp_path)
     file = write_text(tmp_path / "file", "")
-    with pytest.raises(RunError, match="is a file, not a run"):
+    with raises(RunError, "run.file"):
         RunFolder.open(file)
-    with pytest.raises(RunError, match="is a file; give a folder"):
+    with raises(RunError, "run.file", shows="--out"):
         RunFolder(file).check_free()
-    with pytest.raises(RunError, match="has saved no adapter yet"):
+    with raises(RunError, "run.no-adapter"):
         _ = RunFolder(tmp_path).adapter
 
 
@@ -70,14 +71,14 @@ def test_wrong_folders(tmp_path):
 def test_a_place_that_cannot_be_written(tmp_path):
     """One line, before anything starts."""
     tmp_path.chmod(0o500)
-    with pytest.raises(RunError, match="is not writable"):
+    with raises(RunError, "option--out"):
         check_writable(tmp_path / "run")
 
 
 def test_a_place_below_a_file_cannot_be_written(tmp_path):
     """Nor can a folder be made below a file, by anyone."""
     file = write_text(tmp_path / "file", "")
-    with pytest.raises(RunError, match="cannot be written"):
+    with raises(RunError, "option--out"):
         check_writable(file / "run")
 
 
@@ -140,7 +141,7 @@ def test_paths_and_steps(tmp_path):
     assert run.saved_steps() == run.checkpoint_steps() == [20, 100]
     assert run.adapter == run.path / "adapters" / "step-000100.safetensors"
     assert run.saved_adapter(20) == run.path / "adapters" / "step-000020.safetensors"
-    with pytest.raises(RunError, match="saved no adapter at that step; saved are 20, 100"):
+    with raises(RunError, "run.no-step", shows="20, 100"):
         run.saved_adapter(30)
     run.remove_checkpoints(keep=1)
     assert run.checkpoint_steps() == [100]
@@ -185,11 +186,11 @@ def test_a_configuration_that_was_tampered_with(tmp_path, content):
     """A run whose config.json is damaged, or of another program, is one line that names the file."""
     run = RunFolder.create(tmp_path / "run", RunConfig(), {"base_dtype": "fp32"})
     run.config_file.write_text(content, encoding="utf-8")
-    with pytest.raises(RunError, match=r"config\.json ") as caught:
+    with raises(RunError, "run.config", shows="config.json") as caught:
         run.read_config()
     assert "\n" not in str(caught.value)
     run.config_file.write_bytes(b"\xff\xfe")
-    with pytest.raises(RunError, match=r"config\.json cannot be read"):
+    with raises(RunError, "run.config", shows="config.json"):
         run.read_config()
 
 
@@ -199,7 +200,7 @@ def test_an_environment_that_was_tampered_with(tmp_path, content):
     run = RunFolder.create(tmp_path / "run", RunConfig(), {"base_dtype": "bf16"})
     assert run.base_dtype == "bf16"
     run.environment_file.write_text(content, encoding="utf-8")
-    with pytest.raises(RunError, match=r"environment\.json") as caught:
+    with raises(RunError, "run.environment", shows="environment.json") as caught:
         _ = run.base_dtype
     assert "\n" not in str(caught.value)
 

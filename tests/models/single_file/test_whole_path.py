@@ -19,7 +19,7 @@ import sdlora
 from sdlora.errors import AdapterError, ConfigError, RunError
 from sdlora.formats.files import inspect_adapter, load_adapter
 from sdlora.runs import RunFolder
-from tests.checks import assert_same_image
+from tests.checks import assert_same_image, raises
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 SETTINGS: dict[str, Any] = {
@@ -179,7 +179,7 @@ def test_a_base_is_no_lora_and_a_lora_no_base(
             read(base)
     with pytest.raises(AdapterError, match="is a base, not a LoRA"):
         load_adapter(tiny_bases["sdxl"].folder)
-    with pytest.raises(RunError, match=r"is a base, not a run or a LoRA; give it with --base"):
+    with raises(RunError, "run.base", shows="--base"):
         sdlora.sample(tiny_bases["sdxl"].folder, prompts=["a cat"], out=tmp_path / "grid")
     images = make_images(sizes=((32, 32),) * 2)
     with pytest.raises(sdlora.errors.ModelError, match="is a LoRA file, not a base"):
