@@ -26,6 +26,8 @@ class ExportReport:
     dialect: Dialect
     rounding: Rounding
     size_bytes: int
+    note: str = ""
+    """What to know about the readers of the file."""
 
     @property
     def precision(self) -> Precision:
@@ -41,7 +43,7 @@ class ExportReport:
 
     def lines(self) -> list[str]:
         """For people."""
-        return [f"wrote     {self}"]
+        return [f"wrote     {self}", *([f"note      {self.note}"] if self.note else [])]
 
 
 def export_adapter(
@@ -67,7 +69,8 @@ def export_adapter(
     """
     rounded, rounding = round_adapter(adapter, precision)
     file = save_adapter(path, rounded, dialect=dialect, metadata=metadata)
-    return ExportReport(file, dialect, rounding, file.stat().st_size)
+    notes = {module.dialect_notes.get(dialect, "") for module in adapter.modules.values()}
+    return ExportReport(file, dialect, rounding, file.stat().st_size, max(notes))
 
 
 def export(

@@ -112,10 +112,11 @@ class _Change:
         module = self.modules.get((component, stored))
         if module is None:
             return tensor
-        total = tensor.double()
+        weight = tensor.double()
+        total = weight.clone()
         for adapter, strength in self.adapters:
             if own := adapter.modules.get(module):
-                total += own.delta_weight(total, strength * adapter.scale_of(module))
+                total += own.delta_weight(weight, strength * adapter.scale_of(module), total)
         return total
 
 

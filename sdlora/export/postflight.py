@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from sdlora.errors import AdapterError, first_line, join_names
+from sdlora.formats.container import read_lora_header
+from sdlora.formats.files import load_adapter
+from sdlora.formats.keys import dialect_of
 from sdlora.formats.read import state_to_adapter
 from sdlora.formats.write import fold
 from sdlora.lora.adapter import Adapter
@@ -50,6 +53,7 @@ class PostflightReport:
         difference: Root mean square of the output's difference from the trained model's.
         effect: Root mean square of the trained output's difference from the base's.
         strength: Strength of the adapter in both.
+        reader: What has read the file.
     """
 
     path: Path
@@ -57,12 +61,13 @@ class PostflightReport:
     difference: float
     effect: float
     strength: float = 1.0
+    reader: str = "diffusers"
 
     def __str__(self) -> str:
         at = "" if self.strength == 1 else f" at strength {self.strength:.3g}"
         return (
-            f"{self.path.name} in diffusers: {self.num_modules} modules, output {self.effect:.2g} from the "
-            f"base's{at}, {self.difference:.1g} from the trained model's"
+            f"{self.path.name} in {self.reader}: {self.num_modules} modules, output {self.effect:.2g} from "
+            f"the base's{at}, {self.difference:.1g} from the trained model's"
         )
 
 
@@ -166,12 +171,25 @@ def _check(
     info: BaseInfo,
 ) -> PostflightReport:
     """Loads one file into a pipeline and compares its modules and outputs with the trained ones."""
-    problems = _load(pipeline, path, list(parts)) + _compare_modules(adapter, parts)
+    reader = "diffusers"
+    dialect = dialect_of(read_lora_header(path).shapes)
+    if any(dialect in module.dialect_notes for module in adapter.modules.values()):
+        reader, read = "sdlora", load_adapter(path)
+        problems, loaded, answers = [], read.modules, {}
+        for name, part in parts.items():
+            with mounted(parts, [(read, outputs.strengths[name])]):
+                answers[name] = _run(name, part, info)
+    else:
+        problems = _load(pipeline, path, list(parts))
+        loaded = _loaded_modules(parts)
+        for name, part in parts.items():
+            if (strength := outputs.strengths[name]) != 1:
+                _set_strength(part, strength)
+        answers = {name: _run(name, part, info) for name, part in parts.items()}
+    problems += _compare_modules(adapter, loaded)
     differences, effects = {}, {}
-    for name, part in parts.items():
-        if (strength := outputs.strengths[name]) != 1:
-            _set_strength(part, strength)
-        stock, base, trained = _run(name, part, info), outputs.base[name], outputs.trained[name]
+    for name in parts:
+        stock, base, trained = answers[name], outputs.base[name], outputs.trained[name]
         differences[name], effects[name] = _size(stock - trained), _size(trained - base)
         title = "denoiser" if name == DENOISER else name
         if torch.equal(stock, base):
@@ -186,7 +204,7 @@ def _check(
         raise _failure(path, problems)
     first = next(iter(parts))
     return PostflightReport(
-        path, len(adapter.modules), differences[first], effects[first], outputs.strengths[first]
+        path, len(adapter.modules), differences[first], effects[first], outputs.strengths[first], reader
     )
 
 
@@ -301,9 +319,8 @@ def _heard() -> Iterator[list[str]]:
         logger.setLevel(level)
 
 
-def _compare_modules(adapter: Adapter, parts: Mapping[str, nn.Module]) -> list[str]:
-    """Checks that parts have the trained modules, each with the trained change."""
-    loaded = _loaded_modules(parts)
+def _compare_modules(adapter: Adapter, loaded: Mapping[str, AdapterModule]) -> list[str]:
+    """Checks that a file has the trained modules, each with the trained change."""
     problems = []
     if missing := sorted(set(adapter.modules) - set(loaded)):
         problems.append(f"{len(missing)} trained modules are missing ({join_names(missing)})")

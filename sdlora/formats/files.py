@@ -16,7 +16,7 @@ from torch import Tensor
 from sdlora.errors import AdapterError, ConfigError, one_line, shorten
 from sdlora.formats.container import read_tensors, write_tensors
 from sdlora.formats.keys import Dialect, dialect_of
-from sdlora.formats.read import guess_family, module_alphas, split_state, state_to_adapter
+from sdlora.formats.read import guess_family, kind_of, module_alphas, split_state, state_to_adapter
 from sdlora.formats.write import (
     adapter_to_diffusers,
     adapter_to_kohya,
@@ -50,6 +50,8 @@ class AdapterInfo:
     path: Path
     dialect: str
     family: str
+    kinds: dict[str, int]
+    """Adapter kind to number of modules."""
     ranks: dict[int, int]
     """Rank to number of modules."""
     alphas: dict[float, int]
@@ -83,6 +85,10 @@ class AdapterInfo:
             "file": f"{self.path} ({self.size_bytes / 1e6:.2f} MB, {', '.join(self.dtypes)})",
             "dialect": self.dialect,
             "family": self.family or "unknown",
+            "kind": ", ".join(
+                kind if len(self.kinds) == 1 else f"{kind} ({count} modules)"
+                for kind, count in self.kinds.items()
+            ),
             "rank": ranks,
             "alpha": alphas + trained,
             "targets": f"{targets} ({self.num_parameters:,} parameters)",
@@ -185,6 +191,7 @@ def inspect_adapter(path: str | Path) -> AdapterInfo:
         path=path,
         dialect=dialect,
         family=family,
+        kinds=dict(Counter(kind.kind for found in parts.values() if (kind := kind_of(found)))),
         ranks=dict(sorted(Counter(ranks.values()).items())),
         alphas=dict(sorted(Counter(float(alphas[name] or rank) for name, rank in ranks.items()).items())),
         trained_alpha=metadata.get("sdlora.trained_alpha"),
@@ -268,14 +275,17 @@ def _describe(folded: Adapter, dialect: Dialect, metadata: Mapping[str, str]) ->
     rank = str(folded.rank)
     trained = folded.notes.get("sdlora.trained_alpha", f"{folded.alpha:g}")
     texts.setdefault("sdlora.trained_alpha", trained)
+    # Of a file that mixes kinds: the one that a reader must know of.
+    kind = max((type(module) for module in folded.modules.values()), key=lambda one: len(one.network_args))
     texts |= {
         "format": "pt",
-        "ss_network_module": "networks.lora",
+        "ss_network_module": kind.network_module,
         "ss_network_dim": rank,
         "ss_network_alpha": rank,
     }
     kernels = any(tuple(tensor.shape[2:]) not in ((), (1, 1)) for tensor in folded.parameters())
-    texts["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": rank} if kernels else {})
+    arguments = {"conv_dim": rank, "conv_alpha": rank} if kernels else {}
+    texts["ss_network_args"] = json.dumps({**kind.network_args, **arguments})
     if "modelspec.sai_model_spec" in texts:
         # Whose names the file has.
         original = dialect == "kohya" and folded.family == "sdxl"

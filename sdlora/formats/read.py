@@ -101,7 +101,7 @@ def split_state(state: Mapping[str, Tensor], notes: Mapping[str, str]) -> dict[s
             f"holds tensors that are no part of a LoRA that sdlora knows, {len(foreign)} of {len(state)}: "
             f"{join_names(foreign, 3)}; export it again as a plain LoRA"
         )
-    incomplete = [name for name, found in parts.items() if _kind_of(found) is None]
+    incomplete = [name for name, found in parts.items() if kind_of(found) is None]
     if incomplete:
         raise AdapterError(
             f"lacks the other half of modules, {len(incomplete)} of {len(parts)}: "
@@ -114,7 +114,7 @@ def split_state(state: Mapping[str, Tensor], notes: Mapping[str, str]) -> dict[s
 
 def _check_module(name: str, found: Mapping[str, Tensor]) -> None:
     """Refuses factors that cannot be multiplied, and an alpha that is no number."""
-    kind = _kind_of(found)
+    kind = kind_of(found)
     if kind is None or not kind.fits(found):
         shapes = " and ".join(f"{part} {tuple(found[part].shape)}" for part in found if part != "alpha")
         raise AdapterError(f"holds tensors that do not fit together: {name} has {shapes}; get the file again")
@@ -157,18 +157,20 @@ def _read_module(
     found: Mapping[str, Tensor], alpha: float | None, dtype: torch.dtype | None
 ) -> AdapterModule:
     """One module, its scale folded in."""
-    kind = _kind_of(found)
+    kind = kind_of(found)
     assert kind is not None
-    module = kind(**{part: _as_float(found[part], dtype).contiguous() for part in kind.parts()})
+    parts = {part: _as_float(tensor, dtype).contiguous() for part, tensor in found.items() if part != "alpha"}
+    module = kind.from_file(parts)
     if alpha is None or alpha == module.rank:
         return module
     folded = module.fold(alpha / module.rank)
     return folded.map(lambda tensor: tensor.to(dtype).contiguous()) if dtype else folded
 
 
-def _kind_of(found: Mapping[str, Tensor]) -> type[AdapterModule] | None:
+def kind_of(found: Mapping[str, Tensor]) -> type[AdapterModule] | None:
     """The adapter kind that has these tensors; None if some are missing."""
-    return next((kind for kind in KINDS.values() if {*kind.parts()} == {*found} - {"alpha"}), None)
+    parts = {*found} - {"alpha"}
+    return next((kind for kind in KINDS.values() if parts in kind.file_parts()), None)
 
 
 def _as_float(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -189,6 +191,9 @@ def module_alphas(
     for name, found in parts.items():
         component = f"{component_of(name)}."
         own = settings[component]
+        kind = kind_of(found)
+        if own.get("use_dora") and kind and not kind.peft_settings.get("use_dora"):
+            raise AdapterError(f"is a DoRA without the magnitudes of {name}; get the file again")
         if "alpha" in found:
             alphas[name] = float(found["alpha"])
         elif "lora_alpha" in own:
@@ -208,8 +213,7 @@ def _settings(notes: Mapping[str, str], component: str) -> dict[str, Any]:
     own = {key.removeprefix(component): value for key, value in config.items() if key.startswith(component)}
     own = own or {key: value for key, value in config.items() if "." not in key}
     kind = str(own.get("peft_type") or "LORA")
-    if own.get("use_dora") or kind != "LORA":
-        kind = "DoRA" if own.get("use_dora") else kind
+    if kind != "LORA":
         raise AdapterError(f"is a {kind}; sdlora reads plain LoRA files only, so train or export it as one")
     start = str(own.get("init_lora_weights") or "").lower()
     if start.startswith(_BASE_CHANGING):

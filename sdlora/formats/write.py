@@ -70,7 +70,9 @@ def round_adapter(adapter: Adapter, precision: Precision = "fp16") -> tuple[Adap
         raise ConfigError(f"precision = {precision!r} must be one of {', '.join(DTYPES)}")
     folded = fold(adapter)
     folded = folded if folded.dtype == torch.float32 else folded.to(dtype=torch.float32)
-    rounded = folded.to(dtype=DTYPES[precision])
+    rounded = replace(
+        folded, modules={name: module.round(DTYPES[precision]) for name, module in folded.modules.items()}
+    )
     error = relative_error(folded, rounded)
     newly_zero = sum(
         int(((exact != 0) & (close == 0)).sum())
@@ -96,7 +98,7 @@ def adapter_to_diffusers(adapter: Adapter) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, module in _clean_modules(fold(adapter)).items():
         key = name if name.startswith(TEXT_ENCODERS) else f"unet.{name}"
-        for part, tensor in module.tensors().items():
+        for part, tensor in module.to_file("diffusers").items():
             state[f"{key}.{SUFFIXES['diffusers'][part]}"] = tensor.detach()
     return state
 
@@ -122,7 +124,7 @@ def adapter_to_kohya(adapter: Adapter) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, module in modules.items():
         key = module_to_kohya(name, sdxl=sdxl, layers=layers)
-        for part, tensor in module.pad(rank).tensors().items():
+        for part, tensor in module.pad(rank).to_file("kohya").items():
             state[f"{key}.{SUFFIXES['kohya'][part]}"] = tensor.detach()
         state[f"{key}.alpha"] = alpha.clone()
     return state
@@ -142,6 +144,7 @@ def mixed_rank_metadata(adapter: Adapter) -> str | None:
     if all(len(set(own.values())) == 1 for own in ranks.values()):
         return None
     values: dict[str, Any] = {}
+    kind = next(iter(adapter.modules.values()))
     for component, own in ranks.items():
         common = Counter(own.values()).most_common(1)[0][0]
         start = "^" if component == "unet." else ""
@@ -152,6 +155,7 @@ def mixed_rank_metadata(adapter: Adapter) -> str | None:
             f"{component}rank_pattern": others,
             f"{component}alpha_pattern": others,
             f"{component}target_modules": sorted(own),
+            **{f"{component}{name}": value for name, value in kind.peft_settings.items()},
         }
     return json.dumps(values, sort_keys=True)
 

@@ -57,6 +57,11 @@ class Adapter:
         return list(dict.fromkeys(map(component_of, self.modules)))
 
     @property
+    def kinds(self) -> dict[str, int]:
+        """Kind of module to number of modules."""
+        return dict(Counter(module.kind for module in self.modules.values()))
+
+    @property
     def changes_text(self) -> bool:
         """Whether it changes a text encoder, so that text states depend on its strength."""
         return self.components not in ([], [DENOISER])

@@ -247,8 +247,7 @@ def _check_fit(
             f"there, such as {join_names(missing, 3)}; use a base of the family it was trained on{origin}"
         )
     for name, module in adapter.modules.items():
-        shapes = module.shapes(layers[name], module.rank)
-        if any(tuple(tensor.shape) != shapes[part] for part, tensor in module.tensors().items()):
+        if not module.fits_layer(layers[name]):
             (inputs, outputs), (there, then) = module.features, features_of(layers[name])
             raise AdapterError(
                 f"{source} does not fit this base: {name} maps {inputs} to {outputs} features in the LoRA "

@@ -35,6 +35,15 @@ class AdapterModule(ABC):
     """Whether it adds `scale * delta` to any weight, so that adapters can be summed exactly."""
     zero_part: ClassVar[str]
     """The tensor that is zero in a fresh module; the first update must change it (R-09)."""
+    exact_parts: ClassVar[frozenset[str]] = frozenset()
+    """Tensors that files keep in fp32 whatever their precision."""
+    dialect_notes: ClassVar[Mapping[str, str]] = {}
+    """Dialects that stock diffusers does not read whole, with what to know about their readers."""
+    network_module: ClassVar[str] = "networks.lora"
+    """What kohya's tools call the kind in `ss_network_module`, and its arguments in `ss_network_args`."""
+    network_args: ClassVar[Mapping[str, str]] = {}
+    peft_settings: ClassVar[Mapping[str, bool]] = {}
+    """Settings of PEFT's configuration that differ from the defaults."""
 
     @classmethod
     @abstractmethod
@@ -49,9 +58,28 @@ class AdapterModule(ABC):
         """A fresh module that does not change the layer's output yet."""
 
     @classmethod
+    def file_parts(cls) -> list[set[str]]:
+        """The sets of parts that a file may hold for a module of this kind."""
+        return [set(cls.parts())]
+
+    @classmethod
+    def from_file(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """A module from the tensors of a file, which fit together."""
+        return cls(**tensors)
+
+    def to_file(self, dialect: str) -> dict[str, Tensor]:
+        """The tensors by part, shaped as a dialect has them."""
+        return self.tensors()
+
+    @classmethod
     @abstractmethod
     def fits(cls, tensors: Mapping[str, Tensor]) -> bool:
         """Whether the tensors of a file fit together."""
+
+    def fits_layer(self, layer: Layer) -> bool:
+        """Whether it has the shapes that a layer needs."""
+        shapes = self.shapes(layer, self.rank)
+        return all(tuple(tensor.shape) == shapes[part] for part, tensor in self.tensors().items())
 
     @property
     @abstractmethod
@@ -76,8 +104,14 @@ class AdapterModule(ABC):
         """
 
     @abstractmethod
-    def delta_weight(self, weight: Tensor, scale: float) -> Tensor:
-        """What it adds to the layer's weight, in the shape and dtype of the weight."""
+    def delta_weight(self, weight: Tensor, scale: float, total: Tensor) -> Tensor:
+        """What it adds to the layer's weight, in the shape and dtype of the weight.
+
+        Args:
+            weight: The base weight.
+            scale: Strength times alpha / rank.
+            total: The weight with the modules below in the stack.
+        """
 
     @abstractmethod
     def fold(self, scale: float) -> Self:
@@ -115,6 +149,15 @@ class AdapterModule(ABC):
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """A copy with each tensor changed."""
         return type(self)(**{part: change(tensor) for part, tensor in self.tensors().items()})
+
+    def round(self, dtype: torch.dtype) -> Self:
+        """A copy in a dtype, but for its exact parts."""
+        return type(self)(
+            **{
+                part: tensor if part in self.exact_parts else tensor.to(dtype)
+                for part, tensor in self.tensors().items()
+            }
+        )
 
     def to(self, device: torch.device) -> Self:
         """On a device; tensors that are there already are shared."""
@@ -190,7 +233,7 @@ class LowRank(AdapterModule):
         hidden = hidden * for_samples(scale, hidden)
         return F.linear(drop(hidden) if drop else hidden, self.up.to(x))
 
-    def delta_weight(self, weight: Tensor, scale: float) -> Tensor:
+    def delta_weight(self, weight: Tensor, scale: float, total: Tensor) -> Tensor:
         delta = as_float64(self.up) @ as_float64(self.down)
         return (scale * delta).reshape(weight.shape).to(weight)
 

@@ -45,7 +45,8 @@ class Layout:
         same = all(self.alphas[name] == rank for name, rank in self.ranks.items())
         alpha = "= rank" if same and len(set(self.ranks.values())) > 1 else _span(list(self.alphas.values()))
         how = " (alpha / sqrt(rank))" if self.rslora else ""
-        return f"rank {_counts(list(self.ranks.values()))}, alpha {alpha}, scale {_span(scales)}{how}"
+        kind = "" if self.kind == "lora" else f"{self.kind}, "
+        return f"{kind}rank {_counts(list(self.ranks.values()))}, alpha {alpha}, scale {_span(scales)}{how}"
 
 
 def plan_layout(lora: LoraSection, names: Sequence[str]) -> Layout:

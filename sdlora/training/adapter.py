@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sdlora.config import LoraSection, RunConfig
-from sdlora.errors import AdapterError, RunError
+from sdlora.errors import AdapterError, ConfigError, RunError
 from sdlora.formats.files import load_adapter, resolve_adapter
-from sdlora.lora.adapter import Adapter, check_base, draw_adapter
+from sdlora.lora.adapter import KINDS, Adapter, check_base, draw_adapter, low_rank_modules
 from sdlora.lora.attach import check_fit
 from sdlora.lora.layout import Layout
 from sdlora.lora.modules import Model, component_of, components
@@ -112,6 +112,12 @@ def check_init_from(config: RunConfig, info: BaseInfo, model: Model, layout: Lay
         return None
     key = f"lora.init_from = {config.lora.init_from}"
     start = _load_start(config.lora.init_from, info)
+    low_rank_modules(start, key)
+    if not KINDS[layout.kind].is_additive:
+        raise ConfigError(
+            f"{key} does not go with lora.kind = {layout.kind}: its magnitudes start at the norms of the "
+            "base weights; set lora.kind=lora or remove lora.init_from"
+        )
     warning = check_base(start, family=info.family, name=info.name, digest=info.digest, source=key)
     # lora.targets cannot reach the modules of other networks.
     own = {name: pair for name, pair in start.modules.items() if component_of(name) in components(model)}

@@ -63,7 +63,7 @@ def export_final(trainer: Trainer) -> None:
             metadata=run_metadata(metadata),
         )
         paths.append(exported.path)
-        trainer.terminal.print(f"export    {exported}")
+        trainer.terminal.print(f"export    {exported}", *exported.lines()[1:])
         trainer.event("exported", path=str(exported.path.relative_to(run.path)), precision=exported.precision)
     for proof in postflight(paths, adapter, trainer.prepared.base.components, plan.info):
         trainer.terminal.print(f"postflight {proof}")

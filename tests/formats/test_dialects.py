@@ -281,7 +281,7 @@ def test_family_by_metadata(make_file_adapter, metadata, family):
             "initialised with pissa_niter_16, which changes the base too",
         ),
         ({"init_lora_weights": "loftq"}, "initialised with loftq"),
-        ({"use_dora": True}, "is a DoRA; sdlora reads plain LoRA files only"),
+        ({"use_dora": True}, "is a DoRA without the magnitudes"),
         ({"peft_type": "LOHA"}, "is a LOHA; sdlora reads plain LoRA files only"),
     ],
 )
