@@ -190,7 +190,11 @@ class DataSection(Section):
 class LoraSection(Section):
     """The adapter."""
 
-    kind: Literal["lora"] = _setting("lora", "adapter kind: lora", "use lora")
+    kind: Literal["lora", "dora"] = _setting(
+        "lora",
+        "adapter kind: lora, or dora (weight-decomposed: also trains the norm of each row)",
+        "use lora or dora",
+    )
     rank: int = _setting(
         16,
         "rank (dimension) of each module; default with a parent: half the parent's, at least 4",
@@ -588,6 +592,16 @@ class RunConfig(Section):
                         f"sample.prompts uses {{trigger}} in {prompt!r} but data.trigger is not set; "
                         "set data.trigger or remove the placeholder"
                     )
+        if self.lora.kind == "dora" and self.base.quantize != "none":
+            raise ValueError(
+                f"lora.kind = dora does not go with base.quantize = {self.base.quantize}: PEFT needs the "
+                "norms of the base weights, which are packed; set base.quantize=none or lora.kind=lora"
+            )
+        if self.lora.kind == "dora" and self.lora.parent is not None:
+            raise ValueError(
+                "lora.kind = dora does not go with lora.parent: a DoRA scales what lies below it, so the "
+                "two do not add up; set lora.kind=lora or remove lora.parent"
+            )
         if self.lora.text_encoder and self.data.cache is True:
             raise ValueError(
                 "data.cache = true conflicts with lora.text_encoder = true: text embeddings change while "

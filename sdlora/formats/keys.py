@@ -14,8 +14,12 @@ Dialect = Literal["diffusers", "kohya"]
 Part: TypeAlias = str
 """A field of an adapter kind, such as `down`, or `alpha`."""
 SUFFIXES: dict[Dialect, dict[Part, str]] = {
-    "diffusers": {"down": "lora_A.weight", "up": "lora_B.weight"},
-    "kohya": {"down": "lora_down.weight", "up": "lora_up.weight"},
+    "diffusers": {
+        "down": "lora_A.weight",
+        "up": "lora_B.weight",
+        "magnitude": "lora_magnitude_vector",
+    },
+    "kohya": {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"},
 }
 """What a part is called in the dialects that are written."""
 
@@ -50,15 +54,14 @@ _PATTERNS: tuple[tuple[re.Pattern[str], dict[str, Part]], ...] = (
     (re.compile(r"(.+)\.(lora_down|lora_up)\.weight"), {"lora_down": "down", "lora_up": "up"}),
     (re.compile(r"(.+)\.(?:lora|lora_linear_layer)\.(down|up)\.weight"), {"down": "down", "up": "up"}),
     (re.compile(r"(.+\.processor\.to_(?:[qkv]|out))_lora\.(down|up)\.weight"), {"down": "down", "up": "up"}),
-    (re.compile(r"(.+)\.(alpha)"), {"alpha": "alpha"}),
+    (re.compile(r"(.+)\.(alpha|dora_scale)"), {"alpha": "alpha", "dora_scale": "dora_scale"}),
+    (re.compile(r"(.+)\.(lora_magnitude_vector)(?:\.\w+){0,2}"), {"lora_magnitude_vector": "magnitude"}),
 )
 _OTHER_ADAPTERS = {
     ".hada_w": "a LoHa",
     ".lokr_w": "a LoKr",
     ".oft_": "an OFT",
     ".lora_mid": "a Tucker-decomposed LoRA",
-    ".dora_scale": "a DoRA",
-    ".lora_magnitude_vector": "a DoRA",
     ".lora_B.bias": "a LoRA that also trains biases",
     ".vera_lambda": "a VeRA",
     ".a1.weight": "a GLoRA",
@@ -178,7 +181,7 @@ def dialect_of(keys: Iterable[str]) -> str:
     joined = "".join(f"{name}\n" for name in names)
     for mark, kind in _OTHER_ADAPTERS.items():
         if mark in joined:
-            raise AdapterError(f"is {kind}; sdlora reads plain LoRA files only, so train or export it as one")
+            raise AdapterError(f"is {kind}; sdlora reads LoRA and DoRA files, so train or export it as one")
     if re.search(r"^(transformer\.|lora_transformer_|lora_unet_(double|single|joint)_blocks)", joined, re.M):
         raise AdapterError(
             "is a LoRA for a transformer such as Flux or SD 3; sdlora does SD 1.x, 2.x and SDXL"

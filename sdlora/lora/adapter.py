@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sdlora.errors import AdapterError
+from sdlora.lora.dora import Dora
 from sdlora.lora.kinds import AdapterModule, LowRank
 from sdlora.lora.modules import DENOISER, LAYERS_PER_BLOCK, Model, carrier_layers, component_of, components
 from sdlora.seeds import name_seed
@@ -20,7 +21,7 @@ from sdlora.seeds import name_seed
 Init = Literal["gaussian", "kaiming", "orthogonal"]
 
 
-KINDS: dict[str, type[AdapterModule]] = {cls.kind: cls for cls in (LowRank,)}
+KINDS: dict[str, type[AdapterModule]] = {cls.kind: cls for cls in (LowRank, Dora)}
 """Adapter kinds by the name that `lora.kind` has."""
 
 

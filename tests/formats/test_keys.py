@@ -123,7 +123,6 @@ def test_keys_of_all_dialects(key, module, part):
         (["emb_params"], "textual inversion"),
         (["lora_unet_mid_block_attentions_0_proj_in.hada_w1_a"], "LoHa"),
         (["lora_unet_mid_block_attentions_0_proj_in.lokr_w1"], "LoKr"),
-        (["lora_unet_x.dora_scale", "lora_unet_x.lora_down.weight"], "DoRA"),
         (["lora_unet_x.diff"], "file of whole weight differences"),
         (["lora_unet_x.lora_mid.weight"], "Tucker"),
         (["unet.x.lora_A.weight", "unet.x.lora_B.bias"], "also trains biases"),
