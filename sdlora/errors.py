@@ -1,14 +1,14 @@
-"""Every error that a user can meet.
+"""Every error that users can encounter.
 
 SdloraError
 ├── ConfigError        a setting is unknown, of the wrong type, out of range, or in conflict with another
-├── DataError          the image folder or a caption is missing or unreadable
-├── ModelError         the base is missing, incomplete or of another kind
-├── AdapterError       a LoRA file is damaged, of another kind or for another family
-├── RunError           a run folder is missing, taken or incomplete
-├── TrainingDiverged   the run itself failed: non-finite numbers, dead modules
-├── ProcessLost        another process of the run ended, or does not answer
-└── RunStopped         a signal stopped the run; its state is saved
+├── DataError          the image folder, an image or a caption is missing or unreadable
+├── ModelError         the base is missing, incomplete or not supported
+├── AdapterError       a LoRA file is damaged, not supported or for another family
+├── RunError           a run folder is missing, already used or incomplete
+├── TrainingDiverged   training failed: non-finite numbers, modules without gradients
+├── ProcessLost        another process of the run failed or does not respond
+└── RunStopped         a signal stopped the run after saving a checkpoint
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _SETTING = re.compile(r"[a-z_]+\.[a-z_0-9]+")
 
 
 def unfit_letters(text: str) -> set[str]:
-    """The characters of a text that would break a line, steer a terminal, or fit in no file.
+    """Characters that break lines, control terminals or cannot be encoded.
 
-    Control characters, halves of surrogate pairs, line and paragraph separators; not joiners and spaces,
-    which scripts and emoji need.
+    Control characters, lone surrogates, line and paragraph separators; but not joiners and spaces, which
+    scripts and emoji need.
     """
     if text.isprintable():
         return set()
@@ -35,13 +35,13 @@ def unfit_letters(text: str) -> set[str]:
 
 
 def one_line(text: str) -> str:
-    """A text with its unfit letters escaped."""
+    """Escapes unfit characters."""
     unfit = unfit_letters(text)
     return "".join(repr(letter)[1:-1] if letter in unfit else letter for letter in text) if unfit else text
 
 
 def shorten(text: str) -> str:
-    """A value in a message: on one line however long it is and whatever it holds."""
+    """Makes a value fit into a message: short, on one line."""
     return one_line(_cut(text, MAX_SHOWN))
 
 
@@ -50,7 +50,7 @@ def _cut(text: str, length: int) -> str:
 
 
 def join_names(names: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
-    """The first names, then how many more there are."""
+    """Lists the first names, and the number of others."""
     listed = list(names)
     rest = len(listed) - limit
     shown = separator.join(listed[:limit])
@@ -58,12 +58,12 @@ def join_names(names: Iterable[str], limit: int = 5, separator: str = ", ") -> s
 
 
 class SdloraError(Exception):
-    """Base of all errors; the message is one line that names the remedy.
+    """Base class of all errors.
 
     Args:
-        message: What, the value seen, the setting as the user spells it, what to do.
-        key: Stable name of the mistake, such as `data.no-images`. Wordings change, keys do not; those of
-            wrong settings are the settings' names.
+        message: One line: what is wrong, the value, the setting as the user spells it, what to do.
+        key: Stable name of the mistake, such as `data.no-images`, or the setting. Messages may change, keys
+            do not.
     """
 
     exit_code = 2
@@ -80,8 +80,9 @@ class ConfigError(SdloraError):
     """One or more settings are wrong.
 
     Args:
-        problems: One line for each mistake; of thousands, which nobody made by hand, the first.
-        key: Where no setting is at fault; else `keys` are the settings that the lines begin with.
+        problems: One line per mistake; only the first ones are kept.
+        key: Name of the mistake if it is not about a setting; else `keys` are the settings that the lines
+            begin with.
     """
 
     def __init__(self, *problems: str, key: str = "") -> None:
@@ -93,34 +94,34 @@ class ConfigError(SdloraError):
 
 
 class DataError(SdloraError):
-    """The image folder cannot be used as asked."""
+    """The image folder cannot be used."""
 
 
 class ModelError(SdloraError):
-    """The base cannot be used as asked."""
+    """The base model cannot be used."""
 
 
 class AdapterError(SdloraError):
-    """A LoRA file, or an adapter in memory, cannot be used as asked."""
+    """A LoRA file, or an adapter in memory, cannot be used."""
 
 
 class RunError(SdloraError):
-    """A run folder cannot be used as asked."""
+    """A run folder cannot be used."""
 
 
 class TrainingDiverged(SdloraError):
-    """Training produced numbers that no later step can repair."""
+    """Training produced values that no later step can repair."""
 
     exit_code = 1
 
 
 class ProcessLost(SdloraError):
-    """Another process of the run ended, or does not answer; this one cannot go on alone.
+    """Another process of the run failed or does not respond, so this one stops too.
 
     Args:
-        message: Which one and why, as far as it could say.
-        exit_code: That of the other process, where it could say.
-        is_told: Whether the process that ended could say why.
+        message: Which process, and its error if known.
+        exit_code: Of the other process, if known.
+        is_told: Whether the other process could report its error.
     """
 
     def __init__(
@@ -132,11 +133,11 @@ class ProcessLost(SdloraError):
 
 
 class RunStopped(SdloraError):
-    """A signal stopped the run after its state was saved.
+    """A signal stopped the run after a checkpoint was saved.
 
     Args:
-        message: How to go on.
-        signal_number: The signal; the exit code is 128 plus it (130, 143).
+        message: How to continue.
+        signal_number: The exit code is 128 plus this number (130, 143).
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
@@ -145,6 +146,6 @@ class RunStopped(SdloraError):
 
 
 def first_line(error: object) -> str:
-    """The first line of another library's error, to be quoted in one of ours."""
+    """The first line of another library's error, to quote it in a message."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__

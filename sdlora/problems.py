@@ -1,4 +1,4 @@
-"""One clear line for each setting that is wrong."""
+"""Messages about wrong settings."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from sdlora.errors import shorten
 
 
 def describe_error(item: dict[str, Any], model: type[BaseModel]) -> str:
-    """One line for one pydantic error: key, value seen, what is wrong, what to do."""
+    """The message for a pydantic error: key, value, what is wrong, what to do."""
     path = [str(part) for part in item["loc"]]
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
     key, shown = ".".join(path[:2]), shorten(repr(item["input"]))
     if not path:
-        return f"the configuration is {shown}; it must be sections with their keys"
+        return f"the configuration is {shown}; it must consist of sections with keys"
     if key in REMOVED:
         return f"{key} = {shown} {REMOVED[key][1]}"
     if item["type"] == "extra_forbidden":
         return f"{shorten('.'.join(path))} is not a setting; {_nearest(path, model)}"
     if item["type"] in ("model_type", "model_attributes_type"):
-        return f"{key} = {shown} must be a section; write [{key}] and its keys below"
+        return f"{key} = {shown} must be a section; write [{key}], with its keys below"
     field = _sections(model)[path[0]].model_fields[path[1]] if len(path) > 1 else None
     extra = field.json_schema_extra if field and isinstance(field.json_schema_extra, dict) else {}
     remedy = f"; {extra['remedy']}" if extra.get("remedy") else ""
@@ -32,9 +32,9 @@ def describe_error(item: dict[str, Any], model: type[BaseModel]) -> str:
 
 
 def drop_removed(values: dict[str, Any]) -> dict[str, Any]:
-    """The content of a configuration file without removed settings at their old default.
+    """Drops removed settings that have their old default from the content of a configuration file.
 
-    What was typed, or has another value, stays, and `describe_error` names it.
+    Other values stay, and `describe_error` explains them.
     """
     for setting, (default, _) in REMOVED.items():
         section, name = setting.split(".")
@@ -65,10 +65,10 @@ def _reason(item: dict[str, Any]) -> str:
         "literal_error": "must be one of {expected}",
         "too_short": "must not be empty",
         "string_too_short": "must not be empty",
-        "string_too_long": "must have at most {max_length} letters",
-        "int_parsing": "must be a whole number",
-        "int_type": "must be a whole number",
-        "int_from_float": "must be a whole number",
+        "string_too_long": "must have at most {max_length} characters",
+        "int_parsing": "must be an integer",
+        "int_type": "must be an integer",
+        "int_from_float": "must be an integer",
         "finite_number": "must be a finite number",
         "float_parsing": "must be a number",
         "float_type": "must be a number",
@@ -83,7 +83,7 @@ def _reason(item: dict[str, Any]) -> str:
 
 
 def guess_key(name: str, model: type[BaseModel]) -> str:
-    """What is probably meant by a name without its section, or another trainer's; nothing if unknown."""
+    """A hint for a name without section, or of another trainer; empty if unknown."""
     key = name.lstrip("-").replace("-", "_")
     if known := ELSEWHERE.get(key):
         return f"in sdlora: {known}"
@@ -92,7 +92,7 @@ def guess_key(name: str, model: type[BaseModel]) -> str:
 
 
 def _nearest(path: list[str], model: type[BaseModel]) -> str:
-    """Names the setting that was probably meant."""
+    """A hint for a misspelled setting."""
     sections = _sections(model)
     if known := guess_key(path[-1], model):
         return known

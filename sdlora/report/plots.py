@@ -1,4 +1,4 @@
-"""The singular values of an adapter as an image: how many directions hold how much of what was learnt."""
+"""Plots: losses of a run, losses by rank, singular values of an adapter."""
 
 from __future__ import annotations
 
@@ -19,29 +19,33 @@ STYLES = {"heldout": ("tab:red", "o-"), "train": ("tab:blue", "s-")}
 
 
 def draw_loss_curve(run: RunFolder) -> Path:
-    """Draws the losses of a run into its folder.
+    """Plots the losses of a run into its folder."""
+    return _save(loss_figure(run), run.loss_curve)
 
-    Returns:
-        The image's path.
-    """
-    figure = loss_figure(run)
-    # Without the library's version in it, the same run gives the same bytes.
+
+def _save(figure: Figure, path: Path, title: str = "") -> Path:
+    """Writes a figure as PNG; without Matplotlib's version in it, equal data gives equal bytes."""
+    if title:
+        figure.suptitle(title, fontsize=10)
     metadata = {"Software": None}
-    return write_file(
-        run.loss_curve,
-        lambda path: FigureCanvasAgg(figure).print_png(str(path), metadata=metadata),
-    )
+    return write_file(path, lambda file: FigureCanvasAgg(figure).print_png(str(file), metadata=metadata))
+
+
+def _panels(width: float = 10, *, sharex: bool = False) -> tuple[Figure, Axes, Axes]:
+    """A figure of two panels."""
+    figure = Figure(figsize=(width, 4), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=sharex)
+    return figure, left, right
 
 
 def loss_figure(run: RunFolder) -> Figure:
-    """The training loss, its running mean, and the held-out loss over the steps.
+    """Training loss with its running mean, and validation loss, over the steps.
 
-    The two are not on one scale: the training loss is of random timesteps, the held-out loss of
-    fixed ones. So each has its own panel.
+    They have separate panels, since their scales differ: one is measured at random timesteps, the other at
+    fixed ones.
     """
     steps = [event for event in run.events("step") if isinstance(event["loss"], float | int)]
-    figure = Figure(figsize=(9, 4), dpi=110, layout="constrained")
-    left, right = figure.subplots(1, 2, sharex=True)
+    figure, left, right = _panels(9, sharex=True)
     numbers = [event["step"] for event in steps]
     left.plot(numbers, [event["loss"] for event in steps], color="0.8", linewidth=0.7, label="each step")
     left.plot(numbers, [event["loss_ema"] for event in steps], color="tab:blue", label="running mean")
@@ -54,12 +58,12 @@ def loss_figure(run: RunFolder) -> Figure:
             if measured[best] < min(values[0], values[-1]):
                 label += f", lowest {measured[best]:.4f} at {best}"
             right.plot(list(measured), values, style, color=colour, markersize=4, label=label)
-    right.set(title="loss at fixed noise", xlabel="step")
+    right.set(title="validation loss", xlabel="step")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axes.lines:
-            # Below, where it covers no value.
+            # Below the panel, where it covers nothing.
             axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     figure.suptitle(run.name, fontsize=10)
     return figure
@@ -75,19 +79,18 @@ def draw_rank_curve(
     best: int,
     title: str = "",
 ) -> Path:
-    """Draws the held-out loss over the rank, and the shares of the whole adapter that each rank keeps.
+    """Plots the validation loss by rank, and the fractions of the full adapter that each rank keeps.
 
     Args:
         path: The PNG file.
-        ranks: From the smallest to that of the adapter.
-        losses: At each.
-        shares: Of what, and at each rank how much of it.
-        without: The loss without the adapter.
-        best: The advised rank.
-        title: Written above.
+        ranks: From the smallest to the adapter's own.
+        losses: Validation loss at each rank.
+        shares: Fractions kept at each rank, by title.
+        without: Validation loss without the adapter.
+        best: The recommended rank.
+        title: Shown above the plot.
     """
-    figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, left, right = _panels()
     left.axhline(
         without, color="0.6", linestyle="--", linewidth=1, label=f"without the adapter: {without:.4f}"
     )
@@ -96,10 +99,10 @@ def draw_rank_curve(
     )
     for what, values in shares.items():
         right.plot(ranks, values, "o-", markersize=4, label=what)
-    left.set(title="loss at fixed noise", ylabel="held-out loss")
+    left.set(title="validation loss", ylabel="loss")
     right.set(
-        title="kept of the whole adapter",
-        ylabel="share",
+        title="kept of the full adapter",
+        ylabel="fraction",
         ylim=(min(0.0, *map(min, shares.values())) - 0.03, 1.1),
     )
     for axes in (left, right):
@@ -109,26 +112,22 @@ def draw_rank_curve(
         axes.axvline(best, color="tab:green", linewidth=1, linestyle=":")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.suptitle(f"{title}: rank {best} is enough" if title else f"rank {best} is enough", fontsize=10)
-    # Without the library's version in it, the same numbers give the same bytes.
-    metadata = {"Software": None}
-    return write_file(path, lambda file: FigureCanvasAgg(figure).print_png(str(file), metadata=metadata))
+    return _save(figure, path, f"{title}: rank {best} is enough" if title else f"rank {best} is enough")
 
 
 Values = Mapping[str, Sequence[float]]
 
 
 def draw_spectrum(path: Path, values: Values, blocks: Mapping[str, str], *, title: str = "") -> Path:
-    """Draws every module's singular values, and the energy that the first directions hold, by block.
+    """Plots the singular values of every module, and the cumulative energy by block.
 
     Args:
         path: The PNG file.
         values: Singular values by module, largest first.
         blocks: The block of each module, in the order of the network.
-        title: Written above.
+        title: Shown above the plot.
     """
-    figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, left, right = _panels()
     names = list(dict.fromkeys(blocks.values()))
     palette = colormaps["viridis"]
     colours = {block: palette(number / max(1, len(names) - 1) * 0.9) for number, block in enumerate(names)}
@@ -138,26 +137,21 @@ def draw_spectrum(path: Path, values: Values, blocks: Mapping[str, str], *, titl
         rows = [row for module, row in values.items() if blocks[module] == block]
         _draw_energy(right, rows, label=block, color=colours[block], linewidth=1.2)
     _draw_energy(right, list(values.values()), label="all modules", color="black", linewidth=2)
-    left.set(title="singular values of each module", xlabel="direction", ylabel="singular value")
+    left.set(title="singular values of each module", xlabel="index", ylabel="singular value")
     if any(value > 0 for row in values.values() for value in row):
         left.set_yscale("log")
-    right.set(
-        title="energy in the first directions", xlabel="directions kept", ylabel="share", ylim=(0, 1.02)
-    )
+    right.set(title="cumulative energy", xlabel="singular values kept", ylabel="fraction", ylim=(0, 1.02))
     for share in (0.5, 0.9, 0.99):
         right.axhline(share, color="0.8", linewidth=0.8, zorder=0)
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.2)
     right.legend(fontsize=7, loc="lower right")
-    figure.suptitle(title, fontsize=10)
-    # Without the library's version in it, the same adapter gives the same bytes.
-    metadata = {"Software": None}
-    return write_file(path, lambda file: FigureCanvasAgg(figure).print_png(str(file), metadata=metadata))
+    return _save(figure, path, title)
 
 
 def _draw_energy(axes: Axes, rows: Sequence[Sequence[float]], **style: object) -> None:
-    """The share of the modules' whole energy that is in the first directions of each."""
+    """Plots the fraction of the modules' energy that the largest singular values of each hold."""
     longest = max(map(len, rows))
     energies = [sum(row[n] ** 2 for row in rows if n < len(row)) for n in range(longest)]
     whole, shares = sum(energies) or 1.0, [0.0]

@@ -1,4 +1,4 @@
-"""How a run went, in words: its losses at fixed noise, what they advise, and where it stands."""
+"""Summary of a run: its state, its validation losses, and what they suggest."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from sdlora.errors import one_line
 from sdlora.runs import RunFolder
 
 SPLITS = {"train": "training images", "heldout": "held-out images"}
-# Shares of a loss: a smaller rise is no reason to choose another step, and a smaller fall is none.
+# Relative changes of a loss: a smaller rise does not matter, a smaller fall does not count.
 RISE, FALL = 0.01, 0.002
 
 
 def losses_of(run: RunFolder, split: str) -> dict[int, float]:
-    """The losses at fixed noise of a split, by step."""
+    """The validation losses of a split, by step."""
     return {
         event["step"]: event["loss"]
         for event in run.events("heldout")
@@ -22,16 +22,16 @@ def losses_of(run: RunFolder, split: str) -> dict[int, float]:
 
 
 def describe_step(run: RunFolder, step: int, losses: Mapping[str, float]) -> str:
-    """The losses of a step by split, in one line with their change since the first of the run."""
+    """The losses of a step, in one line, with their change since the start of the run."""
     texts = [
         f"{SPLITS[split]} {loss:.4f}{_change({**losses_of(run, split), step: loss}, step)}"
         for split, loss in losses.items()
     ]
-    return f"step {step:<5}loss of {', '.join(texts)}"
+    return f"step {step:<5}loss: {', '.join(texts)}"
 
 
 def describe_losses(run: RunFolder) -> list[str]:
-    """The first and the last loss of each split."""
+    """First and last loss of each split."""
     lines = []
     for split, title in SPLITS.items():
         losses = losses_of(run, split)
@@ -45,7 +45,7 @@ def describe_losses(run: RunFolder) -> list[str]:
 
 
 def doubt_losses(run: RunFolder) -> str | None:
-    """What to do where the losses did not fall, or rose again; nothing where all is well."""
+    """What to change if the losses did not fall, or rose again; None if all is well."""
     split = "heldout" if len(losses_of(run, "heldout")) > 1 else "train"
     losses = losses_of(run, split)
     if len(losses) < 2:
@@ -54,14 +54,14 @@ def doubt_losses(run: RunFolder) -> str | None:
     train, title = run.read_config().train, SPLITS[split]
     if losses[best] > (1 - FALL) * losses[first]:
         return (
-            f"the loss of {title} did not fall (step {first}: {losses[first]:.4f}, step {last}: "
-            f"{losses[last]:.4f}), so they show nothing that was learnt; try another train.learning_rate "
-            f"({train.learning_rate:g}), or more train.steps ({train.steps})"
+            f"the loss on {title} did not fall (step {first}: {losses[first]:.4f}, step {last}: "
+            f"{losses[last]:.4f}); try another train.learning_rate ({train.learning_rate:g}) or more "
+            f"train.steps ({train.steps})"
         )
     if losses[last] < (1 + RISE) * losses[best]:
         return None
     line = (
-        f"the loss of {title} rose again (step {best}: {losses[best]:.4f}, step {last}: {losses[last]:.4f}); "
+        f"the loss on {title} rose again (step {best}: {losses[best]:.4f}, step {last}: {losses[last]:.4f}); "
         f"try fewer train.steps or a lower train.learning_rate ({train.learning_rate:g})"
     )
     saved = [step for step in run.saved_steps() if losses.get(step, losses[last]) < losses[last]]
@@ -69,34 +69,32 @@ def doubt_losses(run: RunFolder) -> str | None:
         return line
     step = min(saved, key=lambda step: losses[step])
     return (
-        f"{line}, or take step {step} ({losses[step]:.4f}): {run.step_adapter(step)}, which "
-        f"`sdlora sample {run.path} --step {step}` shows"
+        f"{line}, or use step {step} ({losses[step]:.4f}): {run.step_adapter(step)} "
+        f"(`sdlora sample {run.path} --step {step}`)"
     )
 
 
 def describe_state(run: RunFolder) -> list[str]:
-    """Where a run stands and how it goes on, what went wrong, and its losses."""
+    """State of a run, how to continue it, what went wrong, and its losses."""
     steps = run.read_config().train.steps or 0
     if run.is_finished(steps):
         lines = [f"run       {run.path}, finished at step {steps}"]
     else:
         reached = max((event["step"] for event in run.events("step")), default=0)
         state = max(run.checkpoint_steps(), default=0)
-        lines = [
-            f"run       {run.path}, step {reached} of {steps}; `sdlora resume {run.path}` goes on from step "
-            f"{state}"
-        ]
+        resume = f"`sdlora resume {run.path}` continues at step {state}"
+        lines = [f"run       {run.path}, step {reached} of {steps}; {resume}"]
     failures, warnings = list(run.events("failed")), list(run.events("warning"))
     if failures:
         lines.append(f"failed    {one_line(str(failures[-1].get('message')))}")
     if warnings:
-        lines.append(f"warnings  {len(warnings)}, the last: {one_line(str(warnings[-1].get('message')))}")
+        lines.append(f"warnings  {len(warnings)}; last: {one_line(str(warnings[-1].get('message')))}")
     lines += describe_losses(run)
     doubt = doubt_losses(run)
     return [*lines, f"note      {doubt}"] if doubt else lines
 
 
 def _change(losses: Mapping[int, float], step: int) -> str:
-    """How much a loss differs from the first one."""
+    """Relative change of a loss since the first one."""
     first = min(losses)
     return f" ({losses[step] / losses[first] - 1:+.1%})" if step > first and losses[first] > 0 else ""

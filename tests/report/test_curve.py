@@ -9,7 +9,7 @@ from sdlora.report.plots import draw_loss_curve, loss_figure
 from sdlora.runs import RunFolder
 
 
-def test_a_picture_of_the_losses(tmp_path):
+def test_a_image_of_the_losses(tmp_path):
     """It is drawn with what there is, also when a step was not finite, and is the same each time."""
     run = RunFolder(tmp_path / "run")
     for step in range(1, 30):
@@ -19,9 +19,9 @@ def test_a_picture_of_the_losses(tmp_path):
         run.append("heldout", step, split="heldout", loss=0.5 - step / 100)
     run.append("heldout", 20, split="heldout", loss=float("inf"))
     first = draw_loss_curve(run).read_bytes()
-    with Image.open(run.loss_curve) as picture:
-        assert picture.width > 2 * picture.height > 400
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
+    with Image.open(run.loss_curve) as image:
+        assert image.width > 2 * image.height > 400
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 50
     assert draw_loss_curve(run).read_bytes() == first
 
 
@@ -38,11 +38,11 @@ def test_what_it_says(tmp_path):
         assert axes.get_legend().get_window_extent().y1 < axes.get_window_extent().y0
         assert all(float(tick).is_integer() for tick in axes.get_xticks())
     assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == [
-        "held-out pictures: 0.5000 to 0.4000, lowest 0.3000 at 1",
-        "training pictures: 0.4000 to 0.3000",
+        "held-out images: 0.5000 to 0.4000, lowest 0.3000 at 1",
+        "training images: 0.4000 to 0.3000",
     ]
 
 
 def test_nothing_measured_yet(tmp_path):
-    """A run that was stopped at once has a picture too."""
+    """A run that was stopped at once has a image too."""
     assert draw_loss_curve(RunFolder(tmp_path / "run")).is_file()

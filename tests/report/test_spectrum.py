@@ -1,4 +1,4 @@
-"""The spectrum as a picture."""
+"""The spectrum as a image."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from PIL import Image
 from sdlora.report.plots import draw_spectrum
 
 
-def test_a_picture_of_the_values(tmp_path):
+def test_a_image_of_the_values(tmp_path):
     """Modules of different ranks, one that changes nothing; the same bytes each time."""
     values = {"a.q": [4.0, 2.0, 1.0], "a.k": [1.0], "b.q": [0.0, 0.0]}
     blocks = {"a.q": "a", "a.k": "a", "b.q": "b"}
     first = draw_spectrum(tmp_path / "one.png", values, blocks, title="style").read_bytes()
-    with Image.open(tmp_path / "one.png") as picture:
-        assert picture.width > 2 * picture.height > 400
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
+    with Image.open(tmp_path / "one.png") as image:
+        assert image.width > 2 * image.height > 400
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 50
     assert draw_spectrum(tmp_path / "two.png", values, blocks, title="style").read_bytes() == first
 
 

@@ -12,7 +12,7 @@ from sdlora.writing import write_text
 
 @pytest.fixture
 def make_run(tmp_path):
-    """A run of 30 steps with losses of held-out pictures at 0, 10, 20 and so on."""
+    """A run of 30 steps with losses of held-out images at 0, 10, 20 and so on."""
 
     def make(*losses: float, split: str = "heldout") -> RunFolder:
         config = load_config(None, {"train.steps": 30, "train.learning_rate": 1e-3})
@@ -29,14 +29,12 @@ def make_run(tmp_path):
 def test_losses_on_the_way(make_run):
     """A line for each measurement, with the change since the first."""
     run = make_run(0.5)
-    assert describe_step(run, 0, {"heldout": 0.5}) == "step 0    loss of held-out pictures 0.5000"
+    assert describe_step(run, 0, {"heldout": 0.5}) == "step 0    loss: held-out images 0.5000"
     told = describe_step(run, 10, {"train": 0.2, "heldout": 0.4})
-    assert told == "step 10   loss of training pictures 0.2000, held-out pictures 0.4000 (-20.0%)"
+    assert told == "step 10   loss: training images 0.2000, held-out images 0.4000 (-20.0%)"
     assert describe_losses(run) == []
     run.append("heldout", 10, split="heldout", loss=0.4)
-    assert describe_losses(run) == [
-        "loss      held-out pictures: 0.5000 at step 0, 0.4000 at step 10 (-20.0%)"
-    ]
+    assert describe_losses(run) == ["loss      held-out images: 0.5000 at step 0, 0.4000 at step 10 (-20.0%)"]
 
 
 @pytest.mark.parametrize("split", ["heldout", "train"])
@@ -46,10 +44,10 @@ def test_a_loss_that_rose_again(make_run, split):
     run.step_adapter(10).unlink()
     doubt = doubt_losses(run)
     assert doubt is not None
-    assert "rose again (step 10: 0.3000, step 30: 0.4000)" in doubt
-    assert "a lower train.learning_rate (0.001)" in doubt
-    assert f"or take step 20 (0.3100): {run.step_adapter(20)}" in doubt
-    assert f"`sdlora sample {run.path} --step 20` shows" in doubt
+    for value in ("step 10: 0.3000", "step 30: 0.4000", "train.steps", "train.learning_rate (0.001)"):
+        assert value in doubt
+    assert f"step 20 (0.3100): {run.step_adapter(20)}" in doubt
+    assert f"`sdlora sample {run.path} --step 20`" in doubt
     run.step_adapter(20).unlink()
     alone = doubt_losses(run)
     assert alone is not None
@@ -60,8 +58,8 @@ def test_a_loss_that_did_not_fall(make_run):
     """A run that has learnt nothing says which settings to try."""
     doubt = doubt_losses(make_run(0.5, 0.51, 0.4999))
     assert doubt is not None
-    assert "held-out pictures did not fall (step 0: 0.5000, step 20: 0.4999)" in doubt
-    assert "another train.learning_rate (0.001), or more train.steps (30)" in doubt
+    for value in ("step 0: 0.5000", "step 20: 0.4999", "train.learning_rate (0.001)", "train.steps (30)"):
+        assert value in doubt
 
 
 @pytest.mark.parametrize("losses", [(), (0.5,), (0.5, 0.4, 0.3), (0.5, 0.3, 0.302)])
@@ -78,10 +76,10 @@ def test_where_a_run_stands(make_run):
     run.append("failed", 21, message="out of memory")
     write_text(run.checkpoint(20) / "state.json", "{}")
     first, failed, warnings, losses, note = describe_state(run)
-    assert first == f"run       {run.path}, step 21 of 30; `sdlora resume {run.path}` goes on from step 20"
+    assert first == f"run       {run.path}, step 21 of 30; `sdlora resume {run.path}` continues at step 20"
     assert failed == "failed    out of memory"
-    assert warnings == "warnings  2, the last: a\\x1b[2Jb"
-    assert losses.startswith("loss      held-out pictures")
-    assert note.startswith("note      the loss of held-out pictures rose again")
+    assert warnings == "warnings  2; last: a\\x1b[2Jb"
+    assert losses.startswith("loss      held-out images")
+    assert note.startswith("note      the loss on held-out images rose again")
     run.append("done", 30)
     assert describe_state(run)[0] == f"run       {run.path}, finished at step 30"
