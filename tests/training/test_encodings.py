@@ -41,7 +41,9 @@ def test_a_cache_of_somebody_else_changes_nothing(
         file.write_bytes(seal(forged[number % len(forged)]))
     two = make_trainer(config, tmp_path / "two")
     two.prepared.encodings.check_cache(Terminal())
-    assert f"the cache held {len(files)} damaged files, encoded anew: {files[0]}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f" {len(files)} damaged" in printed
+    assert str(files[0]) in printed
     # What was forged has been encoded before the encoders leave.
     two.prepared.base.encoders_to("meta")
     two.train()
