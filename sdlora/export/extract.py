@@ -15,7 +15,7 @@ from sdlora.export.rewrite import module_of, read_weights, stored_weights
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import match_modules
 from sdlora.lora.kinds import LowRank
-from sdlora.models.components import Part
+from sdlora.models.components import Component
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.meta import empty_components
 from sdlora.rank.svd import decompose_dense
@@ -87,7 +87,7 @@ def extract(
     energies = {"held": 0.0, "lost": 0.0, "outside": 0.0}
     done = 0
     for component in parts:
-        for name, change in _changes(new.parts[component], old.parts[component], component):
+        for name, change in _changes(new.components[component], old.components[component], component):
             energy = float(change.double().square().sum())
             if name not in chosen:
                 energies["outside"] += energy
@@ -131,7 +131,7 @@ def _notes(base: BaseInfo, tuned: BaseInfo) -> dict[str, str]:
     }
 
 
-def _changes(new: Part, old: Part, component: str) -> Iterator[tuple[str, Tensor]]:
+def _changes(new: Component, old: Component, component: str) -> Iterator[tuple[str, Tensor]]:
     """What fine-tuning added to each tensor, fp32; a weight is called by its module.
 
     Raises:

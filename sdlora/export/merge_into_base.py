@@ -98,7 +98,7 @@ class _Change:
         self.modules: dict[tuple[str, str], str] = {}
         names = {name for adapter, _ in adapters for name in adapter.modules}
         for component in {component_of(name) for name in names}:
-            for stored, (name, _) in stored_weights(info.parts[component]).items():
+            for stored, (name, _) in stored_weights(info.components[component]).items():
                 if (module := module_of(component, name)) in names:
                     self.modules[component if info.path.is_dir() else "", stored] = module
         if missing := names - set(self.modules.values()):
@@ -122,7 +122,7 @@ class _Change:
 
 def _write_folder(info: BaseInfo, folder: Path, change: _Change, dtype: torch.dtype | None) -> None:
     """A whole diffusers folder: every part with plain file names, everything else as it was."""
-    parts = {name: part for name, part in info.parts.items() if part.folder is not None}
+    parts = {name: part for name, part in info.components.items() if part.folder is not None}
     places = {info.path, *(part.folder for part in parts.values())}
 
     def left_out(path: str, names: list[str]) -> list[str]:

@@ -25,7 +25,7 @@ from sdlora.lora.attach import mounted, unwrapped
 from sdlora.lora.kinds import AdapterModule
 from sdlora.lora.modules import DENOISER, Model, components, named_modules, replace_modules
 from sdlora.models.info import BaseInfo
-from sdlora.models.load import load_denoiser, load_part, load_stock_pipeline
+from sdlora.models.load import load_component, load_denoiser, load_stock_pipeline
 from sdlora.models.quantize import CONV_SETTINGS
 from sdlora.models.quiet import without_bars
 from sdlora.models.stable_diffusion import pipeline_of, wrap_denoiser
@@ -132,9 +132,9 @@ def verify(
     """
     info = replace(info, quantize="none")
     parts: dict[str, Any] = {
-        name: load_denoiser(info.parts[name], dtype, device)
+        name: load_denoiser(info.components[name], dtype, device)
         if name == DENOISER
-        else load_part(info.parts[name], torch.float32).to(device).eval()
+        else load_component(info.components[name], torch.float32).to(device).eval()
         for name in adapter.components
     }
     outputs = _measure(parts, adapter, info)

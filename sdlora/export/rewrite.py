@@ -12,20 +12,18 @@ from torch import Tensor
 from sdlora.config import BaseSection
 from sdlora.errors import ModelError
 from sdlora.lora.modules import DENOISER, component_of, module_name
-from sdlora.models.components import Part
+from sdlora.models.components import Component, read_header
 from sdlora.models.info import inspect_base
-from sdlora.models.ldm_keys import denoiser_names
-from sdlora.models.stream import DTYPES, read_stored
-from sdlora.models.weights import read_header
+from sdlora.models.weights import DTYPES, denoiser_names, read_stored
 from sdlora.writing import write_file
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def stored_weights(part: Part) -> dict[str, tuple[str, tuple[int, ...]]]:
+def stored_weights(part: Component) -> dict[str, tuple[str, tuple[int, ...]]]:
     """What a part's files hold: the name in the file to diffusers' (or transformers') name and the shape.
 
-    OpenCLIP's fused layers, which single files of SD 2 and SDXL have, keep their own names.
+    Fused layers of text encoders, which single files of SD 2 and SDXL have, keep their own names.
     """
     names = denoiser_names(part) if part.folder is None and part.name == DENOISER else None
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -38,7 +36,7 @@ def stored_weights(part: Part) -> dict[str, tuple[str, tuple[int, ...]]]:
     return found
 
 
-def read_weights(part: Part, wanted: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+def read_weights(part: Component, wanted: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
     """Some tensors of a part, one after the other.
 
     Args:
@@ -128,7 +126,7 @@ def weight_norms(base: str | Path, names: Sequence[str]) -> dict[str, float]:
     info = inspect_base(BaseSection(source=str(base)))
     norms: dict[str, float] = {}
     for component in dict.fromkeys(map(component_of, names)):
-        if part := info.parts.get(component):
+        if part := info.components.get(component):
             wanted = {
                 key: module
                 for key, (name, _) in stored_weights(part).items()

@@ -36,7 +36,7 @@ _SGM = re.compile(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.(?:(\d+)\.
 
 
 def layers_per_block(notes: Mapping[str, str]) -> int:
-    """Layers in each block of an SDXL UNet: noted where they are not the usual 2.
+    """Layers in each block of an SDXL base: noted where they are not the usual 2.
 
     Raises:
         AdapterError: If they differ from block to block, which the original code's names cannot say.
@@ -44,7 +44,7 @@ def layers_per_block(notes: Mapping[str, str]) -> int:
     text = notes.get("sdlora.layers_per_block", str(LAYERS_PER_BLOCK))
     if not re.fullmatch("[0-9]{1,3}", text):
         raise AdapterError(
-            f"a UNet with {shorten(text)} layers a block has no names in the kohya format for SDXL; "
+            f"a base with {shorten(text)} layers a block has no names in the kohya format for SDXL; "
             "use --format diffusers"
         )
     return int(text)

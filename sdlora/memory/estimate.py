@@ -18,7 +18,7 @@ from sdlora.memory.activations import DenoiserPass, denoiser_peak, text_peak, va
 from sdlora.models.dtypes import Precision
 from sdlora.models.info import BaseInfo
 from sdlora.models.load import vae_dtype
-from sdlora.models.quantize import PartBytes, bytes_by_part
+from sdlora.models.quantize import LayerBytes, bytes_by_kind
 
 # Moments of an optimizer, in bytes for each trained number: AdamW's two in fp32 unless the name says less.
 MOMENTS = {"8bit": 2, "sgd": 4, "lion": 4}
@@ -93,7 +93,7 @@ class Memory:
         shares: Whether encoders that leave the device still take of the same memory.
     """
 
-    denoiser: Mapping[str, PartBytes]
+    denoiser: Mapping[str, LayerBytes]
     vae: int
     text_encoders: int
     adapter: int
@@ -229,9 +229,9 @@ def estimate_memory(work: Workload, machine: Machine, *, checkpointing: bool) ->
     has_samples = bool(config.train.sample_every)
     no_cache = config.data.cache is False
     return Memory(
-        denoiser=bytes_by_part(work.parts[DENOISER], precision.base_dtype, info.quantize),
-        vae=info.parts["vae"].num_parameters * vae.itemsize,
-        text_encoders=4 * sum(info.parts[name].num_parameters for name in info.traits.text_encoders),
+        denoiser=bytes_by_kind(work.parts[DENOISER], precision.base_dtype, info.quantize),
+        vae=info.components["vae"].num_parameters * vae.itemsize,
+        text_encoders=4 * sum(info.components[name].num_parameters for name in info.traits.text_encoders),
         adapter=trained * (4 + _moment_bytes(config.train)) + 4 * work.num_frozen,
         encode=encode,
         learn=learn,

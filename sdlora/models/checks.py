@@ -9,8 +9,7 @@ from typing import Any, get_args
 
 from sdlora.config import PredictionType
 from sdlora.errors import ModelError, join_names, shorten
-from sdlora.models.components import Part
-from sdlora.models.weights import read_json
+from sdlora.models.components import Component, read_json
 from sdlora.reading import PICKLES
 
 SOURCES = "builtin, a diffusers folder, a .safetensors file of a whole base, or a hub id"
@@ -127,7 +126,7 @@ OTHER_INPUTS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "enco
 OTHER_WAYS = {"EDM": "the EDM way", "FlowMatch": "by flow matching"}
 
 
-def check_part(part: Part) -> None:
+def check_part(part: Component) -> None:
     """Refuses a part of another class, and numbers that are none.
 
     Raises:

@@ -17,8 +17,8 @@ class Precision:
     """Effective dtypes.
 
     Args:
-        compute: fp32, bf16 or fp16: what the UNet's arithmetic is done in.
-        base: What the UNet's frozen weights are stored in.
+        compute: fp32, bf16 or fp16: dtype of the denoiser's arithmetic.
+        base: Dtype of the denoiser's frozen weights.
     """
 
     compute: str

@@ -55,7 +55,7 @@ FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}
 
 
 def family_of(denoiser_config: Mapping[str, Any]) -> str:
-    """The family's name, told by how the UNet is conditioned; widths never decide (small variants exist)."""
+    """The family, by what conditions the denoiser; widths do not decide, since small variants exist."""
     if denoiser_config.get("addition_embed_type") == "text_time":
         return "sdxl"
     return "sd2" if denoiser_config.get("use_linear_projection") else "sd1"

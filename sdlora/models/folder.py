@@ -8,19 +8,22 @@ from typing import Any
 
 from sdlora.errors import ModelError
 from sdlora.models.checks import GIVE_BASE, refuse_folder
-from sdlora.models.components import Layout, Part, Words, read_words
-from sdlora.models.families import FAMILIES, family_of
-from sdlora.models.weights import (
+from sdlora.models.components import (
+    BaseFiles,
+    Component,
+    TokenizerSpec,
     check_dtypes,
     count_parameters,
     digest_weights,
     find_weights,
     read_header,
     read_json,
+    read_tokenizer_spec,
 )
+from sdlora.models.families import FAMILIES, family_of
 
 
-def read_folder(folder: Path, key: str, variant: str | None = None) -> Layout:
+def read_folder(folder: Path, key: str, variant: str | None = None) -> BaseFiles:
     """What a folder holds.
 
     Args:
@@ -34,17 +37,19 @@ def read_folder(folder: Path, key: str, variant: str | None = None) -> Layout:
     index, family = _check_kind(folder, key)
     encoders, tokenizers = FAMILIES[family].text_encoders, FAMILIES[family].tokenizers
     _check_files(folder, encoders, tokenizers, key)
-    return Layout(
+    return BaseFiles(
         path=folder,
         family=family,
-        parts={name: read_part(folder / name, name, key, variant) for name in ("unet", "vae", *encoders)},
-        words=tuple(_read_words(folder / name) for name in tokenizers),
+        components={
+            name: read_component(folder / name, name, key, variant) for name in ("unet", "vae", *encoders)
+        },
+        tokenizers=tuple(_read_tokenizer(folder / name) for name in tokenizers),
         scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
         zeroes_empty_prompt=family == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
 
 
-def read_part(folder: Path, name: str, key: str, variant: str | None = None) -> Part:
+def read_component(folder: Path, name: str, key: str, variant: str | None = None) -> Component:
     """One part of a base, in a folder of its own.
 
     Args:
@@ -61,7 +66,7 @@ def read_part(folder: Path, name: str, key: str, variant: str | None = None) -> 
     files, found = find_weights(folder, stem, key, variant)
     for file in files:
         check_dtypes(read_header(file), key)
-    return Part(
+    return Component(
         name=name,
         config=config,
         files=tuple(files),
@@ -134,7 +139,7 @@ def _check_files(folder: Path, encoders: Sequence[str], tokenizers: Sequence[str
         )
 
 
-def _read_words(folder: Path) -> Words:
+def _read_tokenizer(folder: Path) -> TokenizerSpec:
     file = folder / "tokenizer_config.json"
     length = read_json(file).get("model_max_length") if file.is_file() else None
-    return read_words(folder, {}, int(length) if length else None)
+    return read_tokenizer_spec(folder, {}, int(length) if length else None)

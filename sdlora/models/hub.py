@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 
 from sdlora.errors import ModelError, first_line
 from sdlora.models.checks import SOURCES, refuse_file
-from sdlora.models.weights import VARIANTS, has_weights
+from sdlora.models.components import VARIANTS, has_weights
 
 BUILTIN = Path(__file__).parent.parent / "builtin" / "base"
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")

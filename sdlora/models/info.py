@@ -12,9 +12,9 @@ from typing import Any
 from sdlora.config import BaseSection, ObjectiveSection, Quantize
 from sdlora.errors import ConfigError, ModelError
 from sdlora.models.checks import check_inputs, check_latents, check_part, check_prediction, check_texts
-from sdlora.models.components import Layout, Part, Words
+from sdlora.models.components import BaseFiles, Component, TokenizerSpec
 from sdlora.models.families import Family, describe_family
-from sdlora.models.folder import find_vae_folder, read_folder, read_part
+from sdlora.models.folder import find_vae_folder, read_component, read_folder
 from sdlora.models.hub import find_base, lacks_variant
 from sdlora.models.single_file import read_facts, read_single_file, read_vae_file
 
@@ -28,8 +28,8 @@ class BaseInfo:
         path: The diffusers folder, or the file.
         name: For people and metadata: `builtin`, the hub id, or the folder's or the file's name.
         family: Its name in the table of families.
-        parts: UNet, VAE and text encoders by diffusers' names; the VAE is that of `base.vae` if there is one.
-        words: A tokenizer for each text encoder.
+        components: UNet, VAE and text encoders by diffusers' names; `base.vae` replaces the VAE.
+        tokenizers: One for each text encoder.
         zeroes_empty_prompt: Whether its pipeline takes zeros for the text states of an empty prompt.
         notices: What had to be assumed, for people.
         quantize: How the UNet's layers are kept when it is loaded.
@@ -39,8 +39,8 @@ class BaseInfo:
     path: Path
     name: str
     family: str
-    parts: Mapping[str, Part]
-    words: tuple[Words, ...]
+    components: Mapping[str, Component]
+    tokenizers: tuple[TokenizerSpec, ...]
     zeroes_empty_prompt: bool
     notices: tuple[str, ...]
     quantize: Quantize
@@ -48,41 +48,41 @@ class BaseInfo:
 
     @property
     def denoiser_config(self) -> Mapping[str, Any]:
-        return self.parts["unet"].config
+        return self.components["unet"].config
 
     @property
     def vae_config(self) -> Mapping[str, Any]:
-        return self.parts["vae"].config
+        return self.components["vae"].config
 
     @property
     def digest(self) -> str:
         """Fingerprint of the denoiser."""
-        return self.parts["unet"].digest
+        return self.components["unet"].digest
 
     @property
     def vae_digest(self) -> str:
-        return self.parts["vae"].digest
+        return self.components["vae"].digest
 
     @property
     def text_digest(self) -> str:
         """Fingerprint of the text encoders with their tokenizers, and of what an empty prompt becomes."""
-        digests = [self.parts[name].digest for name in self.traits.text_encoders]
-        digests += [words.digest for words in self.words]
+        digests = [self.components[name].digest for name in self.traits.text_encoders]
+        digests += [tokenizer.digest for tokenizer in self.tokenizers]
         return hashlib.sha256(" ".join([*digests, str(self.zeroes_empty_prompt)]).encode()).hexdigest()
 
     @property
     def num_parameters(self) -> int:
         """Parameters of the denoiser."""
-        return self.parts["unet"].num_parameters
+        return self.components["unet"].num_parameters
 
     @property
     def text_length(self) -> int:
         """Tokens of a prompt, the first and the last one included: what tokenizers and positions allow."""
         positions = [
-            int(self.parts[name].config.get("max_position_embeddings", 77))
+            int(self.components[name].config.get("max_position_embeddings", 77))
             for name in self.traits.text_encoders
         ]
-        return min(positions + [words.length for words in self.words if words.length])
+        return min(positions + [tokenizer.length for tokenizer in self.tokenizers if tokenizer.length])
 
     @property
     def text_width(self) -> int:
@@ -92,7 +92,7 @@ class BaseInfo:
     @property
     def pooled_width(self) -> int:
         """P of the pooled text states, for SDXL."""
-        return int(self.parts[self.traits.text_encoders[-1]].config.get("projection_dim", 512))
+        return int(self.components[self.traits.text_encoders[-1]].config.get("projection_dim", 512))
 
     @property
     def is_builtin(self) -> bool:
@@ -144,7 +144,7 @@ class BaseInfo:
         """
         if len(self.traits.text_encoders) == 1:
             return None
-        last = int(self.parts["text_encoder"].config["num_hidden_layers"]) - 1
+        last = int(self.components["text_encoder"].config["num_hidden_layers"]) - 1
         return f"text_encoder.text_model.encoder.layers.{last}."
 
     @property
@@ -185,13 +185,13 @@ def inspect_base(settings: BaseSection, objective: ObjectiveSection | None = Non
     layout = (
         read_single_file(path, key, forced) if path.is_file() else read_folder(path, key, settings.variant)
     )
-    parts = dict(layout.parts)
+    parts = dict(layout.components)
     if settings.variant and all(part.variant != settings.variant for part in parts.values()):
         raise ModelError(f"{key} {lacks_variant(settings.variant)}")
     notices = layout.notices
     if settings.vae:
         parts["vae"] = _find_vae(settings.vae, layout)
-        notices += _doubt_vae(settings.vae, layout.parts.get("vae"), parts["vae"])
+        notices += _doubt_vae(settings.vae, layout.components.get("vae"), parts["vae"])
     elif "vae" not in parts:
         raise ModelError(f"{key} holds no VAE; give one that fits with base.vae")
     for part in parts.values():
@@ -211,8 +211,8 @@ def inspect_base(settings: BaseSection, objective: ObjectiveSection | None = Non
         path=path,
         name=own_name if is_local else settings.source,
         family=layout.family,
-        parts=parts,
-        words=layout.words,
+        components=parts,
+        tokenizers=layout.tokenizers,
         zeroes_empty_prompt=layout.zeroes_empty_prompt,
         notices=notices,
         quantize=settings.quantize,
@@ -229,17 +229,17 @@ def _check_quantize(quantize: Quantize) -> None:
         )
 
 
-def _find_vae(source: str, layout: Layout) -> Part:
+def _find_vae(source: str, layout: BaseFiles) -> Component:
     """A separate VAE: a folder, a base that has one, or a single file."""
     key = f"base.vae = {source}"
     path = find_base(source, key)
     if path.is_file():
-        own = layout.parts.get("vae")
+        own = layout.components.get("vae")
         return read_vae_file(path, key, own.config if own else read_facts(layout.family)["vae"])
-    return read_part(find_vae_folder(path, key), "vae", key)
+    return read_component(find_vae_folder(path, key), "vae", key)
 
 
-def _doubt_vae(source: str, own: Part | None, other: Part) -> tuple[str, ...]:
+def _doubt_vae(source: str, own: Component | None, other: Component) -> tuple[str, ...]:
     """A notice if a separate VAE has other latents than the base's own; SD's and SDXL's are of one shape."""
     scales = [part.config.get("scaling_factor", 0.18215) for part in (own, other) if part]
     if len(set(scales)) < 2:

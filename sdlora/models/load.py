@@ -16,9 +16,8 @@ from torch import nn
 from sdlora.config import Quantize
 from sdlora.errors import ModelError
 from sdlora.models.base import Base
-from sdlora.models.components import Part
+from sdlora.models.components import Component
 from sdlora.models.info import BaseInfo
-from sdlora.models.ldm_keys import denoiser_names, load_original
 from sdlora.models.meta import MODELS, UNFIT, empty_model, reason_of
 from sdlora.models.quiet import quiet
 from sdlora.models.safety import find_checker
@@ -29,8 +28,8 @@ from sdlora.models.stable_diffusion import (
     pipeline_of,
     without_checker,
 )
-from sdlora.models.stream import check_finite, fill, read_part
 from sdlora.models.tokenizer import load_tokenizer
+from sdlora.models.weights import check_finite, denoiser_names, fill, load_original, read_tensors
 
 # No pickles, no trust_remote_code (R-44); a base that was found is on the disk (R-39).
 SAFE = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
@@ -60,10 +59,12 @@ def load_base(
         ModelError: If the files lack weights that the configuration asks for.
     """
     place = "cpu" if waits else device
-    denoiser = load_denoiser(info.parts["unet"], dtype, place, info.quantize)
-    vae = load_part(info.parts["vae"], vae_dtype(info, dtype, device))
-    text_encoders = tuple(load_part(info.parts[name], torch.float32) for name in info.traits.text_encoders)
-    tokenizers = tuple(load_tokenizer(info, number) for number in range(len(info.words)))
+    denoiser = load_denoiser(info.components["unet"], dtype, place, info.quantize)
+    vae = load_component(info.components["vae"], vae_dtype(info, dtype, device))
+    text_encoders = tuple(
+        load_component(info.components[name], torch.float32) for name in info.traits.text_encoders
+    )
+    tokenizers = tuple(load_tokenizer(info, number) for number in range(len(info.tokenizers)))
     for part in (vae, *text_encoders):
         _unmap(part.to(place).requires_grad_(False).eval())
     checker = find_checker(info, device)
@@ -71,7 +72,7 @@ def load_base(
 
 
 def load_denoiser(
-    part: Part, dtype: torch.dtype, device: torch.device | str = "cpu", scheme: Quantize = "none"
+    part: Component, dtype: torch.dtype, device: torch.device | str = "cpu", scheme: Quantize = "none"
 ) -> UNet2DConditionModel:
     """The UNet, streamed from its files to the device and quantized on the way.
 
@@ -80,7 +81,7 @@ def load_denoiser(
     """
     unet = empty_model("unet", part.config)
     names = None if part.folder is not None else denoiser_names(part)
-    tensors = read_part(part, names)
+    tensors = read_tensors(part, names)
     _check_complete(part, fill(unet, tensors, part, dtype=dtype, device=device, scheme=scheme))
     return unet.requires_grad_(False).eval()
 
@@ -92,12 +93,12 @@ def full_base(base: Base) -> Iterator[Base]:
     device, info = base.device, replace(base.info, quantize="none")
     base.denoiser.to("cpu")
     try:
-        yield replace(base, info=info, denoiser=load_denoiser(info.parts["unet"], base.dtype, device))
+        yield replace(base, info=info, denoiser=load_denoiser(info.components["unet"], base.dtype, device))
     finally:
         base.denoiser.to(device)
 
 
-def load_part(part: Part, dtype: torch.dtype) -> Any:
+def load_component(part: Component, dtype: torch.dtype) -> Any:
     """One part, of whichever source, on the CPU.
 
     Raises:
@@ -115,7 +116,7 @@ def load_part(part: Part, dtype: torch.dtype) -> Any:
     return loaded
 
 
-def _load_folder(part: Part, dtype: torch.dtype) -> tuple[Any, list[str]]:
+def _load_folder(part: Component, dtype: torch.dtype) -> tuple[Any, list[str]]:
     """A part in a folder of its own, and the weights that it lacks."""
     name = "dtype" if part.name.startswith("text_encoder") else DTYPE
     try:
@@ -142,7 +143,7 @@ def _unmap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_complete(part: Part, missing: Sequence[str]) -> None:
+def _check_complete(part: Component, missing: Sequence[str]) -> None:
     if missing:
         raise ModelError(
             f"{part.folder or part.files[0]} lacks {len(missing)} weights of its {part.name} "
@@ -170,10 +171,13 @@ def load_stock_pipeline(
     parts: dict[str, Any] = {}
     if only is not None:
         names = ("vae", *info.traits.text_encoders, *info.traits.tokenizers)
-        parts = {name: load_part(info.parts[name], torch.float32) if name in only else None for name in names}
-    elif info.parts["vae"].folder != info.path / "vae":
-        parts = {"vae": load_part(info.parts["vae"], dtype)}
-    variants = {part.variant for part in info.parts.values() if part.variant}
+        parts = {
+            name: load_component(info.components[name], torch.float32) if name in only else None
+            for name in names
+        }
+    elif info.components["vae"].folder != info.path / "vae":
+        parts = {"vae": load_component(info.components["vae"], dtype)}
+    variants = {part.variant for part in info.components.values() if part.variant}
     with quiet():
         pipeline: StockPipeline = PIPELINES[info.traits.pipeline].from_pretrained(
             info.path,
@@ -193,10 +197,10 @@ def load_stock_pipeline(
 
 def _assemble_pipeline(info: BaseInfo, dtype: torch.dtype, only: Sequence[str] | None) -> StockPipeline:
     """A stock pipeline from the parts of a single file."""
-    dtypes = dict.fromkeys(info.parts, dtype) if only is None else dict.fromkeys(only, torch.float32)
+    dtypes = dict.fromkeys(info.components, dtype) if only is None else dict.fromkeys(only, torch.float32)
     dtypes["unet"] = dtype
     parts: dict[str, Any] = {
-        name: _unmap(load_part(info.parts[name], kind).eval()) for name, kind in dtypes.items()
+        name: _unmap(load_component(info.components[name], kind).eval()) for name, kind in dtypes.items()
     }
     if only is None:
         for number, name in enumerate(info.traits.tokenizers):

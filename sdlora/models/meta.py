@@ -72,7 +72,7 @@ def empty_components(info: BaseInfo, *, text: bool) -> dict[str, nn.Module]:
     parts: dict[str, nn.Module] = {"unet": empty_denoiser(info)}
     for name in info.traits.text_encoders if text else ():
         try:
-            config = CLIPTextConfig.from_dict(dict(info.parts[name].config))
+            config = CLIPTextConfig.from_dict(dict(info.components[name].config))
             if info.unread_layer and info.unread_layer.startswith(f"{name}."):
                 config.num_hidden_layers -= 1
             with quiet(), torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Frozen layers in 8 or 4 bits: kept small, expanded for each product and forgotten again.
+"""Frozen layers in 8 or 4 bits, dequantized for each product (int8; NF4 as in QLoRA).
 
 A Linear maps (..., in) to (..., out), a Conv2d (B, in, H, W) to (B, out, H', W').
 """
@@ -36,19 +36,16 @@ class Int8:
         values = weight.float()
         scale = values.abs().amax(tuple(range(1, weight.dim())), keepdim=True) / 127
         self.scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
-        self.packed = (values / self.scale).round_().to(torch.int8)
+        self.quantized = (values / self.scale).round_().to(torch.int8)
 
-    def expand(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight."""
-        return packed.to(dtype).mul_(self.scale.to(dtype))
+    def dequantize(self, quantized: Tensor, dtype: torch.dtype) -> Tensor:
+        return quantized.to(dtype).mul_(self.scale.to(dtype))
 
     def to(self, device: torch.device) -> None:
-        """Moves what belongs to the packed weight."""
         self.scale = self.scale.to(device)
 
     @staticmethod
     def num_bytes(shape: torch.Size) -> int:
-        """What a weight takes."""
         return prod(shape) + 4 * shape[0]
 
 
@@ -63,74 +60,72 @@ class Nf4:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self.packed, self.state = quantize_4bit(
+        self.quantized, self.state = quantize_4bit(
             weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
         )
 
-    def expand(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight."""
+    def dequantize(self, quantized: Tensor, dtype: torch.dtype) -> Tensor:
         self.state.dtype = dtype
-        weight: Tensor = dequantize_4bit(packed, self.state)
+        weight: Tensor = dequantize_4bit(quantized, self.state)
         return weight
 
     def to(self, device: torch.device) -> None:
-        """Moves what belongs to the packed weight."""
         self.state.to(device)
 
     @staticmethod
     def num_bytes(shape: torch.Size) -> int:
-        """What a weight takes: half a byte, a byte for the scale of a block, four for each 256 of those."""
+        """Half a byte, a byte for the scale of a block, four for each 256 of those."""
         blocks = prod(shape) // BLOCK
         return prod(shape) // 2 + blocks + 4 * -(-blocks // 256)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """That of autocast where it is on; the meta device has none."""
+    """The dtype of autocast where it is on; the meta device has none."""
     kind = x.device.type
     is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if is_on else x.dtype
 
 
 class _Product(torch.autograd.Function):
-    """A product with a frozen weight that is expanded a second time for the backward pass.
+    """A product with a frozen weight that is dequantized once more for the backward pass.
 
-    Autograd would keep every expanded weight until then, and of a convolution its input as well.
+    Autograd would keep every dequantized weight until then, and the input of a convolution as well.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear | QuantizedConv2d) -> Tensor:
         ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
         dtype = _compute_dtype(x)
-        return layer.push(x.to(dtype), layer.expand(dtype))
+        return layer.apply_weight(x.to(dtype), layer.dequantize(dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        weight = ctx.layer.expand(gradient.dtype)
-        return ctx.layer.pull(gradient, weight, ctx.shape).to(ctx.dtype), None
+        weight = ctx.layer.dequantize(gradient.dtype)
+        return ctx.layer.input_gradient(gradient, weight, ctx.shape).to(ctx.dtype), None
 
 
 class _Quantized(nn.Module):
-    """What the two kinds of layers share: `weight` is packed, and `packing` knows how."""
+    """Base of the two kinds of layers: `codec` dequantizes `weight`."""
 
     weight: Any
-    packing: Int8 | Nf4
+    codec: Int8 | Nf4
 
-    def expand(self, dtype: torch.dtype) -> Tensor:
-        """The weight as the layer that was replaced had it, but for rounding."""
-        return self.packing.expand(self.weight, dtype)
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight of the layer that was replaced, but for rounding."""
+        return self.codec.dequantize(self.weight, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _Product.apply(x, self)
         return y
 
-    def _pack(self, packing: Int8 | Nf4) -> None:
-        self.weight = nn.Parameter(packing.packed, requires_grad=False)
-        self.packing = packing
-        del packing.packed
+    def _store(self, codec: Int8 | Nf4) -> None:
+        self.weight = nn.Parameter(codec.quantized, requires_grad=False)
+        self.codec = codec
+        del codec.quantized
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        self.packing.to(self.weight.device)
+        self.codec.to(self.weight.device)
         return self
 
 
@@ -139,50 +134,50 @@ class QuantizedLinear(_Quantized, nn.Linear):
 
     Args:
         layer: The layer that it replaces; its own weight may lie on the meta device.
-        packing: Its weight.
+        codec: Its weight.
     """
 
-    def __init__(self, layer: nn.Linear, packing: Int8 | Nf4) -> None:
+    def __init__(self, layer: nn.Linear, codec: Int8 | Nf4) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         self.bias = layer.bias
-        self._pack(packing)
+        self._store(codec)
 
-    def push(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The answer to an input, with the expanded weight."""
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The output for an input, with the dequantized weight."""
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
-    def pull(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
-        """The gradient of the input (of `shape`) from that of the answer."""
+    def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of the input (of `shape`) from that of the output."""
         return gradient @ weight
 
 
 class QuantizedConv2d(_Quantized, nn.Conv2d):
     """A frozen Conv2d; as `QuantizedLinear`."""
 
-    def __init__(self, layer: nn.Conv2d, packing: Int8 | Nf4) -> None:
+    def __init__(self, layer: nn.Conv2d, codec: Int8 | Nf4) -> None:
         sizes: dict[str, Any] = {name: getattr(layer, name) for name in CONV_SETTINGS}
         super().__init__(**sizes, bias=False, device="meta")
         self.bias = layer.bias
-        self._pack(packing)
+        self._store(codec)
 
-    def push(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The answer to an input, with the expanded weight."""
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The output for an input, with the dequantized weight."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
 
-    def pull(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
-        """The gradient of the input (of `shape`) from that of the answer."""
+    def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of the input (of `shape`) from that of the output."""
         back: Any = conv2d_input
         result: Tensor = back(shape, weight, gradient, self.stride, self.padding, self.dilation)
         return result
 
 
-def choose_packing(layer: nn.Module, scheme: Quantize) -> type[Int8] | type[Nf4] | None:
-    """How a layer's weight is kept, or None for one that is better left as it is.
+def choose_codec(layer: nn.Module, scheme: Quantize) -> type[Int8] | type[Nf4] | None:
+    """The codec for the weight of a layer, or None for a layer that stays as it is.
 
-    Small layers and those with few channels (the first, the last) cost nothing and are felt most.
-    A convolution is never kept in 4 bits: on trained weights that changes the UNet's answer 30 times as
-    much as 8 bits do.
+    Small layers and those with few channels (the first and the last) cost little memory and matter most.
+    A convolution never gets 4 bits: on trained weights that changes the prediction 30 times as much as 8
+    bits do.
     """
     if scheme == "none" or type(layer) not in KINDS:
         return None
@@ -202,19 +197,19 @@ def quantize_layer(
     scheme: Quantize,
     device: torch.device | str | None = None,
 ) -> nn.Module | None:
-    """The frozen layer that keeps a weight small, or None if `choose_packing` leaves it as it is.
+    """The frozen, quantized layer for a weight, or None if `choose_codec` leaves it as it is.
 
     Args:
         layer: The layer to replace; gives sizes and bias, its own weight may lie on the meta device.
         weight: Its weight.
         scheme: How it shall be kept.
-        device: Where it is packed and kept; where the weight is if not given.
+        device: Where it is quantized and kept; where the weight is if not given.
     """
-    packing = choose_packing(layer, scheme)
-    if packing is None:
+    codec = choose_codec(layer, scheme)
+    if codec is None:
         return None
     kind: Any = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
-    small: QuantizedLinear | QuantizedConv2d = kind(layer, packing(weight.to(device=device)))
+    small: QuantizedLinear | QuantizedConv2d = kind(layer, codec(weight.to(device=device)))
     return small.train(layer.training)
 
 
@@ -228,14 +223,14 @@ def quantize(module: nn.Module, scheme: Quantize) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class PartBytes:
-    """What one kind of layers takes."""
+class LayerBytes:
+    """Bytes of one kind of layers, before and after quantization."""
 
     plain: int
     stored: int
 
 
-def bytes_by_part(module: nn.Module, dtype: torch.dtype, scheme: Quantize) -> dict[str, PartBytes]:
+def bytes_by_kind(module: nn.Module, dtype: torch.dtype, scheme: Quantize) -> dict[str, LayerBytes]:
     """Bytes of the weights of a network that is not quantised yet, as they are and as they will be stored.
 
     Args:
@@ -249,11 +244,11 @@ def bytes_by_part(module: nn.Module, dtype: torch.dtype, scheme: Quantize) -> di
     sizes = {"linear": [0, 0], "convolution": [0, 0], "rest": [0, 0]}
     for layer in module.modules():
         kind = {nn.Linear: "linear", nn.Conv2d: "convolution"}.get(type(layer), "rest")
-        packing = choose_packing(layer, scheme)
+        codec = choose_codec(layer, scheme)
         for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
             plain = tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.element_size())
             part = sizes[kind if name == "weight" else "rest"]
             part[0] += plain
-            kept = packing if name == "weight" else None
+            kept = codec if name == "weight" else None
             part[1] += kept.num_bytes(tensor.shape) if kept else plain
-    return {name: PartBytes(*pair) for name, pair in sizes.items()}
+    return {name: LayerBytes(*pair) for name, pair in sizes.items()}

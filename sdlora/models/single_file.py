@@ -13,16 +13,18 @@ from typing import Any
 
 from sdlora.errors import ModelError
 from sdlora.models.checks import GIVE_BASE, describe_tensors
-from sdlora.models.components import Layout, Part, read_words
-from sdlora.models.infer_config import Shapes, clip_config, open_clip_config, unet_config, vae_config
-from sdlora.models.weights import (
+from sdlora.models.components import (
+    BaseFiles,
+    Component,
     check_dtypes,
     digest_weights,
     read_header,
     read_json,
+    read_tokenizer_spec,
     read_values,
     spans_of,
 )
+from sdlora.models.infer_config import Shapes, clip_config, open_clip_config, unet_config, vae_config
 from sdlora.reading import Header
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -53,7 +55,7 @@ def is_original(names: Iterable[str]) -> bool:
     return any(name.startswith(UNET) for name in names)
 
 
-def read_single_file(path: Path, key: str, prediction_type: str | None = None) -> Layout:
+def read_single_file(path: Path, key: str, prediction_type: str | None = None) -> BaseFiles:
     """What a file holds; its VAE may be missing.
 
     Args:
@@ -75,8 +77,10 @@ def read_single_file(path: Path, key: str, prediction_type: str | None = None) -
     if "ztsnr" in header.shapes:
         scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
-    def read(name: str, prefix: str, derive: Callable[[Shapes], dict[str, Any]]) -> Part:
-        return read_part(path, header, name, prefix, lambda shapes: {**facts[name], **derive(shapes)}, key)
+    def read(name: str, prefix: str, derive: Callable[[Shapes], dict[str, Any]]) -> Component:
+        return read_component(
+            path, header, name, prefix, lambda shapes: {**facts[name], **derive(shapes)}, key
+        )
 
     parts = {
         name: read(name, prefix, lambda shapes: _text_config(shapes, family))
@@ -86,8 +90,10 @@ def read_single_file(path: Path, key: str, prediction_type: str | None = None) -
     parts["unet"] = read("unet", UNET, lambda shapes: unet_config(shapes, pooled))
     if has_tensors(header, VAE):
         parts["vae"] = read("vae", VAE, vae_config)
-    words = tuple(read_words(CONFIGS / "clip", settings, TEXT_LENGTH) for settings in facts["tokenizers"])
-    return Layout(path, family, parts, words, scheduler, family == "sdxl", notices)
+    tokenizers = tuple(
+        read_tokenizer_spec(CONFIGS / "clip", settings, TEXT_LENGTH) for settings in facts["tokenizers"]
+    )
+    return BaseFiles(path, family, parts, tokenizers, scheduler, family == "sdxl", notices)
 
 
 def read_facts(family: str, prediction_type: str = "epsilon") -> dict[str, Any]:
@@ -96,7 +102,7 @@ def read_facts(family: str, prediction_type: str = "epsilon") -> dict[str, Any]:
     return read_json(CONFIGS / f"{row}.json")
 
 
-def read_vae_file(path: Path, key: str, like: Mapping[str, Any]) -> Part:
+def read_vae_file(path: Path, key: str, like: Mapping[str, Any]) -> Component:
     """The VAE of a file that holds nothing else, by original or diffusers' names, or of a base in one file.
 
     Args:
@@ -109,7 +115,7 @@ def read_vae_file(path: Path, key: str, like: Mapping[str, Any]) -> Part:
     """
     header = read_header(path)
     if is_original(header.shapes):
-        parts = read_single_file(path, key).parts
+        parts = read_single_file(path, key).components
         if "vae" not in parts:
             raise ModelError(f"{key} is a base without a VAE; give a VAE, or a base that has one")
         return parts["vae"]
@@ -117,17 +123,17 @@ def read_vae_file(path: Path, key: str, like: Mapping[str, Any]) -> Part:
     if f"{prefix}decoder.conv_in.weight" not in header.shapes:
         raise ModelError(f"{key} is no VAE: it {describe_tensors(header.shapes)}")
     unsaid = {name: like[name] for name in UNSAID if name in like}
-    return read_part(path, header, "vae", prefix, lambda shapes: {**unsaid, **vae_config(shapes)}, key)
+    return read_component(path, header, "vae", prefix, lambda shapes: {**unsaid, **vae_config(shapes)}, key)
 
 
-def read_part(
+def read_component(
     path: Path,
     header: Header,
     name: str,
     prefix: str,
     derive: Callable[[Shapes], dict[str, Any]],
     key: str,
-) -> Part:
+) -> Component:
     """One part of a file.
 
     Args:
@@ -155,7 +161,7 @@ def read_part(
             f"{key} is incomplete, or its {name} is of an unknown layout ({len(shapes)} tensors{lack}); "
             "download or copy it again, or give a diffusers folder"
         ) from None
-    return Part(
+    return Component(
         name=name,
         config=config,
         files=(path,),

@@ -30,11 +30,11 @@ class TokenCount:
 
 def load_tokenizer(info: BaseInfo, number: int = 0) -> CLIPTokenizer:
     """A tokenizer of a base; SDXL's second has the same words and another padding."""
-    words = info.words[number]
-    settings = dict(words.settings)
-    if words.length:
-        settings["model_max_length"] = words.length
-    return CLIPTokenizer.from_pretrained(words.folder, local_files_only=True, **settings)
+    spec = info.tokenizers[number]
+    settings = dict(spec.settings)
+    if spec.length:
+        settings["model_max_length"] = spec.length
+    return CLIPTokenizer.from_pretrained(spec.folder, local_files_only=True, **settings)
 
 
 def count_tokens(tokenizer: CLIPTokenizer, text_length: int, caption: str) -> TokenCount:

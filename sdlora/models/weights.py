@@ -1,212 +1,193 @@
-"""Weight files on the disk: found, checked for completeness and fingerprinted, without loading them."""
+"""Weights from files into networks, one tensor at a time: no second copy, no mapped file.
+
+Tensors of a single file get their names in diffusers by its own conversions.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from math import prod
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from sdlora import reading
+import torch
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+from torch import Tensor, nn
+from transformers import CLIPTextConfig
+
+from sdlora.config import Quantize
 from sdlora.errors import ModelError
-from sdlora.reading import PICKLES, Header, UnfitFileError
+from sdlora.models.components import Component, read_header
+from sdlora.models.quantize import quantize_layer
+from sdlora.reading import Header
 
-VARIANTS = ("fp16", "bf16")
-MAX_JSON_BYTES = 32 * 2**20
-WINDOW_BYTES = 2**20
-WINDOWS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Neighbouring bytes of a file."""
-
-    path: Path
-    start: int
-    size: int
-
-
-def read_header(path: Path) -> Header:
-    """The header of a safetensors file that is whole (R-25).
-
-    Raises:
-        ModelError: If it is no such file, or shorter or longer than its header says.
-    """
-    try:
-        return reading.read_header(path)
-    except UnfitFileError as error:
-        raise ModelError(f"{path} {error}; download or copy it again", key=error.key) from None
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error.strerror}); download or copy it again") from None
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def spans_of(path: Path, header: Header, prefix: str) -> list[Span]:
-    """Where the tensors with a prefix lie in a file; neighbours are one span."""
-    spans: list[Span] = []
-    for start, size in sorted(at for name, at in header.spans.items() if name.startswith(prefix)):
-        if spans and start == spans[-1].start + spans[-1].size:
-            spans[-1] = Span(path, spans[-1].start, spans[-1].size + size)
-        else:
-            spans.append(Span(path, start, size))
-    return spans
+def read_tensors(part: Component, names: Mapping[str, str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Reads the tensors of a part in the order of their bytes.
 
-
-def read_values(path: Path, header: Header, name: str) -> list[float]:
-    """The numbers of one small tensor.
-
-    Raises:
-        ModelError: If they are not floating point numbers of 16 or 32 bits.
-    """
-    start, size = header.spans[name]
-    with path.open("rb") as handle:
-        handle.seek(start)
-        raw = handle.read(size)
-    kind, codes = header.dtypes[name], {"F32": "f", "BF16": "f", "F16": "e"}
-    if kind not in codes:
-        raise ModelError(f"{path}: {name} is stored as {kind}; give a file in fp32, fp16 or bf16")
-    if kind == "BF16":  # the upper half of a float32
-        raw = b"".join(b"\0\0" + raw[place : place + 2] for place in range(0, size, 2))
-    return list(struct.unpack(f"<{prod(header.shapes[name])}{codes[kind]}", raw))
-
-
-def check_dtypes(header: Header, key: str, prefix: str = "") -> None:
-    """Refuses weights that are no plain numbers.
-
-    Raises:
-        ModelError: If some are packed into integers.
-    """
-    kinds = {kind for name, kind in header.dtypes.items() if name.startswith(prefix)}
-    if packed := kinds & {"U8", "I8"}:
-        raise ModelError(
-            f"{key} is quantised already (its weights are {', '.join(sorted(packed))}); "
-            "give it in fp16 or fp32"
-        )
-
-
-def has_weights(folder: Path, stem: str, variant: str | None = None) -> bool:
-    """Whether a part's folder holds its weights in a precision, or in any; see `find_weights`."""
-    kinds = (variant,) if variant else (None, *VARIANTS)
-    return any(place.is_file() for kind in kinds for place in _places(folder, stem, kind))
-
-
-def find_weights(
-    folder: Path, stem: str, key: str, variant: str | None = None
-) -> tuple[list[Path], str | None]:
-    """The safetensors files of one part of a base, in order, and what their names say of the precision.
+    A mapped file counts as resident for as long as one of its tensors is in use; these are read, each into
+    memory of its own, and whoever takes them decides how long they stay.
 
     Args:
-        folder: The part's folder, such as `BASE/unet`.
-        stem: `diffusion_pytorch_model` or `model`.
-        key: The setting with its value, to open the error message with.
-        variant: `fp16` or `bf16`, to be taken before the plain files where it is there.
+        part: Its files and prefix say which tensors.
+        names: From those in the file to those wanted; the others are passed over. None: as they are.
+    """
+    for file in part.files:
+        header = read_header(file)
+        with file.open("rb") as handle:
+            for stored in sorted(header.spans, key=lambda name: header.spans[name]):
+                name = stored if names is None else names.get(stored)
+                if name is not None and stored.startswith(part.prefix):
+                    yield name, read_stored(handle, header, stored)
+
+
+def read_stored(handle: BinaryIO, header: Header, stored: str) -> Tensor:
+    """One tensor of an open file, in memory of its own."""
+    start, size = header.spans[stored]
+    handle.seek(start)
+    content = torch.empty(size, dtype=torch.uint8)
+    handle.readinto(content.numpy().data)  # type: ignore[attr-defined]
+    return content.view(DTYPES[header.dtypes[stored]]).reshape(header.shapes[stored])
+
+
+def fill(
+    module: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    part: Component,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    scheme: Quantize,
+) -> list[str]:
+    """Gives a network on the meta device its frozen weights.
+
+    A layer that is quantised is so from the precision of the file, as soon as its weight has come.
+
+    Args:
+        module: Everything in it is on the meta device.
+        tensors: By the names of its state; what it does not know is passed over.
+        part: What it is, for the message of an error.
+        dtype: Of all that is not quantised; whole numbers keep theirs.
+        device: Where it shall be.
+        scheme: How layers are quantised.
+
+    Returns:
+        What it still lacks: names that did not come, or came in another shape.
 
     Raises:
-        ModelError: If there are none, if a shard is missing, or if there are only pickles (R-44).
+        ModelError: If a weight is no number.
     """
-    for kind in dict.fromkeys((variant, None, *VARIANTS)):
-        whole, index = _places(folder, stem, kind)
-        if whole.is_file():
-            return [whole], kind
-        if index.is_file():
-            return _find_shards(index, key), kind
-    names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
-    pickles = [name for name in names if name.endswith(PICKLES)]
-    if pickles:
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    missing = dict.fromkeys(shapes)
+    for name, tensor in tensors:
+        if shapes.get(name) == tensor.shape:
+            value = tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+            check_finite(part, name, value)
+            path, _, own = name.rpartition(".")
+            layer = module.get_submodule(path)
+            small = quantize_layer(layer, tensor, scheme, device) if own == "weight" else None
+            if small is None:
+                _set(layer, own, value)
+            else:
+                parent, _, child = path.rpartition(".")
+                setattr(module.get_submodule(parent), child, small)
+            missing.pop(name, None)
+    return list(missing)
+
+
+def _set(layer: nn.Module, name: str, value: Tensor) -> None:
+    if name in layer._parameters:
+        value = nn.Parameter(value, requires_grad=False)
+    setattr(layer, name, value)
+
+
+def check_finite(part: Component, name: str, weight: Tensor) -> None:
+    """Refuses a weight with a NaN or an infinity, which would spoil every loss and every image.
+
+    A sum says so without a copy: it is finite only if all its terms are.
+
+    Raises:
+        ModelError: Naming it.
+    """
+    if not torch.isfinite(weight.sum(dtype=torch.float32)) and not torch.isfinite(weight).all():
         raise ModelError(
-            f"{key} has only {folder.name}/{pickles[0]}, a pickle, which can run any code when it is read; "
-            "give a base with .safetensors files"
+            f"{part.folder or part.files[0]}: {name} of the {part.name} holds NaN or infinity in "
+            f"{str(weight.dtype).removeprefix('torch.')}; get the base again, or load it with base.dtype=fp32"
         )
-    raise ModelError(
-        f"{key} is incomplete: {folder / stem}.safetensors is missing "
-        f"(beside it: {', '.join(names[:5]) or 'nothing'}); download or copy it again"
+
+
+def denoiser_names(part: Component) -> dict[str, str]:
+    """From the names of a UNet's tensors in a single file to diffusers' own."""
+    stored = {name: name for name in read_header(part.files[0]).shapes if name.startswith(part.prefix)}
+    return {name: new for new, name in convert_ldm_unet_checkpoint(stored, dict(part.config)).items()}
+
+
+def load_original(model: Any, part: Component, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+    """Builds a VAE or a text encoder without ever holding its weights twice.
+
+    Args:
+        model: The class of diffusers or transformers.
+        part: Of a single file.
+        dtype: Of the weights as loaded.
+
+    Returns:
+        The part, and the names of weights that the file lacks or has in another shape.
+    """
+    if part.name.startswith("text_encoder"):
+        return _load_text_encoder(model, part, dtype)
+    with torch.device("meta"):
+        built: nn.Module = model.from_config(dict(part.config))
+    tensors = _as_diffusers(part)
+    wanted = built.state_dict()
+    missing = [name for name, at in wanted.items() if name not in tensors or tensors[name].shape != at.shape]
+    if not missing:
+        built.load_state_dict({name: tensors[name].to(dtype) for name in wanted}, assign=True)
+    return built, missing
+
+
+def _as_diffusers(part: Component) -> dict[str, Tensor]:
+    """The tensors of a VAE by diffusers' names; it may have them already."""
+    tensors = dict(read_tensors(part))
+    if any(name.startswith("encoder.down_blocks.") for name in tensors):
+        return {_rename_attention(name): tensor for name, tensor in tensors.items()}
+    return dict(convert_ldm_vae_checkpoint(tensors, dict(part.config)))
+
+
+def _rename_attention(name: str) -> str:
+    """`...attentions.0.query.weight`, as VAEs before 2023 have it, becomes `...attentions.0.to_q.weight`."""
+    stem, _, rest = name.partition(".attentions.0.")
+    old, _, kind = rest.partition(".")
+    return f"{stem}.attentions.0.{OLD_ATTENTION[old]}.{kind}" if old in OLD_ATTENTION else name
+
+
+def _load_text_encoder(model: Any, part: Component, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+    config = CLIPTextConfig(**part.config)
+    tensors = dict(read_tensors(part))
+    if f"{part.prefix}positional_embedding" in tensors:
+        with torch.device("meta"):
+            renamed = convert_open_clip_checkpoint(model(config), tensors, prefix=part.prefix)
+    else:
+        bare = {name.removeprefix(part.prefix): tensor for name, tensor in tensors.items()}
+        renamed = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in bare.items()}
+    loaded, report = model.from_pretrained(
+        None, config=config, state_dict=renamed, dtype=dtype, output_loading_info=True
     )
-
-
-def _places(folder: Path, stem: str, kind: str | None) -> tuple[Path, Path]:
-    """Of the weights in one file, and of the index of those in several."""
-    dotted = f".{kind}" if kind else ""
-    return folder / f"{stem}{dotted}.safetensors", folder / f"{stem}.safetensors.index{dotted}.json"
-
-
-def _find_shards(index: Path, key: str) -> list[Path]:
-    table = read_json(index).get("weight_map")
-    names = sorted(set(map(str, table.values()))) if isinstance(table, dict) else []
-    if outside := [name for name in names if Path(name).name != name]:
-        raise ModelError(f"{index} names {outside[0]!r}, which is not beside it; get the base from elsewhere")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing or not names:
-        raise ModelError(
-            f"{key} is incomplete: {index.parent} lacks {', '.join(missing) or 'all shards'}; "
-            "download or copy it again"
-        )
-    return [index.parent / name for name in names]
-
-
-def count_parameters(files: Iterable[Path]) -> int:
-    """How many numbers the files hold, read from their headers."""
-    return sum(prod(shape) for file in files for shape in read_header(file).shapes.values())
-
-
-def digest_weights(spans: Iterable[Span | Path], *configs: Mapping[str, Any]) -> str:
-    """Fingerprint of one part of a base: sha256 over its bytes and the settings that decide what they do.
-
-    A file, or a span of one, of up to 64 MiB is read in full, of a larger one its size and 64 windows of one
-    MiB, evenly spread from the first to the last byte: a 3 GB UNet takes a tenth of a second instead of ten,
-    and two trainings of one architecture differ in every window.
-    """
-    sha = hashlib.sha256()
-    for config in configs:
-        own = {key: value for key, value in config.items() if not key.startswith("_")}
-        sha.update(json.dumps(own, sort_keys=True).encode())
-    for span in spans:
-        whole = Span(span, 0, span.stat().st_size) if isinstance(span, Path) else span
-        sha.update(whole.size.to_bytes(8, "little"))
-        for window in _windows(whole):
-            sha.update(window)
-    return sha.hexdigest()
-
-
-@lru_cache(maxsize=4)
-def kohya_hashes(path: Path) -> tuple[str, str]:
-    """The hashes that web UIs know a base in one file by: the old one, of 64 KiB, and the sha256 of it all.
-
-    A second for each 2 GB, once in a process.
-    """
-    with path.open("rb") as handle:
-        handle.seek(0x100000)
-        old = hashlib.sha256(handle.read(0x10000)).hexdigest()[:8]
-        handle.seek(0)
-        return old, hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _windows(span: Span) -> Iterator[bytes]:
-    fits = span.size <= WINDOWS * WINDOW_BYTES
-    last = 0 if fits else span.size - WINDOW_BYTES
-    with span.path.open("rb") as handle:
-        for start in [0] if fits else [last * number // (WINDOWS - 1) for number in range(WINDOWS)]:
-            handle.seek(span.start + start)
-            yield handle.read(span.size if fits else WINDOW_BYTES)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        ModelError: If the file is missing, unreadable or something else.
-    """
-    try:
-        value = reading.read_json(path, MAX_JSON_BYTES)
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing; the base is incomplete, download or copy it again") from None
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error.strerror}); download or copy it again") from None
-    except UnfitFileError as error:
-        raise ModelError(f"{path} {error}; download or copy it again", key=error.key) from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is not a JSON object; download or copy it again")
-    return value
+    return loaded, sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])

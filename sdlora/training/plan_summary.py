@@ -12,7 +12,7 @@ from sdlora.config import RunConfig
 from sdlora.diffusion.objective import describe_objective
 from sdlora.export.metadata import TrainingMetadata
 from sdlora.lora.modules import DENOISER, component_of
-from sdlora.models.weights import kohya_hashes
+from sdlora.models.components import kohya_hashes
 from sdlora.report.summary import losses_of
 from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder

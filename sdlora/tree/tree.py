@@ -310,6 +310,6 @@ def _components(pipe: Any) -> dict[str, nn.Module]:
     found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     if DENOISER not in found:
         raise AdapterError(
-            f"{type(pipe).__name__} has no denoiser; give a Stable Diffusion pipeline", key="tree.no-unet"
+            f"{type(pipe).__name__} has no denoiser; give a Stable Diffusion pipeline", key="tree.no-denoiser"
         )
     return found

@@ -20,7 +20,7 @@ from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_modules, match_targets, mount
 from sdlora.memory.activations import META, DenoiserPass, denoiser_peak, peak_bytes, vae_peaks
 from sdlora.memory.estimate import Machine, Workload, as_size, estimate_memory, plan_memory
-from sdlora.models.components import Part
+from sdlora.models.components import Component
 from sdlora.models.dtypes import Precision
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
@@ -203,13 +203,13 @@ def describe_real_base(family, unet, settings):
     """A real base's description, without its weights."""
     configs = {"unet": unet, "vae": {**VAE, "force_upcast": family == "sdxl"}}
     parts = {
-        name: Part(name, config, (), "", sum(p.numel() for p in empty_model(name, config).parameters()))
+        name: Component(name, config, (), "", sum(p.numel() for p in empty_model(name, config).parameters()))
         for name, config in configs.items()
     }
     positions = {"max_position_embeddings": 77, "projection_dim": 1280}
-    parts |= {name: Part(name, positions, (), "", count) for name, count in TEXTS[family].items()}
+    parts |= {name: Component(name, positions, (), "", count) for name, count in TEXTS[family].items()}
     known = inspect_base(settings)
-    return replace(known, source=family, family=family, parts=parts, words=(), scheduler_config={})
+    return replace(known, source=family, family=family, components=parts, tokenizers=(), scheduler_config={})
 
 
 @pytest.mark.parametrize(
@@ -251,9 +251,10 @@ config = {"block_out_channels": (64, 128), "down_block_types": ("CrossAttnDownBl
           "attention_head_dim": 4, "in_channels": 8, "out_channels": 8}
 unet = UNet2DConditionModel(**config).requires_grad_(False).eval()
 info = inspect_base(BaseSection())
-part = replace(info.parts["unet"], config=config, num_parameters=sum(p.numel() for p in unet.parameters()))
+count = sum(p.numel() for p in unet.parameters())
+part = replace(info.components["unet"], config=config, num_parameters=count)
 base = replace(load_base(info, dtype=torch.float32, device="cpu"), denoiser=unet,
-               info=replace(info, parts={**info.parts, "unet": part}))
+               info=replace(info, components={**info.components, "unet": part}))
 def learn(size):
     base.denoise(*base.example_inputs((size, size))).mean().backward()
 names = match_targets(unet, ["attention"])

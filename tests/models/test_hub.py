@@ -94,7 +94,7 @@ def test_a_cache_of_one_variant_is_enough(cached: tuple[str, Path]) -> None:
         file.rename(file.with_suffix(".fp16.safetensors"))
     for settings in ({}, {"variant": "fp16"}):
         info = inspect(source, **settings)
-        assert {part.variant for part in info.parts.values()} == {"fp16"}
+        assert {part.variant for part in info.components.values()} == {"fp16"}
 
 
 @pytest.mark.parametrize("source", ["cached", "builtin", "folder"])
@@ -134,7 +134,7 @@ def test_half_a_download_in_the_cache_is_named(cached: tuple[str, Path]) -> None
 def test_separate_vae_by_hub_id(cached: tuple[str, Path]) -> None:
     """R-40: base.vae takes a hub id too."""
     source, snapshot = cached
-    assert inspect("builtin", vae=source).parts["vae"].folder == snapshot / "vae"
+    assert inspect("builtin", vae=source).components["vae"].folder == snapshot / "vae"
 
 
 def test_a_name_that_no_system_takes() -> None:

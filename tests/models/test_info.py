@@ -105,7 +105,7 @@ def test_separate_vae(copy_base: CopyBase, info: BaseInfo) -> None:
     other = copy_base("other", vae__config={"scaling_factor": 0.5})
     for source in (other, other / "vae"):
         found = inspect("builtin", vae=str(source))
-        assert found.parts["vae"].folder == other / "vae"
+        assert found.components["vae"].folder == other / "vae"
         assert found.vae_config["scaling_factor"] == 0.5
         assert found.vae_digest != info.vae_digest
         assert "has a scaling_factor of 0.5, the base's own VAE " in found.notices[0]

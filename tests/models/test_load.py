@@ -24,7 +24,7 @@ from sdlora.models import load
 from sdlora.models.dtypes import DTYPES
 from sdlora.models.hub import BUILTIN
 from sdlora.models.info import BaseInfo, inspect_base
-from sdlora.models.load import load_base, load_part, load_stock_pipeline, vae_dtype
+from sdlora.models.load import load_base, load_component, load_stock_pipeline, vae_dtype
 from sdlora.models.meta import empty_components, empty_denoiser
 from sdlora.models.quiet import quiet
 from sdlora.models.stable_diffusion import StableDiffusion
@@ -187,7 +187,7 @@ def test_a_configuration_of_other_weights_is_one_line(
     """R-25: parts whose two halves are of different bases."""
     info = inspect_base(BaseSection(source=str(copy_base("odd", **{f"{part}__config": changes}))))
     with pytest.raises(ModelError, match=f"{part}: config.json and weights do not belong together"):
-        load_part(info.parts[part], torch.float32)
+        load_component(info.components[part], torch.float32)
 
 
 def test_pickles_and_foreign_code_are_out_of_reach() -> None:
@@ -269,11 +269,11 @@ def test_folders_of_one_precision(copy_base: CopyBase, info: BaseInfo, kind: str
     index = folder / "unet" / f"diffusion_pytorch_model.safetensors.index.{kind}.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": table}))
     found = inspect_base(BaseSection(source=str(folder)))
-    assert {part.variant for part in found.parts.values()} == {kind}
+    assert {part.variant for part in found.components.values()} == {kind}
     assert found.num_parameters == info.num_parameters
     ours = load_base(found, dtype=torch.float32, device="cpu")
     for one, part in (("unet", ours.denoiser), ("vae", ours.vae), ("text_encoder", ours.text_encoders[0])):
-        plain = load_part(info.parts[one], torch.float32).state_dict()
+        plain = load_component(info.components[one], torch.float32).state_dict()
         stock = getattr(load_stock_pipeline(found), one).state_dict()
         for name, tensor in part.state_dict().items():
             assert torch.equal(tensor, plain[name])

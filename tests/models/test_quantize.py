@@ -16,8 +16,8 @@ from sdlora.models.meta import empty_denoiser
 from sdlora.models.quantize import (
     Int8,
     Nf4,
-    bytes_by_part,
-    choose_packing,
+    bytes_by_kind,
+    choose_codec,
     quantize,
     quantize_layer,
 )
@@ -49,7 +49,7 @@ LAYERS = {
 def test_eight_bits_are_the_nearest_of_255_steps(name: str) -> None:
     """R-48: no weight is off by more than half a step, a 254th of the largest of its output."""
     layer = LAYERS[name][0]()
-    expanded = small(layer).expand(torch.float32)
+    expanded = small(layer).dequantize(torch.float32)
     step = layer.weight.abs().flatten(1).amax(1) / 127
     error = (expanded - layer.weight).abs().flatten(1).amax(1)
     assert (error <= 0.501 * step).all()
@@ -63,7 +63,7 @@ def test_answer_and_gradient_are_those_of_the_expanded_weight(name: str) -> None
     layer = make().requires_grad_(False)
     packed = small(layer)
     plain = copy.deepcopy(layer)
-    plain.weight.data = packed.expand(torch.float32)
+    plain.weight.data = packed.dequantize(torch.float32)
     x = torch.randn(shape, requires_grad=True)
     other = x.detach().clone().requires_grad_(True)
     answer, expected = packed(x), plain(other)
@@ -91,7 +91,7 @@ def test_four_bits_are_those_of_bitsandbytes() -> None:
     answer.square().sum().backward()
     expected.square().sum().backward()
     torch.testing.assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-4)
-    relative = (packed.expand(torch.float32) - layer.weight).norm() / layer.weight.norm()
+    relative = (packed.dequantize(torch.float32) - layer.weight).norm() / layer.weight.norm()
     assert 0.03 < relative < 0.12
 
 
@@ -126,7 +126,7 @@ def test_nothing_is_kept_for_the_backward_pass(name: str) -> None:
 )
 def test_what_is_left_alone(layer: nn.Module, scheme: Any, expected: type | None) -> None:
     """R-48: small and narrow layers, odd convolutions and everything else stay; 65 x 65 fills no blocks."""
-    assert choose_packing(layer, scheme) is expected
+    assert choose_codec(layer, scheme) is expected
     assert (quantize_layer(layer, layer.weight.data, scheme) is None) == (expected is None)
 
 
@@ -134,20 +134,20 @@ def test_what_is_left_alone(layer: nn.Module, scheme: Any, expected: type | None
 def test_bytes_are_known_before_anything_is_loaded(info: BaseInfo, scheme: Any) -> None:
     """R-48: what the plan states, part by part, is what is then stored."""
     unet = load_base(info, dtype=torch.bfloat16, device="cpu").denoiser
-    planned = bytes_by_part(empty_denoiser(info), torch.bfloat16, scheme)
-    assert bytes_by_part(unet, torch.bfloat16, scheme) == planned
+    planned = bytes_by_kind(empty_denoiser(info), torch.bfloat16, scheme)
+    assert bytes_by_kind(unet, torch.bfloat16, scheme) == planned
     tensors = [*unet.parameters(), *unet.buffers()]
     assert sum(part.plain for part in planned.values()) == sum(t.numel() * t.element_size() for t in tensors)
     quantize(unet, scheme)
     stored = [*unet.parameters(), *unet.buffers()]
     for layer in unet.modules():
-        packing = getattr(layer, "packing", None)
-        if isinstance(packing, Nf4):
-            stored += [packing.state.absmax, packing.state.state2.absmax]
-        if isinstance(packing, Int8):
-            stored.append(packing.scale)
+        codec = getattr(layer, "codec", None)
+        if isinstance(codec, Nf4):
+            stored += [codec.state.absmax, codec.state.state2.absmax]
+        if isinstance(codec, Int8):
+            stored.append(codec.scale)
     assert sum(part.stored for part in planned.values()) == sum(t.numel() * t.element_size() for t in stored)
-    plain = bytes_by_part(empty_denoiser(info), torch.bfloat16, "none")
+    plain = bytes_by_kind(empty_denoiser(info), torch.bfloat16, "none")
     assert all(part.plain == part.stored == planned[name].plain for name, part in plain.items())
 
 

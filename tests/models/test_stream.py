@@ -15,19 +15,19 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from sdlora.errors import ModelError
-from sdlora.models.components import Part
+from sdlora.models.components import Component
 from sdlora.models.info import BaseInfo
 from sdlora.models.load import load_denoiser, load_stock_pipeline
 from sdlora.models.quantize import Int8, QuantizedLinear, quantize
-from sdlora.models.stream import DTYPES, fill, read_part
+from sdlora.models.weights import DTYPES, fill, read_tensors
 
 
-def part_of(*files: Path) -> Part:
-    return Part("unet", {}, files, "", 0)
+def part_of(*files: Path) -> Component:
+    return Component("unet", {}, files, "", 0)
 
 
 def filled(info: BaseInfo, dtype: torch.dtype, scheme: Any = "none") -> nn.Module:
-    return load_denoiser(info.parts["unet"], dtype, "cpu", scheme)
+    return load_denoiser(info.components["unet"], dtype, "cpu", scheme)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -49,14 +49,14 @@ def test_layers_are_quantised_from_the_file_s_precision(info: BaseInfo, scheme: 
     quantize(expected, scheme)
     layers = dict(expected.named_modules())
     for name, layer in unet.named_modules():
-        packing = getattr(layer, "packing", None)
-        if packing is not None:
+        codec = getattr(layer, "codec", None)
+        if codec is not None:
             assert torch.equal(layer.weight, layers[name].weight), name
-            assert type(packing) is type(layers[name].packing)
+            assert type(codec) is type(layers[name].codec)
             assert layer.bias is None or layer.bias.dtype == torch.bfloat16
     kinds = {p.dtype for p in unet.parameters()}
     assert kinds == {torch.bfloat16, torch.int8} | ({torch.uint8} if scheme == "nf4" else set())
-    assert sum(hasattr(layer, "packing") for layer in unet.modules()) > 100
+    assert sum(hasattr(layer, "codec") for layer in unet.modules()) > 100
 
 
 def test_every_dtype_of_the_format_is_read(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_every_dtype_of_the_format_is_read(tmp_path: Path) -> None:
     tensors |= {"number": torch.tensor(3.5), "empty": torch.empty(0, 4)}
     save_file(dict(list(tensors.items())[:7]), tmp_path / "a.safetensors")
     save_file(dict(list(tensors.items())[7:]), tmp_path / "b.safetensors")
-    read = dict(read_part(part_of(tmp_path / "a.safetensors", tmp_path / "b.safetensors")))
+    read = dict(read_tensors(part_of(tmp_path / "a.safetensors", tmp_path / "b.safetensors")))
     assert set(read) == set(tensors)
     for name, tensor in tensors.items():
         assert read[name].shape == tensor.shape
@@ -92,7 +92,7 @@ def test_what_does_not_come_is_named() -> None:
     assert module.norm.num_batches_tracked.dtype == torch.int64
     assert module.norm.running_mean.dtype == torch.float16
     assert isinstance(module.wide, QuantizedLinear)
-    assert isinstance(module.wide.packing, Int8)
+    assert isinstance(module.wide.codec, Int8)
 
 
 @pytest.mark.parametrize("order", ["weight first", "bias first"])
@@ -129,9 +129,9 @@ def test_only_what_is_wanted_is_read(tmp_path: Path) -> None:
     """R-40: of a file with more than one part, by a prefix or by the new names of its tensors."""
     file = tmp_path / "all.safetensors"
     save_file({"a.x": torch.zeros(2), "a.y": torch.ones(3), "b.x": torch.ones(1)}, file)
-    part = Part("unet", {}, (file,), "", 0, prefix="a.")
-    assert [name for name, _ in read_part(part)] == ["a.x", "a.y"]
-    [(name, tensor)] = read_part(part, {"a.y": "new.y", "b.x": "other"})
+    part = Component("unet", {}, (file,), "", 0, prefix="a.")
+    assert [name for name, _ in read_tensors(part)] == ["a.x", "a.y"]
+    [(name, tensor)] = read_tensors(part, {"a.y": "new.y", "b.x": "other"})
     assert name == "new.y"
     assert torch.equal(tensor, torch.ones(3))
 
@@ -152,13 +152,13 @@ MEASURE = """
 import json, psutil, sys, torch
 from pathlib import Path
 from torch import nn
-from sdlora.models.components import Part
-from sdlora.models.stream import fill, read_part
+from sdlora.models.components import Component
+from sdlora.models.weights import fill, read_tensors
 with torch.device("meta"):
     module = nn.Sequential(*[nn.Linear(2048, 4096, bias=False) for _ in range(8)])
 before = psutil.Process().memory_info().rss
-part = Part("unet", {}, (Path(sys.argv[1]),), "", 0)
-fill(module, read_part(part), part, dtype=torch.bfloat16, device="cpu", scheme="int8")
+part = Component("unet", {}, (Path(sys.argv[1]),), "", 0)
+fill(module, read_tensors(part), part, dtype=torch.bfloat16, device="cpu", scheme="int8")
 status = Path("/proc/self/status").read_text()
 peak = 1024 * int(status.split("VmHWM:")[1].split()[0])
 print(json.dumps([before, psutil.Process().memory_info().rss, peak]))

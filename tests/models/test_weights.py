@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from sdlora.errors import ModelError
-from sdlora.models.weights import (
+from sdlora.models.components import (
     WINDOW_BYTES,
     WINDOWS,
     Span,

@@ -376,8 +376,8 @@ def test_processes_that_see_another_vae(images, quick, fork_processes):
         accelerator, _ = make_accelerator(config)
         plan = make_plan(config, accelerator.num_processes)
         if accelerator.process_index == 1:
-            vae = replace(plan.info.parts["vae"], digest="another")
-            plan = replace(plan, info=replace(plan.info, parts={**plan.info.parts, "vae": vae}))
+            vae = replace(plan.info.components["vae"], digest="another")
+            plan = replace(plan, info=replace(plan.info, components={**plan.info.components, "vae": vae}))
         check_same_plan(accelerator, plan)
 
     children = fork_processes(2, start)

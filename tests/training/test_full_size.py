@@ -33,8 +33,8 @@ torch.set_num_threads(1)
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_modules, mount
 from sdlora.models.load import empty_model
-from sdlora.models.components import Part
-from sdlora.models.stream import fill
+from sdlora.models.components import Component
+from sdlora.models.weights import fill
 
 config, scheme = json.loads(sys.argv[1]), sys.argv[2]
 unet = empty_model("unet", config)
@@ -48,7 +48,7 @@ def as_in_a_file():
         yield name, values.half()
 
 started = psutil.Process().memory_info().rss
-part = Part("unet", config, (), "", 0)
+part = Component("unet", config, (), "", 0)
 assert not fill(unet, as_in_a_file(), part, dtype=torch.bfloat16, device="cpu", scheme=scheme)
 unet.requires_grad_(False).eval()
 adapter = create_adapter(unet, match_modules(unet, ["attention"]), 16, 16.0, seed=0, family="sd1")

@@ -17,8 +17,8 @@ from sdlora.config import BaseSection
 from sdlora.errors import ModelError
 from sdlora.models.infer_config import clip_config, open_clip_config, unet_config, vae_config
 from sdlora.models.info import inspect_base
-from sdlora.models.ldm_keys import denoiser_names
 from sdlora.models.meta import empty_denoiser
+from sdlora.models.weights import denoiser_names
 
 ATTENDS = "CrossAttnDownBlock2D"
 UNETS: dict[str, dict[str, Any]] = {
@@ -221,10 +221,10 @@ def test_published_bases_are_read_whole(
     assert info.family == family
     assert info.denoiser_config["attention_head_dim"] == UNETS[family]["attention_head_dim"]
     unet = empty_denoiser(info).state_dict()
-    names = denoiser_names(info.parts["unet"])
+    names = denoiser_names(info.components["unet"])
     assert {new: tensors[old].shape for old, new in names.items()} == {n: t.shape for n, t in unet.items()}
-    assert [info.parts["vae"].config[key] for key in VAE] == list(VAE.values())
-    assert info.parts["text_encoder"].config["num_hidden_layers"] == (23 if family == "sd2" else 12)
+    assert [info.components["vae"].config[key] for key in VAE] == list(VAE.values())
+    assert info.components["text_encoder"].config["num_hidden_layers"] == (23 if family == "sd2" else 12)
 
 
 def write_hole(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:

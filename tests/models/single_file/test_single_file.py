@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 from sdlora.config import BaseSection, ObjectiveSection
 from sdlora.errors import ModelError
 from sdlora.models.info import BaseInfo, inspect_base
-from sdlora.models.load import load_base, load_part, load_stock_pipeline
+from sdlora.models.load import load_base, load_component, load_stock_pipeline
 from sdlora.models.single_file import CONFIGS, SD2_BIAS
 from sdlora.models.tokenizer import load_tokenizer
 
@@ -69,7 +69,7 @@ def test_a_file_says_what_its_folder_says(tiny_bases: Mapping[str, Any], family:
     ):
         assert file.scheduler_config[key] == folder.scheduler_config[key], key
     for name in folder.parts:
-        ours, theirs = file.parts[name].config, folder.parts[name].config
+        ours, theirs = file.components[name].config, folder.components[name].config
         assert {key: ours[key] for key in ours if key in theirs} == {
             key: theirs[key] for key in ours if key in theirs
         }
@@ -99,7 +99,7 @@ def test_files_of_less_precision_load_in_any_dtype(
     tiny = tiny_bases["sd1"]
     info = inspect(save({name: tensor.to(stored) for name, tensor in tiny.tensors.items()}))
     for wanted in (torch.float32, torch.bfloat16):
-        unet = load_part(info.parts["unet"], wanted).state_dict()
+        unet = load_component(info.components["unet"], wanted).state_dict()
         for name, tensor in tiny.pipeline.unet.state_dict().items():
             assert torch.equal(unet[name], tensor.to(stored).to(wanted))
 
@@ -216,7 +216,7 @@ def test_separate_vae_in_one_file(
         for family in ("sd1", "sdxl"):
             info = inspect(tiny_bases[family].file, vae=str(file))
             assert info.vae_config["scaling_factor"] == (0.13025 if family == "sdxl" else 0.18215)
-            vae = load_part(info.parts["vae"], torch.float32)
+            vae = load_component(info.components["vae"], torch.float32)
             assert all(torch.equal(vae.state_dict()[key], at) for key, at in states.items()), name
     line = refusal(tiny_bases["sd1"].file, vae=str(save({"lora_unet_a.lora_up.weight": torch.zeros(1)})))
     assert line.startswith("base.vae = ")
@@ -324,9 +324,9 @@ def test_what_overflows_in_half_precision_is_named(
     name = f"{UNET}out.2.bias"
     info = inspect(save({**tiny_bases["sd1"].tensors, name: torch.full((4,), 1e5)}))
     for dtype in (torch.float32, torch.bfloat16):
-        load_part(info.parts["unet"], dtype)
+        load_component(info.components["unet"], dtype)
     with pytest.raises(ModelError, match=r"infinity in float16; .* base\.dtype=fp32"):
-        load_part(info.parts["unet"], torch.float16)
+        load_component(info.components["unet"], torch.float16)
 
 
 def test_the_tokenizer_is_clip_s(tiny_bases: Mapping[str, Any]) -> None:
@@ -338,7 +338,7 @@ def test_the_tokenizer_is_clip_s(tiny_bases: Mapping[str, Any]) -> None:
     filled = {}
     for family in FAMILIES:
         info = inspect(tiny_bases[family].file)
-        for number in range(len(info.words)):
+        for number in range(len(info.tokenizers)):
             one = load_tokenizer(info, number)
             ids = one("a cat", padding="max_length", max_length=one.model_max_length).input_ids
             assert ids[:4] == [49406, 320, 2368, 49407]
