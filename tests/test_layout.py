@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ LIBRARIES = {
     "peft": set(),
     "bitsandbytes": {"models"},
 }
+MAX_MODULES, MAX_LINES = 115, 18_500
 WITHOUT_TORCH = {
     "errors",
     "reading",
@@ -126,10 +128,58 @@ def test_light_modules_import_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def functions() -> list[tuple[str, ast.FunctionDef]]:
+    """Every function by `folder/file.py:name`."""
+    return [
+        (f"{path.relative_to(PACKAGE)}:{node.name}", node)
+        for path in source_files()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    ]
+
+
+def test_no_room_is_crowded():
+    """At most 115 modules, 12 in a folder; 18 in training/ and models/, which hold more."""
+    modules = [path for path in source_files() if path.stem != "__init__"]
+    assert len(modules) <= MAX_MODULES
+    for folder, count in Counter(unit_of(path) for path in modules if path.parent != PACKAGE).items():
+        assert count <= (18 if folder in ("training", "models") else 12), folder
+
+
+def test_the_package_is_small():
+    """Lines of code, docstrings and blanks together."""
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in source_files()) <= MAX_LINES
+
+
+def test_functions_fit_a_screen():
+    """No function has more than 60 lines."""
+    long = [name for name, node in functions() if (node.end_lineno or 0) - node.lineno >= 60]
+    assert not long
+
+
+def test_few_functions_take_many_parameters():
+    """At most five outside cli/ take more than six; the public verbs are among them."""
+    many = []
+    for name, node in functions():
+        given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        if len([one for one in given if one.arg not in ("self", "cls")]) > 6 and not name.startswith("cli/"):
+            many.append(name)
+    assert len(many) <= 5, many
+
+
+def test_the_denoiser_has_one_home():
+    """UNet and CLIP are words of models/ and the file dialects; everything else speaks to `Base`."""
+    named = [path for path in source_files() if re.search("UNet|unet|CLIP", path.read_text(encoding="utf-8"))]
+    assert len(named) <= 25
+    assert {unit_of(path) for path in named} <= {"models", "formats", "aliases", "lora", "export", "tree"}
+
+
 def test_the_map_names_every_file():
     """A newcomer finds each file in the map of the package, in its folder's rows, and none that is gone."""
     text = (PACKAGE / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", text.partition("Every file")[2], re.MULTILINE)
+    rows = re.findall(
+        r"^\| (.+?) \| (.+?) \|$", text.partition("Every file")[2].partition("Borders")[0], re.MULTILINE
+    )
     folder, named = "", []
     for title, files in rows:
         folder = next(iter(re.findall(r"^`(\w+)/`", title)), folder)
