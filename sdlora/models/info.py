@@ -46,6 +46,19 @@ class BaseInfo:
     quantize: Quantize
     scheduler_config: Mapping[str, Any] = field(repr=False)
 
+    def __eq__(self, other: object) -> bool:
+        """By digests, so that memory estimates, which are cached, are made once for a base."""
+        return isinstance(other, BaseInfo) and self._fingerprint == other._fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self._fingerprint)
+
+    @property
+    def _fingerprint(self) -> tuple[str, ...]:
+        parts = [f"{name} {part.digest}" for name, part in sorted(self.parts.items())]
+        settings = sorted(f"{name} {value}" for name, value in self.scheduler_config.items())
+        return (self.source, *parts, self.text_digest, self.quantize, *settings)
+
     @property
     def denoiser_config(self) -> Mapping[str, Any]:
         return self.components["unet"].config
