@@ -55,7 +55,7 @@ class BaseInfo:
 
     @property
     def _fingerprint(self) -> tuple[str, ...]:
-        parts = [f"{name} {part.digest}" for name, part in sorted(self.parts.items())]
+        parts = [f"{name} {part.digest}" for name, part in sorted(self.components.items())]
         settings = sorted(f"{name} {value}" for name, value in self.scheduler_config.items())
         return (self.source, *parts, self.text_digest, self.quantize, *settings)
 
