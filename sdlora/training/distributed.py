@@ -163,7 +163,9 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
+        # A launcher ends this process soon after one that was lost: the error must be printed first.
+        if not isinstance(error, ProcessLost):
+            self._restore()
 
     @property
     def exit_signal(self) -> int:

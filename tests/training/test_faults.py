@@ -499,7 +499,7 @@ def make_read_only(trainer):
 @pytest.mark.parametrize(
     ("when", "line", "left"),
     [
-        (partial(at_step, 3), "adapter or checkpoint of step 4", 2),
+        (partial(at_step, 3), "checkpoint of step 4", 2),
         (partial(after_saving, 4), "{}", 4),
     ],
     ids=["in mid-run", "at the export"],
