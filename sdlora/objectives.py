@@ -198,17 +198,26 @@ def _normal_cdf(value: Tensor) -> Tensor:
     return (1 + (value * math.sqrt(0.5)).erf()) * 0.5
 
 
-def _normal(mean: float, std: float) -> dict[str, Parameter]:
-    return {
-        "timestep_mean": Parameter(mean, "mean of the normal distribution"),
-        "timestep_std": Parameter(std, "standard deviation of the normal distribution", {"gt": 0}),
-    }
-
+_MEAN, _STD = "mean of the normal distribution", "standard deviation of the normal distribution"
 
 TIMESTEPS = {
     "uniform": Entry(uniform, "equally often"),
-    "logit_normal": Entry(logit_normal, "mid noise, as SD3", _normal(0.0, 1.0)),
-    "style_friendly": Entry(style_friendly, "high noise, normal in log-SNR", _normal(-6.0, 2.0)),
+    "logit_normal": Entry(
+        logit_normal,
+        "mid noise, as SD3",
+        {
+            "timestep_mean": Parameter(0.0, _MEAN),
+            "timestep_std": Parameter(1.0, _STD, {"gt": 0}),
+        },
+    ),
+    "style_friendly": Entry(
+        style_friendly,
+        "high noise, normal in log-SNR",
+        {
+            "timestep_mean": Parameter(-6.0, _MEAN),
+            "timestep_std": Parameter(2.0, _STD, {"gt": 0}),
+        },
+    ),
     "cubic": Entry(cubic, "high noise, as T2I-Adapter"),
     "sigmoid": Entry(
         sigmoid,

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from sdlora.errors import AdapterError
 from sdlora.formats.sgm_keys import is_sgm, module_to_sgm, sgm_to_module
-from sdlora.lora.modules import LAYERS_PER_BLOCK, with_text_model
+from sdlora.lora.modules import LAYERS_PER_BLOCK, TEXT_ENCODERS, with_text_model
 
 Dialect = Literal["diffusers", "kohya"]
 Part: TypeAlias = str
@@ -36,6 +36,7 @@ _COMPOUNDS = frozenset({
 })
 # fmt: on
 _LONGEST = max(name.count("_") + 1 for name in _COMPOUNDS)
+_DIFFUSERS_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.", *TEXT_ENCODERS)
 _WRAPPERS = ("base_model.model.", "module.", "_orig_mod.", "unet.", "diffusion_model.")
 _KOHYA_PREFIXES = {
     "lora_unet_": "",
@@ -154,7 +155,7 @@ def _read_name(name: str, layers: int) -> str:
             return with_text_model(component + name.removeprefix(prefix))
     name = re.sub(r"(\.attn[12])\.processor(\.to_(?:[qkv]|out))$", r"\1\2", clean_module(name))
     name = re.sub(r"(\.attn[12]\.to_out)$", r"\1.0", name)
-    return with_text_model(sgm_to_module(name, layers))
+    return with_text_model(name if name.startswith(_DIFFUSERS_BLOCKS) else sgm_to_module(name, layers))
 
 
 def has_sgm_names(keys: Iterable[str]) -> bool:

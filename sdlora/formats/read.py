@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -82,10 +83,11 @@ def split_state(state: Mapping[str, Tensor], notes: Mapping[str, str]) -> dict[s
         AdapterError: If a tensor is no part of a LoRA, a module is there twice, or a pair is incomplete or
             does not fit together; completes "FILE ...".
     """
-    try:
-        layers = layers_per_block(notes)
-    except AdapterError:
-        layers = LAYERS_PER_BLOCK  # Where they differ, a file has diffusers' names, which need no number.
+    layers = LAYERS_PER_BLOCK
+    if "sdlora.layers_per_block" in notes:
+        # Where they differ, a file has diffusers' names, which need no number.
+        with suppress(AdapterError):
+            layers = layers_per_block(notes)
     parts: dict[str, dict[str, Tensor]] = {}
     foreign: list[str] = []
     for key, tensor in state.items():

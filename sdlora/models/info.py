@@ -12,7 +12,7 @@ from typing import Any
 from sdlora.config import BaseSection, ObjectiveSection, Quantize
 from sdlora.errors import ConfigError, ModelError
 from sdlora.models.checks import check_inputs, check_latents, check_part, check_prediction, check_texts
-from sdlora.models.components import BaseFiles, Component, TokenizerSpec
+from sdlora.models.components import BaseFiles, Component, TokenizerSpec, read_json
 from sdlora.models.families import Family, describe_family
 from sdlora.models.folder import find_vae_folder, read_component, read_folder
 from sdlora.models.hub import find_base, lacks_variant
@@ -106,6 +106,13 @@ class BaseInfo:
     def pooled_width(self) -> int:
         """P of the pooled text states, for SDXL."""
         return int(self.components[self.traits.text_encoders[-1]].config.get("projection_dim", 512))
+
+    @property
+    def names_safety_checker(self) -> bool:
+        """Whether its pipeline has a safety checker, whether or not the files are there."""
+        index = self.path / "model_index.json"
+        entry = read_json(index).get("safety_checker") if index.is_file() else None
+        return isinstance(entry, list) and bool(entry[0])
 
     @property
     def is_builtin(self) -> bool:

@@ -67,7 +67,7 @@ def load_base(
     tokenizers = tuple(load_tokenizer(info, number) for number in range(len(info.tokenizers)))
     for part in (vae, *text_encoders):
         _unmap(part.to(place).requires_grad_(False).eval())
-    checker = find_checker(info, device)
+    checker = find_checker(info, device) if info.names_safety_checker else None
     return StableDiffusion(info, denoiser, vae, text_encoders, tokenizers, dtype, checker)
 
 

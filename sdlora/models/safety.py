@@ -10,7 +10,7 @@ import torch
 from PIL.Image import Image
 
 from sdlora.errors import ModelError
-from sdlora.models.components import find_weights, has_weights, read_header, read_json
+from sdlora.models.components import find_weights, has_weights, read_header
 from sdlora.models.info import BaseInfo
 from sdlora.models.meta import UNFIT, reason_of
 from sdlora.models.quiet import quiet
@@ -76,7 +76,7 @@ class SafetyChecker:
 
 def find_checker(info: BaseInfo, device: torch.device | str) -> SafetyChecker | None:
     """The safety checker of a base that has one; it is never looked for elsewhere (R-39)."""
-    return SafetyChecker(info.path, device) if _names_checker(info) and _has_files(info) else None
+    return SafetyChecker(info.path, device) if info.names_safety_checker and _has_files(info) else None
 
 
 def missing_checker(info: BaseInfo) -> str | None:
@@ -85,7 +85,7 @@ def missing_checker(info: BaseInfo) -> str | None:
     Raises:
         ModelError: If they are there, but not whole.
     """
-    if not _names_checker(info):
+    if not info.names_safety_checker:
         return None
     if _has_files(info):
         for file in find_weights(info.path / CHECKER, WEIGHTS, f"the base {info.path}")[0]:
@@ -95,12 +95,6 @@ def missing_checker(info: BaseInfo) -> str | None:
         f"the base {info.name} names a safety checker, but its files are not in {info.path}: images are "
         "not checked; add safety_checker/ and feature_extractor/, or set sample.safety_checker=false"
     )
-
-
-def _names_checker(info: BaseInfo) -> bool:
-    index = info.path / "model_index.json"
-    entry = read_json(index).get(CHECKER) if index.is_file() else None
-    return isinstance(entry, list) and bool(entry[0])
 
 
 def _has_files(info: BaseInfo) -> bool:

@@ -103,7 +103,9 @@ def fill(
             check_finite(part, name, value)
             path, _, own = name.rpartition(".")
             layer = module.get_submodule(path)
-            small = quantize_layer(layer, tensor, scheme, device) if own == "weight" else None
+            small = None
+            if scheme != "none" and own == "weight":
+                small = quantize_layer(layer, tensor, scheme, device)
             if small is None:
                 _set(layer, own, value)
             else:

@@ -81,7 +81,7 @@ class SamplePlan:
             check_base(adapter, family=info.family, name=info.name, digest=info.digest, source=str(file))
             for file, adapter in self.adapters
         ]
-        if config.sample.safety_checker:
+        if config.sample.safety_checker and info.names_safety_checker:
             notes.append(missing_checker(info))
         for note in notes:
             if note and warn:
@@ -112,7 +112,8 @@ class SamplePlan:
         assert self.info is not None
         assert self.settings is not None
         folder, device = choose_folder(self.out, self.name), choose_device()
-        dtype = self.dtype or (torch.bfloat16 if has_bf16(device) else torch.float32)
+        is_fast = device.type != "cpu" and has_bf16(device)
+        dtype = self.dtype or (torch.bfloat16 if is_fast else torch.float32)
         base = load_base(self.info, dtype=dtype, device=device)
         sample = self.config.sample
         images = generate(base, self.columns, sample.prompts, sample.seeds, self.settings, progress=progress)
