@@ -72,7 +72,7 @@ class Advice:
         """As printed."""
         whole = self.candidates[-1]
         best = next(one for one in self.candidates if one.rank == self.rank)
-        lines = [f"held-out loss on {self.images} images, {self.loss_without:.4f} without the adapter"]
+        lines = [f"validation loss on {self.images} images, {self.loss_without:.4f} without the adapter"]
         lines += [
             f"rank {one.rank:>4}  {one.megabytes:>7.2f} MB  energy {one.energy:>6.1%}  loss {one.loss:.4f}  "
             f"keeps {one.kept:>6.1%}  images {one.distance:.1%} away"
@@ -139,7 +139,7 @@ def advise_rank(
     if learned <= 0:
         raise RunError(
             f"run {bench.run.path} has not lowered the held-out loss ({without:.4f} without its adapter, "
-            f"{losses[bench.adapter.rank]:.4f} with it), so no rank can be advised; see `sdlora spectrum`"
+            f"{losses[bench.adapter.rank]:.4f} with it), so no rank can be recommended; see `sdlora spectrum`"
         )
     distances = _image_distances(bench, adapters, seed, lambda done: show(len(adapters) + done, total))
     candidates = [

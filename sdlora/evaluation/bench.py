@@ -130,7 +130,7 @@ def open_bench(run: str | Path | RunFolder) -> Bench:
     """
     folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
     if not os.access(folder.path, os.W_OK):
-        raise RunError(f"run {folder.path} is read-only, but keeps what is measured; copy it elsewhere")
+        raise RunError(f"run {folder.path} is read-only, but results are written into it; copy it elsewhere")
     config = folder.read_config()
     info = inspect_base(config.base, config.objective)
     index, plan = read_dataset(config, resolution=info.resolution, min_step=info.min_step)

@@ -143,7 +143,7 @@ class Evaluation:
         lines = [
             _beside("held-out loss", self.base_loss.loss, self.style_loss.loss) + f" on {self.images} images",
             _beside("style distance", base.style, style.style)
-            + f"; the style is nearer for {self.style_wins} of {self.images}",
+            + f"; closer with the LoRA for {self.style_wins} of {self.images}",
             _beside("content distance", base.content, style.content),
             "                  (samples against held-out images, in VAE latents: mean and standard "
             "deviation of the channels; every latent pixel)",
@@ -216,7 +216,7 @@ def check_quantized(run: Path, config: RunConfig) -> None:
     """
     if config.base.quantize == "none":
         raise ConfigError(
-            f"--full-base: run {run} was trained on the full base already; leave the option out",
+            f"--full-base: run {run} was already trained on the full base; remove the option",
             key="--full-base",
         )
 

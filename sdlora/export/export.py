@@ -38,7 +38,7 @@ class ExportReport:
         rounding = self.rounding
         error = f"relative error {rounding.relative_error:.1e}, newly zero {rounding.newly_zero_share:.2%}"
         if rounding.used != rounding.asked:
-            error = f"{rounding.asked} would lose too much, {error}, so it stays {rounding.used}"
+            error = f"{rounding.asked} would lose too much ({error}), so it stays {rounding.used}"
         return f"{self.path} ({self.dialect}, {self.precision}, {self.size_bytes / 1e6:.2f} MB; {error})"
 
     def lines(self) -> list[str]:
@@ -103,7 +103,7 @@ def check_out(out: str | Path, sources: Iterable[Path]) -> None:
     """
     place = Path(out)
     if place.exists() and any(file.exists() and place.samefile(file) for file in sources):
-        raise AdapterError(f"--out {out} is the file that is read; give another name, it stays as it is")
+        raise AdapterError(f"--out {out} is the input file; use another name")
 
 
 def push_run(source: str | Path, repo_id: str, *, api: Any = None) -> str:
@@ -156,8 +156,8 @@ def push_to_hub(files: Mapping[str, Path], repo_id: str, *, api: Any = None) -> 
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Add a style LoRA")
     except Exception as problem:
         error = AdapterError(
-            f"upload to {repo_id} failed: {first_line(problem)}; check the network and the name, and log in "
-            "with `hf auth login` (a token that may write)"
+            f"upload to {repo_id} failed: {first_line(problem)}; check the network and the name, and log "
+            "in with `hf auth login` (with a write token)"
         )
         error.exit_code = 1
         raise error from problem

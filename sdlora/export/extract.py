@@ -79,7 +79,7 @@ def extract(
     new, old = (inspect_base(load_config(None, {"base.source": str(one)}).base) for one in (tuned, base))
     if new.family != old.family:
         raise ModelError(
-            f"{tuned} is {new.family} and {base} is {old.family}; give the base that it was made of"
+            f"{tuned} is {new.family} and {base} is {old.family}; use the base that it was fine-tuned from"
         )
     parts = empty_components(old, text=text_encoder)
     chosen = set(match_modules(parts, targets))
@@ -103,7 +103,7 @@ def extract(
                 progress(done, len(chosen))
     if not modules:
         raise AdapterError(
-            f"{tuned} changes nothing of {base} in {', '.join(targets)}; there is no LoRA in it"
+            f"{tuned} does not differ from {base} in {', '.join(targets)}; there is nothing to extract"
         )
     inside = energies["held"] + energies["lost"]
     report = ExtractReport(
@@ -147,7 +147,7 @@ def _changes(new: Component, old: Component, component: str) -> Iterator[tuple[s
     if strange := [name for name in before if name not in after or after[name][1] != before[name][1]]:
         raise ModelError(
             f"{len(strange)} tensors of the {component}, such as {strange[0]}, are not in {new.files[0]}, or "
-            "have other sizes there; give the base that it was made of, and both as diffusers folders"
+            "have other sizes there; use the base that it was fine-tuned from, and diffusers folders for both"
         )
     orders = ({table[name][0]: name for name in before} for table in (after, before))
     pairs = zip(

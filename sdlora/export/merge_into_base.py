@@ -76,17 +76,19 @@ def merge_into_base(
 def _check_place(info: BaseInfo, place: Path) -> None:
     if place.exists():
         raise ModelError(
-            f"--out {place} is already there; a base is never changed in place, so give another name"
+            f"--out {place} already exists; a base is never changed in place, so use another name"
         )
     if info.path.resolve() in Path(os.path.realpath(place)).parents:
         raise ModelError(
-            f"--out {place} is inside the base {info.path}, which is never changed; give another place"
+            f"--out {place} is inside the base {info.path}, which is never changed; use another path"
         )
     if info.path.is_file() != (place.suffix == ".safetensors"):
         kind = (
-            "one file, so give a .safetensors file" if info.path.is_file() else "a folder, so give a folder"
+            "a single file, so use a .safetensors file"
+            if info.path.is_file()
+            else "a folder, so use a folder"
         )
-        raise ModelError(f"--out {place} does not go with the base {info.name}, which is {kind}")
+        raise ModelError(f"--out {place} does not match the base {info.name}, which is {kind}")
     check_writable(place)
 
 
@@ -104,7 +106,7 @@ class _Change:
         if missing := names - set(self.modules.values()):
             raise AdapterError(
                 f"{len(missing)} modules, such as {min(missing)}, are fused with others in {info.path}; "
-                "give the base as a diffusers folder"
+                "use the base as a diffusers folder"
             )
 
     def __call__(self, stored: str, tensor: Tensor, component: str = "") -> Tensor:

@@ -62,8 +62,8 @@ def _summary(facts: TrainingMetadata) -> str:
     trigger = f" Write `{facts.trigger}` in the prompt." if facts.trigger else ""
     path = " and ".join(map(str, facts.ancestors))
     parents = (
-        f"\n\nIt was trained on top of {path}, and is right only there: load them as named adapters "
-        "together, or join them into one file with `sdlora tree flatten`."
+        f"\n\nIt was trained on top of {path}, and requires it: load them as named adapters together, or "
+        "merge them into one file with `sdlora tree flatten`."
     )
     return (
         f"A style LoRA for {facts.base_name} ({facts.architecture}), trained with sdlora on "

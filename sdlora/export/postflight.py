@@ -113,7 +113,7 @@ def postflight(
             after = {name: _run(name, part, info) for name, part in parts.items()}
             if changed := [name for name in parts if not torch.equal(after[name], outputs.base[name])]:
                 raise _failure(
-                    path, [f"after unloading, the output of {', '.join(changed)} is not as before"]
+                    path, [f"after unloading, the output of {', '.join(changed)} is not the same as before"]
                 )
     return reports
 
@@ -193,7 +193,7 @@ def _check(
         differences[name], effects[name] = _size(stock - trained), _size(trained - base)
         title = "denoiser" if name == DENOISER else name
         if torch.equal(stock, base):
-            problems.append(f"the {title}'s output is the base's")
+            problems.append(f"the output of the {title} is the base's")
         # `not <=`, so that an error that is not a number counts.
         elif not differences[name] <= OUTPUT_TOLERANCE * effects[name]:
             problems.append(
@@ -210,7 +210,9 @@ def _check(
 
 def _failure(path: Path, problems: Sequence[str]) -> AdapterError:
     reasons = "; ".join(problems)
-    error = AdapterError(f"{path} does not do in diffusers what was trained: {reasons}", key="export.proof")
+    error = AdapterError(
+        f"{path} does not reproduce the trained model in diffusers: {reasons}", key="export.proof"
+    )
     error.exit_code = 1
     return error
 
@@ -340,7 +342,7 @@ def _compare_modules(adapter: Adapter, loaded: Mapping[str, AdapterModule]) -> l
         )
     ]
     if wrong:
-        problems.append(f"{len(wrong)} modules change in another way than trained ({join_names(wrong)})")
+        problems.append(f"{len(wrong)} modules change differently than trained ({join_names(wrong)})")
     return problems
 
 

@@ -35,17 +35,17 @@ def read_lora_header(path: Path) -> Header:
     """
     if path.suffix.lower() in PICKLES:
         raise AdapterError(
-            f"{path} is a {path.suffix} file, which is a pickle and can run code when opened; "
-            "sdlora reads .safetensors only, so get or convert it to that"
+            f"{path} is a {path.suffix} file, which is a pickle and can run code when opened; use or "
+            "convert to a .safetensors file"
         )
     try:
         header = read_header(path)
     except FileNotFoundError:
-        raise AdapterError(f"LoRA file {path} does not exist; give a .safetensors file") from None
+        raise AdapterError(f"LoRA file {path} does not exist; use a .safetensors file") from None
     except OSError as error:
-        raise AdapterError(f"LoRA file {path} cannot be read: {error.strerror}") from None
+        raise AdapterError(f"cannot read LoRA file {path}: {error.strerror}") from None
     except UnfitFileError as error:
-        raise AdapterError(f"{path} {error}; get the file again", key=error.key) from None
+        raise AdapterError(f"{path} {error}; download or copy it again", key=error.key) from None
     _check_tensors(path, header)
     return header
 
@@ -53,12 +53,16 @@ def read_lora_header(path: Path) -> Header:
 def _check_tensors(path: Path, header: Header) -> None:
     """Refuses sizes, dtypes and shapes that would cost much or fail later, before a byte is read."""
     if header.num_bytes > MAX_BYTES:
-        raise AdapterError(f"{path} has {header.num_bytes / 1e9:.1f} GB, which no LoRA has; give a LoRA file")
+        raise AdapterError(
+            f"{path} has {header.num_bytes / 1e9:.1f} GB, too large for a LoRA; use a LoRA file"
+        )
     for name, shape in header.shapes.items():
         if header.dtypes[name] not in _READABLE:
-            raise AdapterError(f"{path} holds {name} as {header.dtypes[name]}, which no LoRA uses")
+            raise AdapterError(f"{path} has {name} in the unsupported dtype {header.dtypes[name]}")
         if 0 in shape:
-            raise AdapterError(f"{path} holds {name} without values, of shape {shape}; get the file again")
+            raise AdapterError(
+                f"{path} has an empty tensor {name} of shape {shape}; download or copy it again"
+            )
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Header]:
@@ -71,7 +75,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Header]:
     try:
         return load_file(path), header
     except Exception as error:
-        raise AdapterError(f"{path} is damaged: {error}; get the file again") from None
+        raise AdapterError(f"{path} is damaged: {error}; download or copy it again") from None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

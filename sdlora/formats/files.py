@@ -125,7 +125,7 @@ def save_adapter(
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise AdapterError(f"--out {path} must end in .safetensors; other programs go by that")
+        raise AdapterError(f"--out {path} must end in .safetensors, which other programs require")
     if dialect not in get_args(Dialect):
         raise ConfigError(f"dialect = {dialect!r} must be one of {', '.join(get_args(Dialect))}")
     _check_values(path, adapter)
@@ -140,7 +140,7 @@ def save_adapter(
         )
     except OSError as error:
         raise AdapterError(
-            f"LoRA file {path} cannot be written: {error.strerror or error}; give another place, or make room"
+            f"cannot write LoRA file {path}: {error.strerror or error}; use another path, or free disk space"
         ) from error
 
 
@@ -163,8 +163,8 @@ def load_adapter(path: str | Path, dtype: torch.dtype | None = torch.float32) ->
     broken = _non_finite(adapter)
     if broken:
         raise AdapterError(
-            f"{path} holds values that are not finite in {len(broken)} modules, such as {broken[0]}; "
-            "the training that made it failed, so use an earlier file"
+            f"{path} has non-finite values in {len(broken)} modules, such as {broken[0]}; the training "
+            "run that made it failed, so use an earlier file"
         )
     return adapter
 
@@ -229,7 +229,8 @@ def resolve_adapter(source: str | Path | RunFolder, step: int | None = None) -> 
     candidates = [path, *(Path(f"{path}{ending}") for ending in (ENDING, KOHYA_ENDING))]
     if path.is_dir():
         candidates = [path / name for name in FOLDER_FILES]
-    file = next((file for file in candidates if file.is_file()), None)
+    # Whether it is a regular file is checked where it is read: a pipe is named as such.
+    file = next((file for file in candidates if file.exists() and not file.is_dir()), None)
     if file is not None:
         if step is not None:
             raise ConfigError(f"--step {step} requires a run folder; {source} is a file", key="option--step")
@@ -255,9 +256,9 @@ def _metadata(path: Path, header: Header) -> dict[str, str]:
         try:
             metadata["lora_adapter_metadata"] = read_bytes(config, MAX_HEADER_BYTES).decode("utf-8")
         except UnfitFileError as error:
-            raise AdapterError(f"{config} {error}; get the file again") from None
+            raise AdapterError(f"{config} {error}; download or copy it again") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise AdapterError(f"{config} cannot be read ({error}); get the file again") from None
+            raise AdapterError(f"cannot read {config} ({error}); download or copy it again") from None
     return metadata
 
 
@@ -316,7 +317,7 @@ def _check_values(path: Path, adapter: Adapter) -> None:
             f"values are not finite in {len(broken)} of {len(adapter.modules)} modules, such as {broken[0]}"
         )
     elif not any(bool(module.starting_at_zero.any()) for module in adapter.modules.values()):
-        problem = "every up-matrix is zero, so it would change nothing; train it, or give other weights"
+        problem = "all up matrices are zero, so it would have no effect; train it first, or use other weights"
     if problem:
         error = AdapterError(f"LoRA file {path} was not written: {problem}")
         error.exit_code = 1
@@ -327,6 +328,6 @@ def _verify(path: Path, state: Mapping[str, Tensor]) -> None:
     """Reads a file back and compares it to the bit."""
     written, _ = read_tensors(path)
     if set(written) != set(state) or any(not torch.equal(written[key], state[key].cpu()) for key in state):
-        error = AdapterError(f"LoRA file {path} reads back differently from what was written; check the disk")
+        error = AdapterError(f"LoRA file {path} differs from what was written; check the disk")
         error.exit_code = 1
         raise error

@@ -94,8 +94,7 @@ def module_to_kohya(module: str, *, sdxl: bool = False, layers: int = LAYERS_PER
     key = prefix + name.replace(".", "_")
     if kohya_to_module(key, layers) != module:
         raise AdapterError(
-            f"module {module} has a name that the kohya format cannot give back; "
-            "export it with --format diffusers"
+            f"module {module} has a name that kohya's format cannot represent; use --format diffusers"
         )
     return key
 
@@ -110,7 +109,7 @@ def kohya_to_module(key: str, layers: int = LAYERS_PER_BLOCK) -> str:
         if key.startswith(prefix):
             name = ".".join(_join_compounds(key.removeprefix(prefix).split("_")))
             return component + name if component else sgm_to_module(name, layers)
-    raise AdapterError(f"holds {key}, which is no kohya key; one starts with lora_unet_ or lora_te_")
+    raise AdapterError(f"has {key}, which is not a kohya key; those start with lora_unet_ or lora_te_")
 
 
 def _join_compounds(words: Sequence[str]) -> list[str]:
@@ -182,14 +181,14 @@ def dialect_of(keys: Iterable[str]) -> str:
     joined = "".join(f"{name}\n" for name in names)
     for mark, kind in _OTHER_ADAPTERS.items():
         if mark in joined:
-            raise AdapterError(f"is {kind}; sdlora reads LoRA and DoRA files, so train or export it as one")
+            raise AdapterError(f"is {kind}; sdlora supports LoRA and DoRA files only")
     if re.search(r"^(transformer\.|lora_transformer_|lora_unet_(double|single|joint)_blocks)", joined, re.M):
         raise AdapterError(
-            "is a LoRA for a transformer such as Flux or SD 3; sdlora does SD 1.x, 2.x and SDXL"
+            "is a LoRA for a transformer such as Flux or SD 3; sdlora supports SD 1.x, 2.x and SDXL"
         )
     if strange := [name for name in names if name.startswith("lora_") and not is_kohya_key(name)]:
         raise AdapterError(
-            f"has keys of a dialect that sdlora does not know, such as {strange[0]}; kohya's for "
+            f"has keys of an unknown dialect, such as {strange[0]}; kohya's for "
             "SD 1.x, 2.x and SDXL start with lora_unet_, lora_te_, lora_te1_ or lora_te2_"
         )
     if any(name.startswith("lycoris_") for name in names):
@@ -202,26 +201,26 @@ def dialect_of(keys: Iterable[str]) -> str:
         return "peft" if re.search(r"^base_model\.|\.lora_[AB]\.(?!weight)", joined, re.M) else "diffusers"
     if re.search(r"lora.*\.(down|up)\.weight|\.lora_(down|up)\.", joined):
         return "diffusers (old)"
-    raise AdapterError(f"{_other_kind(names)}; give a LoRA .safetensors file")
+    raise AdapterError(f"{_other_kind(names)}; use a LoRA .safetensors file")
 
 
 def _other_kind(names: Sequence[str]) -> str:
     """What a file of weights is that is no LoRA."""
     if names and all(name.endswith((".down", ".up")) for name in names):
-        return "is in a checkpoint, for `sdlora resume` alone; the LoRA of its step is in the run's adapters/"
+        return "is part of a checkpoint, for `sdlora resume` only; use a LoRA in the run's adapters/ folder"
     for prefix, kind in (
         ("control_model.", "is a ControlNet, not a LoRA"),
         ("controlnet_", "is a ControlNet, not a LoRA"),
-        ("model.diffusion_model.", "is a whole base, not a LoRA (it belongs to --base)"),
-        ("first_stage_model.", "is a VAE, not a LoRA (it belongs to base.vae)"),
-        ("quant_conv.", "is a VAE, not a LoRA (it belongs to base.vae)"),
-        ("encoder.conv_in.", "is a VAE, not a LoRA (it belongs to base.vae)"),
+        ("model.diffusion_model.", "is a base model, not a LoRA (pass it with --base)"),
+        ("first_stage_model.", "is a VAE, not a LoRA (set base.vae)"),
+        ("quant_conv.", "is a VAE, not a LoRA (set base.vae)"),
+        ("encoder.conv_in.", "is a VAE, not a LoRA (set base.vae)"),
         ("text_model.", "is a text encoder, not a LoRA"),
         ("emb_params", "is a textual inversion embedding, not a LoRA"),
-        ("input_blocks.", "is a whole UNet, not a LoRA (its base belongs to --base)"),
-        ("down_blocks.", "is a whole UNet, not a LoRA (its base belongs to --base)"),
+        ("input_blocks.", "is a full UNet, not a LoRA (pass its base with --base)"),
+        ("down_blocks.", "is a full UNet, not a LoRA (pass its base with --base)"),
     ):
         if any(name.startswith(prefix) for name in names):
             return kind
     shown = ", ".join(sorted(names)[:3])
-    return f"holds no LoRA (its tensors are {shown} ...)" if names else "holds no tensors at all"
+    return f"is not a LoRA (its tensors are {shown} ...)" if names else "has no tensors"

@@ -95,19 +95,19 @@ def split_state(state: Mapping[str, Tensor], notes: Mapping[str, str]) -> dict[s
         if split is None:
             foreign.append(key)
         elif split[1] in parts.setdefault(split[0], {}):
-            raise AdapterError(f"holds {split[0]} twice, the second time as {key}")
+            raise AdapterError(f"has {split[0]} twice, the second time as {key}")
         else:
             parts[split[0]][split[1]] = tensor
     if foreign:
         raise AdapterError(
-            f"holds tensors that are no part of a LoRA that sdlora knows, {len(foreign)} of {len(state)}: "
-            f"{join_names(foreign, 3)}; export it again as a plain LoRA"
+            f"has unknown tensors, {len(foreign)} of {len(state)}: "
+            f"{join_names(foreign, 3)}; export it as a plain LoRA"
         )
     incomplete = [name for name, found in parts.items() if kind_of(found) is None]
     if incomplete:
         raise AdapterError(
-            f"lacks the other half of modules, {len(incomplete)} of {len(parts)}: "
-            f"{join_names(incomplete, 3)}; get the file again"
+            f"has incomplete modules, {len(incomplete)} of {len(parts)}: "
+            f"{join_names(incomplete, 3)}; download or copy it again"
         )
     for name, found in parts.items():
         _check_module(name, found)
@@ -119,10 +119,12 @@ def _check_module(name: str, found: Mapping[str, Tensor]) -> None:
     kind = kind_of(found)
     if kind is None or not kind.fits(found):
         shapes = " and ".join(f"{part} {tuple(found[part].shape)}" for part in found if part != "alpha")
-        raise AdapterError(f"holds tensors that do not fit together: {name} has {shapes}; get the file again")
+        raise AdapterError(
+            f"has tensors of incompatible shapes: {name} has {shapes}; download or copy it again"
+        )
     alpha = found.get("alpha")
     if alpha is not None and not (alpha.numel() == 1 and math.isfinite(float(alpha))):
-        raise AdapterError(f"holds an alpha of {name} that is no number; get the file again")
+        raise AdapterError(f"has an alpha of {name} that is not a number; download or copy it again")
 
 
 def guess_family(
@@ -145,8 +147,8 @@ def guess_family(
     )
     if is_sdxl and family != "sdxl":
         raise AdapterError(
-            f"is for family {family} but has the block names of SDXL (lora_unet_input_blocks_...), which no "
-            "tool reads for that family; export it again where it was trained"
+            f"is for family {family} but has the block names of SDXL (lora_unet_input_blocks_...), which "
+            "no tool reads for that family; export it again from its trainer"
         )
     return family
 
@@ -195,7 +197,7 @@ def module_alphas(
         own = settings[component]
         kind = kind_of(found)
         if own.get("use_dora") and kind and not kind.peft_settings.get("use_dora"):
-            raise AdapterError(f"is a DoRA without the magnitudes of {name}; get the file again")
+            raise AdapterError(f"is a DoRA without the magnitudes of {name}; download or copy it again")
         if "alpha" in found:
             alphas[name] = float(found["alpha"])
         elif "lora_alpha" in own:
@@ -216,16 +218,16 @@ def _settings(notes: Mapping[str, str], component: str) -> dict[str, Any]:
     own = own or {key: value for key, value in config.items() if "." not in key}
     kind = str(own.get("peft_type") or "LORA")
     if kind != "LORA":
-        raise AdapterError(f"is a {kind}; sdlora reads plain LoRA files only, so train or export it as one")
+        raise AdapterError(f"is a {kind}; sdlora supports LoRA and DoRA files only")
     start = str(own.get("init_lora_weights") or "").lower()
     if start.startswith(_BASE_CHANGING):
         raise AdapterError(
-            f"was initialised with {start}, which changes the base too, so that it is right on that base "
-            "alone; convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"
+            f"was initialized with {start}, which also changes the base weights; convert it to a plain "
+            "LoRA with PEFT's path_initial_model_for_weight_conversion"
         )
     patterns = own.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise AdapterError("holds an alpha_pattern that is no table; export the LoRA again")
+        raise AdapterError("has an alpha_pattern that is not a table; export the LoRA again")
     return {**own, "alpha_pattern": patterns}
 
 
@@ -234,9 +236,9 @@ def _read_note(notes: Mapping[str, str], key: str) -> dict[str, Any]:
     try:
         value = parse_json(notes.get(key) or "{}")
     except UnfitFileError as error:
-        raise AdapterError(f"holds {key} that {error}; export the LoRA again") from None
+        raise AdapterError(f"has {key} that {error}; export the LoRA again") from None
     if not isinstance(value, dict):
-        raise AdapterError(f"holds {key} that is no JSON object; export the LoRA again")
+        raise AdapterError(f"has {key} that is not a JSON object; export the LoRA again")
     return value
 
 
@@ -247,7 +249,8 @@ def _names(pattern: str, module: str) -> bool:
     """
     if not _PLAIN.fullmatch(pattern):
         raise AdapterError(
-            f"holds an alpha_pattern with a regular expression, {shorten(pattern)}; sdlora reads plain names"
+            f"has an alpha_pattern with a regular expression, {shorten(pattern)}; only plain names are "
+            "supported"
         )
     name = pattern.replace("\\.", ".").removeprefix("^").removesuffix("$")
     return module == name or (not pattern.startswith("^") and module.endswith(f".{name}"))
@@ -257,5 +260,5 @@ def _number(value: Any) -> float:
     """A finite number from JSON."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not abs(value) <= sys.float_info.max:
-        raise AdapterError(f"holds a lora_alpha of {shorten(repr(value))}, which is no number")
+        raise AdapterError(f"has a lora_alpha of {shorten(repr(value))}, which is not a number")
     return float(value)

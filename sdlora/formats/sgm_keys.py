@@ -44,7 +44,7 @@ def layers_per_block(notes: Mapping[str, str]) -> int:
     text = notes.get("sdlora.layers_per_block", str(LAYERS_PER_BLOCK))
     if not re.fullmatch("[0-9]{1,3}", text):
         raise AdapterError(
-            f"a base with {shorten(text)} layers a block has no names in the kohya format for SDXL; "
+            f"a base with {shorten(text)} layers per block has no names in kohya's format for SDXL; "
             "use --format diffusers"
         )
     return int(text)
@@ -81,8 +81,8 @@ def module_to_sgm(module: str, layers: int = LAYERS_PER_BLOCK) -> str:
             )
             return f"{place}.0.{_RESNET.get(inner, inner)}" if kind == "resnets" else f"{place}.1.{inner}"
     raise AdapterError(
-        f"module {module} has no name in the kohya format for SDXL with {layers} layers a block; "
-        "export it with --format diffusers"
+        f"module {module} has no name in kohya's format for SDXL with {layers} layers per block; use "
+        "--format diffusers"
     )
 
 

@@ -116,8 +116,8 @@ def adapter_to_kohya(adapter: Adapter) -> dict[str, Tensor]:
     rank = max(module.rank for module in modules.values())
     if sum(rank * module.num_parameters // module.rank for module in modules.values()) > MAX_PADDED:
         raise AdapterError(
-            f"the kohya format gives all {len(modules)} modules the largest rank, {rank}, which would make "
-            "a file of many gigabytes; use --format diffusers, or resize the LoRA first"
+            f"kohya's format pads all {len(modules)} modules to the largest rank, {rank}, which would "
+            "take many gigabytes; use --format diffusers, or resize the LoRA first"
         )
     exact = torch.tensor(rank, dtype=folded.dtype)
     alpha = exact if float(exact) == rank else torch.tensor(float(rank))

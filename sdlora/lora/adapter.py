@@ -256,13 +256,13 @@ def check_base(adapter: Adapter, *, family: str, name: str, digest: str = "", so
     if adapter.family and family and adapter.family != family:
         raise AdapterError(
             f"{title} is for family {adapter.family} (trained on {trained_on}), but base {name} is {family}; "
-            f"give a base of family {adapter.family} with --base"
+            f"pass a base of family {adapter.family} with --base"
         )
     known = adapter.notes.get("sdlora.base_digest")
     if known and digest and known != digest:
         return (
-            f"{title} was trained on {trained_on}, not on {name}; "
-            "the same family, so it works, but the look may differ"
+            f"{title} was trained on {trained_on}, not on {name}; it is the same family, so it works, but "
+            "images may look different"
         )
     return None
 

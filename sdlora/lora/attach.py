@@ -108,9 +108,9 @@ def _explain(model: Model, layers: Sequence[str], target: str) -> tuple[str, str
     others = [name for name, _ in named_modules(model) if name and fnmatch.fnmatchcase(name, target)]
     reason = f"matches only {others[0]}, no Linear or Conv2d" if others else "matches no Linear or Conv2d"
     if target.startswith("text_") and "text_encoder" not in components(model):
-        return reason, "it is for text encoders; set lora.text_encoder=true, or leave it out"
+        return reason, "it is for text encoders; set lora.text_encoder=true, or remove it"
     if target == "style-only":
-        return "needs SDXL's style block up_blocks.0.attentions.1, which is not here", "use attention"
+        return "needs SDXL's style block, up_blocks.0.attentions.1", "use attention"
     presets = difflib.get_close_matches(target, list(TARGETS), 1, 0.6)
     endings = [name for name in layers if fnmatch.fnmatchcase(name, f"*.{target}")]
     nearest = difflib.get_close_matches(target.strip("*."), layers, 2, 0.3)
@@ -140,7 +140,7 @@ def attach(model: Model, names: Sequence[str]) -> None:
     if missing := [name for name in names if name not in layers]:
         raise AdapterError(
             f"{len(missing)} of {len(names)} modules are not in this base ({join_names(missing, 3)}); "
-            "the LoRA is for another family, or the base is"
+            "the LoRA and the base are of different families"
         )
     wrapped = lora_layers(model)
     replace_modules(model, {name: LoraLayer(layers[name]) for name in names if name not in wrapped})
@@ -232,24 +232,25 @@ def _check_fit(
         texts = [name for name in adapter.modules if name.startswith(f"{component}.")]
         if texts and component not in parts:
             raise AdapterError(
-                f"{source} changes {len(texts)} modules of {component}, but it is used on the "
-                f"{' and '.join(parts)} alone; load it with diffusers, or train one for the denoiser alone"
+                f"{source} changes {len(texts)} modules of {component}, but only the "
+                f"{' and '.join(parts)} can be used here; load it with diffusers, or train one without "
+                "text encoders"
             )
     missing = [name for name in adapter.modules if name not in layers]
     if any(f"{name}.base_layer" in layers for name in missing):
         raise AdapterError(
-            "the pipeline carries LoRAs that diffusers has loaded; take them off with "
-            "pipe.unload_lora_weights() first"
+            "the pipeline has LoRAs loaded by diffusers; unload them with pipe.unload_lora_weights() first"
         )
     if missing:
         raise AdapterError(
-            f"{source} does not fit this base: {len(missing)} of its {len(adapter.modules)} modules are not "
-            f"there, such as {join_names(missing, 3)}; use a base of the family it was trained on{origin}"
+            f"{source} does not fit this base: {len(missing)} of its {len(adapter.modules)} modules do "
+            f"not exist there, such as {join_names(missing, 3)}; use a base of the family it was trained "
+            f"on{origin}"
         )
     for name, module in adapter.modules.items():
         if not module.fits_layer(layers[name]):
             (inputs, outputs), (there, then) = module.features, features_of(layers[name])
             raise AdapterError(
-                f"{source} does not fit this base: {name} maps {inputs} to {outputs} features in the LoRA "
-                f"and {there} to {then} in the base; use a base of the family it was trained on{origin}"
+                f"{source} does not fit this base: {name} maps {inputs} to {outputs} features in the "
+                f"LoRA, but {there} to {then} in the base; use a base of the family it was trained on{origin}"
             )

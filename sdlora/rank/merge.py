@@ -111,14 +111,14 @@ def merge(
 def _check(adapters: Sequence[tuple[Adapter, float]], method: Method, **given: float | None) -> None:
     """Checks the settings and the adapters; a setting without effect is a mistake."""
     if not adapters:
-        raise ConfigError("there is no LoRA to merge; give files", key="merge.no-files")
+        raise ConfigError("no LoRA to merge; pass files", key="merge.no-files")
     if method not in METHODS:
         raise ConfigError(f"method = {method!r} must be one of {', '.join(METHODS)}", key="merge.method")
     uses = {"rank": ("svd", "ties", "dare"), "density": ("ties", "dare"), "seed": ("dare",)}
     for name, value in given.items():
         if value is not None and method not in uses[name]:
             raise ConfigError(
-                f"{name} = {value:g} has no effect with method = {method}; leave it out, or use method = "
+                f"{name} = {value:g} has no effect with method = {method}; remove it, or use method = "
                 f"{' or '.join(uses[name])}",
                 key="merge.no-effect",
             )

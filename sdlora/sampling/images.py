@@ -16,7 +16,7 @@ from sdlora.errors import ConfigError
 from sdlora.writing import check_writable, next_free_folder, write_file
 
 FLAGGED = "withheld by the safety checker"
-NOT_FINITE = "not finite; try less strength or guidance"
+NOT_FINITE = "not finite; try a lower strength or guidance"
 BLANKS = ("", FLAGGED, NOT_FINITE)
 """Reasons for a blank image; empty for an image."""
 
@@ -117,7 +117,7 @@ def choose_folder(out: str | Path | None, name: str) -> Path:
     """
     folder = Path(out) if out is not None else next_free_folder(Path("samples") / name)
     if (folder / "grid.png").exists():
-        raise ConfigError(f"--out {folder} already holds a grid; give another folder")
+        raise ConfigError(f"--out {folder} already contains a grid; use another folder")
     check_writable(folder)
     return folder
 

@@ -40,10 +40,10 @@ def make_scheduler(info: BaseInfo, name: str | None = None) -> Any:
         remedy = f"did you mean {guess[0]}?" if guess else "use DDIMScheduler or EulerDiscreteScheduler"
         if name is None:
             raise ConfigError(
-                f"the base {info.name} names the scheduler {shorten(wanted)}, with which sdlora cannot "
-                "sample; set sample.scheduler, such as DDIMScheduler"
+                f"the base {info.name} names the scheduler {shorten(wanted)}, which sdlora does not "
+                "support; set sample.scheduler, such as DDIMScheduler"
             )
-        raise ConfigError(f"sample.scheduler = {wanted!r} is no scheduler that fits this base; {remedy}")
+        raise ConfigError(f"sample.scheduler = {wanted!r} is not a scheduler for this base; {remedy}")
     try:
         with quiet():
             return getattr(schedulers, entry).from_config(dict(info.scheduler_config))
@@ -64,17 +64,17 @@ def check_prompts(prompts: Sequence[str]) -> None:
     Raises:
         ConfigError: With one line for each prompt that is empty or has a placeholder left in it (R-30).
     """
-    problems = [] if prompts else ["sample.prompts is empty; give at least one prompt"]
+    problems = [] if prompts else ["sample.prompts is empty; set at least one prompt"]
     for prompt in prompts:
         left = PLACEHOLDER.search(prompt)
         if not prompt.strip():
-            problems.append("sample.prompts holds an empty prompt; write what the image should show")
+            problems.append("sample.prompts has an empty prompt; describe what the image should show")
         elif left and left.group() == "{trigger}":
             problems.append(
                 f"prompt {prompt!r} has {{trigger}} in it but no trigger is set; set data.trigger"
             )
         elif left:
-            problems.append(f"prompt {prompt!r} has the placeholder {left.group()} left in it; replace it")
+            problems.append(f"prompt {prompt!r} contains the placeholder {left.group()}; replace it")
     if problems:
         raise ConfigError(*problems)
 

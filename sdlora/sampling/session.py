@@ -73,7 +73,7 @@ class SamplePlan:
         config = self.config
         if not config.sample.prompts:
             raise ConfigError(
-                "there is no prompt; give --prompt TEXT, or a run folder with prompts",
+                "no prompt; pass --prompt TEXT, or a run folder with prompts",
                 key="sample.prompts",
             )
         info = inspect_base(config.base, config.objective)

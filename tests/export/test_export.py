@@ -217,7 +217,7 @@ def test_bad_places_and_sources(tmp_path, make_adapter):
     with pytest.raises(AdapterError, match=r"must end in .safetensors"):
         export_adapter(make_adapter(), tmp_path / "x.ckpt")
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(AdapterError, match="cannot be written") as caught:
+    with pytest.raises(AdapterError, match="cannot write") as caught:
         export_adapter(make_adapter(), tmp_path / "file" / "x.safetensors")
     assert caught.value.exit_code == 2
     with raises(AdapterError, "lora.missing"):
@@ -230,7 +230,7 @@ def test_a_file_is_never_exported_onto_itself(tmp_path, make_adapter):
     source = export_adapter(make_adapter(), tmp_path / "x.safetensors", precision="fp32").path
     before = source.read_bytes()
     (tmp_path / "link.safetensors").symlink_to(source)
-    with pytest.raises(AdapterError, match="is the file that is read; give another name"):
+    with pytest.raises(AdapterError, match="is the input file"):
         export(source, tmp_path / "link.safetensors", dialect="kohya")
     assert source.read_bytes() == before
 

@@ -251,7 +251,7 @@ def test_a_module_that_is_there_twice_is_refused(make_file_adapter):
         **write("kohya, diffusers names", adapter, "sdxl"),
     }
     with pytest.raises(
-        AdapterError, match=r"holds down_blocks.* twice, the second time as lora_unet_down_blocks"
+        AdapterError, match=r"has down_blocks.* twice, the second time as lora_unet_down_blocks"
     ):
         state_to_adapter(state)
 
@@ -278,11 +278,11 @@ def test_family_by_metadata(make_file_adapter, metadata, family):
     [
         (
             {"init_lora_weights": "pissa_niter_16"},
-            "initialised with pissa_niter_16, which changes the base too",
+            "initialized with pissa_niter_16",
         ),
-        ({"init_lora_weights": "loftq"}, "initialised with loftq"),
+        ({"init_lora_weights": "loftq"}, "initialized with loftq"),
         ({"use_dora": True}, "is a DoRA without the magnitudes"),
-        ({"peft_type": "LOHA"}, "is a LOHA; sdlora reads plain LoRA files only"),
+        ({"peft_type": "LOHA"}, "is a LOHA; sdlora supports"),
     ],
 )
 def test_adapters_that_are_no_plain_lora_are_named(make_file_adapter, tmp_path, config, message):

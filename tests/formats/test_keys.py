@@ -113,11 +113,11 @@ def test_keys_of_all_dialects(key, module, part):
     [
         (
             ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.encoder.conv_in.weight"],
-            "whole base",
+            "base model",
         ),
         (["encoder.conv_in.weight", "decoder.conv_in.weight", "quant_conv.weight"], "is a VAE"),
-        (["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"], "whole UNet"),
-        (["down_blocks.0.attn1.to_q.down", "down_blocks.0.attn1.to_q.up"], "is in a checkpoint, for `sdlora"),
+        (["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"], "full UNet"),
+        (["down_blocks.0.attn1.to_q.down", "down_blocks.0.attn1.to_q.up"], "is part of a checkpoint"),
         (["text_model.encoder.layers.0.mlp.fc1.weight"], "text encoder"),
         (["control_model.input_blocks.0.0.weight"], "ControlNet"),
         (["emb_params"], "textual inversion"),
@@ -131,11 +131,11 @@ def test_keys_of_all_dialects(key, module, part):
         (["lora_unet_double_blocks_0_img_attn_proj.lora_down.weight"], "Flux or SD 3"),
         (
             ["lora_unet_x.lora_down.weight", "lora_te3_y.lora_down.weight"],
-            r"keys of a dialect that sdlora does not know, such as lora_te3_y.*; kohya's .* start with lora",
+            r"keys of an unknown dialect, such as lora_te3_y.*; kohya's .* start with lora",
         ),
-        (["lora_prior_unet_x.lora_down.weight"], r"does not know, such as lora_prior_unet_x"),
-        (["x.weight", "y.bias"], r"holds no LoRA \(its tensors are x.weight, y.bias"),
-        ([], "holds no tensors"),
+        (["lora_prior_unet_x.lora_down.weight"], r"unknown dialect, such as lora_prior_unet_x"),
+        (["x.weight", "y.bias"], r"is not a LoRA \(its tensors are x.weight, y.bias"),
+        ([], "has no tensors"),
     ],
 )
 def test_other_kinds_are_named(keys, message):

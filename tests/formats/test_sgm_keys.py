@@ -144,7 +144,7 @@ def test_an_upsampler_without_attention_is_read():
 def test_a_name_that_is_not_there_is_refused():
     """R-07: better an error than a file whose modules are lost."""
     for module in ("down_blocks.0.attentions.2.proj_in", "some.layer", "down_blocks.0.motion.0.proj_in"):
-        with pytest.raises(AdapterError, match=r"has no name in the kohya format for SDXL"):
+        with pytest.raises(AdapterError, match=r"has no name in kohya's format for SDXL"):
             module_to_sgm(module)
     with pytest.raises(AdapterError, match=r"\[1, 2, 2\] layers a block has no names"):
         layers_per_block({"sdlora.layers_per_block": "[1, 2, 2]"})

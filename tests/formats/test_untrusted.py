@@ -13,25 +13,26 @@ from safetensors.torch import load_file, save_file
 from sdlora.errors import AdapterError, unfit_letters
 from sdlora.formats.files import inspect_adapter, load_adapter, save_adapter
 from sdlora.lora.kinds import LowRank
+from tests.checks import raises
 
 
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"lora_A": ("F4", [4, 4], 8)}, r"holds unet.x.lora_A.weight as F4, which no LoRA uses"),
-        ({"lora_A": ("C64", [4, 4], 128)}, r"as C64, which no LoRA uses"),
-        ({"lora_A": ("BOOL", [4, 4], 16)}, r"as BOOL, which no LoRA uses"),
-        ({"lora_A": ("F32", [0, 4], 0), "lora_B": ("F32", [4, 0], 0)}, r"without values, of shape \(0, 4\)"),
-        ({"lora_A": ("F32", [2**60, 0], 0), "lora_B": ("F32", [0, 2**60], 0)}, r"without values"),
-        ({"lora_A": ("F32", [4], 16), "lora_B": ("F32", [4], 16)}, r"tensors that do not fit together"),
-        ({"lora_A": ("F32", [], 4), "lora_B": ("F32", [], 4)}, r"tensors that do not fit together"),
+        ({"lora_A": ("F4", [4, 4], 8)}, r"has unet.x.lora_A.weight in the unsupported dtype F4"),
+        ({"lora_A": ("C64", [4, 4], 128)}, r"unsupported dtype C64"),
+        ({"lora_A": ("BOOL", [4, 4], 16)}, r"unsupported dtype BOOL"),
+        ({"lora_A": ("F32", [0, 4], 0), "lora_B": ("F32", [4, 0], 0)}, r"empty tensor .* of shape \(0, 4\)"),
+        ({"lora_A": ("F32", [2**60, 0], 0), "lora_B": ("F32", [0, 2**60], 0)}, r"empty tensor"),
+        ({"lora_A": ("F32", [4], 16), "lora_B": ("F32", [4], 16)}, r"tensors of incompatible shapes"),
+        ({"lora_A": ("F32", [], 4), "lora_B": ("F32", [], 4)}, r"tensors of incompatible shapes"),
         (
             {"lora_A": ("F32", [2, 3], 24), "lora_B": ("F32", [3, 4], 48)},
-            r"tensors that do not fit together",
+            r"tensors of incompatible shapes",
         ),
         (
             {"lora_A": ("F32", [2, 3, 1, 1], 24), "lora_B": ("F32", [3, 2, 2, 1], 48)},
-            r"tensors that do not fit together",
+            r"tensors of incompatible shapes",
         ),
     ],
 )
@@ -57,7 +58,7 @@ def test_a_file_larger_than_any_lora(tmp_path):
     with (tmp_path / "x.safetensors").open("wb") as handle:
         handle.write(len(raw).to_bytes(8, "little") + raw)
         handle.truncate(8 + len(raw) + size)
-    with pytest.raises(AdapterError, match=r"x.safetensors has 1099\.5 GB, which no LoRA has"):
+    with pytest.raises(AdapterError, match=r"x.safetensors has 1099\.5 GB"):
         load_adapter(tmp_path / "x.safetensors")
 
 
@@ -65,7 +66,7 @@ def test_a_file_larger_than_any_lora(tmp_path):
 def test_a_pipe_is_not_waited_for(tmp_path):
     """R-25: a pipe or a device under a LoRA's name is refused at once."""
     os.mkfifo(tmp_path / "x.safetensors")
-    with pytest.raises(AdapterError, match="is a pipe or a device, not a file"):
+    with raises(AdapterError, "file.irregular"):
         load_adapter(tmp_path / "x.safetensors")
 
 
@@ -93,14 +94,14 @@ def write_lora(path, metadata, **more):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("{oops", "holds lora_adapter_metadata that is not JSON"),
-        ("[" * 100_000, "holds lora_adapter_metadata that is nested too deeply"),
-        ("[1]", "holds lora_adapter_metadata that is no JSON object"),
-        ('{"unet.lora_alpha": "many"}', "holds a lora_alpha of 'many', which is no number"),
-        ('{"unet.lora_alpha": 1e999}', "holds a lora_alpha of inf, which is no number"),
-        ('{"unet.lora_alpha": %s}' % ("9" * 400), "holds a lora_alpha of 999"),
-        ('{"unet.lora_alpha": true}', "holds a lora_alpha of True"),
-        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": [1]}', "holds an alpha_pattern that is no table"),
+        ("{oops", "has lora_adapter_metadata that is not JSON"),
+        ("[" * 100_000, "has lora_adapter_metadata that is nested too deeply"),
+        ("[1]", "has lora_adapter_metadata that is not a JSON object"),
+        ('{"unet.lora_alpha": "many"}', "has a lora_alpha of 'many'"),
+        ('{"unet.lora_alpha": 1e999}', "has a lora_alpha of inf"),
+        ('{"unet.lora_alpha": %s}' % ("9" * 400), "has a lora_alpha of 999"),
+        ('{"unet.lora_alpha": true}', "has a lora_alpha of True"),
+        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": [1]}', "has an alpha_pattern that is not a table"),
         ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+$": 1}}', r"a regular expression, \(a\+\)\+\$"),
         ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"[": 1}}', r"a regular expression, \["),
     ],
@@ -139,7 +140,7 @@ def test_alphas_that_are_no_number(tmp_path, alpha):
     """R-25: an alpha of several values, or none that can be counted with."""
     path = write_lora(tmp_path / "x.safetensors", {}, alpha=alpha)
     for read in (load_adapter, inspect_adapter):
-        with pytest.raises(AdapterError, match=r"holds an alpha of .* that is no number"):
+        with pytest.raises(AdapterError, match=r"has an alpha of .* that is not a number"):
             read(path)
 
 
@@ -153,7 +154,7 @@ def test_padded_ranks_that_are_none(tmp_path, mixed_adapter, value):
     if value.startswith('{"'):
         assert load_adapter(tmp_path / "y.safetensors").rank == 6
     else:
-        with pytest.raises(AdapterError, match=r"holds sdlora\.ranks that is no"):
+        with pytest.raises(AdapterError, match=r"has sdlora\.ranks that is no"):
             load_adapter(tmp_path / "y.safetensors")
 
 
@@ -170,7 +171,7 @@ def test_a_peft_configuration_that_cannot_be_read(tmp_path):
     write_lora(tmp_path / "adapter_model.safetensors", {})
     config = tmp_path / "adapter_config.json"
     config.write_bytes(b"\xff\xfe")
-    with pytest.raises(AdapterError, match=r"adapter_config\.json cannot be read"):
+    with pytest.raises(AdapterError, match=r"cannot read .*adapter_config\.json"):
         load_adapter(tmp_path)
     with config.open("wb") as file:
         file.truncate(10**9)
@@ -182,7 +183,7 @@ def test_a_rank_that_would_fill_the_disk(tmp_path, make_adapter, unet):
     """R-02: one module of an absurd rank is not padded into all others."""
     adapter = make_adapter(unet)
     adapter.modules[next(iter(adapter.modules))] = LowRank(torch.ones(10**7, 1), torch.ones(1, 10**7))
-    with pytest.raises(AdapterError, match="a file of many gigabytes; use --format diffusers"):
+    with pytest.raises(AdapterError, match="many gigabytes; use --format diffusers"):
         save_adapter(tmp_path / "x.safetensors", adapter, dialect="kohya")
 
 

@@ -282,15 +282,11 @@ def test_damaged_tensors_are_named(unet, make_adapter):
     """R-25 R-01: half pairs, foreign tensors and pairs that do not fit are errors that name them."""
     state = adapter_to_kohya(make_adapter(unet))
     first = next(key for key in state if key.endswith("lora_up.weight"))
-    with pytest.raises(
-        AdapterError, match=r"lacks the other half of modules, 1 of \d+: down_blocks.0.*; get the file again"
-    ):
+    with pytest.raises(AdapterError, match=r"incomplete modules, 1 of \d+: down_blocks.0"):
         state_to_adapter({key: tensor for key, tensor in state.items() if key != first})
-    with pytest.raises(
-        AdapterError, match=r"no part of a LoRA that sdlora knows, 1 of \d+: bogus.weight; export it again"
-    ):
+    with pytest.raises(AdapterError, match=r"unknown tensors, 1 of \d+: bogus.weight"):
         state_to_adapter({**state, "bogus.weight": torch.ones(1)})
-    with pytest.raises(AdapterError, match=r"do not fit together: down_blocks.0"):
+    with pytest.raises(AdapterError, match=r"incompatible shapes: down_blocks.0"):
         state_to_adapter({**state, first: torch.ones(32, 3)})
 
 

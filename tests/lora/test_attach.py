@@ -73,7 +73,7 @@ def test_hundreds_of_wrong_targets(unet):
 def test_style_only_needs_sdxl(unet, sd15):
     """The block that B-LoRA trains is not in SD 1.x: refused for what it is."""
     for model in (unet, sd15):
-        with pytest.raises(ConfigError, match=r"'style-only' needs SDXL's style block up_blocks.0"):
+        with pytest.raises(ConfigError, match=r"'style-only' needs SDXL's style block, up_blocks.0"):
             match_targets(model, ["style-only"])
 
 
@@ -175,7 +175,7 @@ def test_other_modules_do_not_fit(unet, make_adapter):
     adapter.modules = {
         name.replace("down_blocks.0", "down_blocks.7"): pair for name, pair in adapter.modules.items()
     }
-    with pytest.raises(AdapterError, match=r"8 of its 32 modules are not there, such as down_blocks.7"):
+    with pytest.raises(AdapterError, match=r"8 of its 32 modules do not exist there, such as down_blocks.7"):
         mount(unet, [(adapter, 1.0)])
     with pytest.raises(AdapterError, match="are not in this base"):
         attach(unet, ["no.such.module"])
@@ -184,7 +184,7 @@ def test_other_modules_do_not_fit(unet, make_adapter):
 def test_text_encoder_modules_are_not_dropped_silently(unet, components, make_adapter):
     """R-34: an adapter for text encoders is refused where it could only be half used; nothing is mounted."""
     adapter = make_adapter(components, targets=["attention", "text_mlp"])
-    with pytest.raises(AdapterError, match=r"changes 4 modules of text_encoder, but .* the unet alone"):
+    with pytest.raises(AdapterError, match=r"changes 4 modules of text_encoder, but only the unet"):
         mount(unet, [(adapter, 1.0)])
     del components["text_encoder_2"]
     with pytest.raises(AdapterError, match="changes 4 modules of text_encoder_2, but"):

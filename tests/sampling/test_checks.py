@@ -26,9 +26,9 @@ PROMPTS = ["a tractor"]
     ("prompts", "message"),
     [
         ([], "sample.prompts is empty"),
-        (["a cat", "  "], "holds an empty prompt"),
+        (["a cat", "  "], "has an empty prompt"),
         (["a cat, {trigger}"], r"has \{trigger\} in it but no trigger is set"),
-        (["a {animal}"], r"has the placeholder \{animal\} left in it"),
+        (["a {animal}"], r"contains the placeholder \{animal\}"),
     ],
 )
 def test_bad_prompts(base: StableDiffusion, prompts: list[str], message: str) -> None:
@@ -52,9 +52,9 @@ def test_good_prompts_pass() -> None:
         (SampleSettings(steps=5000), r"sample.steps = 5000 must be 1 to 1000"),
         (
             SampleSettings(scheduler="DDIMSchedular"),
-            r"'DDIMSchedular' is no scheduler .* did you mean DDIMScheduler\?",
+            r"'DDIMSchedular' is not a scheduler .* did you mean DDIMScheduler\?",
         ),
-        (SampleSettings(scheduler="FlowMatchEulerDiscreteScheduler"), "is no scheduler that fits"),
+        (SampleSettings(scheduler="FlowMatchEulerDiscreteScheduler"), "is not a scheduler for"),
     ],
 )
 def test_bad_settings(base: StableDiffusion, settings: SampleSettings, message: str) -> None:

@@ -68,6 +68,6 @@ def test_layers_that_the_file_has_fused(tiny_bases: Mapping[str, Any], tmp_path:
     assert float((weights[0][key] - weights[1][key]).abs().max()) > 1e-3
     adapter = make(load(tiny_bases["sd2"].folder), ["text_attention"])
     with pytest.raises(
-        AdapterError, match=r"are fused with others in .*; give the base as a diffusers folder"
+        AdapterError, match=r"are fused with others in .*; use the base as a diffusers folder"
     ):
         merge_into_base([(adapter, 1.0)], tiny_bases["sd2"].file, tmp_path / "other.safetensors")

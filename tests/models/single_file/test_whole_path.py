@@ -152,7 +152,7 @@ def test_another_family_is_refused(
             with pytest.raises(AdapterError) as caught:
                 sdlora.sample(file, base=base, prompts=["a cat"], out=tmp_path / "grid")
             assert f"is for family {trained_on}" in str(caught.value)
-            assert f"base tiny-{other} is {other}; give a base of family {trained_on}" in str(caught.value)
+            assert f"base tiny-{other} is {other}; pass a base of family {trained_on}" in str(caught.value)
         with pytest.raises(AdapterError, match=rf"^lora\.init_from = .* is for family {trained_on}"):
             sdlora.train(
                 make_images(f"for-{other}", sizes=((32, 32),) * 2),
@@ -175,7 +175,7 @@ def test_a_base_is_no_lora_and_a_lora_no_base(
     """R-25, R-40: each is named for what it is, wherever it was given."""
     base, lora = tiny_bases["sdxl"].file, runs["sdxl"].file.adapter
     for read in (inspect_adapter, load_adapter):
-        with pytest.raises(AdapterError, match="is a whole base, not a LoRA"):
+        with pytest.raises(AdapterError, match="is a base model, not a LoRA"):
             read(base)
     with pytest.raises(AdapterError, match="is a base, not a LoRA"):
         load_adapter(tiny_bases["sdxl"].folder)
@@ -184,7 +184,7 @@ def test_a_base_is_no_lora_and_a_lora_no_base(
     images = make_images(sizes=((32, 32),) * 2)
     with pytest.raises(sdlora.errors.ModelError, match="is a LoRA file, not a base"):
         sdlora.train(images, base=str(lora), out=tmp_path / "run", quiet=True)
-    with pytest.raises(AdapterError, match=r"^lora\.init_from: .* is a whole base, not a LoRA"):
+    with pytest.raises(AdapterError, match=r"^lora\.init_from: .* is a base model, not a LoRA"):
         sdlora.train(
             images,
             base=str(base),
