@@ -147,6 +147,7 @@ class Health:
             self.warn(f"step {result.step} is an outlier: {', '.join(outliers)}", images=result.images)
         if self._initial is not None:
             self._check_first_update(result, self._initial)
+        self._keep_initial_values()
 
     def _check_counters(self, result: StepResult) -> None:
         if self.counters.zeros_in_row >= MAX_ZERO_LOSSES:
@@ -190,7 +191,6 @@ class Health:
             excused = check_dead_modules(dead, self._has_single_token(result.step))
             if excused:
                 self.warn(f"{len(excused)} modules cannot learn: self-attention over a single token")
-        self._keep_initial_values()
 
     def _has_single_token(self, step: int) -> bool:
         """Whether the coarsest level of the base sees the images of a step as a single position."""

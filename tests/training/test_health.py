@@ -154,6 +154,18 @@ def test_the_first_update_is_proven_once(make_health):
     health.check(make_result(3, 0.5))
 
 
+def test_a_later_update_is_proven(make_health):
+    """R-09: where the first steps have no caption, the proof waits for the first one that has."""
+    health = make_health(make_adapter(a=0.0), proof_step=2)
+    health._has_single_token = lambda step: False
+    for step in (1, 2):
+        assert not health.is_proving
+        health.check(make_result(step, 0.5))
+    assert health.is_proving
+    with raises(TrainingDiverged, "dead-modules", shows=": a;"):
+        health.check(make_result(3, 0.5))
+
+
 def test_a_single_token_is_excused():
     """R-09: queries and keys of self-attention over one token cannot learn; all else must."""
     names = ["mid.attn1.to_q", "mid.attn1.to_k"]
