@@ -106,8 +106,8 @@ def merge_into_base(
 
     if dtype is not None:
         dtype = export_settings("diffusers", dtype).precision
+    from sdlora.dtypes import DTYPES
     from sdlora.export.merge_into_base import merge_into_base as write
-    from sdlora.models.dtypes import DTYPES
     from sdlora.report.terminal import Terminal
     from sdlora.sampling.session import base_of
     from sdlora.tree.lineage import load_path

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sdlora.dtypes import DTYPES
 from sdlora.errors import ConfigError, RunError
 from sdlora.evaluation.bench import Bench, open_bench
 from sdlora.evaluation.evaluate import image_distances, mean_distance
 from sdlora.export.export import export_adapter
-from sdlora.formats.write import Precision
 from sdlora.lora.adapter import Adapter
 from sdlora.rank.resize import resize
 from sdlora.rank.spectrum import Spectrum, spectrum
@@ -21,7 +21,6 @@ from sdlora.runs import RunFolder
 from sdlora.writing import write_json
 
 MAX_PICTURES = 8
-_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def advise_rank(
     candidates = [
         Candidate(
             rank=rank,
-            megabytes=adapter.num_parameters * _BYTES[bench.config.export.precision] / 1e6,
+            megabytes=adapter.num_parameters * DTYPES[bench.config.export.precision].itemsize / 1e6,
             energy=1 - found.error(_ranks(found, rank)) ** 2,
             loss=losses[rank],
             kept=(without - losses[rank]) / learned,

@@ -17,13 +17,13 @@ from sdlora.data.records import ImageRecord, Size
 from sdlora.data.scan import read_dataset
 from sdlora.data.tensors import crop_to_time_ids, image_to_tensor
 from sdlora.diffusion.schedule import schedule_from_config
+from sdlora.dtypes import DTYPES
 from sdlora.errors import RunError
 from sdlora.evaluation.heldout import HeldoutItem, HeldoutLoss, heldout_loss
 from sdlora.formats.files import load_adapter
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mounted
 from sdlora.models.base import Base, Condition
-from sdlora.models.dtypes import DTYPES
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
 from sdlora.runs import RunFolder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -10,14 +9,14 @@ import torch
 from torch import Tensor
 
 from sdlora.config import BaseSection
+from sdlora.dtypes import STORED
 from sdlora.errors import ModelError
+from sdlora.formats.container import header_bytes
 from sdlora.lora.modules import DENOISER, component_of, module_name
 from sdlora.models.components import Component, read_header
 from sdlora.models.info import inspect_base
-from sdlora.models.weights import DTYPES, denoiser_names, read_stored
+from sdlora.models.weights import denoiser_names, read_stored
 from sdlora.writing import write_file
-
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def stored_weights(part: Component) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -69,26 +68,21 @@ def rewrite(
         ModelError: If values that were finite would not be.
     """
     headers = [(file, read_header(file)) for file in files]
-    table: dict[str, object] = {"__metadata__": {**headers[0][1].metadata, "format": "pt"}}
     kinds: dict[str, torch.dtype] = {}
-    offset = 0
+    shapes: dict[str, Sequence[int]] = {}
     for _, header in headers:
         for stored in sorted(header.spans, key=lambda name: header.spans[name]):
-            own = DTYPES[header.dtypes[stored]]
+            own = STORED[header.dtypes[stored]]
             kinds[stored] = dtype if dtype is not None and own.is_floating_point else own
-            size = kinds[stored].itemsize * torch.Size(header.shapes[stored]).numel()
-            table[stored] = {
-                "dtype": NAMES[kinds[stored]],
-                "shape": list(header.shapes[stored]),
-                "data_offsets": [offset, offset + size],
-            }
-            offset += size
-    raw = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    raw += b" " * (-len(raw) % 8)
+            shapes[stored] = header.shapes[stored]
+    start = header_bytes(
+        ((stored, kinds[stored], shape) for stored, shape in shapes.items()),
+        {**headers[0][1].metadata, "format": "pt"},
+    )
 
     def write(path: Path) -> None:
         with path.open("wb") as handle:
-            handle.write(len(raw).to_bytes(8, "little") + raw)
+            handle.write(start)
             for file, header in headers:
                 with file.open("rb") as source:
                     for stored in sorted(header.spans, key=lambda name: header.spans[name]):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sdlora.dtypes import STORED, STORED_NAMES
 from sdlora.errors import AdapterError
 from sdlora.reading import PICKLES, Header, UnfitFileError, read_header
 
 MAX_BYTES = 16 * 10**9
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-}
-_READABLE = frozenset(_NAMES.values()) | {"F8_E4M3", "F8_E5M2", "I16", "I8", "U8"}
+_READABLE = STORED.keys() - {"BOOL"}
 
 
 def read_lora_header(path: Path) -> Header:
@@ -93,22 +87,29 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         handle.writelines(_tensor_bytes(tensors[name]) for name in _in_order(tensors))
 
 
-def _header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The start of a safetensors file, its length included."""
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+def header_bytes(
+    tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+) -> bytes:
+    """The start of a safetensors file, its length included.
+
+    Args:
+        tensors: Name, dtype and shape, in the order of their bytes.
+        metadata: Written in this order.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
-    for name in _in_order(tensors):
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
+    for name, dtype, shape in tensors:
+        end = offset + dtype.itemsize * prod(shape)
+        header[name] = {"dtype": STORED_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
     return len(raw).to_bytes(8, "little") + raw
+
+
+def _header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    listed = ((name, tensors[name].dtype, tensors[name].shape) for name in _in_order(tensors))
+    return header_bytes(listed, dict(sorted(metadata.items())))
 
 
 def _legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sdlora.dtypes import DTYPES
 from sdlora.errors import AdapterError, ConfigError, join_names
 from sdlora.formats.keys import SUFFIXES, clean_module, module_to_kohya
 from sdlora.formats.sgm_keys import layers_per_block
@@ -24,7 +25,6 @@ from sdlora.lora.kinds import AdapterModule
 from sdlora.lora.modules import LAYERS_PER_BLOCK, TEXT_ENCODERS, component_of
 
 Precision = Literal["fp32", "bf16", "fp16"]
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # bf16 keeps 8 bits, so two rounded factors are always some 2e-3 off: who asks for it accepts that, but
 # not more. fp16 is only this far off where its smallest numbers run out.

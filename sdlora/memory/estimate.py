@@ -12,10 +12,10 @@ from torch import nn
 
 from sdlora.config import Quantize, RunConfig, TrainSection
 from sdlora.data.records import Size
+from sdlora.dtypes import Precision
 from sdlora.lora.attach import count_parameters
 from sdlora.lora.modules import DENOISER
 from sdlora.memory.activations import DenoiserPass, denoiser_peak, text_peak, vae_peaks
-from sdlora.models.dtypes import Precision
 from sdlora.models.info import BaseInfo
 from sdlora.models.load import vae_dtype
 from sdlora.models.quantize import LayerBytes, bytes_by_kind

@@ -18,25 +18,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
 from sdlora.config import Quantize
+from sdlora.dtypes import STORED
 from sdlora.errors import ModelError
 from sdlora.models.components import Component, read_header
 from sdlora.models.quantize import quantize_layer
 from sdlora.reading import Header
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -65,7 +52,7 @@ def read_stored(handle: BinaryIO, header: Header, stored: str) -> Tensor:
     handle.seek(start)
     content = torch.empty(size, dtype=torch.uint8)
     handle.readinto(content.numpy().data)  # type: ignore[attr-defined]
-    return content.view(DTYPES[header.dtypes[stored]]).reshape(header.shapes[stored])
+    return content.view(STORED[header.dtypes[stored]]).reshape(header.shapes[stored])
 
 
 def fill(

@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from sdlora.dtypes import DTYPES
 from sdlora.errors import AdapterError, ConfigError
 from sdlora.formats.keys import Dialect
 from sdlora.lora.adapter import Adapter, low_rank_modules
 from sdlora.rank.spectrum import Spectrum, spectrum
 from sdlora.rank.svd import decompose
-
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def resize(
     values = spectrum(adapter)
     if rule == "size_mb":
         budget = value * 1e6 - _header_bytes(adapter)
-        ranks = _ranks_for_size(adapter, values, budget / _BYTES[precision], dialect)
+        ranks = _ranks_for_size(adapter, values, budget / DTYPES[precision].itemsize, dialect)
     else:
         ranks = _ranks_by_rule(values, rule, value, base_norms)
     if not any(ranks.values()):

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from sdlora.config import RunConfig, load_config
+from sdlora.dtypes import DTYPES, has_bf16
 from sdlora.errors import ConfigError
 from sdlora.formats.files import load_adapter, resolve_adapter
 from sdlora.lora.adapter import Adapter, check_base
 from sdlora.lora.attach import check_fit
-from sdlora.models.dtypes import DTYPES, has_bf16
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base
 from sdlora.models.meta import empty_components

@@ -18,9 +18,9 @@ from accelerate.utils import LoggerType
 from accelerate.utils.memory import should_reduce_batch_size
 
 from sdlora.config import RunConfig
+from sdlora.dtypes import DTYPES, Precision, has_bf16
 from sdlora.errors import ConfigError, first_line
 from sdlora.memory.estimate import Machine, free_bytes
-from sdlora.models.dtypes import DTYPES, Precision, has_bf16
 from sdlora.training.distributed import (
     all_gather,
     check_launcher,

@@ -15,11 +15,11 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from sdlora.data.batches import Sample
+from sdlora.dtypes import Precision
 from sdlora.errors import AdapterError, RunStopped
 from sdlora.evaluation.heldout import HeldoutLoss, heldout_loss
 from sdlora.export.export import export_adapter
 from sdlora.export.metadata import run_metadata
-from sdlora.models.dtypes import Precision
 from sdlora.report.summary import describe_step
 from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder

@@ -15,12 +15,12 @@ from sdlora.data.buckets import Crop
 from sdlora.data.cache import TensorCache, cache_folder
 from sdlora.data.records import ImageRecord
 from sdlora.diffusion.objective import Objective
+from sdlora.dtypes import Precision
 from sdlora.evaluation.heldout import HeldoutItem, recognise_prediction
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mount
 from sdlora.lora.layers import Dropout
 from sdlora.models.base import Base, Condition
-from sdlora.models.dtypes import Precision
 from sdlora.models.load import load_base
 from sdlora.report.terminal import Terminal
 from sdlora.training.adapter import make_adapter, text_digest

@@ -11,8 +11,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from sdlora.config import RunConfig, load_config
+from sdlora.dtypes import Precision
 from sdlora.errors import ConfigError, RunError
-from sdlora.models.dtypes import Precision
 from sdlora.runs import RunFolder
 from sdlora.training.device import package_versions
 from sdlora.training.distributed import all_gather

@@ -17,9 +17,9 @@ from torch import Tensor
 from sdlora.config import TrainSection
 from sdlora.data.batches import Sample, split_micro_batches
 from sdlora.diffusion.objective import denoising_loss, draw
+from sdlora.dtypes import Precision
 from sdlora.lora.adapter import NormReport, limit_norms
 from sdlora.models.base import Condition
-from sdlora.models.dtypes import Precision
 from sdlora.seeds import derive_seed
 from sdlora.training.distributed import all_reduce_sum
 from sdlora.training.optimizer import build_optimizer, group_parameters

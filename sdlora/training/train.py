@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from sdlora.config import RunConfig, load_config
+from sdlora.dtypes import Precision
 from sdlora.errors import ConfigError
 from sdlora.lora.modules import DENOISER
-from sdlora.models.dtypes import Precision
 from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder
 from sdlora.training.checkpoint import newest_complete_step, read_state

@@ -16,12 +16,12 @@ from torch import nn
 
 from sdlora.config import BaseSection, load_config
 from sdlora.data.records import Size
+from sdlora.dtypes import Precision
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_modules, match_targets, mount
 from sdlora.memory.activations import META, DenoiserPass, denoiser_peak, peak_bytes, vae_peaks
 from sdlora.memory.estimate import Machine, Workload, as_size, estimate_memory, plan_memory
 from sdlora.models.components import Component
-from sdlora.models.dtypes import Precision
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
 from sdlora.models.meta import empty_components, empty_model

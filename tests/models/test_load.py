@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from sdlora.config import BaseSection
+from sdlora.dtypes import DTYPES
 from sdlora.errors import ModelError
 from sdlora.models import load
-from sdlora.models.dtypes import DTYPES
 from sdlora.models.hub import BUILTIN
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base, load_component, load_stock_pipeline, vae_dtype

@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from sdlora.dtypes import STORED
 from sdlora.errors import ModelError
 from sdlora.models.components import Component
 from sdlora.models.info import BaseInfo
 from sdlora.models.load import load_denoiser, load_stock_pipeline
 from sdlora.models.quantize import Int8, QuantizedLinear, quantize
-from sdlora.models.weights import DTYPES, fill, read_tensors
+from sdlora.models.weights import fill, read_tensors
 
 
 def part_of(*files: Path) -> Component:
@@ -61,7 +62,7 @@ def test_layers_are_quantised_from_the_file_s_precision(info: BaseInfo, scheme: 
 
 def test_every_dtype_of_the_format_is_read(tmp_path: Path) -> None:
     """R-25: values, shapes, numbers alone and empty tensors, of two files, in the order of the bytes."""
-    tensors = {name: torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in DTYPES.items()}
+    tensors = {name: torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in STORED.items()}
     tensors |= {"number": torch.tensor(3.5), "empty": torch.empty(0, 4)}
     save_file(dict(list(tensors.items())[:7]), tmp_path / "a.safetensors")
     save_file(dict(list(tensors.items())[7:]), tmp_path / "b.safetensors")

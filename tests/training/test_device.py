@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sdlora.config import load_config
+from sdlora.dtypes import Precision, has_bf16
 from sdlora.errors import ConfigError
-from sdlora.models.dtypes import Precision, has_bf16
 from sdlora.training.device import choose_precision
 from tests.checks import raises
 

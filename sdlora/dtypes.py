@@ -1,10 +1,25 @@
-"""Precisions as the settings spell them."""
+"""Names of dtypes: as the settings spell them, and as safetensors headers do."""
 
 from dataclasses import dataclass
 
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STORED = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+STORED_NAMES = {dtype: name for name, dtype in STORED.items()}
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -26,10 +41,8 @@ class Precision:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """As torch names it."""
         return DTYPES[self.compute]
 
     @property
     def base_dtype(self) -> torch.dtype:
-        """As torch names it."""
         return DTYPES[self.base]
