@@ -25,14 +25,25 @@ def export(
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload a run's adapters and model card.")
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Load the file into a fresh diffusers pipeline and compare.")
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The base model, for --verify.", show_default="the one named in the file"),
+    ] = None,
 ) -> None:
     """Convert a LoRA to another dialect or precision, or upload it to the Hugging Face Hub."""
     from sdlora.cli.options import export_settings, note_newest
     from sdlora.errors import ConfigError
 
     settings = export_settings(format, precision)
-    if out is None and push_to_hub is None:
-        raise ConfigError("sdlora export requires --out FILE or --push-to-hub REPO", key="option--out")
+    if out is None and push_to_hub is None and not verify:
+        raise ConfigError(
+            "sdlora export requires --out FILE or --push-to-hub REPO, or --verify", key="option--out"
+        )
+    if base is not None and not verify:
+        raise ConfigError(f"--base {base} has no effect without --verify; remove it", key="option--base")
     note_newest(source)
     from sdlora.export.export import export as write
     from sdlora.export.export import push_run
@@ -41,6 +52,10 @@ def export(
         report = write(source, out, dialect=settings.formats[0], precision=settings.precision)
         for line in report.lines():
             typer.echo(line)
+    if verify:
+        from sdlora.export.postflight import verify_export
+
+        typer.echo(f"verified  {verify_export(source, out, base)}")
     if push_to_hub is not None:
         typer.echo(f"uploaded  {push_run(source, push_to_hub)}")
 

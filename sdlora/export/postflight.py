@@ -14,22 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdlora.config import load_config
 from sdlora.errors import AdapterError, first_line, join_names
 from sdlora.formats.container import read_lora_header
-from sdlora.formats.files import load_adapter
+from sdlora.formats.files import load_adapter, resolve_adapter
 from sdlora.formats.keys import dialect_of
 from sdlora.formats.read import state_to_adapter
 from sdlora.formats.write import fold
-from sdlora.lora.adapter import Adapter
+from sdlora.lora.adapter import Adapter, check_base
 from sdlora.lora.attach import mounted, unwrapped
 from sdlora.lora.kinds import AdapterModule
 from sdlora.lora.modules import DENOISER, Model, components, named_modules, replace_modules
-from sdlora.models.info import BaseInfo
+from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_component, load_denoiser, load_stock_pipeline
 from sdlora.models.quantize import CONV_SETTINGS
 from sdlora.models.quiet import without_bars
 from sdlora.models.stable_diffusion import pipeline_of, wrap_denoiser
 from sdlora.sampling.generate import preserve_state
+from sdlora.sampling.session import base_of, choose_device
 
 # Share of a module's change that may differ: rounding to fp16 loses at most 1e-3 of it, to bf16 8e-3.
 MODULE_TOLERANCE = 0.05
@@ -142,6 +144,27 @@ def verify(
     pipeline = load_stock_pipeline(info, dtype=dtype, only=[DENOISER, *adapter.components])
     fresh = {name: getattr(pipeline, name).to(device).eval() for name in adapter.components}
     return _check(pipeline, Path(path), adapter, fresh, outputs, info)
+
+
+def verify_export(
+    source: str | Path, file: str | Path | None = None, base: str | None = None
+) -> PostflightReport:
+    """Proves in a fresh pipeline, in fp32, that a file does what its source does.
+
+    Args:
+        source: A run folder or a LoRA file.
+        file: The file; by default the source itself.
+        base: The base; by default the run's, or the one named in the source.
+    """
+    found = resolve_adapter(source)
+    adapter = load_adapter(found.file)
+    if found.run and base is None:
+        settings = found.run.read_config().base
+    else:
+        settings = load_config(None, {"base.source": base or base_of(found.file, adapter.notes)}).base
+    info = inspect_base(settings)
+    check_base(adapter, family=info.family, name=info.name, source=str(found.file))
+    return verify(file or found.file, adapter, info, dtype=torch.float32, device=choose_device())
 
 
 def _measure(parts: Mapping[str, Any], adapter: Adapter, info: BaseInfo) -> _Outputs:

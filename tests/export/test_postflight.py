@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sdlora.export.postflight
+from sdlora import cli
 from sdlora.config import BaseSection
 from sdlora.errors import AdapterError
 from sdlora.export.export import export_adapter
@@ -310,3 +312,15 @@ def test_postflight_catches_damage_in_text_encoders(tmp_path, whole_base, lost):
         postflight([path], adapter, whole_base.components, whole_base.info)
     assert caught.value.exit_code == 1
     assert "the text_encoder's output" in str(caught.value)
+
+
+def test_verify_from_the_command_line(tmp_path, make_adapter, capsys, monkeypatch):
+    """R-01: `export --verify` proves the file that it writes, against the one that it reads."""
+    file = export_adapter(make_adapter(), tmp_path / "x.safetensors").path
+    out = tmp_path / "y.safetensors"
+    arguments = ["export", str(file), "--format", "kohya", "--out", str(out), "--verify", "--base", "builtin"]
+    monkeypatch.setattr(sys, "argv", ["sdlora", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0
+    assert "\nverified  y.safetensors " in capsys.readouterr().out
