@@ -27,13 +27,13 @@ FITS = 0.9
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Where a run shall be.
+class DeviceInfo:
+    """The device of a run.
 
     Args:
-        precision: Of the denoiser.
-        device: Of one process.
-        free_bytes: What that has left; None where nobody knows.
+        precision: Dtypes of the denoiser.
+        device: That of one process.
+        free_bytes: Its free memory; None where torch cannot tell.
     """
 
     precision: Precision
@@ -41,19 +41,19 @@ class Machine:
     free_bytes: int | None = None
 
 
-ANY_MACHINE = Machine(Precision("fp32", "fp32"), torch.device("cpu"))
+ANY_DEVICE = DeviceInfo(Precision("fp32", "fp32"), torch.device("cpu"))
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What a device has left; None where torch cannot tell."""
+    """Free memory of a device; None where torch cannot tell."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available) if device.type == "cpu" else None
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What a run puts on a device.
+class MemoryInputs:
+    """What the memory of a run depends on.
 
     Args:
         config: The settings, with every default resolved but `train.gradient_checkpointing`.
@@ -166,48 +166,48 @@ def as_size(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 0.5e9 else f"{num_bytes / 1e6:.0f} MB"
 
 
-def plan_memory(work: Workload, machine: Machine) -> tuple[Memory, str | None]:
+def plan_memory(inputs: MemoryInputs, device_info: DeviceInfo) -> tuple[Memory, str | None]:
     """Settles `train.gradient_checkpointing`: `auto` is on where the run would not fit without it.
 
     Returns:
         The estimate, and a warning if the run does not fit as it is.
     """
-    train, free = work.config.train, machine.free_bytes
-    memory = estimate_memory(work, machine, checkpointing=train.gradient_checkpointing is True)
+    train, free = inputs.config.train, device_info.free_bytes
+    memory = estimate_memory(inputs, device_info, checkpointing=train.gradient_checkpointing is True)
     if free is None:
         return memory, None
     if train.gradient_checkpointing == "auto" and memory.stages["training"] > FITS * free:
-        memory = estimate_memory(work, machine, checkpointing=True)
+        memory = estimate_memory(inputs, device_info, checkpointing=True)
     if memory.peak <= FITS * free:
         return memory, None
     remedies = {
         "train.gradient_checkpointing=true": not memory.checkpointing,
-        "base.quantize=int8": work.info.quantize == "none",
-        "base.quantize=nf4": work.info.quantize == "int8" and machine.device.type != "mps",
+        "base.quantize=int8": inputs.info.quantize == "none",
+        "base.quantize=nf4": inputs.info.quantize == "int8" and device_info.device.type != "mps",
         "train.batch_size=1 with train.accumulate": train.micro_batch > 1,
         "a smaller sample.batch_size": memory.peak == memory.stages.get("sampling"),
         "a smaller data.resolution": True,
     }
     advice = ", ".join(remedy for remedy, helps in remedies.items() if helps)
     return memory, (
-        f"the run needs about {as_size(memory.peak)} of memory, and the {machine.device.type} has "
+        f"the run needs about {as_size(memory.peak)} of memory, and the {device_info.device.type} has "
         f"{as_size(free)} left; what helps: {advice}"
     )
 
 
-def estimate_memory(work: Workload, machine: Machine, *, checkpointing: bool) -> Memory:
+def estimate_memory(inputs: MemoryInputs, device_info: DeviceInfo, *, checkpointing: bool) -> Memory:
     """Runs the networks of a run without numbers.
 
     What the driver, the allocator and Python itself take comes on top.
     """
-    config, info, precision = work.config, work.info, machine.precision
-    ranks = {name: rank for name, rank in work.ranks.items() if not name.startswith("text_encoder")}
-    texts = {name: rank for name, rank in work.ranks.items() if name not in ranks}
+    config, info, precision = inputs.config, inputs.info, device_info.precision
+    ranks = {name: rank for name, rank in inputs.ranks.items() if not name.startswith("text_encoder")}
+    texts = {name: rank for name, rank in inputs.ranks.items() if name not in ranks}
     learning = DenoiserPass(
         info=info,
         kind=config.lora.kind,
         ranks=tuple(ranks.items()),
-        latents=Size(work.size.width // info.vae_factor, work.size.height // info.vae_factor),
+        latents=Size(inputs.size.width // info.vae_factor, inputs.size.height // info.vae_factor),
         dtype=precision.base_dtype,
         batch_size=config.train.micro_batch,
         learns=True,
@@ -217,11 +217,11 @@ def estimate_memory(work: Workload, machine: Machine, *, checkpointing: bool) ->
     if precision.compute != precision.base:
         # Autocast keeps a copy of every weight until the backward pass.
         learn += info.num_parameters * precision.compute_dtype.itemsize
-    encoders = {name: part for name, part in work.parts.items() if name != DENOISER}
+    encoders = {name: part for name, part in inputs.parts.items() if name != DENOISER}
     learn += text_peak(encoders, texts, info.text_length, learning.batch_size, kind=config.lora.kind)
-    trained = count_parameters(work.parts, work.ranks, config.lora.kind)
-    vae = vae_dtype(info, precision.base_dtype, machine.device)
-    encode, decode = vae_peaks(info, work.size, vae)
+    trained = count_parameters(inputs.parts, inputs.ranks, config.lora.kind)
+    vae = vae_dtype(info, precision.base_dtype, device_info.device)
+    encode, decode = vae_peaks(info, inputs.size, vae)
     guided = 2 if (config.sample.guidance or 0) > 1 else 1
     sampling = replace(
         learning, learns=False, checkpointing=False, batch_size=guided * config.sample.batch_size
@@ -229,10 +229,10 @@ def estimate_memory(work: Workload, machine: Machine, *, checkpointing: bool) ->
     has_samples = bool(config.train.sample_every)
     no_cache = config.data.cache is False
     return Memory(
-        denoiser=bytes_by_kind(work.parts[DENOISER], precision.base_dtype, info.quantize),
+        denoiser=bytes_by_kind(inputs.parts[DENOISER], precision.base_dtype, info.quantize),
         vae=info.components["vae"].num_parameters * vae.itemsize,
         text_encoders=4 * sum(info.components[name].num_parameters for name in info.traits.text_encoders),
-        adapter=trained * (4 + _moment_bytes(config.train)) + 4 * work.num_frozen,
+        adapter=trained * (4 + _moment_bytes(config.train)) + 4 * inputs.num_frozen,
         encode=encode,
         learn=learn,
         sample=denoiser_peak(sampling) + 4 * trained if has_samples else 0,
@@ -240,7 +240,7 @@ def estimate_memory(work: Workload, machine: Machine, *, checkpointing: bool) ->
         prove=denoiser_peak(replace(sampling, batch_size=1)),
         checkpointing=checkpointing,
         staying=("vae",) * no_cache + ("text_encoders",) * (no_cache or bool(texts)),
-        shares=machine.device.type == "cpu",
+        shares=device_info.device.type == "cpu",
     )
 
 

@@ -20,7 +20,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from sdlora.config import RunConfig
 from sdlora.dtypes import DTYPES, Precision, has_bf16
 from sdlora.errors import ConfigError, first_line
-from sdlora.memory.estimate import Machine, free_bytes
+from sdlora.memory.estimate import DeviceInfo, free_bytes
 from sdlora.training.distributed import (
     all_gather,
     check_launcher,
@@ -180,9 +180,9 @@ def _version(package: str) -> str:
         return NOT_INSTALLED
 
 
-def find_machine(accelerator: Accelerator, precision: Precision) -> Machine:
+def find_device(accelerator: Accelerator, precision: Precision) -> DeviceInfo:
     """The device with the least free memory of all processes; processes share the memory of a CPU."""
     own = free_bytes(accelerator.device)
     least = min(all_gather(accelerator, -1 if own is None else own))
     share = accelerator.num_processes if accelerator.device.type == "cpu" else 1
-    return Machine(precision, accelerator.device, None if least < 0 else least // share)
+    return DeviceInfo(precision, accelerator.device, None if least < 0 else least // share)

@@ -95,7 +95,7 @@ def report_failed_start(plan: RunPlan, run: RunFolder) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise _failure(
             "out of memory while loading the base and encoding the images, which takes about "
-            f"{as_size(plan.memory.stages['encoding'])} of {plan.machine.device.type} memory; free some "
+            f"{as_size(plan.memory.stages['encoding'])} of {plan.device_info.device.type} memory; free some "
             f"and run `sdlora resume {run.path}`, or start a new run with base.quantize=int8 or a smaller "
             "data.resolution",
             key="out-of-memory",
@@ -130,8 +130,8 @@ def _explain(error: SdloraError | OSError | torch.OutOfMemoryError, trainer: Tra
     if isinstance(error, torch.OutOfMemoryError):
         images = count_of(trainer.plan.config.train.micro_batch, "image")
         return _failure(
-            f"out of memory in step {trainer.step + 1}, with {images} of up to {trainer.plan.work.size} at "
-            f"once; {OUT_OF_MEMORY_REMEDIES}; {hint}",
+            f"out of memory in step {trainer.step + 1}, with {images} of up to "
+            f"{trainer.plan.memory_inputs.size} at once; {OUT_OF_MEMORY_REMEDIES}; {hint}",
             key="out-of-memory",
         )
     if isinstance(error, ProcessLost):

@@ -19,7 +19,7 @@ from sdlora.lora.adapter import KINDS
 from sdlora.lora.attach import count_parameters, match_modules
 from sdlora.lora.layout import Layout, plan_layout
 from sdlora.lora.modules import DENOISER
-from sdlora.memory.estimate import ANY_MACHINE, Machine, Memory, Workload, plan_memory
+from sdlora.memory.estimate import ANY_DEVICE, DeviceInfo, Memory, MemoryInputs, plan_memory
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.meta import empty_components
 from sdlora.models.safety import missing_checker
@@ -42,8 +42,8 @@ class RunPlan:
         layout: The adapted modules, with their ranks and alphas.
         num_processes: Processes of the run.
         memory: Estimate of the device memory.
-        work: Inputs of the estimate.
-        machine: The device.
+        memory_inputs: Inputs of the estimate.
+        device_info: The device.
         findings: Warnings and notices of preflight; errors have stopped the run already.
         data_lines: Summary of the images.
         parents: What the new adapter stands on, the root first.
@@ -57,8 +57,8 @@ class RunPlan:
     layout: Layout
     num_processes: int
     memory: Memory
-    work: Workload
-    machine: Machine
+    memory_inputs: MemoryInputs
+    device_info: DeviceInfo
     findings: list[Finding]
     data_lines: list[str]
     parents: tuple[PathEntry, ...] = ()
@@ -121,18 +121,18 @@ class RunPlan:
     @cached_property
     def num_trainable(self) -> int:
         """Parameters of the adapter."""
-        return count_parameters(self.work.parts, self.layout.ranks, self.layout.kind)
+        return count_parameters(self.memory_inputs.parts, self.layout.ranks, self.layout.kind)
 
     @cached_property
     def num_padded(self) -> int:
         """Parameters with every module at the largest rank, as in kohya's format."""
         ranks = dict.fromkeys(self.layout.ranks, max(self.layout.ranks.values()))
-        return count_parameters(self.work.parts, ranks, self.layout.kind)
+        return count_parameters(self.memory_inputs.parts, ranks, self.layout.kind)
 
     @cached_property
     def num_base(self) -> int:
         """Parameters of the denoiser."""
-        return sum(parameter.numel() for parameter in self.work.parts[DENOISER].parameters())
+        return sum(parameter.numel() for parameter in self.memory_inputs.parts[DENOISER].parameters())
 
     @property
     def num_images(self) -> int:
@@ -206,13 +206,13 @@ class RunPlan:
         }
 
 
-def make_plan(config: RunConfig, num_processes: int = 1, machine: Machine = ANY_MACHINE) -> RunPlan:
+def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo = ANY_DEVICE) -> RunPlan:
     """Reads all images and captions and the base's configuration; loads no weights.
 
     Args:
         config: The settings.
         num_processes: Of the run.
-        machine: The device, for the estimate of memory.
+        device_info: The device, for the estimate of memory.
 
     Raises:
         SdloraError: If the images, the base or the settings cannot be used.
@@ -237,8 +237,8 @@ def make_plan(config: RunConfig, num_processes: int = 1, machine: Machine = ANY_
     check_optimizer(config.train, list(layout.ranks), KINDS[layout.kind].parts())
     largest = max((crops[0].size for crops in buckets.crops.values()), key=lambda size: size.area)
     num_frozen = sum(step.adapter.num_parameters for step in parents)
-    work = Workload(config, info, parts, layout.ranks, num_frozen, largest)
-    memory, problem = plan_memory(work, machine)
+    memory_inputs = MemoryInputs(config, info, parts, layout.ranks, num_frozen, largest)
+    memory, problem = plan_memory(memory_inputs, device_info)
     config = config.replace(train={"gradient_checkpointing": memory.checkpointing})
     if problem:
         findings.append(Finding("warning", problem))
@@ -259,8 +259,8 @@ def make_plan(config: RunConfig, num_processes: int = 1, machine: Machine = ANY_
         layout=layout,
         num_processes=num_processes,
         memory=memory,
-        work=replace(work, config=config),
-        machine=machine,
+        memory_inputs=replace(memory_inputs, config=config),
+        device_info=device_info,
         findings=findings,
         data_lines=checkup.summary,
         parents=parents,

@@ -18,7 +18,7 @@ from sdlora.lora.modules import DENOISER
 from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder
 from sdlora.training.checkpoint import newest_complete_step, read_state
-from sdlora.training.device import describe_environment, find_machine, make_accelerator
+from sdlora.training.device import describe_environment, find_device, make_accelerator
 from sdlora.training.distributed import (
     barrier,
     broadcast,
@@ -83,7 +83,7 @@ def train(
     accelerator, precision, terminal = _start(settings, quiet)
     with propagate_failure(accelerator):
         run = _choose_folder(images, out, accelerator)
-        plan = make_plan(settings, accelerator.num_processes, find_machine(accelerator, precision))
+        plan = make_plan(settings, accelerator.num_processes, find_device(accelerator, precision))
         print_plan(plan, terminal, is_default_base=base is None and settings.base.source == "builtin")
         check_same_plan(accelerator, plan)
         check_disk(plan, run.path)
@@ -145,7 +145,7 @@ def resume(
         if step:
             # The checkpoint contains what that file contributed; the file may be gone.
             changed = changed.replace(lora={"init_from": None})
-        plan = make_plan(changed, accelerator.num_processes, find_machine(accelerator, precision))
+        plan = make_plan(changed, accelerator.num_processes, find_device(accelerator, precision))
         check_same_plan(accelerator, plan)
         changes: list[Change] = []
         if step:

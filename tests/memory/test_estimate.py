@@ -20,7 +20,7 @@ from sdlora.dtypes import Precision
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_modules, match_targets, mount
 from sdlora.memory.activations import META, DenoiserPass, denoiser_peak, peak_bytes, vae_peaks
-from sdlora.memory.estimate import Machine, Workload, as_size, estimate_memory, plan_memory
+from sdlora.memory.estimate import DeviceInfo, MemoryInputs, as_size, estimate_memory, plan_memory
 from sdlora.models.components import Component
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
@@ -108,14 +108,14 @@ def work(side=64, **settings):
     info = inspect_base(config.base)
     parts = empty_components(info, text=config.lora.text_encoder)
     ranks = dict.fromkeys(match_modules(parts, config.lora.targets), 4)
-    return Workload(config, info, parts, ranks, 0, Size(side, 64))
+    return MemoryInputs(config, info, parts, ranks, 0, Size(side, 64))
 
 
 def test_stages_add_up():
     """R-20: encoders leave a GPU before the UNet comes, unless they are needed; a CPU holds everything."""
-    gpu = estimate_memory(work(), Machine(FP32, CUDA), checkpointing=False)
-    cpu = estimate_memory(work(), Machine(FP32, CPU), checkpointing=False)
-    kept = estimate_memory(work(data__cache=False), Machine(FP32, CUDA), checkpointing=False)
+    gpu = estimate_memory(work(), DeviceInfo(FP32, CUDA), checkpointing=False)
+    cpu = estimate_memory(work(), DeviceInfo(FP32, CPU), checkpointing=False)
+    kept = estimate_memory(work(data__cache=False), DeviceInfo(FP32, CUDA), checkpointing=False)
     encoders = gpu.vae + gpu.text_encoders
     assert gpu.stages["encoding"] == max(gpu.text_encoders, gpu.vae + gpu.encode)
     assert gpu.stages["training"] == gpu.denoiser_bytes + gpu.adapter + gpu.learn
@@ -125,42 +125,44 @@ def test_stages_add_up():
     assert gpu.stages["postflight"] == gpu.denoiser_bytes + gpu.adapter + gpu.prove
     assert (
         "sampling"
-        not in estimate_memory(work(train__sample_every=0), Machine(FP32, CUDA), checkpointing=False).stages
+        not in estimate_memory(
+            work(train__sample_every=0), DeviceInfo(FP32, CUDA), checkpointing=False
+        ).stages
     )
 
 
 def test_what_changes_the_numbers():
     """R-18: moments, bits, batch, size, text encoders; each shows where it should."""
-    plain = estimate_memory(work(), Machine(FP32, CUDA), checkpointing=False)
+    plain = estimate_memory(work(), DeviceInfo(FP32, CUDA), checkpointing=False)
     trained = plain.adapter // 12
     eight = estimate_memory(
-        work(train__optimizer="bitsandbytes.optim.AdamW8bit"), Machine(FP32, CUDA), checkpointing=False
+        work(train__optimizer="bitsandbytes.optim.AdamW8bit"), DeviceInfo(FP32, CUDA), checkpointing=False
     )
     assert eight.adapter == 6 * trained
-    half = estimate_memory(work(), Machine(Precision("bf16", "bf16"), CUDA), checkpointing=False)
+    half = estimate_memory(work(), DeviceInfo(Precision("bf16", "bf16"), CUDA), checkpointing=False)
     assert half.denoiser_bytes * 2 == plain.denoiser_bytes
-    small = estimate_memory(work(base__quantize="nf4"), Machine(FP32, CUDA), checkpointing=False)
+    small = estimate_memory(work(base__quantize="nf4"), DeviceInfo(FP32, CUDA), checkpointing=False)
     assert small.denoiser_bytes < 0.25 * plain.denoiser_bytes
     assert small.learn < plain.learn
-    wide = estimate_memory(work(128), Machine(FP32, CUDA), checkpointing=False)
+    wide = estimate_memory(work(128), DeviceInfo(FP32, CUDA), checkpointing=False)
     assert 1.5 * plain.learn < wide.learn < 2.5 * plain.learn
-    text = estimate_memory(work(lora__text_encoder=True), Machine(FP32, CUDA), checkpointing=False)
+    text = estimate_memory(work(lora__text_encoder=True), DeviceInfo(FP32, CUDA), checkpointing=False)
     assert text.learn > plain.learn
     assert text.stages["training"] > text.denoiser_bytes + text.adapter + text.learn
-    mixed = estimate_memory(work(), Machine(Precision("bf16", "fp32"), CUDA), checkpointing=False)
+    mixed = estimate_memory(work(), DeviceInfo(Precision("bf16", "fp32"), CUDA), checkpointing=False)
     assert mixed.learn - plain.learn == plain.denoiser_bytes // 2
 
 
 def test_checkpointing_comes_when_memory_asks():
     """R-09: auto is off where the run fits, on where it does not; what was asked for stays."""
-    without = estimate_memory(work(), Machine(FP32, CUDA), checkpointing=False)
-    with_it = estimate_memory(work(), Machine(FP32, CUDA), checkpointing=True)
+    without = estimate_memory(work(), DeviceInfo(FP32, CUDA), checkpointing=False)
+    with_it = estimate_memory(work(), DeviceInfo(FP32, CUDA), checkpointing=True)
     assert with_it.stages["training"] < without.stages["training"]
     tight = int(without.stages["training"] / 0.95)
 
     def plan(free, **settings):
         asked = work(train__sample_every=0, **settings)
-        return plan_memory(asked, Machine(FP32, CUDA, free))
+        return plan_memory(asked, DeviceInfo(FP32, CUDA, free))
 
     assert plan(None)[0].checkpointing is False
     assert plan(10**10) == (plan(None)[0], None)
@@ -178,7 +180,7 @@ def test_checkpointing_comes_when_memory_asks():
 
 def test_the_plan_says_what_is_really_saved():
     """R-48: by kind of layer: NF4 is for linear layers alone, convolutions get eight bits."""
-    memory = estimate_memory(work(base__quantize="nf4"), Machine(FP32, CUDA), checkpointing=False)
+    memory = estimate_memory(work(base__quantize="nf4"), DeviceInfo(FP32, CUDA), checkpointing=False)
     first, second, third = memory.lines("nf4")
     assert first.startswith(f"memory    about {as_size(memory.peak)}: encoding ")
     assert second.endswith("without gradient checkpointing")
@@ -225,9 +227,9 @@ def test_presets_say_what_the_plan_estimates(repository, full_size, preset):
     info = describe_real_base(family, full_size[family], config.base)
     parts = empty_components(info, text=False)
     ranks = dict.fromkeys(match_modules(parts, config.lora.targets), config.lora.rank)
-    asked = Workload(config, info, parts, ranks, 0, Size(info.resolution, info.resolution))
+    asked = MemoryInputs(config, info, parts, ranks, 0, Size(info.resolution, info.resolution))
     free = int(int(card) * 1e9 - 0.6e9) if card else None
-    memory, problem = plan_memory(asked, Machine(Precision("bf16", "bf16"), CUDA, free))
+    memory, problem = plan_memory(asked, DeviceInfo(Precision("bf16", "bf16"), CUDA, free))
     assert as_size(memory.peak) == stated
     assert problem is None
     assert memory.checkpointing == (config.train.gradient_checkpointing is True)
