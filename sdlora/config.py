@@ -98,17 +98,13 @@ class BaseSection(Section):
     )
     revision: str | None = _setting(None, "branch, tag or commit of a Hugging Face id; default: main")
     variant: Literal["fp16", "bf16"] | None = _setting(
-        None, "weight files to read where the base has several: fp16 or bf16", "use fp16 or bf16, or omit it"
+        None, "weight files to read where the base has several: fp16 or bf16"
     )
     dtype: Dtype = _setting(
-        "auto",
-        "dtype of the frozen weights: auto (same as train.precision), fp32, bf16 or fp16",
-        "use auto, fp32, bf16 or fp16",
+        "auto", "dtype of the frozen weights: auto (same as train.precision), fp32, bf16 or fp16"
     )
     vae: str | None = _setting(None, "replacement VAE: a folder or a file; default: the base's own")
-    quantize: Quantize = _setting(
-        "none", "quantize the frozen denoiser: none, int8 or nf4", "use none, int8 or nf4"
-    )
+    quantize: Quantize = _setting("none", "quantize the frozen denoiser: none, int8 or nf4")
 
 
 class DataSection(Section):
@@ -132,9 +128,7 @@ class DataSection(Section):
         "white", "color behind transparent images: a name or #rrggbb", "use a color name or #rrggbb"
     )
     crop: Annotated[Literal["center", "random"], _also(centre="center")] = _setting(
-        "center",
-        "part to keep of an image that does not fit its bucket: center or random",
-        "use center or random",
+        "center", "part to keep of an image that does not fit its bucket: center or random"
     )
     crop_variants: int | None = _setting(
         None,
@@ -158,13 +152,13 @@ class DataSection(Section):
         "use a folder, a fraction such as 0.1, or 0",
     )
     cache: bool | Literal["auto"] = _setting(
-        "auto", "cache latents and text embeddings on disk: auto, true or false", "use auto, true or false"
+        "auto", "cache latents and text embeddings on disk: auto, true or false"
     )
     allow_missing_captions: bool = _setting(
         False, "also train on images without a caption when others have one"
     )
     on_bad_image: Literal["stop", "skip"] = _setting(
-        "stop", "what to do when an image cannot be read: stop or skip", "use stop or skip"
+        "stop", "what to do when an image cannot be read: stop or skip"
     )
     follow_links: bool = _setting(False, "follow symlinks that lead out of the image folder")
 
@@ -191,9 +185,7 @@ class LoraSection(Section):
     """The adapter."""
 
     kind: Literal["lora", "dora"] = _setting(
-        "lora",
-        "adapter kind: lora, or dora (weight-decomposed: also trains the norm of each row)",
-        "use lora or dora",
+        "lora", "adapter kind: lora, or dora (weight-decomposed: also trains the norm of each row)"
     )
     rank: int = _setting(
         16,
@@ -227,7 +219,6 @@ class LoraSection(Section):
     init: Literal["gaussian", "kaiming", "orthogonal"] = _setting(
         "gaussian",
         "initialization of the down (A) matrices: gaussian, kaiming or orthogonal; up (B) starts at zero",
-        "use gaussian, kaiming or orthogonal",
     )
     init_from: str | None = _setting(None, "start from the weights of this LoRA (any tool, any rank) or run")
     parent: str | None = _setting(
@@ -332,9 +323,7 @@ class ObjectiveSection(_Tables):
         (0, 1000), "timesteps to train: the first, and one past the last", "use [0, 1000] for all"
     )
     prediction_type: PredictionType | None = _setting(
-        None,
-        "prediction type: epsilon, v_prediction or sample; default: the base's",
-        "use epsilon, v_prediction or sample, or omit it",
+        None, "prediction type: epsilon, v_prediction or sample; default: the base's"
     )
     force_prediction_type: bool = _setting(
         False, "use objective.prediction_type even if the base has another"
@@ -428,11 +417,7 @@ class TrainSection(Section):
         gt=0,
     )
     schedule: Annotated[Literal["constant", "linear", "cosine"], _also(constant_with_warmup="constant")] = (
-        _setting(
-            "constant",
-            "learning-rate schedule after warm-up: constant, linear or cosine",
-            "use constant, linear or cosine",
-        )
+        _setting("constant", "learning-rate schedule after warm-up: constant, linear or cosine")
     )
     warmup: float = _setting(
         0.05,
@@ -453,7 +438,6 @@ class TrainSection(Section):
     precision: Dtype = _setting(
         "auto",
         "precision of the computation: auto (bf16 on GPUs that support it, else fp32), fp32, bf16 or fp16",
-        "use auto, fp32, bf16 or fp16",
     )
     seed: int = _setting(0, "random seed", "use an integer such as 0", ge=0, lt=2**32)
     ema_decay: float = _setting(
@@ -467,9 +451,7 @@ class TrainSection(Section):
         1.0, "maximum gradient norm; 0: no clipping", "use 1, or 0 to disable clipping", ge=0
     )
     gradient_checkpointing: bool | Literal["auto"] = _setting(
-        "auto",
-        "recompute activations to save memory, a third slower: auto (only if needed), true or false",
-        "use auto, true or false",
+        "auto", "recompute activations to save memory, a third slower: auto (only if needed), true or false"
     )
     max_skipped_steps: int = _setting(
         10, "stop after this many consecutive non-finite steps", "use a number of steps such as 10", ge=1
@@ -563,9 +545,7 @@ class ExportSection(Section):
         "use diffusers, kohya or both",
         min_length=1,
     )
-    precision: FileDtype = _setting(
-        "fp16", "precision of the final files: fp32, bf16 or fp16", "use fp16, bf16 or fp32"
-    )
+    precision: FileDtype = _setting("fp16", "precision of the final files: fp32, bf16 or fp16")
     include_captions: bool = _setting(
         False, "write the words of all captions into the files' metadata, for tools that show tags"
     )
