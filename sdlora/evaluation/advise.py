@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdlora.dtypes import DTYPES
 from sdlora.errors import ConfigError, RunError
-from sdlora.evaluation.bench import Bench, open_bench
+from sdlora.evaluation.context import EvaluationContext, open_context
 from sdlora.evaluation.evaluate import image_distances, mean_distance
 from sdlora.export.export import export_adapter
 from sdlora.lora.adapter import Adapter
@@ -121,30 +121,30 @@ def advise_rank(
         raise ConfigError(f"--keep {keep:g} must be above 0 and at most 1; use 0.99")
     if any(rank < 1 for rank in ranks):
         raise ConfigError(f"--ranks {','.join(map(str, ranks))} must be at least 1 each; use 1,2,4,8")
-    bench = open_bench(run)
-    found = spectrum(bench.adapter)
-    tried = candidate_ranks(bench.adapter.rank, ranks)
-    adapters = {rank: resize(bench.adapter, rank=rank)[0] for rank in tried} | {
-        bench.adapter.rank: bench.adapter
+    context = open_context(run)
+    found = spectrum(context.adapter)
+    tried = candidate_ranks(context.adapter.rank, ranks)
+    adapters = {rank: resize(context.adapter, rank=rank)[0] for rank in tried} | {
+        context.adapter.rank: context.adapter
     }
-    without = bench.loss(bench.ancestors).loss
-    total = len(adapters) + (len(adapters) + 1) * min(len(bench.records), MAX_PICTURES)
+    without = context.loss(context.ancestors).loss
+    total = len(adapters) + (len(adapters) + 1) * min(len(context.records), MAX_PICTURES)
     show = progress or (lambda finished, total: None)
     losses: dict[int, float] = {}
     for number, (rank, adapter) in enumerate(adapters.items(), 1):
-        losses[rank] = bench.loss((*bench.ancestors, (adapter, 1.0))).loss
+        losses[rank] = context.loss((*context.ancestors, (adapter, 1.0))).loss
         show(number, total)
-    learned = without - losses[bench.adapter.rank]
+    learned = without - losses[context.adapter.rank]
     if learned <= 0:
         raise RunError(
-            f"run {bench.run.path} has not lowered the held-out loss ({without:.4f} without its adapter, "
-            f"{losses[bench.adapter.rank]:.4f} with it), so no rank can be recommended; see `sdlora spectrum`"
+            f"run {context.run.path} has not lowered the held-out loss ({without:.4f} without its adapter, "
+            f"{losses[context.adapter.rank]:.4f} with it), so none can be recommended; see `sdlora spectrum`"
         )
-    distances = _image_distances(bench, adapters, seed, lambda done: show(len(adapters) + done, total))
+    distances = _image_distances(context, adapters, seed, lambda done: show(len(adapters) + done, total))
     candidates = [
         Candidate(
             rank=rank,
-            megabytes=adapter.num_parameters * DTYPES[bench.config.export.precision].itemsize / 1e6,
+            megabytes=adapter.num_parameters * DTYPES[context.config.export.precision].itemsize / 1e6,
             energy=1 - found.error(_ranks(found, rank)) ** 2,
             loss=losses[rank],
             kept=(without - losses[rank]) / learned,
@@ -152,18 +152,18 @@ def advise_rank(
         )
         for rank, adapter in adapters.items()
     ]
-    best = next(one.rank for one in candidates if one.kept >= keep or one.rank == bench.adapter.rank)
+    best = next(one.rank for one in candidates if one.kept >= keep or one.rank == context.adapter.rank)
     advice = Advice(
         candidates,
         without,
         keep,
         best,
-        len(bench.records),
-        _write(bench, adapters[best]) if best != bench.adapter.rank else (),
-        _draw(bench, candidates, without, best),
+        len(context.records),
+        _write(context, adapters[best]) if best != context.adapter.rank else (),
+        _draw(context, candidates, without, best),
     )
     values = {**asdict(advice), "files": [file.name for file in advice.files], "curve": advice.curve.name}
-    write_json(bench.run.advice_file, {**values, "adapter": bench.run.adapter.name, "seed": seed})
+    write_json(context.run.advice_file, {**values, "adapter": context.run.adapter.name, "seed": seed})
     return advice
 
 
@@ -178,28 +178,28 @@ def _ranks(found: Spectrum, rank: int) -> dict[str, int]:
 
 
 def _image_distances(
-    bench: Bench, adapters: dict[int, Adapter], seed: int, progress: Callable[[int], object]
+    context: EvaluationContext, adapters: dict[int, Adapter], seed: int, progress: Callable[[int], object]
 ) -> dict[int, float]:
     """How far samples are from those of the whole adapter, over how far they are without any."""
-    captions = [record.caption for record in bench.records[:MAX_PICTURES]]
-    stacks = [bench.ancestors, *((*bench.ancestors, (adapter, 1.0)) for adapter in adapters.values())]
-    without, *shown = bench.samples(stacks, captions, seed, progress)
-    whole = shown[list(adapters).index(bench.adapter.rank)]
+    captions = [record.caption for record in context.records[:MAX_PICTURES]]
+    stacks = [context.ancestors, *((*context.ancestors, (adapter, 1.0)) for adapter in adapters.values())]
+    without, *shown = context.samples(stacks, captions, seed, progress)
+    whole = shown[list(adapters).index(context.adapter.rank)]
 
     def distance(images: list[Tensor]) -> float:
-        return mean_distance(image_distances(bench.base, images, whole)).content
+        return mean_distance(image_distances(context.base, images, whole)).content
 
     far = distance(without) or 1.0
     return {rank: distance(images) / far for rank, images in zip(adapters, shown, strict=True)}
 
 
-def _write(bench: Bench, adapter: Adapter) -> tuple[Path, ...]:
+def _write(context: EvaluationContext, adapter: Adapter) -> tuple[Path, ...]:
     """The adapter in the dialects of the run, with what the run's own file says."""
-    settings = bench.config.export
+    settings = context.config.export
     return tuple(
         export_adapter(
             adapter,
-            bench.run.ranked_adapter(adapter.rank, dialect),
+            context.run.ranked_adapter(adapter.rank, dialect),
             dialect=dialect,
             precision=settings.precision,
         ).path
@@ -207,9 +207,9 @@ def _write(bench: Bench, adapter: Adapter) -> tuple[Path, ...]:
     )
 
 
-def _draw(bench: Bench, candidates: Sequence[Candidate], without: float, best: int) -> Path:
+def _draw(context: EvaluationContext, candidates: Sequence[Candidate], without: float, best: int) -> Path:
     return draw_rank_curve(
-        bench.run.rank_curve,
+        context.run.rank_curve,
         [one.rank for one in candidates],
         [one.loss for one in candidates],
         {
@@ -219,5 +219,5 @@ def _draw(bench: Bench, candidates: Sequence[Candidate], without: float, best: i
         },
         without=without,
         best=best,
-        title=bench.run.name,
+        title=context.run.name,
     )

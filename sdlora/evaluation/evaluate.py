@@ -13,7 +13,7 @@ from torch import Tensor
 from sdlora.config import RunConfig
 from sdlora.data.captions import trigger_pattern
 from sdlora.errors import ConfigError
-from sdlora.evaluation.bench import Bench, open_bench
+from sdlora.evaluation.context import EvaluationContext, open_context
 from sdlora.evaluation.heldout import HeldoutLoss
 from sdlora.models.base import Base
 from sdlora.models.load import full_base
@@ -180,19 +180,19 @@ def evaluate(
     folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
     if full_base:
         check_quantized(folder.path, folder.read_config())
-    bench = open_bench(folder)
-    base_loss, style_loss = bench.loss(()), bench.loss(bench.style)
-    trigger = bench.config.data.trigger
-    captions = [record.caption for record in bench.records]
+    context = open_context(folder)
+    base_loss, style_loss = context.loss(()), context.loss(context.style)
+    trigger = context.config.data.trigger
+    captions = [record.caption for record in context.records]
     count, total = len(captions), len(captions) * (3 if trigger else 2)
     show = progress or (lambda finished, total: None)
-    samples = bench.samples([(), bench.style], captions, seed, lambda done: show(done, total))
-    plain, styled = (image_distances(bench.base, made, bench.drawings) for made in samples)
+    samples = context.samples([(), context.style], captions, seed, lambda done: show(done, total))
+    plain, styled = (image_distances(context.base, made, context.drawings) for made in samples)
     untriggered = None
     if trigger:
         bare = [remove_trigger(caption, trigger) for caption in captions]
-        (without,) = bench.samples([bench.style], bare, seed, lambda done: show(2 * count + done, total))
-        untriggered = mean_distance(image_distances(bench.base, without, bench.drawings))
+        (without,) = context.samples([context.style], bare, seed, lambda done: show(2 * count + done, total))
+        untriggered = mean_distance(image_distances(context.base, without, context.drawings))
     result = Evaluation(
         images=count,
         base_loss=base_loss,
@@ -201,10 +201,10 @@ def evaluate(
         style_distance=mean_distance(styled),
         style_wins=sum(style.style < base.style for base, style in zip(plain, styled, strict=True)),
         untriggered_distance=untriggered,
-        gap=_measure_gap(bench, style_loss) if full_base else None,
+        gap=_measure_gap(context, style_loss) if full_base else None,
     )
-    values = {**asdict(result), "bleed": result.bleed, "adapter": bench.run.adapter.name, "seed": seed}
-    write_json(bench.run.evaluation_file, values)
+    values = {**asdict(result), "bleed": result.bleed, "adapter": context.run.adapter.name, "seed": seed}
+    write_json(context.run.evaluation_file, values)
     return result
 
 
@@ -221,10 +221,10 @@ def check_quantized(run: Path, config: RunConfig) -> None:
         )
 
 
-def _measure_gap(bench: Bench, trained: HeldoutLoss) -> Gap:
-    with full_base(bench.base) as full:
-        used = replace(bench, base=full).loss(bench.style)
-    return Gap(bench.base.info.quantize, trained.loss, used.loss, trained.num_images)
+def _measure_gap(context: EvaluationContext, trained: HeldoutLoss) -> Gap:
+    with full_base(context.base) as full:
+        used = replace(context, base=full).loss(context.style)
+    return Gap(context.base.info.quantize, trained.loss, used.loss, trained.num_images)
 
 
 def remove_trigger(caption: str, trigger: str) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 from sdlora.config import load_config
 from sdlora.errors import ConfigError, RunError
 from sdlora.evaluation.advise import advise_rank, candidate_ranks
-from sdlora.evaluation.bench import open_bench
+from sdlora.evaluation.context import open_context
 from sdlora.formats.files import inspect_adapter, load_adapter, save_adapter
 from sdlora.rank.resize import resize
 from sdlora.training.train import train
@@ -49,16 +49,16 @@ def advice(run):
 def test_each_rank_is_measured(run, advice):
     """The losses are those of the truncated adapters; the whole one keeps all."""
     assert [one.rank for one in advice.candidates] == [1, 2, 4, 6]
-    bench = open_bench(run)
+    context = open_context(run)
     small, report = resize(load_adapter(run.adapter), rank=2)
     second = advice.candidates[1]
-    assert second.loss == bench.loss(((small, 1.0),)).loss
+    assert second.loss == context.loss(((small, 1.0),)).loss
     assert second.energy == pytest.approx(1 - report.error**2)
     assert second.megabytes == pytest.approx(small.num_parameters * 2 / 1e6)
-    assert advice.loss_without == bench.loss(()).loss
+    assert advice.loss_without == context.loss(()).loss
     last = advice.candidates[-1]
     assert (last.kept, last.energy, last.distance) == (1.0, 1.0, 0.0)
-    assert last.loss == bench.loss(bench.style).loss < advice.loss_without
+    assert last.loss == context.loss(context.style).loss < advice.loss_without
     energies = [one.energy for one in advice.candidates]
     assert energies == sorted(energies)
     assert all(one.distance >= 0 for one in advice.candidates)
@@ -133,4 +133,4 @@ def test_a_run_that_is_read_only(tmp_path):
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     tmp_path.chmod(0o500)
     with pytest.raises(RunError, match="is read-only"):
-        open_bench(tmp_path)
+        open_context(tmp_path)

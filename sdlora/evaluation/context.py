@@ -36,15 +36,15 @@ MAX_IMAGES = 40
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
-    """What there is to measure with.
+class EvaluationContext:
+    """A base, an adapter and held-out images to measure with.
 
     Args:
         run: The run.
         config: Its settings.
         base: Its base, in the dtype of the training.
         adapter: Its final adapter.
-        ancestors: What the adapter stands on.
+        ancestors: Adapters that it was trained on top of.
         records: Held-out images.
         plan: Their buckets and crops.
         drawings: As the model sees them, (3, H, W) in [-1, 1].
@@ -63,7 +63,7 @@ class Bench:
 
     @property
     def style(self) -> Stack:
-        """The adapter on top of what it stands on."""
+        """The adapter on top of its ancestors."""
         return (*self.ancestors, (self.adapter, 1.0))
 
     def loss(self, stack: Stack) -> HeldoutLoss:
@@ -92,9 +92,9 @@ class Bench:
         """Samples of captions, each in the size of its image, for each of some stacks.
 
         Args:
-            stacks: What to mount; none of it is the base.
+            stacks: Adapters to mount; an empty stack is the base.
             captions: One for each of the first images.
-            seed: Of the noise.
+            seed: Seed of the noise.
             progress: Called with the number of images finished so far.
         """
         groups: dict[Size, list[int]] = defaultdict(list)
@@ -121,8 +121,8 @@ class Bench:
         return [[made[number] for number in range(len(captions))] for made in found]
 
 
-def open_bench(run: str | Path | RunFolder) -> Bench:
-    """Loads a run's base, its final adapter with all it stands on, and its held-out images.
+def open_context(run: str | Path | RunFolder) -> EvaluationContext:
+    """Loads a run's base, its final adapter with its ancestors, and its held-out images.
 
     Raises:
         RunError: If the run has no held-out images, or cannot keep what is measured.
@@ -147,4 +147,4 @@ def open_bench(run: str | Path | RunFolder) -> Bench:
         for record in records
     ]
     latents = [base.encode_images(drawing[None])[0][0].cpu() for drawing in drawings]
-    return Bench(folder, config, base, adapter, ancestors, records, plan, drawings, latents)
+    return EvaluationContext(folder, config, base, adapter, ancestors, records, plan, drawings, latents)
