@@ -55,32 +55,28 @@ def describe_error(error: float, worst: tuple[str, float]) -> str:
     return f"error     {error:.2%} of the whole change, at most {worst[1]:.2%} of a module ({worst[0]})"
 
 
+RULES = ("rank", "energy", "ratio", "score", "size_mb")
+
+
 def resize(
     adapter: Adapter,
     *,
-    rank: int | None = None,
-    energy: float | None = None,
-    ratio: float | None = None,
-    score: float | None = None,
-    size_mb: float | None = None,
     base_norms: Mapping[str, float] | None = None,
     precision: str = "fp16",
     dialect: Dialect = "diffusers",
+    **rules: float | None,
 ) -> tuple[Adapter, ResizeReport]:
     """Truncates each module to a rank of its own, chosen by exactly one rule.
 
     Args:
         adapter: Not changed.
-        rank: The largest rank of a module.
-        energy: Modules keep at least this share of their energy, the sum of squared singular values.
-        ratio: Modules keep singular values of at least this share of their largest (the inverse of kohya's
-            `sv_ratio`).
-        score: Modules keep singular values of at least this share of the base weight's norm; modules that
-            hardly change the base are dropped.
-        size_mb: The largest size of the file in megabytes, filled with as much energy as possible.
         base_norms: The Frobenius norm of each module's base weight, for `score`.
         precision: Of the file, for `size_mb`.
         dialect: Of the file, for `size_mb`: kohya files have one rank for all modules.
+        rules: `rank`, the largest of a module; `energy`, the share of the sum of squared singular values that
+            modules keep at least; `ratio`, the share of a module's largest singular value that kept ones have
+            at least (the inverse of kohya's `sv_ratio`); `score`, the same of the base weight's norm, which
+            drops modules that hardly change the base; or `size_mb`, the largest size of the file.
 
     Returns:
         The adapter, alpha == rank, fp32; and its error.
@@ -89,13 +85,7 @@ def resize(
         ConfigError: If none or several rules are given, or a value is out of range.
         AdapterError: If no module would be left, or modules are not low-rank pairs.
     """
-    rules = {"rank": rank, "energy": energy, "ratio": ratio, "score": score, "size_mb": size_mb}
-    given = {name: float(value) for name, value in rules.items() if value is not None}
-    if len(given) != 1:
-        found = " and ".join(f"{name} = {value:g}" for name, value in given.items()) or "none"
-        raise ConfigError(f"give exactly one of {', '.join(rules)}, not {found}", key="resize.one-rule")
-    rule, value = given.popitem()
-    _check_rule(rule, value)
+    rule, value = _find_rule(rules)
     values = spectrum(adapter)
     if rule == "size_mb":
         budget = value * 1e6 - _header_bytes(adapter)
@@ -117,6 +107,17 @@ def resize(
     small.notes.pop("sdlora.heldout_loss", None)
     small.notes["sdlora.resized"] = f"from rank {adapter.rank} by {report.rule}, error {report.error:.2e}"
     return small, report
+
+
+def _find_rule(rules: Mapping[str, float | None]) -> tuple[str, float]:
+    """The one rule that is given."""
+    given = {name: float(value) for name, value in rules.items() if value is not None}
+    if len(given) != 1 or not given.keys() <= set(RULES):
+        found = " and ".join(f"{name} = {value:g}" for name, value in given.items()) or "none"
+        raise ConfigError(f"give exactly one of {', '.join(RULES)}, not {found}", key="resize.one-rule")
+    rule, value = given.popitem()
+    _check_rule(rule, value)
+    return rule, value
 
 
 def _check_rule(rule: str, value: float) -> None:
