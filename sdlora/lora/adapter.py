@@ -138,8 +138,8 @@ def create_adapter(
         family: The base's family, kept in the file.
     """
     scales = dict.fromkeys(names, alpha / rank)
-    adapter = draw_adapter(model, dict.fromkeys(names, rank), scales, seed=seed, family=family)
-    return replace(adapter, alpha=float(alpha), scales={})
+    adapter = draw_adapter(model, dict.fromkeys(names, rank), scales, seed=seed)
+    return for_family(replace(adapter, alpha=float(alpha), scales={}), family, model)
 
 
 def draw_adapter(
@@ -150,7 +150,6 @@ def draw_adapter(
     seed: int,
     init: Init = "gaussian",
     kind: str = "lora",
-    family: str = "",
 ) -> Adapter:
     """A fresh trainable adapter that does not change the model's output yet.
 
@@ -164,7 +163,6 @@ def draw_adapter(
         seed: The run's seed.
         init: How `down` is drawn, see `_draw_down`.
         kind: Of `KINDS`.
-        family: The base's family, kept in the file.
     """
     layers = carrier_layers(model)
     modules: dict[str, AdapterModule] = {}
@@ -177,11 +175,15 @@ def draw_adapter(
         modules[name] = drawn.to(device).map(nn.Parameter)
     rank = max(ranks.values())
     common = Counter(scales.values()).most_common(1)[0][0]
-    adapter = Adapter(modules, rank, common * rank, family)
+    adapter = Adapter(modules, rank, common * rank)
     adapter.scales = {name: scale for name, scale in scales.items() if scale != adapter.scale}
-    if family == "sdxl":
-        adapter.notes |= _layers_per_block(model)
     return adapter
+
+
+def for_family(adapter: Adapter, family: str, model: Model) -> Adapter:
+    """An adapter whose files name the family of its base."""
+    notes = _layers_per_block(model) if family == "sdxl" else {}
+    return replace(adapter, family=family, notes=adapter.notes | notes)
 
 
 def _draw_down(shape: Sequence[int], init: Init, generator: torch.Generator) -> Tensor:
@@ -256,7 +258,8 @@ def check_base(adapter: Adapter, *, family: str, name: str, digest: str = "", so
     if adapter.family and family and adapter.family != family:
         raise AdapterError(
             f"{title} is for family {adapter.family} (trained on {trained_on}), but base {name} is {family}; "
-            f"pass a base of family {adapter.family} with --base"
+            f"pass a base of family {adapter.family} with --base",
+            key="lora.family",
         )
     known = adapter.notes.get("sdlora.base_digest")
     if known and digest and known != digest:

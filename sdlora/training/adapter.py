@@ -9,7 +9,7 @@ from dataclasses import replace
 from sdlora.config import LoraSection, RunConfig
 from sdlora.errors import AdapterError, ConfigError, RunError
 from sdlora.formats.files import load_adapter, resolve_adapter
-from sdlora.lora.adapter import KINDS, Adapter, check_base, draw_adapter, low_rank_modules
+from sdlora.lora.adapter import KINDS, Adapter, check_base, draw_adapter, for_family, low_rank_modules
 from sdlora.lora.attach import check_fit
 from sdlora.lora.layout import Layout
 from sdlora.lora.modules import Model, component_of, components
@@ -138,8 +138,8 @@ def make_adapter(
         seed=config.train.seed,
         init=lora.init,
         kind=layout.kind,
-        family=info.family,
     )
+    adapter = for_family(adapter, info.family, model)
     return adapter, init_from_adapter(adapter, _load_start(lora.init_from, info)) if lora.init_from else None
 
 

@@ -187,9 +187,7 @@ def test_dora_scale_is_that_of_lycoris(layer, axis):
 def dora(unet):
     """A whole trained DoRA, alpha != rank."""
     names = match_targets(unet, ["all"])
-    adapter = draw_adapter(
-        unet, dict.fromkeys(names, 4), dict.fromkeys(names, 0.5), seed=0, kind="dora", family="sd1"
-    ).to()
+    adapter = draw_adapter(unet, dict.fromkeys(names, 4), dict.fromkeys(names, 0.5), seed=0, kind="dora").to()
     generator = torch.Generator().manual_seed(2)
     for module in adapter.modules.values():
         module.up.copy_(torch.randn(module.up.shape, generator=generator) / 20)
