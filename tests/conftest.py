@@ -193,7 +193,7 @@ def save_sd(folder: Path, unet: dict[str, Any], act: str, scheduler: Any) -> Pat
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    from sdlora.models.quiet import quiet
+    from sdlora.models.base import quiet
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -241,7 +241,7 @@ def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    from sdlora.models.quiet import quiet
+    from sdlora.models.base import quiet
 
     folder = tmp_path_factory.mktemp("bases") / "tiny-sdxl"
     with torch.random.fork_rng():

@@ -13,7 +13,7 @@ from sdlora.formats.files import save_adapter
 from sdlora.lora.adapter import Adapter, create_adapter
 from sdlora.lora.attach import match_targets
 from sdlora.lora.kinds import LowRank
-from sdlora.lora.modules import Model, named_modules
+from sdlora.lora.layers import Model, named_modules
 
 # Every test process loads this file, and many need no network: diffusers is imported where one is made.
 if TYPE_CHECKING:

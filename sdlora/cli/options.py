@@ -168,7 +168,7 @@ def check_base(settings: BaseSection, objective: ObjectiveSection | None = None)
     Raises:
         SdloraError: If it is not a base, or incomplete.
     """
-    from sdlora.models.hub import is_on_hub
+    from sdlora.models.folder import is_on_hub
     from sdlora.models.info import inspect_base
 
     if not any(is_on_hub(source) for source in (settings.source, settings.vae) if source):

@@ -17,7 +17,7 @@ from sdlora.errors import AdapterError, ModelError
 from sdlora.export.rewrite import module_of, rewrite, stored_weights
 from sdlora.lora.adapter import Adapter, check_base
 from sdlora.lora.attach import check_fit
-from sdlora.lora.modules import component_of
+from sdlora.lora.layers import component_of
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.meta import empty_components
 from sdlora.reading import PICKLES

@@ -24,11 +24,11 @@ from sdlora.formats.write import fold
 from sdlora.lora.adapter import Adapter, check_base
 from sdlora.lora.attach import mounted, unwrapped
 from sdlora.lora.kinds import AdapterModule
-from sdlora.lora.modules import DENOISER, Model, components, named_modules, replace_modules
+from sdlora.lora.layers import DENOISER, Model, components, named_modules, replace_modules
+from sdlora.models.base import without_bars
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_component, load_denoiser, load_stock_pipeline
 from sdlora.models.quantize import CONV_SETTINGS
-from sdlora.models.quiet import without_bars
 from sdlora.models.stable_diffusion import pipeline_of, wrap_denoiser
 from sdlora.sampling.generate import preserve_state
 from sdlora.sampling.session import base_of, choose_device

@@ -12,7 +12,7 @@ from sdlora.config import BaseSection
 from sdlora.dtypes import STORED
 from sdlora.errors import ModelError
 from sdlora.formats.container import header_bytes
-from sdlora.lora.modules import DENOISER, component_of, module_name
+from sdlora.lora.layers import DENOISER, component_of, module_name
 from sdlora.models.components import Component, read_header
 from sdlora.models.info import inspect_base
 from sdlora.models.weights import denoiser_names, read_stored

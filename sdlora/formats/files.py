@@ -25,7 +25,7 @@ from sdlora.formats.write import (
     padded_ranks,
 )
 from sdlora.lora.adapter import Adapter
-from sdlora.lora.modules import TEXT_ENCODERS
+from sdlora.lora.layers import TEXT_ENCODERS
 from sdlora.reading import MAX_HEADER_BYTES, Header, UnfitFileError, read_bytes
 from sdlora.runs import RunFolder
 from sdlora.writing import write_file

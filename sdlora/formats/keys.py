@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from sdlora.errors import AdapterError
 from sdlora.formats.sgm_keys import is_sgm, module_to_sgm, sgm_to_module
-from sdlora.lora.modules import LAYERS_PER_BLOCK, TEXT_ENCODERS, with_text_model
+from sdlora.lora.layers import LAYERS_PER_BLOCK, TEXT_ENCODERS, with_text_model
 
 Dialect = Literal["diffusers", "kohya"]
 Part: TypeAlias = str

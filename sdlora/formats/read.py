@@ -21,7 +21,7 @@ from sdlora.formats.keys import dialect_of, has_sgm_names, split_key
 from sdlora.formats.sgm_keys import layers_per_block
 from sdlora.lora.adapter import KINDS, Adapter
 from sdlora.lora.kinds import AdapterModule
-from sdlora.lora.modules import LAYERS_PER_BLOCK, TEXT_ENCODERS, component_of
+from sdlora.lora.layers import LAYERS_PER_BLOCK, TEXT_ENCODERS, component_of
 from sdlora.reading import UnfitFileError, parse_json
 
 # Inputs of attn2.to_k: the width of the family's text states.

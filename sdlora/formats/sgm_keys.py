@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 
 from sdlora.errors import AdapterError, shorten
-from sdlora.lora.modules import LAYERS_PER_BLOCK
+from sdlora.lora.layers import LAYERS_PER_BLOCK
 
 _ENDS = {
     "conv_in": "input_blocks.0.0",

@@ -22,7 +22,7 @@ from sdlora.formats.keys import SUFFIXES, clean_module, module_to_kohya
 from sdlora.formats.sgm_keys import layers_per_block
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.kinds import AdapterModule
-from sdlora.lora.modules import LAYERS_PER_BLOCK, TEXT_ENCODERS, component_of
+from sdlora.lora.layers import LAYERS_PER_BLOCK, TEXT_ENCODERS, component_of
 
 Precision = Literal["fp32", "bf16", "fp16"]
 

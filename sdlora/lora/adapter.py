@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sdlora.errors import AdapterError
 from sdlora.lora.dora import Dora
 from sdlora.lora.kinds import AdapterModule, LowRank
-from sdlora.lora.modules import DENOISER, LAYERS_PER_BLOCK, Model, carrier_layers, component_of, components
+from sdlora.lora.layers import DENOISER, LAYERS_PER_BLOCK, Model, carrier_layers, component_of, components
 from sdlora.seeds import name_seed
 
 Init = Literal["gaussian", "kaiming", "orthogonal"]

@@ -12,11 +12,13 @@ from typing import Any
 from sdlora.errors import MAX_PROBLEMS, AdapterError, ConfigError, join_names, shorten
 from sdlora.lora.adapter import KINDS, Adapter
 from sdlora.lora.kinds import Layer, Scale, features_of
-from sdlora.lora.layers import Dropout, LoraLayer, StackEntry
-from sdlora.lora.modules import (
+from sdlora.lora.layers import (
     DENOISER,
     TEXT_ENCODERS,
+    Dropout,
+    LoraLayer,
     Model,
+    StackEntry,
     carrier_layers,
     carriers,
     component_of,

@@ -21,7 +21,7 @@ from sdlora.data.records import Size
 from sdlora.lora.adapter import KINDS, Adapter
 from sdlora.lora.attach import mount
 from sdlora.lora.kinds import AdapterModule
-from sdlora.lora.modules import carrier_layers
+from sdlora.lora.layers import carrier_layers
 from sdlora.models.base import Base
 from sdlora.models.info import BaseInfo
 from sdlora.models.meta import empty_base, empty_model

@@ -14,7 +14,7 @@ from sdlora.config import Quantize, RunConfig, TrainSection
 from sdlora.data.records import Size
 from sdlora.dtypes import Precision
 from sdlora.lora.attach import count_parameters
-from sdlora.lora.modules import DENOISER
+from sdlora.lora.layers import DENOISER
 from sdlora.memory.activations import DenoiserPass, denoiser_peak, text_peak, vae_peaks
 from sdlora.models.info import BaseInfo
 from sdlora.models.load import vae_dtype

@@ -11,11 +11,17 @@ from typing import Any
 
 from sdlora.config import BaseSection, ObjectiveSection, Quantize
 from sdlora.errors import ConfigError, ModelError
-from sdlora.models.checks import check_inputs, check_latents, check_part, check_prediction, check_texts
+from sdlora.models.checks import (
+    Family,
+    check_inputs,
+    check_latents,
+    check_part,
+    check_prediction,
+    check_texts,
+    describe_family,
+)
 from sdlora.models.components import BaseFiles, Component, TokenizerSpec, read_json
-from sdlora.models.families import Family, describe_family
-from sdlora.models.folder import find_vae_folder, read_component, read_folder
-from sdlora.models.hub import find_base, lacks_variant
+from sdlora.models.folder import find_base, find_vae_folder, lacks_variant, read_component, read_folder
 from sdlora.models.single_file import read_facts, read_single_file, read_vae_file
 
 

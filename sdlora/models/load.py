@@ -15,11 +15,10 @@ from torch import nn
 
 from sdlora.config import Quantize
 from sdlora.errors import ModelError
-from sdlora.models.base import Base
+from sdlora.models.base import Base, load_tokenizer, quiet
 from sdlora.models.components import Component
 from sdlora.models.info import BaseInfo
 from sdlora.models.meta import MODELS, UNFIT, empty_model, reason_of
-from sdlora.models.quiet import quiet
 from sdlora.models.safety import find_checker
 from sdlora.models.stable_diffusion import (
     PIPELINES,
@@ -28,7 +27,6 @@ from sdlora.models.stable_diffusion import (
     pipeline_of,
     without_checker,
 )
-from sdlora.models.tokenizer import load_tokenizer
 from sdlora.models.weights import check_finite, denoiser_names, fill, load_original, read_tensors
 
 # No pickles, no trust_remote_code; a base that was found is on the disk.

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora.errors import ModelError, shorten
+from sdlora.models.base import quiet
 from sdlora.models.info import BaseInfo
 from sdlora.models.quantize import quantize
-from sdlora.models.quiet import quiet
 from sdlora.models.stable_diffusion import StableDiffusion, wrap_denoiser
 
 DIFFUSERS: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}

@@ -10,10 +10,10 @@ import torch
 from PIL.Image import Image
 
 from sdlora.errors import ModelError
+from sdlora.models.base import quiet
 from sdlora.models.components import find_weights, has_weights, read_header
 from sdlora.models.info import BaseInfo
 from sdlora.models.meta import UNFIT, reason_of
-from sdlora.models.quiet import quiet
 
 with quiet():
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker

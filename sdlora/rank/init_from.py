@@ -10,7 +10,7 @@ import torch
 
 from sdlora.errors import ConfigError
 from sdlora.lora.adapter import Adapter, low_rank_modules
-from sdlora.lora.modules import DENOISER, component_of
+from sdlora.lora.layers import DENOISER, component_of
 from sdlora.rank.svd import decompose
 
 

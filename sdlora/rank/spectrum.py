@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sdlora.lora.adapter import Adapter, low_rank_modules
-from sdlora.lora.modules import TEXT_ENCODERS
+from sdlora.lora.layers import TEXT_ENCODERS
 from sdlora.rank.svd import singular_values
 
 SHARES = (0.5, 0.9, 0.99)

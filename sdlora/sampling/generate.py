@@ -19,10 +19,16 @@ from torch import Tensor, nn
 
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mounted
-from sdlora.models.base import Base, Condition
-from sdlora.models.quiet import quiet
-from sdlora.sampling.images import FLAGGED, NOT_FINITE, SampledImage, SampleSettings
-from sdlora.sampling.schedulers import check_prompts, make_scheduler, resolve_settings
+from sdlora.models.base import Base, Condition, quiet
+from sdlora.sampling.images import (
+    FLAGGED,
+    NOT_FINITE,
+    SampledImage,
+    SampleSettings,
+    check_prompts,
+    make_scheduler,
+    resolve_settings,
+)
 from sdlora.tree.lineage import Stack
 
 

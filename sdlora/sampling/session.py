@@ -23,8 +23,7 @@ from sdlora.models.safety import missing_checker
 from sdlora.runs import RunFolder
 from sdlora.sampling.generate import Column, generate, make_columns
 from sdlora.sampling.grid import save_grid
-from sdlora.sampling.images import SampleSettings, choose_folder
-from sdlora.sampling.schedulers import check_prompts, resolve_settings
+from sdlora.sampling.images import SampleSettings, check_prompts, choose_folder, resolve_settings
 from sdlora.tree.lineage import find_ancestors, path_to_stack
 from sdlora.tree.tree import AdapterTree
 

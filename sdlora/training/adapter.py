@@ -11,8 +11,8 @@ from sdlora.errors import AdapterError, ConfigError, RunError
 from sdlora.formats.files import load_adapter, resolve_adapter
 from sdlora.lora.adapter import KINDS, Adapter, check_base, draw_adapter, for_family, low_rank_modules
 from sdlora.lora.attach import check_fit
+from sdlora.lora.layers import Model, component_of, components
 from sdlora.lora.layout import Layout
-from sdlora.lora.modules import Model, component_of, components
 from sdlora.models.info import BaseInfo
 from sdlora.rank.init_from import InitReport, check_init_targets, init_from_adapter
 from sdlora.tree.lineage import PathEntry, check_additive, load_path

@@ -17,7 +17,7 @@ from torch import Tensor
 from sdlora.config import TrainSection
 from sdlora.errors import ConfigError, shorten
 from sdlora.lora.attach import match_names
-from sdlora.lora.modules import DENOISER, component_of
+from sdlora.lora.layers import DENOISER, component_of
 
 TEXT = "text encoders"
 

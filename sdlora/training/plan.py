@@ -17,8 +17,8 @@ from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.errors import RunError
 from sdlora.lora.adapter import KINDS
 from sdlora.lora.attach import count_parameters, match_modules
+from sdlora.lora.layers import DENOISER
 from sdlora.lora.layout import Layout, plan_layout
-from sdlora.lora.modules import DENOISER
 from sdlora.memory.estimate import ANY_DEVICE, DeviceInfo, Memory, MemoryInputs, plan_memory
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.meta import empty_components

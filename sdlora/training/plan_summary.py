@@ -11,7 +11,7 @@ from typing import Any
 from sdlora.config import RunConfig
 from sdlora.diffusion.objective import describe_objective
 from sdlora.export.metadata import TrainingMetadata
-from sdlora.lora.modules import DENOISER, component_of
+from sdlora.lora.layers import DENOISER, component_of
 from sdlora.models.components import kohya_hashes
 from sdlora.report.summary import losses_of
 from sdlora.report.terminal import Terminal

@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 from sdlora.config import RunConfig, load_config
 from sdlora.dtypes import Precision
 from sdlora.errors import ConfigError
-from sdlora.lora.modules import DENOISER
+from sdlora.lora.layers import DENOISER
 from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder
 from sdlora.training.checkpoint import newest_complete_step, read_state

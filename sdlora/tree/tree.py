@@ -20,7 +20,7 @@ from sdlora.formats.files import ENDING, KOHYA_ENDING, load_adapter
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import detach, mount
 from sdlora.lora.kinds import Scale
-from sdlora.lora.modules import DENOISER
+from sdlora.lora.layers import DENOISER
 from sdlora.rank.merge import merge
 from sdlora.rank.resize import ResizeReport, resize
 from sdlora.tree.lineage import (

@@ -14,7 +14,7 @@ from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.evaluation.heldout import HeldoutItem, recognise_prediction
 from sdlora.models.base import Condition
 from sdlora.models.checks import PREDICTIONS
-from sdlora.models.hub import BUILTIN
+from sdlora.models.folder import BUILTIN
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
 from sdlora.training.train import train

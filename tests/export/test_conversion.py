@@ -18,7 +18,7 @@ from sdlora.export.merge_into_base import merge_into_base
 from sdlora.export.rewrite import weight_norms
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_targets, mounted
-from sdlora.models.hub import BUILTIN
+from sdlora.models.folder import BUILTIN
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base, load_stock_pipeline
 

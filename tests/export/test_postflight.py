@@ -18,7 +18,7 @@ from sdlora.export.export import export_adapter
 from sdlora.export.postflight import postflight, verify
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import detach, match_targets, mount
-from sdlora.lora.modules import lora_layers
+from sdlora.lora.layers import lora_layers
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base, load_stock_pipeline
 from sdlora.models.quantize import QuantizedConv2d, QuantizedLinear

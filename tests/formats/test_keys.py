@@ -6,7 +6,7 @@ import pytest
 
 from sdlora.errors import AdapterError
 from sdlora.formats.keys import clean_module, dialect_of, kohya_to_module, module_to_kohya, split_key
-from sdlora.lora.modules import carrier_layers
+from sdlora.lora.layers import carrier_layers
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 

@@ -12,7 +12,7 @@ from sdlora.formats.sgm_keys import layers_per_block, module_to_sgm, sgm_to_modu
 from sdlora.formats.write import adapter_to_kohya
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import count_parameters, match_targets
-from sdlora.lora.modules import carrier_layers
+from sdlora.lora.layers import carrier_layers
 
 # The layers of the original code's ResBlock, in the order of execution, beside those of diffusers.
 RESNET = (("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"), ("conv2", "out_layers.3"))

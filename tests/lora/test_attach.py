@@ -18,7 +18,7 @@ from sdlora.lora.attach import (
     mount,
     mounted,
 )
-from sdlora.lora.modules import carrier_layers, lora_layers
+from sdlora.lora.layers import carrier_layers, lora_layers
 from tests.checks import bounded
 
 

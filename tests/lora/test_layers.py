@@ -12,8 +12,7 @@ from sdlora.errors import AdapterError
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import detach, match_targets, mount
 from sdlora.lora.kinds import LowRank
-from sdlora.lora.layers import Dropout, LoraLayer, StackEntry
-from sdlora.lora.modules import lora_layers
+from sdlora.lora.layers import Dropout, LoraLayer, StackEntry, lora_layers
 
 
 def add_peft(unet, adapter):

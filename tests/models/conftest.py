@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sdlora.config import BaseSection
-from sdlora.models.hub import BUILTIN
+from sdlora.models.folder import BUILTIN
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base, load_stock_pipeline
 from sdlora.models.stable_diffusion import StableDiffusion

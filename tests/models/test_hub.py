@@ -11,7 +11,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from sdlora.config import BaseSection
 from sdlora.errors import ModelError
-from sdlora.models.hub import BUILTIN, TEXTS, WEIGHTS, find_base, weight_patterns
+from sdlora.models.folder import BUILTIN, TEXTS, WEIGHTS, find_base, weight_patterns
 from sdlora.models.info import BaseInfo, inspect_base
 from tests.checks import raises
 

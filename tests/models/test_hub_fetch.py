@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from safetensors.torch import load_file, save_file
 
-from sdlora.models.hub import BUILTIN
+from sdlora.models.folder import BUILTIN
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ID = "someone/small-base"

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from sdlora.config import BaseSection
 from sdlora.errors import ConfigError, ModelError
-from sdlora.models.hub import BUILTIN
+from sdlora.models.folder import BUILTIN
 from sdlora.models.info import BaseInfo, inspect_base
 
 CopyBase = Callable[..., Path]

@@ -22,11 +22,11 @@ from sdlora.config import BaseSection
 from sdlora.dtypes import DTYPES
 from sdlora.errors import ModelError
 from sdlora.models import load
-from sdlora.models.hub import BUILTIN
+from sdlora.models.base import quiet
+from sdlora.models.folder import BUILTIN
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base, load_component, load_stock_pipeline, vae_dtype
 from sdlora.models.meta import empty_components, empty_denoiser
-from sdlora.models.quiet import quiet
 from sdlora.models.stable_diffusion import StableDiffusion
 
 CopyBase = Callable[..., Path]

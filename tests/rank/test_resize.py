@@ -15,7 +15,7 @@ from sdlora.formats.write import round_adapter
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import match_targets
 from sdlora.lora.kinds import LowRank
-from sdlora.lora.modules import carrier_layers
+from sdlora.lora.layers import carrier_layers
 from sdlora.rank.merge import merge
 from sdlora.rank.resize import resize
 from tests.checks import raises

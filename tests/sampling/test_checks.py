@@ -14,8 +14,7 @@ from sdlora.formats.files import save_adapter
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.kinds import LowRank
 from sdlora.models.stable_diffusion import StableDiffusion
-from sdlora.sampling.images import SampleSettings
-from sdlora.sampling.schedulers import check_prompts
+from sdlora.sampling.images import SampleSettings, check_prompts
 from sdlora.sampling.session import sample
 from tests.sampling.drawing import generate
 

@@ -20,14 +20,13 @@ from sdlora.config import BaseSection
 from sdlora.formats.files import load_adapter, save_adapter
 from sdlora.lora.adapter import Adapter, create_adapter
 from sdlora.lora.attach import detach, match_targets, mount
-from sdlora.lora.modules import lora_layers
-from sdlora.models.hub import BUILTIN
+from sdlora.lora.layers import lora_layers
+from sdlora.models.folder import BUILTIN
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base, load_stock_pipeline
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.sampling.generate import encode_prompts, make_columns
-from sdlora.sampling.images import FLAGGED, NOT_FINITE, SampledImage, SampleSettings
-from sdlora.sampling.schedulers import resolve_settings
+from sdlora.sampling.images import FLAGGED, NOT_FINITE, SampledImage, SampleSettings, resolve_settings
 from tests.checks import assert_same_image
 from tests.sampling.drawing import generate
 

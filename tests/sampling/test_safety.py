@@ -18,10 +18,10 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from sdlora.config import BaseSection
 from sdlora.errors import ModelError
-from sdlora.models.hub import BUILTIN
+from sdlora.models.base import quiet
+from sdlora.models.folder import BUILTIN
 from sdlora.models.info import inspect_base
 from sdlora.models.load import DTYPE, PIPELINES, load_base
-from sdlora.models.quiet import quiet
 from sdlora.models.safety import SafetyChecker, missing_checker
 from sdlora.sampling.images import FLAGGED, SampleSettings
 from sdlora.sampling.session import sample

@@ -9,7 +9,7 @@ import pytest
 
 from sdlora.errors import ConfigError
 from sdlora.models.info import BaseInfo
-from sdlora.sampling.schedulers import SCHEDULERS, make_scheduler
+from sdlora.sampling.images import SCHEDULERS, make_scheduler
 
 # diffusers' schedulers speak to numpy in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")

@@ -16,13 +16,12 @@ from sdlora.config import BaseSection
 from sdlora.formats.files import load_adapter, save_adapter
 from sdlora.lora.adapter import Adapter, create_adapter
 from sdlora.lora.attach import match_targets, mount
-from sdlora.lora.modules import lora_layers
+from sdlora.lora.layers import lora_layers
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base, load_stock_pipeline
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.sampling.generate import encode_prompts
-from sdlora.sampling.images import SampledImage, SampleSettings
-from sdlora.sampling.schedulers import resolve_settings
+from sdlora.sampling.images import SampledImage, SampleSettings, resolve_settings
 from tests.checks import assert_same_image
 from tests.sampling.drawing import generate
 

@@ -17,7 +17,7 @@ from sdlora.data.images import load_image
 from sdlora.data.tensors import image_to_tensor
 from sdlora.errors import TrainingDiverged
 from sdlora.formats.files import load_adapter
-from sdlora.lora.modules import lora_layers
+from sdlora.lora.layers import lora_layers
 from sdlora.training.logger import start_trackers
 from sdlora.training.optimizer import learning_rate
 from sdlora.training.plan_summary import describe_plan

@@ -17,7 +17,7 @@ from sdlora.formats.files import load_adapter, save_adapter
 from sdlora.formats.write import round_adapter
 from sdlora.lora.attach import mount
 from sdlora.lora.kinds import LowRank
-from sdlora.lora.modules import lora_layers
+from sdlora.lora.layers import lora_layers
 from sdlora.tree.lineage import child_lineage, find_ancestors, lineage_to_notes, short_digest
 from sdlora.tree.tree import AdapterTree, SwitchPlan
 from tests.checks import counted, raises
