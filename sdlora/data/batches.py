@@ -20,13 +20,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image as one step sees it.
+    """One image as one step sees it, with the crop and the caption drawn for it; a dropped caption is empty.
 
-    Attributes:
-        index: Its number in the run, counted over all earlier steps; keys its random draws.
-        record: The image.
-        crop: The crop drawn for this sample.
-        caption: The caption drawn for this sample; empty if dropped.
+    `index` counts the samples of the run and keys the random draws.
     """
 
     index: int
@@ -42,11 +38,7 @@ class BatchOrder:
     bucket may be short. There is no state: any step can be requested at any time.
 
     Args:
-        records: The training images.
-        plan: Their crops.
-        settings: Options of the caption pipeline.
         global_batch: Samples per step, over all processes and micro-batches.
-        seed: Keys the order and the draws.
     """
 
     def __init__(
@@ -93,8 +85,7 @@ class BatchOrder:
             draws.shuffle(numbers)
             steps += [numbers[i : i + self._global_batch] for i in range(0, len(numbers), self._global_batch)]
         draws.shuffle(steps)
-        before = accumulate(map(len, steps), initial=0)
-        return list(zip(before, steps, strict=False))
+        return list(zip(accumulate(map(len, steps), initial=0), steps, strict=False))
 
     def _draw(self, index: int, record: ImageRecord) -> Sample:
         """Crop and caption have separate generators, so that neither changes the other (R-04)."""

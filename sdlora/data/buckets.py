@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -17,15 +18,7 @@ MAX_ASPECT = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """How an image becomes a sample: scale to `resized`, crop `size` at (left, top), then mirror.
-
-    Attributes:
-        resized: Size of the whole image after scaling.
-        left: Pixels removed at the left, before mirroring.
-        top: Pixels removed at the top.
-        size: Size of the bucket.
-        flipped: Whether the result is mirrored.
-    """
+    """How an image becomes a sample: scale to `resized`, crop `size` at (left, top), then mirror."""
 
     resized: Size
     left: int
@@ -41,14 +34,12 @@ class Crop:
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """The bucket and the crops of every image.
+    """The bucket and the crops of every training image.
 
     Attributes:
         resolution: Side of the square with the area of the buckets, in pixels.
         step: Sides of buckets are multiples of this, in pixels.
-        records: The training images.
-        crops: Fixed crops of each image by its name, mirrored ones last. Held-out images have one center
-            crop.
+        crops: By image name, mirrored ones last. Held-out images have one center crop.
     """
 
     resolution: int
@@ -57,17 +48,14 @@ class BucketPlan:
     crops: Mapping[str, tuple[Crop, ...]]
 
     def bucket_of(self, name: str) -> Size:
-        """Size at which an image is trained."""
         return self.crops[name][0].size
 
     def table(self) -> list[tuple[Size, int, int]]:
         """Rows (bucket, images, samples per epoch) of the training images, by size."""
-        rows: dict[Size, tuple[int, int]] = {}
+        repeats: dict[Size, list[int]] = defaultdict(list)
         for record in self.records:
-            size = self.bucket_of(record.name)
-            images, samples = rows.get(size, (0, 0))
-            rows[size] = (images + 1, samples + record.repeats)
-        return [(size, *rows[size]) for size in sorted(rows)]
+            repeats[self.bucket_of(record.name)].append(record.repeats)
+        return [(size, len(repeats[size]), sum(repeats[size])) for size in sorted(repeats)]
 
     def lost_share(self, name: str) -> float:
         """Share of the area of an image that its crop removes."""
@@ -93,18 +81,18 @@ def plan_buckets(
     Args:
         records: The training images.
         resolution: Side of the square with the area of the buckets, in pixels.
-        settings: `crop`, `crop_variants` and `flip` are used.
+        settings: Says how to crop and whether to mirror.
         heldout: Images that get one center crop.
         min_step: The base needs sides that are multiples of this, in pixels.
         seed: Keys the random crops, together with each image's digest.
     """
     step = choose_step(resolution, min_step)
     buckets = list_buckets(resolution, step)
-    crops: dict[str, tuple[Crop, ...]] = {}
-    for record in heldout:
-        crops[record.name] = (_center_crop(record.size, _choose_bucket(record.size, buckets, resolution)),)
+    crops: dict[str, tuple[Crop, ...]] = {
+        record.name: (_center_crop(record.size, buckets, resolution),) for record in heldout
+    }
     for record in records:
-        center = _center_crop(record.size, _choose_bucket(record.size, buckets, resolution))
+        center = _center_crop(record.size, buckets, resolution)
         variants = (center,) if settings.crop == "center" else _random_crops(record, center, settings, seed)
         mirrored = tuple(replace(crop, flipped=True) for crop in variants) if settings.flip else ()
         crops[record.name] = (*variants, *mirrored)
@@ -147,33 +135,25 @@ def _loss(aspect: float, bucket: float) -> float:
     return 1.0 - min(aspect / bucket, bucket / aspect)
 
 
-def _choose_bucket(size: Size, buckets: Iterable[Size], resolution: int) -> Size:
-    """The bucket that loses least; of equal ones, the one nearer to the area."""
-    return min(
-        buckets,
-        key=lambda bucket: (
-            round(_loss(size.aspect, bucket.aspect), 9),
-            abs(bucket.area - resolution**2),
-            bucket,
-        ),
-    )
+def _center_crop(size: Size, buckets: Iterable[Size], resolution: int) -> Crop:
+    """A crop to the bucket that loses least; of equal ones, to the one nearer to the area."""
 
+    def badness(bucket: Size) -> tuple[float, int, Size]:
+        return round(_loss(size.aspect, bucket.aspect), 9), abs(bucket.area - resolution**2), bucket
 
-def _center_crop(size: Size, bucket: Size) -> Crop:
+    bucket = min(buckets, key=badness)
     scale = max(bucket.width / size.width, bucket.height / size.height)
-    resized = Size(
-        max(bucket.width, round(size.width * scale)), max(bucket.height, round(size.height * scale))
-    )
-    return Crop(resized, (resized.width - bucket.width) // 2, (resized.height - bucket.height) // 2, bucket)
+    width = max(bucket.width, round(size.width * scale))
+    height = max(bucket.height, round(size.height * scale))
+    return Crop(Size(width, height), (width - bucket.width) // 2, (height - bucket.height) // 2, bucket)
 
 
 def _random_crops(record: ImageRecord, center: Crop, settings: DataSection, seed: int) -> tuple[Crop, ...]:
     """Fixed crops at random offsets; equal ones are kept once."""
     draws = keyed_random(seed, "crop", record.digest)
-    spare_width = center.resized.width - center.size.width
-    spare_height = center.resized.height - center.size.height
+    right, bottom = center.resized.width - center.size.width, center.resized.height - center.size.height
     crops = (
-        replace(center, left=draws.randint(0, spare_width), top=draws.randint(0, spare_height))
+        replace(center, left=draws.randint(0, right), top=draws.randint(0, bottom))
         for _ in range(settings.num_crops)
     )
     return tuple(dict.fromkeys(crops))

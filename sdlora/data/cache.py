@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from sdlora.data.buckets import Crop
 from sdlora.data.images import parse_colour
 from sdlora.data.records import ImageRecord
-from sdlora.reading import Header, UnfitFileError, read_bytes, read_header
+from sdlora.reading import UnfitFileError, read_bytes, read_header
 from sdlora.writing import write_file
 
 CACHE_VERSION = 2
@@ -83,11 +83,7 @@ class TensorCache:
     def get(self, key: str, shapes: TensorShapes | None = None) -> dict[str, torch.Tensor] | None:
         """The tensors of a key, or None; they must not be changed in place.
 
-        A file that is damaged, or that no encoder can have made, counts as missing.
-
-        Args:
-            key: From `latent_key` or `text_key`.
-            shapes: Expected shapes by name.
+        A file that is damaged, of other shapes, or that no encoder can have made, counts as missing.
         """
         if key not in self._memory and self.folder is not None:
             file = self._file(key)
@@ -144,7 +140,10 @@ def _digest(entry: bytes) -> str:
 def _read_tensors(file: Path, shapes: TensorShapes | None = None) -> dict[str, torch.Tensor]:
     """Reads an entry without mapping it: systems limit the number of mapped files."""
     header = read_header(file)
-    _check_header(header, shapes)
+    if not DTYPES.issuperset(header.dtypes.values()) or any(0 in shape for shape in header.shapes.values()):
+        raise UnfitFileError("was not made by an encoder")
+    if shapes is not None and header.shapes != shapes:
+        raise UnfitFileError("holds tensors of other shapes")
     data = read_bytes(file, MAX_BYTES)
     if header.metadata.get(DIGEST) != _digest(data):
         raise UnfitFileError("is not what was written")
@@ -154,41 +153,29 @@ def _read_tensors(file: Path, shapes: TensorShapes | None = None) -> dict[str, t
     return tensors
 
 
-def _check_header(header: Header, shapes: TensorShapes | None) -> None:
-    """Refuses an entry that no encoder can have made."""
-    if not DTYPES.issuperset(header.dtypes.values()) or any(0 in shape for shape in header.shapes.values()):
-        raise UnfitFileError("was not made by an encoder")
-    if shapes is not None and header.shapes != shapes:
-        raise UnfitFileError("holds tensors of other shapes")
-
-
 def measure_cache(folder: Path) -> list[tuple[str, int, int]]:
     """Rows (kind, files, bytes)."""
-    rows = []
-    for kind in (LATENTS, TEXT):
-        sizes = [file.stat().st_size for file in _entries(folder / kind, "*.safetensors")]
-        rows.append((kind, len(sizes), sum(sizes)))
-    return rows
+    files = {kind: _entries(folder / kind, "*.safetensors") for kind in (LATENTS, TEXT)}
+    return [(kind, len(found), sum(file.stat().st_size for file in found)) for kind, found in files.items()]
 
 
 def clear_cache(folder: Path) -> int:
     """Deletes the files of the cache and nothing else; returns the bytes freed."""
     freed = 0
     for kind in (LATENTS, TEXT):
-        for pattern in ("*.safetensors", ".*.safetensors.*.tmp"):
-            for file in _entries(folder / kind, pattern):
-                size = file.stat().st_size
-                file.unlink(missing_ok=True)
-                freed += size
+        for file in _entries(folder / kind, "*.safetensors", ".*.safetensors.*.tmp"):
+            freed += file.stat().st_size
+            file.unlink(missing_ok=True)
         for empty in (*(folder / kind).glob("*"), folder / kind):
             with suppress(OSError):
                 empty.rmdir()
     return freed
 
 
-def _entries(folder: Path, pattern: str) -> list[Path]:
+def _entries(folder: Path, *patterns: str) -> list[Path]:
     """Files of one kind. Links in the cache folder are not sdlora's and are ignored."""
     if folder.is_symlink():
         return []
     inner = [path for path in folder.glob("*") if path.is_dir() and not path.is_symlink()]
-    return [file for path in inner for file in path.glob(pattern) if file.is_file() and not file.is_symlink()]
+    found = (file for path in inner for pattern in patterns for file in path.glob(pattern))
+    return [file for file in found if file.is_file() and not file.is_symlink()]

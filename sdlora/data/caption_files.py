@@ -9,9 +9,10 @@ import posixpath
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdlora.data.records import Noticed
 from sdlora.errors import join_names, shorten, unfit_letters
@@ -28,8 +29,7 @@ MAX_LISTED = 1000
 _DOCUMENTS = ("readme", "license", "licence", "attribution", "notice", "credits", "copying", "authors")
 
 
-@dataclass(frozen=True, slots=True)
-class Caption:
+class Caption(NamedTuple):
     """A caption as written, and the kind of file it comes from."""
 
     text: str
@@ -138,9 +138,8 @@ def _read_metadata(search: _Search, name: str, known: Mapping[str, str]) -> None
     for row in _read_rows(search, name):
         has_rows = True
         if len(columns) < MAX_LISTED:
-            columns.update(dict.fromkeys(map(str, row)))
-        target = _clean(row.get("file_name"))
-        if not target:
+            columns |= dict.fromkeys(map(str, row))
+        if not (target := _clean(row.get("file_name"))):
             continue
         column = next((key for key in CAPTION_COLUMNS if key in row), None)
         has_captions |= column is not None
@@ -176,10 +175,9 @@ def _read_rows(search: _Search, name: str) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
+        row = None
+        with suppress(UnfitFileError):
             row = parse_json(line)
-        except UnfitFileError:
-            row = None
         if isinstance(row, dict):
             yield row
         else:
@@ -189,8 +187,6 @@ def _read_rows(search: _Search, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _find_image(folder: str, target: str, known: Mapping[str, str]) -> str | None:
-    for spelling in (target, target.replace("\\", "/")):
-        image = known.get(_normalise(posixpath.normpath(posixpath.join(folder, spelling))))
-        if image is not None:
-            return image
-    return None
+    paths = (posixpath.join(folder, spelling) for spelling in (target, target.replace("\\", "/")))
+    names = (_normalise(posixpath.normpath(path)) for path in paths)
+    return next((known[name] for name in names if name in known), None)

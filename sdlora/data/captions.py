@@ -23,12 +23,11 @@ NUM_VARIANTS = 4
 
 
 class Operation(Protocol):
-    """Changes a caption; a random one makes the variants of an image differ."""
+    """Changes a caption; a random one draws from `rng` alone, and makes the variants of an image differ."""
 
     is_random: ClassVar[bool]
 
-    def __call__(self, caption: str, rng: random.Random) -> str:
-        """The changed caption; chance comes from `rng` alone."""
+    def __call__(self, caption: str, rng: random.Random) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,6 @@ class CaptionPipeline:
     dropout: float = 0.0
 
     def __call__(self, caption: str, rng: random.Random) -> str:
-        """One variant of a caption."""
         for operation in self.operations:
             caption = operation(caption, rng)
         return caption
@@ -82,12 +80,9 @@ class CaptionPipeline:
 
     def variants(self, caption: str, *, seed: int, digest: str) -> tuple[str, ...]:
         """Training captions of the image with this digest; equal ones are kept once."""
-        is_random = any(operation.is_random for operation in self.operations)
-        texts = [
-            self(caption, keyed_random(seed, "caption", digest, number))
-            for number in range(NUM_VARIANTS if is_random else 1)
-        ]
-        return tuple(dict.fromkeys(texts))
+        number = NUM_VARIANTS if any(operation.is_random for operation in self.operations) else 1
+        draws = (keyed_random(seed, "caption", digest, variant) for variant in range(number))
+        return tuple(dict.fromkeys(self(caption, draw) for draw in draws))
 
     def draw(self, record: ImageRecord, *, seed: int, index: int) -> str:
         """The caption of one sample: one of the image's variants, or empty.
@@ -102,7 +97,6 @@ class CaptionPipeline:
 
 
 def caption_pipeline(settings: DataSection) -> CaptionPipeline:
-    """The pipeline for the settings."""
     operations = (make(settings) for make in OPERATIONS.values())
     return CaptionPipeline([step for step in operations if step is not None], settings.caption_dropout)
 
@@ -117,7 +111,6 @@ def trigger_pattern(trigger: str) -> re.Pattern[str]:
 
 
 def has_trigger(caption: str, trigger: str) -> bool:
-    """Whether a caption contains the trigger."""
     return trigger_pattern(trigger).search(caption) is not None
 
 

@@ -23,8 +23,6 @@ SHEET_IMAGES, SHEET_COLUMNS, SHEET_CELL = 60, 10, 128
 
 @dataclass(frozen=True)
 class Checkup:
-    """Result of examining an image folder."""
-
     index: DatasetIndex
     buckets: BucketPlan
     summary: list[str]
@@ -72,11 +70,7 @@ def check_images(
 
 def summarise(index: DatasetIndex, plan: BucketPlan, count_tokens: CountTokens | None) -> list[str]:
     """R-05, R-15: lines about images, captions, examples, buckets and the worst crops."""
-    return [
-        *_summarise_images(index),
-        *_summarise_examples(index, count_tokens),
-        *_summarise_buckets(plan),
-    ]
+    return [*_summarise_images(index), *_summarise_examples(index, count_tokens), *_summarise_buckets(plan)]
 
 
 def contact_sheet(index: DatasetIndex, plan: BucketPlan, settings: DataSection) -> Image.Image:
@@ -84,19 +78,17 @@ def contact_sheet(index: DatasetIndex, plan: BucketPlan, settings: DataSection) 
     records = sorted(index.records, key=lambda record: (-round(plan.lost_share(record.name), 3), record.name))
     records = records[:SHEET_IMAGES]
     columns = max(1, min(SHEET_COLUMNS, len(records)))
-    rows = max(1, -(-len(records) // columns))
     line = 14
-    sheet = Image.new("RGB", (columns * (SHEET_CELL + 6), rows * (SHEET_CELL + 6 + 2 * line)), "white")
+    width, height = SHEET_CELL + 6, SHEET_CELL + 6 + 2 * line
+    sheet = Image.new("RGB", (columns * width, max(1, -(-len(records) // columns)) * height), "white")
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for number, record in enumerate(records):
         cell = crop_image(load_image(record.path, settings.background), plan.crops[record.name][0])
         cell.thumbnail((SHEET_CELL, SHEET_CELL))
-        left = number % columns * (SHEET_CELL + 6) + 3
-        top = number // columns * (SHEET_CELL + 6 + 2 * line) + 3
+        left, top = number % columns * width + 3, number // columns * height + 3
         sheet.paste(cell, (left + (SHEET_CELL - cell.width) // 2, top + (SHEET_CELL - cell.height) // 2))
-        label = PurePosixPath(record.name).name
+        label, lost = PurePosixPath(record.name).name, plan.lost_share(record.name)
         label = label if len(label) <= 20 else f"{label[:12]}...{label[-5:]}"
-        lost = plan.lost_share(record.name)
         figures = f"{plan.bucket_of(record.name)}" + (f"  -{lost:.0%}" if lost > 0.005 else "")
         canvas.text((left, top + SHEET_CELL), label, "black", font)
         canvas.text((left, top + SHEET_CELL + line), figures, "dimgrey", font)
@@ -126,23 +118,21 @@ def _summarise_examples(index: DatasetIndex, count_tokens: CountTokens | None) -
     lines = []
     chosen = [index.records[i * len(index.records) // 3] for i in range(min(3, len(index.records)))]
     for record in dict.fromkeys(chosen):
-        if count_tokens is None:
-            lines.append(f"example {record.name}: {record.caption}")
-        else:
-            count = count_tokens(record.caption)
-            pieces = " | ".join(count.pieces)
-            lines.append(f"example {record.name}: {pieces} ({count.used} of {count.limit} tokens)")
+        text = record.caption
+        if count_tokens is not None:
+            count = count_tokens(text)
+            text = f"{' | '.join(count.pieces)} ({count.used} of {count.limit} tokens)"
+        lines.append(f"example {record.name}: {text}")
     return lines
 
 
 def _summarise_buckets(plan: BucketPlan) -> list[str]:
-    rows = plan.table()
-    side = plan.resolution
+    rows, side = plan.table(), plan.resolution
     lines = [f"{count_of(len(rows), 'bucket')} of about {side}x{side}, step {plan.step} px"]
-    for size, images, samples in rows:
-        lines.append(
-            f"  {size!s:>9}  {count_of(images, 'image'):>11}  {count_of(samples, 'sample'):>12} per epoch"
-        )
+    lines += [
+        f"  {size!s:>9}  {count_of(images, 'image'):>11}  {count_of(samples, 'sample'):>12} per epoch"
+        for size, images, samples in rows
+    ]
     lost = largest_first((plan.lost_share(record.name), record.name) for record in plan.records)
     if lost:
         mean = sum(share for share, _ in lost) / len(lost)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import PurePosixPath
 from typing import Protocol
 
@@ -120,12 +121,12 @@ class _Count(int):
 
 
 def _word(severity: Severity, key: str, message: str, details: Mapping[str, str]) -> Finding:
-    names = join_names(f"{name} {detail}" if detail else name for name, detail in details.items())
+    names = join_names(f"{name} {detail}".rstrip() for name, detail in details.items())
     return Finding(severity, message.format(count=_Count(len(details)), names=names), tuple(details), key)
 
 
 def _examine_records(
-    training: Sequence[ImageRecord], heldout: Sequence[ImageRecord], noticed: Noticed
+    training: Iterable[ImageRecord], heldout: Iterable[ImageRecord], noticed: Noticed
 ) -> None:
     """Shared stems (R-21), exact copies, held-out images that are trained on, unlikely repeats."""
     stems: dict[PurePosixPath, list[str]] = defaultdict(list)
@@ -140,8 +141,7 @@ def _examine_records(
             noticed["data.copies"][first] = f"= {join_names(others, separator=' = ')}"
     leaked = [record.name for record in heldout if record.digest in copies]
     noticed["data.heldout-trained"] |= dict.fromkeys(leaked, "")
-    most = max((record.repeats for record in training), default=0)
-    if most > MANY_REPEATS:
+    if (most := max((record.repeats for record in training), default=0)) > MANY_REPEATS:
         noticed["data.repeats-excessive" if most > MAX_REPEATS else "data.repeats"][str(most)] = ""
 
 
@@ -161,7 +161,6 @@ def _examine_sizes(plan: BucketPlan, noticed: Noticed) -> None:
 
 
 def largest_first(pairs: Iterable[tuple[float, str]]) -> list[tuple[float, str]]:
-    """Sorted by number, then by name."""
     return sorted(pairs, key=lambda pair: (-pair[0], pair[1]))
 
 
@@ -169,12 +168,10 @@ def _examine_tokens(
     records: Sequence[ImageRecord], trigger: str | None, count_tokens: CountTokens, noticed: Noticed
 ) -> None:
     """R-28: which captions are cut, which words are lost, and whether the trigger survives."""
-    captions = dict.fromkeys(caption for record in records for caption in record.captions)
-    counts = {caption: count_tokens(caption) for caption in captions}
+    count_once = cache(count_tokens)
     for record in records:
         for caption in record.captions:
-            count = counts[caption]
-            if not count.lost:
+            if not (count := count_once(caption)).lost:
                 continue
             lost = count.lost if len(count.lost) <= 60 else f"{count.lost[:57]}..."
             noticed["data.caption-truncated"][record.name] = f"loses {lost!r} (limit {count.limit} tokens)"
@@ -186,6 +183,4 @@ def _kept(caption: str, lost: str) -> str:
     """The caption without the end that was cut off; tokenizers may have changed case and spaces."""
     squeezed, tail = " ".join(caption.lower().split()), " ".join(lost.lower().split())
     place = squeezed.rfind(tail)
-    if place < 0:
-        place = max(0, len(squeezed) - len(tail))
-    return squeezed[:place]
+    return squeezed[: place if place >= 0 else max(0, len(squeezed) - len(tail))]

@@ -20,7 +20,6 @@ SEARCH_UP, SEARCH_DOWN, MAX_SEARCHED = 3, 2, 500
 
 
 def is_image(name: str) -> bool:
-    """Whether a file name has the suffix of an image."""
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
@@ -69,9 +68,8 @@ def list_files(root: Path, noticed: Noticed, *, follow_links: bool = False) -> l
             else:
                 files.append(name)
         folders += reversed(inner)
-    for name in files:
-        if PurePosixPath(name).suffix.lower() in UNREAD_SUFFIXES:
-            noticed["data.image-format"][name] = ""
+    unread = [name for name in files if PurePosixPath(name).suffix.lower() in UNREAD_SUFFIXES]
+    noticed["data.image-format"] |= dict.fromkeys(unread, "")
     return sorted(files)
 
 
@@ -95,25 +93,20 @@ def _is_ignored(name: str) -> bool:
 def read_repeats(root: Path, name: str) -> int:
     """N of the nearest `N_name` folder above a file, the image folder itself included."""
     for folder in (*reversed(PurePosixPath(name).parts[:-1]), root.absolute().name):
-        match = re.fullmatch(r"([1-9][0-9]{0,8})_.+", folder)
-        if match:
+        if match := re.fullmatch(r"([1-9][0-9]{0,8})_.+", folder):
             return int(match[1])
     return 1
 
 
 def check_folder(root: Path) -> None:
-    """Checks that a path is a folder.
-
-    Raises:
-        DataError: Otherwise, with the nearest name.
-    """
+    """Raises a DataError with the nearest name if a path is not a folder."""
     try:
-        is_folder, exists = root.is_dir(), root.exists()
+        if root.is_dir():
+            return
+        exists = root.exists()
     except OSError as error:
         message = f"cannot open image folder {shorten(str(root))}: {error.strerror}"
         raise DataError(message, key="data.folder-unreadable") from None
-    if is_folder:
-        return
     if exists:
         message = f"image folder {root} is a file; pass the folder that contains it: {root.parent}"
         raise DataError(message, key="data.folder-is-file")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import threading
 import warnings
 from collections.abc import Iterator
@@ -41,8 +42,7 @@ class UnreadableImageError(DataError):
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path} {reason}; replace or remove it", key="data.image-unreadable")
-        self.path = path
-        self.reason = reason
+        self.path, self.reason = path, reason
 
     def __reduce__(self) -> tuple[type[UnreadableImageError], tuple[Path, str]]:
         return type(self), (self.path, self.reason)
@@ -51,12 +51,11 @@ class UnreadableImageError(DataError):
 def parse_colour(background: str) -> tuple[int, int, int]:
     """Red, green and blue of a colour name or #rrggbb."""
     try:
-        red, green, blue = ImageColor.getrgb(background)[:3]
+        return ImageColor.getrgb(background)[:3]
     except ValueError:
         raise ConfigError(
             f"data.background = {background!r} is not a colour; use a name such as white, or #rrggbb"
         ) from None
-    return red, green, blue
 
 
 def load_image(path: Path, background: str = "white") -> Image.Image:
@@ -90,10 +89,9 @@ def load_record(record: ImageRecord, background: str = "white") -> Image.Image:
 
 def measure_file(path: Path) -> tuple[str, Size, bool]:
     """Digest, size as shown, and whether a file is animated; raises UnreadableImageError."""
-    try:
+    is_large = False
+    with suppress(OSError):  # The read below reports it.
         is_large = path.stat().st_size > LARGE_BYTES
-    except OSError as error:
-        raise UnreadableImageError(path, f"cannot be read ({error.strerror})") from None
     with _one_at_a_time(is_large):
         data = _read(path)
         return (hashlib.sha256(data).hexdigest(), *measure_image(path, data))
@@ -101,7 +99,7 @@ def measure_file(path: Path) -> tuple[str, Size, bool]:
 
 def measure_image(path: Path, data: bytes) -> tuple[Size, bool]:
     """Decodes a whole file; returns its size as shown, and whether it is animated."""
-    with _decoding(path), _open(path, data) as image, _one_at_a_time(_area(image) > LARGE_PIXELS):
+    with _decoding(path), _open(path, data) as image, _one_at_a_time(math.prod(image.size) > LARGE_PIXELS):
         is_animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
         if image.format == "JPEG":
             # A reduced decode still reads the whole stream, at a third of the cost.
@@ -149,10 +147,6 @@ def _open(path: Path, data: bytes) -> Image.Image:
         raise UnreadableImageError(path, f"is not an image (it starts with {data[:12]!r})") from None
 
 
-def _area(image: Image.Image) -> int:
-    return image.width * image.height
-
-
 def _one_at_a_time(is_large: bool) -> AbstractContextManager[object]:
     return _large if is_large else nullcontext()
 
@@ -186,12 +180,9 @@ def _flatten(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     """Converts any mode to RGB."""
     if image.mode.startswith("I") or image.mode == "F":
         return _reduce_depth(image).convert("RGB")
-    has_alpha = image.has_transparency_data
-    profile = image.info.get("icc_profile")
-    if has_alpha:
-        image = image.convert("RGBA")
-    elif image.mode not in ("RGB", "CMYK"):
-        image = image.convert("RGB")
+    has_alpha, profile = image.has_transparency_data, image.info.get("icc_profile")
+    if has_alpha or image.mode not in ("RGB", "CMYK"):
+        image = image.convert("RGBA" if has_alpha else "RGB")
     if profile:
         image = _convert_to_srgb(image, profile)
     if not has_alpha:

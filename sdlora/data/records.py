@@ -41,7 +41,6 @@ class ImageRecord:
     """One image and its captions.
 
     Attributes:
-        path: Path of the file.
         name: Path relative to the image folder, with forward slashes; unique in an index.
         digest: sha256 of the file's bytes, hexadecimal.
         size: As a viewer shows it, EXIF orientation applied.
@@ -62,7 +61,6 @@ class ImageRecord:
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """The captions that training draws from."""
         return self.variants or (self.caption,)
 
 
@@ -90,7 +88,6 @@ class DatasetIndex:
 
     @property
     def num_captions(self) -> int:
-        """Number of distinct training captions; each is encoded once."""
         return len({caption for record in self.records for caption in record.captions})
 
     @property
@@ -101,14 +98,12 @@ class DatasetIndex:
 
 
 def count_of(number: int, noun: str) -> str:
-    """`1 image`, `3 images`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def raise_errors(findings: Iterable[Finding]) -> None:
     """Raises one DataError for all findings that are errors, with a line and a key for each."""
-    errors = [finding for finding in findings if finding.severity == "error"]
-    if errors:
+    if errors := [finding for finding in findings if finding.severity == "error"]:
         raised = DataError("\n".join(finding.message for finding in errors))
         raised.keys = tuple(finding.key for finding in errors)
         raise raised

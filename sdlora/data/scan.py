@@ -9,7 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 
 from sdlora.config import DataSection, RunConfig
@@ -34,13 +35,11 @@ AUTO_SHARE, AUTO_FROM, AUTO_LEAST = 0.1, 12, 2
 
 def read_dataset(config: RunConfig, *, resolution: int, min_step: int) -> tuple[DatasetIndex, BucketPlan]:
     """Scans the image folder of a run and plans its buckets for a base of this size."""
-    seed = config.train.seed
+    seed, resolution = config.train.seed, config.data.resolution or resolution
     index = scan_dataset(config.images, config.data, seed)
-    resolution = config.data.resolution or resolution
-    buckets = plan_buckets(
+    return index, plan_buckets(
         index.records, resolution, config.data, heldout=index.heldout, min_step=min_step, seed=seed
     )
-    return index, buckets
 
 
 def scan_dataset(root: str | Path, settings: DataSection, seed: int = 0) -> DatasetIndex:
@@ -59,8 +58,10 @@ def scan_dataset(root: str | Path, settings: DataSection, seed: int = 0) -> Data
     files = list_files(root, scan.noticed, follow_links=settings.follow_links)
     images = [name for name in files if is_image(name)]
     inside, outside = locate_heldout(root, images, settings.heldout)
-    training_names = [name for name in images if not _is_below(name, inside) and not is_heldout(name)]
     heldout_names = [name for name in images if _is_below(name, inside)]
+    unused = [name for name in images if is_heldout(name) and not _is_below(name, inside)]
+    training_names = [name for name in images if not _is_below(name, inside) and not is_heldout(name)]
+    scan.noticed["data.heldout-unused"] |= dict.fromkeys(unused, "")
     if not training_names:
         raise no_images_error(root, files, scan.noticed)
 
@@ -71,25 +72,11 @@ def scan_dataset(root: str | Path, settings: DataSection, seed: int = 0) -> Data
         heldout = _read_outside(scan, outside, {record.name for record in training})
     elif inside is None:
         training, heldout = hold_out_share(training, settings.heldout, seed)
-    unused = [name for name in images if is_heldout(name) and not _is_below(name, inside)]
-    scan.noticed["data.heldout-unused"] |= dict.fromkeys(unused, "")
-    return DatasetIndex(
-        root,
-        tuple(sorted(training, key=lambda record: record.name)),
-        # Once and with one caption each: the held-out loss must not depend on chance.
-        tuple(replace(r, repeats=1, variants=()) for r in sorted(heldout, key=lambda record: record.name)),
-        scan.noticed,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """Result of decoding a file; `problem` is why it cannot be used."""
-
-    digest: str
-    size: Size
-    is_animated: bool = False
-    problem: str = ""
+    # Once and with one caption each: the held-out loss must not depend on chance.
+    heldout = [replace(record, repeats=1, variants=()) for record in heldout]
+    by_name = attrgetter("name")
+    training, heldout = sorted(training, key=by_name), sorted(heldout, key=by_name)
+    return DatasetIndex(root, tuple(training), tuple(heldout), scan.noticed)
 
 
 class _Scan:
@@ -103,30 +90,25 @@ class _Scan:
     def read(self, root: Path, files: Sequence[str], names: Sequence[str]) -> list[ImageRecord]:
         """Decodes the named images and finds their captions among the files."""
         captions = find_captions(root, files, [name for name in files if is_image(name)], self.noticed)
-        measured = dict(zip(names, _measure_all([root / name for name in names]), strict=True))
-        for name, result in measured.items():
-            if result.problem:
-                self.noticed["data.image-unreadable"][name] = result.problem
-            elif result.is_animated:
+        records = []
+        for name, measured in zip(names, _measure_all([root / name for name in names]), strict=True):
+            if isinstance(measured, str):
+                self.noticed["data.image-unreadable"][name] = measured
+                continue
+            digest, size, is_animated = measured
+            if is_animated:
                 self.noticed["data.image-frames"][name] = ""
-        usable = {name: result for name, result in measured.items() if not result.problem}
-        self._check_coverage(root, list(usable), captions)
-        return [self._record(root, name, result, captions.get(name)) for name, result in usable.items()]
+            records.append(self._record(root, name, digest, size, captions.get(name)))
+        self._check_coverage(root, [record.name for record in records], captions)
+        return records
 
-    def _record(self, root: Path, name: str, measured: _Measured, found: Caption | None) -> ImageRecord:
-        pipeline, text = caption_pipeline(self.settings), found.text if found else ""
-        caption = pipeline.plain(text)
-        variants = pipeline.variants(text, seed=self.seed, digest=measured.digest)
-        return ImageRecord(
-            path=root / name,
-            name=name,
-            digest=measured.digest,
-            size=measured.size,
-            caption=caption,
-            caption_source=found.source if found else "trigger" if self.settings.trigger else "",
-            repeats=read_repeats(root, name),
-            variants=() if variants == (caption,) else variants,
-        )
+    def _record(self, root: Path, name: str, digest: str, size: Size, found: Caption | None) -> ImageRecord:
+        pipeline = caption_pipeline(self.settings)
+        text, source = found or ("", "trigger" if self.settings.trigger else "")
+        caption, variants = pipeline.plain(text), pipeline.variants(text, seed=self.seed, digest=digest)
+        variants = () if variants == (caption,) else variants
+        repeats = read_repeats(root, name)
+        return ImageRecord(root / name, name, digest, size, caption, source, repeats, variants)
 
     def _check_coverage(self, root: Path, names: Sequence[str], captions: Mapping[str, Caption]) -> None:
         """R-05: no captions without a trigger, and captions for some images only, are errors by default."""
@@ -144,18 +126,18 @@ class _Scan:
             noticed["data.placeholder"] |= dict.fromkeys(unset, "")
 
 
-def _measure_all(paths: Sequence[Path]) -> list[_Measured]:
+def _measure_all(paths: Sequence[Path]) -> list[tuple[str, Size, bool] | str]:
     with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         warnings.filterwarnings("ignore", module=r"PIL\..*")
         return list(pool.map(_measure, paths))
 
 
-def _measure(path: Path) -> _Measured:
-    """Reads a file once: digest, size, and whether it can be decoded to its end."""
+def _measure(path: Path) -> tuple[str, Size, bool] | str:
+    """Digest, size and whether it is animated, or why the image cannot be used."""
     try:
-        return _Measured(*measure_file(path))
+        return measure_file(path)
     except UnreadableImageError as error:
-        return _Measured("", Size(1, 1), problem=error.reason)
+        return error.reason
 
 
 def locate_heldout(root: Path, images: Iterable[str], value: float | str) -> tuple[str | None, Path | None]:
@@ -175,9 +157,15 @@ def locate_heldout(root: Path, images: Iterable[str], value: float | str) -> tup
         is_folder = False
         with suppress(OSError):  # The name may be too long.
             is_folder = folder.is_dir()
-        if is_folder:
-            inside = _relative(folder, root)
-            return (inside, None) if inside else (None, folder)
+        if not is_folder:
+            continue
+        target, home = folder.resolve(), root.resolve()
+        if target == home:
+            raise DataError(
+                f"data.heldout = {folder} is the image folder itself; set another folder, a share or 0",
+                key="data.heldout",
+            )
+        return (target.relative_to(home).as_posix(), None) if target.is_relative_to(home) else (None, folder)
     raise DataError(
         f"data.heldout = {shorten(value)} is not a folder; set a folder, a share such as 0.1, or 0",
         key="data.heldout",
@@ -189,19 +177,6 @@ def _is_below(name: str, folder: str | None) -> bool:
     if folder is None:
         return False
     return is_heldout(name) if folder == HELDOUT else name.startswith(f"{folder}/")
-
-
-def _relative(folder: Path, root: Path) -> str:
-    try:
-        inside = folder.resolve().relative_to(root.resolve()).as_posix()
-    except ValueError:
-        return ""
-    if inside == ".":
-        raise DataError(
-            f"data.heldout = {folder} is the image folder itself; set another folder, a share or 0",
-            key="data.heldout",
-        )
-    return inside
 
 
 def _read_outside(scan: _Scan, folder: Path, taken: set[str]) -> list[ImageRecord]:

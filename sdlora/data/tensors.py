@@ -19,10 +19,7 @@ def image_to_tensor(image: Image.Image) -> torch.Tensor:
 def crop_to_time_ids(original: Size, crop: Crop) -> torch.Tensor:
     """Size and crop conditioning of SDXL (Podell et al. 2023, 2307.01952, section 2.2).
 
-    Args:
-        original: Size of the whole image as a viewer shows it, before scaling.
-        crop: Its offsets count in the scaled image, as SDXL was trained; after mirroring, from the left
-            side that the model sees.
+    Offsets count in the scaled image, as SDXL was trained; after mirroring, from the left side as shown.
 
     Returns:
         (6,) float32: original height, width; top, left; target height, width.
