@@ -18,12 +18,7 @@ from sdlora.rank.svd import decompose
 class InitReport:
     """How modules were initialised from a file.
 
-    Args:
-        num_kept: Modules of the same rank.
-        num_padded: Modules padded to a larger rank, which changes nothing yet.
-        num_truncated: Modules truncated to a smaller rank.
-        num_fresh: Modules that are not in the file.
-        error: Norm of what truncation lost over the norm of the whole change.
+    `error` is the norm of what truncation lost over the norm of the whole change.
     """
 
     num_kept: int
@@ -33,33 +28,26 @@ class InitReport:
     error: float
 
     def __str__(self) -> str:
-        parts = [
-            f"{self.num_kept} modules copied" if self.num_kept else "",
-            f"{self.num_padded} padded to a larger rank (exact)" if self.num_padded else "",
-            f"{self.num_truncated} truncated to a smaller rank (error {self.error:.2%} of the whole change)"
-            if self.num_truncated
-            else "",
-            f"{self.num_fresh} not in the file (fresh)" if self.num_fresh else "",
-        ]
-        return ", ".join(part for part in parts if part)
+        parts = {
+            "modules copied": self.num_kept,
+            "padded to a larger rank (exact)": self.num_padded,
+            f"truncated to a smaller rank (error {self.error:.2%} of the whole change)": self.num_truncated,
+            "not in the file (fresh)": self.num_fresh,
+        }
+        return ", ".join(f"{number} {text}" for text, number in parts.items() if number)
 
 
 def check_init_targets(start: Adapter, targets: Collection[str], source: str) -> None:
-    """Checks that all modules of a file are trained.
+    """Raises a ConfigError if modules of an adapter are not trained.
 
     Args:
         start: Loaded from the file.
         targets: The modules that are trained.
         source: The setting, such as `lora.init_from = style.safetensors`.
-
-    Raises:
-        ConfigError: If some are not.
     """
-    left_out = [name for name in start.modules if name not in targets]
-    if left_out:
-        text = (
-            "lora.text_encoder=true and " if any(component_of(name) != DENOISER for name in left_out) else ""
-        )
+    if left_out := [name for name in start.modules if name not in targets]:
+        has_text = any(component_of(name) != DENOISER for name in left_out)
+        text = "lora.text_encoder=true and " if has_text else ""
         raise ConfigError(
             f"{source} has {len(left_out)} of its {len(start.modules)} modules outside lora.targets, such as "
             f"{left_out[0]}; set {text}lora.targets to include them",

@@ -50,7 +50,6 @@ class MergeReport:
     worst: tuple[str, float]
 
     def lines(self) -> list[str]:
-        """As printed."""
         return [describe_error(self.error, self.worst)]
 
 
@@ -83,12 +82,10 @@ def merge(
     """
     _check(adapters, method, rank=rank, density=density, seed=seed)
     density = DENSITY if density is None else density
-    largest = rank or max(adapter.rank for adapter, _ in adapters)
-    join = _joiner(method, largest, density, seed or 0)
+    join = _joiner(method, rank or max(adapter.rank for adapter, _ in adapters), density, seed or 0)
     own = [low_rank_modules(adapter, "merge") for adapter, _ in adapters]
-    names = dict.fromkeys(name for pairs in own for name in pairs)
     modules: dict[str, _Joined] = {}
-    for name in names:
+    for name in dict.fromkeys(name for pairs in own for name in pairs):
         parts = [
             (number, _weighted(own[number][name], weight * adapter.scale_of(name)))
             for number, (adapter, weight) in enumerate(adapters)
@@ -124,35 +121,27 @@ def _check(adapters: Sequence[tuple[Adapter, float]], method: Method, **given: f
             )
     rank, density = given["rank"], given["density"]
     if rank is not None and rank < 1:
-        raise ConfigError(
-            f"rank = {rank:g} must be at least 1; the default is the largest of the LoRAs", key="merge.rank"
-        )
+        message = f"rank = {rank:g} must be at least 1; the default is the largest of the LoRAs"
+        raise ConfigError(message, key="merge.rank")
     if density is not None and not 0 < density <= 1:
-        raise ConfigError(
-            f"density = {density:g} must be above 0 and at most 1, such as {DENSITY}", key="merge.density"
-        )
+        message = f"density = {density:g} must be above 0 and at most 1, such as {DENSITY}"
+        raise ConfigError(message, key="merge.density")
     families = sorted({adapter.family for adapter, _ in adapters if adapter.family})
     if len(families) > 1:
-        raise AdapterError(
-            f"the LoRAs are for {' and '.join(families)}; give LoRAs of one family", key="merge.families"
-        )
+        message = f"the LoRAs are for {' and '.join(families)}; give LoRAs of one family"
+        raise AdapterError(message, key="merge.families")
     if len({adapter.parent for adapter, _ in adapters}) > 1:
-        raise AdapterError(
-            "the LoRAs have different parents; flatten each with `sdlora tree flatten` first",
-            key="merge.parents",
-        )
+        message = "the LoRAs have different parents; flatten each with `sdlora tree flatten` first"
+        raise AdapterError(message, key="merge.parents")
 
 
 def _describe(
     adapters: Sequence[tuple[Adapter, float]], method: Method, density: float, report: MergeReport | None
 ) -> dict[str, object]:
+    keys = {"name": "ss_output_name", "hash": "sshs_model_hash"}
     parts = [
-        {
-            "name": adapter.notes.get("ss_output_name", ""),
-            "hash": adapter.notes.get("sshs_model_hash", ""),
-            "weight": w,
-        }
-        for adapter, w in adapters
+        {part: adapter.notes.get(key, "") for part, key in keys.items()} | {"weight": weight}
+        for adapter, weight in adapters
     ]
     extra = {"density": density} if method in ("ties", "dare") else {}
     lost = {"error": float(f"{report.error:.2e}")} if report else {}
@@ -169,8 +158,7 @@ def _report(modules: Mapping[str, _Joined]) -> MergeReport:
 
 def _weighted(pair: LowRank, weight: float) -> LowRank:
     """The pair with a weight inside `up`, in fp32."""
-    up = pair.up.detach().double() * weight
-    return LowRank(pair.down.detach().float(), up.float())
+    return LowRank(pair.down.detach().float(), (pair.up.detach().double() * weight).float())
 
 
 Parts = list[tuple[int, LowRank]]
@@ -180,10 +168,9 @@ class _Joined(NamedTuple):
     """One module of the result."""
 
     pair: LowRank
+    # Norms of the whole change and of the difference to it, where the rank is limited.
     norm: float = 0.0
-    """Of the whole change, where the rank is limited."""
     lost: float = 0.0
-    """Norm of the difference to it."""
 
 
 def _joiner(method: Method, rank: int, density: float, seed: int) -> Callable[[str, Parts], _Joined]:
@@ -238,6 +225,5 @@ def drop(change: Tensor, density: float, key: str) -> Tensor:
 
 
 def _nearest(change: Tensor, rank: int, like: LowRank) -> _Joined:
-    """The nearest pair of a rank to a dense change of a module."""
     pair = decompose_dense(change, rank, tuple(like.down.shape[1:])).truncate(rank)
     return _Joined(pair, float(change.norm()), float((change - delta(pair)).norm()))

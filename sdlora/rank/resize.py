@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 from sdlora.dtypes import DTYPES
 from sdlora.errors import AdapterError, ConfigError
@@ -24,8 +25,7 @@ class ResizeReport:
         ranks: By module; 0 for dropped modules.
         error: Norm of the difference over the norm of the whole change.
         worst: The module with the largest relative error, and that error.
-        before: Number of parameters.
-        after: Number of parameters.
+        before: Number of parameters, as `after`.
     """
 
     rule: str
@@ -36,7 +36,6 @@ class ResizeReport:
     after: int
 
     def lines(self) -> list[str]:
-        """As printed."""
         counts = Counter(rank for rank in self.ranks.values() if rank)
         ranks = ", ".join(f"{rank} ({count} modules)" for rank, count in sorted(counts.items())[:8])
         more = f" and {len(counts) - 8} more ranks" if len(counts) > 8 else ""
@@ -51,11 +50,16 @@ class ResizeReport:
 
 
 def describe_error(error: float, worst: tuple[str, float]) -> str:
-    """The line about relative errors."""
     return f"error     {error:.2%} of the whole change, at most {worst[1]:.2%} of a module ({worst[0]})"
 
 
-RULES = ("rank", "energy", "ratio", "score", "size_mb")
+RULES = {
+    "rank": "1 or more",
+    "energy": "a share such as 0.99",
+    "ratio": "a share such as 0.05",
+    "score": "a share such as 0.003",
+    "size_mb": "megabytes such as 8",
+}
 
 
 def resize(
@@ -99,38 +103,26 @@ def resize(
         for name, pair in low_rank_modules(adapter, "resize").items()
         if ranks[name]
     }
-    largest = max(ranks.values())
-    small = replace(
-        adapter, modules=modules, rank=largest, alpha=float(largest), scales={}, notes=dict(adapter.notes)
-    )
-    report = _report(f"{rule} {value:g}", values, ranks, adapter.num_parameters, small.num_parameters)
-    small.notes.pop("sdlora.heldout_loss", None)
-    small.notes["sdlora.resized"] = f"from rank {adapter.rank} by {report.rule}, error {report.error:.2e}"
-    return small, report
+    largest, error = max(ranks.values()), values.error(ranks)
+    notes = {key: text for key, text in adapter.notes.items() if key != "sdlora.heldout_loss"}
+    notes["sdlora.resized"] = f"from rank {adapter.rank} by {rule} {value:g}, error {error:.2e}"
+    small = replace(adapter, modules=modules, rank=largest, alpha=float(largest), scales={}, notes=notes)
+    worst = max(((name, values.error({name: rank})) for name, rank in ranks.items()), key=itemgetter(1))
+    before, after = adapter.num_parameters, small.num_parameters
+    return small, ResizeReport(f"{rule} {value:g}", ranks, error, worst, before, after)
 
 
 def _find_rule(rules: Mapping[str, float | None]) -> tuple[str, float]:
     """The one rule that is given."""
     given = {name: float(value) for name, value in rules.items() if value is not None}
-    if len(given) != 1 or not given.keys() <= set(RULES):
+    if len(given) != 1 or not given.keys() <= RULES.keys():
         found = " and ".join(f"{name} = {value:g}" for name, value in given.items()) or "none"
         raise ConfigError(f"give exactly one of {', '.join(RULES)}, not {found}", key="resize.one-rule")
     rule, value = given.popitem()
-    _check_rule(rule, value)
-    return rule, value
-
-
-def _check_rule(rule: str, value: float) -> None:
-    examples = {
-        "rank": "1 or more",
-        "energy": "a share such as 0.99",
-        "ratio": "a share such as 0.05",
-        "score": "a share such as 0.003",
-        "size_mb": "megabytes such as 8",
-    }
     # NaN is out of range.
     if not 0 < value <= (1 if rule in ("energy", "ratio") else math.inf):
-        raise ConfigError(f"{rule} = {value:g} is out of range; use {examples[rule]}", key="resize.range")
+        raise ConfigError(f"{rule} = {value:g} is out of range; use {RULES[rule]}", key="resize.range")
+    return rule, value
 
 
 def _ranks_by_rule(
@@ -142,10 +134,8 @@ def _ranks_by_rule(
     if rule == "energy":
         return {name: found.rank_for_energy(name, value) for name in found.values}
     if rule == "ratio":
-        return {
-            name: int(((values >= value * values[0]) & (values > 0)).sum())
-            for name, values in found.values.items()
-        }
+        kept = {name: (row >= value * row[0]) & (row > 0) for name, row in found.values.items()}
+        return {name: int(row.sum()) for name, row in kept.items()}
     missing = [name for name in found.values if name not in (base_norms or {})]
     if base_norms is None or missing:
         raise ConfigError(
@@ -178,9 +168,3 @@ def _header_bytes(adapter: Adapter) -> int:
     """An upper bound of the header's size."""
     names = sum(5 * len(name) + 300 for name in adapter.modules)
     return names + sum(len(key) + len(text.encode()) + 6 for key, text in adapter.notes.items()) + 1024
-
-
-def _report(rule: str, found: Spectrum, ranks: dict[str, int], before: int, after: int) -> ResizeReport:
-    errors = {name: found.error({name: rank}) for name, rank in ranks.items()}
-    worst = max(errors, key=lambda name: errors[name])
-    return ResizeReport(rule, ranks, found.error(ranks), (worst, errors[worst]), before, after)

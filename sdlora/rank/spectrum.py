@@ -24,17 +24,17 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class BlockSpectrum:
-    """Averages over the modules of one block of the network."""
+    """Averages over the modules of one block; its largest rank, and its share of the adapter's energy.
+
+    `ranks_for_energy` are the numbers of singular values with 50, 90 and 99 % of a module's energy.
+    """
 
     block: str
     num_modules: int
     rank: int
-    """The largest of its modules."""
     effective_rank: float
     ranks_for_energy: tuple[float, ...]
-    """Number of singular values with 50, 90 and 99 % of a module's energy."""
     energy: float
-    """The block's share of the whole adapter's energy."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,7 @@ class Spectrum:
         return int((values > ROUNDING * values.max()).sum())
 
     def error(self, ranks: Mapping[str, int]) -> float:
-        """The relative error of truncation to these ranks: norm of the difference over norm of the change.
-
-        Args:
-            ranks: By module; other modules do not count.
-        """
+        """Error of a truncation to these ranks: norm of the difference over that of these modules' change."""
         lost = sum(float(self.values[name][rank:].square().sum()) for name, rank in ranks.items())
         whole = sum(float(self.values[name].square().sum()) for name in ranks)
         return math.sqrt(lost / whole) if whole > 0 else 0.0
@@ -84,25 +80,19 @@ class Spectrum:
         groups: dict[str, list[str]] = defaultdict(list)
         for name in self.values:
             groups[block_of(name)].append(name)
-        whole = sum(float(values.square().sum()) for values in self.values.values()) or 1.0
-        rows = []
-        for block in sorted(groups, key=_block_order):
-            names = groups[block]
-            rows.append(
-                BlockSpectrum(
-                    block,
-                    len(names),
-                    max(len(self.values[name]) for name in names),
-                    _mean([self.effective_rank(name) for name in names]),
-                    tuple(_mean([self.rank_for_energy(name, share) for name in names]) for share in SHARES),
-                    sum(float(self.values[name].square().sum()) for name in names) / whole,
-                )
+        energies = {name: float(values.square().sum()) for name, values in self.values.items()}
+        whole = sum(energies.values()) or 1.0
+        return [
+            BlockSpectrum(
+                block,
+                len(names := groups[block]),
+                max(len(self.values[name]) for name in names),
+                sum(self.effective_rank(name) for name in names) / len(names),
+                tuple(sum(self.rank_for_energy(name, s) for name in names) / len(names) for s in SHARES),
+                sum(energies[name] for name in names) / whole,
             )
-        return rows
-
-
-def _mean(numbers: list[float] | list[int]) -> float:
-    return sum(numbers) / len(numbers)
+            for block in sorted(groups, key=_block_order)
+        ]
 
 
 def block_of(module: str) -> str:
@@ -120,9 +110,5 @@ def _block_order(block: str) -> tuple[int, str]:
 
 def spectrum(adapter: Adapter) -> Spectrum:
     """The singular values of every module's change, scale included."""
-    return Spectrum(
-        {
-            name: singular_values(pair, adapter.scale_of(name))
-            for name, pair in low_rank_modules(adapter, "spectrum").items()
-        }
-    )
+    pairs = low_rank_modules(adapter, "spectrum")
+    return Spectrum({name: singular_values(pair, adapter.scale_of(name)) for name, pair in pairs.items()})
