@@ -25,12 +25,9 @@ PARENT, LINEAGE, HASH = "sdlora.parent", "sdlora.lineage", "sshs_model_hash"
 
 @dataclass(frozen=True, slots=True)
 class Ancestor:
-    """An adapter that another one was trained on top of.
+    """An adapter that another one was trained on top of, with its name and strength in that training.
 
-    Args:
-        name: Its name at that time.
-        digest: SHA-256 of the tensors of its diffusers file.
-        strength: Its strength in that training.
+    `digest` is the SHA-256 of the tensors of its diffusers file.
     """
 
     name: str
@@ -42,15 +39,13 @@ class Ancestor:
 
 
 def short_digest(digest: str) -> str:
-    """The first characters, as user interfaces show them."""
     return digest[:12]
 
 
 def digest_adapter(adapter: Adapter) -> str:
     """SHA-256 of the tensors of the adapter's diffusers file: the file's own `sshs_model_hash`.
 
-    Args:
-        adapter: In the dtype of its file (`load_adapter(path, dtype=None)`).
+    The adapter must be in the dtype of its file (`load_adapter(path, dtype=None)`).
     """
     return digest_tensors(adapter_to_diffusers(adapter))
 
@@ -104,13 +99,7 @@ def lineage_to_notes(ancestors: Sequence[Ancestor]) -> dict[str, str]:
 
 
 def child_lineage(name: str, parent: Adapter, strength: float = 1.0) -> tuple[Ancestor, ...]:
-    """The ancestors of a child of an adapter, the root first.
-
-    Args:
-        name: Of the parent.
-        parent: In the dtype of its file.
-        strength: Of the parent in the child's training.
-    """
+    """The ancestors of a child of an adapter, the root first; the parent is in the dtype of its file."""
     return (*read_lineage(parent.notes), Ancestor(name, digest_adapter(parent), strength))
 
 
@@ -122,9 +111,6 @@ def parent_error(child: str, expected: Ancestor, found: str, digest: str | None)
         expected: The parent in the child's metadata.
         found: The name of the parent that was found, or the place that was searched.
         digest: Of the parent that was found; None without one.
-
-    Returns:
-        The error to raise, or to warn with where `--force` is given; None for the right parent.
     """
     if digest == expected.digest:
         return None
@@ -149,13 +135,7 @@ _LEVELS = 4
 
 @dataclass(frozen=True)
 class PathEntry:
-    """A loaded adapter of a path.
-
-    Args:
-        ancestor: Its name, its present digest, and its strength.
-        file: Its path.
-        adapter: In fp32.
-    """
+    """An adapter of a path, loaded in fp32; `ancestor` has its present digest."""
 
     ancestor: Ancestor
     file: Path
@@ -163,7 +143,6 @@ class PathEntry:
 
 
 def path_to_stack(path: Sequence[PathEntry]) -> Stack:
-    """The argument of `mount`."""
     return tuple((entry.adapter, entry.ancestor.strength) for entry in path)
 
 
@@ -174,8 +153,7 @@ def load_path(
 
     Args:
         source: A LoRA file, a run folder, or a node: a file without its ending.
-        force: As for `find_ancestors`.
-        warn: As for `find_ancestors`.
+        force: As for `find_ancestors`, like `warn`.
 
     Raises:
         AdapterError: If there is no such file, or an ancestor is missing or changed.
@@ -194,9 +172,7 @@ def _load_entry(file: Path, name: str, strength: float = 1.0) -> PathEntry:
 def adapter_name(file: Path) -> str:
     """The name of an adapter: its run's (`ink`, or `ink/rank-4`), or the file's without the ending."""
     run, own = _run_of(file), file.name.removesuffix(KOHYA_ENDING).removesuffix(ENDING)
-    if run is None:
-        return own
-    return run.name if own == "final" else f"{run.name}/{own}"
+    return own if run is None else run.name if own == "final" else f"{run.name}/{own}"
 
 
 def find_ancestors(
@@ -209,7 +185,7 @@ def find_ancestors(
 
     Args:
         file: The adapter's file.
-        adapter: Loaded from it.
+        adapter: Its content.
         force: Takes a file of the right name with other tensors, and continues without a missing one.
         warn: Called with a line for each of these.
 
@@ -240,11 +216,7 @@ def find_ancestors(
 
 
 def check_additive(file: Path, adapter: Adapter) -> None:
-    """Checks that an adapter can be a parent or a child: their changes are added to each other.
-
-    Raises:
-        AdapterError: If it is of another kind, such as DoRA.
-    """
+    """Raises an AdapterError for kinds that cannot be added to others, such as DoRA."""
     low_rank_modules(adapter, f"{file}: a tree of adapters")
 
 
@@ -278,7 +250,6 @@ def _places(file: Path) -> Iterator[Path]:
             if parent := run.read_config().lora.parent:
                 yield Path(parent)
     folder = file.absolute().parent
-    inside = "*", "*/*", "*/adapters/final", "*/adapters/*-*[0-9]"
     for place in [folder, *folder.parents[: _LEVELS - 1]]:
-        for pattern in inside:
+        for pattern in ("*", "*/*", "*/adapters/final", "*/adapters/*-*[0-9]"):
             yield from (other for other in sorted(place.glob(pattern + ENDING)) if other != file.absolute())

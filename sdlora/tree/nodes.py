@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdlora.errors import AdapterError, RunError, shorten
 from sdlora.formats.files import ENDING, KOHYA_ENDING, inspect_adapter
 from sdlora.runs import RunFolder
-from sdlora.tree.lineage import (
-    Ancestor,
-    digest_file,
-    parent_error,
-    read_lineage,
-    recorded_digest,
-)
+from sdlora.tree.lineage import Ancestor, digest_file, parent_error, read_lineage, recorded_digest
 
 
 @dataclass(frozen=True)
@@ -24,11 +19,9 @@ class Node:
 
     Args:
         name: Its path in the folder, without the ending.
-        file: Its path.
         digest: Of its tensors, as recorded in its header.
         lineage: The ancestors that it was trained on, the root first.
         rank: The largest of its modules.
-        size_bytes: Of the file.
         notes: The file's metadata.
     """
 
@@ -42,7 +35,6 @@ class Node:
 
     @property
     def images(self) -> str:
-        """The number of images it was trained on; empty if unknown."""
         return shorten(self.notes.get("ss_num_train_images", ""))
 
     @property
@@ -55,11 +47,7 @@ class Node:
 
 
 def read_node(name: str, file: Path) -> Node:
-    """Reads a file's header.
-
-    Raises:
-        AdapterError: If it is not a LoRA, or its metadata is damaged.
-    """
+    """Reads a file's header; raises an AdapterError if it is not a LoRA, or its metadata is damaged."""
     info = inspect_adapter(file)
     try:
         lineage = read_lineage(info.metadata)
@@ -74,10 +62,8 @@ def find_files(root: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     runs = _runs(root)
     for folder in sorted(runs):
-        try:
+        with suppress(RunError):
             files[node_name(root, folder)] = RunFolder(folder).adapter
-        except RunError:
-            continue
     found = sorted(file for file in root.rglob(f"*{ENDING}") if not runs & set(file.parents))
     found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)]
     for file in sorted(found, key=lambda file: file.name.endswith(KOHYA_ENDING)):
@@ -87,9 +73,9 @@ def find_files(root: Path) -> dict[str, Path]:
 
 def find_saved_adapters(root: Path) -> dict[str, Path]:
     """What runs have saved beside their final adapters, by node name: earlier steps, smaller ranks."""
-    found = [
+    found = (
         file for run in sorted(_runs(root)) for file in sorted(RunFolder(run).adapters.glob(f"*{ENDING}"))
-    ]
+    )
     return {node_name(root, file): file for file in found if not file.name.endswith(KOHYA_ENDING)}
 
 
@@ -106,13 +92,7 @@ def node_name(root: Path, file: Path) -> str:
 
 @dataclass(frozen=True)
 class ParentLinks:
-    """The parents of nodes.
-
-    Args:
-        parents: Node to parent, or to the nearest ancestor that was found, be it the right one or not.
-        errors: Node to the reason why it must not be used.
-        problems: What is odd but harmless, one line each.
-    """
+    """The attributes of a tree; `problems` are odd but harmless, one line each."""
 
     parents: dict[str, str] = field(default_factory=dict)
     errors: dict[str, AdapterError] = field(default_factory=dict)
@@ -120,17 +100,11 @@ class ParentLinks:
 
 
 def link_parents(nodes: Mapping[str, Node], place: str) -> ParentLinks:
-    """Finds each node's parent by its tensors, else by its name.
-
-    Args:
-        nodes: By name.
-        place: Their folder, for messages.
-    """
+    """Finds each node's parent by its tensors, else by its name; `place` is their folder, for messages."""
     links = ParentLinks()
     by_digest: dict[str, str] = {}
     for name, node in nodes.items():
-        first = by_digest.setdefault(node.digest, name)
-        if first != name:
+        if (first := by_digest.setdefault(node.digest, name)) != name:
             links.problems.append(f"{name} holds the same tensors as {first}; keep one of them")
     for name, node in nodes.items():
         if not node.lineage:

@@ -38,25 +38,16 @@ from sdlora.tree.nodes import Node, find_files, find_saved_adapters, link_parent
 
 @dataclass(frozen=True)
 class SwitchPlan:
-    """The way from one node to another: up to their lowest common ancestor, and down.
-
-    Args:
-        pop: Nodes to unmount, the lowest first.
-        push: Nodes to mount, the highest first.
-    """
+    """The way from one node to another: up to their lowest common ancestor, and down."""
 
     pop: tuple[str, ...]
+    """Nodes to unmount, the lowest first."""
     push: tuple[str, ...]
+    """Nodes to mount, the highest first."""
 
 
 class AdapterTree:
-    """Nodes and their parents.
-
-    Args:
-        folder: For messages.
-        nodes: By name.
-        problems: Files that cannot be nodes, one line each.
-    """
+    """Nodes and their parents; `problems` are files that cannot be nodes, one line each."""
 
     def __init__(self, folder: Path, nodes: Mapping[str, Node], problems: Sequence[str] = ()) -> None:
         self.folder = folder
@@ -105,16 +96,9 @@ class AdapterTree:
         return cls(root, nodes, problems)
 
     def node(self, name: str) -> Node:
-        """A node by name.
-
-        Raises:
-            AdapterError: If there is none.
-        """
         if name not in self.nodes:
-            raise AdapterError(
-                f"tree {self.folder} has no node {name}; choose from {', '.join(self.nodes)}",
-                key="tree.no-node",
-            )
+            message = f"tree {self.folder} has no node {name}; choose from {', '.join(self.nodes)}"
+            raise AdapterError(message, key="tree.no-node")
         return self.nodes[name]
 
     def parent(self, name: str) -> Node | None:
@@ -129,12 +113,8 @@ class AdapterTree:
     def path(self, name: str, *, force: bool = False) -> list[Node]:
         """A node and its ancestors, the root first.
 
-        Args:
-            name: The node.
-            force: Accepts changed parents, and skips missing ones.
-
         Raises:
-            AdapterError: If a parent on the path is changed or missing.
+            AdapterError: If a parent on the path is changed or missing; `force` takes and skips these.
         """
         if not force and (errors := self.path_errors(name)):
             raise errors[0]
@@ -152,8 +132,7 @@ class AdapterTree:
 
     def switch_plan(self, start: str | None, end: str | None) -> SwitchPlan:
         """What to unmount and to mount; None is the base."""
-        before = [node.name for node in self.path(start)] if start else []
-        after = [node.name for node in self.path(end)] if end else []
+        before, after = ([node.name for node in self.path(name)] if name else [] for name in (start, end))
         shared = sum(1 for a, b in zip(before, after, strict=False) if a == b)
         return SwitchPlan(tuple(reversed(before[shared:])), tuple(after[shared:]))
 
@@ -170,11 +149,7 @@ class AdapterTree:
         return lines
 
     def load(self, name: str, device: torch.device | str = "cpu") -> Adapter:
-        """A node's own adapter in fp32, loaded once for each device.
-
-        Raises:
-            AdapterError: If the tensors are not those of the recorded digest.
-        """
+        """A node's own adapter in fp32, loaded once for each device; its tensors must have its digest."""
         key = (name, str(device))
         if key not in self._loaded:
             node = self.node(name)
@@ -184,11 +159,7 @@ class AdapterTree:
         return self._loaded[key]
 
     def load_stack(self, path: Mapping[str, float], device: torch.device | str = "cpu") -> Stack:
-        """The adapters of a path from `strengths`, to mount.
-
-        Raises:
-            AdapterError: If one of several is of a kind that cannot be added to others.
-        """
+        """The adapters of a path from `strengths`, to mount; several must be of a kind that can be added."""
         stack = tuple((self.load(name, device), strength) for name, strength in path.items())
         for name, (adapter, _) in zip(path, stack, strict=True):
             if len(path) > 1:
@@ -212,20 +183,19 @@ class AdapterTree:
         Raises:
             AdapterError: If a parent is changed or missing, or a changed strength is for none of the paths.
         """
-        rows: list[dict[str, float]] = []
-        for name in names:
-            row: dict[str, float] = {}
-            if name is not None:
-                *above, node = self.path(name, force=force)
-                trained = {ancestor.digest: ancestor.strength for ancestor in node.lineage}
-                row = {step.name: trained.get(step.digest, 1.0) for step in above} | {name: 1.0}
-            rows.append(row)
-        paths = " and ".join(" > ".join(row) for row in rows if row)
-        if unknown := sorted(set(changes or {}) - {step for row in rows for step in row}):
-            raise AdapterError(
-                f"strengths for {', '.join(unknown)}: not on the path {paths}", key="tree.not-on-path"
-            )
-        return [{step: (changes or {}).get(step, own) for step, own in row.items()} for row in rows]
+        changes, rows = changes or {}, [self._trained_strengths(name, force) for name in names]
+        if unknown := sorted(set(changes) - {step for row in rows for step in row}):
+            paths = " and ".join(" > ".join(row) for row in rows if row)
+            message = f"strengths for {', '.join(unknown)}: not on the path {paths}"
+            raise AdapterError(message, key="tree.not-on-path")
+        return [{step: changes.get(step, own) for step, own in row.items()} for row in rows]
+
+    def _trained_strengths(self, name: str | None, force: bool) -> dict[str, float]:
+        if name is None:
+            return {}
+        *above, node = self.path(name, force=force)
+        trained = {ancestor.digest: ancestor.strength for ancestor in node.lineage}
+        return {step.name: trained.get(step.digest, 1.0) for step in above} | {name: 1.0}
 
     def mount(
         self,
@@ -247,8 +217,7 @@ class AdapterTree:
             force: As in `path`.
 
         Raises:
-            AdapterError: If there is no such node, a parent is changed or missing, or one of several adapters
-                is of a kind that cannot be added to others.
+            AdapterError: For an unknown node, a changed or missing parent, or kinds that cannot be added.
         """
         model = _components(pipe)
         device = next(model[DENOISER].parameters()).device
@@ -263,7 +232,6 @@ class AdapterTree:
         mount(model, stack)
 
     def unmount(self, pipe: Any) -> None:
-        """Restores a pipeline's own layers."""
         detach(_components(pipe))
 
     def flatten(
@@ -281,9 +249,6 @@ class AdapterTree:
             strengths: By node name, to change those of the training.
             rank: Truncates the sum to this rank; by default its rank is the sum of the ranks, without loss.
             force: As in `path`.
-
-        Returns:
-            The adapter, and the error of the truncation.
         """
         path = self.strengths([name], strengths, force=force)[0]
         parts = [(replace(self.load(step), parent=None), strength) for step, strength in path.items()]
