@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -103,33 +103,26 @@ def advise_rank(
 ) -> Advice:
     """Truncates a run's adapter to smaller ranks, measures each, and writes the smallest that is enough.
 
-    Held-out loss decides. The spectrum alone cannot: directions of little energy may matter, and of much
-    energy may be noise that overfitting has learnt.
+    Held-out loss decides. The spectrum cannot: small directions may matter, large ones may be learned noise.
 
     Args:
         run: The run folder; it gets the file, `rank.json` and the curve `rank.png`.
         keep: The share of what was learned that is enough.
-        ranks: To try; powers of two if not given.
-        seed: Of the samples.
-        progress: Told (finished, total): the losses of each rank, then the images.
+        ranks: To try; powers of two by default.
+        progress: Called with (finished, total): the losses of each rank, then the images.
 
     Raises:
         ConfigError: If `keep` or a rank is out of range.
         RunError: If there are no held-out images, or the adapter has learnt nothing that they show.
     """
-    if not 0 < keep <= 1:
-        raise ConfigError(f"--keep {keep:g} must be above 0 and at most 1; use 0.99")
-    if any(rank < 1 for rank in ranks):
-        raise ConfigError(f"--ranks {','.join(map(str, ranks))} must be at least 1 each; use 1,2,4,8")
+    _check(keep, ranks)
     context = open_context(run)
     found = spectrum(context.adapter)
     tried = candidate_ranks(context.adapter.rank, ranks)
-    adapters = {rank: resize(context.adapter, rank=rank)[0] for rank in tried} | {
-        context.adapter.rank: context.adapter
-    }
+    adapters = {rank: resize(context.adapter, rank=rank)[0] for rank in tried}
+    adapters[context.adapter.rank] = context.adapter
     without = context.loss(context.ancestors).loss
-    total = len(adapters) + (len(adapters) + 1) * min(len(context.records), MAX_PICTURES)
-    show = progress or (lambda finished, total: None)
+    total, show = _count_work(context, adapters), progress or (lambda finished, total: None)
     losses: dict[int, float] = {}
     for number, (rank, adapter) in enumerate(adapters.items(), 1):
         losses[rank] = context.loss((*context.ancestors, (adapter, 1.0))).loss
@@ -138,7 +131,8 @@ def advise_rank(
     if learned <= 0:
         raise RunError(
             f"run {context.run.path} has not lowered the held-out loss ({without:.4f} without its adapter, "
-            f"{losses[context.adapter.rank]:.4f} with it), so none can be recommended; see `sdlora spectrum`"
+            f"{losses[context.adapter.rank]:.4f} with it), so none can be recommended; see `sdlora spectrum`",
+            key="rank.nothing-learned",
         )
     distances = _image_distances(context, adapters, seed, lambda done: show(len(adapters) + done, total))
     candidates = [
@@ -153,18 +147,25 @@ def advise_rank(
         for rank, adapter in adapters.items()
     ]
     best = next(one.rank for one in candidates if one.kept >= keep or one.rank == context.adapter.rank)
-    advice = Advice(
-        candidates,
-        without,
-        keep,
-        best,
-        len(context.records),
-        _write(context, adapters[best]) if best != context.adapter.rank else (),
-        _draw(context, candidates, without, best),
-    )
+    files = _write(context, adapters[best]) if best != context.adapter.rank else ()
+    curve = _draw(context, candidates, without, best)
+    advice = Advice(candidates, without, keep, best, len(context.records), files, curve)
     values = {**asdict(advice), "files": [file.name for file in advice.files], "curve": advice.curve.name}
     write_json(context.run.advice_file, {**values, "adapter": context.run.adapter.name, "seed": seed})
     return advice
+
+
+def _check(keep: float, ranks: Sequence[int]) -> None:
+    if not 0 < keep <= 1:
+        raise ConfigError(f"--keep {keep:g} must be above 0 and at most 1; use 0.99", key="option--keep")
+    if any(rank < 1 for rank in ranks):
+        raise ConfigError(
+            f"--ranks {','.join(map(str, ranks))} must be at least 1 each; use 1,2,4,8", key="option--ranks"
+        )
+
+
+def _count_work(context: EvaluationContext, adapters: Mapping[int, Adapter]) -> int:
+    return len(adapters) + (len(adapters) + 1) * min(len(context.records), MAX_PICTURES)
 
 
 def candidate_ranks(largest: int, asked: Sequence[int] = ()) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +53,14 @@ class HeldoutLoss:
     num_images: int
 
 
+class Share(NamedTuple):
+    """Every `num_shares`-th batch, from the `first`-th on; `add` sums a tensor over all shares."""
+
+    first: int = 0
+    num_shares: int = 1
+    add: Callable[[Tensor], Tensor] = torch.clone
+
+
 @torch.no_grad()
 def heldout_loss(
     denoise: Denoise,
@@ -60,8 +69,7 @@ def heldout_loss(
     *,
     batch_size: int,
     device: torch.device,
-    share: tuple[int, int] = (0, 1),
-    add_shares: Callable[[Tensor], Tensor] = torch.clone,
+    share: Share = Share(),  # noqa: B008
 ) -> HeldoutLoss:
     """Measures the loss without any random state: the same weights give the same number.
 
@@ -74,8 +82,7 @@ def heldout_loss(
         items: The images; several sizes may be mixed.
         batch_size: Images in one forward pass.
         device: Where `denoise` runs.
-        share: (k, n) measures every n-th batch, from the k-th on.
-        add_shares: The sum of a tensor over all shares.
+        share: Of this process.
     """
     width = schedule.num_timesteps // NUM_BANDS
     groups: dict[torch.Size, list[HeldoutItem]] = defaultdict(list)
@@ -87,14 +94,14 @@ def heldout_loss(
         for group in groups.values()
         for start in range(0, len(group), batch_size)
     ]
-    # What others measure stays 0, so that the sum of the shares is what one process would have measured.
+    # Batches of other processes stay 0, so that the sum of the shares is what one process would measure.
     sums = torch.zeros(len(batches), dtype=torch.float64)
-    for number in range(share[0], len(batches), share[1]):
+    for number in range(share.first, len(batches), share.num_shares):
         band, batch = batches[number]
         losses = _losses(denoise, schedule, batch, band * width + width // 2, device)
         sums[number] = losses.cpu().double().sum()
     totals = [0.0] * NUM_BANDS
-    for (band, _), total in zip(batches, add_shares(sums).tolist(), strict=True):
+    for (band, _), total in zip(batches, share.add(sums).tolist(), strict=True):
         totals[band] += total
     means = [total / len(items) for total in totals]
     names = [f"{band * width}-{(band + 1) * width - 1}" for band in range(NUM_BANDS)]

@@ -59,18 +59,15 @@ def extract(
     text_encoder: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Adapter, ExtractReport]:
-    """The LoRA that is nearest to what fine-tuning changed in a base, module by module.
+    """Approximates what fine-tuning changed in a base by a LoRA, module by module (truncated SVD).
 
     Args:
-        tuned: The fine-tuned base: a diffusers folder, a hub id or one file.
-        base: The one that it was made of.
+        tuned: The fine-tuned base: a diffusers folder, a hub id or a file.
+        base: The base it was tuned from.
         rank: Of each module.
         targets: As `lora.targets`.
-        text_encoder: Look at text encoders too, which `targets` must name.
-        progress: Told (finished, total) modules.
-
-    Returns:
-        The adapter, and how well it holds the change.
+        text_encoder: Also the text encoders, which `targets` must name.
+        progress: Called with (finished, total) modules.
 
     Raises:
         ModelError: If the two are of different families or sizes.
@@ -79,13 +76,14 @@ def extract(
     new, old = (inspect_base(load_config(None, {"base.source": str(one)}).base) for one in (tuned, base))
     if new.family != old.family:
         raise ModelError(
-            f"{tuned} is {new.family} and {base} is {old.family}; use the base that it was fine-tuned from"
+            f"{tuned} is {new.family} and {base} is {old.family}; use the base that it was fine-tuned from",
+            key="base.family",
         )
     parts = empty_components(old, text=text_encoder)
     chosen = set(match_modules(parts, targets))
     modules: dict[str, LowRank] = {}
     energies = {"held": 0.0, "lost": 0.0, "outside": 0.0}
-    done = 0
+    done, show = 0, progress or (lambda finished, total: None)
     for component in parts:
         for name, change in _changes(new.components[component], old.components[component], component):
             energy = float(change.double().square().sum())
@@ -99,21 +97,16 @@ def extract(
                 energies["held"] += held
                 energies["lost"] += energy - held
             done += 1
-            if progress is not None:
-                progress(done, len(chosen))
+            show(done, len(chosen))
     if not modules:
         raise AdapterError(
             f"{tuned} does not differ from {base} in {', '.join(targets)}; there is nothing to extract"
         )
     inside = energies["held"] + energies["lost"]
-    report = ExtractReport(
-        num_modules=len(modules),
-        num_unchanged=len(chosen) - len(modules),
-        error=math.sqrt(energies["lost"] / inside),
-        outside=energies["outside"] / (inside + energies["outside"]),
-    )
+    error, outside = math.sqrt(energies["lost"] / inside), energies["outside"] / sum(energies.values())
     largest = max(pair.rank for pair in modules.values())
-    return Adapter(modules, largest, float(largest), old.family, None, _notes(old, new)), report
+    adapter = Adapter(modules, largest, float(largest), old.family, None, _notes(old, new))
+    return adapter, ExtractReport(len(modules), len(chosen) - len(modules), error, outside)
 
 
 def _notes(base: BaseInfo, tuned: BaseInfo) -> dict[str, str]:

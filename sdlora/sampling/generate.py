@@ -163,15 +163,23 @@ def generate(
                         shown = _show(base, pipeline, latents, settings)
                     else:
                         shown = _leave_out(batch, settings)
-                    made += [
-                        SampledImage(
-                            image, row.prompt, row.seed, column.strength, blank, settings, column.adapter
-                        )
-                        for row, image, blank in zip(batch, *shown, strict=True)
-                    ]
+                    made += _label(batch, *shown, column, settings)
                     if progress is not None:
                         progress(sum(map(len, samples)), len(rows) * len(columns))
     return [sample for row in zip(*samples, strict=True) for sample in row]
+
+
+def _label(
+    batch: Sequence[Row],
+    images: Sequence[Image.Image],
+    blanks: Sequence[str],
+    column: Column,
+    settings: SampleSettings,
+) -> list[SampledImage]:
+    return [
+        SampledImage(image, row.prompt, row.seed, column.strength, blank, settings, column.adapter)
+        for row, image, blank in zip(batch, images, blanks, strict=True)
+    ]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor
 from sdlora.data.batches import Sample
 from sdlora.dtypes import Precision
 from sdlora.errors import AdapterError, RunStopped
-from sdlora.evaluation.heldout import HeldoutLoss, heldout_loss
+from sdlora.evaluation.heldout import HeldoutLoss, Share, heldout_loss
 from sdlora.export.export import export_adapter
 from sdlora.export.metadata import run_metadata
 from sdlora.report.summary import describe_step
@@ -174,8 +174,11 @@ class Trainer:
                 self.prepared.heldout_items(split),
                 batch_size=max(MIN_EVALUATION_BATCH, self.plan.config.train.micro_batch),
                 device=self.accelerator.device,
-                share=(self.accelerator.process_index, self.accelerator.num_processes),
-                add_shares=partial(all_reduce_sum, self.accelerator),
+                share=Share(
+                    self.accelerator.process_index,
+                    self.accelerator.num_processes,
+                    partial(all_reduce_sum, self.accelerator),
+                ),
             )
 
     def save_if_due(self, stopping: bool = False) -> None:
