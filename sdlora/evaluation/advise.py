@@ -51,7 +51,7 @@ class Advice:
 
     Args:
         candidates: From the smallest rank to that of the run.
-        loss_without: The held-out loss without the adapter, on what it stands on.
+        loss_without: Held-out loss without the adapter, on its parents alone.
         keep: The share asked for.
         rank: The advised one.
         images: Held-out images.

@@ -148,6 +148,6 @@ def _changes(new: Component, old: Component, component: str) -> Iterator[tuple[s
     )
     for (name, one), (_, other) in pairs:
         if one.is_floating_point():
-            # A smaller copy of the same weights differs by rounding, which is no change.
+            # A smaller copy of the same weights differs by rounding, which does not count as a change.
             rounded = other.to(one.dtype) if one.itemsize < other.itemsize else other
             yield name, one.float() - rounded.float()

@@ -48,7 +48,7 @@ def merge_into_base(
 
     Raises:
         AdapterError: If an adapter does not fit, or changes layers that the base's file has in another form.
-        ModelError: If the place is taken, or is no place for this base, or weights would not be finite.
+        ModelError: If the output path exists or does not suit this base, or weights would not be finite.
     """
     info, place = inspect_base(BaseSection(source=str(base))), Path(out)
     _check_place(info, place)

@@ -62,7 +62,7 @@ def rewrite(
         files: Of one part, or a whole base in one file.
         out: The file to write; it is complete or not there.
         change: Given the name in the file and the tensor; gives one of the same shape.
-        dtype: Of all that is no whole number; None keeps what each tensor has.
+        dtype: Of floating-point tensors; None keeps each tensor's own.
 
     Raises:
         ModelError: If values that were finite would not be.

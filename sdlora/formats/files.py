@@ -121,7 +121,7 @@ def save_adapter(
     Raises:
         AdapterError: If a value is not finite, every `up` is zero (R-06), the name does not end in
             .safetensors, or the place cannot be written.
-        ConfigError: If there is no such dialect.
+        ConfigError: If the dialect is unknown.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -221,7 +221,7 @@ def resolve_adapter(source: str | Path | RunFolder, step: int | None = None) -> 
         step: Step at which a run saved the adapter; its final one if not given.
 
     Raises:
-        AdapterError: If there is no LoRA file.
+        AdapterError: If no LoRA file is found.
         RunError: If the run has not saved that adapter.
         ConfigError: If `step` is given with something other than a run.
     """

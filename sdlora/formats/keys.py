@@ -103,7 +103,7 @@ def kohya_to_module(key: str, layers: int = LAYERS_PER_BLOCK) -> str:
     """The reverse of `module_to_kohya`, for either spelling of blocks.
 
     Raises:
-        AdapterError: If it is no kohya key; completes "FILE ...".
+        AdapterError: If it is not a kohya key; completes "FILE ...".
     """
     for prefix, component in _KOHYA_PREFIXES.items():
         if key.startswith(prefix):
@@ -132,7 +132,7 @@ def clean_module(name: str) -> str:
 
 
 def split_key(key: str, layers: int = LAYERS_PER_BLOCK) -> tuple[str, Part] | None:
-    """The module and the part that a tensor is, for any dialect; None if it is no part of a LoRA.
+    """Module and part of a tensor in any dialect; None if it does not belong to a LoRA.
 
     Args:
         key: The tensor's name.
@@ -169,7 +169,7 @@ def is_kohya_key(key: str) -> bool:
 
 
 def dialect_of(keys: Iterable[str]) -> str:
-    """How a file is spelled, or what it is if it is no LoRA.
+    """The dialect of a file.
 
     Returns:
         `kohya`, `lycoris`, `comfyui`, `peft`, `diffusers`, or `diffusers (old)`.
@@ -205,7 +205,7 @@ def dialect_of(keys: Iterable[str]) -> str:
 
 
 def _other_kind(names: Sequence[str]) -> str:
-    """What a file of weights is that is no LoRA."""
+    """Describes a file of weights that is not a LoRA."""
     if names and all(name.endswith((".down", ".up")) for name in names):
         return "is part of a checkpoint, for `sdlora resume` only; use a LoRA in the run's adapters/ folder"
     for prefix, kind in (

@@ -80,7 +80,7 @@ def split_state(state: Mapping[str, Tensor], notes: Mapping[str, str]) -> dict[s
     """The tensors of a LoRA file by module and part (`down`, `up`, perhaps `alpha`).
 
     Raises:
-        AdapterError: If a tensor is no part of a LoRA, a module is there twice, or a pair is incomplete or
+        AdapterError: If a tensor does not belong to a LoRA, a module occurs twice, or a pair is incomplete or
             does not fit together; completes "FILE ...".
     """
     layers = LAYERS_PER_BLOCK
@@ -115,7 +115,7 @@ def split_state(state: Mapping[str, Tensor], notes: Mapping[str, str]) -> dict[s
 
 
 def _check_module(name: str, found: Mapping[str, Tensor]) -> None:
-    """Refuses factors that cannot be multiplied, and an alpha that is no number."""
+    """Refuses factors that cannot be multiplied, and an alpha that is not a number."""
     kind = kind_of(found)
     if kind is None or not kind.fits(found):
         shapes = " and ".join(f"{part} {tuple(found[part].shape)}" for part in found if part != "alpha")

@@ -64,7 +64,7 @@ def round_adapter(adapter: Adapter, precision: Precision = "fp16") -> tuple[Adap
     0.1 % of newly zero elements.
 
     Raises:
-        ConfigError: If there is no such precision.
+        ConfigError: If the precision is unknown.
     """
     if precision not in DTYPES:
         raise ConfigError(f"precision = {precision!r} must be one of {', '.join(DTYPES)}")
@@ -79,7 +79,7 @@ def round_adapter(adapter: Adapter, precision: Precision = "fp16") -> tuple[Adap
         for exact, close in zip(folded.parameters(), rounded.parameters(), strict=True)
     )
     share = newly_zero / max(folded.num_parameters, 1)
-    # Written so that an error that is no number is too large.
+    # Written so that NaN counts as too large.
     keeps = error <= LARGEST_ERROR[precision] and share <= LARGEST_ZERO_SHARE
     used: Precision = precision if keeps else "fp32"
     return (rounded if keeps else folded), Rounding(precision, used, error, share)

@@ -136,7 +136,7 @@ def attach(model: Model, names: Sequence[str]) -> None:
     """Wraps the named layers, those that are not yet; the output does not change.
 
     Raises:
-        AdapterError: If a name is no Linear or Conv2d of the model.
+        AdapterError: If a name is not a Linear or Conv2d of the model.
     """
     layers = carrier_layers(model)
     if missing := [name for name in names if name not in layers]:

@@ -293,7 +293,7 @@ def for_samples(scale: Scale, values: Tensor) -> Scale:
     A batch of several parts, as guidance makes, repeats the scales of its samples.
 
     Raises:
-        AdapterError: If the batch is no multiple of the scales.
+        AdapterError: If the batch size is not a multiple of the number of scales.
     """
     if not isinstance(scale, Tensor):
         return scale

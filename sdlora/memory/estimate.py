@@ -86,7 +86,7 @@ class Memory:
         learn: The most that forward and backward pass of a micro-batch need.
         sample: The most that the denoiser needs to sample a batch, its own copy of the adapter included; 0 if
             there are no samples.
-        decode: The most that decoding an image needs; 0 likewise.
+        decode: Peak of decoding an image; 0 without samples.
         prove: The most that the denoiser needs for the one pass that proves an export.
         checkpointing: Whether activations are recomputed.
         staying: Which encoders stay on the device while the adapter trains: `vae`, `text_encoders`.

@@ -77,7 +77,7 @@ def describe_family(name: str, prediction_type: str) -> Family:
 
 SOURCES = "builtin, a diffusers folder, a .safetensors file of a whole base, or a hub id"
 GIVE_BASE = "give an SD 1.x, SD 2.x or SDXL base"
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 CLASSES = {
     "AutoencoderKL": "a VAE alone",
     "UNet2DConditionModel": "a UNet alone",
@@ -105,7 +105,7 @@ def refuse_file(path: Path, key: str) -> None:
             f"{key} is a pickle, which can run any code when it is read; "
             "get it as .safetensors, or convert it with a tool that you trust"
         )
-    if suffix in PICTURES:
+    if suffix in IMAGES:
         raise ModelError(f"{key} is an image; give {SOURCES}")
     if suffix != ".safetensors":
         what = f"a {suffix} file" if suffix else "a file"
@@ -113,7 +113,7 @@ def refuse_file(path: Path, key: str) -> None:
 
 
 def describe_tensors(names: Iterable[str]) -> str:
-    """What a safetensors file is that is no base, and what to do, by the names of its tensors."""
+    """Describes a safetensors file that is not a base, by the names of its tensors, and what to do."""
     names = list(names)
 
     def has(*parts: str) -> bool:
@@ -136,7 +136,7 @@ def describe_tensors(names: Iterable[str]) -> str:
     if has("text_model.", "token_embedding"):
         return "is a text encoder alone; give the whole base"
     first = ", ".join(names[:3])
-    return f"is no base (its tensors are {first} ...); give {SOURCES}"
+    return f"is not a base (its tensors are {first} ...); give {SOURCES}"
 
 
 def refuse_folder(folder: Path, key: str) -> ModelError:

@@ -106,7 +106,7 @@ def read_header(path: Path) -> Header:
     """The header of a safetensors file that is whole (R-25).
 
     Raises:
-        ModelError: If it is no such file, or shorter or longer than its header says.
+        ModelError: If it is another kind of file, or its size differs from what the header says.
     """
     try:
         return reading.read_header(path)

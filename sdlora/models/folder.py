@@ -122,7 +122,7 @@ def download(source: str, key: str, revision: str | None, variant: str | None = 
         reason = "is on the hub, but not at this base.revision; give a branch, a tag or a commit of it"
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         reason = (
-            "is no folder here, is not in the hub's cache, and the hub cannot be reached "
+            "is not a local folder, is not in the hub's cache, and the hub cannot be reached "
             "(offline, or HF_HUB_OFFLINE is set); give a folder, or download it once while online"
         )
     except HFValidationError:
@@ -239,7 +239,7 @@ def find_vae_folder(folder: Path, key: str) -> Path:
     if config.is_file() and read_json(config).get("_class_name") == "AutoencoderKL":
         return folder
     raise ModelError(
-        f"{key} is no VAE; give the folder of an AutoencoderKL (config.json and weights), "
+        f"{key} is not a VAE; give the folder of an AutoencoderKL (config.json and weights), "
         "a VAE's .safetensors file, or a base"
     )
 
@@ -248,7 +248,7 @@ def _check_kind(folder: Path, key: str) -> tuple[dict[str, Any], str]:
     """The folder's index, and the family's name.
 
     Raises:
-        ModelError: If it is no base, or one that cannot be trained.
+        ModelError: If it is not a base, or one that cannot be trained.
     """
     if not (folder / "model_index.json").is_file():
         raise refuse_folder(folder, key)

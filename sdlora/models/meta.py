@@ -54,7 +54,7 @@ def empty_model(name: str, config: Mapping[str, Any]) -> Any:
         name: `unet` or `vae`.
 
     Raises:
-        ModelError: If there is no such network.
+        ModelError: If the configuration does not give such a network.
     """
     try:
         with quiet(), torch.device("meta"):

@@ -111,7 +111,7 @@ def read_vae_file(path: Path, key: str, like: Mapping[str, Any]) -> Component:
         like: The configuration of the base's own VAE: says what shapes do not, such as the scaling.
 
     Raises:
-        ModelError: If there is no VAE in it.
+        ModelError: If it has no VAE.
     """
     header = read_header(path)
     if is_original(header.shapes):
@@ -121,7 +121,7 @@ def read_vae_file(path: Path, key: str, like: Mapping[str, Any]) -> Component:
         return parts["vae"]
     prefix = VAE if has_tensors(header, VAE) else ""
     if f"{prefix}decoder.conv_in.weight" not in header.shapes:
-        raise ModelError(f"{key} is no VAE: it {describe_tensors(header.shapes)}")
+        raise ModelError(f"{key} is not a VAE: it {describe_tensors(header.shapes)}")
     unsaid = {name: like[name] for name in UNSAID if name in like}
     return read_component(path, header, "vae", prefix, lambda shapes: {**unsaid, **vae_config(shapes)}, key)
 
@@ -180,7 +180,7 @@ def _find_texts(header: Header, key: str) -> tuple[str, dict[str, str]]:
     """The family, and the prefix of each text encoder.
 
     Raises:
-        ModelError: If there is no text encoder, or not both of SDXL's.
+        ModelError: If a text encoder is missing (SDXL has two).
     """
     if has_tensors(header, OPEN_CLIP_OF_SDXL):
         if not has_tensors(header, CLIP_OF_SDXL):

@@ -80,7 +80,7 @@ def fill(
         What it still lacks: names that did not come, or came in another shape.
 
     Raises:
-        ModelError: If a weight is no number.
+        ModelError: If a weight is not finite.
     """
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     missing = dict.fromkeys(shapes)

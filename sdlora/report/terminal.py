@@ -59,7 +59,7 @@ class Terminal:
 
 
 class Meter:
-    """One progress bar; it appears with the first thing done, so that a mistake is no empty bar."""
+    """One progress bar; it appears with the first finished item, so that an error leaves no empty bar."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress

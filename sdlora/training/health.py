@@ -33,7 +33,7 @@ class RunningStats:
 
     @property
     def limit(self) -> float:
-        """The largest logarithm that is no outlier."""
+        """Logarithms above it are outliers."""
         if self.count < MIN_COUNT:
             return math.inf
         return self.mean + OUTLIER_DEVIATIONS * max(math.sqrt(self.variance), MIN_DEVIATION)

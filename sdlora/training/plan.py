@@ -46,7 +46,7 @@ class RunPlan:
         device_info: The device.
         findings: Warnings and notices of preflight; errors have stopped the run already.
         data_lines: Summary of the images.
-        parents: What the new adapter stands on, the root first.
+        parents: Ancestors of the new adapter, the root first.
     """
 
     config: RunConfig

@@ -83,7 +83,7 @@ def test_what_is_cached_is_used_offline(cached: tuple[str, Path]) -> None:
     info = inspect(source)
     assert (info.path, info.name) == (snapshot, source)
     assert inspect(source, revision="v1").digest == info.digest == inspect("builtin").digest
-    with pytest.raises(ModelError, match=r"at revision v2 is no folder here, is not in the hub's cache"):
+    with pytest.raises(ModelError, match=r"at revision v2 is not a local folder, is not in the hub's cache"):
         inspect(source, revision="v2")
 
 

@@ -110,7 +110,7 @@ def test_separate_vae(copy_base: CopyBase, info: BaseInfo) -> None:
         assert found.vae_digest != info.vae_digest
         assert "has a scaling_factor of 0.5, the base's own VAE " in found.notices[0]
     assert inspect("builtin", vae=str(copy_base("same"))).notices == ()
-    assert "is no VAE" in refusal("builtin", vae=str(other / "unet"))
+    assert "is not a VAE" in refusal("builtin", vae=str(other / "unet"))
     narrow = copy_base("narrow", vae__config={"latent_channels": info.latent_channels + 3})
     line = refusal("builtin", vae=str(narrow))
     assert line.startswith(f"base.vae = {narrow}")
@@ -175,7 +175,7 @@ TENSORS = {
     "is a UNet alone; give the whole base": ["input_blocks.0.0.weight", "time_embed.0.weight"],
     "is a transformer of another architecture": ["double_blocks.0.img_attn.qkv.weight"],
     "is a ControlNet": ["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.a"],
-    "is no base (its tensors are emb_params": ["emb_params"],
+    "is not a base (its tensors are emb_params": ["emb_params"],
 }
 
 

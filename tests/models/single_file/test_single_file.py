@@ -220,7 +220,7 @@ def test_separate_vae_in_one_file(
             assert all(torch.equal(vae.state_dict()[key], at) for key, at in states.items()), name
     line = refusal(tiny_bases["sd1"].file, vae=str(save({"lora_unet_a.lora_up.weight": torch.zeros(1)})))
     assert line.startswith("base.vae = ")
-    assert "is no VAE: it is a LoRA file" in line
+    assert "is not a VAE: it is a LoRA file" in line
 
 
 def _change(tensors: Mapping[str, Tensor], **changes: Tensor | None) -> dict[str, Tensor]:
