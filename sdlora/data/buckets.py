@@ -81,7 +81,7 @@ def plan_buckets(
     Args:
         records: The training images.
         resolution: Side of the square with the area of the buckets, in pixels.
-        settings: Says how to crop and whether to mirror.
+        settings: How to crop, and whether to mirror.
         heldout: Images that get one center crop.
         min_step: The base needs sides that are multiples of this, in pixels.
         seed: Keys the random crops, together with each image's digest.

@@ -60,8 +60,7 @@ def _make_key(kind: str, *ingredients: Any) -> str:
 class TensorCache:
     """Named tensors for each key: a safetensors file per key, and up to 2 GiB of copies in memory.
 
-    Args:
-        folder: Folder of the files; None keeps everything in memory.
+    Without a folder, everything is kept in memory.
 
     Attributes:
         problem: Why the last file could not be written, or empty; the copy in memory is used instead.

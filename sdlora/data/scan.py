@@ -83,8 +83,7 @@ class _Scan:
     """Reads images and captions, and collects findings."""
 
     def __init__(self, settings: DataSection, seed: int) -> None:
-        self.settings = settings
-        self.seed = seed
+        self.settings, self.seed = settings, seed
         self.noticed: Noticed = defaultdict(dict)
 
     def read(self, root: Path, files: Sequence[str], names: Sequence[str]) -> list[ImageRecord]:
@@ -141,13 +140,10 @@ def _measure(path: Path) -> tuple[str, Size, bool] | str:
 
 
 def locate_heldout(root: Path, images: Iterable[str], value: float | str) -> tuple[str | None, Path | None]:
-    """The held-out folder that `data.heldout` means.
-
-    Returns:
-        A folder inside the image folder (relative), or one elsewhere; neither if a share is set.
+    """The held-out folder: one inside the image folder (relative), or one elsewhere; neither for a share.
 
     Raises:
-        DataError: If a folder is set that does not exist.
+        DataError: If `data.heldout` is a folder that does not exist.
     """
     if value == "auto":
         return (HELDOUT if any(map(is_heldout, images)) else None), None
@@ -161,15 +157,11 @@ def locate_heldout(root: Path, images: Iterable[str], value: float | str) -> tup
             continue
         target, home = folder.resolve(), root.resolve()
         if target == home:
-            raise DataError(
-                f"data.heldout = {folder} is the image folder itself; set another folder, a share or 0",
-                key="data.heldout",
-            )
+            message = f"data.heldout = {folder} is the image folder itself; set another folder, a share or 0"
+            raise DataError(message, key="data.heldout")
         return (target.relative_to(home).as_posix(), None) if target.is_relative_to(home) else (None, folder)
-    raise DataError(
-        f"data.heldout = {shorten(value)} is not a folder; set a folder, a share such as 0.1, or 0",
-        key="data.heldout",
-    )
+    message = f"data.heldout = {shorten(value)} is not a folder; set a folder, a share such as 0.1, or 0"
+    raise DataError(message, key="data.heldout")
 
 
 def _is_below(name: str, folder: str | None) -> bool:
@@ -184,10 +176,8 @@ def _read_outside(scan: _Scan, folder: Path, taken: set[str]) -> list[ImageRecor
     files = list_files(folder, scan.noticed, follow_links=scan.settings.follow_links)
     images = [name for name in files if is_image(name)]
     if not images:
-        raise DataError(
-            f"data.heldout = {scan.settings.heldout} has no images; set another folder, a share, or 0",
-            key="data.heldout",
-        )
+        message = f"data.heldout = {scan.settings.heldout} has no images; set another folder, a share, or 0"
+        raise DataError(message, key="data.heldout")
     prefix = f"{folder.resolve().name}/"
     records = scan.read(folder, files, images)
     while any(prefix + record.name in taken for record in records):

@@ -36,14 +36,14 @@ class ResizeReport:
     after: int
 
     def lines(self) -> list[str]:
-        counts = Counter(rank for rank in self.ranks.values() if rank)
+        counts = Counter(self.ranks.values())
+        dropped = counts.pop(0, 0)
         ranks = ", ".join(f"{rank} ({count} modules)" for rank, count in sorted(counts.items())[:8])
         more = f" and {len(counts) - 8} more ranks" if len(counts) > 8 else ""
-        dropped = sum(not rank for rank in self.ranks.values())
         left_out = f"; {dropped} modules dropped" if dropped else ""
+        size = f"{self.before:,} parameters -> {self.after:,} ({self.after / self.before:.0%})"
         return [
-            f"resized   {self.rule}: {self.before:,} parameters -> {self.after:,} "
-            f"({self.after / self.before:.0%})",
+            f"resized   {self.rule}: {size}",
             f"rank      {ranks}{more}{left_out}",
             describe_error(self.error, self.worst),
         ]
@@ -138,10 +138,8 @@ def _ranks_by_rule(
         return {name: int(row.sum()) for name, row in kept.items()}
     missing = [name for name in found.values if name not in (base_norms or {})]
     if base_norms is None or missing:
-        raise ConfigError(
-            f"score needs the base's weights ({len(missing)} modules are missing); give --base",
-            key="resize.score-without-base",
-        )
+        message = f"score needs the base's weights ({len(missing)} modules are missing); give --base"
+        raise ConfigError(message, key="resize.score-without-base")
     return {name: int((values >= value * base_norms[name]).sum()) for name, values in found.values.items()}
 
 

@@ -78,9 +78,8 @@ def read_lineage(notes: Mapping[str, str]) -> tuple[Ancestor, ...]:
         if not all(math.isfinite(ancestor.strength) for ancestor in chain):
             raise ValueError
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
-        raise AdapterError(
-            f"has unreadable metadata in {LINEAGE}; export the LoRA again", key="tree.bad-lineage"
-        ) from None
+        message = f"has unreadable metadata in {LINEAGE}; export the LoRA again"
+        raise AdapterError(message, key="tree.bad-lineage") from None
     if chain and chain[-1].digest != parent:
         raise AdapterError(
             f"names the parent {shorten(short_digest(parent))} in {PARENT}, but {chain[-1]} in {LINEAGE}; "

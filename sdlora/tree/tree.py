@@ -167,11 +167,7 @@ class AdapterTree:
         return stack
 
     def strengths(
-        self,
-        names: Sequence[str | None],
-        changes: Mapping[str, float] | None = None,
-        *,
-        force: bool = False,
+        self, names: Sequence[str | None], changes: Mapping[str, float] | None = None, *, force: bool = False
     ) -> list[dict[str, float]]:
         """The path to each node, the root first, with the strength of each node: as trained, unless changed.
 
@@ -274,7 +270,6 @@ def _components(pipe: Any) -> dict[str, nn.Module]:
     parts = {name: getattr(pipe, name, None) for name in (DENOISER, "text_encoder", "text_encoder_2")}
     found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     if DENOISER not in found:
-        raise AdapterError(
-            f"{type(pipe).__name__} has no denoiser; give a Stable Diffusion pipeline", key="tree.no-denoiser"
-        )
+        message = f"{type(pipe).__name__} has no denoiser; give a Stable Diffusion pipeline"
+        raise AdapterError(message, key="tree.no-denoiser")
     return found
