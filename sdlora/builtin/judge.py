@@ -31,7 +31,7 @@ from sdlora.errors import DataError, ModelError, SdloraError
 
 JUDGE_FILE = Path(__file__).with_name("judge.safetensors")
 IMAGE_SIZE = 64
-WIDTHS = (40, 80, 144, 224)
+WIDTHS = (32, 64, 128, 208)
 VARIANTS = 4  # of each drawing, besides itself
 BATCH = 64
 PEAK_RATE = 2e-3
@@ -118,7 +118,7 @@ def augment(images: Tensor, generator: torch.Generator, strength: float = 1.0) -
     grid = F.affine_grid(torch.stack([rows, columns], dim=1), list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     # each colour channel becomes a mixture of all three: hues turn, some images lose their colour
-    mixing = torch.eye(3) + strength * uniform(0, 0.5, 1, 1) * torch.randn(count, 3, 3, generator=generator)
+    mixing = torch.eye(3) + strength * uniform(0, 0.35, 1, 1) * torch.randn(count, 3, 3, generator=generator)
     mixing = mixing / mixing.sum(dim=2, keepdim=True).clamp(min=0.5)
     mixing = torch.where(happens(0.2, 1, 1), torch.full((3, 3), 1 / 3), mixing)
     contrast = 1 + strength * uniform(-0.4, 0.3, 1, 1, 1)
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--icons", type=Path, help="folder of the vector packages; left out: npm pack")
     parser.add_argument("--datasets", type=Path, default=Path("datasets"))
     parser.add_argument("--concepts", type=Path, default=CONCEPTS_FILE, help="file of concept names")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     given = parser.parse_args(arguments)
     if given.threads:
