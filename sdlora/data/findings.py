@@ -121,7 +121,7 @@ class _Count(int):
 
 
 def _word(severity: Severity, key: str, message: str, details: Mapping[str, str]) -> Finding:
-    names = join_names(f"{name} {detail}".rstrip() for name, detail in details.items())
+    names = join_names(f"{name} {detail}" if detail else name for name, detail in details.items())
     return Finding(severity, message.format(count=_Count(len(details)), names=names), tuple(details), key)
 
 

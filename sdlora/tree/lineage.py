@@ -152,7 +152,7 @@ def load_path(
 
     Args:
         source: A LoRA file, a run folder, or a node: a file without its ending.
-        force: As for `find_ancestors`, like `warn`.
+        force: As for `find_ancestors`, as `warn`.
 
     Raises:
         AdapterError: If there is no such file, or an ancestor is missing or changed.
