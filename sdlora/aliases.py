@@ -12,7 +12,7 @@ REMOVED = {
         0,
         "was removed, since it made no measurable difference; remove it (the adapter of a run that used it "
         "still works in `sdlora sample`, and as lora.init_from of a new run)",
-    ),
+    )
 }
 
 # By option name of sd-scripts, diffusers' example scripts, OneTrainer and ai-toolkit.

@@ -40,14 +40,20 @@ def _also(**spellings: str) -> BeforeValidator:
 
 
 Dtype = Annotated[
-    Literal["auto", "fp32", "bf16", "fp16"],
-    _also(no="fp32", float32="fp32", bfloat16="bf16", float16="fp16"),
+    Literal["auto", "fp32", "bf16", "fp16"], _also(no="fp32", float32="fp32", bfloat16="bf16", float16="fp16")
 ]
 FileDtype = Annotated[
     Literal["fp32", "bf16", "fp16"], _also(float32="fp32", bfloat16="bf16", float16="fp16", float="fp32")
 ]
 Quantize = Literal["none", "int8", "nf4"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
+Count = Annotated[int, Field(ge=1)]
+Interval = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
 Texts = Annotated[list[str], BeforeValidator(_as_list)]
 # Module names are shorter than this; matching a pattern of 100,000 characters would take minutes.
 Pattern = Annotated[str, Field(max_length=MAX_NAME)]
@@ -70,6 +76,17 @@ def _setting(default: Any, description: str, remedy: str = "", **rules: Any) -> 
     return Field(default, description=description, json_schema_extra=extra, **rules)
 
 
+def _off(description: str, usual: str, default: float = 0.0, **rules: Any) -> Any:
+    """A number that 0 switches off."""
+    return _setting(default, f"{description}; 0: off", f"use {usual}, or 0 to disable it", **rules)
+
+
+def _every(description: str, without: str) -> Any:
+    """An interval in steps; None for a tenth of them."""
+    text = f"steps between {description}; 0: {without}; default: a tenth of the steps"
+    return _setting(None, text, f"use a number of steps, or 0 for {without}")
+
+
 class Section(BaseModel):
     """A group of settings; unknown keys are refused."""
 
@@ -79,12 +96,10 @@ class Section(BaseModel):
     @classmethod
     def _paths_as_text(cls, values: Any) -> Any:
         """Accepts paths and runs from Python."""
-        if not isinstance(values, Mapping):
-            return values
-        return {
-            key: os.fspath(value) if isinstance(value, os.PathLike) else value
-            for key, value in values.items()
-        }
+        if isinstance(values, Mapping):
+            paths = {key: os.fspath(path) for key, path in values.items() if isinstance(path, os.PathLike)}
+            return {**values, **paths}
+        return values
 
 
 class BaseSection(Section):
@@ -97,12 +112,8 @@ class BaseSection(Section):
         min_length=1,
     )
     revision: str | None = _setting(None, "branch, tag or commit of a Hugging Face id; default: main")
-    variant: Literal["fp16", "bf16"] | None = _setting(
-        None, "weight files to read where the base has several: fp16 or bf16"
-    )
-    dtype: Dtype = _setting(
-        "auto", "dtype of the frozen weights: auto (same as train.precision), fp32, bf16 or fp16"
-    )
+    variant: Literal["fp16", "bf16"] | None = _setting(None, "weight files to use if several: fp16 or bf16")
+    dtype: Dtype = _setting("auto", "dtype of the base: auto (as train.precision), fp32, bf16 or fp16")
     vae: str | None = _setting(None, "replacement VAE: a folder or a file; default: the base's own")
     quantize: Quantize = _setting("none", "quantize the frozen denoiser: none, int8 or nf4")
 
@@ -110,12 +121,10 @@ class BaseSection(Section):
 class DataSection(Section):
     """The image folder, and how images become training samples."""
 
-    trigger: str | None = _setting(
+    trigger: Name | None = _setting(
         None,
         "trigger words; put in front of captions that lack them, and substituted for {trigger}",
         "use a word or phrase, or omit it",
-        min_length=1,
-        max_length=1000,
     )
     resolution: int | None = _setting(
         None,
@@ -124,26 +133,16 @@ class DataSection(Section):
         ge=16,
         le=8192,
     )
-    background: str = _setting(
-        "white", "color behind transparent images: a name or #rrggbb", "use a color name or #rrggbb"
-    )
+    background: str = _setting("white", "color behind transparency", "use a color name or #rrggbb")
     crop: Annotated[Literal["center", "random"], _also(centre="center")] = _setting(
         "center", "part to keep of an image that does not fit its bucket: center or random"
     )
     crop_variants: int | None = _setting(
-        None,
-        "fixed random crops per image; default: 4 with random crops",
-        "use 1 to 16 crops per image",
-        ge=1,
-        le=64,
+        None, "fixed random crops per image; default: 4 with random crops", "use 1 to 16", ge=1, le=64
     )
     flip: bool = _setting(False, "mirror samples at random; not for lettering")
-    caption_dropout: float = _setting(
-        0.05,
-        "probability of replacing a caption with the empty prompt (zero embeddings on SDXL)",
-        "use a probability such as 0.05",
-        ge=0,
-        lt=1,
+    caption_dropout: Probability = _off(
+        "probability of the empty prompt instead of a caption (zeros on SDXL)", "0.05", default=0.05
     )
     heldout: float | str = _setting(
         "auto",
@@ -151,15 +150,9 @@ class DataSection(Section):
         "heldout/, else 10 % (at least 2 images) if there are 12 or more",
         "use a folder, a fraction such as 0.1, or 0",
     )
-    cache: bool | Literal["auto"] = _setting(
-        "auto", "cache latents and text embeddings on disk: auto, true or false"
-    )
-    allow_missing_captions: bool = _setting(
-        False, "also train on images without a caption when others have one"
-    )
-    on_bad_image: Literal["stop", "skip"] = _setting(
-        "stop", "what to do when an image cannot be read: stop or skip"
-    )
+    cache: bool | Literal["auto"] = _setting("auto", "cache latents and text embeddings: auto, true or false")
+    allow_missing_captions: bool = _setting(False, "train on images without a caption when others have one")
+    on_bad_image: Literal["stop", "skip"] = _setting("stop", "if an image cannot be read: stop or skip")
     follow_links: bool = _setting(False, "follow symlinks that lead out of the image folder")
 
     @model_validator(mode="after")
@@ -170,9 +163,7 @@ class DataSection(Section):
                 "(there is only one center crop); set data.crop=random or remove data.crop_variants"
             )
         if not isinstance(self.heldout, str) and not 0 <= self.heldout < 1:
-            raise ValueError(
-                f"data.heldout = {self.heldout:g} must be a fraction below 1; use 0.1, 0, or a folder"
-            )
+            raise ValueError(f"data.heldout = {self.heldout:g} must be below 1; use 0.1, 0, or a folder")
         return self
 
     @property
@@ -194,8 +185,8 @@ class LoraSection(Section):
         ge=1,
         le=4096,
     )
-    alpha: float | None = _setting(
-        None, "the update is scaled by alpha / rank; default: the rank", "omit it to use the rank", gt=0
+    alpha: Positive | None = _setting(
+        None, "the update is scaled by alpha / rank; default: the rank", "omit it to use the rank"
     )
     targets: Patterns = _setting(
         ["attention"],
@@ -205,20 +196,17 @@ class LoraSection(Section):
         min_length=1,
     )
     text_encoder: bool = _setting(False, "also train the text encoder (both on SDXL)")
-    rank_pattern: dict[Pattern, Annotated[int, Field(ge=1)]] = _setting(
+    rank_pattern: dict[Pattern, Count] = _setting(
         {},
         "ranks by module pattern, such as {convolutions = 4}; the last match wins",
-        "map module patterns to ranks, such as {convolutions = 4}",
+        "use a table such as {convolutions = 4}",
     )
-    alpha_pattern: dict[Pattern, Annotated[float, Field(gt=0)]] = _setting(
-        {},
-        "alphas by module pattern; the last match wins",
-        "map module patterns to alphas, such as {convolutions = 1}",
+    alpha_pattern: dict[Pattern, Positive] = _setting(
+        {}, "alphas by module pattern; the last match wins", "use a table such as {convolutions = 1}"
     )
     rslora: bool = _setting(False, "rank-stabilized scaling: alpha / sqrt(rank) instead of alpha / rank")
     init: Literal["gaussian", "kaiming", "orthogonal"] = _setting(
-        "gaussian",
-        "initialization of the down (A) matrices: gaussian, kaiming or orthogonal; up (B) starts at zero",
+        "gaussian", "initialization of down (A): gaussian, kaiming or orthogonal; up (B) starts at zero"
     )
     init_from: str | None = _setting(None, "start from the weights of this LoRA (any tool, any rank) or run")
     parent: str | None = _setting(
@@ -228,19 +216,8 @@ class LoraSection(Section):
         min_length=1,
     )
     force_parent: bool = _setting(False, "accept a parent whose tensors have changed")
-    dropout: float = _setting(
-        0.0,
-        "dropout between the down and up matrices; 0: off",
-        "use about 0.1, or 0 to disable it",
-        ge=0,
-        lt=1,
-    )
-    max_norm: float = _setting(
-        0.0,
-        "maximum norm of each module's update, such as 1; 0: off",
-        "use about 1, or 0 to disable it",
-        ge=0,
-    )
+    dropout: Probability = _off("dropout between the down and up matrices", "about 0.1")
+    max_norm: NotNegative = _off("maximum norm of each module's update, such as 1", "about 1")
 
     @model_validator(mode="after")
     def _check(self) -> LoraSection:
@@ -291,33 +268,17 @@ else:
 class ObjectiveSection(_Tables):
     """The training objective: loss, timesteps and noise."""
 
-    min_snr_gamma: float = _setting(
-        0.0, "min-SNR loss weighting (2303.09556), usually 5; 0: off", "use about 5, or 0 to disable it", ge=0
-    )
+    min_snr_gamma: NotNegative = _off("min-SNR loss weighting (2303.09556), usually 5", "about 5")
     debiased: bool = _setting(False, "debiased estimation: weight the loss by 1 / sqrt(SNR)")
-    noise_offset: float = _setting(
-        0.0,
-        "offset noise for darker and brighter images, up to 0.1; 0: off",
-        "use up to 0.1, or 0 to disable it",
-        ge=0,
-        le=1,
-    )
-    pyramid_noise: int = _setting(
-        0,
-        "levels of pyramid (multi-resolution) noise, such as 6; 0: off",
-        "use 6 levels, or 0 to disable it",
-        ge=0,
-        le=10,
+    noise_offset: Fraction = _off("offset noise for darker and brighter images, up to 0.1", "up to 0.1")
+    pyramid_noise: int = _off(
+        "levels of pyramid (multi-resolution) noise, such as 6", "6 levels", default=0, ge=0, le=10
     )
     pyramid_discount: float = _setting(
         0.3, "weight of each pyramid level relative to the one before", "use about 0.3", gt=0, le=1
     )
-    input_perturbation: float = _setting(
-        0.0,
-        "extra noise on the denoiser's input only (ip_noise_gamma), such as 0.1; 0: off",
-        "use about 0.1, or 0 to disable it",
-        ge=0,
-        le=1,
+    input_perturbation: Fraction = _off(
+        "extra noise on the denoiser's input only (ip_noise_gamma), such as 0.1", "about 0.1"
     )
     timestep_range: tuple[int, int] = _setting(
         (0, 1000), "timesteps to train: the first, and one past the last", "use [0, 1000] for all"
@@ -325,9 +286,7 @@ class ObjectiveSection(_Tables):
     prediction_type: PredictionType | None = _setting(
         None, "prediction type: epsilon, v_prediction or sample; default: the base's"
     )
-    force_prediction_type: bool = _setting(
-        False, "use objective.prediction_type even if the base has another"
-    )
+    force_prediction_type: bool = _setting(False, "use prediction_type even if the base has another")
 
     @model_validator(mode="after")
     def _check(self) -> ObjectiveSection:
@@ -339,8 +298,7 @@ class ObjectiveSection(_Tables):
             )
         if self.force_prediction_type and self.prediction_type is None:
             raise ValueError(
-                "objective.force_prediction_type = true requires objective.prediction_type; "
-                "set both, or remove both"
+                "objective.force_prediction_type = true requires objective.prediction_type; set it"
             )
         if self.min_snr_gamma and self.debiased:
             raise ValueError(
@@ -369,9 +327,8 @@ class ObjectiveSection(_Tables):
     def parameters(self, entry: Entry) -> dict[str, Any]:
         """The parameters of a loss or timestep distribution: as given, else its own defaults."""
         given = {name: getattr(self, name) for name in entry.parameters}
-        return {
-            name: entry.parameters[name].default if value is None else value for name, value in given.items()
-        }
+        defaults = {name: parameter.default for name, parameter in entry.parameters.items()}
+        return {**defaults, **{name: value for name, value in given.items() if value is not None}}
 
 
 class TrainSection(Section):
@@ -384,46 +341,36 @@ class TrainSection(Section):
         ge=1,
         le=1_000_000,
     )
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = _setting(
+    batch_size: Count | Literal["auto"] | None = _setting(
         None,
         "micro-batch size per process; auto: the largest divisor of accumulate that fits; default: 1, or 4 "
         "on the built-in base",
         "use 1 to 8, or auto together with train.accumulate",
     )
-    accumulate: int = _setting(
-        1,
-        "gradient accumulation; global batch = batch_size x accumulate x processes",
-        "use 1 to disable accumulation",
-        ge=1,
+    accumulate: Count = _setting(
+        1, "gradient accumulation; global batch = batch_size x accumulate x processes", "use 1 to disable it"
     )
-    learning_rate: float = _setting(
-        1e-4, "peak learning rate; about 3e-3 on the built-in base", "use 1e-5 to 1e-3 on SD 1.5", gt=0
+    learning_rate: Positive = _setting(
+        1e-4, "peak learning rate; about 3e-3 on the built-in base", "use 1e-5 to 1e-3 on SD 1.5"
     )
-    learning_rates: dict[Pattern, Annotated[float, Field(gt=0)]] = _setting(
-        {},
-        "learning rates by module pattern, such as {'*.attn2.*' = 5e-5}",
-        "map module patterns to learning rates, such as {'*.attn2.*' = 5e-5}",
+    learning_rates: dict[Pattern, Positive] = _setting(
+        {}, "learning rates by module pattern, such as {'*.attn2.*' = 5e-5}", "use a table of numbers"
     )
-    text_encoder_learning_rate: float | None = _setting(
+    text_encoder_learning_rate: Positive | None = _setting(
         None,
         "learning rate of the text encoders; default: half of train.learning_rate",
-        "omit it to use half of train.learning_rate",
-        gt=0,
+        "omit it for that",
     )
-    lora_plus_ratio: float = _setting(
-        1.0,
-        "LoRA+: learning rate of up (B) over that of down (A); 1: off",
-        "use 2 to 16, or 1 to disable LoRA+",
-        gt=0,
+    lora_plus_ratio: Positive = _setting(
+        1.0, "LoRA+: learning rate of up (B) over that of down (A); 1: off", "use 2 to 16, or 1 to disable it"
     )
     schedule: Annotated[Literal["constant", "linear", "cosine"], _also(constant_with_warmup="constant")] = (
         _setting("constant", "learning-rate schedule after warm-up: constant, linear or cosine")
     )
-    warmup: float = _setting(
+    warmup: NotNegative = _setting(
         0.05,
-        "learning-rate warm-up: a fraction of the steps if below 1, else a number of steps",
-        "use a fraction of the steps such as 0.05, or a number of steps",
-        ge=0,
+        "warm-up: a fraction of the steps if below 1, else a number of steps",
+        "use 0.05, or a number of steps",
     )
     optimizer: str = _setting(
         "adamw",
@@ -431,56 +378,30 @@ class TrainSection(Section):
         "use adamw or an import path such as bitsandbytes.optim.AdamW8bit",
     )
     optimizer_args: dict[str, Argument] = _setting(
-        {},
-        "arguments of the optimizer, such as {weight_decay = 0.01}",
-        "use numbers, strings, true, false, or lists of them",
+        {}, "its arguments, such as {weight_decay = 0.01}", "use numbers, strings, booleans, or lists of them"
     )
     precision: Dtype = _setting(
-        "auto",
-        "precision of the computation: auto (bf16 on GPUs that support it, else fp32), fp32, bf16 or fp16",
+        "auto", "compute precision: auto (bf16 on GPUs that support it, else fp32), fp32, bf16 or fp16"
     )
     seed: int = _setting(0, "random seed", "use an integer such as 0", ge=0, lt=2**32)
-    ema_decay: float = _setting(
-        0.0,
-        "EMA of the adapter's weights, which is then sampled and saved; 0: off",
-        "use 0.99 to 0.9999, or 0 to disable it",
-        ge=0,
-        lt=1,
+    ema_decay: Probability = _off(
+        "EMA of the adapter's weights, which is then sampled and saved", "0.99 to 0.9999"
     )
-    grad_clip: float = _setting(
-        1.0, "maximum gradient norm; 0: no clipping", "use 1, or 0 to disable clipping", ge=0
-    )
+    grad_clip: NotNegative = _off("maximum gradient norm", "1", default=1.0)
     gradient_checkpointing: bool | Literal["auto"] = _setting(
         "auto", "recompute activations to save memory, a third slower: auto (only if needed), true or false"
     )
-    max_skipped_steps: int = _setting(
-        10, "stop after this many consecutive non-finite steps", "use a number of steps such as 10", ge=1
+    max_skipped_steps: Count = _setting(
+        10, "stop after this many consecutive non-finite steps", "use a number of steps such as 10"
     )
-    save_every: int | None = _setting(
-        None,
-        "steps between saves of adapter and checkpoint; 0: only at the end; default: a tenth of the steps",
-        "use a number of steps, or 0 to save only at the end",
-        ge=0,
-    )
-    keep_checkpoints: int = _setting(2, "checkpoints to keep; adapters are all kept", "keep at least 1", ge=1)
-    sample_every: int | None = _setting(
-        None,
-        "steps between sample grids; 0: none; default: a tenth of the steps",
-        "use a number of steps, or 0 for none",
-        ge=0,
-    )
-    evaluate_every: int | None = _setting(
-        None,
-        "steps between validation (held-out) losses; 0: none; default: a tenth of the steps",
-        "use a number of steps, or 0 for none",
-        ge=0,
-    )
-    trackers: Texts = _setting(
-        [], "Accelerate trackers such as tensorboard or wandb; events.jsonl is always written"
-    )
+    save_every: Interval | None = _every("saves of adapter and checkpoint", "only at the end")
+    keep_checkpoints: Count = _setting(2, "checkpoints to keep; adapters are all kept", "keep at least 1")
+    sample_every: Interval | None = _every("sample grids", "none")
+    evaluate_every: Interval | None = _every("validation (held-out) losses", "none")
+    trackers: Texts = _setting([], "Accelerate trackers, such as tensorboard or wandb, besides events.jsonl")
     trace: bool = _setting(False, "log every sample of every step to trace.jsonl")
-    timeout_seconds: float = _setting(
-        600.0, "how long a process waits for the others", "use a number of seconds such as 600", gt=0
+    timeout_seconds: Positive = _setting(
+        600.0, "how long a process waits for the others", "use seconds such as 600"
     )
 
     @property
@@ -503,18 +424,15 @@ class SampleSection(Section):
         [0, 1], "random seeds, one row of the grid each", "use one or more integers such as 0", min_length=1
     )
     strengths: Numbers = _setting(
-        [1.0],
-        "LoRA strengths, one column of the grid each, beside the base",
-        "use at least one number",
-        min_length=1,
+        [1.0], "LoRA strengths, one column of the grid each, beside the base", "use a number", min_length=1
     )
-    steps: int = _setting(25, "sampling steps", "use 20 to 50", ge=1)
-    guidance: float | None = _setting(
-        None, "guidance scale (CFG); default: the base's usual one", "use 1 to 12", ge=0
+    steps: Count = _setting(25, "sampling steps", "use 20 to 50")
+    guidance: NotNegative | None = _setting(
+        None, "guidance scale (CFG); default: the base's usual one", "use 1 to 12"
     )
     scheduler: str | None = _setting(
         None,
-        "diffusers scheduler, such as DDIMScheduler; default: the base's own",
+        "diffusers scheduler; default: the base's own",
         "use a diffusers scheduler such as DDIMScheduler",
     )
     safety_checker: bool = _setting(
@@ -522,7 +440,7 @@ class SampleSection(Section):
         "let the base's own safety checker, if it has one, withhold images",
         "use false to show all images",
     )
-    batch_size: int = _setting(4, "images per batch", "use 1 to 8", ge=1)
+    batch_size: Count = _setting(4, "images per batch", "use 1 to 8")
 
     @model_validator(mode="after")
     def _check(self) -> SampleSection:
@@ -565,13 +483,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        if self.data.trigger is None:
-            for prompt in self.sample.prompts:
-                if "{trigger}" in prompt:
-                    raise ValueError(
-                        f"sample.prompts uses {{trigger}} in {prompt!r} but data.trigger is not set; "
-                        "set data.trigger or remove the placeholder"
-                    )
+        prompt = next((prompt for prompt in self.sample.prompts if "{trigger}" in prompt), None)
+        if prompt is not None and self.data.trigger is None:
+            raise ValueError(
+                f"sample.prompts uses {{trigger}} in {prompt!r} but data.trigger is not set; "
+                "set data.trigger or remove the placeholder"
+            )
         if self.lora.kind == "dora" and self.base.quantize != "none":
             raise ValueError(
                 f"lora.kind = dora does not go with base.quantize = {self.base.quantize}: PEFT needs the "
@@ -632,8 +549,7 @@ def load_config(
     overrides = [overrides] if isinstance(overrides, str) else overrides
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
     for key, value in pairs:
-        problem = _set_nested(values, key, value)
-        if problem:
+        if problem := _set_nested(values, key, value):
             problems.append(problem)
     if images or not isinstance(file, RunConfig):
         values["images"] = str(images)
@@ -646,10 +562,7 @@ def _set_nested(values: dict[str, Any], key: str, value: Any) -> str:
     if not tables and (guess := guess_key(name, RunConfig)):
         return f"{shorten(key)} is not a setting; {guess}"
     if not tables or "" in (*tables, name) or len(tables) > MAX_DEPTH:
-        return (
-            f"{shorten(key)}: write settings as section.key=value, such as lora.rank=8; "
-            "`sdlora settings` lists all"
-        )
+        return f"{shorten(key)}: write section.key=value, such as lora.rank=8; `sdlora settings` lists all"
     place = values
     for number, table in enumerate(tables, 1):
         inner = place.setdefault(table, {})
@@ -664,9 +577,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     """Parses `lora.rank=8` to ("lora.rank", 8); a value that is not TOML is text."""
     key, separator, raw = text.partition("=")
     if not separator:
-        raise ConfigError(
-            f"{shorten(repr(text))} is not a setting; write section.key=value, such as lora.rank=8"
-        )
+        problem = f"{shorten(repr(text))} is not a setting; write section.key=value, such as lora.rank=8"
+        raise ConfigError(problem)
     try:
         return key.strip(), parse_toml(f"value = {raw}")["value"]
     except UnfitFileError:
@@ -674,17 +586,12 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def read_toml(file: Path) -> dict[str, Any]:
-    """Reads a config file.
-
-    Raises:
-        ConfigError: If it is missing or not TOML.
-    """
+    """Reads a config file; raises a ConfigError if it is missing or not TOML."""
     try:
         return drop_removed(parse_toml(read_bytes(file, MAX_TOML_BYTES).decode("utf-8-sig")))
     except FileNotFoundError:
-        raise ConfigError(
-            f"config file {file} does not exist; presets are in configs/", key="config.missing"
-        ) from None
+        problem = f"config file {file} does not exist; presets are in configs/"
+        raise ConfigError(problem, key="config.missing") from None
     except UnfitFileError as error:
         raise ConfigError(f"config file {file} {error}; presets are in configs/", key=error.key) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -703,11 +610,7 @@ def read_config(file: Path) -> RunConfig:
 
 
 def validate_config(values: Mapping[str, Any], problems: Iterable[str] = ()) -> RunConfig:
-    """Validates a whole configuration.
-
-    Raises:
-        ConfigError: With one line per mistake.
-    """
+    """Validates a whole configuration; raises a ConfigError with one line per mistake."""
     lines = list(problems)
     try:
         config = RunConfig.model_validate(values)

@@ -29,12 +29,7 @@ def has_bf16(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Precision:
-    """Effective dtypes.
-
-    Args:
-        compute: fp32, bf16 or fp16: dtype of the denoiser's arithmetic.
-        base: Dtype of the denoiser's frozen weights.
-    """
+    """Effective dtypes of the denoiser's arithmetic and of its frozen weights: fp32, bf16 or fp16."""
 
     compute: str
     base: str

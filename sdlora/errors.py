@@ -35,13 +35,12 @@ def unfit_letters(text: str) -> set[str]:
 
 
 def one_line(text: str) -> str:
-    """Escapes unfit characters."""
     unfit = unfit_letters(text)
     return "".join(repr(letter)[1:-1] if letter in unfit else letter for letter in text) if unfit else text
 
 
 def shorten(text: str) -> str:
-    """Makes a value fit into a message: short, on one line."""
+    """A value for a message: short, on one line."""
     return one_line(_cut(text, MAX_SHOWN))
 
 
@@ -52,9 +51,8 @@ def _cut(text: str, length: int) -> str:
 def join_names(names: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
     """Lists the first names, and the number of others."""
     listed = list(names)
-    rest = len(listed) - limit
     shown = separator.join(listed[:limit])
-    return f"{shown} and {rest} more" if rest > 0 else shown
+    return f"{shown} and {len(listed) - limit} more" if len(listed) > limit else shown
 
 
 class SdloraError(Exception):
@@ -133,12 +131,7 @@ class ProcessLost(SdloraError):
 
 
 class RunStopped(SdloraError):
-    """A signal stopped the run after a checkpoint was saved.
-
-    Args:
-        message: How to continue.
-        signal_number: The exit code is 128 plus this number (130, 143).
-    """
+    """A signal stopped the run after a checkpoint was saved; the exit code is 128 plus its number."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message, key="stopped")

@@ -20,22 +20,18 @@ if TYPE_CHECKING:
 
 
 class Schedule(Protocol):
-    """What an entry may use of the base's noise schedule."""
+    """The part of `diffusion.schedule.NoiseSchedule` that entries use."""
 
     @property
-    def num_timesteps(self) -> int:
-        """T."""
+    def num_timesteps(self) -> int: ...
 
     @property
-    def time_edges(self) -> Tensor:
-        """0, 1/T, … 1, shape (T + 1,), float64; timestep t covers t/T to (t + 1)/T."""
+    def time_edges(self) -> Tensor: ...
 
     @property
-    def log_snr_edges(self) -> Tensor:
-        """Log-SNR half way between neighbouring timesteps, shape (T + 1,), float64, falling."""
+    def log_snr_edges(self) -> Tensor: ...
 
-    def signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """√ᾱ_t and √(1 - ᾱ_t), each of shape (B, 1, 1, 1)."""
+    def signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -205,18 +201,12 @@ TIMESTEPS = {
     "logit_normal": Entry(
         logit_normal,
         "mid noise, as SD3",
-        {
-            "timestep_mean": Parameter(0.0, _MEAN),
-            "timestep_std": Parameter(1.0, _STD, {"gt": 0}),
-        },
+        {"timestep_mean": Parameter(0.0, _MEAN), "timestep_std": Parameter(1.0, _STD, {"gt": 0})},
     ),
     "style_friendly": Entry(
         style_friendly,
         "high noise, normal in log-SNR",
-        {
-            "timestep_mean": Parameter(-6.0, _MEAN),
-            "timestep_std": Parameter(2.0, _STD, {"gt": 0}),
-        },
+        {"timestep_mean": Parameter(-6.0, _MEAN), "timestep_std": Parameter(2.0, _STD, {"gt": 0})},
     ),
     "cubic": Entry(cubic, "high noise, as T2I-Adapter"),
     "sigmoid": Entry(

@@ -47,9 +47,8 @@ def drop_removed(values: dict[str, Any]) -> dict[str, Any]:
 def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
     """The sections of a configuration by name."""
     fields = {name: field.annotation for name, field in model.model_fields.items()}
-    return {
-        name: kind for name, kind in fields.items() if isinstance(kind, type) and issubclass(kind, BaseModel)
-    }
+    sections = {name: kind for name, kind in fields.items() if isinstance(kind, type)}
+    return {name: kind for name, kind in sections.items() if issubclass(kind, BaseModel)}
 
 
 def _reason(item: dict[str, Any]) -> str:
@@ -97,14 +96,12 @@ def _nearest(path: list[str], model: type[BaseModel]) -> str:
     if known := guess_key(path[-1], model):
         return known
     if len(path) == 1:
-        guess = difflib.get_close_matches(path[0], list(sections), 1, 0.5)
-        return (
-            f"did you mean the section [{guess[0]}]?" if guess else f"the sections are {', '.join(sections)}"
-        )
+        if guess := difflib.get_close_matches(path[0], list(sections), 1, 0.5):
+            return f"did you mean the section [{guess[0]}]?"
+        return f"the sections are {', '.join(sections)}"
     keys = sorted(f"{section}.{name}" for section, kind in sections.items() for name in kind.model_fields)
     own = [key for key in keys if key.startswith(f"{path[0]}.")]
-    guess = difflib.get_close_matches(".".join(path), own, 1, 0.5)
-    guess = guess or difflib.get_close_matches(".".join(path), keys, 1, 0.5)
-    return (
-        f"did you mean {guess[0]}?" if guess else f"[{path[0]}] has {', '.join(k.split('.')[1] for k in own)}"
-    )
+    for choices in (own, keys):
+        if guess := difflib.get_close_matches(".".join(path), choices, 1, 0.5):
+            return f"did you mean {guess[0]}?"
+    return f"[{path[0]}] has {', '.join(key.split('.')[1] for key in own)}"

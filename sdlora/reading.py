@@ -7,6 +7,7 @@ import re
 import stat
 import tomllib
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,7 @@ class Header:
 
 
 def check_file(path: Path) -> int:
-    """The size of a regular file, in bytes; a pipe or a device might never end.
-
-    Raises:
-        OSError: If it does not exist.
-        UnfitFileError: If it is not a regular file.
-    """
+    """The size of a regular file, in bytes; raises an UnfitFileError for others, which might never end."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
@@ -70,12 +66,7 @@ def check_file(path: Path) -> int:
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """Reads a file of limited size.
-
-    Raises:
-        OSError: If it cannot be read.
-        UnfitFileError: If it is larger, or not a regular file.
-    """
+    """Reads a regular file of limited size; raises an UnfitFileError for others."""
     size = check_file(path)
     data = b""
     if size <= max_bytes:
@@ -93,21 +84,11 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
 
 
 def read_json(path: Path, max_bytes: int) -> Any:
-    """Reads a JSON file in UTF-8.
-
-    Raises:
-        OSError: If it cannot be read.
-        UnfitFileError: If it is too large, or not JSON.
-    """
     return parse_json(read_bytes(path, max_bytes))
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parses untrusted JSON.
-
-    Raises:
-        UnfitFileError: If it is not JSON, or nested too deeply.
-    """
+    """Parses untrusted JSON; raises an UnfitFileError if it is not JSON, or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -117,11 +98,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Parses untrusted TOML.
-
-    Raises:
-        UnfitFileError: If it is not TOML, or nested too deeply.
-    """
+    """Parses untrusted TOML; raises an UnfitFileError if it is not TOML, or nested too deeply."""
     if any(line.count(".") > MAX_DOTS for line in text.split("\n")):
         raise UnfitFileError(f"has a line with more than {MAX_DOTS} dots", "file.nested")
     try:
@@ -132,12 +109,8 @@ def parse_toml(text: str) -> dict[str, Any]:
         raise UnfitFileError(f"is not TOML: {error}", "file.toml") from None
     level: list[Any] = [values]
     for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for value in level
-            for inner in (value.values() if isinstance(value, dict) else value)
-            if isinstance(inner, dict | list)
-        ]
+        items = chain.from_iterable(part.values() if isinstance(part, dict) else part for part in level)
+        level = [item for item in items if isinstance(item, dict | list)]
     if level:
         raise UnfitFileError("is nested too deeply", "file.nested")
     return values
@@ -188,9 +161,8 @@ def _parse_header(raw: bytes, size: int) -> Header:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UnfitFileError("has a damaged header", "file.damaged") from None
     if len(metadata) > MAX_NOTES:
-        raise UnfitFileError(
-            f"has {len(metadata):,} metadata entries; the limit is {MAX_NOTES:,}", "file.too-large"
-        )
+        problem = f"has {len(metadata):,} metadata entries; the limit is {MAX_NOTES:,}"
+        raise UnfitFileError(problem, "file.too-large")
     for name in shapes:
         if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
             raise UnfitFileError(f"has a tensor with the invalid name {name[:40]!r}", "file.name")
@@ -211,9 +183,8 @@ def _describe_damage(raw: bytes, size: int) -> UnfitFileError:
     if promised == size:
         return UnfitFileError("has a damaged header", "file.damaged")
     kind = "incomplete" if size < promised else "damaged"
-    return UnfitFileError(
-        f"is {kind}: {promised} bytes according to its header, but {size} on disk", f"file.{kind}"
-    )
+    sizes = f"{promised} bytes according to its header, but {size} on disk"
+    return UnfitFileError(f"is {kind}: {sizes}", f"file.{kind}")
 
 
 def _identify(start: bytes, size: int) -> UnfitFileError:
@@ -228,9 +199,8 @@ def _identify(start: bytes, size: int) -> UnfitFileError:
         return UnfitFileError("is a web page, not the file itself", "file.html")
     length = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and length < 100_000_000:
-        return UnfitFileError(
-            f"is incomplete: {8 + length} bytes for its header alone, but {size} on disk", "file.incomplete"
-        )
+        sizes = f"{8 + length} bytes for its header alone, but {size} on disk"
+        return UnfitFileError(f"is incomplete: {sizes}", "file.incomplete")
     return UnfitFileError("is not a safetensors file", "file.not-safetensors")
 
 

@@ -36,6 +36,18 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.config_file = self.path / "config.json"
+        self.environment_file = self.path / "environment.json"
+        self.events_file = self.path / "events.jsonl"
+        self.trace_file = self.path / "trace.jsonl"  # with train.trace
+        self.adapters = self.path / "adapters"  # to use
+        self.checkpoints = self.path / "checkpoints"  # to continue from
+        self.samples = self.path / "samples"
+        self.loss_curve = self.path / "loss.png"
+        self.evaluation_file = self.path / "evaluation.json"
+        self.advice_file = self.path / "rank.json"
+        self.rank_curve = self.path / "rank.png"
+        self.model_card = self.adapters / "README.md"
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -45,11 +57,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, config: RunConfig, environment: Mapping[str, Any]) -> RunFolder:
-        """Creates a run folder.
-
-        Raises:
-            RunError: If it already contains a run, or cannot be written.
-        """
+        """Creates a run folder; raises a RunError if it contains a run, or cannot be written."""
         run = cls(path)
         run.check_free()
         try:
@@ -58,18 +66,13 @@ class RunFolder:
             write_json(run.environment_file, dict(environment))
             run.write_config(config)
         except OSError as error:
-            raise RunError(
-                f"cannot write run folder {path}: {error.strerror}; use another --out", key="run.not-writable"
-            ) from None
+            problem = f"cannot write run folder {path}: {error.strerror}; use another --out"
+            raise RunError(problem, key="run.not-writable") from None
         return run
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
-        """Opens an existing run.
-
-        Raises:
-            RunError: If the folder does not exist or is not a run.
-        """
+        """Opens an existing run; raises a RunError if it is none."""
         run, remedy = cls(path), "use the folder that `sdlora train` printed"
         if run.path.is_file():
             raise RunError(f"{path} is a file, not a run folder; {remedy}", key="run.file")
@@ -78,17 +81,11 @@ class RunFolder:
         if (run.path / "model_index.json").is_file():
             raise RunError(f"{path} is a base, not a run or a LoRA; pass it with --base", key="run.base")
         if not run.exists:
-            raise RunError(
-                f"{path} is not a run folder (it has no config.json); {remedy}", key="run.no-config"
-            )
+            raise RunError(f"{path} is not a run folder (no config.json); {remedy}", key="run.no-config")
         return run
 
     def check_free(self) -> None:
-        """Checks that no run would be overwritten.
-
-        Raises:
-            RunError: If the folder already contains a run, or is a file.
-        """
+        """Checks that no run would be overwritten."""
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"--out {self.path} is a file; use a folder", key="run.file")
         if self.exists:
@@ -108,57 +105,6 @@ class RunFolder:
         return self.path.absolute().name
 
     @property
-    def config_file(self) -> Path:
-        return self.path / "config.json"
-
-    @property
-    def environment_file(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def events_file(self) -> Path:
-        return self.path / "events.jsonl"
-
-    @property
-    def trace_file(self) -> Path:
-        """With `train.trace`: one line per sample of each step."""
-        return self.path / "trace.jsonl"
-
-    @property
-    def adapters(self) -> Path:
-        """Adapters, to use."""
-        return self.path / "adapters"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Checkpoints, to continue from."""
-        return self.path / "checkpoints"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples"
-
-    @property
-    def loss_curve(self) -> Path:
-        return self.path / "loss.png"
-
-    @property
-    def evaluation_file(self) -> Path:
-        return self.path / "evaluation.json"
-
-    @property
-    def advice_file(self) -> Path:
-        return self.path / "rank.json"
-
-    @property
-    def rank_curve(self) -> Path:
-        return self.path / "rank.png"
-
-    @property
-    def model_card(self) -> Path:
-        return self.adapters / "README.md"
-
-    @property
     def adapter(self) -> Path:
         """The final adapter, if possible in diffusers' dialect; else the newest saved one.
 
@@ -176,23 +122,16 @@ class RunFolder:
         )
 
     def final_adapter(self, dialect: str = "diffusers") -> Path:
-        return self.adapters / (
-            "final.safetensors" if dialect == "diffusers" else f"final.{dialect}.safetensors"
-        )
+        return self.adapters / f"final{'' if dialect == 'diffusers' else f'.{dialect}'}.safetensors"
 
     def ranked_adapter(self, rank: int, dialect: str = "diffusers") -> Path:
-        """Path of the final adapter at a smaller rank."""
         return self.adapters / f"rank-{rank}{self.final_adapter(dialect).name.removeprefix('final')}"
 
     def step_adapter(self, step: int) -> Path:
         return self.adapters / f"step-{step:06d}.safetensors"
 
     def saved_adapter(self, step: int) -> Path:
-        """An existing adapter of a step.
-
-        Raises:
-            RunError: If none was saved at that step.
-        """
+        """An existing adapter of a step."""
         file = self.step_adapter(step)
         if not file.is_file():
             steps = ", ".join(map(str, self.saved_steps())) or "none"
@@ -238,48 +177,33 @@ class RunFolder:
         remove_leftovers(self.path, self.adapters, self.checkpoints, *self.samples.glob("step-*"))
 
     def read_config(self) -> RunConfig:
-        """The resolved configuration.
-
-        Raises:
-            RunError: If it cannot be read, or has settings that this version does not know.
-        """
+        """The resolved configuration; raises a RunError if it cannot be read."""
         try:
             return read_config(self.config_file)
         except (OSError, UnfitFileError) as error:
             raise RunError(f"cannot read {self.config_file}: {error}", key="run.config") from None
         except ConfigError as error:
-            raise RunError(
-                f"{self.config_file} has invalid settings: {'; '.join(error.problems)}", key="run.config"
-            ) from None
+            problem = f"{self.config_file} has invalid settings: {'; '.join(error.problems)}"
+            raise RunError(problem, key="run.config") from None
 
     def write_config(self, config: RunConfig) -> None:
         """Writes the resolved configuration; from then on, the folder is a run."""
         write_json(self.config_file, config.model_dump(mode="json"))
 
     def read_environment(self) -> dict[str, Any]:
-        """Versions, device and dtypes.
-
-        Raises:
-            RunError: If it cannot be read.
-        """
+        """Versions, device and dtypes; raises a RunError if they cannot be read."""
         try:
             value = read_json(self.environment_file, MAX_JSON_BYTES)
         except (OSError, UnfitFileError) as error:
             raise RunError(f"cannot read {self.environment_file}: {error}", key="run.environment") from None
         if not isinstance(value, dict):
-            raise RunError(
-                f"{self.environment_file} is not a JSON object; restore it, or start a new run",
-                key="run.environment",
-            )
+            problem = f"{self.environment_file} is not a JSON object; restore it, or start a new run"
+            raise RunError(problem, key="run.environment")
         return value
 
     @property
     def base_dtype(self) -> str:
-        """Dtype of the run's base: `fp32`, `bf16` or `fp16`.
-
-        Raises:
-            RunError: If it is not recorded.
-        """
+        """Dtype of the run's base: `fp32`, `bf16` or `fp16`; raises a RunError if it is not recorded."""
         name = self.read_environment().get("base_dtype")
         if name not in DTYPES:
             raise RunError(
@@ -296,7 +220,6 @@ class RunFolder:
         return record
 
     def append_trace(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Appends lines to the trace, each with its `step`."""
         append_lines(self.trace_file, rows)
 
     def events(self, *names: str) -> Iterator[dict[str, Any]]:

@@ -46,17 +46,11 @@ def write_file(
 
 
 def check_writable(path: Path) -> None:
-    """Checks that a file or folder can be made, without making it.
-
-    Raises:
-        RunError: If its nearest existing parent is not a writable folder.
-    """
+    """Checks that a file or folder can be made; raises a RunError if its parent is not a writable folder."""
     parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise RunError(
-            f"cannot write --out {path} ({parent} is not writable); use another path",
-            key="option--out",
-        )
+        problem = f"cannot write --out {path} ({parent} is not writable); use another path"
+        raise RunError(problem, key="option--out")
 
 
 def next_free_folder(path: Path) -> Path:
@@ -73,20 +67,14 @@ def temporary_name(path: Path) -> Path:
 
 
 def remove_leftovers(*folders: Path, name: str = "*") -> None:
-    """Deletes temporary files and folders of interrupted writes, not recursively.
-
-    Args:
-        folders: Where to look.
-        name: Pattern of the final names.
-    """
-    for folder in folders:
-        for rest in folder.glob(f".{name}.*.tmp"):
-            if not rest.name.split(".")[-2].isdigit():
-                continue
-            if rest.is_dir():
-                shutil.rmtree(rest, ignore_errors=True)
-            else:
-                rest.unlink(missing_ok=True)
+    """Deletes temporary files and folders of interrupted writes, whose final names match a pattern."""
+    for rest in (rest for folder in folders for rest in folder.glob(f".{name}.*.tmp")):
+        if not rest.name.split(".")[-2].isdigit():
+            continue
+        if rest.is_dir():
+            shutil.rmtree(rest, ignore_errors=True)
+        else:
+            rest.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -96,7 +84,6 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """Writes indented JSON atomically."""
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -113,7 +100,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def to_lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """JSON Lines."""
     return "".join(json.dumps(_strict(row), ensure_ascii=False) + "\n" for row in rows)
 
 

@@ -50,10 +50,9 @@ def _options(
 ) -> None: ...
 
 
-# A module of this folder that has a function `register` adds commands.
+# The modules of this folder add their commands to `app`.
 for module in iter_modules(__path__):
-    if register := getattr(import_module(f"{__name__}.{module.name}"), "register", None):
-        register(app)
+    import_module(f"{__name__}.{module.name}")
 
 
 # Typer exports none of its usage errors but this one; they have one parent.

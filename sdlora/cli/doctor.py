@@ -7,22 +7,15 @@ from typing import Annotated
 
 import typer
 
-from sdlora.cli.options import Config, Overrides
+from sdlora.cli import app
+from sdlora.cli.options import Base, Config, Overrides
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the commands."""
-    app.command()(doctor)
-    app.command()(cache)
-
-
+@app.command()
 def doctor(
     images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images.")],
     overrides: Overrides = None,
-    base: Annotated[
-        str | None,
-        typer.Option(help="The base model, for its tokenizer and resolution.", show_default="builtin"),
-    ] = None,
+    base: Base = None,
     config: Config = None,
     contact_sheet: Annotated[
         Path | None, typer.Option(help="Draw the crops that the model will see into this PNG file.")
@@ -39,15 +32,13 @@ def doctor(
     from sdlora.training.preflight import check_folder
 
     checkup = check_folder(settings, contact_sheet)
-    for line in checkup.lines():
-        typer.echo(line)
+    typer.echo("\n".join(checkup.lines()))
     if checkup.has_errors:
         raise typer.Exit(1)
 
 
-def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Delete all cached files.")] = False,
-) -> None:
+@app.command()
+def cache(clear: Annotated[bool, typer.Option("--clear", help="Delete all cached files.")] = False) -> None:
     """Show the location and size of the cache of latents and text embeddings."""
     from sdlora.data.cache import cache_folder, clear_cache, measure_cache
 

@@ -6,15 +6,11 @@ from typing import Annotated
 
 import typer
 
+from sdlora.cli import app
 from sdlora.cli.options import Run
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the commands."""
-    app.command()(evaluate)
-    app.command("advise-rank")(advise_rank)
-
-
+@app.command()
 def evaluate(
     run: Run,
     full_base: Annotated[
@@ -33,16 +29,14 @@ def evaluate(
     terminal = Terminal()
     with terminal.progress("evaluating", 1) as meter:
         result = measure(run, full_base=full_base, progress=meter.show)
-    for line in result.lines():
-        typer.echo(line)
+    typer.echo("\n".join(result.lines()))
 
 
+@app.command()
 def advise_rank(
     run: Run,
     keep: Annotated[float, typer.Option(help="Fraction of the improvement that is enough.")] = 0.99,
-    ranks: Annotated[
-        str | None, typer.Option(help="Ranks to try, such as 2,4,8.", show_default="powers of two")
-    ] = None,
+    ranks: Annotated[str | None, typer.Option(help="Ranks to try: 2,4,8; default: powers of two.")] = None,
 ) -> None:
     """Measure a run's adapter at smaller ranks, without training; write the smallest that is enough."""
     from sdlora.cli.options import note_newest, parse_numbers
@@ -56,5 +50,4 @@ def advise_rank(
 
     with Terminal().progress("measuring", 1) as meter:
         advice = advise(run, keep=keep, ranks=tried, progress=meter.show)
-    for line in advice.lines():
-        typer.echo(line)
+    typer.echo("\n".join(advice.lines()))

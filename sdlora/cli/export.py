@@ -7,16 +7,11 @@ from typing import Annotated
 
 import typer
 
-from sdlora.cli.options import Dialect, Force, Out, Precision, Source
+from sdlora.cli import app
+from sdlora.cli.options import Base, Dialect, Force, Out, Precision, Source
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the commands."""
-    app.command()(export)
-    app.command()(extract)
-    app.command("merge-into-base")(merge_into_base)
-
-
+@app.command()
 def export(
     source: Source,
     out: Annotated[Path | None, typer.Option(help="Output file.")] = None,
@@ -28,16 +23,13 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify", help="Load the file into a fresh diffusers pipeline and compare.")
     ] = False,
-    base: Annotated[
-        str | None,
-        typer.Option(help="The base model, for --verify.", show_default="the one named in the file"),
-    ] = None,
+    base: Base = None,
 ) -> None:
     """Convert a LoRA to another dialect or precision, or upload it to the Hugging Face Hub."""
     from sdlora.cli.options import export_settings, note_newest
     from sdlora.errors import ConfigError
 
-    settings = export_settings(format, precision)
+    dialect, dtype = export_settings(format, precision)
     if out is None and push_to_hub is None and not verify:
         raise ConfigError(
             "sdlora export requires --out FILE or --push-to-hub REPO, or --verify", key="option--out"
@@ -49,9 +41,7 @@ def export(
     from sdlora.export.export import push_run
 
     if out is not None:
-        report = write(source, out, dialect=settings.formats[0], precision=settings.precision)
-        for line in report.lines():
-            typer.echo(line)
+        typer.echo("\n".join(write(source, out, dialect=dialect, precision=dtype).lines()))
     if verify:
         from sdlora.export.postflight import verify_export
 
@@ -60,12 +50,10 @@ def export(
         typer.echo(f"uploaded  {push_run(source, push_to_hub)}")
 
 
+@app.command()
 def extract(
     tuned: Annotated[
-        str,
-        typer.Argument(
-            metavar="TUNED", help="A fine-tuned model: a folder, a .safetensors file, a Hugging Face id."
-        ),
+        str, typer.Argument(metavar="TUNED", help="A fine-tuned model: a folder, a file, a Hugging Face id.")
     ],
     out: Out,
     base: Annotated[str, typer.Option(help="The base model that it was fine-tuned from.")],
@@ -73,9 +61,7 @@ def extract(
     targets: Annotated[
         str, typer.Option(help="attention, all-linear, all, or module patterns, separated by commas.")
     ] = "all-linear",
-    text_encoder: Annotated[
-        bool, typer.Option("--text-encoder", help="Also extract from the text encoders.")
-    ] = False,
+    text_encoder: Annotated[bool, typer.Option("--text-encoder", help="Also the text encoders.")] = False,
     format: Dialect = "diffusers",
     precision: Precision = "fp16",
 ) -> None:
@@ -83,8 +69,8 @@ def extract(
     from sdlora.cli.options import export_settings
     from sdlora.config import load_config
 
-    settings = export_settings(format, precision)
-    config = load_config(None, {"lora.rank": rank, "lora.targets": targets.split(",")})
+    dialect, dtype = export_settings(format, precision)
+    lora = load_config(None, {"lora.rank": rank, "lora.targets": targets.split(",")}).lora
     from sdlora.export.export import check_out, export_adapter
     from sdlora.export.extract import extract as find
     from sdlora.report.terminal import Terminal
@@ -92,35 +78,26 @@ def extract(
     check_out(out, [Path(tuned), Path(base)])
     with Terminal().progress("modules", 1) as meter:
         adapter, report = find(
-            tuned,
-            base,
-            rank=config.lora.rank,
-            targets=config.lora.targets,
-            text_encoder=text_encoder,
-            progress=meter.show,
+            tuned, base, rank=lora.rank, targets=lora.targets, text_encoder=text_encoder, progress=meter.show
         )
-    written = export_adapter(adapter, out, dialect=settings.formats[0], precision=settings.precision)
-    for line in (*report.lines(), *written.lines()):
-        typer.echo(line)
+    written = export_adapter(adapter, out, dialect=dialect, precision=dtype)
+    typer.echo("\n".join([*report.lines(), *written.lines()]))
 
 
+@app.command()
 def merge_into_base(
     source: Source,
     out: Annotated[Path, typer.Option(help="Output folder, or file if the base is a file.")],
-    base: Annotated[
-        str | None, typer.Option(help="The base model.", show_default="the one named in the file")
-    ] = None,
+    base: Base = None,
     strength: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
-    dtype: Annotated[
-        str | None, typer.Option(help="fp16, bf16 or fp32.", show_default="that of the base")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; default: that of the base.")] = None,
     force: Force = False,
 ) -> None:
     """Merge a LoRA and its parents into a copy of the base."""
     from sdlora.cli.options import export_settings, note_newest
 
     if dtype is not None:
-        dtype = export_settings("diffusers", dtype).precision
+        _, dtype = export_settings("diffusers", dtype)
     from sdlora.dtypes import DTYPES
     from sdlora.export.merge_into_base import merge_into_base as write
     from sdlora.report.terminal import Terminal
@@ -132,5 +109,4 @@ def merge_into_base(
     *below, top = load_path(source, force=force, warn=warn)
     stack = [*((step.adapter, step.ancestor.strength) for step in below), (top.adapter, strength)]
     name = base or base_of(top.file, top.adapter.notes)
-    place = write(stack, name, out, dtype=DTYPES[dtype] if dtype else None, warn=warn)
-    typer.echo(f"wrote     {place}")
+    typer.echo(f"wrote     {write(stack, name, out, dtype=DTYPES[dtype] if dtype else None, warn=warn)}")

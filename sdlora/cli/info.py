@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import typer
 
+from sdlora.cli import app
 from sdlora.cli.options import Source
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the command."""
-    app.command()(info)
-
-
+@app.command()
 def info(file: Source) -> None:
     """Describe a LoRA file (family, rank, alpha, targets, metadata) or the state of a run."""
     from contextlib import suppress
@@ -23,11 +20,9 @@ def info(file: Source) -> None:
     from sdlora.tree.lineage import read_lineage
 
     if (run := RunFolder(file)).exists:
-        for line in describe_state(run):
-            typer.echo(line)
+        typer.echo("\n".join(describe_state(run)))
     found = inspect_adapter(file)
-    for line in found.lines():
-        typer.echo(line)
+    typer.echo("\n".join(found.lines()))
     with suppress(AdapterError):
         if above := read_lineage(found.metadata):
             typer.echo(f"parents   {' > '.join(map(str, above))}")

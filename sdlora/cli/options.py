@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from sdlora.config import BaseSection, ExportSection, ObjectiveSection
+    from sdlora.config import BaseSection, FileDtype, ObjectiveSection
+    from sdlora.formats.keys import Dialect as DialectName
 
 Source = Annotated[
     Path, typer.Argument(metavar="RUN|LORA", help="A run folder, or a LoRA file in any dialect.")
@@ -20,6 +21,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[section.key=value]...", help="Settings, such as lora.rank=8; see `sdlora settings`."
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        help="builtin, a diffusers folder, a .safetensors file or a Hugging Face id.",
+        show_default="that of the run or LoRA, else builtin",
     ),
 ]
 Config = Annotated[Path | None, typer.Option(help="A TOML file with settings; see configs/ for presets.")]
@@ -43,11 +51,7 @@ Number = TypeVar("Number", int, float)
 
 
 def parse_numbers(text: str | None, kind: type[Number], option: str) -> list[Number] | None:
-    """Parses `0.5,1` to [0.5, 1.0].
-
-    Raises:
-        ConfigError: If it is not a list of numbers.
-    """
+    """Parses `0.5,1` to [0.5, 1.0]."""
     from sdlora.errors import ConfigError, shorten
 
     if text is None:
@@ -55,18 +59,12 @@ def parse_numbers(text: str | None, kind: type[Number], option: str) -> list[Num
     try:
         return [_finite(kind(part)) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(
-            f"{option} {shorten(text)} must be numbers separated by commas, such as 0,1",
-            key=f"option{option}",
-        ) from None
+        problem = f"{option} {shorten(text)} must be numbers separated by commas, such as 0,1"
+        raise ConfigError(problem, key=f"option{option}") from None
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
-    """Parses `768x512` to (768, 512).
-
-    Raises:
-        ConfigError: If it is not a size.
-    """
+    """Parses `768x512` to (768, 512)."""
     from sdlora.errors import ConfigError, shorten
 
     if text is None:
@@ -78,11 +76,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 
 def parse_strengths(text: str | None) -> dict[str, float]:
-    """Parses `ink=0.5,ink/portraits=1` to {"ink": 0.5, "ink/portraits": 1.0}.
-
-    Raises:
-        ConfigError: If it is anything else.
-    """
+    """Parses `ink=0.5,ink/portraits=1` to {"ink": 0.5, "ink/portraits": 1.0}."""
     from sdlora.errors import ConfigError, shorten
 
     try:
@@ -95,38 +89,22 @@ def parse_strengths(text: str | None) -> dict[str, float]:
         ) from None
 
 
-def export_settings(dialect: str, precision: str) -> ExportSection:
-    """Validates `--format` and `--precision`, before torch is imported.
-
-    Raises:
-        ConfigError: If one of them is not a choice.
-    """
+def export_settings(dialect: str, precision: str) -> tuple[DialectName, FileDtype]:
+    """Validates `--format` and `--precision`, before torch is imported."""
     from sdlora.config import load_config
 
-    return load_config(None, {"export.formats": [dialect], "export.precision": precision}).export
+    export = load_config(None, {"export.formats": [dialect], "export.precision": precision}).export
+    return export.formats[0], export.precision
 
 
 def sample_settings(
     prompt: list[str] | None, prompts: Path | None, seeds: str | None, **others: Any
 ) -> dict[str, Any]:
-    """The given settings of the section `sample`, validated before torch is imported.
-
-    Args:
-        prompt: Values of `--prompt`.
-        prompts: The file of `--prompts`.
-        seeds: As typed.
-        others: Other keys of the section; None if not given.
-
-    Raises:
-        ConfigError: If one of them is not valid.
-    """
+    """The given settings of the section `sample`, validated before torch is imported; None is not given."""
     from sdlora.config import load_config
 
-    given = {
-        "prompts": [*(prompt or []), *(read_prompts(prompts) if prompts else [])] or None,
-        "seeds": parse_numbers(seeds, int, "--seeds"),
-        **others,
-    }
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])] or None
+    given = {"prompts": texts, "seeds": parse_numbers(seeds, int, "--seeds"), **others}
     changes = {name: value for name, value in given.items() if value is not None}
     # Prompts are validated later, once the trigger of the run or file is known.
     load_config(None, {f"sample.{name}": value for name, value in changes.items() if name != "prompts"})
@@ -134,11 +112,7 @@ def sample_settings(
 
 
 def read_prompts(file: Path) -> list[str]:
-    """Reads one prompt per line; skips empty lines and lines that start with #.
-
-    Raises:
-        ConfigError: If the file cannot be read, has no prompt, or uses sd-scripts' options.
-    """
+    """Reads one prompt per line; skips empty lines and lines that start with #."""
     from sdlora.errors import ConfigError
     from sdlora.reading import UnfitFileError, read_bytes
 
@@ -163,11 +137,7 @@ def read_prompts(file: Path) -> list[str]:
 
 
 def check_base(settings: BaseSection, objective: ObjectiveSection | None = None) -> None:
-    """Inspects a local base before torch is imported, which takes seconds.
-
-    Raises:
-        SdloraError: If it is not a base, or incomplete.
-    """
+    """Inspects a local base before torch is imported, which takes seconds."""
     from sdlora.models.folder import is_on_hub
     from sdlora.models.info import inspect_base
 
@@ -176,26 +146,15 @@ def check_base(settings: BaseSection, objective: ObjectiveSection | None = None)
 
 
 def check_png(path: Path | None, option: str) -> None:
-    """Refuses to write an image over a file of another type.
-
-    Raises:
-        ConfigError: If the name does not end in .png.
-    """
+    """Refuses to write an image over a file of another type."""
     from sdlora.errors import ConfigError, shorten
 
     if path is not None and path.suffix.lower() != ".png":
-        raise ConfigError(
-            f"{option} {shorten(str(path))} must end in .png, the format that is written",
-            key=f"option{option}",
-        )
+        raise ConfigError(f"{option} {shorten(str(path))} must end in .png", key=f"option{option}")
 
 
 def note_newest(*sources: Path) -> None:
-    """Prints which adapter is used for a run without a final one.
-
-    Raises:
-        RunError: If a run has no adapter at all.
-    """
+    """Prints which adapter is used for a run without a final one."""
     from sdlora.formats.files import resolve_adapter
 
     for found in map(resolve_adapter, sources):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sdlora.cli import app
 from sdlora.cli.options import Dialect, Out, Precision, Source
 
 if TYPE_CHECKING:
@@ -15,13 +16,7 @@ if TYPE_CHECKING:
     from sdlora.rank.spectrum import Spectrum
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the commands."""
-    app.command()(spectrum)
-    app.command()(resize)
-    app.command()(merge)
-
-
+@app.command()
 def spectrum(
     source: Source,
     plot: Annotated[Path | None, typer.Option(help="Plot the spectrum to this PNG file.")] = None,
@@ -62,6 +57,7 @@ def _block_table(found: Spectrum) -> Table:
     return table
 
 
+@app.command()
 def resize(
     source: Source,
     out: Out,
@@ -71,11 +67,10 @@ def resize(
     ] = None,
     ratio: Annotated[
         float | None,
-        typer.Option(help="Keep singular values above this share of the largest, as 0.05."),
+        typer.Option(help="Keep singular values above this share of the largest, such as 0.05."),
     ] = None,
     score: Annotated[
-        float | None,
-        typer.Option(help="Keep singular values above this share of the base weight's norm, as 0.003."),
+        float | None, typer.Option(help="The same, of the base weight's norm, such as 0.003.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base model, for --score.")] = None,
     size_mb: Annotated[float | None, typer.Option(help="Keep as much as fits into this file size.")] = None,
@@ -86,7 +81,7 @@ def resize(
     from sdlora.cli.options import export_settings, note_newest
     from sdlora.errors import ConfigError
 
-    settings = export_settings(format, precision)
+    dialect, dtype = export_settings(format, precision)
     if base is not None and score is None:
         raise ConfigError(f"--base {base} has no effect without --score; remove it", key="option--base")
     from sdlora.export.export import check_out, export_adapter
@@ -95,7 +90,7 @@ def resize(
     from sdlora.rank.resize import resize as shrink
 
     note_newest(source)
-    dialect, file = settings.formats[0], resolve_adapter(source).file
+    file = resolve_adapter(source).file
     check_out(out, [file])
     adapter = load_adapter(file, dtype=None)
     norms = weight_norms(base, list(adapter.modules)) if base and score is not None else None
@@ -107,31 +102,24 @@ def resize(
         score=score,
         base_norms=norms,
         size_mb=size_mb,
-        precision=settings.precision,
+        precision=dtype,
         dialect=dialect,
     )
     del adapter  # a large file, which the smaller one no longer needs
-    written = export_adapter(small, out, dialect=dialect, precision=settings.precision)
-    for line in (*report.lines(), *written.lines()):
-        typer.echo(line)
+    written = export_adapter(small, out, dialect=dialect, precision=dtype)
+    typer.echo("\n".join([*report.lines(), *written.lines()]))
 
 
+@app.command()
 def merge(
     sources: Annotated[
         list[Path], typer.Argument(metavar="RUN|LORA ...", help="Run folders, or LoRA files in any dialect.")
     ],
     out: Out,
     weights: Annotated[str | None, typer.Option(help="Such as 0.7,0.3.", show_default="1 each")] = None,
-    method: Annotated[
-        str, typer.Option(help="concatenate (the exact sum), svd, ties or dare.")
-    ] = "concatenate",
-    rank: Annotated[
-        int | None,
-        typer.Option(help="Rank, except for concatenate.", show_default="the largest"),
-    ] = None,
-    density: Annotated[
-        float | None, typer.Option(help="Fraction of elements that ties and dare keep.", show_default="0.5")
-    ] = None,
+    method: Annotated[str, typer.Option(help="concatenate (exact), svd, ties or dare.")] = "concatenate",
+    rank: Annotated[int | None, typer.Option(help="Rank of svd, ties, dare; default: the largest.")] = None,
+    density: Annotated[float | None, typer.Option(help="Fraction kept by ties, dare; default: 0.5.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of dare.", show_default="0")] = None,
     format: Dialect = "diffusers",
     precision: Precision = "fp16",
@@ -140,7 +128,7 @@ def merge(
     from sdlora.cli.options import export_settings, note_newest, parse_numbers
     from sdlora.errors import ConfigError
 
-    settings = export_settings(format, precision)
+    dialect, dtype = export_settings(format, precision)
     factors = parse_numbers(weights, float, "--weights") or [1.0] * len(sources)
     if len(factors) != len(sources):
         raise ConfigError(
@@ -157,6 +145,5 @@ def merge(
     adapters = [load_adapter(file, dtype=None) for file in files]
     pairs = list(zip(adapters, factors, strict=True))
     joined, report = join(pairs, method, rank=rank, density=density, seed=seed)  # type: ignore[arg-type]
-    written = export_adapter(joined, out, dialect=settings.formats[0], precision=settings.precision)
-    for line in (*(report.lines() if report else ()), *written.lines()):
-        typer.echo(line)
+    written = export_adapter(joined, out, dialect=dialect, precision=dtype)
+    typer.echo("\n".join([*(report.lines() if report else ()), *written.lines()]))

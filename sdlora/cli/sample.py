@@ -8,22 +8,17 @@ from typing import Annotated
 
 import typer
 
-from sdlora.cli.options import Force, Guidance, ImagesOut, Prompt, Prompts, Seeds, Size, Steps
+from sdlora.cli import app
+from sdlora.cli.options import Base, Force, Guidance, ImagesOut, Prompt, Prompts, Seeds, Size, Steps
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the command."""
-    app.command()(sample)
-
-
+@app.command()
 def sample(
     sources: Annotated[
         list[Path] | None,
         typer.Argument(metavar="[RUN|LORA]...", help="Runs or LoRA files.", show_default="the base alone"),
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The base model.", show_default="the run's, or builtin")
-    ] = None,
+    base: Base = None,
     step: Annotated[int | None, typer.Option(help="Use the adapter that a run saved at this step.")] = None,
     prompt: Prompt = None,
     prompts: Prompts = None,
@@ -70,14 +65,7 @@ def sample(
     # All sources are checked before the first image is drawn.
     plans = [
         plan_sample(
-            source,
-            base=base,
-            step=step,
-            out=folder,
-            size=pixels,
-            force=force,
-            warn=terminal.warn,
-            **changes,
+            source, base=base, step=step, out=folder, size=pixels, force=force, warn=terminal.warn, **changes
         )
         for source, folder in zip(subjects, _folders(subjects, out), strict=True)
     ]

@@ -11,14 +11,12 @@ from typing import Annotated
 
 import typer
 
+from sdlora.cli import app
+
 COLUMN = 40
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the verb."""
-    app.command()(settings)
-
-
+@app.command()
 def settings(
     words: Annotated[
         list[str] | None,

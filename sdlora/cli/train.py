@@ -7,37 +7,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdlora.cli.options import Config, Force, Overrides, Run
+from sdlora.cli import app
+from sdlora.cli.options import Base, Config, Force, Overrides, Run
 from sdlora.cli.processes import heed_schedulers, is_first
 
 if TYPE_CHECKING:
     from sdlora.runs import RunFolder
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the commands."""
-    app.command()(train)
-    app.command()(resume)
-
-
+@app.command()
 def train(
     images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images with captions.")],
     overrides: Overrides = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="builtin, a diffusers folder, a .safetensors file or a Hugging Face id.",
-            show_default="builtin",
-        ),
-    ] = None,
+    base: Base = None,
     config: Config = None,
     out: Annotated[
         Path | None, typer.Option(help="The run folder.", show_default="runs/ and the name of IMAGES")
     ] = None,
     trigger: Annotated[str | None, typer.Option(help="Trigger words for the style.")] = None,
     parent: Annotated[
-        str | None,
-        typer.Option(metavar="FILE|RUN|NODE", help="A LoRA to train on top of; it stays frozen."),
+        str | None, typer.Option(metavar="FILE|RUN|NODE", help="A LoRA to train on top of; it stays frozen.")
     ] = None,
     force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit.")] = False,
@@ -65,6 +54,7 @@ def train(
         _print_result(run)
 
 
+@app.command()
 def resume(
     run: Run,
     overrides: Overrides = None,

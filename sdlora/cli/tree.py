@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sdlora.cli import app
 from sdlora.cli.options import (
+    Base,
     Dialect,
     Force,
     Guidance,
@@ -29,20 +31,11 @@ if TYPE_CHECKING:
     from sdlora.tree.tree import AdapterTree
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of LoRA files, or of runs.")]
-
-_WIDEST = 10_000
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the commands."""
-    verbs = typer.Typer(no_args_is_help=True)
-    verbs.command()(show)
-    verbs.command()(verify)
-    verbs.command()(sample)
-    verbs.command()(flatten)
-    app.add_typer(verbs, name="tree", help="Stacked LoRAs: trained on top of each other.")
+verbs = typer.Typer(no_args_is_help=True)
+app.add_typer(verbs, name="tree", help="Stacked LoRAs: trained on top of each other.")
 
 
+@verbs.command()
 def show(folder: Folder) -> None:
     """Draw the tree of parents and children, with rank, images, size and held-out loss."""
     from rich.console import Console
@@ -51,7 +44,7 @@ def show(folder: Folder) -> None:
 
     tree = AdapterTree.from_folder(folder)
     # Rich cuts lines at the width of the console, but errors must be readable in full.
-    Console(highlight=False, width=_WIDEST).print(_draw(tree))
+    Console(highlight=False, width=10_000).print(_draw(tree))
     for line in tree.problems:
         typer.echo(f"warning: {line}")
 
@@ -62,12 +55,9 @@ def _draw(tree: AdapterTree) -> Tree:
 
     from sdlora.errors import shorten
 
-    bases = {
-        shorten(node.notes["sdlora.base_name"])
-        for node in tree.nodes.values()
-        if "sdlora.base_name" in node.notes
-    }
-    drawing = Tree(Text(", ".join(sorted(bases)) or "base", style="bold"))
+    names = {node.notes.get("sdlora.base_name") for node in tree.nodes.values()}
+    bases = sorted(shorten(name) for name in names if name is not None)
+    drawing = Tree(Text(", ".join(bases) or "base", style="bold"))
     left = [(drawing, node) for node in tree.children(None)]
     while left:
         place, node = left.pop(0)
@@ -88,30 +78,27 @@ def _describe(node: Node) -> str:
     return f"{node.name}  ({', '.join(facts)})"
 
 
+@verbs.command()
 def verify(folder: Folder) -> None:
     """Check every tensor and every parent; exit code 1 if something is wrong."""
     from sdlora.tree.tree import AdapterTree
 
     tree = AdapterTree.from_folder(folder)
-    lines = tree.verify()
-    for line in lines:
-        typer.echo(line)
-    if lines:
+    if lines := tree.verify():
+        typer.echo("\n".join(lines))
         raise typer.Exit(1)
     typer.echo(f"{len(tree.nodes)} nodes, all with the parents that they were trained on")
 
 
+@verbs.command()
 def sample(
     folder: Folder,
     nodes: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NODE]...", help="The nodes to compare.", show_default="all"),
+        list[str] | None, typer.Argument(metavar="[NODE]...", help="The nodes to compare; default: all.")
     ] = None,
     prompt: Prompt = None,
     prompts: Prompts = None,
-    base: Annotated[
-        str | None, typer.Option(help="The base model.", show_default="the one named in the files")
-    ] = None,
+    base: Base = None,
     strengths: StepStrengths = None,
     seeds: Seeds = None,
     steps: Steps = None,
@@ -146,15 +133,14 @@ def sample(
     typer.echo(f"grid      {grid}")
 
 
+@verbs.command()
 def flatten(
     folder: Folder,
     node: Annotated[
         str, typer.Argument(metavar="NODE", help="The node: its path in FOLDER, without the extension.")
     ],
     out: Out,
-    rank: Annotated[
-        int | None, typer.Option(help="Rank of the result (approximate).", show_default="exact")
-    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank (approximate); default: exact.")] = None,
     strengths: StepStrengths = None,
     format: Dialect = "diffusers",
     precision: Precision = "fp16",
@@ -163,7 +149,7 @@ def flatten(
     """Merge a node and its ancestors into one ordinary LoRA."""
     from sdlora.cli.options import export_settings, parse_strengths
 
-    settings = export_settings(format, precision)
+    dialect, dtype = export_settings(format, precision)
     changes = parse_strengths(strengths)
     from sdlora.export.export import check_out, export_adapter
     from sdlora.tree.tree import AdapterTree
@@ -173,7 +159,6 @@ def flatten(
     flat, cost = tree.flatten(node, strengths=changes, rank=rank, force=force)
     for error in tree.path_errors(node):
         typer.echo(f"warning: {error}")
-    report = export_adapter(flat, out, dialect=settings.formats[0], precision=settings.precision)
-    typer.echo(f"path      {flat.notes['sdlora.flattened']}")
-    for line in (*(cost.lines() if cost else ()), *report.lines()):
-        typer.echo(line)
+    report = export_adapter(flat, out, dialect=dialect, precision=dtype)
+    path = f"path      {flat.notes['sdlora.flattened']}"
+    typer.echo("\n".join([path, *(cost.lines() if cost else ()), *report.lines()]))

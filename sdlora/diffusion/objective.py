@@ -22,15 +22,10 @@ SNR_RANGE = (1e-3, 1e3)
 
 
 def draw_noise(shape: torch.Size, settings: ObjectiveSection, generator: Generator) -> Tensor:
-    """The noise ε that the denoiser is asked for, (C, H, W).
+    """The noise ε that the denoiser predicts, (C, H, W).
 
     Offset noise (Guttenberg 2023, "Diffusion with Offset Noise"): ε' = ε + s ξ, where ξ ~ N(0, I) is one
     number for each channel: the mean of an image is noised as well, so that the denoiser learns to move it.
-
-    Args:
-        shape: (C, H, W).
-        settings: `noise_offset`, or `pyramid_noise` with `pyramid_discount`.
-        generator: Of the sample.
     """
     noise = torch.randn(shape, generator=generator)
     if settings.noise_offset:
@@ -45,14 +40,14 @@ def add_pyramid(noise: Tensor, levels: int, discount: float, generator: Generato
 
     Multi-resolution noise (Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training"):
     ε' = (ε + Σ_{i < n} dⁱ up(ε_i)) / std, where ε_i is white noise of 1 / r_iⁱ the size, r_i uniform in
-    [2, 4), enlarged bilinearly; the sum ends early at a level of one pixel. Low frequencies gain: it
-    learns to move whole areas and the mean, which white noise hardly touches.
+    [2, 4), enlarged bilinearly; the sum ends early at a level of one pixel. Low frequencies gain: the
+    denoiser learns to move whole areas and the mean, which white noise hardly touches.
 
     Args:
         noise: White noise ε, (C, H, W).
         levels: n at most.
         discount: d.
-        generator: Of the sample.
+        generator: That of the sample.
     """
     channels, height, width = noise.shape
     total = noise
@@ -70,12 +65,7 @@ def perturb(noise: Tensor, strength: float, generator: Generator) -> Tensor:
     """The noise that makes the denoiser's input, (C, H, W); its target stays ε.
 
     Input perturbation (Ning et al. 2023, 2301.11706): x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) (ε + γ ξ) with
-    ξ ~ N(0, I): while sampling, the denoiser sees its own errors, and gets used to some here.
-
-    Args:
-        noise: ε, (C, H, W).
-        strength: γ; 0 draws nothing.
-        generator: Of the sample.
+    ξ ~ N(0, I) and γ = `strength`: the denoiser gets used to errors like its own while sampling.
     """
     return noise + strength * torch.randn(noise.shape, generator=generator) if strength else noise
 
@@ -118,31 +108,25 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised.
-
-    Args:
-        schedule: The forward process and what the denoiser answers.
-        settings: Noise, timesteps, loss and weights.
-    """
+    """The training objective: noise schedule, timesteps, loss and weights."""
 
     schedule: NoiseSchedule
     settings: ObjectiveSection
 
     @cached_property
     def sampler(self) -> TimestepSampler:
-        """Draws the timesteps."""
         return make_sampler(self.schedule, self.settings)
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Everything random in a batch; all (B, C, H, W), but timesteps (B,).
+    """The random draws of a batch; all (B, C, H, W), but timesteps (B,).
 
     Args:
         latents: x_0, drawn from the posterior.
-        noise: ε, which the target is made of.
+        noise: ε of the target.
         timesteps: t.
-        input_noise: What the latents are mixed with; ε unless `objective.input_perturbation` adds to it.
+        input_noise: ε, plus the input perturbation if there is one; what is added to the latents.
     """
 
     latents: Tensor
@@ -151,7 +135,6 @@ class Draws:
     input_noise: Tensor
 
     def to(self, device: torch.device) -> Draws:
-        """The same draws on a device."""
         return Draws(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
@@ -159,14 +142,14 @@ def draw(objective: Objective, posteriors: Sequence[tuple[Tensor, Tensor]], seed
     """Draws latents, timesteps and noise, each sample from its own generator.
 
     Args:
-        objective: Says how.
+        objective: Noise and timesteps.
         posteriors: Mean and standard deviation of the VAE for each sample, each (C, H, W).
         seeds: One seed for each sample, from `derive_seed`.
     """
     settings = objective.settings
     latents, noise, timesteps, input_noise = [], [], [], []
     for (mean, std), seed in zip(posteriors, seeds, strict=True):
-        # Settings that are off draw nothing, so that a new one changes no run that does without it.
+        # Settings that are off draw nothing, so that new ones do not change runs without them.
         generator = torch.Generator().manual_seed(seed)
         latents.append(mean + std * torch.randn(mean.shape, generator=generator))
         timesteps.append(objective.sampler.draw(generator))
@@ -176,19 +159,19 @@ def draw(objective: Objective, posteriors: Sequence[tuple[Tensor, Tensor]], seed
 
 
 def denoising_loss(denoise: Denoiser, objective: Objective, draws: Draws) -> Tensor:
-    """The weighted error of the denoiser's answer, one value per sample, shape (B,).
+    """The weighted error of the denoiser's prediction, one value per sample, shape (B,).
 
     Rombach et al. 2022 (2112.10752), equation 2, for the base's own prediction type.
 
     Args:
-        denoise: Takes noisy latents (B, C, H, W) and timesteps (B,), answers (B, C, H, W).
+        denoise: Predicts (B, C, H, W) from noisy latents (B, C, H, W) and timesteps (B,).
         objective: Schedule, loss and weights.
-        draws: What was drawn for the batch.
+        draws: The random draws of the batch.
     """
     schedule, settings = objective.schedule, objective.settings
     noisy = schedule.add_noise(draws.latents, draws.input_noise, draws.timesteps)
-    answer = denoise(noisy, draws.timesteps).float()
-    error = answer - schedule.target(draws.latents, draws.noise, draws.timesteps)
+    target = schedule.target(draws.latents, draws.noise, draws.timesteps)
+    error = denoise(noisy, draws.timesteps).float() - target
     entry = LOSSES[settings.loss]
     loss = entry.function(error, schedule, draws.timesteps, **settings.parameters(entry)).mean(dim=(1, 2, 3))
     weight = timestep_weight(schedule, draws.timesteps, settings)

@@ -18,13 +18,11 @@ from sdlora.errors import ModelError
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The variance-preserving forward process q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I).
-
-    Ho et al. 2020 (2006.11239), equation 4.
+    """The forward process q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I): Ho et al. 2020 (2006.11239), equation 4.
 
     Args:
-        alphas_cumprod: ᾱ, shape (T,), float64 while it is built, kept in float32.
-        prediction_type: What the denoiser answers: epsilon, v_prediction or sample.
+        alphas_cumprod: ᾱ, shape (T,), float32.
+        prediction_type: What the denoiser predicts: epsilon, v_prediction or sample.
     """
 
     alphas_cumprod: Tensor
@@ -33,11 +31,10 @@ class NoiseSchedule:
 
     @property
     def num_timesteps(self) -> int:
-        """T."""
         return int(self.alphas_cumprod.shape[0])
 
     def alpha_bar(self, timesteps: Tensor) -> Tensor:
-        """ᾱ_t, shape (B,), from a copy on the timesteps' device, so that a step need not wait for that."""
+        """ᾱ_t, shape (B,); the schedule is copied to a device once."""
         device = timesteps.device
         if device not in self._copies:
             self._copies[device] = self.alphas_cumprod.to(device)
@@ -71,7 +68,7 @@ class NoiseSchedule:
 
     @property
     def has_zero_snr(self) -> bool:
-        """Whether the last timestep is pure noise, in which an ε cannot be told from the input."""
+        """Whether the last timestep is pure noise, where predicting ε teaches nothing."""
         return bool(self.alphas_cumprod[-1] <= 0)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -80,7 +77,7 @@ class NoiseSchedule:
         return signal * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser should answer, shape (B, C, H, W).
+        """What the denoiser should predict, shape (B, C, H, W).
 
         epsilon: ε (2006.11239, equation 14). v_prediction: v = √ᾱ_t ε - √(1 - ᾱ_t) x_0
         (Salimans & Ho 2022, 2202.00512, appendix D). sample: x_0.
@@ -96,15 +93,15 @@ class NoiseSchedule:
 def schedule_from_config(config: Mapping[str, Any], prediction_type: str | None = None) -> NoiseSchedule:
     """Builds the training schedule from a diffusers `scheduler_config.json`.
 
-    The betas decide, not the scheduler's class: an Euler scheduler, as single files bring it, has
-    an `add_noise` that is not variance preserving.
+    The betas decide, not the scheduler's class: the Euler scheduler of single files has an `add_noise` that
+    is not variance preserving.
 
     Args:
         config: The scheduler's configuration.
         prediction_type: Replaces the configuration's own.
 
     Raises:
-        ModelError: If the beta schedule is not known, or its numbers are none.
+        ModelError: If the beta schedule is unknown or invalid.
     """
     try:
         betas = betas_from_config(config)
@@ -151,10 +148,7 @@ def _cosine_betas(count: int) -> Tensor:
 
 
 def rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Shifts and scales √ᾱ so that the last step is pure noise.
-
-    Lin et al. 2023 (2305.08891), algorithm 1.
-    """
+    """Shifts and scales √ᾱ so that the last step is pure noise: Lin et al. 2023 (2305.08891), algorithm 1."""
     root = torch.cumprod(1 - betas, dim=0).sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     alpha_bar = root**2

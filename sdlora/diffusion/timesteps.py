@@ -23,7 +23,7 @@ class TimestepSampler:
     Args:
         low: The first timestep.
         high: One past the last.
-        cumulative: P(timestep <= t), (T,), float64; None draws uniformly.
+        cumulative: P(timestep <= t), (T,), float64; None for uniform.
     """
 
     low: int
@@ -44,11 +44,7 @@ class TimestepSampler:
 
 
 def make_sampler(schedule: NoiseSchedule, settings: ObjectiveSection) -> TimestepSampler:
-    """The sampler of `objective.timesteps`.
-
-    Raises:
-        ConfigError: If `objective.timestep_range` has no probability.
-    """
+    """The sampler of `objective.timesteps`."""
     low, high = settings.timestep_range
     high = min(high, schedule.num_timesteps)
     if settings.timesteps == "uniform":
@@ -67,22 +63,18 @@ def timestep_probabilities(schedule: NoiseSchedule, settings: ObjectiveSection) 
     low, high = settings.timestep_range
     entry = TIMESTEPS[settings.timesteps]
     parameters = settings.parameters(entry)
-    weights = entry.function(schedule, **parameters)
+    weights: Tensor = entry.function(schedule, **parameters)
     weights[:low] = weights[high:] = 0
-    total = weights.sum()
-    if not total > 1e-9:
+    if not weights.sum() > 1e-9:
         raise ConfigError(
             f"objective.timesteps = {settings.timesteps} ({describe_parameters(parameters)}) has almost no "
             f"probability in objective.timestep_range = [{low}, {high}]; widen the range or change the "
             "distribution"
         )
-    probabilities: Tensor = weights / total
-    return probabilities
+    return weights / weights.sum()
 
 
 def describe_parameters(parameters: dict[str, float | str]) -> str:
     """Parameters and their values, such as `huber_delta 0.1, huber_schedule snr`."""
-    return ", ".join(
-        f"{name} {value if isinstance(value, str) else format(value, 'g')}"
-        for name, value in parameters.items()
-    )
+    texts = {name: value if isinstance(value, str) else f"{value:g}" for name, value in parameters.items()}
+    return ", ".join(f"{name} {text}" for name, text in texts.items())

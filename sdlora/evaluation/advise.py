@@ -211,8 +211,7 @@ def _write(context: EvaluationContext, adapter: Adapter) -> tuple[Path, ...]:
 def _draw(context: EvaluationContext, candidates: Sequence[Candidate], without: float, best: int) -> Path:
     return draw_rank_curve(
         context.run.rank_curve,
-        [one.rank for one in candidates],
-        [one.loss for one in candidates],
+        {one.rank: one.loss for one in candidates},
         {
             "of what was learned": [one.kept for one in candidates],
             "of the energy": [one.energy for one in candidates],

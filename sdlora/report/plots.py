@@ -15,11 +15,11 @@ from sdlora.report.summary import SPLITS, losses_of
 from sdlora.runs import RunFolder
 from sdlora.writing import write_file
 
+Values = Mapping[str, Sequence[float]]
 STYLES = {"heldout": ("tab:red", "o-"), "train": ("tab:blue", "s-")}
 
 
 def draw_loss_curve(run: RunFolder) -> Path:
-    """Plots the losses of a run into its folder."""
     return _save(loss_figure(run), run.loss_curve)
 
 
@@ -32,7 +32,6 @@ def _save(figure: Figure, path: Path, title: str = "") -> Path:
 
 
 def _panels(width: float = 10, *, sharex: bool = False) -> tuple[Figure, Axes, Axes]:
-    """A figure of two panels."""
     figure = Figure(figsize=(width, 4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, sharex=sharex)
     return figure, left, right
@@ -70,52 +69,37 @@ def loss_figure(run: RunFolder) -> Figure:
 
 
 def draw_rank_curve(
-    path: Path,
-    ranks: Sequence[int],
-    losses: Sequence[float],
-    shares: Mapping[str, Sequence[float]],
-    *,
-    without: float,
-    best: int,
-    title: str = "",
+    path: Path, losses: Mapping[int, float], shares: Values, *, without: float, best: int, title: str = ""
 ) -> Path:
     """Plots the validation loss by rank, and the fractions of the full adapter that each rank keeps.
 
     Args:
         path: The PNG file.
-        ranks: From the smallest to the adapter's own.
-        losses: Validation loss at each rank.
+        losses: Validation loss by rank, from the smallest to the adapter's own.
         shares: Fractions kept at each rank, by title.
         without: Validation loss without the adapter.
         best: The recommended rank.
-        title: Shown above the plot.
+        title: Title of the plot.
     """
+    ranks = list(losses)
     figure, left, right = _panels()
-    left.axhline(
-        without, color="0.6", linestyle="--", linewidth=1, label=f"without the adapter: {without:.4f}"
-    )
-    left.plot(
-        ranks, losses, "o-", color="tab:red", markersize=4, label=f"at rank {ranks[-1]}: {losses[-1]:.4f}"
-    )
+    label = f"without the adapter: {without:.4f}"
+    left.axhline(without, color="0.6", linestyle="--", linewidth=1, label=label)
+    label = f"at rank {ranks[-1]}: {losses[ranks[-1]]:.4f}"
+    left.plot(ranks, list(losses.values()), "o-", color="tab:red", markersize=4, label=label)
     for what, values in shares.items():
         right.plot(ranks, values, "o-", markersize=4, label=what)
     left.set(title="validation loss", ylabel="loss")
-    right.set(
-        title="kept of the full adapter",
-        ylabel="fraction",
-        ylim=(min(0.0, *map(min, shares.values())) - 0.03, 1.1),
-    )
+    lowest = min(0.0, *map(min, shares.values()))
+    right.set(title="kept of the full adapter", ylabel="fraction", ylim=(lowest - 0.03, 1.1))
     for axes in (left, right):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(list(ranks), [str(rank) for rank in ranks])
+        axes.set_xticks(ranks, [str(rank) for rank in ranks])
         axes.set_xlabel("rank")
         axes.axvline(best, color="tab:green", linewidth=1, linestyle=":")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     return _save(figure, path, f"{title}: rank {best} is enough" if title else f"rank {best} is enough")
-
-
-Values = Mapping[str, Sequence[float]]
 
 
 def draw_spectrum(path: Path, values: Values, blocks: Mapping[str, str], *, title: str = "") -> Path:
@@ -125,7 +109,7 @@ def draw_spectrum(path: Path, values: Values, blocks: Mapping[str, str], *, titl
         path: The PNG file.
         values: Singular values by module, largest first.
         blocks: The block of each module, in the order of the network.
-        title: Shown above the plot.
+        title: Title of the plot.
     """
     figure, left, right = _panels()
     names = list(dict.fromkeys(blocks.values()))

@@ -23,10 +23,8 @@ def losses_of(run: RunFolder, split: str) -> dict[int, float]:
 
 def describe_step(run: RunFolder, step: int, losses: Mapping[str, float]) -> str:
     """The losses of a step, in one line, with their change since the start of the run."""
-    texts = [
-        f"{SPLITS[split]} {loss:.4f}{_change({**losses_of(run, split), step: loss}, step)}"
-        for split, loss in losses.items()
-    ]
+    changes = {split: _change({**losses_of(run, split), step: loss}, step) for split, loss in losses.items()}
+    texts = [f"{SPLITS[split]} {loss:.4f}{changes[split]}" for split, loss in losses.items()]
     return f"step {step:<5}loss: {', '.join(texts)}"
 
 
@@ -37,10 +35,8 @@ def describe_losses(run: RunFolder) -> list[str]:
         losses = losses_of(run, split)
         if len(losses) > 1:
             first, last = min(losses), max(losses)
-            lines.append(
-                f"loss      {title}: {losses[first]:.4f} at step {first}, {losses[last]:.4f} at step "
-                f"{last}{_change(losses, last)}"
-            )
+            text = f"{losses[first]:.4f} at step {first}, {losses[last]:.4f} at step {last}"
+            lines.append(f"loss      {title}: {text}{_change(losses, last)}")
     return lines
 
 
@@ -78,20 +74,18 @@ def describe_state(run: RunFolder) -> list[str]:
     """State of a run, how to continue it, what went wrong, and its losses."""
     steps = run.read_config().train.steps or 0
     if run.is_finished(steps):
-        lines = [f"run       {run.path}, finished at step {steps}"]
+        state = f"finished at step {steps}"
     else:
         reached = max((event["step"] for event in run.events("step")), default=0)
-        state = max(run.checkpoint_steps(), default=0)
-        resume = f"`sdlora resume {run.path}` continues at step {state}"
-        lines = [f"run       {run.path}, step {reached} of {steps}; {resume}"]
-    failures, warnings = list(run.events("failed")), list(run.events("warning"))
-    if failures:
+        saved = max(run.checkpoint_steps(), default=0)
+        state = f"step {reached} of {steps}; `sdlora resume {run.path}` continues at step {saved}"
+    lines = [f"run       {run.path}, {state}"]
+    if failures := list(run.events("failed")):
         lines.append(f"failed    {one_line(str(failures[-1].get('message')))}")
-    if warnings:
+    if warnings := list(run.events("warning")):
         lines.append(f"warnings  {len(warnings)}; last: {one_line(str(warnings[-1].get('message')))}")
     lines += describe_losses(run)
-    doubt = doubt_losses(run)
-    return [*lines, f"note      {doubt}"] if doubt else lines
+    return [*lines, f"note      {doubt}"] if (doubt := doubt_losses(run)) else lines
 
 
 def _change(losses: Mapping[int, float], step: int) -> str:

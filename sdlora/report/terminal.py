@@ -11,7 +11,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TaskID,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
@@ -19,11 +18,7 @@ from rich.text import Text
 
 
 class Terminal:
-    """Lines and progress bars on the terminal.
-
-    Args:
-        quiet: Prints nothing; for the other processes, and for callers that want none.
-    """
+    """Lines and progress bars; nothing if `quiet`."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
@@ -34,23 +29,14 @@ class Terminal:
             self.console.print(Text("\n".join(lines)))
 
     def warn(self, *lines: str) -> None:
-        """Prints lines that want attention."""
         for line in lines:
             self.console.print(Text(f"warning: {line}", style="yellow"))
 
     @contextmanager
     def progress(self, title: str, total: int, done: int = 0) -> Iterator[Meter]:
-        """A bar with an ETA for as long as the context lasts."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-        )
-        progress = Progress(*columns, console=self.console, speed_estimate_period=60)
+        counts = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[note]}")
+        times = (TimeElapsedColumn(), "ETA", TimeRemainingColumn())
+        progress = Progress(*counts, *times, console=self.console, speed_estimate_period=60)
         try:
             yield Meter(progress, progress.add_task(title, total=total, completed=done, note=""))
         finally:
@@ -62,15 +48,12 @@ class Meter:
     """One progress bar; it appears with the first finished item, so that an error leaves no empty bar."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress = progress
-        self._task = task
+        self._progress, self._task = progress, task
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Counts what is done, and notes how it goes."""
         self._progress.start()
         self._progress.update(self._task, advance=count, note=note)
 
     def show(self, done: int, total: int) -> None:
-        """Sets what is done, and of how much."""
         self._progress.start()
         self._progress.update(self._task, completed=done, total=total)
