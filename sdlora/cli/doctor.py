@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from sdlora.cli import app
-from sdlora.cli.options import Base, Config, Overrides
+from sdlora.cli.options import Config, Overrides, base_option
 
 
 @app.command()
 def doctor(
     images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images.")],
     overrides: Overrides = None,
-    base: Base = None,
+    base: Annotated[str | None, base_option("builtin")] = None,
     config: Config = None,
     contact_sheet: Annotated[
         Path | None, typer.Option(help="Draw the crops that the model will see into this PNG file.")

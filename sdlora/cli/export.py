@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sdlora.cli import app
-from sdlora.cli.options import Base, Dialect, Force, Out, Precision, Source
+from sdlora.cli.options import Dialect, Force, Out, Precision, Source, base_option
 
 
 @app.command()
@@ -23,7 +23,7 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify", help="Load the file into a fresh diffusers pipeline and compare.")
     ] = False,
-    base: Base = None,
+    base: Annotated[str | None, base_option("the one named in the file")] = None,
 ) -> None:
     """Convert a LoRA to another dialect or precision, or upload it to the Hugging Face Hub."""
     from sdlora.cli.options import export_settings, note_newest
@@ -88,7 +88,7 @@ def extract(
 def merge_into_base(
     source: Source,
     out: Annotated[Path, typer.Option(help="Output folder, or file if the base is a file.")],
-    base: Base = None,
+    base: Annotated[str | None, base_option("the one named in the file")] = None,
     strength: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; default: that of the base.")] = None,
     force: Force = False,

@@ -23,13 +23,6 @@ Overrides = Annotated[
         metavar="[section.key=value]...", help="Settings, such as lora.rank=8; see `sdlora settings`."
     ),
 ]
-Base = Annotated[
-    str | None,
-    typer.Option(
-        help="builtin, a diffusers folder, a .safetensors file or a Hugging Face id.",
-        show_default="that of the run or LoRA, else builtin",
-    ),
-]
 Config = Annotated[Path | None, typer.Option(help="A TOML file with settings; see configs/ for presets.")]
 Out = Annotated[Path, typer.Option(help="Output file.")]
 ImagesOut = Annotated[Path | None, typer.Option(help="Output folder for grid.png and the single images.")]
@@ -48,6 +41,12 @@ Size = Annotated[str | None, typer.Option(help="Image size in pixels, as WIDTHxH
 
 MAX_PROMPTS_BYTES = 2**20
 Number = TypeVar("Number", int, float)
+
+
+def base_option(default: str) -> Any:
+    """The option `--base`."""
+    text = "builtin, a diffusers folder, a .safetensors file or a Hugging Face id."
+    return typer.Option(help=text, show_default=default)
 
 
 def parse_numbers(text: str | None, kind: type[Number], option: str) -> list[Number] | None:

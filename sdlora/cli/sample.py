@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sdlora.cli import app
-from sdlora.cli.options import Base, Force, Guidance, ImagesOut, Prompt, Prompts, Seeds, Size, Steps
+from sdlora.cli.options import Force, Guidance, ImagesOut, Prompt, Prompts, Seeds, Size, Steps, base_option
 
 
 @app.command()
@@ -18,7 +18,7 @@ def sample(
         list[Path] | None,
         typer.Argument(metavar="[RUN|LORA]...", help="Runs or LoRA files.", show_default="the base alone"),
     ] = None,
-    base: Base = None,
+    base: Annotated[str | None, base_option("the run's, or builtin")] = None,
     step: Annotated[int | None, typer.Option(help="Use the adapter that a run saved at this step.")] = None,
     prompt: Prompt = None,
     prompts: Prompts = None,

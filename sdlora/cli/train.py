@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdlora.cli import app
-from sdlora.cli.options import Base, Config, Force, Overrides, Run
+from sdlora.cli.options import Config, Force, Overrides, Run, base_option
 from sdlora.cli.processes import heed_schedulers, is_first
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def train(
     images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images with captions.")],
     overrides: Overrides = None,
-    base: Base = None,
+    base: Annotated[str | None, base_option("builtin")] = None,
     config: Config = None,
     out: Annotated[
         Path | None, typer.Option(help="The run folder.", show_default="runs/ and the name of IMAGES")

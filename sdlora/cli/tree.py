@@ -9,7 +9,6 @@ import typer
 
 from sdlora.cli import app
 from sdlora.cli.options import (
-    Base,
     Dialect,
     Force,
     Guidance,
@@ -22,6 +21,7 @@ from sdlora.cli.options import (
     Size,
     Steps,
     StepStrengths,
+    base_option,
 )
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def sample(
     ] = None,
     prompt: Prompt = None,
     prompts: Prompts = None,
-    base: Base = None,
+    base: Annotated[str | None, base_option("the one named in the files")] = None,
     strengths: StepStrengths = None,
     seeds: Seeds = None,
     steps: Steps = None,
@@ -140,7 +140,7 @@ def flatten(
         str, typer.Argument(metavar="NODE", help="The node: its path in FOLDER, without the extension.")
     ],
     out: Out,
-    rank: Annotated[int | None, typer.Option(help="Rank (approximate); default: exact.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank (approximate).", show_default="exact")] = None,
     strengths: StepStrengths = None,
     format: Dialect = "diffusers",
     precision: Precision = "fp16",
