@@ -89,11 +89,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"--out {self.path} is a file; use a folder", key="run.file")
         if self.exists:
-            raise RunError(
-                f"--out {self.path} already contains a run; use another folder, or continue that run with "
-                f"`sdlora resume {self.path}`",
-                key="run.exists",
-            )
+            remedy = f"use another folder, or continue that run with `sdlora resume {self.path}`"
+            raise RunError(f"--out {self.path} already contains a run; {remedy}", key="run.exists")
 
     @property
     def exists(self) -> bool:
@@ -106,20 +103,14 @@ class RunFolder:
 
     @property
     def adapter(self) -> Path:
-        """The final adapter, if possible in diffusers' dialect; else the newest saved one.
-
-        Raises:
-            RunError: If no adapter has been saved yet.
-        """
+        """The final adapter, if possible in diffusers' dialect; else the newest one; else a RunError."""
         for dialect in ("diffusers", "kohya"):
             if (final := self.final_adapter(dialect)).is_file():
                 return final
         if steps := self.saved_steps():
             return self.step_adapter(steps[-1])
-        raise RunError(
-            f"run {self.path} has no saved adapter yet; continue it with `sdlora resume {self.path}`",
-            key="run.no-adapter",
-        )
+        remedy = f"continue it with `sdlora resume {self.path}`"
+        raise RunError(f"run {self.path} has no saved adapter yet; {remedy}", key="run.no-adapter")
 
     def final_adapter(self, dialect: str = "diffusers") -> Path:
         return self.adapters / f"final{'' if dialect == 'diffusers' else f'.{dialect}'}.safetensors"
@@ -135,10 +126,8 @@ class RunFolder:
         file = self.step_adapter(step)
         if not file.is_file():
             steps = ", ".join(map(str, self.saved_steps())) or "none"
-            raise RunError(
-                f"--step {step}: run {self.path} has no adapter of that step; saved steps: {steps}",
-                key="run.no-step",
-            )
+            problem = f"--step {step}: run {self.path} has no adapter of that step; saved steps: {steps}"
+            raise RunError(problem, key="run.no-step")
         return file
 
     def checkpoint(self, step: int) -> Path:
@@ -206,11 +195,8 @@ class RunFolder:
         """Dtype of the run's base: `fp32`, `bf16` or `fp16`; raises a RunError if it is not recorded."""
         name = self.read_environment().get("base_dtype")
         if name not in DTYPES:
-            raise RunError(
-                f"{self.environment_file} has base_dtype {name!r:.40}, not one of {', '.join(DTYPES)}; "
-                "restore it, or start a new run",
-                key="run.environment",
-            )
+            problem = f"{self.environment_file} has base_dtype {name!r:.40}, not one of {', '.join(DTYPES)}"
+            raise RunError(f"{problem}; restore it, or start a new run", key="run.environment")
         return str(name)
 
     def append(self, event: str, step: int, **values: Any) -> dict[str, Any]:

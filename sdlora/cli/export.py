@@ -31,9 +31,8 @@ def export(
 
     dialect, dtype = export_settings(format, precision)
     if out is None and push_to_hub is None and not verify:
-        raise ConfigError(
-            "sdlora export requires --out FILE or --push-to-hub REPO, or --verify", key="option--out"
-        )
+        problem = "sdlora export requires --out FILE, --push-to-hub REPO or --verify"
+        raise ConfigError(problem, key="option--out")
     if base is not None and not verify:
         raise ConfigError(f"--base {base} has no effect without --verify; remove it", key="option--base")
     note_newest(source)

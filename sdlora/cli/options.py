@@ -82,10 +82,8 @@ def parse_strengths(text: str | None) -> dict[str, float]:
         pairs = (part.rpartition("=") for part in (text or "").split(",") if part)
         return {name.strip(): _finite(float(number)) for name, _, number in pairs}
     except ValueError:
-        raise ConfigError(
-            f"--strengths {shorten(text or '')} must be NODE=NUMBER, such as ink=0.5,ink/portraits=1",
-            key="option--strengths",
-        ) from None
+        problem = f"--strengths {shorten(text or '')} must be NODE=NUMBER, such as ink=0.5,ink/portraits=1"
+        raise ConfigError(problem, key="option--strengths") from None
 
 
 def export_settings(dialect: str, precision: str) -> tuple[DialectName, FileDtype]:
@@ -123,9 +121,8 @@ def read_prompts(file: Path) -> list[str]:
         raise ConfigError(f"cannot read --prompts {file}: {error}", key="option--prompts") from None
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not prompts:
-        raise ConfigError(
-            f"--prompts {file} contains no prompt; write one per line", key="option--prompts.empty"
-        )
+        problem = f"--prompts {file} contains no prompt; write one per line"
+        raise ConfigError(problem, key="option--prompts.empty")
     if found := next(filter(None, (re.search(r"\s--[a-z]{1,3}\s", prompt) for prompt in prompts)), None):
         raise ConfigError(
             f"--prompts {file} uses sd-scripts' option {found[0].strip()} after a prompt; remove it, and use "

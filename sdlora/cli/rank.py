@@ -131,10 +131,8 @@ def merge(
     dialect, dtype = export_settings(format, precision)
     factors = parse_numbers(weights, float, "--weights") or [1.0] * len(sources)
     if len(factors) != len(sources):
-        raise ConfigError(
-            f"--weights {weights} has {len(factors)} numbers for {len(sources)} LoRAs; use one per LoRA",
-            key="option--weights",
-        )
+        problem = f"--weights {weights} has {len(factors)} numbers for {len(sources)} LoRAs; use one per LoRA"
+        raise ConfigError(problem, key="option--weights")
     from sdlora.export.export import check_out, export_adapter
     from sdlora.formats.files import load_adapter, resolve_adapter
     from sdlora.rank.merge import merge as join

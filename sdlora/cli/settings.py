@@ -39,9 +39,8 @@ def settings(
     wanted += [ELSEWHERE[word].split(",")[0].split(":")[0] for word in wanted if word in ELSEWHERE]
     lines += _describe(wanted, min(shutil.get_terminal_size().columns, 120))
     if not lines:
-        raise ConfigError(
-            f"no setting contains {' or '.join(words or [])}; `sdlora settings` lists all", key="no-setting"
-        )
+        problem = f"no setting contains {' or '.join(words or [])}; `sdlora settings` lists all"
+        raise ConfigError(problem, key="no-setting")
     typer.echo("\n".join(lines))
 
 
