@@ -6,7 +6,7 @@ import os
 import signal
 import time
 
-# The launcher ends the other processes as soon as one has ended: the one that speaks gets this long to do it.
+# The launcher ends the other processes as soon as one has ended: the first one has this long to report.
 GRACE_SECONDS = 10.0
 # After a signal a launcher only waits: the others need not.
 STOP_SECONDS = 2.0
@@ -29,9 +29,9 @@ def speaks_for_host() -> bool:
 
 
 def wait_for_first(exit_code: int, seconds: float = GRACE_SECONDS) -> None:
-    """Lets the first process of this host say what all of them met, and be ended by the launcher after it.
+    """Waits while the first process of this host reports the error of all, until the launcher ends this one.
 
-    Returns only if nobody ended this process: then the others have not met it.
+    Returns if nobody does: then the others have no error.
     """
     if speaks_for_host():
         return

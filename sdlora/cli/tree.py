@@ -70,12 +70,9 @@ def _draw(tree: AdapterTree) -> Tree:
 
 
 def _describe(node: Node) -> str:
-    facts = [f"rank {node.rank}", f"{node.size_bytes / 1e6:.2f} MB"]
-    if node.images:
-        facts.insert(1, f"{node.images} images")
-    if node.heldout_loss is not None:
-        facts.append(f"held-out loss {node.heldout_loss:.4f}")
-    return f"{node.name}  ({', '.join(facts)})"
+    images = f", {node.images} images" if node.images else ""
+    loss = "" if node.heldout_loss is None else f", held-out loss {node.heldout_loss:.4f}"
+    return f"{node.name}  (rank {node.rank}{images}, {node.size_bytes / 1e6:.2f} MB{loss})"
 
 
 @verbs.command()
