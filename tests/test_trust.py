@@ -38,7 +38,7 @@ FORBIDDEN_KEYWORDS = {"trust_remote_code", "allow_pickle", "weights_only", "cust
 # Who may use what else could harm, and what for.
 ALLOWED = {
     "subprocess": {"builtin/icons.py"},  # npm, to fetch drawings when the base is made anew
-    "socket": {"training/processes.py"},  # the host's own name
+    "socket": {"training/distributed.py"},  # the host's own name
     # models/info.py only asks whether bitsandbytes is there
     "importlib": {
         "__init__.py",
@@ -47,11 +47,13 @@ ALLOWED = {
         "training/optimizer.py",
         "training/device.py",
     },
-    # models/empty.py only knows the error of its checked data classes
-    "huggingface_hub": {"models/hub.py", "models/empty.py", "export.py"},
+    # models/meta.py only knows the error of its checked data classes
+    "huggingface_hub": {"models/folder.py", "models/meta.py", "export/export.py"},
     "multiprocessing": set(),
     "ctypes": set(),
 }
+# Scripts that made the built-in base, not in the wheel: arrays of their own, and a compiled network.
+SCRIPTS = {"builtin/bank.py": {"np.load", "np.save"}, "builtin/make_base.py": {"np.load", "torch.compile"}}
 
 
 def imports_of(tree: ast.AST) -> Iterator[str]:
@@ -83,7 +85,8 @@ def test_no_file_brings_code(path: Path) -> None:
     for module, places in ALLOWED.items():
         assert module not in modules or name in places, f"{module} in {name}"
     for call in calls_of(tree):
-        assert ast.unparse(call.func) not in FORBIDDEN_CALLS, ast.unparse(call)
+        allowed = SCRIPTS.get(name, set())
+        assert ast.unparse(call.func) not in FORBIDDEN_CALLS - allowed, ast.unparse(call)
         assert not {keyword.arg for keyword in call.keywords} & FORBIDDEN_KEYWORDS, ast.unparse(call)
         # Spelled in a table of settings it is the same.
         texts = {node.value for node in ast.walk(call) if isinstance(node, ast.Constant)}

@@ -45,7 +45,8 @@ def layers_per_block(notes: Mapping[str, str]) -> int:
     if not re.fullmatch("[0-9]{1,3}", text):
         raise AdapterError(
             f"a base with {shorten(text)} layers per block has no names in kohya's format for SDXL; "
-            "use --format diffusers"
+            "use --format diffusers",
+            key="lora.layers-per-block",
         )
     return int(text)
 

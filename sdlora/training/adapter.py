@@ -148,4 +148,4 @@ def _load_start(source: str, info: BaseInfo) -> Adapter:
     try:
         return load_adapter(source).without(info.unread_layer)
     except (AdapterError, RunError) as error:
-        raise AdapterError(f"lora.init_from: {error}") from None
+        raise AdapterError(f"lora.init_from: {error}", key=next(iter(error.keys), "")) from None

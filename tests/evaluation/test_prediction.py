@@ -92,5 +92,5 @@ def test_a_wrong_configuration_is_told(
         told[base] = [event["message"] for event in run.events("warning") if "predict" in event["message"]]
     assert told["builtin"] == []
     [line] = told[wrong]
-    assert "taken to predict epsilon, but its answers fit v_prediction" in line
+    assert "objective.prediction_type = epsilon" in line
     assert "objective.prediction_type=v_prediction" in line

@@ -13,6 +13,7 @@ from sdlora.formats.write import adapter_to_kohya
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import count_parameters, match_targets
 from sdlora.lora.layers import carrier_layers
+from tests.checks import raises
 
 # The layers of the original code's ResBlock, in the order of execution, beside those of diffusers.
 RESNET = (("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"), ("conv2", "out_layers.3"))
@@ -146,5 +147,5 @@ def test_a_name_that_is_not_there_is_refused():
     for module in ("down_blocks.0.attentions.2.proj_in", "some.layer", "down_blocks.0.motion.0.proj_in"):
         with pytest.raises(AdapterError, match=r"has no name in kohya's format for SDXL"):
             module_to_sgm(module)
-    with pytest.raises(AdapterError, match=r"\[1, 2, 2\] layers a block has no names"):
+    with raises(AdapterError, "lora.layers-per-block", shows="[1, 2, 2]"):
         layers_per_block({"sdlora.layers_per_block": "[1, 2, 2]"})
