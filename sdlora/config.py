@@ -357,9 +357,7 @@ class TrainSection(Section):
         {}, "learning rates by module pattern, such as {'*.attn2.*' = 5e-5}", "use a table of numbers"
     )
     text_encoder_learning_rate: Positive | None = _setting(
-        None,
-        "learning rate of the text encoders; default: half of train.learning_rate",
-        "omit it for that",
+        None, "learning rate of the text encoders; default: half of train.learning_rate", "omit it for that"
     )
     lora_plus_ratio: Positive = _setting(
         1.0, "LoRA+: learning rate of up (B) over that of down (A); 1: off", "use 2 to 16, or 1 to disable it"

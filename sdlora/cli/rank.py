@@ -66,8 +66,7 @@ def resize(
         float | None, typer.Option(help="Keep this fraction of each module's energy, such as 0.99.")
     ] = None,
     ratio: Annotated[
-        float | None,
-        typer.Option(help="Keep singular values above this share of the largest, such as 0.05."),
+        float | None, typer.Option(help="Keep singular values above this share of the largest, such as 0.05.")
     ] = None,
     score: Annotated[
         float | None, typer.Option(help="The same, of the base weight's norm, such as 0.003.")

@@ -74,11 +74,7 @@ def export_adapter(
 
 
 def export(
-    source: str | Path,
-    out: str | Path,
-    *,
-    dialect: Dialect = "diffusers",
-    precision: Precision = "fp16",
+    source: str | Path, out: str | Path, *, dialect: Dialect = "diffusers", precision: Precision = "fp16"
 ) -> ExportReport:
     """Writes a run's adapter, or a LoRA file of any dialect, as another file; its metadata goes along.
 

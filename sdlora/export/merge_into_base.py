@@ -134,12 +134,7 @@ def _write_folder(info: BaseInfo, folder: Path, change: _Change, dtype: torch.dt
     shutil.copytree(info.path, folder, ignore=left_out)
     for name, part in parts.items():
         stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-        rewrite(
-            part.files,
-            folder / name / f"{stem}.safetensors",
-            partial(change, component=name),
-            dtype,
-        )
+        rewrite(part.files, folder / name / f"{stem}.safetensors", partial(change, component=name), dtype)
         _write_config(folder / name / "config.json", part.config, dtype)
 
 

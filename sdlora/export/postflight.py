@@ -186,12 +186,7 @@ def _measure(parts: Mapping[str, Any], adapter: Adapter, info: BaseInfo) -> _Out
 
 
 def _check(
-    pipeline: Any,
-    path: Path,
-    adapter: Adapter,
-    parts: Mapping[str, Any],
-    outputs: _Outputs,
-    info: BaseInfo,
+    pipeline: Any, path: Path, adapter: Adapter, parts: Mapping[str, Any], outputs: _Outputs, info: BaseInfo
 ) -> PostflightReport:
     """Loads one file into a pipeline and compares its modules and outputs with the trained ones."""
     reader = "diffusers"

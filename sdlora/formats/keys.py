@@ -14,11 +14,7 @@ Dialect = Literal["diffusers", "kohya"]
 Part: TypeAlias = str
 """A field of an adapter kind, such as `down`, or `alpha`."""
 SUFFIXES: dict[Dialect, dict[Part, str]] = {
-    "diffusers": {
-        "down": "lora_A.weight",
-        "up": "lora_B.weight",
-        "magnitude": "lora_magnitude_vector",
-    },
+    "diffusers": {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"},
     "kohya": {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"},
 }
 """What a part is called in the dialects that are written."""

@@ -119,13 +119,7 @@ class Adapter:
 
 
 def create_adapter(
-    model: Model,
-    names: Sequence[str],
-    rank: int,
-    alpha: float,
-    *,
-    seed: int,
-    family: str = "",
+    model: Model, names: Sequence[str], rank: int, alpha: float, *, seed: int, family: str = ""
 ) -> Adapter:
     """A fresh trainable adapter of one rank and alpha; see `draw_adapter`.
 

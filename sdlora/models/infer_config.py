@@ -184,10 +184,7 @@ def _transformer_layers(down: list[list[int]], up: list[list[int]], middle: int)
     if going_up == going_down[::-1] and not any(isinstance(level, list) for level in going_down):
         same = len(set(going_down)) == 1
         return {"transformer_layers_per_block": going_down[0] if same else going_down}
-    return {
-        "transformer_layers_per_block": going_down,
-        "reverse_transformer_layers_per_block": going_up,
-    }
+    return {"transformer_layers_per_block": going_down, "reverse_transformer_layers_per_block": going_up}
 
 
 def _check_groups(widths: list[int], what: str) -> None:

@@ -37,11 +37,7 @@ ALIGNMENT = 64  # bytes, of memory that torch allocates
 
 
 def load_base(
-    info: BaseInfo,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    waits: bool = False,
+    info: BaseInfo, *, dtype: torch.dtype, device: torch.device | str, waits: bool = False
 ) -> StableDiffusion:
     """Loads and freezes a base.
 

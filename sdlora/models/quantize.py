@@ -192,10 +192,7 @@ def choose_codec(layer: nn.Module, scheme: Quantize) -> type[Int8] | type[Nf4] |
 
 
 def quantize_layer(
-    layer: nn.Module,
-    weight: Tensor,
-    scheme: Quantize,
-    device: torch.device | str | None = None,
+    layer: nn.Module, weight: Tensor, scheme: Quantize, device: torch.device | str | None = None
 ) -> nn.Module | None:
     """The frozen, quantized layer for a weight, or None if `choose_codec` leaves it as it is.
 

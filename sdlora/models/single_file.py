@@ -127,12 +127,7 @@ def read_vae_file(path: Path, key: str, like: Mapping[str, Any]) -> Component:
 
 
 def read_component(
-    path: Path,
-    header: Header,
-    name: str,
-    prefix: str,
-    derive: Callable[[Shapes], dict[str, Any]],
-    key: str,
+    path: Path, header: Header, name: str, prefix: str, derive: Callable[[Shapes], dict[str, Any]], key: str
 ) -> Component:
     """One part of a file.
 

@@ -184,10 +184,7 @@ def _label(
 
 @torch.no_grad()
 def encode_prompts(
-    base: Base,
-    prompts: Sequence[str],
-    settings: SampleSettings,
-    known: Mapping[str, Condition] | None = None,
+    base: Base, prompts: Sequence[str], settings: SampleSettings, known: Mapping[str, Condition] | None = None
 ) -> dict[str, Condition]:
     """Text states of prompts and of the negative prompt, for `generate` to use later.
 
@@ -207,11 +204,7 @@ def _batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
 
 
 def _denoise(
-    base: Base,
-    pipeline: Any,
-    batch: Sequence[Row],
-    states: Mapping[str, Condition],
-    settings: SampleSettings,
+    base: Base, pipeline: Any, batch: Sequence[Row], states: Mapping[str, Condition], settings: SampleSettings
 ) -> Tensor:
     """Latents (B, C, h, w) of one batch."""
     assert settings.width is not None

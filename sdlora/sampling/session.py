@@ -72,8 +72,7 @@ class SamplePlan:
         config = self.config
         if not config.sample.prompts:
             raise ConfigError(
-                "no prompt; pass --prompt TEXT, or a run folder with prompts",
-                key="sample.prompts",
+                "no prompt; pass --prompt TEXT, or a run folder with prompts", key="sample.prompts"
             )
         info = inspect_base(config.base, config.objective)
         notes = [

@@ -132,12 +132,7 @@ def make_adapter(
     """The trainable adapter, and a report of its initialization from `lora.init_from`, if set."""
     lora = config.lora
     adapter = draw_adapter(
-        model,
-        layout.ranks,
-        layout.scales(),
-        seed=config.train.seed,
-        init=lora.init,
-        kind=layout.kind,
+        model, layout.ranks, layout.scales(), seed=config.train.seed, init=lora.init, kind=layout.kind
     )
     adapter = for_family(adapter, info.family, model)
     return adapter, init_from_adapter(adapter, _load_start(lora.init_from, info)) if lora.init_from else None

@@ -19,12 +19,7 @@ from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder
 from sdlora.training.checkpoint import newest_complete_step, read_state
 from sdlora.training.device import describe_environment, find_device, make_accelerator
-from sdlora.training.distributed import (
-    barrier,
-    broadcast,
-    num_launched,
-    propagate_failure,
-)
+from sdlora.training.distributed import barrier, broadcast, num_launched, propagate_failure
 from sdlora.training.finish import finish, report_failed_start, report_failure
 from sdlora.training.logger import start_trackers
 from sdlora.training.loop import Trainer
