@@ -47,8 +47,8 @@ ALLOWED = {
         "training/optimizer.py",
         "training/device.py",
     },
-    # models/meta.py only knows the error of its checked data classes
-    "huggingface_hub": {"models/folder.py", "models/meta.py", "export/export.py"},
+    # models/weights.py only knows the error of its checked data classes
+    "huggingface_hub": {"models/folder.py", "models/weights.py", "export/export.py"},
     "multiprocessing": set(),
     "ctypes": set(),
 }

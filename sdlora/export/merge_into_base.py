@@ -19,7 +19,7 @@ from sdlora.lora.adapter import Adapter, check_base
 from sdlora.lora.attach import check_fit
 from sdlora.lora.layers import component_of
 from sdlora.models.info import BaseInfo, inspect_base
-from sdlora.models.meta import empty_components
+from sdlora.models.weights import empty_components
 from sdlora.reading import PICKLES
 from sdlora.writing import check_writable, temporary_name, write_json
 

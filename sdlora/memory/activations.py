@@ -24,7 +24,7 @@ from sdlora.lora.kinds import AdapterModule
 from sdlora.lora.layers import carrier_layers
 from sdlora.models.base import Base
 from sdlora.models.info import BaseInfo
-from sdlora.models.meta import empty_base, empty_model
+from sdlora.models.weights import empty_base, empty_model
 
 
 def peak_bytes(compute: Callable[[], object], known: Iterable[Tensor] = ()) -> int:

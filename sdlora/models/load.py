@@ -15,10 +15,9 @@ from torch import nn
 
 from sdlora.config import Quantize
 from sdlora.errors import ModelError
-from sdlora.models.base import Base, load_tokenizer, quiet
+from sdlora.models.base import Base, quiet
 from sdlora.models.components import Component
 from sdlora.models.info import BaseInfo
-from sdlora.models.meta import MODELS, UNFIT, empty_model, reason_of
 from sdlora.models.safety import find_checker
 from sdlora.models.stable_diffusion import (
     PIPELINES,
@@ -27,7 +26,18 @@ from sdlora.models.stable_diffusion import (
     pipeline_of,
     without_checker,
 )
-from sdlora.models.weights import check_finite, denoiser_names, fill, load_original, read_tensors
+from sdlora.models.tokenizer import load_tokenizer
+from sdlora.models.weights import (
+    MODELS,
+    UNFIT,
+    check_finite,
+    denoiser_names,
+    empty_model,
+    fill,
+    load_original,
+    read_tensors,
+    reason_of,
+)
 
 # No pickles, no trust_remote_code; a base that was found is on the disk.
 SAFE = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}

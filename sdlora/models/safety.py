@@ -13,7 +13,7 @@ from sdlora.errors import ModelError
 from sdlora.models.base import quiet
 from sdlora.models.components import find_weights, has_weights, read_header
 from sdlora.models.info import BaseInfo
-from sdlora.models.meta import UNFIT, reason_of
+from sdlora.models.weights import UNFIT, reason_of
 
 with quiet():
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdlora.errors import ModelError
-from sdlora.models.base import Condition, TokenCount, count_tokens, quiet
+from sdlora.models.base import Condition, quiet
 from sdlora.models.info import BaseInfo
+from sdlora.models.tokenizer import TokenCount, count_tokens
 
 with quiet():
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline

@@ -18,8 +18,8 @@ from sdlora.lora.adapter import Adapter, check_base
 from sdlora.lora.attach import check_fit
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base
-from sdlora.models.meta import empty_components
 from sdlora.models.safety import missing_checker
+from sdlora.models.weights import empty_components
 from sdlora.runs import RunFolder
 from sdlora.sampling.generate import Column, generate, make_columns
 from sdlora.sampling.grid import save_grid

@@ -21,8 +21,8 @@ from sdlora.lora.layers import DENOISER
 from sdlora.lora.layout import Layout, plan_layout
 from sdlora.memory.estimate import ANY_DEVICE, DeviceInfo, Memory, MemoryInputs, plan_memory
 from sdlora.models.info import BaseInfo, inspect_base
-from sdlora.models.meta import empty_components
 from sdlora.models.safety import missing_checker
+from sdlora.models.weights import empty_components
 from sdlora.training.adapter import check_init_from, check_parents, find_parents, with_parents
 from sdlora.training.optimizer import check_optimizer, find_optimizer, num_warmup_steps
 from sdlora.training.preflight import check_for_base, check_objective, global_batch, resolve_config

@@ -13,8 +13,8 @@ from sdlora.data.records import DatasetIndex, Finding, ImageRecord
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.diffusion.timesteps import make_sampler
 from sdlora.errors import ConfigError
-from sdlora.models.base import count_tokens, load_tokenizer
 from sdlora.models.info import BaseInfo, inspect_base
+from sdlora.models.tokenizer import count_tokens, load_tokenizer
 
 NUM_PROMPTS = 4
 BUILTIN_BATCH_SIZE = 4

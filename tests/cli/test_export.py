@@ -11,7 +11,7 @@ from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_targets
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
-from sdlora.models.meta import empty_denoiser
+from sdlora.models.weights import empty_denoiser
 from sdlora.rank.spectrum import spectrum
 from sdlora.tree.lineage import child_lineage, lineage_to_notes
 

@@ -13,7 +13,7 @@ from sdlora.formats.write import round_adapter
 from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_targets
 from sdlora.models.info import inspect_base
-from sdlora.models.meta import empty_denoiser
+from sdlora.models.weights import empty_denoiser
 from sdlora.tree.lineage import child_lineage, lineage_to_notes
 from sdlora.tree.tree import AdapterTree
 

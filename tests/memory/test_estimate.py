@@ -24,7 +24,7 @@ from sdlora.memory.estimate import DeviceInfo, MemoryInputs, as_size, estimate_m
 from sdlora.models.components import Component
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
-from sdlora.models.meta import empty_components, empty_model
+from sdlora.models.weights import empty_components, empty_model
 
 FP32 = Precision("fp32", "fp32")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -26,8 +26,8 @@ from sdlora.models.base import quiet
 from sdlora.models.folder import BUILTIN
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base, load_component, load_stock_pipeline, vae_dtype
-from sdlora.models.meta import empty_components, empty_denoiser
 from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.models.weights import empty_components, empty_denoiser
 
 CopyBase = Callable[..., Path]
 
@@ -77,7 +77,7 @@ def test_loading_prints_nothing() -> None:
     """R-27: importing and loading the built-in base is silent, also in few bits and as a stock pipeline."""
     code = (
         "import torch; from sdlora.config import BaseSection; from sdlora.models.load import *;"
-        "from sdlora.models.meta import empty_denoiser; from sdlora.models.info import inspect_base;"
+        "from sdlora.models.weights import empty_denoiser; from sdlora.models.info import inspect_base;"
         "info = inspect_base(BaseSection()); load_base(info, dtype=torch.float32, device='cpu');"
         "few = inspect_base(BaseSection(quantize='nf4')); load_base(few, dtype=torch.float32, device='cpu');"
         "empty_denoiser(info); load_stock_pipeline(info); load_stock_pipeline(info, only=['unet'])"

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from sdlora.models.info import BaseInfo
 from sdlora.models.load import load_base
-from sdlora.models.meta import empty_denoiser
 from sdlora.models.quantize import (
     Int8,
     Nf4,
@@ -22,6 +21,7 @@ from sdlora.models.quantize import (
     quantize_layer,
 )
 from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.models.weights import empty_denoiser
 
 SCHEMES = ["int8", "nf4"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from sdlora.models.base import count_tokens, load_tokenizer
 from sdlora.models.info import BaseInfo
 from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.models.tokenizer import count_tokens, load_tokenizer
 
 
 def test_a_short_caption_fits(base: StableDiffusion) -> None:
@@ -40,7 +40,7 @@ def test_counting_needs_no_torch() -> None:
     """R-35: the preflight reads captions with the tokenizer alone."""
     code = (
         "import sys; from sdlora.config import BaseSection; from sdlora.models.info import inspect_base;"
-        "from sdlora.models.base import load_tokenizer, count_tokens;"
+        "from sdlora.models.tokenizer import load_tokenizer, count_tokens;"
         "info = inspect_base(BaseSection()); count_tokens(load_tokenizer(info), info.text_length, 'a cat');"
         "sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sdlora.lora.attach import count_parameters, match_modules
-from sdlora.models.meta import empty_model
+from sdlora.models.weights import empty_model
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,7 @@ from sdlora.config import BaseSection
 from sdlora.errors import ModelError
 from sdlora.models.infer_config import clip_config, open_clip_config, unet_config, vae_config
 from sdlora.models.info import inspect_base
-from sdlora.models.meta import empty_denoiser
-from sdlora.models.weights import denoiser_names
+from sdlora.models.weights import denoiser_names, empty_denoiser
 
 ATTENDS = "CrossAttnDownBlock2D"
 UNETS: dict[str, dict[str, Any]] = {

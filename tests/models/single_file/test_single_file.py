@@ -15,10 +15,10 @@ from transformers import CLIPTokenizer
 
 from sdlora.config import BaseSection, ObjectiveSection
 from sdlora.errors import ModelError
-from sdlora.models.base import load_tokenizer
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base, load_component, load_stock_pipeline
 from sdlora.models.single_file import CONFIGS, SD2_BIAS
+from sdlora.models.tokenizer import load_tokenizer
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 UNET = "model.diffusion_model."
