@@ -207,8 +207,6 @@ def _denoise(
     base: Base, pipeline: Any, batch: Sequence[Row], states: Mapping[str, Condition], settings: SampleSettings
 ) -> Tensor:
     """Latents (B, C, h, w) of one batch."""
-    assert settings.width is not None
-    assert settings.height is not None
     assert settings.guidance is not None
     info, device, dtype = base.info, base.device, base.dtype
     width, height = settings.width // info.vae_factor, settings.height // info.vae_factor
@@ -253,8 +251,6 @@ def _text_arguments(
 
 def _leave_out(batch: Sequence[Row], settings: SampleSettings) -> tuple[list[Image.Image], list[str]]:
     """Black in place of what another process makes."""
-    assert settings.width is not None
-    assert settings.height is not None
     return [Image.new("RGB", (settings.width, settings.height)) for _ in batch], [""] * len(batch)
 
 

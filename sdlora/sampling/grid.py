@@ -1,10 +1,10 @@
-"""The grid: one row for each prompt and seed, the base in the first column, the strengths after it."""
+"""The grid: a row for each prompt and seed, the base in the first column, strengths beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import ceil, log
 from pathlib import Path
 
@@ -20,246 +20,175 @@ BASE = ("", 0.0)
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Measures of a grid in pixels; all follow from the size of a cell."""
+class Measures:
+    """Measures of a grid in pixels, and its fonts; all follow from the width and height of a cell."""
 
-    width: int
-    height: int
-
-    @property
-    def text(self) -> int:
-        """Font size of prompts and headings."""
-        return max(12, min(22, round(min(self.width, self.height) / 18)))
-
-    @property
-    def title(self) -> int:
-        """Font size of the title."""
-        return round(self.text * 1.3)
-
-    @property
-    def small(self) -> int:
-        """Font size of seeds."""
-        return max(10, round(self.text * 0.8))
-
-    @property
-    def line(self) -> int:
-        """Distance of two lines of text."""
-        return round(self.text * 1.36)
-
-    @property
-    def gutter(self) -> int:
-        """Between samples."""
-        return max(4, round(min(self.width, self.height) / 42))
-
-    @property
-    def gap(self) -> int:
-        """Between the rows of two prompts, and between words and samples."""
-        return self.gutter * 3
-
-    @property
-    def margin(self) -> int:
-        """Around everything."""
-        return self.text + self.gutter
-
-    @property
-    def words(self) -> int:
-        """Width of the column of prompts."""
-        return max(132, min(340, round(self.width * 0.72)))
+    def __init__(self, width: int, height: int) -> None:
+        side = min(width, height)
+        self.width, self.height = width, height
+        self.gutter = max(4, round(side / 42))
+        self.column, self.row = width + self.gutter, height + self.gutter
+        # Between the rows of two prompts, and between prompts and images.
+        self.gap = self.gutter * 3
+        self.text = max(12, min(22, round(side / 18)))
+        self.title = round(self.text * 1.3)
+        self.small = max(10, round(self.text * 0.8))
+        self.line = round(self.text * 1.36)
+        self.margin = self.text + self.gutter
+        self.prompts = max(132, min(340, round(width * 0.72)))
+        self.left = self.margin + self.prompts + self.gap
+        self.font, self.title_font, self.small_font = map(
+            ImageFont.load_default, (self.text, self.title, self.small)
+        )
 
 
 def make_grid(samples: Sequence[SampledImage], *, title: str = "") -> Image.Image:
-    """Lays samples out so that a glance down a column, or along a row, compares.
+    """Lays samples out so that columns, and rows, can be compared at a glance.
 
     Args:
-        samples: From `generate`; those of several adapters may be joined. What is missing stays empty.
-        title: Written above, on one line.
+        samples: From `generate`, of one adapter or several; a missing sample leaves its cell empty.
+        title: One line above the grid.
     """
     columns = sorted(dict.fromkeys(map(_column, samples)), key=lambda column: column != BASE)
-    groups: dict[str, list[int]] = {}
-    for sample in samples:
-        seeds = groups.setdefault(sample.prompt, [])
-        if sample.seed not in seeds:
-            seeds.append(sample.seed)
-    cells = {(*_column(p), p.prompt, p.seed): p for p in reversed(samples)}
-    layout = _layout(samples)
-    return _join([_Sheet(layout, columns, part, cells) for part in _panels(layout, columns, groups)], title)
+    cells = {(*_column(sample), sample.prompt, sample.seed): sample for sample in reversed(samples)}
+    seeds: dict[str, list[int]] = {}
+    for prompt, seed in dict.fromkeys((sample.prompt, sample.seed) for sample in samples):
+        seeds.setdefault(prompt, []).append(seed)
+    width = max(sample.image.width for sample in samples)
+    height = max(sample.image.height for sample in samples)
+    shrink = min(1.0, MAX_CELL_PX / max(width, height))
+    measures = Measures(round(width * shrink), round(height * shrink))
+    panels = [_Panel(measures, columns, part, cells).draw() for part in _split(measures, len(columns), seeds)]
+
+    top = measures.title * 2 if title else 0
+    size = sum(panel.width for panel in panels), top + max(panel.height for panel in panels)
+    sheet, x = Image.new("RGB", size, PAPER), 0
+    for panel in panels:
+        sheet.paste(panel, (x, top))
+        x += panel.width
+    if title:
+        text = _shorten(title, measures.title_font, sheet.width - 2 * measures.margin)
+        ImageDraw.Draw(sheet).text((measures.margin, measures.margin), text, INK, measures.title_font)
+    return sheet
 
 
 def save_grid(
     folder: Path, images: Sequence[SampledImage], *, base: str, adapter: str | None, title: str
 ) -> Path:
-    """Writes the single images and their grid; returns the path of the grid.
-
-    Args:
-        base: Name of the base in the metadata.
-        adapter: Name of the adapter in the metadata.
-        title: Title of the grid.
-    """
+    """Writes the images and their grid, with the names of base and adapter as metadata; returns its path."""
     return save_images(folder, images, make_grid(images, title=title), {"base": base, "adapter": adapter})
 
 
-def _panels(
-    layout: Layout, columns: Sequence[object], groups: dict[str, list[int]]
-) -> list[dict[str, list[int]]]:
-    """Many prompts with few columns stand in panels side by side, for a sheet that fits a screen."""
-    width = layout.margin * 2 + layout.words + layout.gap + len(columns) * (layout.width + layout.gutter)
-    height = sum(len(seeds) for seeds in groups.values()) * (layout.height + layout.gap)
+def _column(sample: SampledImage) -> tuple[str, float]:
+    """The column of a sample, (adapter, strength); all adapters share the base's."""
+    return (sample.adapter, sample.strength) if sample.strength else BASE
+
+
+def _split(
+    measures: Measures, num_columns: int, seeds: Mapping[str, Sequence[int]]
+) -> list[dict[str, Sequence[int]]]:
+    """Divides prompts into panels side by side, in the number that fits a screen best."""
+    width = measures.left + measures.margin + num_columns * measures.column
+    height = sum(map(len, seeds.values())) * (measures.height + measures.gap)
 
     def misfit(count: int) -> float:
         return abs(log(count * width / (ceil(height / count) * SCREEN)))
 
-    count = min(range(1, min(MAX_PANELS, len(groups) // 2) + 1), key=misfit, default=1)
-    size = ceil(len(groups) / count)
-    prompts = list(groups)
-    return [{p: groups[p] for p in prompts[i : i + size]} for i in range(0, len(prompts), size)]
-
-
-def _join(sheets: Sequence[_Sheet], title: str) -> Image.Image:
-    """Panels beside each other, below the title."""
-    layout, panels = sheets[0].layout, [sheet.draw() for sheet in sheets]
-    top = round(layout.title * 2) if title else 0
-    width, height = sum(panel.width for panel in panels), top + max(panel.height for panel in panels)
-    paper = Image.new("RGB", (width, height), PAPER)
-    x = 0
-    for panel in panels:
-        paper.paste(panel, (x, top))
-        x += panel.width
-    if title:
-        font = _font(layout.title)
-        text = _shorten(title, font, width - 2 * layout.margin)
-        ImageDraw.Draw(paper).text((layout.margin, layout.margin), text, INK, font)
-    return paper
-
-
-def _column(sample: SampledImage) -> tuple[str, float]:
-    """What a column is for; the base is one column, whichever adapter it stands beside."""
-    return (sample.adapter, sample.strength) if sample.strength else BASE
-
-
-def _layout(samples: Sequence[SampledImage]) -> Layout:
-    width = max(sample.image.width for sample in samples)
-    height = max(sample.image.height for sample in samples)
-    shrink = min(1.0, MAX_CELL_PX / max(width, height))
-    return Layout(round(width * shrink), round(height * shrink))
+    count = min(range(1, min(MAX_PANELS, len(seeds) // 2) + 1), key=misfit, default=1)
+    size, rows = ceil(len(seeds) / count), list(seeds.items())
+    return [dict(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 @dataclass
-class _Sheet:
-    """A panel of a grid on its way to paper."""
+class _Panel:
+    """Some prompts of a grid with their seeds, in all columns."""
 
-    layout: Layout
+    measures: Measures
     columns: Sequence[tuple[str, float]]
-    groups: dict[str, list[int]]
-    cells: dict[tuple[str, float, str, int], SampledImage]
+    seeds: Mapping[str, Sequence[int]]
+    cells: Mapping[tuple[str, float, str, int], SampledImage]
 
     def draw(self) -> Image.Image:
-        measure = self.layout
-        left = measure.margin + measure.words + measure.gap
-        top = measure.margin
-        body = top + measure.line * (1 + self._has_names) + measure.gutter
-        heights = [
-            len(seeds) * (measure.height + measure.gutter) - measure.gutter for seeds in self.groups.values()
-        ]
-        width = left + len(self.columns) * (measure.width + measure.gutter) - measure.gutter + measure.margin
-        height = body + sum(heights) + measure.gap * (len(heights) - 1) + measure.margin
+        measures = self.measures
+        has_names = any(adapter for adapter, _ in self.columns)
+        top = measures.margin + measures.line * (1 + has_names) + measures.gutter
+        heights = [len(seeds) * measures.row - measures.gutter for seeds in self.seeds.values()]
+        width = measures.left + len(self.columns) * measures.column - measures.gutter + measures.margin
+        height = top + sum(heights) + measures.gap * (len(heights) - 1) + measures.margin
         sheet = Image.new("RGB", (width, height), PAPER)
         pen = ImageDraw.Draw(sheet)
-        for number, column in enumerate(self.columns):
-            x = left + number * (measure.width + measure.gutter)
-            self._heading(pen, column, x, top)
-        y = body
-        for (prompt, seeds), group_height in zip(self.groups.items(), heights, strict=True):
-            if y > body:
-                middle = y - measure.gap // 2 - 1
-                pen.line((measure.margin, middle, width - measure.margin - 1, middle), RULE)
-            self._prompt(pen, prompt, y, group_height)
+        for number, (adapter, strength) in enumerate(self.columns):
+            lines = [adapter] * has_names + [f"strength {strength:g}" if strength else "base"]
+            lines = [_shorten(line, measures.font, measures.width) for line in lines]
+            self._write(pen, lines, measures.left + number * measures.column, measures.margin)
+        y = top
+        for (prompt, seeds), group_height in zip(self.seeds.items(), heights, strict=True):
+            if y > top:
+                middle = y - measures.gap // 2 - 1
+                pen.line((measures.margin, middle, width - measures.margin - 1, middle), RULE)
+            # The seed is written at the foot of its row; the prompt ends above the first seed.
+            room = (measures.height if len(seeds) > 1 else group_height) - round(measures.small * 1.6)
+            lines = _wrap(prompt, measures.font, measures.prompts, max(1, room // measures.line))
+            self._write(pen, lines, measures.margin, y - measures.text // 6)
             for row, seed in enumerate(seeds):
-                self._row(sheet, prompt, seed, left, y + row * (measure.height + measure.gutter))
-            y += group_height + measure.gap
+                self._draw_row(sheet, pen, prompt, seed, y + row * measures.row)
+            y += group_height + measures.gap
         return sheet
 
-    def _heading(self, pen: ImageDraw.ImageDraw, column: tuple[str, float], x: int, y: int) -> None:
-        adapter, strength = column
-        font = _font(self.layout.text)
-        lines = [adapter] * self._has_names + [f"strength {strength:g}" if strength else "base"]
-        for number, line in enumerate(lines):
-            place = (x, y + number * self.layout.line)
-            pen.text(place, _shorten(line, font, self.layout.width), INK, font)
-
-    @property
-    def _has_names(self) -> bool:
-        return any(adapter for adapter, _ in self.columns)
-
-    def _prompt(self, pen: ImageDraw.ImageDraw, prompt: str, y: int, height: int) -> None:
-        measure, font = self.layout, _font(self.layout.text)
-        seeds = self.groups[prompt]
-        # The seed of a row is written at the foot of its sample; the prompt ends above the first of them.
-        room = (measure.height if len(seeds) > 1 else height) - round(measure.small * 1.6)
-        lines = _wrap(prompt, font, measure.words, max(1, room // measure.line))
-        for number, line in enumerate(lines):
-            pen.text((measure.margin, y - measure.text // 6 + number * measure.line), line, INK, font)
-        for row, seed in enumerate(seeds):
-            foot = y + row * (measure.height + measure.gutter) + measure.height
-            pen.text((measure.margin, foot), f"seed {seed}", SOFT, _font(measure.small), anchor="ld")
-
-    def _row(self, sheet: Image.Image, prompt: str, seed: int, x: int, y: int) -> None:
-        measure, pen = self.layout, ImageDraw.Draw(sheet)
-        for column in self.columns:
-            # A hairline around each, or white samples would melt into the paper.
-            pen.rectangle((x - 1, y - 1, x + measure.width, y + measure.height), None, RULE)
+    def _draw_row(self, sheet: Image.Image, pen: ImageDraw.ImageDraw, prompt: str, seed: int, y: int) -> None:
+        measures, right, foot = self.measures, self.measures.width - 1, y + self.measures.height
+        pen.text((measures.margin, foot), f"seed {seed}", SOFT, measures.small_font, anchor="ld")
+        for number, column in enumerate(self.columns):
+            x = measures.left + number * measures.column
             sample = self.cells.get((*column, prompt, seed))
-            if sample is None or sample.blank:
-                self._blank(sheet, x, y, sample.blank if sample else "")
-            else:
+            # A hairline around each cell separates white images from the paper.
+            pen.rectangle((x - 1, y - 1, x + right + 1, foot), None, RULE)
+            if sample and not sample.blank:
                 image = sample.image.convert("RGB")
-                image.thumbnail((measure.width, measure.height), Image.Resampling.LANCZOS)
+                image.thumbnail((measures.width, measures.height), Image.Resampling.LANCZOS)
                 sheet.paste(image, (x, y))
-            x += measure.width + measure.gutter
+                continue
+            # An empty cell, with the reason if there is one (R-47).
+            pen.rectangle((x, y, x + right, foot - 1), EMPTY)
+            reason = sample.blank if sample else ""
+            lines = _wrap(reason, measures.font, measures.width - 4 * measures.gutter, 4)
+            first = y + (measures.height - measures.line * (len(lines) - 1)) / 2
+            self._write(pen, lines, x + measures.width / 2, first, SOFT, "mm")
 
-    def _blank(self, sheet: Image.Image, x: int, y: int, label: str) -> None:
-        """A cell without a sample; it says why (R-47)."""
-        measure, font = self.layout, _font(self.layout.text)
-        pen = ImageDraw.Draw(sheet)
-        pen.rectangle((x, y, x + measure.width - 1, y + measure.height - 1), EMPTY)
-        lines = _wrap(label, font, measure.width - 4 * measure.gutter, 4)
-        first = y + (measure.height - measure.line * (len(lines) - 1)) / 2
+    def _write(
+        self,
+        pen: ImageDraw.ImageDraw,
+        lines: Iterable[str],
+        x: float,
+        y: float,
+        colour: str = INK,
+        anchor: str = "la",
+    ) -> None:
         for number, line in enumerate(lines):
-            pen.text((x + measure.width / 2, first + number * measure.line), line, SOFT, font, anchor="mm")
+            place = (x, y + number * self.measures.line)
+            pen.text(place, line, colour, self.measures.font, anchor)
 
 
-@cache
-def _font(size: int) -> Font:
-    return ImageFont.load_default(size)
+def _fit(text: str, font: Font, width: float) -> int:
+    """Number of characters that fit."""
+    return bisect(range(1, len(text) + 1), width, key=lambda end: font.getlength(text[:end]))
 
 
 def _shorten(text: str, font: Font, width: float) -> str:
-    """One line that fits, with an ellipsis if it had to be cut."""
+    """One line that fits, with an ellipsis where it is cut."""
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    return text[: _fit(text, font, width - font.getlength("…"))].rstrip() + "…"
 
 
 def _wrap(text: str, font: Font, width: float, limit: int) -> list[str]:
-    """Lines that fit; a word that is too long (or a script without spaces) breaks anywhere."""
-    lines, line = [], ""
-    for word in text.split():
-        joined = f"{line} {word}" if line else word
-        if font.getlength(joined) <= width:
-            line = joined
-            continue
-        if line:
-            lines.append(line)
-        while font.getlength(word) > width:
-            fits = next(
-                end for end in range(len(word) - 1, 0, -1) if end == 1 or font.getlength(word[:end]) <= width
-            )
-            lines.append(word[:fits])
-            word = word[fits:]
-        line = word
-    lines.append(line)
-    if len(lines) > limit:
-        lines = [*lines[: limit - 1], _shorten(" ".join(lines[limit - 1 :]), font, width)]
-    return lines
+    """Lines that fit, broken at spaces, or anywhere in a long word or a script without spaces."""
+    lines: list[str] = []
+    rest = " ".join(text.split())
+    while rest and len(lines) < limit - 1:
+        end = max(1, _fit(rest, font, width))
+        if end < len(rest):
+            end = max(rest.rfind(" ", 0, end + 1), 0) or end
+        lines.append(rest[:end])
+        rest = rest[end:].lstrip()
+    return [*lines, _shorten(rest, font, width)] if rest else lines

@@ -23,9 +23,10 @@ from sdlora.models.weights import empty_components
 from sdlora.runs import RunFolder
 from sdlora.sampling.generate import Column, generate, make_columns
 from sdlora.sampling.grid import save_grid
-from sdlora.sampling.images import SampleSettings, check_prompts, choose_folder, resolve_settings
+from sdlora.sampling.images import SampleSettings, check_prompts, resolve_settings
 from sdlora.tree.lineage import find_ancestors, path_to_stack
 from sdlora.tree.tree import AdapterTree
+from sdlora.writing import check_writable, next_free_folder
 
 TRIGGER = "modelspec.trigger_phrase"
 
@@ -116,6 +117,21 @@ class SamplePlan:
         sample = self.config.sample
         images = generate(base, self.columns, sample.prompts, sample.seeds, self.settings, progress=progress)
         return save_grid(folder, images, base=base.info.name, adapter=self.adapter, title=self.title)
+
+
+def choose_folder(out: str | Path | None, name: str) -> Path:
+    """The folder of a grid, by default `samples/NAME` or the next name that is free.
+
+    Raises:
+        SdloraError: If the given folder contains a grid, or the folder cannot be written.
+    """
+    folder = Path(out) if out is not None else next_free_folder(Path("samples") / name)
+    if (folder / "grid.png").exists():
+        raise ConfigError(
+            f"--out {folder} already contains a grid; use another folder", key="option--out.grid"
+        )
+    check_writable(folder)
+    return folder
 
 
 def choose_device() -> torch.device:

@@ -1,4 +1,4 @@
-"""The grid as a image."""
+"""The grid as an image."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdlora.sampling.grid import Layout, make_grid
+from sdlora.sampling.grid import Measures, make_grid
 from sdlora.sampling.images import FLAGGED, SampledImage
 
 RED, GREEN, BLUE, BLANK = (200, 30, 30), (30, 160, 60), (40, 60, 200), (230, 230, 230)
@@ -74,9 +74,9 @@ def test_long_prompts_never_reach_the_images_or_the_next_row(prompt: str, seeds:
     """R-13: wrapped at words or anywhere, cut with an ellipsis, within its own rows."""
     images = [image(RED, prompt, seed, 0) for seed in range(seeds)] + [image(BLUE, "next", 0, 0)]
     grid = make_grid(images)
-    measure = Layout(128, 96)
+    measure = Measures(128, 96)
     (blue,) = cells(grid, BLUE)
-    edge = measure.margin + measure.words
+    edge = measure.margin + measure.prompts
     assert _ink(grid, (edge + 1, measure.margin, blue[0] - 2, blue[3])) == 0
     assert _ink(grid, (0, blue[1] - measure.gap + 2, edge, blue[1] - 2)) == 0
 
