@@ -39,6 +39,8 @@ def _also(**spellings: str) -> BeforeValidator:
     return BeforeValidator(lambda value: spellings.get(value, value) if isinstance(value, str) else value)
 
 
+_POSITIONS = {"front": "start", "prefix": "start", "before": "start"}
+_POSITIONS |= {"back": "end", "suffix": "end", "after": "end"}
 Dtype = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"], _also(no="fp32", float32="fp32", bfloat16="bf16", float16="fp16")
 ]
@@ -123,8 +125,11 @@ class DataSection(Section):
 
     trigger: Name | None = _setting(
         None,
-        "trigger words; put in front of captions that lack them, and substituted for {trigger}",
+        "trigger words; added to captions that lack them, and substituted for {trigger}",
         "use a word or phrase, or omit it",
+    )
+    trigger_position: Annotated[Literal["start", "end"], _also(**_POSITIONS)] = _setting(
+        "start", "where the trigger is added to a caption: start or end"
     )
     resolution: int | None = _setting(
         None,
@@ -336,7 +341,7 @@ class TrainSection(Section):
 
     steps: int | None = _setting(
         None,
-        "optimizer steps; default: 80 x images / global batch, between 100 and 3000",
+        "optimizer steps; default: 80 x images / global batch, from 100 to 3000 (400 on the built-in base)",
         "use a number of optimizer steps, such as 400",
         ge=1,
         le=1_000_000,
@@ -351,7 +356,7 @@ class TrainSection(Section):
         1, "gradient accumulation; global batch = batch_size x accumulate x processes", "use 1 to disable it"
     )
     learning_rate: Positive = _setting(
-        1e-4, "peak learning rate; about 3e-3 on the built-in base", "use 1e-5 to 1e-3 on SD 1.5"
+        1e-4, "peak learning rate; the built-in base has its own default", "use 1e-5 to 1e-3 on SD 1.5"
     )
     learning_rates: dict[Pattern, Positive] = _setting(
         {}, "learning rates by module pattern, such as {'*.attn2.*' = 5e-5}", "use a table of numbers"
@@ -422,7 +427,10 @@ class SampleSection(Section):
         [0, 1], "random seeds, one row of the grid each", "use one or more integers such as 0", min_length=1
     )
     strengths: Numbers = _setting(
-        [1.0], "LoRA strengths, one column of the grid each, beside the base", "use a number", min_length=1
+        [1.0],
+        "LoRA strengths, one column of the grid each, beside the base; the built-in base has its own default",
+        "use a number",
+        min_length=1,
     )
     steps: Count = _setting(25, "sampling steps", "use 20 to 50")
     guidance: NotNegative | None = _setting(
@@ -513,6 +521,14 @@ class RunConfig(Section):
     def given(self) -> dict[str, Any]:
         """The settings that were given; defaults, which may depend on other settings, are left out."""
         return self.model_dump(exclude_unset=True)
+
+    def with_defaults(self, **sections: Mapping[str, Any]) -> RunConfig:
+        """A copy with other defaults: values for the settings that were not given."""
+        free: dict[str, dict[str, Any]] = {}
+        for section, values in sections.items():
+            given = getattr(self, section).model_fields_set
+            free[section] = {name: value for name, value in values.items() if name not in given}
+        return self.replace(**free)
 
     def replace(self, **sections: Mapping[str, Any]) -> RunConfig:
         """A copy with some settings changed, validated again."""

@@ -161,6 +161,15 @@ def add_unknown_words(rng: random.Random, caption: str) -> str:
     return rng.choice(rng.choice((BEFORE, BEHIND))).format(words=words, caption=caption)
 
 
+def known_words(concepts: list[str]) -> list[str]:
+    """The words that captions give a meaning, and those around them, sorted."""
+    texts = [concept_to_words(name) for name in concepts]
+    texts += [*PHRASES, *STYLES, *HUES, *(word for words in SET_WORDS.values() for word in words)]
+    texts += [f"on an {ground} background" for ground in GROUNDS]
+    texts += ["small mirrored tilted to the left right in shades of the style"]
+    return sorted({word for text in texts for word in re.findall("[a-z]+", text)})
+
+
 def byte_letters() -> list[str]:
     """The printable stand-ins for the 256 bytes, as byte-level BPE has used them since GPT-2."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

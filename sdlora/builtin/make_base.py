@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sdlora.builtin.bank import SHIPPED, Bank, load_vae
-from sdlora.builtin.captions import TEXT_LENGTH, draw_caption, make_tokenizer
+from sdlora.builtin.captions import TEXT_LENGTH, draw_caption, known_words, make_tokenizer
 from sdlora.builtin.measure import SHEET_PROMPTS, make_sheet, sample
 from sdlora.builtin.state import (
     TrainingState,
@@ -383,6 +383,8 @@ def save_base(parts: Parts, folder: Path) -> None:
     (partial / "text_encoder" / "model.safetensors").chmod(0o644)
     for config in partial.rglob("*.json"):
         drop_key(config, "_name_or_path")
+    words = known_words(parts.bank.concepts)
+    (partial / "words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

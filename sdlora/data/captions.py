@@ -42,21 +42,23 @@ class ReplacePlaceholder:
 
 
 @dataclass(frozen=True)
-class PrependTrigger:
-    """Puts the trigger first in a caption that lacks it (R-30)."""
+class AddTrigger:
+    """Puts the trigger at the start or the end of a caption that lacks it (R-30)."""
 
     trigger: str
+    position: str
     is_random: ClassVar[bool] = False
 
     def __call__(self, caption: str, rng: random.Random) -> str:
         if has_trigger(caption, self.trigger):
             return caption
-        return f"{self.trigger}, {caption}" if caption else self.trigger
+        words = [self.trigger, caption] if self.position == "start" else [caption, self.trigger]
+        return ", ".join(filter(None, words))
 
 
 OPERATIONS: dict[str, Callable[[DataSection], Operation | None]] = {
     "replace_placeholder": lambda data: ReplacePlaceholder(data.trigger) if data.trigger else None,
-    "prepend_trigger": lambda data: PrependTrigger(data.trigger) if data.trigger else None,
+    "add_trigger": lambda data: AddTrigger(data.trigger, data.trigger_position) if data.trigger else None,
 }
 """Makes each operation from the settings, in the order in which they apply; None if it is off."""
 

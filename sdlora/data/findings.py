@@ -42,7 +42,7 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "data.repeats-excessive": "a folder name asks for {names} repeats of each image; if it is a date, "
         "rename the folder",
         "data.trigger-truncated": "the token limit cuts off the trigger of {count:caption}: {names}; move it "
-        "to the front",
+        "to the front, or set data.trigger_position=start",
     },
     "warning": {
         "data.image-skipped": "skipped {count:image}: {names}",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sdlora.config import BaseSection, ObjectiveSection, Quantize
-from sdlora.errors import ConfigError, ModelError
+from sdlora.config import BaseSection, ObjectiveSection, Quantize, RunConfig
+from sdlora.errors import ConfigError, ModelError, join_names
 from sdlora.models.checks import (
     Family,
     check_inputs,
@@ -23,6 +25,37 @@ from sdlora.models.checks import (
 from sdlora.models.components import BaseFiles, Component, TokenizerSpec, read_json
 from sdlora.models.folder import find_base, find_vae_folder, lacks_variant, read_component, read_folder
 from sdlora.models.single_file import read_facts, read_single_file, read_vae_file
+
+WORD = re.compile(r"[^\W\d_]+")
+
+
+@dataclass(frozen=True)
+class BaseDefaults:
+    """Settings that suit a base, for those that the user leaves out.
+
+    Args:
+        epochs: `train.steps` is this many passes over the images, between 100 and `max_steps`.
+    """
+
+    learning_rate: float = 1e-4
+    batch_size: int = 1
+    schedule: str = "constant"
+    epochs: int = 80
+    max_steps: int = 3000
+    trigger_position: str = "start"
+    strengths: tuple[float, ...] = (1.0,)
+    guidance: float = 7.5
+
+
+# Eighty times smaller than SD 1.5, its adapters need a higher learning rate.
+BUILTIN_DEFAULTS = BaseDefaults(
+    learning_rate=3e-3,
+    batch_size=4,
+    schedule="cosine",
+    max_steps=400,
+    strengths=(0.6, 1.0),
+    guidance=4.0,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,10 +218,41 @@ class BaseInfo:
         side = max(size) if isinstance(size, list | tuple) else size
         return int(side) * self.vae_factor if side else self.traits.resolution
 
+    @cached_property
+    def known_words(self) -> frozenset[str]:
+        """The words that a small base was trained on, from its `words.txt`; empty if it has none."""
+        file = self.path / "words.txt"
+        return frozenset(file.read_text(encoding="utf-8").split()) if file.is_file() else frozenset()
+
+    def describe_unknown_words(self, prompts: Iterable[str], trigger: str | None) -> str | None:
+        """A line about words of the prompts, without the trigger's, that the base was not trained on."""
+        found = dict.fromkeys(word for prompt in prompts for word in WORD.findall(prompt.lower()))
+        own = {*WORD.findall((trigger or "").lower())}
+        unknown = [word for word in found if word not in self.known_words | own]
+        if not self.known_words or not unknown:
+            return None
+        return (
+            f"the base {self.name} was not trained on some words of the prompts: {join_names(unknown)}; "
+            f"{self.path / 'words.txt'} lists those it knows"
+        )
+
     @property
-    def guidance(self) -> float:
-        """The guidance scale that suits the base."""
-        return 3.0 if self.is_builtin else 7.5
+    def defaults(self) -> BaseDefaults:
+        return BUILTIN_DEFAULTS if self.is_builtin else BaseDefaults()
+
+
+def with_base_defaults(config: RunConfig, info: BaseInfo) -> RunConfig:
+    """The configuration with the base's own defaults for the settings that were not given."""
+    own = info.defaults
+    return config.with_defaults(
+        data={"trigger_position": own.trigger_position},
+        train={
+            "learning_rate": own.learning_rate,
+            "batch_size": own.batch_size,
+            "schedule": own.schedule,
+        },
+        sample={"strengths": own.strengths, "guidance": own.guidance},
+    )
 
 
 def inspect_base(settings: BaseSection, objective: ObjectiveSection | None = None) -> BaseInfo:

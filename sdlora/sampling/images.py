@@ -219,7 +219,7 @@ def resolve_settings(info: BaseInfo, settings: SampleSettings) -> SampleSettings
     scheduler = make_scheduler(info, settings.scheduler)
     resolved = replace(
         settings,
-        guidance=info.guidance if settings.guidance is None else settings.guidance,
+        guidance=info.defaults.guidance if settings.guidance is None else settings.guidance,
         scheduler=type(scheduler).__name__,
         width=settings.width or info.resolution,
         height=settings.height or info.resolution,

@@ -20,7 +20,7 @@ from sdlora.lora.attach import count_parameters, match_modules
 from sdlora.lora.layers import DENOISER
 from sdlora.lora.layout import Layout, plan_layout
 from sdlora.memory.estimate import ANY_DEVICE, DeviceInfo, Memory, MemoryInputs, plan_memory
-from sdlora.models.info import BaseInfo, inspect_base
+from sdlora.models.info import BaseInfo, inspect_base, with_base_defaults
 from sdlora.models.safety import missing_checker
 from sdlora.models.weights import empty_components
 from sdlora.training.adapter import check_init_from, check_parents, find_parents, with_parents
@@ -219,6 +219,7 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
     """
     find_optimizer(config.train)
     info = inspect_base(config.base, config.objective)
+    config = with_base_defaults(config, info)
     check_objective(config, info)
     checkup = check_for_base(config, info)
     index, buckets, findings = checkup.index, checkup.buckets, checkup.findings
@@ -227,9 +228,9 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
     config, about_rank = with_parents(config, parents)
     config = resolve_config(config, info, index, num_processes)
     raise_errors(findings)
+    unknown = info.describe_unknown_words(config.sample.prompts, config.data.trigger)
     unchecked = missing_checker(info) if config.sample.safety_checker and config.train.sample_every else None
-    if unchecked:
-        findings.append(Finding("notice", unchecked))
+    findings += [Finding("notice", line) for line in (unknown, unchecked) if line]
     parts = empty_components(info, text=config.lora.text_encoder)
     findings += [Finding("warning", line) for line in (*forced, *check_parents(parents, info, parts))]
     findings += [Finding("notice", about_rank)] if about_rank else []

@@ -33,8 +33,6 @@ def print_plan(plan: RunPlan, terminal: Terminal, *, is_default_base: bool) -> N
     if is_default_base:
         terminal.print("no --base given: using the built-in base (128 px); pass --base for a real one")
     terminal.print(*describe_plan(plan))
-    if plan.info.is_builtin and "learning_rate" not in plan.config.train.model_fields_set:
-        terminal.print("note: the built-in base is small and learns best at about train.learning_rate=3e-3")
     for finding in plan.findings:
         if finding.severity == "warning":
             terminal.warn(finding.message)

@@ -7,17 +7,19 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from sdlora.config import RunConfig
+from sdlora.config import DataSection, RunConfig
+from sdlora.data.captions import caption_pipeline
 from sdlora.data.doctor import Checkup, check_images
 from sdlora.data.records import DatasetIndex, Finding, ImageRecord
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.diffusion.timesteps import make_sampler
 from sdlora.errors import ConfigError
-from sdlora.models.info import BaseInfo, inspect_base
+from sdlora.models.info import BaseInfo, inspect_base, with_base_defaults
 from sdlora.models.tokenizer import count_tokens, load_tokenizer
 
 NUM_PROMPTS = 4
-BUILTIN_BATCH_SIZE = 4
+SUBJECTS = ("a house", "a fish", "a sailboat", "a rocket")
+MIN_STEPS = 100
 
 
 def check_folder(config: RunConfig, sheet: Path | None = None) -> Checkup:
@@ -31,7 +33,8 @@ def check_folder(config: RunConfig, sheet: Path | None = None) -> Checkup:
         SdloraError: If there are no images at all, or the base is missing.
         ConfigError: If the sheet would be one of the images.
     """
-    return check_for_base(config, inspect_base(config.base, config.objective), sheet)
+    info = inspect_base(config.base, config.objective)
+    return check_for_base(with_base_defaults(config, info), info, sheet)
 
 
 def check_for_base(config: RunConfig, info: BaseInfo, sheet: Path | None = None) -> Checkup:
@@ -78,25 +81,27 @@ def check_objective(config: RunConfig, info: BaseInfo) -> None:
 
 
 def resolve_config(config: RunConfig, info: BaseInfo, index: DatasetIndex, num_processes: int) -> RunConfig:
-    """Resolves the defaults that depend on the base or the images."""
-    train = config.train
+    """Resolves the defaults that depend on the base and the images."""
+    config = with_base_defaults(config, info)
+    train, defaults = config.train, info.defaults
     if train.batch_size == "auto" and train.accumulate == 1:
         raise ConfigError(
             "train.batch_size = auto divides the train.accumulate samples of each process in a step, and "
             "train.accumulate = 1 cannot be divided; set a larger one, such as train.accumulate=8"
         )
-    batch_size = train.batch_size or (BUILTIN_BATCH_SIZE if info.is_builtin else 1)
+    batch_size = train.batch_size or defaults.batch_size
     micro_batch = 1 if batch_size == "auto" else batch_size
     # Repeats weight images against each other: 10_name for all of them does not mean ten times the steps.
     batch = micro_batch * train.accumulate * num_processes
-    steps = train.steps or _default_steps(len(index.records), batch)
+    epoch = len(index.records) / batch
+    steps = train.steps or min(defaults.max_steps, max(MIN_STEPS, round(defaults.epochs * epoch)))
     tenth = max(1, round(steps / 10))
     cadence = {
         name: tenth if getattr(train, name) is None else getattr(train, name)
         for name in ("save_every", "sample_every", "evaluate_every")
     }
     trigger = config.data.trigger
-    prompts = config.sample.prompts or default_prompts(index)
+    prompts = config.sample.prompts or default_prompts(index, config.data)
     prompts = [prompt.replace("{trigger}", trigger) if trigger else prompt for prompt in prompts]
     resolution = config.data.resolution or info.resolution
     if resolution % info.min_step:
@@ -109,7 +114,7 @@ def resolve_config(config: RunConfig, info: BaseInfo, index: DatasetIndex, num_p
         train={"steps": steps, "batch_size": batch_size, **cadence},
         sample={
             "prompts": prompts,
-            "guidance": info.guidance if config.sample.guidance is None else config.sample.guidance,
+            "guidance": defaults.guidance if config.sample.guidance is None else config.sample.guidance,
         },
     )
 
@@ -119,12 +124,13 @@ def global_batch(config: RunConfig, num_processes: int) -> int:
     return config.train.micro_batch * config.train.accumulate * num_processes
 
 
-def _default_steps(num_images: int, batch: int) -> int:
-    return min(3000, max(100, round(80 * num_images / batch)))
+def default_prompts(index: DatasetIndex, settings: DataSection) -> list[str]:
+    """A few captions of the training images and a few of the held-out ones, spread evenly.
 
-
-def default_prompts(index: DatasetIndex) -> list[str]:
-    """A few captions of the training images and a few of the held-out ones, spread evenly."""
+    Without captions, the trigger with things that any base can draw.
+    """
+    if all(record.caption == settings.trigger for record in index.records):
+        return [caption_pipeline(settings).plain(subject) for subject in SUBJECTS]
     prompts: list[str] = []
     for records in (index.records, index.heldout):
         captions = list(dict.fromkeys(record.caption for record in records if record.caption))

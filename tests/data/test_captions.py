@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 
-from sdlora.config import DataSection
+from sdlora.config import DataSection, load_config
 from sdlora.data.captions import NUM_VARIANTS, OPERATIONS, CaptionPipeline, caption_pipeline, has_trigger
 from sdlora.data.scan import scan_dataset
 
@@ -60,6 +60,20 @@ def test_trigger_placement(caption: str, trigger: str | None, expected: str) -> 
     assert pipeline.variants(caption, seed=0, digest="aa") == (expected,)
     if trigger:
         assert has_trigger(expected, trigger)
+
+
+@pytest.mark.parametrize("position", ["start", "end"])
+def test_trigger_position(position: str) -> None:
+    """R-30: added at the start or at the end; other trainers' words for the two are understood."""
+    words = {"start": "sks, a cat", "end": "a cat, sks"}
+    other = {"start": "prefix", "end": "suffix"}
+    for name in (position, other[position]):
+        pipeline = caption_pipeline(
+            load_config(None, {"data.trigger": "sks", "data.trigger_position": name}).data
+        )
+        assert pipeline.plain("a cat") == words[position]
+        assert pipeline.plain("") == "sks"
+        assert pipeline.plain("a sks cat") == "a sks cat"
 
 
 def test_variants_are_fixed_and_keyed_by_seed_and_image() -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from sdlora.config import BaseSection
 from sdlora.errors import ConfigError, ModelError
 from sdlora.models.folder import BUILTIN
-from sdlora.models.info import BaseInfo, inspect_base
+from sdlora.models.info import BaseDefaults, BaseInfo, inspect_base
 
 CopyBase = Callable[..., Path]
 
@@ -37,7 +37,7 @@ def refusal(source: Path | str, **settings: Any) -> str:
 
 
 def test_builtin_is_read_from_its_own_files(info: BaseInfo, copy_base: CopyBase) -> None:
-    """R-40: `builtin` is an ordinary folder; nothing about it is hard-coded but its guidance."""
+    """R-40: `builtin` is an ordinary folder; nothing about it is hard-coded but its defaults."""
     same = inspect(copy_base("copy"))
     assert info.name == "builtin"
     assert info.is_builtin
@@ -49,7 +49,8 @@ def test_builtin_is_read_from_its_own_files(info: BaseInfo, copy_base: CopyBase)
         info.text_digest,
     )
     assert same.resolution == info.resolution == info.denoiser_config["sample_size"] * info.vae_factor
-    assert (info.guidance, same.guidance) == (3.0, 7.5)
+    assert same.defaults == BaseDefaults()
+    assert info.defaults != same.defaults
     assert info.text_length == 32
     assert info.traits.kohya_version == "sd_v1"
 

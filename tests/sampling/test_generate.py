@@ -179,7 +179,7 @@ def test_rows_and_columns(base: StableDiffusion, adapter: Adapter) -> None:
     settings = resolve_settings(base.info, SampleSettings())
     assert (settings.width, settings.height) == (base.info.resolution,) * 2
     assert images[0].settings == replace(settings, steps=3, width=64, height=64)
-    assert settings.guidance == base.info.guidance
+    assert settings.guidance == base.info.defaults.guidance
     assert settings.scheduler == base.info.scheduler_config["_class_name"]
 
 

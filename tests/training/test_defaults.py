@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from sdlora.config import BaseSection, load_config
+from sdlora.config import BaseSection, DataSection, load_config
 from sdlora.data.records import DatasetIndex, ImageRecord, Size
 from sdlora.errors import ConfigError
-from sdlora.models.info import inspect_base
+from sdlora.models.info import inspect_base, with_base_defaults
 from sdlora.training.preflight import check_objective, default_prompts, resolve_config, spread_records
 from tests.checks import raises
 
@@ -32,12 +32,12 @@ def make_index(count: int, heldout: int = 0, repeats: int = 1) -> DatasetIndex:
         (20, 1, {}, 1, 400),  # 80 × 20 / 4
         (20, 10, {}, 1, 400),  # whatever the repeats
         (20, 1, {"train.batch_size": 2, "train.accumulate": 2}, 2, 200),
-        (1000, 1, {}, 1, 3000),  # never over 3000
+        (1000, 1, {}, 1, 400),  # never over the base's maximum
         (20, 1, {"train.steps": 7}, 1, 7),
     ],
 )
 def test_steps(count, repeats, overrides, num_processes, steps):
-    """R-16: clamp(80 × images / global batch, 100, 3000); a tenth of them between saves."""
+    """R-16: clamp(80 × images / global batch, 100, the base's maximum); a tenth of them between saves."""
     config = resolve_config(
         load_config(None, overrides), INFO, make_index(count, repeats=repeats), num_processes
     )
@@ -51,14 +51,15 @@ def test_nothing_is_left_open():
     config = resolve_config(load_config(None, {"lora.rank": 8}), INFO, make_index(30, 5), 1)
     assert config.lora.alpha == 8
     assert config.data.resolution == INFO.resolution
-    assert config.sample.guidance == INFO.guidance
+    assert config.sample.guidance == INFO.defaults.guidance
     assert config.train.batch_size == 4
     assert len(config.sample.prompts) == 8
 
 
 def test_default_prompts():
     """A few captions of the training pictures, and a few that are not trained on."""
-    assert default_prompts(make_index(9, 2)) == [
+    data = DataSection()
+    assert default_prompts(make_index(9, 2), data) == [
         "picture 0",
         "picture 3",
         "picture 5",
@@ -66,8 +67,41 @@ def test_default_prompts():
         "picture 9",
         "picture 10",
     ]
-    assert default_prompts(make_index(2)) == ["picture 0", "picture 1"]
+    assert default_prompts(make_index(2), data) == ["picture 0", "picture 1"]
     assert [record.name for record in spread_records(make_index(5).records, 2)] == ["0.png", "4.png"]
+
+
+def test_default_prompts_without_captions():
+    """R-27, R-30: the trigger alone shows little of a style; the prompts name things that bases can draw."""
+    index = make_index(3)
+    records = tuple(replace(record, caption="inkwash", caption_source="trigger") for record in index.records)
+    data = DataSection(trigger="inkwash")
+    prompts = default_prompts(replace(index, records=records), data)
+    assert prompts[0] == "inkwash, a house"
+    assert INFO.describe_unknown_words(prompts, data.trigger) is None
+
+
+def test_defaults_of_the_base():
+    """R-33: settings that were left out follow the base; those that were given stay."""
+    own = INFO.defaults
+    config = with_base_defaults(load_config(), INFO)
+    assert config.train.learning_rate == own.learning_rate > 1e-4
+    assert tuple(config.sample.strengths) == own.strengths
+    assert config.data.trigger_position == own.trigger_position
+    given = load_config(None, {"train.learning_rate": 1e-4, "sample.strengths": [0.3]})
+    assert with_base_defaults(given, INFO).train.learning_rate == 1e-4
+    assert with_base_defaults(given, INFO).sample.strengths == [0.3]
+    other = replace(INFO, source="elsewhere")
+    assert with_base_defaults(load_config(), other).train.learning_rate == 1e-4
+
+
+def test_unknown_words_of_prompts():
+    """Words that a small base was never trained on are named, the trigger's apart."""
+    prompts = ["inkwash style, a lighthouse", "a red apple, line drawing"]
+    assert "lighthouse" in (INFO.describe_unknown_words(prompts, "inkwash style") or "")
+    assert INFO.describe_unknown_words(prompts[1:], None) is None
+    assert "inkwash" in (INFO.describe_unknown_words(prompts, None) or "")
+    assert replace(INFO, path=Path("elsewhere")).describe_unknown_words(prompts, None) is None
 
 
 def test_the_trigger_is_placed_in_prompts():
