@@ -40,7 +40,7 @@ LIBRARIES = {
     "bitsandbytes": {"models"},
 }
 # The next aim is 18,500 lines.
-MAX_MODULES, MAX_LINES = 115, 20_000
+MAX_MODULES, MAX_LINES = 115, 20_200
 WITHOUT_TORCH = {
     "errors",
     "reading",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sdlora.cli import app
 from sdlora.cli.options import Force, Guidance, ImagesOut, Prompt, Prompts, Seeds, Size, Steps, base_option
+
+if TYPE_CHECKING:
+    from sdlora.report.terminal import Terminal
+    from sdlora.sampling.session import SamplePlan
 
 
 @app.command()
@@ -70,9 +74,15 @@ def sample(
         for source, folder in zip(subjects, _folders(subjects, out), strict=True)
     ]
     for plan in plans:
-        with terminal.progress("sampling", 1) as meter:
-            grid = plan.make(meter.show)
-        typer.echo(f"grid      {grid}")
+        _draw(plan, terminal)
+
+
+def _draw(plan: SamplePlan, terminal: Terminal) -> None:
+    for note in plan.notes():
+        typer.echo(f"note: {note}", err=True)
+    with terminal.progress("sampling", 1) as meter:
+        grid = plan.make(meter.show)
+    typer.echo(f"grid      {grid}")
 
 
 def _folders(subjects: Sequence[Path | None], out: Path | None) -> list[Path | None]:

@@ -79,6 +79,28 @@ def scan_dataset(root: str | Path, settings: DataSection, seed: int = 0) -> Data
     return DatasetIndex(root, tuple(training), tuple(heldout), scan.noticed)
 
 
+def read_captions(root: str | Path, settings: DataSection) -> list[tuple[Path, str]]:
+    """All images with their captions, those of held-out folders first; no image is decoded.
+
+    Raises:
+        DataError: If a folder is missing.
+    """
+    root = Path(root).expanduser()
+    check_folder(root)
+    noticed: Noticed = defaultdict(dict)
+    files = {root: list_files(root, noticed, follow_links=settings.follow_links)}
+    inside, outside = locate_heldout(root, filter(is_image, files[root]), settings.heldout)
+    if outside:
+        files = {outside: list_files(outside, noticed, follow_links=settings.follow_links), **files}
+    pipeline, captions = caption_pipeline(settings), []
+    for folder, names in files.items():
+        images = sorted(filter(is_image, names), key=lambda name: not _is_below(name, inside))
+        found = find_captions(folder, names, images, noticed)
+        texts = (found[name].text if name in found else "" for name in images)
+        captions += [(folder / name, pipeline.plain(text)) for name, text in zip(images, texts, strict=True)]
+    return captions
+
+
 class _Scan:
     """Reads images and captions, and collects findings."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.config import BaseSection, ObjectiveSection, Quantize, RunConfig
-from sdlora.errors import ConfigError, ModelError, join_names
+from sdlora.errors import ConfigError, ModelError
 from sdlora.models.checks import (
     Family,
     check_inputs,
@@ -232,7 +232,7 @@ class BaseInfo:
         if not self.known_words or not unknown:
             return None
         return (
-            f"the base {self.name} was not trained on some words of the prompts: {join_names(unknown)}; "
+            f"the base {self.name} was not trained on some words of the prompts: {', '.join(unknown)}; "
             f"{self.path / 'words.txt'} lists those it knows"
         )
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from bisect import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, log
+from math import ceil, inf, log
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from sdlora.sampling.images import SampledImage, save_images
+from sdlora.sampling.targets import Targets
 
 PAPER, INK, SOFT, RULE, EMPTY = "#ffffff", "#1c1c1e", "#7c7c82", "#e3e3e6", "#f1f1f3"
 MAX_CELL_PX = 512
 MAX_PANELS, SCREEN = 4, 1.6
-BASE = ("", 0.0)
+BASE, TARGET = ("", 0.0), ("", inf)
+EXAMPLE_SCALE = 0.6
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -42,12 +44,15 @@ class Measures:
         )
 
 
-def make_grid(samples: Sequence[SampledImage], *, title: str = "") -> Image.Image:
+def make_grid(
+    samples: Sequence[SampledImage], *, title: str = "", targets: Targets | None = None
+) -> Image.Image:
     """Lays samples out so that columns, and rows, can be compared at a glance.
 
     Args:
         samples: From `generate`, of one adapter or several; a missing sample leaves its cell empty.
         title: One line above the grid.
+        targets: Images of the image folder, for a last column and a strip below the title.
     """
     columns = sorted(dict.fromkeys(map(_column, samples)), key=lambda column: column != BASE)
     cells = {(*_column(sample), sample.prompt, sample.seed): sample for sample in reversed(samples)}
@@ -58,14 +63,23 @@ def make_grid(samples: Sequence[SampledImage], *, title: str = "") -> Image.Imag
     height = max(sample.image.height for sample in samples)
     shrink = min(1.0, MAX_CELL_PX / max(width, height))
     measures = Measures(round(width * shrink), round(height * shrink))
+    if targets and targets.images:
+        columns.append(TARGET)
+    for prompt, image in targets.images.items() if targets else ():
+        fitted = ImageOps.contain(image, (measures.width, measures.height), Image.Resampling.LANCZOS)
+        cells[*TARGET, prompt, seeds[prompt][0]] = SampledImage(fitted, prompt, seeds[prompt][0], 1.0)
     panels = [_Panel(measures, columns, part, cells).draw() for part in _split(measures, len(columns), seeds)]
 
-    top = measures.title * 2 if title else 0
-    size = sum(panel.width for panel in panels), top + max(panel.height for panel in panels)
-    sheet, x = Image.new("RGB", size, PAPER), 0
+    width = sum(panel.width for panel in panels)
+    strip = _draw_strip(measures, targets.examples, width) if targets and targets.examples else None
+    below_title = measures.title * 2 if title else 0
+    top = below_title + (strip.height if strip else 0)
+    sheet, x = Image.new("RGB", (width, top + max(panel.height for panel in panels)), PAPER), 0
     for panel in panels:
         sheet.paste(panel, (x, top))
         x += panel.width
+    if strip:
+        sheet.paste(strip, (0, below_title))
     if title:
         text = _shorten(title, measures.title_font, sheet.width - 2 * measures.margin)
         ImageDraw.Draw(sheet).text((measures.margin, measures.margin), text, INK, measures.title_font)
@@ -73,10 +87,39 @@ def make_grid(samples: Sequence[SampledImage], *, title: str = "") -> Image.Imag
 
 
 def save_grid(
-    folder: Path, images: Sequence[SampledImage], *, base: str, adapter: str | None, title: str
+    folder: Path,
+    images: Sequence[SampledImage],
+    *,
+    base: str,
+    adapter: str | None,
+    title: str,
+    targets: Targets | None = None,
 ) -> Path:
     """Writes the images and their grid, with the names of base and adapter as metadata; returns its path."""
-    return save_images(folder, images, make_grid(images, title=title), {"base": base, "adapter": adapter})
+    grid = make_grid(images, title=title, targets=targets)
+    return save_images(folder, images, grid, {"base": base, "adapter": adapter})
+
+
+def _draw_strip(measures: Measures, examples: Sequence[Image.Image], width: int) -> Image.Image:
+    """A row of small images, as many as fit."""
+    side = round(measures.height * EXAMPLE_SCALE), round(measures.width * EXAMPLE_SCALE)
+    strip = Image.new("RGB", (width, measures.margin + side[0]), PAPER)
+    pen, top = ImageDraw.Draw(strip), measures.margin
+    lines = _wrap("from the image folder", measures.font, measures.prompts, 2)
+    pen.text((measures.margin, top - measures.text // 6), "\n".join(lines), INK, measures.font)
+    room = (width - measures.left - measures.margin + measures.gutter) // (side[1] + measures.gutter)
+    for number, example in enumerate(examples[: max(1, room)]):
+        image = ImageOps.contain(example, (side[1], side[0]), Image.Resampling.LANCZOS)
+        x = measures.left + number * (side[1] + measures.gutter)
+        pen.rectangle((x - 1, top - 1, x + image.width, top + image.height), None, RULE)
+        strip.paste(image, (x, top))
+    return strip
+
+
+def _heading(adapter: str, strength: float) -> str:
+    if (adapter, strength) == TARGET:
+        return "target"
+    return f"strength {strength:g}" if strength else "base"
 
 
 def _column(sample: SampledImage) -> tuple[str, float]:
@@ -118,7 +161,7 @@ class _Panel:
         sheet = Image.new("RGB", (width, height), PAPER)
         pen = ImageDraw.Draw(sheet)
         for number, (adapter, strength) in enumerate(self.columns):
-            lines = [adapter] * has_names + [f"strength {strength:g}" if strength else "base"]
+            lines = [adapter] * has_names + [_heading(adapter, strength)]
             lines = [_shorten(line, measures.font, measures.width) for line in lines]
             self._write(pen, lines, measures.left + number * measures.column, measures.margin)
         y = top
@@ -141,6 +184,8 @@ class _Panel:
         for number, column in enumerate(self.columns):
             x = measures.left + number * measures.column
             sample = self.cells.get((*column, prompt, seed))
+            if column == TARGET and sample is None:
+                continue
             # A hairline around each cell separates white images from the paper.
             pen.rectangle((x - 1, y - 1, x + right + 1, foot), None, RULE)
             if sample and not sample.blank:

@@ -16,7 +16,7 @@ from sdlora.errors import ConfigError
 from sdlora.formats.files import load_adapter, resolve_adapter
 from sdlora.lora.adapter import Adapter, check_base
 from sdlora.lora.attach import check_fit
-from sdlora.models.info import BaseInfo, inspect_base
+from sdlora.models.info import BaseInfo, inspect_base, with_base_defaults
 from sdlora.models.load import load_base
 from sdlora.models.safety import missing_checker
 from sdlora.models.weights import empty_components
@@ -24,6 +24,7 @@ from sdlora.runs import RunFolder
 from sdlora.sampling.generate import Column, generate, make_columns
 from sdlora.sampling.grid import save_grid
 from sdlora.sampling.images import SampleSettings, check_prompts, resolve_settings
+from sdlora.sampling.targets import Targets, find_run_targets
 from sdlora.tree.lineage import find_ancestors, path_to_stack
 from sdlora.tree.tree import AdapterTree
 from sdlora.writing import check_writable, next_free_folder
@@ -47,6 +48,7 @@ class SamplePlan:
         out: Output folder; by default `samples/NAME`.
         info: The base.
         settings: How images are made.
+        targets: Images of the run's image folder.
     """
 
     config: RunConfig
@@ -60,6 +62,7 @@ class SamplePlan:
     out: str | Path | None = None
     info: BaseInfo | None = None
     settings: SampleSettings | None = None
+    targets: Targets | None = None
 
     def checked(
         self, size: tuple[int, int] | None, out: str | Path | None, warn: Callable[[str], None] | None
@@ -75,20 +78,21 @@ class SamplePlan:
             raise ConfigError(
                 "no prompt; pass --prompt TEXT, or a run folder with prompts", key="sample.prompts"
             )
-        info = inspect_base(config.base, config.objective)
-        notes = [
+        info = self.info or inspect_base(config.base, config.objective)
+        notes: list[str | None] = [
             check_base(adapter, family=info.family, name=info.name, digest=info.digest, source=str(file))
             for file, adapter in self.adapters
         ]
         if config.sample.safety_checker and info.names_safety_checker:
             notes.append(missing_checker(info))
-        for note in notes:
-            if note and warn:
-                warn(note)
         prompts = config.sample.prompts
         if self.trigger:
             prompts = [prompt.replace("{trigger}", self.trigger) for prompt in prompts]
         check_prompts(prompts)
+        targets = find_run_targets(config, prompts) if config.images else None
+        for note in notes:
+            if note and warn:
+                warn(note)
         side = config.data.resolution or info.resolution
         settings = resolve_settings(info, SampleSettings.of(config.sample, size or (side, side)))
         if self.adapters:
@@ -97,7 +101,18 @@ class SamplePlan:
             for file, adapter in self.adapters:
                 check_fit(adapter.without(info.unread_layer), components, str(file))
         config = config.model_copy(update={"sample": config.sample.model_copy(update={"prompts": prompts})})
-        return replace(self, config=config, out=out, info=info, settings=settings)
+        return replace(self, config=config, out=out, info=info, settings=settings, targets=targets)
+
+    def notes(self) -> list[str]:
+        """Lines about words that the base does not know, and target images that are left out."""
+        assert self.info is not None
+        unknown = self.info.describe_unknown_words(self.config.sample.prompts, self.trigger)
+        lines = [unknown] if unknown else []
+        if self.adapters and self.targets is None:
+            folder = self.config.images
+            reason = f"cannot read {folder}" if folder else "only a run knows its image folder"
+            lines.append(f"no target images beside the samples: {reason}")
+        return lines
 
     def make(self, progress: Callable[[int, int], None] | None = None) -> Path:
         """Loads the base and draws the grid.
@@ -116,7 +131,14 @@ class SamplePlan:
         base = load_base(self.info, dtype=dtype, device=device)
         sample = self.config.sample
         images = generate(base, self.columns, sample.prompts, sample.seeds, self.settings, progress=progress)
-        return save_grid(folder, images, base=base.info.name, adapter=self.adapter, title=self.title)
+        return save_grid(
+            folder,
+            images,
+            base=base.info.name,
+            adapter=self.adapter,
+            title=self.title,
+            targets=self.targets,
+        )
 
 
 def choose_folder(out: str | Path | None, name: str) -> Path:
@@ -190,6 +212,8 @@ def plan_sample(
         SdloraError: If something that was asked for does not exist or does not fit.
     """
     plan = _plan_source(source, base, step, changes)
+    info = inspect_base(plan.config.base, plan.config.objective)
+    plan = replace(plan, info=info, config=with_base_defaults(plan.config, info))
     if plan.adapters:
         ((file, adapter),) = plan.adapters
         path = find_ancestors(file, adapter, force=force, warn=warn) if adapter.parent else []

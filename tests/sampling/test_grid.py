@@ -10,6 +10,7 @@ from PIL import Image
 
 from sdlora.sampling.grid import Measures, make_grid
 from sdlora.sampling.images import FLAGGED, SampledImage
+from sdlora.sampling.targets import Targets
 
 RED, GREEN, BLUE, BLANK = (200, 30, 30), (30, 160, 60), (40, 60, 200), (230, 230, 230)
 
@@ -129,3 +130,28 @@ def test_many_prompts_stand_in_panels() -> None:
     assert boxes == sorted(boxes)
     assert len({left for left, _ in boxes}) == 2
     assert boxes[0][1] == boxes[4][1]
+
+
+def test_targets_stand_in_the_last_column() -> None:
+    """R-13: the image that a prompt is the caption of, once beside its samples and in a cell's size."""
+    samples = [image(RED, prompt, seed, 0) for prompt in "ab" for seed in (0, 1)]
+    targets = Targets({"b": Image.new("RGB", (400, 300), BLUE)}, [])
+    grid = make_grid(samples, targets=targets)
+    (blue,) = cells(grid, BLUE)
+    assert (blue[2] - blue[0], blue[3] - blue[1]) == (128, 96)
+    assert _ink(grid, (blue[0], 0, blue[2], 60)) > 20  # its heading
+    mask = (np.asarray(grid) == RED).all(axis=2)
+    assert blue[0] > np.flatnonzero(mask.any(axis=0))[-1]
+    assert blue[1] > grid.height / 2
+
+
+def test_examples_stand_above_the_samples() -> None:
+    """R-13: prompts that are no captions have a strip of the image folder above them, as wide as the grid."""
+    samples = [image(RED, "a", 0, 0)]
+    examples = [Image.new("RGB", (64, 64), BLUE)] * 40
+    grid, bare = make_grid(samples, targets=Targets({}, examples)), make_grid(samples)
+    assert grid.width == bare.width
+    rows = np.flatnonzero((np.asarray(grid) == BLUE).all(axis=2).any(axis=1))
+    (red,) = cells(grid, RED)
+    assert rows[-1] < red[1]
+    assert grid.height > bare.height
