@@ -17,11 +17,11 @@ test: lint
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow
 
-# New inputs for each reader of files at every run: make fuzz SDLORA_FUZZ=100000
+# Random inputs for the readers of files, new ones at every run: make fuzz SDLORA_FUZZ=100000
 fuzz: $(INSTALLED)
 	SDLORA_FUZZ=$(or $(SDLORA_FUZZ),10000) $(PYTEST) tests/fuzz -m slow
 
-# A thousand runs are killed at random moments and gone on with; KILLS and SEED say how many and when.
+# Kills a thousand runs at random moments and resumes them; KILLS and SEED set how many and when.
 kill-test: $(INSTALLED)
 	KILLS=$(or $(KILLS),1000) SEED=$(or $(SEED),2) $(BIN)/python -m pytest -s -m slow -k killed_at_random_on_the_builtin_base tests/training/test_faults.py
 
@@ -30,16 +30,16 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The pictures and tables that the README shows, measured anew: about half an hour on two cores.
+# The figures and tables of the README, measured again: about half an hour on two cores.
 figures: $(INSTALLED)
 	$(BIN)/jupyter execute --inplace notebooks/is_it_learnt.ipynb notebooks/grow_an_adapter_tree.ipynb
 
-# The sweep over ranks, an hour on two cores; it goes on where it was stopped. Remove the table to start anew.
+# The sweep over ranks: an hour on two cores. It resumes where it stopped; remove the table to start again.
 ranks: $(INSTALLED)
 	$(BIN)/python -m sdlora.builtin.sweep_ranks datasets/openmoji --out notebooks/figures/ranks.json
 	$(BIN)/jupyter execute --inplace notebooks/how_much_rank.ipynb
 
-# What a base of few bits saves and costs, for the README's table: twelve runs.
+# What a quantized base saves and costs, for the table of the README: twelve runs.
 bits: $(INSTALLED)
 	$(BIN)/python -m sdlora.builtin.measure_bits datasets/openmoji --out notebooks/figures/bits.json
 

@@ -280,7 +280,7 @@ def test_sample_verb(sdlora, small_run, tmp_path):
     assert files_below(Path("samples/base")) == ["00.png", "grid.png"]
     code, _, errors = sdlora("sample", small_run.adapter, "--prompt", "a cat", "--steps", 2, "--seeds", 0)
     assert code == 0, errors
-    assert files_below(Path("samples/final")) == ["00.png", "01.png", "grid.png"]
+    assert files_below(Path("samples/final")) == ["00.png", "01.png", "02.png", "grid.png"]
 
 
 def test_sample_several(sdlora, small_run, tmp_path):
