@@ -1,6 +1,6 @@
 """Images for prompts, seeds and strengths, made by the stock diffusers pipeline around our denoiser.
 
-B batch, C channels, h w latent size.
+A row of a grid is (prompt, seed). B batch, C channels, h w latent size.
 """
 
 from __future__ import annotations
@@ -31,10 +31,14 @@ from sdlora.sampling.images import (
 )
 from sdlora.tree.lineage import Stack
 
+# Without a VAE, the pipeline takes a latent for 8 pixels.
+LATENT_UNIT_PX = 8
+EMPTY = "#e6e6e6"
+
 
 @contextmanager
 def preserve_state(*models: nn.Module) -> Iterator[None]:
-    """Puts models in eval mode and gives them, and all random generators, back as they were."""
+    """Puts models in eval mode; restores their modes and the states of all random generators afterwards."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     python, numpy = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
@@ -53,26 +57,14 @@ def preserve_state(*models: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-LATENT_UNIT_PX = 8
-EMPTY = "#e6e6e6"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of the grid: the same noise and prompt in every column."""
-
-    prompt: str
-    seed: int
-
-
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column of a grid; without a stack, the base.
+    """A column of a grid; without a stack, the base.
 
     Args:
-        stack: What is mounted for it: (adapter, strength), the lowest first.
-        strength: Of the adapter that is shown.
-        adapter: What to call that one, in a grid that compares several.
+        stack: Adapters to mount, with their strengths, the root first.
+        strength: Strength of the adapter that the column shows.
+        adapter: Name of that adapter, in a grid that compares several.
     """
 
     stack: Stack = ()
@@ -81,7 +73,7 @@ class Column:
 
     @property
     def changes_text(self) -> bool:
-        """Whether a text encoder says something else here than in the base."""
+        """Whether text states differ from the base's."""
         return any(adapter.changes_text and strength for adapter, strength in self.stack)
 
 
@@ -91,13 +83,13 @@ def make_columns(
     ancestors: Stack = (),
     names: tuple[str, str] = ("parent", "child"),
 ) -> list[Column]:
-    """The base, what the adapter was trained on top of if that is more, then each other strength once.
+    """The base, the ancestors if there are any, and then the adapter at each other strength once.
 
     Args:
         adapter: The adapter to show; None shows the base alone.
-        strengths: Of the adapter; its ancestors keep theirs.
-        ancestors: Mounted below it: (adapter, strength), the root first.
-        names: Of the last ancestor and of the adapter, where both are shown.
+        strengths: Strengths of the adapter; its ancestors keep theirs.
+        ancestors: Mounted below the adapter: (adapter, strength), the root first.
+        names: Names of the last ancestor and of the adapter, where both are shown.
     """
     if adapter is None:
         return [Column()]
@@ -125,16 +117,16 @@ def generate(
     train mode and all random states are as they were (R-10).
 
     Args:
-        base: The base; what is mounted on it is put aside meanwhile.
-        columns: What to mount.
-        prompts: With `{trigger}` already replaced.
+        base: The base, whose mounted adapters are put aside meanwhile.
+        columns: Adapters to mount.
+        prompts: Prompts in which `{trigger}` is already replaced.
         seeds: A seed gives the same noise with every prompt and column.
-        settings: How.
-        text: Prompt to the base's text states, from `encode_prompts`; what is missing is encoded here, and
-            all of it for each column that changes a text encoder.
+        settings: Settings of the images.
+        text: Text states of prompts from `encode_prompts`; others are encoded here, and all of them for a
+            column that changes a text encoder.
         progress: Called with (finished, total) images.
-        share: (k, n) makes every n-th batch, from the k-th on. Batches are the same whoever makes them; the
-            samples of the others are black, so that the sum of all shares is the whole.
+        share: (k, n) makes every n-th batch, from the k-th on. Batches are the same in every share; samples
+            of other shares are black, so that the sum of all shares is the whole.
 
     Returns:
         Row by row of the grid: prompt, then seed, then column.
@@ -144,7 +136,8 @@ def generate(
     """
     settings = resolve_settings(base.info, settings)
     check_prompts(prompts)
-    rows = [Row(prompt, seed) for prompt in prompts for seed in seeds]
+    rows, size = list(itertools.product(prompts, seeds)), settings.batch_size
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     samples: list[list[SampledImage]] = [[] for _ in columns]
     turns = itertools.cycle(range(share[1]))
     known = dict(text or {})
@@ -157,40 +150,26 @@ def generate(
                     states = encode_prompts(base, prompts, settings)
                 else:
                     states = known = encode_prompts(base, prompts, settings, known)
-                for batch in _batches(rows, settings.batch_size):
+                for batch in batches:
                     if next(turns) == share[0]:
                         latents = _denoise(base, pipeline, batch, states, settings)
-                        shown = _show(base, pipeline, latents, settings)
+                        shown = _decode(base, pipeline, latents, settings)
                     else:
-                        shown = _leave_out(batch, settings)
-                    made += _label(batch, *shown, column, settings)
+                        shown = [(Image.new("RGB", (settings.width, settings.height)), "")] * len(batch)
+                    made += [
+                        SampledImage(image, *row, column.strength, blank, settings, column.adapter)
+                        for row, (image, blank) in zip(batch, shown, strict=True)
+                    ]
                     if progress is not None:
                         progress(sum(map(len, samples)), len(rows) * len(columns))
     return [sample for row in zip(*samples, strict=True) for sample in row]
-
-
-def _label(
-    batch: Sequence[Row],
-    images: Sequence[Image.Image],
-    blanks: Sequence[str],
-    column: Column,
-    settings: SampleSettings,
-) -> list[SampledImage]:
-    return [
-        SampledImage(image, row.prompt, row.seed, column.strength, blank, settings, column.adapter)
-        for row, image, blank in zip(batch, images, blanks, strict=True)
-    ]
 
 
 @torch.no_grad()
 def encode_prompts(
     base: Base, prompts: Sequence[str], settings: SampleSettings, known: Mapping[str, Condition] | None = None
 ) -> dict[str, Condition]:
-    """Text states of prompts and of the negative prompt, for `generate` to use later.
-
-    Args:
-        known: States encoded before; they are part of the answer.
-    """
+    """Text states of prompts and of the negative prompt; those that are known are not encoded again."""
     states = dict(known or {})
     for prompt in (*prompts, settings.negative_prompt):
         if prompt not in states:
@@ -198,33 +177,32 @@ def encode_prompts(
     return states
 
 
-def _batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-
-
 def _denoise(
-    base: Base, pipeline: Any, batch: Sequence[Row], states: Mapping[str, Condition], settings: SampleSettings
+    base: Base,
+    pipeline: Any,
+    batch: Sequence[tuple[str, int]],
+    states: Mapping[str, Condition],
+    settings: SampleSettings,
 ) -> Tensor:
     """Latents (B, C, h, w) of one batch."""
     assert settings.guidance is not None
-    info, device, dtype = base.info, base.device, base.dtype
-    width, height = settings.width // info.vae_factor, settings.height // info.vae_factor
-    generators = [torch.Generator().manual_seed(row.seed) for row in batch]
+    info, size = base.info, (settings.height, settings.width)
+    height, width = (side // info.vae_factor for side in size)
+    generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
     shape = (1, info.latent_channels, height, width)
-    noise = torch.cat([torch.randn(shape, generator=generator, dtype=dtype) for generator in generators])
-    texts = {"prompt_embeds": [states[row.prompt] for row in batch]}
+    noise = torch.cat([torch.randn(shape, generator=generator, dtype=base.dtype) for generator in generators])
+    arguments = _text_arguments(base, [states[prompt] for prompt, _ in batch])
     if settings.guidance > 1:
-        texts["negative_prompt_embeds"] = [states[settings.negative_prompt]] * len(batch)
+        negative = [states[settings.negative_prompt]] * len(batch)
+        arguments |= _text_arguments(base, negative, "negative_")
+    if info.has_time_ids:
+        arguments |= {"original_size": size, "target_size": size}
     # A few schedulers draw from the ambient generator.
-    torch.manual_seed(batch[0].seed)
-    # Without a VAE the pipeline counts 8 pixels for each latent; SDXL's must be told the true size.
-    size = (settings.height, settings.width)
+    torch.manual_seed(batch[0][1])
     with quiet():
         latents: Tensor = pipeline(
-            **_text_arguments(texts, device, dtype),
-            **({"original_size": size, "target_size": size} if info.has_time_ids else {}),
-            latents=noise.to(device),
+            **arguments,
+            latents=noise.to(base.device),
             generator=generators,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
@@ -236,38 +214,23 @@ def _denoise(
     return latents
 
 
-def _text_arguments(
-    texts: Mapping[str, Sequence[Condition]], device: torch.device, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Text states as the pipeline's arguments; those of SDXL come in pairs."""
-    arguments = {}
-    for name, conditions in texts.items():
-        condition = Condition.stack(conditions).to(device, dtype)
-        arguments[name] = condition.hidden
-        if condition.pooled is not None:
-            arguments[name.replace("prompt", "pooled_prompt")] = condition.pooled
-    return arguments
+def _text_arguments(base: Base, conditions: Sequence[Condition], prefix: str = "") -> dict[str, Any]:
+    """Text states as the pipeline's arguments; SDXL also takes the pooled ones."""
+    condition = Condition.stack(conditions).to(base.device, base.dtype)
+    pooled = {} if condition.pooled is None else {f"{prefix}pooled_prompt_embeds": condition.pooled}
+    return {f"{prefix}prompt_embeds": condition.hidden, **pooled}
 
 
-def _leave_out(batch: Sequence[Row], settings: SampleSettings) -> tuple[list[Image.Image], list[str]]:
-    """Black in place of what another process makes."""
-    return [Image.new("RGB", (settings.width, settings.height)) for _ in batch], [""] * len(batch)
-
-
-def _show(
+def _decode(
     base: Base, pipeline: Any, latents: Tensor, settings: SampleSettings
-) -> tuple[list[Image.Image], list[str]]:
-    """Images, and why some of them are blank."""
+) -> list[tuple[Image.Image, str]]:
+    """Images, each with the reason if it is left blank."""
     pixels = base.decode_latents(latents)
     images = pipeline.image_processor.postprocess(pixels.nan_to_num(), output_type="pil")
-    withhold = base.safety_checker if settings.safety_checker else None
-    withheld = withhold(images) if withhold is not None else [False] * len(images)
-    blanks = [
-        FLAGGED if hidden else "" if bool(own.isfinite().all()) else NOT_FINITE
-        for own, hidden in zip(pixels, withheld, strict=True)
-    ]
-    shown = [
-        Image.new("RGB", image.size, EMPTY) if blank else image
-        for image, blank in zip(images, blanks, strict=True)
-    ]
-    return shown, blanks
+    check = base.safety_checker if settings.safety_checker else None
+    flags = check(images) if check is not None else [False] * len(images)
+    shown = []
+    for image, own, is_flagged in zip(images, pixels, flags, strict=True):
+        blank = FLAGGED if is_flagged else "" if bool(own.isfinite().all()) else NOT_FINITE
+        shown.append((Image.new("RGB", image.size, EMPTY) if blank else image, blank))
+    return shown

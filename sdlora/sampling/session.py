@@ -1,4 +1,4 @@
-"""Sampling a run, a LoRA file, the nodes of a tree or the base: everything is checked, then drawn."""
+"""Grids of a run, a LoRA file, nodes of a tree or the base: everything is checked first, then drawn."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ TRIGGER = "modelspec.trigger_phrase"
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """A grid that can be drawn: everything that was asked for exists and fits.
+    """A grid to draw; `checked` fills in the last four fields.
 
     Args:
         config: Base, prompts, seeds.
-        columns: What to draw.
-        adapters: All adapters that are mounted for a column, each with its file.
+        columns: Columns of the grid.
+        adapters: All adapters that are mounted in a column, each with its file.
         name: Name of the output folder.
         title: Title of the grid.
         trigger: Replaces `{trigger}` in prompts.
         adapter: Name of the adapter in the metadata of the images.
-        dtype: Dtype of the base; by default what suits the device.
+        dtype: Dtype of the base; by default that which suits the device.
         out: Output folder; by default `samples/NAME`.
         info: The base.
-        settings: How images are made.
+        settings: Settings of the images.
         targets: Images of the run's image folder.
     """
 
@@ -67,27 +67,20 @@ class SamplePlan:
     def checked(
         self, size: tuple[int, int] | None, out: str | Path | None, warn: Callable[[str], None] | None
     ) -> SamplePlan:
-        """The plan with the base and its settings, once all is checked that can be without loading weights.
-
-        Raises:
-            SdloraError: If something does not exist or does not fit.
-        """
+        """Checks everything that can be checked before weights are loaded, and resolves the settings."""
         choose_folder(out, self.name)
         config = self.config
         if not config.sample.prompts:
-            raise ConfigError(
-                "no prompt; pass --prompt TEXT, or a run folder with prompts", key="sample.prompts"
-            )
+            raise ConfigError("sample.prompts is empty; pass --prompt TEXT, or a run folder with prompts")
         info = self.info or inspect_base(config.base, config.objective)
-        notes: list[str | None] = [
+        notes = [
             check_base(adapter, family=info.family, name=info.name, digest=info.digest, source=str(file))
             for file, adapter in self.adapters
         ]
         if config.sample.safety_checker and info.names_safety_checker:
             notes.append(missing_checker(info))
-        prompts = config.sample.prompts
-        if self.trigger:
-            prompts = [prompt.replace("{trigger}", self.trigger) for prompt in prompts]
+        trigger = self.trigger or "{trigger}"
+        prompts = [prompt.replace("{trigger}", trigger) for prompt in config.sample.prompts]
         check_prompts(prompts)
         targets = find_run_targets(config, prompts) if config.images else None
         for note in notes:
@@ -115,14 +108,7 @@ class SamplePlan:
         return lines
 
     def make(self, progress: Callable[[int, int], None] | None = None) -> Path:
-        """Loads the base and draws the grid.
-
-        Args:
-            progress: Called with (finished, total) images.
-
-        Returns:
-            Path of the grid.
-        """
+        """Loads the base, draws the grid and returns its path; `progress` gets (finished, total) images."""
         assert self.info is not None
         assert self.settings is not None
         folder, device = choose_folder(self.out, self.name), choose_device()
@@ -157,7 +143,7 @@ def choose_folder(out: str | Path | None, name: str) -> Path:
 
 
 def choose_device() -> torch.device:
-    """The accelerator that torch finds, else the CPU."""
+    """The accelerator of this machine, or the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
 
@@ -173,14 +159,14 @@ def sample(
     Args:
         source: A run folder or a LoRA file; None for the base.
         progress: Called with (finished, total) images.
-        options: Those of `plan_sample`: base, step, out, size, force, warn, and keys of the section `sample`,
-            such as prompts, seeds, strengths, steps, guidance.
+        options: Arguments of `plan_sample` (base, step, out, size, force, warn) and keys of the section
+            `sample`, such as prompts, seeds, strengths, steps, guidance.
 
     Returns:
         Path of the grid.
 
     Raises:
-        SdloraError: If something that was asked for does not exist or does not fit.
+        SdloraError: If something does not exist or does not fit.
     """
     return plan_sample(source, **options).make(progress)
 
@@ -200,16 +186,16 @@ def plan_sample(
 
     Args:
         source: As for `sample`.
-        base: The base; by default the run's, or the one named in the file.
-        step: Step at which the run saved the adapter; by default the final one.
+        base: The base; by default the run's, or the one that the file names.
+        step: Step of the saved adapter; by default the final one.
         out: Output folder; by default `samples/NAME`.
-        size: Width and height in pixels; by default those of training.
+        size: Width and height in pixels; by default those of the training.
         force: Accepts changed ancestors of a child, and ignores missing ones.
-        warn: Called with lines such as that the base is another one of the same family.
+        warn: Called with a line if the adapter may not fit, such as to another base of the same family.
         changes: Keys of the section `sample`.
 
     Raises:
-        SdloraError: If something that was asked for does not exist or does not fit.
+        SdloraError: If something does not exist or does not fit.
     """
     plan = _plan_source(source, base, step, changes)
     info = inspect_base(plan.config.base, plan.config.objective)
@@ -240,10 +226,7 @@ def _plan_source(
         name, dtype = found.run.name, DTYPES[found.run.base_dtype]
         title = name if step is None else f"{name}, step {step}"
     else:
-        chosen = chosen or {"source": base_of(file, adapter.notes)}
-        config = load_config().replace(
-            base=chosen, sample=changes, data={"resolution": noted_resolution(adapter.notes)}
-        )
+        config = _file_config(file, adapter.notes, base, changes)
         name, title, dtype = file.stem, file.name, None
     trigger = config.data.trigger or adapter.notes.get(TRIGGER)
     return SamplePlan(config, [], [(file, adapter)], name, title, trigger, name, dtype)
@@ -266,12 +249,12 @@ def plan_tree(
     Args:
         tree: The tree.
         names: Nodes to draw; by default all.
-        strengths: Strengths by node name that replace those of training.
+        strengths: Strengths by node name that replace those of the training.
         base: The base; by default the one that the first node names.
         out: As for `plan_sample`, like all that follow.
 
     Raises:
-        SdloraError: If a node is on a changed parent, or something does not exist or does not fit.
+        SdloraError: If a node has a changed parent, or something does not exist or does not fit.
     """
     names = list(names or tree.nodes)
     nodes = [tree.node(name) for name in names]
@@ -281,31 +264,31 @@ def plan_tree(
     for error in dict.fromkeys(str(error) for name in names for error in tree.path_errors(name)):
         if warn:
             warn(error)
-    notes = nodes[0].notes
-    source = base or base_of(nodes[0].file, notes)
-    config = load_config(None, {"base.source": source}).replace(
-        sample=changes, data={"resolution": noted_resolution(notes)}
-    )
+    config = _file_config(nodes[0].file, nodes[0].notes, base, changes)
     adapters = [(node.file, tree.load(node.name)) for node in nodes]
     trigger = next((node.notes[TRIGGER] for node in nodes if TRIGGER in node.notes), None)
     name, title = tree.folder.resolve().name, tree.folder.name
     return SamplePlan(config, columns, adapters, name, title, trigger).checked(size, out, warn)
 
 
+def _file_config(
+    file: Path, notes: Mapping[str, str], base: str | Path | None, changes: Mapping[str, Any]
+) -> RunConfig:
+    """Settings for a LoRA file: its base and the resolution of its training, from the metadata."""
+    side = notes.get("sdlora.resolution", "")
+    data = {"resolution": int(side)} if re.fullmatch("[0-9]{2,4}", side) else {}
+    source = base_of(file, notes) if base is None else base
+    return load_config().replace(base={"source": source}, sample=changes, data=data)
+
+
 def base_of(file: Path, notes: Mapping[str, str]) -> str:
     """The base named in a file's metadata, if the name is enough to find it.
 
     Raises:
-        ConfigError: If there is no name, or only that of a folder on the machine of the training.
+        ConfigError: If the file names none, or only a folder of the machine that trained it.
     """
     name = notes.get("sdlora.base_name")
     if name == "builtin" or (name and name.count("/") == 1):
         return name
-    trained_on = f" ({file} was trained on {name})" if name else f" ({file} does not name one)"
-    raise ConfigError(f"a LoRA file needs its base{trained_on}; pass --base", key="option--base")
-
-
-def noted_resolution(notes: Mapping[str, str]) -> int | None:
-    """Side of the training images in pixels, if the metadata has it."""
-    side = notes.get("sdlora.resolution", "")
-    return int(side) if re.fullmatch("[0-9]{2,4}", side) else None
+    known = f"was trained on {name}" if name else "does not name its base"
+    raise ConfigError(f"--base is missing: {file} {known}; pass --base", key="option--base")
