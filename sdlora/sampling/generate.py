@@ -122,11 +122,10 @@ def generate(
         prompts: Prompts in which `{trigger}` is already replaced.
         seeds: A seed gives the same noise with every prompt and column.
         settings: Settings of the images.
-        text: Text states of prompts from `encode_prompts`; others are encoded here, and all of them for a
-            column that changes a text encoder.
+        text: Text states from `encode_prompts`, for the columns that do not change a text encoder.
         progress: Called with (finished, total) images.
-        share: (k, n) makes every n-th batch, from the k-th on. Batches are the same in every share; samples
-            of other shares are black, so that the sum of all shares is the whole.
+        share: (k, n) makes every n-th batch, from the k-th on; samples of other batches are black, so that
+            the sum of all shares is the whole.
 
     Returns:
         Row by row of the grid: prompt, then seed, then column.
@@ -140,8 +139,7 @@ def generate(
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     samples: list[list[SampledImage]] = [[] for _ in columns]
     turns = itertools.cycle(range(share[1]))
-    known = dict(text or {})
-    parts = base.components
+    known, parts = dict(text or {}), base.components
     with preserve_state(*parts.values()), torch.autocast(base.device.type, enabled=False):
         pipeline = base.make_pipeline(make_scheduler(base.info, settings.scheduler))
         for column, made in zip(columns, samples, strict=True):
@@ -152,8 +150,7 @@ def generate(
                     states = known = encode_prompts(base, prompts, settings, known)
                 for batch in batches:
                     if next(turns) == share[0]:
-                        latents = _denoise(base, pipeline, batch, states, settings)
-                        shown = _decode(base, pipeline, latents, settings)
+                        shown = _draw(base, pipeline, batch, states, settings)
                     else:
                         shown = [(Image.new("RGB", (settings.width, settings.height)), "")] * len(batch)
                     made += [
@@ -221,11 +218,15 @@ def _text_arguments(base: Base, conditions: Sequence[Condition], prefix: str = "
     return {f"{prefix}prompt_embeds": condition.hidden, **pooled}
 
 
-def _decode(
-    base: Base, pipeline: Any, latents: Tensor, settings: SampleSettings
+def _draw(
+    base: Base,
+    pipeline: Any,
+    batch: Sequence[tuple[str, int]],
+    states: Mapping[str, Condition],
+    settings: SampleSettings,
 ) -> list[tuple[Image.Image, str]]:
-    """Images, each with the reason if it is left blank."""
-    pixels = base.decode_latents(latents)
+    """Images of one batch, each with the reason if it is left blank."""
+    pixels = base.decode_latents(_denoise(base, pipeline, batch, states, settings))
     images = pipeline.image_processor.postprocess(pixels.nan_to_num(), output_type="pil")
     check = base.safety_checker if settings.safety_checker else None
     flags = check(images) if check is not None else [False] * len(images)

@@ -1,4 +1,4 @@
-"""The ancestors of an adapter: their names and digests in its metadata, and their files on the disk."""
+"""The ancestors of an adapter: names and digests in its metadata, and their files on the disk."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ PARENT, LINEAGE, HASH = "sdlora.parent", "sdlora.lineage", "sshs_model_hash"
 
 @dataclass(frozen=True, slots=True)
 class Ancestor:
-    """An adapter that another one was trained on top of, with its name and strength in that training.
+    """An adapter under another one, with its name and strength in the training of that.
 
-    `digest` is the SHA-256 of the tensors of its diffusers file.
+    `digest` is the SHA-256 of the tensors in its diffusers file.
     """
 
     name: str
@@ -43,7 +43,7 @@ def short_digest(digest: str) -> str:
 
 
 def digest_adapter(adapter: Adapter) -> str:
-    """SHA-256 of the tensors of the adapter's diffusers file: the file's own `sshs_model_hash`.
+    """SHA-256 of the tensors in the adapter's diffusers file, which is the `sshs_model_hash` of that file.
 
     The adapter must be in the dtype of its file (`load_adapter(path, dtype=None)`).
     """
@@ -51,12 +51,12 @@ def digest_adapter(adapter: Adapter) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """The computed digest of a LoRA file, which is the same for every dialect of one adapter."""
+    """Computes the digest of a LoRA file; it is the same for every dialect of an adapter."""
     return digest_adapter(load_adapter(path, dtype=None))
 
 
 def recorded_digest(path: Path) -> str | None:
-    """The digest in the header of a diffusers file; None if the tensors must be read to know it."""
+    """The digest in the header of a diffusers file; None if it must be computed from the tensors."""
     header = read_lora_header(path)
     return None if any(map(is_kohya_key, header.shapes)) else header.metadata.get(HASH)
 
@@ -65,7 +65,7 @@ def read_lineage(notes: Mapping[str, str]) -> tuple[Ancestor, ...]:
     """The ancestors in a file's metadata, the root first.
 
     Raises:
-        AdapterError: If the metadata is damaged; completes "FILE ...".
+        AdapterError: If the metadata is damaged; the message follows the name of the file.
     """
     parent = notes.get(PARENT)
     if not parent:
@@ -103,13 +103,13 @@ def child_lineage(name: str, parent: Adapter, strength: float = 1.0) -> tuple[An
 
 
 def parent_error(child: str, expected: Ancestor, found: str, digest: str | None) -> AdapterError | None:
-    """Compares a child's parent with the one that its file names.
+    """Compares the parent of a child with that in its metadata.
 
     Args:
-        child: Its name.
+        child: Name of the child.
         expected: The parent in the child's metadata.
-        found: The name of the parent that was found, or the place that was searched.
-        digest: Of the parent that was found; None without one.
+        found: Name of the parent that was found, or the place that was searched.
+        digest: Digest of the parent that was found, or None.
     """
     if digest == expected.digest:
         return None
@@ -148,14 +148,11 @@ def path_to_stack(path: Sequence[PathEntry]) -> Stack:
 def load_path(
     source: str | Path, *, force: bool = False, warn: Callable[[str], None] | None = None
 ) -> list[PathEntry]:
-    """Loads an adapter and its ancestors, the root first: the path that a child of it is trained on.
+    """Loads an adapter with its ancestors, the root first: the path under a child of it.
 
     Args:
-        source: A LoRA file, a run folder, or a node: a file without its ending.
-        force: As for `find_ancestors`, as `warn`.
-
-    Raises:
-        AdapterError: If there is no such file, or an ancestor is missing or changed.
+        source: A LoRA file, a run folder, or a node (a file without its ending).
+        force: As for `find_ancestors`, like `warn`.
     """
     file = resolve_adapter(source).file
     own = _load_entry(file, adapter_name(file))
@@ -169,7 +166,7 @@ def _load_entry(file: Path, name: str, strength: float = 1.0) -> PathEntry:
 
 
 def adapter_name(file: Path) -> str:
-    """The name of an adapter: its run's (`ink`, or `ink/rank-4`), or the file's without the ending."""
+    """The name of the adapter's run (`ink`, or `ink/rank-4`), or of the file without the ending."""
     run, own = _run_of(file), file.name.removesuffix(KOHYA_ENDING).removesuffix(ENDING)
     return own if run is None else run.name if own == "final" else f"{run.name}/{own}"
 
@@ -177,20 +174,19 @@ def adapter_name(file: Path) -> str:
 def find_ancestors(
     file: Path, adapter: Adapter, *, force: bool = False, warn: Callable[[str], None] | None = None
 ) -> list[PathEntry]:
-    """Finds and loads the adapters that another one was trained on top of, the root first.
+    """Finds and loads the ancestors of an adapter, the root first.
 
-    They are searched at the path in the settings of the file's run, beside the file, in neighbouring folders,
-    and around up to three folders above; each next ancestor also around the one before.
+    The search starts at the path in the settings of the file's run, and continues beside the file and around
+    the three folders above it; that for further ancestors also around the ones already found.
 
     Args:
-        file: The adapter's file.
-        adapter: Its content.
-        force: Takes a file of the right name with other tensors, and continues without a missing one.
+        file: The file of the adapter.
+        adapter: The adapter, loaded.
+        force: Accepts a file of the right name with other tensors, and continues without a missing one.
         warn: Called with a line for each of these.
 
     Raises:
-        AdapterError: If an ancestor is missing or changed, or an adapter of the path is of a kind that cannot
-            be added to others.
+        AdapterError: If an ancestor is missing or changed, or a kind of the path cannot be added to others.
     """
     lineage = read_lineage(adapter.notes)
     if not lineage:
@@ -228,7 +224,7 @@ def _find(ancestor: Ancestor, places: Sequence[Path]) -> Path | None:
             if recorded == ancestor.digest:
                 return place
             unknown += [place] if recorded is None else []
-    # These must be read whole, which takes time where there are many.
+    # These must be read in full, which takes time where there are many.
     for place in unknown:
         with suppress(AdapterError):
             if digest_file(place) == ancestor.digest:
@@ -237,13 +233,13 @@ def _find(ancestor: Ancestor, places: Sequence[Path]) -> Path | None:
 
 
 def _run_of(file: Path) -> RunFolder | None:
-    """The run that a file is an adapter of."""
+    """The run of an adapter file."""
     run = RunFolder(file.absolute().parent.parent)
     return run if file.absolute().parent == run.adapters and run.exists else None
 
 
 def _places(file: Path) -> Iterator[Path]:
-    """Files that may be the parent of a file, the likeliest first."""
+    """Files that may be the parent of a file, the most likely first."""
     if run := _run_of(file):
         with suppress(RunError, ConfigError):
             if parent := run.read_config().lora.parent:

@@ -15,14 +15,14 @@ from sdlora.tree.lineage import Ancestor, digest_file, parent_error, read_lineag
 
 @dataclass(frozen=True)
 class Node:
-    """One file of a tree.
+    """A file of a tree.
 
     Args:
-        name: Its path in the folder, without the ending.
-        digest: Of its tensors, as recorded in its header.
-        lineage: The ancestors that it was trained on, the root first.
-        rank: The largest of its modules.
-        notes: The file's metadata.
+        name: Path of the file in the folder, without the ending.
+        digest: SHA-256 of the tensors, as recorded in the header.
+        lineage: The ancestors that the adapter was trained on, the root first.
+        rank: The largest rank of a module.
+        notes: The metadata of the file.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Node:
 
     @property
     def heldout_loss(self) -> float | None:
-        """The loss when it was saved, on top of its ancestors."""
+        """The loss at the time of saving, on top of the ancestors."""
         try:
             return float(self.notes["sdlora.heldout_loss"])
         except (KeyError, ValueError):
@@ -58,25 +58,31 @@ def read_node(name: str, file: Path) -> Node:
 
 
 def find_files(root: Path) -> dict[str, Path]:
-    """Files by node name: a run's final adapter, and of two dialects the diffusers file."""
+    """Files by node name: the final adapter of a run, and the diffusers file where there are two dialects."""
     files: dict[str, Path] = {}
     runs = _runs(root)
     for folder in sorted(runs):
         with suppress(RunError):
-            files[node_name(root, folder)] = RunFolder(folder).adapter
-    found = sorted(file for file in root.rglob(f"*{ENDING}") if not runs & set(file.parents))
-    found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)]
+            files[_node_name(root, folder)] = RunFolder(folder).adapter
+    found = [
+        file
+        for file in sorted(root.rglob(f"*{ENDING}"))
+        if not runs & set(file.parents)
+        and not any(part.startswith(".") for part in file.relative_to(root).parts)
+    ]
     for file in sorted(found, key=lambda file: file.name.endswith(KOHYA_ENDING)):
-        files.setdefault(node_name(root, file), file)
+        files.setdefault(_node_name(root, file), file)
     return files
 
 
 def find_saved_adapters(root: Path) -> dict[str, Path]:
-    """What runs have saved beside their final adapters, by node name: earlier steps, smaller ranks."""
-    found = (
-        file for run in sorted(_runs(root)) for file in sorted(RunFolder(run).adapters.glob(f"*{ENDING}"))
-    )
-    return {node_name(root, file): file for file in found if not file.name.endswith(KOHYA_ENDING)}
+    """Other adapters of runs by node name: earlier steps, smaller ranks."""
+    return {
+        _node_name(root, file): file
+        for run in sorted(_runs(root))
+        for file in sorted(RunFolder(run).adapters.glob(f"*{ENDING}"))
+        if not file.name.endswith(KOHYA_ENDING)
+    }
 
 
 def _runs(root: Path) -> set[Path]:
@@ -84,28 +90,31 @@ def _runs(root: Path) -> set[Path]:
     return {run.path for run in found if run.adapters.is_dir() or run.checkpoints.is_dir()}
 
 
-def node_name(root: Path, file: Path) -> str:
-    """The path in the folder, without the ending."""
+def _node_name(root: Path, file: Path) -> str:
     name = file.relative_to(root).as_posix()
     return name.removesuffix(KOHYA_ENDING).removesuffix(ENDING) if name != "." else root.absolute().name
 
 
-@dataclass(frozen=True)
-class ParentLinks:
-    """The attributes of a tree; `problems` are odd but harmless, one line each."""
+def link_parents(
+    nodes: Mapping[str, Node], place: str
+) -> tuple[dict[str, str], dict[str, AdapterError], list[str]]:
+    """Finds the parent of each node by its tensors, else by its name.
 
-    parents: dict[str, str] = field(default_factory=dict)
-    errors: dict[str, AdapterError] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    Args:
+        nodes: Nodes by name.
+        place: Their folder, for messages.
 
-
-def link_parents(nodes: Mapping[str, Node], place: str) -> ParentLinks:
-    """Finds each node's parent by its tensors, else by its name; `place` is their folder, for messages."""
-    links = ParentLinks()
+    Returns:
+        Node to parent, or to the nearest ancestor that was found; node to the reason why it must not be used;
+        and a line for each node that is a copy of another.
+    """
+    parents: dict[str, str] = {}
+    errors: dict[str, AdapterError] = {}
+    problems: list[str] = []
     by_digest: dict[str, str] = {}
     for name, node in nodes.items():
         if (first := by_digest.setdefault(node.digest, name)) != name:
-            links.problems.append(f"{name} holds the same tensors as {first}; keep one of them")
+            problems.append(f"{name} has the same tensors as {first}; keep one of them")
     for name, node in nodes.items():
         if not node.lineage:
             continue
@@ -113,16 +122,26 @@ def link_parents(nodes: Mapping[str, Node], place: str) -> ParentLinks:
         parent = found[-1]
         digest = nodes[parent].digest if parent else None
         if error := parent_error(name, node.lineage[-1], parent or f"in {place}", digest):
-            links.errors[name] = error
-        # The path skips ancestors that are missing.
+            errors[name] = error
         if nearest := next(filter(None, reversed(found)), None):
-            links.parents[name] = nearest
+            parents[name] = nearest
     for name in nodes:
-        _break_cycle(name, links)
-    for name in nodes:
-        if error := _lineage_error(name, nodes, links):
-            links.errors[name] = error
-    return links
+        if cycle := _cycle(name, parents):
+            path = " < ".join(cycle)
+            errors[name] = AdapterError(f"{name} is its own ancestor ({path})", key="tree.cycle")
+            parents.pop(name)
+    for name, node in nodes.items():
+        *above, _ = path_names = path_to(name, parents)
+        digests = [nodes[step].digest for step in above]
+        if errors.keys() & set(path_names) or digests == [one.digest for one in node.lineage]:
+            continue
+        expected, present = " > ".join(map(str, node.lineage)), " > ".join(above)
+        errors[name] = AdapterError(
+            f"{name} was trained on {expected}, but its ancestors here are {present}; use --force to take "
+            "these",
+            key="tree.lineage-changed",
+        )
+    return parents, errors, problems
 
 
 def path_to(name: str, parents: Mapping[str, str]) -> list[str]:
@@ -139,27 +158,9 @@ def _namesake(ancestor: Ancestor, child: str, nodes: Mapping[str, Node]) -> str 
     return next((name for name in same if name != child), None)
 
 
-def _break_cycle(name: str, links: ParentLinks) -> None:
-    """Refuses a node that is its own ancestor, which only edited metadata makes possible."""
+def _cycle(name: str, parents: Mapping[str, str]) -> list[str]:
+    """The way from a node to itself, which only edited metadata makes possible; else empty."""
     above = [name]
-    while (parent := links.parents.get(above[-1])) is not None and parent not in above:
+    while (parent := parents.get(above[-1])) is not None and parent not in above:
         above.append(parent)
-    if parent == name:
-        path = " < ".join([*above, name])
-        links.errors[name] = AdapterError(f"{name} is its own ancestor ({path})", key="tree.cycle")
-        links.parents.pop(name)
-
-
-def _lineage_error(name: str, nodes: Mapping[str, Node], links: ParentLinks) -> AdapterError | None:
-    """Refuses a node whose parent is right but has other ancestors than in the node's training."""
-    *above, _ = path = path_to(name, links.parents)
-    if any(step in links.errors for step in path):
-        return None
-    lineage = nodes[name].lineage
-    if [ancestor.digest for ancestor in lineage] == [nodes[step].digest for step in above]:
-        return None
-    expected, found = " > ".join(map(str, lineage)), " > ".join(above)
-    return AdapterError(
-        f"{name} was trained on {expected}, but its ancestors here are {found}; --force takes these",
-        key="tree.lineage-changed",
-    )
+    return [*above, name] if parent == name else []

@@ -1,16 +1,16 @@
 """A folder of LoRA files as a tree: each node was trained on the base plus the sum of its ancestors.
 
-There is no database. A node's name is its path in the folder without the ending; its parent is the file with
-the tensors that it was trained on, whatever its place and name.
+The name of a node is its path in the folder without the ending; its parent is the file with the tensors that
+it was trained on, wherever that file lies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -36,8 +36,7 @@ from sdlora.tree.lineage import (
 from sdlora.tree.nodes import Node, find_files, find_saved_adapters, link_parents, path_to, read_node
 
 
-@dataclass(frozen=True)
-class SwitchPlan:
+class SwitchPlan(NamedTuple):
     """The way from one node to another: up to their lowest common ancestor, and down."""
 
     pop: tuple[str, ...]
@@ -47,17 +46,20 @@ class SwitchPlan:
 
 
 class AdapterTree:
-    """Nodes and their parents; `problems` are files that cannot be nodes, one line each."""
+    """Nodes and their parents.
+
+    Attributes:
+        nodes: Nodes by name.
+        parents: Node to parent, or to the nearest ancestor that was found, even if it is not the right one.
+        errors: Node to the reason why it must not be used.
+        problems: Files that cannot be nodes, and copies, one line each.
+    """
 
     def __init__(self, folder: Path, nodes: Mapping[str, Node], problems: Sequence[str] = ()) -> None:
         self.folder = folder
         self.nodes = dict(sorted(nodes.items()))
-        links = link_parents(self.nodes, str(folder))
-        self.problems = [*problems, *links.problems]
-        self.parents = links.parents
-        """Node to parent, or to the nearest ancestor that was found, whether or not it is the right one."""
-        self.errors = links.errors
-        """Node to the reason why it must not be used."""
+        self.parents, self.errors, copies = link_parents(self.nodes, str(folder))
+        self.problems = [*problems, *copies]
         self._loaded: dict[tuple[str, str], Adapter] = {}
 
     def __repr__(self) -> str:
@@ -67,15 +69,15 @@ class AdapterTree:
     def from_folder(cls, folder: str | Path) -> AdapterTree:
         """Reads the headers of all LoRA files in a folder and its subfolders.
 
-        A run folder is one node, its final adapter; another adapter of a run is a node if it is a parent.
+        The node of a run folder is its final adapter; another adapter of a run is a node if it is a parent.
         Files that are not LoRAs are problems, not errors.
 
         Raises:
-            AdapterError: If there is no such folder, or no LoRA file in it.
+            AdapterError: If the folder does not exist, or has no LoRA file.
         """
         root = Path(folder)
         if not root.is_dir():
-            raise AdapterError(f"{folder} is not a folder; give one with LoRA files", key="tree.no-folder")
+            raise AdapterError(f"{folder} is not a folder; use one with LoRA files", key="tree.no-folder")
         nodes: dict[str, Node] = {}
         problems: list[str] = []
         for name, file in find_files(root).items():
@@ -91,7 +93,7 @@ class AdapterTree:
                     nodes[name] = read_node(name, file)
                     wanted.remove(nodes[name].digest)
         if not nodes:
-            lines = [f"{folder} holds no LoRA file; give another folder", *problems]
+            lines = [f"{folder} contains no LoRA file; use another folder", *problems]
             raise AdapterError("\n".join(lines), key="tree.empty")
         return cls(root, nodes, problems)
 
@@ -101,43 +103,33 @@ class AdapterTree:
             raise AdapterError(message, key="tree.no-node")
         return self.nodes[name]
 
-    def parent(self, name: str) -> Node | None:
-        """The node that one was trained on; None for a root."""
-        parent = self.parents.get(self.node(name).name)
-        return self.nodes[parent] if parent else None
-
     def children(self, name: str | None) -> list[Node]:
-        """The nodes right below one; None gives the roots."""
+        """The nodes that were trained on one; the roots for None."""
         return [node for node in self.nodes.values() if self.parents.get(node.name) == name]
 
     def path(self, name: str, *, force: bool = False) -> list[Node]:
         """A node and its ancestors, the root first.
 
         Raises:
-            AdapterError: If a parent on the path is changed or missing; `force` takes and skips these.
+            AdapterError: If a parent on the path is changed or missing; `force` takes or skips it.
         """
         if not force and (errors := self.path_errors(name)):
             raise errors[0]
         return [self.nodes[step] for step in path_to(name, self.parents)]
 
     def path_errors(self, name: str) -> list[AdapterError]:
-        """The reasons why a node must not be used, of all nodes of its path; `force` ignores them."""
+        """The errors of all nodes of a path, which `force` ignores."""
         path = path_to(self.node(name).name, self.parents)
         return [self.errors[step] for step in path if step in self.errors]
 
-    def common_ancestor(self, first: str, second: str) -> Node | None:
-        """The lowest node of both paths, which may be one of the two; None if they share the base alone."""
-        shared = [a for a, b in zip(self.path(first), self.path(second), strict=False) if a is b]
-        return shared[-1] if shared else None
-
     def switch_plan(self, start: str | None, end: str | None) -> SwitchPlan:
-        """What to unmount and to mount; None is the base."""
+        """The nodes to unmount and to mount for a switch; None is the base."""
         before, after = ([node.name for node in self.path(name)] if name else [] for name in (start, end))
         shared = sum(1 for a, b in zip(before, after, strict=False) if a == b)
         return SwitchPlan(tuple(reversed(before[shared:])), tuple(after[shared:]))
 
     def verify(self) -> list[str]:
-        """Every problem, one line each; reads all tensors, so that a wrong digest in a header is found."""
+        """Reads all tensors, which finds wrong digests in headers too; returns a line for each problem."""
         lines = [*self.problems, *map(str, self.errors.values())]
         for name, node in self.nodes.items():
             twin = node.file.with_name(node.file.name.removesuffix(ENDING) + KOHYA_ENDING)
@@ -149,7 +141,7 @@ class AdapterTree:
         return lines
 
     def load(self, name: str, device: torch.device | str = "cpu") -> Adapter:
-        """A node's own adapter in fp32, loaded once for each device; its tensors must have its digest."""
+        """The adapter of a node in fp32, loaded once for each device, with its digest checked."""
         key = (name, str(device))
         if key not in self._loaded:
             node = self.node(name)
@@ -159,7 +151,7 @@ class AdapterTree:
         return self._loaded[key]
 
     def load_stack(self, path: Mapping[str, float], device: torch.device | str = "cpu") -> Stack:
-        """The adapters of a path from `strengths`, to mount; several must be of a kind that can be added."""
+        """The adapters of a path from `strengths`; several must be of a kind that can be added."""
         stack = tuple((self.load(name, device), strength) for name, strength in path.items())
         for name, (adapter, _) in zip(path, stack, strict=True):
             if len(path) > 1:
@@ -169,7 +161,7 @@ class AdapterTree:
     def strengths(
         self, names: Sequence[str | None], changes: Mapping[str, float] | None = None, *, force: bool = False
     ) -> list[dict[str, float]]:
-        """The path to each node, the root first, with the strength of each node: as trained, unless changed.
+        """The path to each node, the root first, with the strengths of the training unless changed.
 
         Args:
             names: Nodes; None is the base, whose path is empty.
@@ -177,21 +169,19 @@ class AdapterTree:
             force: As in `path`.
 
         Raises:
-            AdapterError: If a parent is changed or missing, or a changed strength is for none of the paths.
+            AdapterError: If a parent is changed or missing, or `changes` names a node of no path.
         """
-        changes, rows = changes or {}, [self._trained_strengths(name, force) for name in names]
+        changes = changes or {}
+        rows: list[dict[str, float]] = []
+        for name in names:
+            path = self.path(name, force=force) if name is not None else []
+            trained = {ancestor.digest: ancestor.strength for node in path[-1:] for ancestor in node.lineage}
+            rows.append({node.name: trained.get(node.digest, 1.0) for node in path})
         if unknown := sorted(set(changes) - {step for row in rows for step in row}):
             paths = " and ".join(" > ".join(row) for row in rows if row)
-            message = f"strengths for {', '.join(unknown)}: not on the path {paths}"
+            message = f"--strengths names {', '.join(unknown)}, which is not on the path {paths}"
             raise AdapterError(message, key="tree.not-on-path")
         return [{step: changes.get(step, own) for step, own in row.items()} for row in rows]
-
-    def _trained_strengths(self, name: str | None, force: bool) -> dict[str, float]:
-        if name is None:
-            return {}
-        *above, node = self.path(name, force=force)
-        trained = {ancestor.digest: ancestor.strength for ancestor in node.lineage}
-        return {step.name: trained.get(step.digest, 1.0) for step in above} | {name: 1.0}
 
     def mount(
         self,
@@ -201,7 +191,7 @@ class AdapterTree:
         strengths: Mapping[str, float] | None = None,
         force: bool = False,
     ) -> None:
-        """Mounts the path of a node on a pipeline, in place of what is mounted.
+        """Mounts the path of a node on a pipeline, in place of mounted adapters.
 
         Nothing is fused: base weights keep every bit, and a switch takes milliseconds.
         `pipe.save_pretrained` writes the base; `flatten` and `merge-into-base` include a node.
@@ -209,7 +199,7 @@ class AdapterTree:
         Args:
             pipe: A stock diffusers pipeline.
             names: A node, or one for each sample of the next batches; None is the base.
-            strengths: By node name, to change those of the training.
+            strengths: Strengths by node name that replace those of the training.
             force: As in `path`.
 
         Raises:
@@ -238,20 +228,19 @@ class AdapterTree:
         rank: int | None = None,
         force: bool = False,
     ) -> tuple[Adapter, ResizeReport | None]:
-        """One ordinary adapter with the sum of a node's and its ancestors' changes.
+        """Merges a node and its ancestors into one ordinary adapter.
 
         Args:
             name: The node.
-            strengths: By node name, to change those of the training.
-            rank: Truncates the sum to this rank; by default its rank is the sum of the ranks, without loss.
+            strengths: Strengths by node name that replace those of the training.
+            rank: Rank of the result; by default the sum of the ranks, without loss.
             force: As in `path`.
         """
         path = self.strengths([name], strengths, force=force)[0]
         parts = [(replace(self.load(step), parent=None), strength) for step, strength in path.items()]
         joined, _ = merge(parts)
-        own = {key: text for key, text in self.node(name).notes.items() if key not in (PARENT, LINEAGE)}
-        if strengths or force:
-            own.pop("sdlora.heldout_loss", None)
+        outdated = {PARENT, LINEAGE} | ({"sdlora.heldout_loss"} if strengths or force else set())
+        own = {key: text for key, text in self.node(name).notes.items() if key not in outdated}
         joined = replace(joined, notes={**own, "sdlora.flattened": " > ".join(path)})
         return (joined, None) if rank is None else resize(joined, rank=rank)
 
@@ -259,8 +248,8 @@ class AdapterTree:
 def _check_digest(file: Path, found: str, expected: str) -> None:
     if found != expected:
         raise AdapterError(
-            f"{file} has the digest {short_digest(found)}, not {short_digest(expected)}: it was changed; "
-            "restore the old file, or export it again",
+            f"{file} was changed: its digest is {short_digest(found)}, not {short_digest(expected)}; restore "
+            "the old file, or export it again",
             key="tree.file-changed",
         )
 
@@ -270,6 +259,6 @@ def _components(pipe: Any) -> dict[str, nn.Module]:
     parts = {name: getattr(pipe, name, None) for name in (DENOISER, "text_encoder", "text_encoder_2")}
     found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     if DENOISER not in found:
-        message = f"{type(pipe).__name__} has no denoiser; give a Stable Diffusion pipeline"
+        message = f"{type(pipe).__name__} has no denoiser; pass a Stable Diffusion pipeline"
         raise AdapterError(message, key="tree.no-denoiser")
     return found
