@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,18 @@ import pytest
 
 from sdlora.reading import MAX_HEADER_BYTES, UnfitFileError, read_bytes, read_header, read_json
 from tests.checks import bounded
+
+
+@contextmanager
+def unfit(key: str, *shows: str) -> Iterator[None]:
+    """Expects one line with this key, and these numbers or words in it."""
+    with pytest.raises(UnfitFileError) as caught:
+        yield
+    assert caught.value.key == key
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 200
+    for value in shows:
+        assert value in str(caught.value)
 
 
 def entry(shape: list[int], start: int, end: int, dtype: str = "F32") -> dict[str, Any]:
@@ -62,11 +76,8 @@ def test_absurd_headers(tmp_path: Path, case: str) -> None:
     """R-25: sizes, places, names and types that cannot be are one line, in bounded time and memory."""
     header, size, length, key = ABSURD[case]
     path = write_container(tmp_path / "x.safetensors", header, size, length)
-    with bounded(megabytes=200), pytest.raises(UnfitFileError) as caught:
+    with bounded(megabytes=200), unfit(key):
         read_header(path)
-    assert caught.value.key == key
-    assert str(caught.value).isprintable()
-    assert len(str(caught.value)) < 200
 
 
 def test_a_sound_header(tmp_path: Path) -> None:
@@ -83,7 +94,7 @@ def test_a_sound_header(tmp_path: Path) -> None:
 def test_metadata_of_100_mb(tmp_path: Path) -> None:
     """R-25: a header that is larger than any program's is refused without being read."""
     path = write_container(tmp_path / "x.safetensors", b'{"__metadata__":{"x":"', 10**8, 10**8)
-    with bounded(megabytes=1), pytest.raises(UnfitFileError, match=r"100\.0 MB"):
+    with bounded(megabytes=1), unfit("file.too-large", "100.0 MB"):
         read_header(path)
 
 
@@ -93,7 +104,7 @@ def test_millions_of_keys(tmp_path: Path) -> None:
     raw = b"{" + b"".join(one % number for number in range(250_000))[:-1] + b"}"
     assert len(raw) < MAX_HEADER_BYTES
     path = write_container(tmp_path / "x.safetensors", raw, 0)
-    with bounded(megabytes=40), pytest.raises(UnfitFileError, match="100,000"):
+    with bounded(megabytes=40), unfit("file.too-large", "100,000"):
         read_header(path)
 
 
@@ -101,10 +112,7 @@ def test_metadata_of_many_keys(tmp_path: Path) -> None:
     """R-25: `sdlora info` would print a line for each."""
     header = {"__metadata__": {str(number): "" for number in range(20_000)}, "a": entry([2], 0, 8)}
     path = write_container(tmp_path / "x.safetensors", header, 8)
-    with (
-        bounded(megabytes=200),
-        pytest.raises(UnfitFileError, match="20,000"),
-    ):
+    with bounded(megabytes=200), unfit("file.too-large", "20,000"):
         read_header(path)
 
 
@@ -115,9 +123,9 @@ def test_pipes_devices_and_folders(tmp_path: Path) -> None:
     (tmp_path / "zero").symlink_to("/dev/zero")
     for read in (read_header, lambda path: read_bytes(path, 10), lambda path: read_json(path, 10)):
         for name in ("pipe", "zero"):
-            with pytest.raises(UnfitFileError, match="pipe"):
+            with unfit("file.irregular", "pipe"):
                 read(tmp_path / name)
-        with pytest.raises(UnfitFileError, match="folder"):
+        with unfit("file.irregular", "folder"):
             read(tmp_path)
         with pytest.raises(FileNotFoundError):
             read(tmp_path / "none")
@@ -130,14 +138,11 @@ def test_size_is_bounded(tmp_path: Path) -> None:
     assert read_bytes(path, 1000) == b"x" * 1000
     with bounded(megabytes=1):
         assert read_bytes(path, 2**30) == b"x" * 1000, "without room for a gigabyte"
-    with pytest.raises(UnfitFileError, match=r"0\.0 MB"):
+    with unfit("file.too-large", "0.0 MB"):
         read_bytes(path, 999)
     with path.open("rb+") as handle:
         handle.truncate(2**40)
-    with (
-        bounded(megabytes=1),
-        pytest.raises(UnfitFileError, match=r"1,099,511\.6 MB.* 1\.0 MB"),
-    ):
+    with bounded(megabytes=1), unfit("file.too-large", "1,099,511.6 MB", " 1.0 MB"):
         read_bytes(path, 10**6)
 
 
@@ -156,9 +161,7 @@ def test_json(tmp_path: Path, content: bytes, key: str) -> None:
     """R-44: state in JSON that was damaged or made to hurt is one line."""
     path = tmp_path / "a.json"
     path.write_bytes(content)
-    with bounded(megabytes=200), pytest.raises(UnfitFileError) as caught:
+    with bounded(megabytes=200), unfit(key):
         read_json(path, 10**6)
-    assert caught.value.key == key
-    assert "\n" not in str(caught.value)
     path.write_bytes(b'{"a": [1, "\xc3\xbc"]}')
     assert read_json(path, 10**6) == {"a": [1, "ü"]}

@@ -55,7 +55,7 @@ for module in iter_modules(__path__):
     import_module(f"{__name__}.{module.name}")
 
 
-# Typer exports none of its usage errors but this one; they have one parent.
+# Typer exports one of its usage errors; this is their common parent.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 
 
@@ -73,7 +73,7 @@ def describe_usage(error: Any) -> str:
 
 
 def _call(arguments: list[str]) -> int | None:
-    """Runs a command; a path that the system refuses is a user's mistake, wherever it is raised."""
+    """Runs a command; a path that the system refuses counts as a mistake of the user."""
     try:
         code: int | None = app(arguments, prog_name="sdlora", standalone_mode=False)
     except OSError as error:

@@ -7,25 +7,23 @@ from typing import Annotated
 
 import typer
 
-from sdlora.cli import app
-from sdlora.cli.options import Config, Overrides, base_option
+from sdlora.cli import app, options
 
 
 @app.command()
 def doctor(
     images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images.")],
-    overrides: Overrides = None,
-    base: Annotated[str | None, base_option("builtin")] = None,
-    config: Config = None,
+    overrides: options.Overrides = None,
+    base: Annotated[str | None, options.base_option("builtin")] = None,
+    config: options.Config = None,
     contact_sheet: Annotated[
         Path | None, typer.Option(help="Draw the crops that the model will see into this PNG file.")
     ] = None,
 ) -> None:
     """Check an image folder without training; exit code 1 if it has errors."""
-    from sdlora.cli.options import check_png
     from sdlora.config import load_config
 
-    check_png(contact_sheet, "--contact-sheet")
+    options.check_png(contact_sheet, "--contact-sheet")
     settings = load_config(config, overrides or [], images=images)
     if base is not None:
         settings = settings.replace(base={"source": base})

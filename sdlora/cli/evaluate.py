@@ -6,45 +6,41 @@ from typing import Annotated
 
 import typer
 
-from sdlora.cli import app
-from sdlora.cli.options import Run
+from sdlora.cli import app, options
 
 
 @app.command()
 def evaluate(
-    run: Run,
+    run: options.Run,
     full_base: Annotated[
         bool, typer.Option("--full-base", help="Measure the loss on the full base too, after base.quantize.")
     ] = False,
 ) -> None:
     """Measure a run: validation (held-out) loss, and the distance of its samples to the held-out images."""
-    from sdlora.cli.options import note_newest
     from sdlora.runs import RunFolder
 
     RunFolder.open(run)
-    note_newest(run)
+    options.find_adapters(run)
     from sdlora.evaluation.evaluate import evaluate as measure
     from sdlora.report.terminal import Terminal
 
-    terminal = Terminal()
-    with terminal.progress("evaluating", 1) as meter:
+    with Terminal().progress("evaluating", 1) as meter:
         result = measure(run, full_base=full_base, progress=meter.show)
     typer.echo("\n".join(result.lines()))
 
 
 @app.command()
 def advise_rank(
-    run: Run,
+    run: options.Run,
     keep: Annotated[float, typer.Option(help="Fraction of the improvement that is enough.")] = 0.99,
     ranks: Annotated[str | None, typer.Option(help="Ranks to try: 2,4,8; default: powers of two.")] = None,
 ) -> None:
     """Measure a run's adapter at smaller ranks, without training; write the smallest that is enough."""
-    from sdlora.cli.options import note_newest, parse_numbers
     from sdlora.runs import RunFolder
 
-    tried = parse_numbers(ranks, int, "--ranks") or ()
+    tried = options.parse_numbers(ranks, int, "--ranks") or ()
     RunFolder.open(run)
-    note_newest(run)
+    options.find_adapters(run)
     from sdlora.evaluation.advise import advise_rank as advise
     from sdlora.report.terminal import Terminal
 

@@ -7,35 +7,32 @@ from typing import Annotated
 
 import typer
 
-from sdlora.cli import app
-from sdlora.cli.options import Dialect, Force, Out, Precision, Source, base_option
+from sdlora.cli import app, options
+from sdlora.errors import ConfigError
 
 
 @app.command()
 def export(
-    source: Source,
+    source: options.Source,
     out: Annotated[Path | None, typer.Option(help="Output file.")] = None,
-    format: Dialect = "diffusers",
-    precision: Precision = "fp16",
+    format: options.Dialect = "diffusers",
+    precision: options.Precision = "fp16",
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload a run's adapters and model card.")
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Load the file into a fresh diffusers pipeline and compare.")
     ] = False,
-    base: Annotated[str | None, base_option("the one named in the file")] = None,
+    base: Annotated[str | None, options.base_option("the one named in the file")] = None,
 ) -> None:
     """Convert a LoRA to another dialect or precision, or upload it to the Hugging Face Hub."""
-    from sdlora.cli.options import export_settings, note_newest
-    from sdlora.errors import ConfigError
-
-    dialect, dtype = export_settings(format, precision)
+    dialect, dtype = options.export_settings(format, precision)
     if out is None and push_to_hub is None and not verify:
-        problem = "sdlora export requires --out FILE, --push-to-hub REPO or --verify"
+        problem = "--out FILE, --push-to-hub REPO or --verify is required; pass at least one"
         raise ConfigError(problem, key="option--out")
     if base is not None and not verify:
         raise ConfigError(f"--base {base} has no effect without --verify; remove it", key="option--base")
-    note_newest(source)
+    options.find_adapters(source)
     from sdlora.export.export import export as write
     from sdlora.export.export import push_run
 
@@ -54,21 +51,20 @@ def extract(
     tuned: Annotated[
         str, typer.Argument(metavar="TUNED", help="A fine-tuned model: a folder, a file, a Hugging Face id.")
     ],
-    out: Out,
+    out: options.Out,
     base: Annotated[str, typer.Option(help="The base model that it was fine-tuned from.")],
     rank: Annotated[int, typer.Option(help="Rank of each module; `sdlora resize` reduces it later.")] = 32,
     targets: Annotated[
         str, typer.Option(help="attention, all-linear, all, or module patterns, separated by commas.")
     ] = "all-linear",
     text_encoder: Annotated[bool, typer.Option("--text-encoder", help="Also the text encoders.")] = False,
-    format: Dialect = "diffusers",
-    precision: Precision = "fp16",
+    format: options.Dialect = "diffusers",
+    precision: options.Precision = "fp16",
 ) -> None:
     """Extract a LoRA from a fine-tuned model: the closest of a rank to the change in its weights."""
-    from sdlora.cli.options import export_settings
     from sdlora.config import load_config
 
-    dialect, dtype = export_settings(format, precision)
+    dialect, dtype = options.export_settings(format, precision)
     lora = load_config(None, {"lora.rank": rank, "lora.targets": targets.split(",")}).lora
     from sdlora.export.export import check_out, export_adapter
     from sdlora.export.extract import extract as find
@@ -85,25 +81,23 @@ def extract(
 
 @app.command()
 def merge_into_base(
-    source: Source,
+    source: options.Source,
     out: Annotated[Path, typer.Option(help="Output folder, or file if the base is a file.")],
-    base: Annotated[str | None, base_option("the one named in the file")] = None,
+    base: Annotated[str | None, options.base_option("the one named in the file")] = None,
     strength: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; default: that of the base.")] = None,
-    force: Force = False,
+    force: options.Force = False,
 ) -> None:
     """Merge a LoRA and its parents into a copy of the base."""
-    from sdlora.cli.options import export_settings, note_newest
-
     if dtype is not None:
-        _, dtype = export_settings("diffusers", dtype)
+        _, dtype = options.export_settings("diffusers", dtype)
     from sdlora.dtypes import DTYPES
     from sdlora.export.merge_into_base import merge_into_base as write
     from sdlora.report.terminal import Terminal
     from sdlora.sampling.session import base_of
     from sdlora.tree.lineage import load_path
 
-    note_newest(source)
+    options.find_adapters(source)
     warn = Terminal().warn
     *below, top = load_path(source, force=force, warn=warn)
     stack = [*((step.adapter, step.ancestor.strength) for step in below), (top.adapter, strength)]

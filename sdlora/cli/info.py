@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import typer
 
-from sdlora.cli import app
-from sdlora.cli.options import Source
+from sdlora.cli import app, options
 
 
 @app.command()
-def info(file: Source) -> None:
+def info(file: options.Source) -> None:
     """Describe a LoRA file (family, rank, alpha, targets, metadata) or the state of a run."""
     from contextlib import suppress
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how their values are read."""
+"""Options of several commands, and the parsers of their values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+
+from sdlora.errors import ConfigError, shorten
 
 if TYPE_CHECKING:
     from sdlora.config import BaseSection, FileDtype, ObjectiveSection
@@ -51,8 +53,6 @@ def base_option(default: str) -> Any:
 
 def parse_numbers(text: str | None, kind: type[Number], option: str) -> list[Number] | None:
     """Parses `0.5,1` to [0.5, 1.0]."""
-    from sdlora.errors import ConfigError, shorten
-
     if text is None:
         return None
     try:
@@ -64,8 +64,6 @@ def parse_numbers(text: str | None, kind: type[Number], option: str) -> list[Num
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
     """Parses `768x512` to (768, 512)."""
-    from sdlora.errors import ConfigError, shorten
-
     if text is None:
         return None
     width, _, height = text.lower().partition("x")
@@ -76,8 +74,6 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 def parse_strengths(text: str | None) -> dict[str, float]:
     """Parses `ink=0.5,ink/portraits=1` to {"ink": 0.5, "ink/portraits": 1.0}."""
-    from sdlora.errors import ConfigError, shorten
-
     try:
         pairs = (part.rpartition("=") for part in (text or "").split(",") if part)
         return {name.strip(): _finite(float(number)) for name, _, number in pairs}
@@ -87,7 +83,7 @@ def parse_strengths(text: str | None) -> dict[str, float]:
 
 
 def export_settings(dialect: str, precision: str) -> tuple[DialectName, FileDtype]:
-    """Validates `--format` and `--precision`, before torch is imported."""
+    """Validates `--format` and `--precision` before torch is imported."""
     from sdlora.config import load_config
 
     export = load_config(None, {"export.formats": [dialect], "export.precision": precision}).export
@@ -97,7 +93,7 @@ def export_settings(dialect: str, precision: str) -> tuple[DialectName, FileDtyp
 def sample_settings(
     prompt: list[str] | None, prompts: Path | None, seeds: str | None, **others: Any
 ) -> dict[str, Any]:
-    """The given settings of the section `sample`, validated before torch is imported; None is not given."""
+    """Settings of the section `sample`, without None, validated before torch is imported."""
     from sdlora.config import load_config
 
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])] or None
@@ -110,7 +106,6 @@ def sample_settings(
 
 def read_prompts(file: Path) -> list[str]:
     """Reads one prompt per line; skips empty lines and lines that start with #."""
-    from sdlora.errors import ConfigError
     from sdlora.reading import UnfitFileError, read_bytes
 
     try:
@@ -118,14 +113,14 @@ def read_prompts(file: Path) -> list[str]:
     except UnfitFileError as error:
         raise ConfigError(f"--prompts {file} {error}; use a text file", key="option--prompts") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read --prompts {file}: {error}", key="option--prompts") from None
+        raise ConfigError(f"--prompts {file} cannot be read: {error}", key="option--prompts") from None
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not prompts:
         problem = f"--prompts {file} contains no prompt; write one per line"
         raise ConfigError(problem, key="option--prompts.empty")
     if found := next(filter(None, (re.search(r"\s--[a-z]{1,3}\s", prompt) for prompt in prompts)), None):
         raise ConfigError(
-            f"--prompts {file} uses sd-scripts' option {found[0].strip()} after a prompt; remove it, and use "
+            f"--prompts {file} has sd-scripts' option {found[0].strip()} after a prompt; remove it, and use "
             "--negative-prompt, --size, --seeds, --steps and --guidance, which apply to all prompts",
             key="option--prompts.options",
         )
@@ -143,23 +138,23 @@ def check_base(settings: BaseSection, objective: ObjectiveSection | None = None)
 
 def check_png(path: Path | None, option: str) -> None:
     """Refuses to write an image over a file of another type."""
-    from sdlora.errors import ConfigError, shorten
-
     if path is not None and path.suffix.lower() != ".png":
         raise ConfigError(f"{option} {shorten(str(path))} must end in .png", key=f"option{option}")
 
 
-def note_newest(*sources: Path) -> None:
-    """Prints which adapter is used for a run without a final one."""
+def find_adapters(*sources: Path) -> list[Path]:
+    """The LoRA files of runs, files or nodes; prints which adapter of an unfinished run is used."""
     from sdlora.formats.files import resolve_adapter
 
-    for found in map(resolve_adapter, sources):
-        if found.run and found.file.stem.startswith("step-"):
-            typer.echo(f"note: {found.run.path} is not finished; using its newest adapter, {found.file.name}")
+    found = [resolve_adapter(source) for source in sources]
+    for one in found:
+        if one.run and one.file.stem.startswith("step-"):
+            typer.echo(f"note: {one.run.path} is not finished; using its newest adapter, {one.file.name}")
+    return [one.file for one in found]
 
 
 def _finite(number: Number) -> Number:
-    """Passes finite numbers on; raises ValueError for others."""
+    """Returns a finite number; raises a ValueError for others."""
     if not -math.inf < number < math.inf:
         raise ValueError
     return number

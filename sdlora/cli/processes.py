@@ -1,4 +1,4 @@
-"""The command line in one of several processes: the first of a host speaks for all."""
+"""The command line in one of several processes: the first of a host prints for all."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 import signal
 import time
 
-# The launcher ends the other processes as soon as one has ended: the first one has this long to report.
+# The launcher ends all processes once one has ended: the first one has this long to report the error.
 GRACE_SECONDS = 10.0
-# After a signal a launcher only waits: the others need not.
+# After a signal the launcher waits by itself.
 STOP_SECONDS = 2.0
 
 
@@ -18,7 +18,7 @@ def is_first() -> bool:
 
 
 def heed_schedulers() -> None:
-    """SIGUSR1 ends the process as SIGTERM does, until a run listens to both."""
+    """Makes SIGUSR1 end the process as SIGTERM does, until a run handles both."""
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
 
@@ -29,9 +29,9 @@ def speaks_for_host() -> bool:
 
 
 def wait_for_first(exit_code: int, seconds: float = GRACE_SECONDS) -> None:
-    """Waits while the first process of this host reports the error of all, until the launcher ends this one.
+    """Waits, in other processes than the first of this host, until the launcher ends this one.
 
-    Returns if nobody does: then the others have no error.
+    Returns if it does not: then the other processes have no error.
     """
     if speaks_for_host():
         return

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdlora.cli import app
-from sdlora.cli.options import Force, Guidance, ImagesOut, Prompt, Prompts, Seeds, Size, Steps, base_option
+from sdlora.cli import app, options
 
 if TYPE_CHECKING:
     from sdlora.report.terminal import Terminal
@@ -22,45 +21,44 @@ def sample(
         list[Path] | None,
         typer.Argument(metavar="[RUN|LORA]...", help="Runs or LoRA files.", show_default="the base alone"),
     ] = None,
-    base: Annotated[str | None, base_option("the run's, or builtin")] = None,
+    base: Annotated[str | None, options.base_option("the run's, or builtin")] = None,
     step: Annotated[int | None, typer.Option(help="Use the adapter that a run saved at this step.")] = None,
-    prompt: Prompt = None,
-    prompts: Prompts = None,
+    prompt: options.Prompt = None,
+    prompts: options.Prompts = None,
     strengths: Annotated[str | None, typer.Option(help="LoRA strengths, one column each: 0.5,1.")] = None,
-    seeds: Seeds = None,
+    seeds: options.Seeds = None,
     negative_prompt: Annotated[str | None, typer.Option(help="The negative prompt.")] = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
     scheduler: Annotated[
         str | None, typer.Option(help="A diffusers scheduler, such as DDIMScheduler.")
     ] = None,
     safety_checker: Annotated[
         bool | None, typer.Option(help="Use the base's own safety checker, if it has one.")
     ] = None,
-    size: Size = None,
-    out: ImagesOut = None,
-    force: Force = False,
+    size: options.Size = None,
+    out: options.ImagesOut = None,
+    force: options.Force = False,
 ) -> None:
     """Draw a grid: one row per prompt and seed, one column for the base and for each strength."""
-    from sdlora.cli.options import check_base, note_newest, parse_numbers, parse_size, sample_settings
     from sdlora.config import load_config
 
-    changes = sample_settings(
+    changes = options.sample_settings(
         prompt,
         prompts,
         seeds,
-        strengths=parse_numbers(strengths, float, "--strengths"),
+        strengths=options.parse_numbers(strengths, float, "--strengths"),
         negative_prompt=negative_prompt,
         steps=steps,
         guidance=guidance,
         scheduler=scheduler,
         safety_checker=safety_checker,
     )
-    pixels = parse_size(size)
+    pixels = options.parse_size(size)
     if base is not None:
-        check_base(load_config(None, {"base.source": base}).base)
+        options.check_base(load_config(None, {"base.source": base}).base)
     if step is None:
-        note_newest(*(sources or []))
+        options.find_adapters(*(sources or []))
     from sdlora.report.terminal import Terminal
     from sdlora.sampling.session import plan_sample
 

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from sdlora.cli import app
+from sdlora.errors import ConfigError
 
 COLUMN = 40
 
@@ -29,7 +30,6 @@ def settings(
     """List the settings with their defaults; also finds those of other trainers, such as network_dim."""
     from sdlora.aliases import ELSEWHERE
     from sdlora.config import json_schema
-    from sdlora.errors import ConfigError
 
     if schema:
         typer.echo(json.dumps(json_schema(), indent=2))
@@ -45,14 +45,15 @@ def settings(
 
 
 def _describe(words: Sequence[str], width: int) -> Iterator[str]:
-    """The settings by section, each with its default as one would type it."""
+    """Settings by section, with their defaults as they are typed."""
     from sdlora.config import RunConfig, Section
 
     for name, section in RunConfig():
         if not isinstance(section, Section):
             continue
         texts = {key: field.description or "" for key, field in type(section).model_fields.items()}
-        found = [key for key, text in texts.items() if _matches(f"{name}.{key} {_plain(text)}", words)]
+        lines = {key: f"{name}.{key} {_plain(text)}" for key, text in texts.items()}
+        found = [key for key, line in lines.items() if not words or any(word in line for word in words)]
         if found:
             yield f"[{name}] {section.__doc__}"
         for key in found:
@@ -60,12 +61,8 @@ def _describe(words: Sequence[str], width: int) -> Iterator[str]:
             default = "" if value is None else f"={value if isinstance(value, str) else json.dumps(value)}"
             start = f"  {name}.{key}{default}"
             lead = start.ljust(COLUMN) if len(start) < COLUMN else f"{start}\n{' ' * COLUMN}"
-            lines = textwrap.wrap(texts[key], max(width - COLUMN, 30), break_on_hyphens=False)
-            yield lead + f"\n{' ' * COLUMN}".join(lines)
-
-
-def _matches(text: str, words: Sequence[str]) -> bool:
-    return not words or any(word in text for word in words)
+            wrapped = textwrap.wrap(texts[key], max(width - COLUMN, 30), break_on_hyphens=False)
+            yield lead + f"\n{' ' * COLUMN}".join(wrapped)
 
 
 def _plain(text: str) -> str:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdlora.cli import app
-from sdlora.cli.options import Config, Force, Overrides, Run, base_option
+from sdlora.cli import app, options
 from sdlora.cli.processes import heed_schedulers, is_first
 
 if TYPE_CHECKING:
@@ -18,9 +17,9 @@ if TYPE_CHECKING:
 @app.command()
 def train(
     images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images with captions.")],
-    overrides: Overrides = None,
-    base: Annotated[str | None, base_option("builtin")] = None,
-    config: Config = None,
+    overrides: options.Overrides = None,
+    base: Annotated[str | None, options.base_option("builtin")] = None,
+    config: options.Config = None,
     out: Annotated[
         Path | None, typer.Option(help="The run folder.", show_default="runs/ and the name of IMAGES")
     ] = None,
@@ -28,11 +27,10 @@ def train(
     parent: Annotated[
         str | None, typer.Option(metavar="FILE|RUN|NODE", help="A LoRA to train on top of; it stays frozen.")
     ] = None,
-    force: Force = False,
+    force: options.Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit.")] = False,
 ) -> None:
     """Train a style LoRA on an image folder."""
-    from sdlora.cli.options import check_base
     from sdlora.config import load_config
     from sdlora.runs import RunFolder
 
@@ -46,7 +44,7 @@ def train(
     if out is not None:
         RunFolder(out).check_free()
     chosen = settings if base is None else settings.replace(base={"source": base})
-    check_base(chosen.base, chosen.objective)
+    options.check_base(chosen.base, chosen.objective)
     from sdlora.training.train import train as start
 
     run = start(images, base=base, out=out, trigger=trigger, config=settings, dry_run=dry_run)
@@ -56,8 +54,8 @@ def train(
 
 @app.command()
 def resume(
-    run: Run,
-    overrides: Overrides = None,
+    run: options.Run,
+    overrides: options.Overrides = None,
     allow_changed: Annotated[
         list[str] | None,
         typer.Option(metavar="FIELD", help="What may differ from the checkpoint, such as dataset."),

@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from sdlora.cli import app
-from sdlora.cli.options import (
-    Dialect,
-    Force,
-    Guidance,
-    ImagesOut,
-    Out,
-    Precision,
-    Prompt,
-    Prompts,
-    Seeds,
-    Size,
-    Steps,
-    StepStrengths,
-    base_option,
-)
-
-if TYPE_CHECKING:
-    from rich.tree import Tree
-
-    from sdlora.tree.nodes import Node
-    from sdlora.tree.tree import AdapterTree
+from sdlora.cli import app, options
+from sdlora.errors import shorten
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of LoRA files, or of runs.")]
 verbs = typer.Typer(no_args_is_help=True)
@@ -39,40 +19,30 @@ app.add_typer(verbs, name="tree", help="Stacked LoRAs: trained on top of each ot
 def show(folder: Folder) -> None:
     """Draw the tree of parents and children, with rank, images, size and held-out loss."""
     from rich.console import Console
+    from rich.text import Text
+    from rich.tree import Tree
 
     from sdlora.tree.tree import AdapterTree
 
     tree = AdapterTree.from_folder(folder)
-    # Rich cuts lines at the width of the console, but errors must be readable in full.
-    Console(highlight=False, width=10_000).print(_draw(tree))
-    for line in tree.problems:
-        typer.echo(f"warning: {line}")
-
-
-def _draw(tree: AdapterTree) -> Tree:
-    from rich.text import Text
-    from rich.tree import Tree
-
-    from sdlora.errors import shorten
-
     names = {node.notes.get("sdlora.base_name") for node in tree.nodes.values()}
     bases = sorted(shorten(name) for name in names if name is not None)
     drawing = Tree(Text(", ".join(bases) or "base", style="bold"))
     left = [(drawing, node) for node in tree.children(None)]
     while left:
         place, node = left.pop(0)
-        label = Text(_describe(node))
+        images = f", {node.images} images" if node.images else ""
+        loss = "" if node.heldout_loss is None else f", held-out loss {node.heldout_loss:.4f}"
+        size = f"{node.size_bytes / 1e6:.2f} MB"
+        label = Text(f"{node.name}  (rank {node.rank}{images}, {size}{loss})")
         if error := tree.errors.get(node.name):
             label.append(f"\n{error}", style="red")
         branch = place.add(label)
         left += [(branch, child) for child in tree.children(node.name)]
-    return drawing
-
-
-def _describe(node: Node) -> str:
-    images = f", {node.images} images" if node.images else ""
-    loss = "" if node.heldout_loss is None else f", held-out loss {node.heldout_loss:.4f}"
-    return f"{node.name}  (rank {node.rank}{images}, {node.size_bytes / 1e6:.2f} MB{loss})"
+    # Rich cuts lines at the width of the console, but errors must be readable in full.
+    Console(highlight=False, width=10_000).print(drawing)
+    for line in tree.problems:
+        typer.echo(f"warning: {line}")
 
 
 @verbs.command()
@@ -93,22 +63,20 @@ def sample(
     nodes: Annotated[
         list[str] | None, typer.Argument(metavar="[NODE]...", help="The nodes to compare; default: all.")
     ] = None,
-    prompt: Prompt = None,
-    prompts: Prompts = None,
-    base: Annotated[str | None, base_option("the one named in the files")] = None,
-    strengths: StepStrengths = None,
-    seeds: Seeds = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    size: Size = None,
-    out: ImagesOut = None,
-    force: Force = False,
+    prompt: options.Prompt = None,
+    prompts: options.Prompts = None,
+    base: Annotated[str | None, options.base_option("the one named in the files")] = None,
+    strengths: options.StepStrengths = None,
+    seeds: options.Seeds = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    size: options.Size = None,
+    out: options.ImagesOut = None,
+    force: options.Force = False,
 ) -> None:
     """Draw a grid: one row per prompt and seed, one column for the base and for each node."""
-    from sdlora.cli.options import parse_size, parse_strengths, sample_settings
-
-    settings = sample_settings(prompt, prompts, seeds, steps=steps, guidance=guidance)
-    changes, pixels = parse_strengths(strengths), parse_size(size)
+    settings = options.sample_settings(prompt, prompts, seeds, steps=steps, guidance=guidance)
+    changes, pixels = options.parse_strengths(strengths), options.parse_size(size)
     from sdlora.report.terminal import Terminal
     from sdlora.sampling.session import plan_tree
     from sdlora.tree.tree import AdapterTree
@@ -136,18 +104,16 @@ def flatten(
     node: Annotated[
         str, typer.Argument(metavar="NODE", help="The node: its path in FOLDER, without the extension.")
     ],
-    out: Out,
+    out: options.Out,
     rank: Annotated[int | None, typer.Option(help="Rank (approximate).", show_default="exact")] = None,
-    strengths: StepStrengths = None,
-    format: Dialect = "diffusers",
-    precision: Precision = "fp16",
-    force: Force = False,
+    strengths: options.StepStrengths = None,
+    format: options.Dialect = "diffusers",
+    precision: options.Precision = "fp16",
+    force: options.Force = False,
 ) -> None:
     """Merge a node and its ancestors into one ordinary LoRA."""
-    from sdlora.cli.options import export_settings, parse_strengths
-
-    dialect, dtype = export_settings(format, precision)
-    changes = parse_strengths(strengths)
+    dialect, dtype = options.export_settings(format, precision)
+    changes = options.parse_strengths(strengths)
     from sdlora.export.export import check_out, export_adapter
     from sdlora.tree.tree import AdapterTree
 

@@ -64,22 +64,23 @@ def test_merge(sdlora, style, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "value"),
+    ("arguments", "key", "value"),
     [
-        (["resize"], "rank, energy, ratio, score, size_mb"),
-        (["resize", "--rank", 2, "--energy", 0.9], "rank = 2 and energy = 0.9"),
-        (["resize", "--rank", 2, "--format", "webui"], "export.formats = 'webui'"),
-        (["resize", "--rank", 2, "--base", "builtin"], "--base builtin"),
-        (["merge", "--weights", "1,2"], "--weights 1,2"),
-        (["merge", "--method", "mean"], "method = 'mean'"),
-        (["merge", "--rank", 2], "rank = 2"),
+        (["resize"], "resize.one-rule", "rank, energy, ratio, score, size_mb"),
+        (["resize", "--rank", 2, "--energy", 0.9], "resize.one-rule", "rank = 2 and energy = 0.9"),
+        (["resize", "--rank", 2, "--format", "webui"], "export.formats", "'webui'"),
+        (["resize", "--rank", 2, "--base", "builtin"], "option--base", "builtin"),
+        (["merge", "--weights", "1,2"], "option--weights", "1,2"),
+        (["merge", "--method", "mean"], "merge.method", "'mean'"),
+        (["merge", "--rank", 2], "merge.no-effect", "rank = 2"),
     ],
 )
-def test_mistakes(sdlora, style, tmp_path, arguments, value):
+def test_mistakes(sdlora, style, tmp_path, arguments, key, value):
     """One line, exit code 2, nothing written."""
     out = tmp_path / "out.safetensors"
     code, _, errors = sdlora(arguments[0], style, *arguments[1:], "--out", out)
     assert code == 2
+    assert key in sdlora.keys
     assert len(errors) == 1
     assert value in errors[0]
     assert not out.exists()
@@ -87,7 +88,7 @@ def test_mistakes(sdlora, style, tmp_path, arguments, value):
 
 @pytest.mark.parametrize("verb", [["resize", "--rank", 2], ["merge"], ["extract", "--base", "builtin"]])
 def test_a_source_is_never_written_over(sdlora, style, verb):
-    """What is smaller, or a sum, cannot be turned back."""
+    """A smaller file, or a sum, cannot be turned back."""
     before = style.read_bytes()
     code, _, errors = sdlora(verb[0], style, *verb[1:], "--out", style)
     assert code == 2
@@ -97,11 +98,11 @@ def test_a_source_is_never_written_over(sdlora, style, verb):
 
 
 def test_advise_rank_wants_a_run(sdlora, style):
-    """What it is given is looked at before anything heavy."""
+    """The arguments are checked before the heavy imports."""
     code, _, errors = sdlora("advise-rank", "nowhere", "--ranks", "2,4")
-    assert code == 2
+    assert (code, sdlora.keys) == (2, ("run.missing",))
     assert len(errors) == 1
     assert "nowhere" in errors[0]
     code, _, errors = sdlora("advise-rank", "nowhere", "--ranks", "2-4")
-    assert code == 2
-    assert "--ranks 2-4" in errors[0]
+    assert (code, sdlora.keys) == (2, ("option--ranks",))
+    assert "2-4" in errors[0]

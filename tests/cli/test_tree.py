@@ -109,26 +109,36 @@ def test_sample(sdlora, styles, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "values"),
+    ("arguments", "key", "values"),
     [
-        (["flatten", "{styles}", "sepia", "--out", "x.safetensors"], ["sepia", "ink, ink/portraits"]),
-        (["flatten", "{broken}", "ink/portraits", "--out", "x.safetensors"], ["ink/portraits", "--force"]),
-        (["flatten", "{styles}", "ink", "--strengths", "ink", "--out", "x.safetensors"], ["NODE=NUMBER"]),
+        ("flatten {styles} sepia --out x.safetensors", "tree.no-node", ["sepia", "ink, ink/portraits"]),
         (
-            ["flatten", "{styles}", "ink/portraits", "--out", "{styles}/ink.safetensors"],
+            "flatten {broken} ink/portraits --out x.safetensors",
+            "tree.parent-missing",
+            ["ink/portraits", "--force"],
+        ),
+        (
+            "flatten {styles} ink --strengths ink --out x.safetensors",
+            "option--strengths",
+            ["NODE=NUMBER"],
+        ),
+        (
+            "flatten {styles} ink/portraits --out {styles}/ink.safetensors",
+            "option--out",
             ["{styles}/ink.safetensors"],
         ),
-        (["sample", "{styles}"], ["--prompt"]),
-        (["sample", "{styles}", "ink", "--prompt", "x", "--strengths", "sea=1"], ["sea", "path ink"]),
-        (["sample", "{styles}", "ink", "--prompt", "{{trigger}}, x"], ["'{{trigger}}, x'"]),
-        (["show", "nowhere"], ["nowhere is not a folder"]),
+        ("sample {styles}", "sample.prompts", ["--prompt"]),
+        ("sample {styles} ink --prompt x --strengths sea=1", "tree.not-on-path", ["sea", "path ink"]),
+        ("sample {styles} ink --prompt {{trigger}},x", "sample.prompts", ["'{{trigger}},x'"]),
+        ("show nowhere", "tree.no-folder", ["nowhere"]),
     ],
 )
-def test_mistakes(sdlora, styles, broken, arguments, values):
+def test_mistakes(sdlora, styles, broken, arguments, key, values):
     """One line, exit code 2."""
     places = {"styles": styles, "broken": broken}
-    code, _, errors = sdlora("tree", *(str(a).format(**places) for a in arguments))
+    code, _, errors = sdlora("tree", *(argument.format(**places) for argument in arguments.split()))
     assert code == 2
+    assert key in sdlora.keys
     assert len(errors) == 1
     for value in values:
         assert value.format(**places) in errors[0]
