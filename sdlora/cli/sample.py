@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from sdlora.cli import app, options
-
-if TYPE_CHECKING:
-    from sdlora.report.terminal import Terminal
-    from sdlora.sampling.session import SamplePlan
 
 
 @app.command()
@@ -72,15 +68,11 @@ def sample(
         for source, folder in zip(subjects, _folders(subjects, out), strict=True)
     ]
     for plan in plans:
-        _draw(plan, terminal)
-
-
-def _draw(plan: SamplePlan, terminal: Terminal) -> None:
-    for note in plan.notes():
-        typer.echo(f"note: {note}", err=True)
-    with terminal.progress("sampling", 1) as meter:
-        grid = plan.make(meter.show)
-    typer.echo(f"grid      {grid}")
+        for note in plan.notes():
+            typer.echo(f"note: {note}", err=True)
+        with terminal.progress("sampling", 1) as meter:
+            grid = plan.make(meter.show)
+        typer.echo(f"grid      {grid}")
 
 
 def _folders(subjects: Sequence[Path | None], out: Path | None) -> list[Path | None]:

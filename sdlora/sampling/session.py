@@ -34,10 +34,11 @@ TRIGGER = "modelspec.trigger_phrase"
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """A grid to draw; `checked` fills in the last four fields.
+    """A grid to draw; `checked` fills in the last three fields.
 
     Args:
-        config: Base, prompts, seeds.
+        config: Prompts, seeds and other settings.
+        info: The base.
         columns: Columns of the grid.
         adapters: All adapters that are mounted in a column, each with its file.
         name: Name of the output folder.
@@ -46,12 +47,12 @@ class SamplePlan:
         adapter: Name of the adapter in the metadata of the images.
         dtype: Dtype of the base; by default that which suits the device.
         out: Output folder; by default `samples/NAME`.
-        info: The base.
         settings: Settings of the images.
         targets: Images of the run's image folder.
     """
 
     config: RunConfig
+    info: BaseInfo
     columns: Sequence[Column]
     adapters: Sequence[tuple[Path, Adapter]]
     name: str
@@ -60,7 +61,6 @@ class SamplePlan:
     adapter: str | None = None
     dtype: torch.dtype | None = None
     out: str | Path | None = None
-    info: BaseInfo | None = None
     settings: SampleSettings | None = None
     targets: Targets | None = None
 
@@ -69,10 +69,9 @@ class SamplePlan:
     ) -> SamplePlan:
         """Checks everything that can be checked before weights are loaded, and resolves the settings."""
         choose_folder(out, self.name)
-        config = self.config
+        config, info = self.config, self.info
         if not config.sample.prompts:
             raise ConfigError("sample.prompts is empty; pass --prompt TEXT, or a run folder with prompts")
-        info = self.info or inspect_base(config.base, config.objective)
         notes = [
             check_base(adapter, family=info.family, name=info.name, digest=info.digest, source=str(file))
             for file, adapter in self.adapters
@@ -94,11 +93,10 @@ class SamplePlan:
             for file, adapter in self.adapters:
                 check_fit(adapter.without(info.unread_layer), components, str(file))
         config = config.model_copy(update={"sample": config.sample.model_copy(update={"prompts": prompts})})
-        return replace(self, config=config, out=out, info=info, settings=settings, targets=targets)
+        return replace(self, config=config, out=out, settings=settings, targets=targets)
 
     def notes(self) -> list[str]:
         """Lines about words that the base does not know, and target images that are left out."""
-        assert self.info is not None
         unknown = self.info.describe_unknown_words(self.config.sample.prompts, self.trigger)
         lines = [unknown] if unknown else []
         if self.adapters and self.targets is None:
@@ -109,7 +107,6 @@ class SamplePlan:
 
     def make(self, progress: Callable[[int, int], None] | None = None) -> Path:
         """Loads the base, draws the grid and returns its path; `progress` gets (finished, total) images."""
-        assert self.info is not None
         assert self.settings is not None
         folder, device = choose_folder(self.out, self.name), choose_device()
         is_fast = device.type != "cpu" and has_bf16(device)
@@ -198,8 +195,6 @@ def plan_sample(
         SdloraError: If something does not exist or does not fit.
     """
     plan = _plan_source(source, base, step, changes)
-    info = inspect_base(plan.config.base, plan.config.objective)
-    plan = replace(plan, info=info, config=with_base_defaults(plan.config, info))
     if plan.adapters:
         ((file, adapter),) = plan.adapters
         path = find_ancestors(file, adapter, force=force, warn=warn) if adapter.parent else []
@@ -217,8 +212,8 @@ def _plan_source(
     """The plan for an adapter without its ancestors, or for the base alone."""
     chosen = {} if base is None else {"source": base, "revision": None, "variant": None}
     if source is None:
-        config = load_config().replace(base=chosen, sample=changes)
-        return SamplePlan(config, [Column()], [], "base", "base")
+        config, info = _inspect(load_config().replace(base=chosen, sample=changes))
+        return SamplePlan(config, info, [Column()], [], "base", "base")
     found = resolve_adapter(source, step)
     file, adapter = found.file, load_adapter(found.file)
     if found.run:
@@ -228,8 +223,14 @@ def _plan_source(
     else:
         config = _file_config(file, adapter.notes, base, changes)
         name, title, dtype = file.stem, file.name, None
+    config, info = _inspect(config)
     trigger = config.data.trigger or adapter.notes.get(TRIGGER)
-    return SamplePlan(config, [], [(file, adapter)], name, title, trigger, name, dtype)
+    return SamplePlan(config, info, [], [(file, adapter)], name, title, trigger, name, dtype)
+
+
+def _inspect(config: RunConfig) -> tuple[RunConfig, BaseInfo]:
+    info = inspect_base(config.base, config.objective)
+    return with_base_defaults(config, info), info
 
 
 def plan_tree(
@@ -264,11 +265,11 @@ def plan_tree(
     for error in dict.fromkeys(str(error) for name in names for error in tree.path_errors(name)):
         if warn:
             warn(error)
-    config = _file_config(nodes[0].file, nodes[0].notes, base, changes)
+    config, info = _inspect(_file_config(nodes[0].file, nodes[0].notes, base, changes))
     adapters = [(node.file, tree.load(node.name)) for node in nodes]
     trigger = next((node.notes[TRIGGER] for node in nodes if TRIGGER in node.notes), None)
     name, title = tree.folder.resolve().name, tree.folder.name
-    return SamplePlan(config, columns, adapters, name, title, trigger).checked(size, out, warn)
+    return SamplePlan(config, info, columns, adapters, name, title, trigger).checked(size, out, warn)
 
 
 def _file_config(

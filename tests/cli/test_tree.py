@@ -103,7 +103,7 @@ def test_sample(sdlora, styles, tmp_path):
     assert np.abs(portraits - ink).max() > 2
     flat, one = tmp_path / "flat.safetensors", tmp_path / "one"
     sdlora("tree", "flatten", styles, "ink/portraits", "--out", flat, "--precision", "fp32")
-    code, _, errors = sdlora("sample", flat, *quick, "--out", one)
+    code, _, errors = sdlora("sample", flat, *quick, "--strengths", 1, "--out", one)
     assert code == 0, errors
     assert np.abs(np.asarray(Image.open(one / "01.png"), dtype=int) - portraits).max() <= 2
 
