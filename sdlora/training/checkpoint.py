@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,7 +23,7 @@ from sdlora.runs import RunFolder
 from sdlora.training.device import package_versions
 from sdlora.training.health import Counters
 from sdlora.training.plan import RunPlan
-from sdlora.training.resume import run_fingerprint
+from sdlora.training.resume import digest_json, run_fingerprint
 from sdlora.training.step import StepRunner
 from sdlora.writing import sync_folder, temporary_name
 
@@ -38,8 +37,7 @@ EMA_PREFIX = "average."
 def save_state(run: RunFolder, plan: RunPlan, runner: StepRunner, counters: Counters) -> None:
     """Writes the checkpoint of a step, then deletes the oldest ones.
 
-    Raises:
-        OSError: If there is no room; nothing is left behind, and no older checkpoint is deleted.
+    An OSError, such as a full disk, leaves nothing behind and no older checkpoint deleted.
     """
     scaler, ema = runner.accelerator.scaler, runner.ema
     averages = {EMA_PREFIX + name: value for name, value in ema.values.items()} if ema else {}
@@ -71,13 +69,9 @@ def newest_complete_step(run: RunFolder, terminal: Terminal) -> int:
 
 
 def load_state(run: RunFolder, step: int, runner: StepRunner) -> Counters:
-    """Restores adapter, optimizer and EMA from the checkpoint of a step.
+    """Restores adapter, optimizer and EMA from the checkpoint of a step; returns the counters.
 
-    Returns:
-        The counters of the run at that step.
-
-    Raises:
-        RunError: If it belongs to another adapter, another optimizer or another program.
+    Raises a RunError if the checkpoint belongs to another adapter, another optimizer or another program.
     """
     folder = run.checkpoint(step)
     tensors, optimizer, state = read_checkpoint(folder)
@@ -97,19 +91,22 @@ def _restore(
 ) -> None:
     own = runner.adapter.named_tensors()
     averages = {
-        name.removeprefix(EMA_PREFIX): value for name, value in tensors.items() if name.startswith(EMA_PREFIX)
+        name.removeprefix(EMA_PREFIX): tensors.pop(name) for name in [*tensors] if name.startswith(EMA_PREFIX)
     }
-    if set(own) != {name for name in tensors if not name.startswith(EMA_PREFIX)}:
-        raise RunError(
-            "the checkpoint adapts other modules than lora.targets; start a new run", key="lora.targets"
-        )
+    if set(own) != set(tensors):
+        problem = "the checkpoint adapts other modules than lora.targets; start a new run"
+        raise RunError(problem, key="lora.targets")
     for name, tensor in own.items():
         if tensors[name].shape != tensor.shape:
             raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
         tensor.data.copy_(tensors[name])
     if runner.ema is not None:
         runner.ema.restore(averages, state["num_averaged"])
-    restore_optimizer(runner.optimizer, optimizer)
+    try:
+        runner.optimizer.load_state_dict(optimizer)
+    except (ValueError, KeyError) as error:
+        problem = f"the checkpoint does not fit train.optimizer: {error}"
+        raise RunError(problem, key="train.optimizer") from None
     if runner.accelerator.scaler and state["scaler"]:
         runner.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -119,20 +116,20 @@ def save_checkpoint(
 ) -> None:
     """Writes a checkpoint as a whole: into a temporary folder, read back, then renamed.
 
+    An OSError, such as a full disk, leaves nothing behind.
+
     Args:
         folder: Of the checkpoint.
         tensors: The trained values, fp32.
         optimizer: A torch optimizer's `state_dict()`.
         state: Counters; JSON values.
-
-    Raises:
-        OSError: If there is no room; nothing is left behind.
     """
     temporary = temporary_name(folder)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        numbers, values = _split_tensors(dict(optimizer))
+        values: dict[str, Tensor] = {}
+        numbers = _split_tensors(optimizer, "", values)
         _save(tensors, temporary / ADAPTER_FILE)
         _save(values, temporary / OPTIMIZER_FILE)
         digests = {name: _digest_file(temporary / name) for name in (ADAPTER_FILE, OPTIMIZER_FILE)}
@@ -143,7 +140,7 @@ def save_checkpoint(
                 os.fsync(handle.fileno())
         read_checkpoint(temporary)
         if folder.exists():
-            # A damaged one: the run was resumed from an earlier step and has reached it again.
+            # It is damaged: the run was resumed from an earlier step and has reached this one again.
             shutil.rmtree(folder)
         temporary.rename(folder)
         sync_folder(folder.parent)
@@ -156,8 +153,7 @@ def save_checkpoint(
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """Reads a checkpoint: trained values, the optimizer's `state_dict()`, counters.
 
-    Raises:
-        RunError: If it is incomplete or differs from what was saved.
+    Raises a RunError if it is incomplete or differs from what was saved.
     """
     state = read_state(folder)
     try:
@@ -169,10 +165,8 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], di
     except (OSError, UnfitFileError) as error:
         raise RunError(f"checkpoint {folder} is incomplete: {error}", key="checkpoint-incomplete") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(
-            f"checkpoint {folder} was written by another program ({type(error).__name__})",
-            key="checkpoint-foreign",
-        ) from None
+        problem = f"checkpoint {folder} was written by another program ({type(error).__name__})"
+        raise RunError(problem, key="checkpoint-foreign") from None
 
 
 def _read_tensors(file: Path, digest: str) -> dict[str, Tensor]:
@@ -186,29 +180,20 @@ def _read_tensors(file: Path, digest: str) -> dict[str, Tensor]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Counters and fingerprint alone.
-
-    Raises:
-        RunError: If they cannot be read or differ from what was saved.
-    """
+    """Reads the counters and the fingerprint alone; raises a RunError as `read_checkpoint` does."""
     try:
         outer = read_json(folder / STATE_FILE, MAX_STATE_BYTES)
-        if not isinstance(outer, dict) or outer.get("digest") != _digest_json(outer.get("state")):
+        if not isinstance(outer, dict) or outer.get("digest") != digest_json(outer.get("state")):
             raise UnfitFileError("differs from what was saved")
     except (OSError, UnfitFileError, RecursionError) as error:
-        raise RunError(
-            f"checkpoint {folder} is incomplete: {STATE_FILE} {error}", key="checkpoint-incomplete"
-        ) from None
+        problem = f"checkpoint {folder} is incomplete: {STATE_FILE} {error}"
+        raise RunError(problem, key="checkpoint-incomplete") from None
     return dict(outer["state"])
 
 
 def seal_state(state: Mapping[str, Any]) -> str:
     """JSON of a state with its own digest."""
-    return json.dumps({"digest": _digest_json(state), "state": state}, indent=1)
-
-
-def _digest_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return json.dumps({"digest": digest_json(state), "state": state}, indent=1)
 
 
 def _digest_file(file: Path) -> str:
@@ -217,12 +202,7 @@ def _digest_file(file: Path) -> str:
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Writes tensors.
-
-    Raises:
-        OSError: If there is no room.
-    """
-    # Some optimizers keep one table in the state of every parameter; a file holds no shared memory.
+    # Some optimizers keep one table in the state of every parameter; safetensors refuses shared memory.
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
         save_file(own, file)
@@ -230,21 +210,19 @@ def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
         raise OSError(f"{file} cannot be written: {error}") from None
 
 
-def _split_tensors(value: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
-    """Replaces each tensor in a nested value by a reference to its name."""
+def _split_tensors(value: Any, path: str, found: dict[str, Tensor]) -> Any:
+    """Moves each tensor of a nested value into `found`, and leaves a reference to its name."""
     if isinstance(value, Tensor):
-        return {"__tensor__": path}, {path: value}
+        found[path] = value
+        return {"__tensor__": path}
     if isinstance(value, Mapping):
-        pairs = [
-            (key, *_split_tensors(item, f"{path}.{key}" if path else str(key))) for key, item in value.items()
-        ]
-        found = {name: tensor for _, _, tensors in pairs for name, tensor in tensors.items()}
-        return {"__map__": [[key, item] for key, item, _ in pairs]}, found
+        prefix = f"{path}." if path else ""
+        return {
+            "__map__": [[key, _split_tensors(item, f"{prefix}{key}", found)] for key, item in value.items()]
+        }
     if isinstance(value, list | tuple):
-        items = [_split_tensors(item, f"{path}.{number}") for number, item in enumerate(value)]
-        found = {name: tensor for _, tensors in items for name, tensor in tensors.items()}
-        return [item for item, _ in items], found
-    return value, {}
+        return [_split_tensors(item, f"{path}.{number}", found) for number, item in enumerate(value)]
+    return value
 
 
 def _join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -255,17 +233,3 @@ def _join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, dict) and "__map__" in value:
         return {key: _join_tensors(item, tensors) for key, item in value["__map__"]}
     return value
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Restores the state of an optimizer.
-
-    Raises:
-        RunError: If it belongs to another optimizer or another adapter.
-    """
-    try:
-        optimizer.load_state_dict(state)
-    except (ValueError, KeyError) as error:
-        raise RunError(
-            f"the checkpoint does not fit train.optimizer: {error}", key="train.optimizer"
-        ) from None

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
@@ -31,60 +30,35 @@ TITLES = {
 }
 # Sections whose settings affect what a step computes.
 SECTIONS = ("base", "data", "lora", "objective", "train")
-RESUMABLE = {
-    # Paths of files whose content is compared instead.
-    "base.source",
-    "base.vae",
-    "data.heldout",
-    "lora.parent",
-    "train.steps",
-    "train.save_every",
-    "train.keep_checkpoints",
-    "train.sample_every",
-    "train.evaluate_every",
-    "train.trackers",
-    "train.batch_size",
-    "train.accumulate",
-    "train.gradient_checkpointing",
-    "train.timeout_seconds",
-    "sample.batch_size",
-}
+
+
+def _keys(**sections: str) -> set[str]:
+    return {f"{section}.{name}" for section, names in sections.items() for name in names.split()}
+
+
+# Settings that may change, and paths of files whose content is compared instead.
+RESUMABLE = _keys(
+    base="source vae",
+    data="heldout",
+    lora="parent",
+    train="steps save_every keep_checkpoints sample_every evaluate_every trackers batch_size accumulate "
+    "gradient_checkpointing timeout_seconds",
+    sample="batch_size",
+)
 # Settings whose effect is compared elsewhere: in the images, the precision or the checkpoint.
-FREE = RESUMABLE | {
-    "base.dtype",
-    "base.revision",
-    "base.variant",
-    "data.allow_missing_captions",
-    "data.cache",
-    "data.on_bad_image",
-    "lora.force_parent",
-    "lora.init_from",
-    "train.max_skipped_steps",
-    "train.precision",
-    "train.trace",
-}
+FREE = RESUMABLE | _keys(
+    base="dtype revision variant",
+    data="allow_missing_captions cache on_bad_image",
+    lora="force_parent init_from",
+    train="max_skipped_steps precision trace",
+)
 # With another value the checkpoint does not fit, or the run would be another one.
-FIXED = {
-    "base",
-    "vae",
-    "text",
-    "parent",
-    "global_batch",
-    "base.quantize",
-    "data.resolution",
-    "lora.alpha",
-    "lora.alpha_pattern",
-    "lora.init",
-    "lora.kind",
-    "lora.rank",
-    "lora.rank_pattern",
-    "lora.rslora",
-    "lora.targets",
-    "lora.text_encoder",
-    "train.ema_decay",
-    "train.optimizer",
-    "train.seed",
-}
+FIXED = {"base", "vae", "text", "parent", "global_batch"} | _keys(
+    base="quantize",
+    data="resolution",
+    lora="alpha alpha_pattern init kind rank rank_pattern rslora targets text_encoder",
+    train="ema_decay optimizer seed",
+)
 ALLOWABLE = {"dataset", "heldout", "compute", "sdlora"} | {
     f"{section}.{key}"
     for section in SECTIONS
@@ -93,8 +67,7 @@ ALLOWABLE = {"dataset", "heldout", "compute", "sdlora"} | {
 }
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """A field of the fingerprint that differs from the checkpoint."""
 
     field: str
@@ -102,8 +75,8 @@ class Change:
     now: Any
 
     def __str__(self) -> str:
-        title = TITLES.get(self.field, self.field)
-        return f"{title} changed (was {_short(self.before)}, now {_short(self.now)})"
+        before, now = (text if len(text) < 64 else f"{text[:12]}…" for text in map(str, self[1:]))
+        return f"{TITLES.get(self.field, self.field)} changed (was {before}, now {now})"
 
 
 def run_fingerprint(plan: RunPlan, precision: Precision) -> dict[str, Any]:
@@ -120,57 +93,42 @@ def run_fingerprint(plan: RunPlan, precision: Precision) -> dict[str, Any]:
 
 
 def _file_fingerprints(plan: RunPlan) -> dict[str, Any]:
-    """The content of the files that a run reads, wherever they are."""
-    heldout = [(record.digest, record.caption) for record in plan.index.heldout]
+    """Digests of the files that a run reads, wherever they are."""
     return {
         "base": plan.info.digest,
         "vae": plan.info.vae_digest,
         "text": plan.info.text_digest,
         "parent": [parent.ancestor.digest for parent in plan.parents],
         "dataset": plan.index.digest,
-        "heldout": _digest(heldout),
+        "heldout": digest_json([(record.digest, record.caption) for record in plan.index.heldout]),
     }
 
 
-def check_same_plan(accelerator: Accelerator, plan: RunPlan) -> None:
-    """Checks that all processes planned the same run: each reads its own files.
+def digest_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
-    Raises:
-        ConfigError: Naming what differs, on every process.
-    """
+
+def check_same_plan(accelerator: Accelerator, plan: RunPlan) -> None:
+    """Raises a ConfigError on every process if they planned different runs: each reads its own files."""
     seen = {
         "the settings": plan.config.model_dump_json(exclude={"images"}),
         **{TITLES[field]: value for field, value in _file_fingerprints(plan).items()},
         "the versions": dict(package_versions()),
     }
     for what, value in seen.items():
-        digests = all_gather(accelerator, _digest(value))
+        digests = all_gather(accelerator, digest_json(value))
         others = [str(process) for process, digest in enumerate(digests) if digest != digests[0]]
         if others:
-            raise ConfigError(
-                f"{what} of process {', '.join(others)} differ from those of process 0; "
-                "give every host the same files",
-                key="processes-differ",
-            )
+            problem = f"{what} of process {', '.join(others)} differ from those of process 0"
+            raise ConfigError(f"{problem}; use the same files on every host", key="processes-differ")
 
 
 def check_fingerprint(
     run: RunFolder, step: int, saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str] = ()
 ) -> list[Change]:
-    """Compares the fingerprint in a checkpoint with that of the resumed run.
+    """Compares the fingerprint in the checkpoint of a step with that of the resumed run.
 
-    Args:
-        run: The run.
-        step: Of the checkpoint.
-        saved: The fingerprint in the checkpoint.
-        now: The fingerprint of the run as resumed.
-        allowed: Fields that may differ.
-
-    Returns:
-        The allowed changes.
-
-    Raises:
-        RunError: With a line for each other change.
+    Returns the changes if their fields are `allowed`; else raises a RunError with a line for each other one.
     """
     # A field that only one of two versions has cannot be compared; the version is a field itself.
     changes = [
@@ -180,12 +138,12 @@ def check_fingerprint(
     ]
     problems = []
     for change in changes:
+        remedy = f"allow it: --allow-changed {change.field}"
         if change.field in FIXED:
-            remedy = f"restore it, or start a new run with lora.init_from={run.step_adapter(step)}"
-        else:
-            remedy = f"restore it, or allow it: --allow-changed {change.field}"
-        if change.field in FIXED or change.field not in allowed:
-            problems.append(f"{change} since the checkpoint of step {step}; {remedy}")
+            remedy = f"start a new run with lora.init_from={run.step_adapter(step)}"
+        elif change.field in allowed:
+            continue
+        problems.append(f"{change} since the checkpoint of step {step}; restore it, or {remedy}")
     if problems:
         raise RunError("\n".join(problems), key="checkpoint-changed")
     return changes
@@ -196,15 +154,6 @@ def _current_spelling(value: Any) -> Any:
     return "center" if value == "centre" else value
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) < 64 else f"{text[:12]}…"
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
 def apply_overrides(
     settings: RunConfig,
     overrides: Iterable[str] | Mapping[str, Any],
@@ -213,28 +162,17 @@ def apply_overrides(
     num_processes: int,
     allowed: Collection[str] = (),
 ) -> RunConfig:
-    """Applies overrides to the settings of a run; its global batch is kept.
+    """Applies overrides, or those of the fields that are `allowed` to change; the global batch is kept.
 
-    Args:
-        settings: Of the run.
-        overrides: `section.key=value` texts, or a mapping from `section.key` to values.
-        global_batch: Of the run.
-        num_processes: Of the resumed run.
-        allowed: Fields that may change although they affect what a step computes.
-
-    Raises:
-        ConfigError: Naming a setting that may not change, or a global batch that cannot be divided.
+    Raises a ConfigError for a setting that may not change, or a global batch that cannot be divided.
     """
     if unknown := [field for field in allowed if field not in ALLOWABLE]:
-        raise ConfigError(
-            f"--allow-changed {unknown[0]} is not possible; it takes {', '.join(sorted(ALLOWABLE))}",
-            key="allow-changed",
-        )
-    overrides = [overrides] if isinstance(overrides, str) else overrides
-    pairs = overrides if isinstance(overrides, Mapping) else list(overrides)
-    given_keys = pairs if isinstance(pairs, Mapping) else [text.partition("=")[0].strip() for text in pairs]
-    asked = load_config(None, pairs)
-    keys = [".".join(key.split(".")[:2]) for key in given_keys]
+        problem = f"--allow-changed {unknown[0]} is not possible; choose from {', '.join(sorted(ALLOWABLE))}"
+        raise ConfigError(problem, key="allow-changed")
+    if not isinstance(overrides, Mapping):
+        overrides = [overrides] if isinstance(overrides, str) else list(overrides)
+    asked = load_config(None, overrides)
+    keys = [".".join(text.partition("=")[0].strip().split(".")[:2]) for text in overrides]
     problems = [
         f"{key} affects what a step computes; to change it in a resumed run, add --allow-changed {key}"
         if key in ALLOWABLE
@@ -260,11 +198,8 @@ def _divide_batch(
     """batch_size and accumulate of each process: as given, else with no larger a batch_size than before."""
     if global_batch % num_processes:
         counts = ", ".join(str(n) for n in range(1, global_batch + 1) if global_batch % n == 0)
-        raise ConfigError(
-            f"the run's global batch of {global_batch} cannot be divided over {num_processes} processes; "
-            f"use {counts}",
-            key="global-batch",
-        )
+        problem = f"the run's global batch of {global_batch} cannot be divided over {num_processes} processes"
+        raise ConfigError(f"{problem}; use {counts}", key="global-batch")
     share = global_batch // num_processes
     if given.get("batch_size", settings.train.batch_size) == "auto":
         if share > 1 and given.get("accumulate", share) == share:
@@ -281,16 +216,13 @@ def _divide_batch(
         product = " x ".join(f"train.{name} = {value}" for name, value in given.items())
         raise ConfigError(
             f"{product} does not fit the run's {share} samples a step on each process; "
-            f"leave it out, or give numbers whose product is {share}"
+            f"remove it, or set numbers whose product is {share}"
         )
     return {"batch_size": batch_size, "accumulate": accumulate}
 
 
 def global_batch_of(run: RunFolder, settings: RunConfig) -> int:
-    """The global batch of a run, from its plan.
-
-    A run killed before it wrote its plan has it from its settings and its number of processes.
-    """
+    """The global batch of a run, from its plan; if it was killed before writing one, from its settings."""
     for event in run.events("plan"):
         return int(event["global_batch"])
     processes = int(run.read_environment()["num_processes"])
