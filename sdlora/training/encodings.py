@@ -5,139 +5,115 @@ C channels, H W latent size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdlora.config import DataSection
 from sdlora.data.buckets import Crop
-from sdlora.data.cache import TensorCache, TensorShapes, latent_key, text_key
+from sdlora.data.cache import TensorCache, TensorShapes, cache_folder, latent_key, text_key
 from sdlora.data.images import crop_image, load_record
 from sdlora.data.records import ImageRecord, count_of
 from sdlora.data.tensors import crop_to_time_ids, image_to_tensor
 from sdlora.errors import DataError, ModelError
 from sdlora.models.base import Base, Condition
 from sdlora.report.terminal import Terminal
+from sdlora.training.adapter import text_digest
 from sdlora.training.distributed import barrier, work_in_rounds
+from sdlora.training.plan import RunPlan
 
 View = tuple[ImageRecord, Crop]
 
 
 class Encodings:
-    """What the denoiser trains on.
+    """Latents and text states of a run, from its cache; without one, encoded again at each use.
 
     Each image or caption is encoded alone, never in a batch, so that its bits do not depend on its neighbours
-    and a cached run equals an uncached one.
-
-    Args:
-        base: Its encoders.
-        cache: None encodes again at each use.
-        settings: Background color, and whether the cache is required.
-        text_learns: Text encoders are trained: captions are encoded at each use, with gradients (R-34).
-        text_digest: Of the text encoders with the parents' changes; the base's own by default.
+    and a cached run equals an uncached one. Text encoders that are trained encode captions at each use, with
+    gradients (R-34).
     """
 
-    def __init__(
-        self,
-        base: Base,
-        cache: TensorCache | None,
-        settings: DataSection,
-        *,
-        text_learns: bool,
-        text_digest: str | None = None,
-    ) -> None:
+    def __init__(self, base: Base, plan: RunPlan) -> None:
         self.base = base
-        self.text_learns = text_learns
-        self.text_digest = text_digest or base.info.text_digest
-        self.cache = cache
-        self.background = settings.background
-        self.is_required = settings.cache is True
+        self.settings = plan.config.data
+        self.text_learns = plan.config.lora.text_encoder
+        self.text_digest = text_digest(plan.info, plan.parents)
+        self.cache = None if self.settings.cache is False else TensorCache(cache_folder())
 
-    def prepare(
-        self, views: Iterable[View], captions: Iterable[str], accelerator: Accelerator, terminal: Terminal
-    ) -> None:
-        """Encodes what is missing in the cache, each process a share.
-
-        Args:
-            views: Images with their crops.
-            captions: All captions in use.
-            accelerator: Its processes.
-            terminal: Shows progress.
-        """
-        if self.cache is None:
-            return
-        jobs: list[str | View] = [] if self.text_learns else [*dict.fromkeys(captions)]
-        jobs += {self._latent_key(*view): view for view in views}.values()
-        jobs = [job for job in jobs if not self._is_known(job)]
+    def prepare(self, items: Iterable[str | View], accelerator: Accelerator, terminal: Terminal) -> None:
+        """Encodes the captions and images that are missing in the cache, each process a share."""
+        assert self.cache is not None
+        known = self.cache.contains
+        items = {self._entry(item)[0]: item for item in items}.values()
+        missing = [item for item in items if not known(*self._entry(item))]
         # All processes look for missing entries before one of them adds any.
         barrier(accelerator)
-        self._encode(jobs[accelerator.process_index :: accelerator.num_processes], accelerator, terminal)
+        self._encode(missing[accelerator.process_index :: accelerator.num_processes], accelerator, terminal)
         # Entries of other processes that are missing here: a host with a cache of its own.
-        self._encode([job for job in jobs if not self._is_known(job)], accelerator, terminal)
+        rest = [item for item in missing if not known(*self._entry(item))]
+        self._encode(rest, accelerator, terminal)
+
+    def _encode(self, items: Sequence[str | View], accelerator: Accelerator, terminal: Terminal) -> None:
+        with terminal.progress("encoding", len(items)) as meter:
+
+            def encode(item: str | View) -> None:
+                self.condition(item) if isinstance(item, str) else self.posterior(*item)
+                meter.advance()
+
+            work_in_rounds(accelerator, items, encode)
 
     def check_cache(self, terminal: Terminal) -> None:
-        """Warns of damaged cache files, and of a cache that cannot be written.
-
-        Raises:
-            DataError: If `data.cache = true` requires it.
-        """
+        """Warns of damaged files, and of a cache that cannot be written (required, it is a DataError)."""
         if self.cache is None:
             return
         if damaged := sorted(map(str, self.cache.damaged)):
-            terminal.warn(
-                f"the cache had {count_of(len(damaged), 'damaged file')}, encoded again: {damaged[0]}"
-            )
-        if self.cache.problem:
-            if self.is_required:
-                raise DataError(
-                    f"{self.cache.problem}, but data.cache = true requires it; set SDLORA_CACHE to a folder",
-                    key="data.cache",
-                )
-            terminal.warn(self.cache.problem)
-
-    def _encode(self, jobs: Sequence[str | View], accelerator: Accelerator, terminal: Terminal) -> None:
-        """Encodes captions and images."""
-        with terminal.progress("encoding", len(jobs)) as meter:
-
-            def encode(job: str | View) -> None:
-                self.condition(job) if isinstance(job, str) else self.posterior(*job)
-                meter.advance()
-
-            work_in_rounds(accelerator, jobs, encode)
+            count = count_of(len(damaged), "damaged file")
+            terminal.warn(f"the cache had {count}, encoded again: {damaged[0]}")
+        if problem := self.cache.problem:
+            if self.settings.cache is True:
+                remedy = "set SDLORA_CACHE to a writable folder"
+                raise DataError(f"{problem}, but data.cache = true requires it; {remedy}", key="data.cache")
+            terminal.warn(problem)
 
     def posterior(self, record: ImageRecord, crop: Crop) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the VAE's posterior, each (C, H, W) on the CPU.
 
-        Raises:
-            DataError: If the image is missing or has changed since it was scanned.
-            ModelError: If the latents are not finite, naming the image.
+        Raises a DataError if the image is missing or has changed since it was scanned, and a ModelError with
+        its name if the latents are not finite.
         """
-        key = self._latent_key(record, crop)
-        known = self.cache.get(key, self._latent_shapes(crop)) if self.cache else None
-        if known is None:
-            image = crop_image(load_record(record, self.background), crop)
+
+        def encode() -> dict[str, Tensor]:
+            image = crop_image(load_record(record, self.settings.background), crop)
             try:
                 mean, std = self.base.encode_images(image_to_tensor(image)[None])
             except ModelError as error:
-                raise ModelError(f"{record.name}: {error}") from None
-            known = {"mean": mean[0].cpu(), "std": std[0].cpu()}
-            if self.cache:
-                self.cache.put(key, known)
+                raise ModelError(f"{record.name}: {error}", key="".join(error.keys)) from None
+            return {"mean": mean[0].cpu(), "std": std[0].cpu()}
+
+        known = self._cached((record, crop), encode)
         return known["mean"], known["std"]
 
     def condition(self, caption: str) -> Condition:
         """A caption's text states, on the CPU."""
-        key = self._text_key(caption)
-        known = self.cache.get(key, self._text_shapes()) if self.cache else None
-        if known is None:
-            with torch.no_grad():
-                states = self.base.encode_captions([caption])[0].to("cpu")
-            known = {"hidden": states.hidden} | ({} if states.pooled is None else {"pooled": states.pooled})
-            if self.cache:
-                self.cache.put(key, known)
+
+        @torch.no_grad()
+        def encode() -> dict[str, Tensor]:
+            states = self.base.encode_captions([caption])[0].to("cpu")
+            return {"hidden": states.hidden} | ({} if states.pooled is None else {"pooled": states.pooled})
+
+        known = self._cached(caption, encode)
         return Condition(known["hidden"], known.get("pooled"))
+
+    def _cached(self, item: str | View, encode: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        if self.cache is None:
+            return encode()
+        key, shapes = self._entry(item)
+        known = self.cache.get(key, shapes)
+        if known is None:
+            known = encode()
+            self.cache.put(key, known)
+        return known
 
     def conditions(self, captions: Sequence[str], views: Sequence[View]) -> Condition:
         """The condition of a batch: captions and, where the base reads them, sizes of images (R-31)."""
@@ -150,32 +126,15 @@ class Encodings:
         sizes = [crop_to_time_ids(record.size, crop) for record, crop in views]
         return together.with_time_ids(torch.stack(sizes))
 
-    def _is_known(self, job: str | View) -> bool:
-        """Whether the cache has a caption or image."""
-        assert self.cache is not None
-        if isinstance(job, str):
-            return self.cache.contains(self._text_key(job), self._text_shapes())
-        return self.cache.contains(self._latent_key(*job), self._latent_shapes(job[1]))
-
-    def _latent_shapes(self, crop: Crop) -> TensorShapes:
+    def _entry(self, item: str | View) -> tuple[str, TensorShapes]:
+        """Key of a caption or an image in the cache, and the shapes of its tensors."""
         info = self.base.info
-        sides = (crop.size.height // info.vae_factor, crop.size.width // info.vae_factor)
-        return dict.fromkeys(("mean", "std"), (info.latent_channels, *sides))
-
-    def _text_shapes(self) -> TensorShapes:
-        info = self.base.info
-        pooled: TensorShapes = {"pooled": (info.pooled_width,)} if info.has_time_ids else {}
-        return {"hidden": (info.text_length, info.text_width), **pooled}
-
-    def _latent_key(self, record: ImageRecord, crop: Crop) -> str:
-        return latent_key(
-            record,
-            crop,
-            vae_digest=self.base.info.vae_digest,
-            background=self.background,
-            dtype=str(self.base.vae.dtype),
-        )
-
-    def _text_key(self, caption: str) -> str:
-        dtype = str(self.base.text_dtype)
-        return text_key(caption, encoder_digest=self.text_digest, dtype=dtype)
+        if isinstance(item, str):
+            key = text_key(item, encoder_digest=self.text_digest, dtype=str(self.base.text_dtype))
+            pooled: TensorShapes = {"pooled": (info.pooled_width,)} if info.has_time_ids else {}
+            return key, {"hidden": (info.text_length, info.text_width), **pooled}
+        size = item[1].size
+        shape = (info.latent_channels, size.height // info.vae_factor, size.width // info.vae_factor)
+        dtype, background = str(self.base.vae.dtype), self.settings.background
+        key = latent_key(*item, vae_digest=info.vae_digest, background=background, dtype=dtype)
+        return key, {"mean": shape, "std": shape}

@@ -6,33 +6,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from sdlora.config import DataSection, RunConfig
 from sdlora.data.captions import caption_pipeline
 from sdlora.data.doctor import Checkup, check_images
-from sdlora.data.records import DatasetIndex, Finding, ImageRecord
+from sdlora.data.records import DatasetIndex, Finding
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.diffusion.timesteps import make_sampler
 from sdlora.errors import ConfigError
 from sdlora.models.info import BaseInfo, inspect_base, with_base_defaults
 from sdlora.models.tokenizer import count_tokens, load_tokenizer
 
+T = TypeVar("T")
 NUM_PROMPTS = 4
 SUBJECTS = ("a house", "a fish", "a sailboat", "a rocket")
 MIN_STEPS = 100
 
 
 def check_folder(config: RunConfig, sheet: Path | None = None) -> Checkup:
-    """Examines the image folder as `train` would.
-
-    Args:
-        config: `images`, `base` and `data` are used.
-        sheet: Path of the contact sheet to draw.
-
-    Raises:
-        SdloraError: If there are no images at all, or the base is missing.
-        ConfigError: If the sheet would be one of the images.
-    """
+    """Examines the image folder as `train` would; `sheet` is the path of a contact sheet to draw."""
     info = inspect_base(config.base, config.objective)
     return check_for_base(with_base_defaults(config, info), info, sheet)
 
@@ -50,32 +43,23 @@ def check_for_base(config: RunConfig, info: BaseInfo, sheet: Path | None = None)
 
 
 def check_objective(config: RunConfig, info: BaseInfo) -> None:
-    """Checks that the objective suits the base.
-
-    Raises:
-        ConfigError: If it predicts something else, has fewer timesteps, or would predict ε from pure noise.
-    """
+    """Raises a ConfigError if the objective does not suit the base, such as ε predicted from pure noise."""
     asked = config.objective.prediction_type
     if asked and asked != info.prediction_type and not config.objective.force_prediction_type:
-        raise ConfigError(
-            f"objective.prediction_type = {asked} but the base {info.name} predicts {info.prediction_type}; "
-            "remove the setting, or set objective.force_prediction_type=true"
-        )
+        problem = f"objective.prediction_type = {asked} but base {info.name} predicts {info.prediction_type}"
+        raise ConfigError(f"{problem}; remove the setting, or set objective.force_prediction_type=true")
     schedule = schedule_from_config(info.scheduler_config, asked)
     low, high = config.objective.timestep_range
-    if low >= schedule.num_timesteps:
-        raise ConfigError(
-            f"objective.timestep_range = [{low}, {high}] starts beyond the base's "
-            f"{schedule.num_timesteps} timesteps"
-        )
-    if schedule.prediction_type == "epsilon" and schedule.has_zero_snr and high >= schedule.num_timesteps:
-        last = schedule.num_timesteps - 1
-        remedy = f"exclude that timestep with objective.timestep_range=[{min(low, last - 1)}, {last}]"
+    if low >= (count := schedule.num_timesteps):
+        problem = f"objective.timestep_range = [{low}, {high}] starts beyond the base's {count} timesteps"
+        raise ConfigError(f"{problem}; lower it")
+    if schedule.prediction_type == "epsilon" and schedule.has_zero_snr and high >= count:
+        remedy = f"exclude that timestep with objective.timestep_range=[{min(low, count - 2)}, {count - 1}]"
         if asked:
             remedy = f"remove objective.prediction_type, or {remedy}"
         raise ConfigError(
             "objective.prediction_type = epsilon cannot be learned with rescale_betas_zero_snr = true of the "
-            f"base {info.name} (timestep {last} is pure noise); {remedy}"
+            f"base {info.name} (timestep {count - 1} is pure noise); {remedy}"
         )
     make_sampler(schedule, config.objective)
 
@@ -83,7 +67,7 @@ def check_objective(config: RunConfig, info: BaseInfo) -> None:
 def resolve_config(config: RunConfig, info: BaseInfo, index: DatasetIndex, num_processes: int) -> RunConfig:
     """Resolves the defaults that depend on the base and the images."""
     config = with_base_defaults(config, info)
-    train, defaults = config.train, info.defaults
+    train, data, sample, defaults = config.train, config.data, config.sample, info.defaults
     if train.batch_size == "auto" and train.accumulate == 1:
         raise ConfigError(
             "train.batch_size = auto divides the train.accumulate samples of each process in a step, and "
@@ -100,22 +84,19 @@ def resolve_config(config: RunConfig, info: BaseInfo, index: DatasetIndex, num_p
         name: tenth if getattr(train, name) is None else getattr(train, name)
         for name in ("save_every", "sample_every", "evaluate_every")
     }
-    trigger = config.data.trigger
-    prompts = config.sample.prompts or default_prompts(index, config.data)
-    prompts = [prompt.replace("{trigger}", trigger) if trigger else prompt for prompt in prompts]
-    resolution = config.data.resolution or info.resolution
-    if resolution % info.min_step:
-        raise ConfigError(
-            f"data.resolution = {resolution} must be a multiple of {info.min_step} for the base {info.name}"
-        )
+    prompts = sample.prompts or default_prompts(index, data)
+    if data.trigger:
+        prompts = [prompt.replace("{trigger}", data.trigger) for prompt in prompts]
+    resolution = data.resolution or info.resolution
+    if resolution % (step := info.min_step):
+        problem = f"data.resolution = {resolution} must be a multiple of {step} for the base {info.name}"
+        raise ConfigError(f"{problem}; use {max(1, round(resolution / step)) * step}")
+    guidance = defaults.guidance if sample.guidance is None else sample.guidance
     return config.replace(
         data={"resolution": resolution},
         lora={"alpha": config.lora.trained_alpha},
         train={"steps": steps, "batch_size": batch_size, **cadence},
-        sample={
-            "prompts": prompts,
-            "guidance": defaults.guidance if config.sample.guidance is None else config.sample.guidance,
-        },
+        sample={"prompts": prompts, "guidance": guidance},
     )
 
 
@@ -134,16 +115,12 @@ def default_prompts(index: DatasetIndex, settings: DataSection) -> list[str]:
     prompts: list[str] = []
     for records in (index.records, index.heldout):
         captions = list(dict.fromkeys(record.caption for record in records if record.caption))
-        prompts += [captions[i] for i in _spread(len(captions), NUM_PROMPTS)]
+        prompts += spread(captions, NUM_PROMPTS)
     return list(dict.fromkeys(prompts))
 
 
-def spread_records(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
-    """Up to `count` records, evenly spaced."""
-    return [records[i] for i in _spread(len(records), count)]
-
-
-def _spread(length: int, count: int) -> list[int]:
-    if length <= count:
-        return list(range(length))
-    return [round(i * (length - 1) / (count - 1)) for i in range(count)] if count > 1 else [0]
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """Up to `count` of the items, evenly spaced; the first alone for 1."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / max(count - 1, 1))] for i in range(count)]

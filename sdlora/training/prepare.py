@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,9 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdlora.config import RunConfig
 from sdlora.data.buckets import Crop
-from sdlora.data.cache import TensorCache, cache_folder
 from sdlora.data.records import ImageRecord
 from sdlora.diffusion.objective import Objective
 from sdlora.dtypes import Precision
@@ -23,10 +21,10 @@ from sdlora.lora.layers import Dropout
 from sdlora.models.base import Base, Condition
 from sdlora.models.load import load_base
 from sdlora.report.terminal import Terminal
-from sdlora.training.adapter import make_adapter, text_digest
-from sdlora.training.encodings import Encodings
+from sdlora.training.adapter import make_adapter
+from sdlora.training.encodings import Encodings, View
 from sdlora.training.plan import RunPlan
-from sdlora.training.preflight import spread_records
+from sdlora.training.preflight import spread
 from sdlora.tree.lineage import Stack, path_to_stack
 
 NUM_HELDOUT = 64
@@ -43,29 +41,17 @@ class HeldoutView(NamedTuple):
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything the loop needs.
+    """Everything the loop needs."""
 
-    Args:
-        base: The denoiser on the device with the adapter mounted, and the text encoders where they learn.
-        adapter: The trainable adapter.
-        objective: The loss's settings.
-        encodings: Latents and text states.
-        splits: Images of the held-out loss: `train`, and `heldout` if there are any.
-        prompt_states: Text states of the prompts and the negative prompt; empty if training changes them.
-        dropout: Of the adapter.
-        max_norm: `lora.max_norm`.
-        parents: Frozen adapters below the trained one: (adapter, strength), the root first.
-    """
-
-    base: Base
+    base: Base  # the denoiser on the device with the adapter mounted; text encoders where they learn
     adapter: Adapter
     objective: Objective
     encodings: Encodings
-    splits: Mapping[str, list[HeldoutView]]
-    prompt_states: Mapping[str, Condition]
+    splits: Mapping[str, list[HeldoutView]]  # of the held-out loss: `train`, and `heldout` if there are any
+    prompt_states: Mapping[str, Condition]  # of the prompts; empty if training changes them
     dropout: Dropout
     max_norm: float
-    parents: Stack = ()
+    parents: Stack = ()  # frozen adapters below the trained one: (adapter, strength), the root first
 
     @torch.no_grad()
     def heldout_items(self, split: str, most: int | None = None) -> list[HeldoutItem]:
@@ -83,28 +69,23 @@ class Prepared:
 def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, terminal: Terminal) -> Prepared:
     """Loads the base, encodes, moves the encoders off the device, and mounts a fresh adapter."""
     config = plan.config
-    text_learns = config.lora.text_encoder
-    device, waits = accelerator.device, config.data.cache is not False
+    text_learns, device = config.lora.text_encoder, accelerator.device
+    waits = config.data.cache is not False
     base = load_base(plan.info, dtype=precision.base_dtype, device=device, waits=waits)
     parents = path_to_stack(plan.parents)
-    encodings = Encodings(
-        base,
-        _open_cache(config),
-        config.data,
-        text_learns=text_learns,
-        text_digest=text_digest(plan.info, plan.parents),
-    )
-    heldout = spread_records(plan.index.heldout, NUM_HELDOUT)
-    train = spread_records(
-        plan.index.records, len(heldout) or min(NUM_HELDOUT, max(2, plan.num_images // 10))
-    )
-    _encode(plan, encodings, accelerator, terminal)
+    encodings = Encodings(base, plan)
+    base.text_encoders_to(device)
+    mount(base.components, parents)
+    if waits:
+        _encode(plan, encodings, accelerator, terminal)
     prompts = dict.fromkeys([*config.sample.prompts, config.sample.negative_prompt])
     # With trained text encoders, sampling encodes the prompts for each column.
     text_differs = text_learns or any(adapter.changes_text for adapter, _ in parents)
     prompt_states = {} if text_differs else {prompt: encodings.condition(prompt) for prompt in prompts}
+    heldout = spread(plan.index.heldout, NUM_HELDOUT)
+    train = spread(plan.index.records, len(heldout) or min(NUM_HELDOUT, max(2, plan.num_images // 10)))
     splits = {
-        split: [_heldout_view(plan, encodings, record) for record in records]
+        split: [HeldoutView(*view, encodings.posterior(*view)[0]) for view in _first_views(plan, records)]
         for split, records in (("train", train), ("heldout", heldout))
         if records
     }
@@ -130,11 +111,7 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, termi
 
 
 def warn_if_prediction_differs(plan: RunPlan, prepared: Prepared) -> str | None:
-    """Compares the base's predictions with its prediction type: a wrong one fails silently (R-32).
-
-    Returns:
-        A warning if they fit another type.
-    """
+    """A warning if the base's predictions fit another type than its own, which fails silently (R-32)."""
     schedule, base = prepared.objective.schedule, prepared.base
     items = prepared.heldout_items("train", NUM_CHECKED)
     found = recognise_prediction(base.denoise, schedule, items, base.device)
@@ -147,40 +124,22 @@ def warn_if_prediction_differs(plan: RunPlan, prepared: Prepared) -> str | None:
     )
 
 
-def _open_cache(config: RunConfig) -> TensorCache | None:
-    return None if config.data.cache is False else TensorCache(cache_folder())
-
-
 def _encode(plan: RunPlan, encodings: Encodings, accelerator: Accelerator, terminal: Terminal) -> None:
     """Fills the cache, each process a share."""
-    config = plan.config
-    views = [
-        (record, crop)
-        for record in plan.index.records
-        for crop in dict.fromkeys(plan.buckets.crops[record.name])
-    ]
-    views += [
-        (record, plan.buckets.crops[record.name][0]) for record in (*plan.index.heldout, *plan.index.records)
-    ]
-    records = (*plan.index.records, *plan.index.heldout)
-    captions = [caption for record in records for caption in (record.caption, *record.variants)]
-    captions += ["", *config.sample.prompts, config.sample.negative_prompt]
-    base, device = encodings.base, accelerator.device
-    base.text_encoders_to(device)
-    mount(base.components, path_to_stack(plan.parents))
-    if encodings.cache is None:
-        return
+    records, sample, base = plan.index.records, plan.config.sample, encodings.base
+    heldout = plan.index.heldout
+    captions = [text for record in (*records, *heldout) for text in (record.caption, *record.variants)]
+    captions += ["", *sample.prompts, sample.negative_prompt]
+    views = [(record, crop) for record in records for crop in plan.buckets.crops[record.name]]
     # One at a time, to save memory: text encoders, then the VAE, then the denoiser.
-    encodings.prepare((), captions, accelerator, terminal)
     if not encodings.text_learns:
+        encodings.prepare(captions, accelerator, terminal)
         base.text_encoders_to("cpu")
-    base.vae.to(device)
-    encodings.prepare(dict.fromkeys(views), (), accelerator, terminal)
+    base.vae.to(accelerator.device)
+    encodings.prepare([*views, *_first_views(plan, heldout)], accelerator, terminal)
     base.vae.to("cpu")
     encodings.check_cache(terminal)
 
 
-def _heldout_view(plan: RunPlan, encodings: Encodings, record: ImageRecord) -> HeldoutView:
-    crop = plan.buckets.crops[record.name][0]
-    mean, _ = encodings.posterior(record, crop)
-    return HeldoutView(record, crop, mean)
+def _first_views(plan: RunPlan, records: Sequence[ImageRecord]) -> list[View]:
+    return [(record, plan.buckets.crops[record.name][0]) for record in records]

@@ -11,7 +11,7 @@ from sdlora.config import BaseSection, DataSection, load_config
 from sdlora.data.records import DatasetIndex, ImageRecord, Size
 from sdlora.errors import ConfigError
 from sdlora.models.info import inspect_base, with_base_defaults
-from sdlora.training.preflight import check_objective, default_prompts, resolve_config, spread_records
+from sdlora.training.preflight import check_objective, default_prompts, resolve_config, spread
 from tests.checks import raises
 
 INFO = inspect_base(BaseSection())
@@ -68,7 +68,7 @@ def test_default_prompts():
         "picture 10",
     ]
     assert default_prompts(make_index(2), data) == ["picture 0", "picture 1"]
-    assert [record.name for record in spread_records(make_index(5).records, 2)] == ["0.png", "4.png"]
+    assert [record.name for record in spread(make_index(5).records, 2)] == ["0.png", "4.png"]
 
 
 def test_default_prompts_without_captions():
