@@ -23,13 +23,8 @@ SMALLEST_RANK = 4
 def find_parents(lora: LoraSection, warn: Callable[[str], None]) -> tuple[PathEntry, ...]:
     """The parent with its ancestors, the root first; empty without `lora.parent`.
 
-    Args:
-        lora: The settings.
-        warn: Called with a line for each mismatch that `lora.force_parent` accepts.
-
-    Raises:
-        AdapterError: If the parent, or one of its ancestors, is missing, changed, or of a kind that cannot be
-            added to others.
+    `warn` is called with a line for each mismatch that `lora.force_parent` accepts. Raises an AdapterError if
+    one of them is missing, changed, or of a kind that cannot be added to others.
     """
     if lora.parent is None:
         return ()
@@ -44,38 +39,31 @@ def find_parents(lora: LoraSection, warn: Callable[[str], None]) -> tuple[PathEn
 
 
 def check_parents(parents: Sequence[PathEntry], info: BaseInfo, model: Model) -> list[str]:
-    """Checks that the parents fit the base.
+    """Raises an AdapterError if a parent does not fit the base; returns warnings about other bases.
 
-    Args:
-        parents: From `find_parents`.
-        info: The base.
-        model: The denoiser, or components by name; they may lie on the meta device.
-
-    Returns:
-        Warnings for those that were trained on another base of the family.
-
-    Raises:
-        AdapterError: If one of them is for another family or does not fit.
+    The model is a network, or components by name; it may lie on the meta device.
     """
     lines = []
-    for step in parents:
-        line = check_base(
-            step.adapter, family=info.family, name=info.name, digest=info.digest, source=str(step.file)
-        )
-        parts = components(model)
-        read = step.adapter.without(info.unread_layer)
-        own = {name: pair for name, pair in read.modules.items() if component_of(name) in parts}
-        check_fit(replace(read, modules=own), model, str(step.file))
-        lines += [line] if line else []
-    return lines
+    for parent in parents:
+        source = str(parent.file)
+        lines.append(check_base(parent.adapter, **_names(info), source=source))
+        _check_own_modules(parent.adapter.without(info.unread_layer), model, source)
+    return [line for line in lines if line]
+
+
+def _check_own_modules(adapter: Adapter, model: Model, source: str) -> None:
+    """Checks that the modules of an adapter fit, without those of components that are not there."""
+    parts = components(model)
+    own = {name: module for name, module in adapter.modules.items() if component_of(name) in parts}
+    check_fit(replace(adapter, modules=own), model, source)
+
+
+def _names(info: BaseInfo) -> dict[str, str]:
+    return {"family": info.family, "name": info.name, "digest": info.digest}
 
 
 def with_parents(config: RunConfig, parents: Sequence[PathEntry]) -> tuple[RunConfig, str | None]:
-    """The settings with the path of the parent and, by default, half of its rank.
-
-    Returns:
-        The settings, and a notice about the rank if it was not set.
-    """
+    """The settings with the parent's path and, by default, half of its rank; and a notice about that."""
     if not parents:
         return config, None
     above = parents[-1].adapter.rank
@@ -83,11 +71,8 @@ def with_parents(config: RunConfig, parents: Sequence[PathEntry]) -> tuple[RunCo
     if "rank" in config.lora.model_fields_set:
         return config.replace(lora=changes), None
     rank = max(SMALLEST_RANK, above // 2)
-    line = (
-        f"lora.rank = {rank}, half of its parent's {above} and at least {SMALLEST_RANK}; "
-        "set lora.rank to choose another"
-    )
-    return config.replace(lora={**changes, "rank": rank}), line
+    half = f"lora.rank = {rank}, half of its parent's {above} and at least {SMALLEST_RANK}"
+    return config.replace(lora={**changes, "rank": rank}), f"{half}; set lora.rank to choose another"
 
 
 def text_digest(info: BaseInfo, parents: Sequence[PathEntry]) -> str:
@@ -100,28 +85,20 @@ def text_digest(info: BaseInfo, parents: Sequence[PathEntry]) -> str:
 
 
 def check_init_from(config: RunConfig, info: BaseInfo, model: Model, layout: Layout) -> str | None:
-    """Checks that `lora.init_from` fits the base and the targets, before weights are loaded.
-
-    Returns:
-        A warning if the file is for another base of the same family.
-
-    Raises:
-        SdloraError: If the file is missing or does not fit.
-    """
+    """Raises an SdloraError if `lora.init_from` does not fit; returns a warning about another base."""
     if config.lora.init_from is None:
         return None
     key = f"lora.init_from = {config.lora.init_from}"
     start = _load_start(config.lora.init_from, info)
     low_rank_modules(start, key)
     if not KINDS[layout.kind].is_additive:
-        raise ConfigError(
-            f"{key} does not go with lora.kind = {layout.kind}: its magnitudes start at the norms of the "
-            "base weights; set lora.kind=lora or remove lora.init_from"
+        problem = (
+            f"{key} conflicts with lora.kind = {layout.kind}, whose magnitudes start at the base's norms"
         )
-    warning = check_base(start, family=info.family, name=info.name, digest=info.digest, source=key)
+        raise ConfigError(f"{problem}; set lora.kind=lora or remove lora.init_from")
+    warning = check_base(start, **_names(info), source=key)
     # lora.targets cannot reach the modules of other networks.
-    own = {name: pair for name, pair in start.modules.items() if component_of(name) in components(model)}
-    check_fit(replace(start, modules=own), model, key)
+    _check_own_modules(start, model, key)
     check_init_targets(start, layout.ranks, key)
     return warning
 

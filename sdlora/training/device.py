@@ -31,46 +31,31 @@ from sdlora.training.distributed import (
 )
 
 NOT_INSTALLED = "not installed"
+# Packages that affect the result of a run.
 PACKAGES = (
-    "sdlora",
-    "torch",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "peft",
-    "bitsandbytes",
-    "safetensors",
-    "pillow",
+    *("sdlora", "torch", "diffusers", "transformers", "accelerate", "peft"),
+    *("bitsandbytes", "safetensors", "pillow"),
 )
 
 
 def choose_precision(config: RunConfig, device: torch.device, environment: Mapping[str, str]) -> Precision:
-    """Resolves the precision from the settings, the launcher and the device.
+    """Resolves the precision from `train.precision`, `base.dtype`, the launcher and the device.
 
-    Args:
-        config: `train.precision` and `base.dtype`.
-        device: Where training runs.
-        environment: Environment variables; `accelerate launch` exports its precision, `no` if unset.
-
-    Raises:
-        ConfigError: If the launcher disagrees, the device does not support it, or the base is stored in
-            less than the compute precision.
+    `accelerate launch` exports its precision as an environment variable, `no` if unset. Raises a ConfigError
+    if the launcher disagrees, the device does not support it, or the base is stored in less than it.
     """
     asked, base = str(config.train.precision), config.base.dtype
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if launched != "no":
         if asked not in ("auto", launched):
-            raise ConfigError(
-                f"train.precision = {asked} but the launcher has --mixed_precision {launched} "
-                "(ACCELERATE_MIXED_PRECISION); set one of them, or both alike"
-            )
+            problem = f"train.precision = {asked} but the launcher has --mixed_precision {launched}"
+            raise ConfigError(f"{problem} (ACCELERATE_MIXED_PRECISION); set only one, or both alike")
         asked = launched
     if asked == "auto":
         asked = "bf16" if has_bf16(device) else "fp32" if base == "auto" else base
     if asked not in DTYPES:
-        raise ConfigError(
-            f"train.precision = {asked} (from the launcher) is not supported; use bf16, fp16 or fp32"
-        )
+        problem = f"train.precision = {asked} (from the launcher) is not supported"
+        raise ConfigError(f"{problem}; use bf16, fp16 or fp32")
     if asked == "fp16" and device.type == "cpu":
         raise ConfigError("train.precision = fp16 requires a GPU (the device is cpu); use bf16 or fp32")
     if asked == "fp32" and base not in ("auto", "fp32"):
@@ -82,11 +67,7 @@ def choose_precision(config: RunConfig, device: torch.device, environment: Mappi
 
 
 def make_accelerator(config: RunConfig) -> tuple[Accelerator, Precision]:
-    """Starts Accelerate: processes, device, trackers.
-
-    Raises:
-        ConfigError: If the precision, a tracker or the launcher's processes are not available.
-    """
+    """Starts Accelerate: processes, device, trackers; raises a ConfigError if one is not available."""
     check_trackers(config.train.trackers)
     check_launcher(os.environ)
     # A second run in one Python process may use another precision.
@@ -95,11 +76,8 @@ def make_accelerator(config: RunConfig) -> tuple[Accelerator, Precision]:
     with distributed_errors():
         first = Accelerator(mixed_precision="no", cpu=is_gloo, kwargs_handlers=[group])
     if first.num_processes != num_launched(os.environ):
-        raise ConfigError(
-            f"the launcher started {num_launched(os.environ)} processes, but {first.device} supports one "
-            "only; start one",
-            key="processes",
-        )
+        problem = f"the launcher started {num_launched(os.environ)} processes"
+        raise ConfigError(f"{problem}, but {first.device} supports one only; start one", key="processes")
     precision = choose_precision(config, first.device, os.environ)
     AcceleratorState._reset_state(reset_partial_state=False)
     accelerator = Accelerator(
@@ -126,11 +104,7 @@ def as_out_of_memory() -> Iterator[None]:
 
 
 def check_trackers(trackers: list[str]) -> None:
-    """Checks that trackers are known and installed.
-
-    Raises:
-        ConfigError: Naming the tracker and its package.
-    """
+    """Raises a ConfigError if a tracker is unknown or not installed."""
     known = sorted(str(kind.value) for kind in LoggerType if kind != LoggerType.ALL)
     for tracker in trackers:
         if tracker not in known:
@@ -138,19 +112,16 @@ def check_trackers(trackers: list[str]) -> None:
         # A tracker's name is its package's.
         if _version(tracker) == NOT_INSTALLED:
             package = "'sdlora[tensorboard]'" if tracker == "tensorboard" else tracker
-            raise ConfigError(
-                f"train.trackers has {tracker!r}, which is not installed; pip install {package}"
-            )
+            problem = f"train.trackers has {tracker!r}, which is not installed"
+            raise ConfigError(f"{problem}; pip install {package}")
 
 
 def describe_environment(accelerator: Accelerator, precision: Precision, **values: Any) -> dict[str, Any]:
     """Versions, device and dtypes, for `environment.json`."""
     device = accelerator.device
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return {
         "device": str(device),
         "device_name": name,
@@ -169,7 +140,6 @@ def describe_environment(accelerator: Accelerator, precision: Precision, **value
 
 @cache
 def package_versions() -> Mapping[str, str]:
-    """Versions of the packages that affect the result of a run."""
     return MappingProxyType({package: _version(package) for package in PACKAGES})
 
 

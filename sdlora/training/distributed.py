@@ -1,4 +1,7 @@
-"""Several processes as one run: collectives, stop signals, and errors that reach every process."""
+"""Several processes as one run: collectives, stop signals, and errors that reach every process.
+
+Collectives raise `ProcessLost` if another process ended or does not answer.
+"""
 
 from __future__ import annotations
 
@@ -50,18 +53,12 @@ def num_launched(environment: Mapping[str, str]) -> int:
 
 
 def check_launcher(environment: Mapping[str, str]) -> None:
-    """Refuses engines that launchers offer and this trainer does not use.
-
-    Raises:
-        ConfigError: Naming the engine.
-    """
+    """Raises a ConfigError for engines that launchers offer and this trainer does not use."""
     for variable, engine in ENGINES.items():
         if environment.get(variable, "").lower() in ("1", "true", "yes"):
-            raise ConfigError(
-                f"the launcher asks for {engine} ({variable}), which sdlora does not use: only the adapter "
-                "is trained, and each process holds the whole base; launch without it",
-                key="launcher-engine",
-            )
+            problem = f"the launcher requests {engine} ({variable}), which sdlora does not use"
+            reason = "only the adapter is trained, and each process has the whole base"
+            raise ConfigError(f"{problem}: {reason}; launch without it", key="launcher-engine")
 
 
 def needs_gloo(environment: Mapping[str, str]) -> bool:
@@ -82,11 +79,7 @@ def leave() -> None:
 
 
 def all_reduce_sum(accelerator: Accelerator, values: Tensor) -> Tensor:
-    """The sum over all processes, on each of them, on the device of `values`.
-
-    Raises:
-        ProcessLost: If another process ended or does not answer.
-    """
+    """The sum over all processes, on each of them, on the device of `values`."""
     if accelerator.num_processes == 1:
         return values
     with distributed_errors():
@@ -95,11 +88,7 @@ def all_reduce_sum(accelerator: Accelerator, values: Tensor) -> Tensor:
 
 
 def all_gather(accelerator: Accelerator, value: T) -> list[T]:
-    """A small object of each process, by rank, on all of them.
-
-    Raises:
-        ProcessLost: If another process ended or does not answer.
-    """
+    """A small object of each process, by rank, on all of them."""
     if accelerator.num_processes == 1:
         return [value]
     with distributed_errors():
@@ -121,24 +110,14 @@ def broadcast(accelerator: Accelerator, value: T) -> T:
 
 
 def barrier(accelerator: Accelerator) -> None:
-    """Waits for all processes.
-
-    Raises:
-        ProcessLost: If another process ended or does not answer.
-    """
+    """Waits for all processes."""
     if accelerator.num_processes > 1:
         with distributed_errors():
             accelerator.wait_for_everyone()
 
 
 def work_in_rounds(accelerator: Accelerator, jobs: Iterable[T], work: Callable[[T], object]) -> None:
-    """Runs the jobs of this process; no process waits for another longer than a round and a job.
-
-    Args:
-        accelerator: Its processes.
-        jobs: Of this process; their number may differ between processes.
-        work: Runs one job.
-    """
+    """Runs the jobs of this process; no process waits for another longer than a round and a job."""
     queue = deque(jobs)
     while all_reduce_count(accelerator, len(queue)):
         end = time.monotonic() + ROUND_SECONDS
@@ -213,30 +192,25 @@ def distributed_errors() -> Iterator[None]:
 
 
 def _explain(error: RuntimeError) -> ProcessLost:
-    failure = _read_failure()
-    if failure is not None:
+    if failure := _within(STORE_SECONDS, _read_failure):
         message = f"process {failure['process']} on {failure['host']} ended: {failure['reason']}"
         return ProcessLost(message, failure["code"], is_told=True)
     return ProcessLost(f"another process ended or does not answer ({first_line(error)})")
 
 
 def _write_failure(process: int, error: BaseException) -> None:
-    is_own = isinstance(error, SdloraError)
     failure = {
         "process": process,
         "host": socket.gethostname(),
-        "reason": str(error) if is_own else f"{type(error).__name__}: {error}",
+        "reason": str(error) if isinstance(error, SdloraError) else f"{type(error).__name__}: {error}",
         "code": error.exit_code if isinstance(error, SdloraError) else 1,
     }
     _within(STORE_SECONDS, lambda: _store().set("failure", json.dumps(failure)))
 
 
 def _read_failure() -> dict[str, Any] | None:
-    def read() -> dict[str, Any] | None:
-        store = _store()
-        return dict(json.loads(store.get("failure"))) if store.check(["failure"]) else None
-
-    return _within(STORE_SECONDS, read)
+    store = _store()
+    return dict(json.loads(store.get("failure"))) if store.check(["failure"]) else None
 
 
 def _store() -> PrefixStore:

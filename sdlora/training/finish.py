@@ -29,55 +29,42 @@ from sdlora.writing import write_file
 def finish(trainer: Trainer) -> None:
     """Exports every dialect, proves that diffusers loads each file, and prints what was learned.
 
-    Raises:
-        AdapterError: If a file does not do in diffusers what was trained; the run is not done.
+    Raises an AdapterError if a file has another effect in diffusers than was trained: the run is not done.
     """
     if trainer.accelerator.is_main_process:
+        run, terminal, counters = trainer.run, trainer.terminal, trainer.counters
         with trainer.runner.inference_weights():
             export_final(trainer)
-        draw_loss_curve(trainer.run)
-        trainer.terminal.print(*describe_losses(trainer.run))
-        if trainer.counters.skipped:
-            trainer.terminal.print(
-                f"skipped   {trainer.counters.skipped} of {trainer.plan.steps} steps were not finite"
-            )
-        if doubt := doubt_losses(trainer.run):
-            trainer.terminal.warn(doubt)
-        counters = trainer.counters
+        draw_loss_curve(run)
+        terminal.print(*describe_losses(run))
+        if counters.skipped:
+            terminal.print(f"skipped   {counters.skipped} of {trainer.plan.steps} steps were not finite")
+        if doubt := doubt_losses(run):
+            terminal.warn(doubt)
         trainer.event("done", loss_ema=counters.loss_ema, skipped=counters.skipped, doubt=doubt)
     barrier(trainer.accelerator)
 
 
 def export_final(trainer: Trainer) -> None:
-    """Writes `final.*` and the card, then proves that the files load."""
+    """Writes `final.*` and the model card, and proves that the files load."""
     run, plan, adapter = trainer.run, trainer.plan, trainer.runner.adapter
-    metadata = training_metadata(run, plan, step=trainer.step, images_seen=trainer.counters.images_seen)
-    settings = plan.config.export
+    facts = training_metadata(run, plan, trainer.counters)
+    metadata, precision = run_metadata(facts), plan.config.export.precision
     paths = []
-    for dialect in dict.fromkeys(settings.formats):
-        exported = export_adapter(
-            adapter,
-            run.final_adapter(dialect),
-            dialect=dialect,
-            precision=settings.precision,
-            metadata=run_metadata(metadata),
-        )
-        paths.append(exported.path)
+    for dialect in dict.fromkeys(plan.config.export.formats):
+        path = run.final_adapter(dialect)
+        exported = export_adapter(adapter, path, dialect=dialect, precision=precision, metadata=metadata)
+        paths.append(path)
         trainer.terminal.print(f"export    {exported}", *exported.lines()[1:])
-        trainer.event("exported", path=str(exported.path.relative_to(run.path)), precision=exported.precision)
+        trainer.event("exported", path=str(path.relative_to(run.path)), precision=exported.precision)
     for proof in postflight(paths, adapter, trainer.prepared.base.components, plan.info):
         trainer.terminal.print(f"postflight {proof}")
     trainer.event("postflight", files=[path.name for path in paths])
     grids = sorted(run.samples.glob("step-*/grid.png"))
     if grids:
         write_file(run.adapters / "grid.png", lambda file: shutil.copyfile(grids[-1], file))
-    write_model_card(
-        run.model_card,
-        metadata,
-        prompts=plan.config.sample.prompts,
-        grid="grid.png" if grids else None,
-        weights=run.adapter.name,
-    )
+    grid, prompts = "grid.png" if grids else None, plan.config.sample.prompts
+    write_model_card(run.model_card, facts, prompts=prompts, grid=grid, weights=run.adapter.name)
 
 
 OUT_OF_MEMORY_REMEDIES = (
@@ -93,13 +80,13 @@ def report_failed_start(plan: RunPlan, run: RunFolder) -> Iterator[None]:
         with as_out_of_memory():
             yield
     except torch.OutOfMemoryError as error:
-        raise _failure(
-            "out of memory while loading the base and encoding the images, which takes about "
-            f"{as_size(plan.memory.stages['encoding'])} of {plan.device_info.device.type} memory; free some "
-            f"and run `sdlora resume {run.path}`, or start a new run with base.quantize=int8 or a smaller "
-            "data.resolution",
-            key="out-of-memory",
-        ) from error
+        size, device = as_size(plan.memory.stages["encoding"]), plan.device_info.device.type
+        problem = (
+            f"out of memory while loading the base and encoding the images (about {size} on the {device})"
+        )
+        remedy = "start a new run with base.quantize=int8 or a smaller data.resolution"
+        retry = f"free some memory and run `sdlora resume {run.path}`"
+        raise _failure(f"{problem}; {retry}, or {remedy}", key="out-of-memory") from error
 
 
 @contextmanager
@@ -129,11 +116,9 @@ def _explain(error: SdloraError | OSError | torch.OutOfMemoryError, trainer: Tra
     hint = trainer.resume_hint()
     if isinstance(error, torch.OutOfMemoryError):
         images = count_of(trainer.plan.config.train.micro_batch, "image")
-        return _failure(
-            f"out of memory in step {trainer.step + 1}, with {images} of up to "
-            f"{trainer.plan.memory_inputs.size} at once; {OUT_OF_MEMORY_REMEDIES}; {hint}",
-            key="out-of-memory",
-        )
+        size = trainer.plan.memory_inputs.size
+        problem = f"out of memory in step {trainer.step + 1}, with {images} of up to {size} at once"
+        return _failure(f"{problem}; {OUT_OF_MEMORY_REMEDIES}; {hint}", key="out-of-memory")
     if isinstance(error, ProcessLost):
         return ProcessLost(f"{error}; {hint}", error.exit_code, is_told=error.is_told)
     if isinstance(error, DataError):

@@ -55,27 +55,16 @@ class RunningStats:
 
 @dataclass
 class Counters:
-    """Progress of a run, as checkpoints keep it.
-
-    Args:
-        step: Optimizer steps done.
-        images_seen: Samples in them.
-        loss_ema: Mean of about the last 50 losses.
-        skipped: Steps without an update, since loss or gradient were not finite.
-        skipped_in_row: Those since the last update.
-        zeros_in_row: Latest steps with a loss of exactly 0.
-        losses: Distribution of the loss.
-        norms: Distribution of the gradient norm.
-    """
+    """Progress of a run, as checkpoints keep it."""
 
     step: int = 0
     images_seen: int = 0
-    loss_ema: float | None = None
-    skipped: int = 0
+    loss_ema: float | None = None  # mean of about the last 50 losses
+    skipped: int = 0  # steps without an update, since loss or gradient were not finite
     skipped_in_row: int = 0
-    zeros_in_row: int = 0
+    zeros_in_row: int = 0  # latest steps with a loss of exactly 0
     losses: RunningStats = field(default_factory=RunningStats)
-    norms: RunningStats = field(default_factory=RunningStats)
+    norms: RunningStats = field(default_factory=RunningStats)  # of the gradients
 
     @classmethod
     def restore(cls, values: Mapping[str, Any]) -> Counters:
@@ -87,14 +76,14 @@ class Counters:
         """Counts a step; returns its outliers, one text each."""
         self.step = result.step
         self.images_seen += len(result.images)
-        outliers = [
-            f"{name} {value:.3g} (usually {math.exp(usual):.3g})"
-            for name, value, stats, usual in (
-                ("loss", result.loss, self.losses, self.losses.mean),
-                ("gradient norm", result.grad_norm, self.norms, self.norms.mean),
-            )
-            if stats.update(value)
-        ]
+        outliers = []
+        for name, value, stats in (
+            ("loss", result.loss, self.losses),
+            ("gradient norm", result.grad_norm, self.norms),
+        ):
+            usual = stats.mean
+            if stats.update(value):
+                outliers.append(f"{name} {value:.3g} (usually {math.exp(usual):.3g})")
         if math.isfinite(result.loss):
             # A plain mean at first: else the loss of the first step alone would dominate for long.
             weight = max(1 / max(self.losses.count, 1), 1 - LOSS_EMA_DECAY)
@@ -107,20 +96,10 @@ class Counters:
 
 
 class Health:
-    """Checks every step once it is done.
-
-    Args:
-        run: Its checkpoints are named in errors.
-        plan: The run.
-        adapter: The trained adapter.
-        warn: Called with a message, and `images` where some are concerned.
-    """
+    """Checks every step once it is done; `warn` takes a message, and `images` if it is about some."""
 
     def __init__(self, run: RunFolder, plan: RunPlan, adapter: Adapter, warn: Callable[..., None]) -> None:
-        self.run = run
-        self.plan = plan
-        self.adapter = adapter
-        self.warn = warn
+        self.run, self.plan, self.adapter, self.warn = run, plan, adapter, warn
         self.restore(Counters())
 
     def restore(self, counters: Counters) -> None:
@@ -135,11 +114,7 @@ class Health:
         return self._initial is not None
 
     def check(self, result: StepResult) -> None:
-        """Counts a step and checks its numbers.
-
-        Raises:
-            TrainingDiverged: If the run cannot recover; names step, images, rate and last good checkpoint.
-        """
+        """Counts a step and checks its numbers; raises TrainingDiverged if the run cannot recover."""
         outliers = self.counters.count(result)
         self._check_counters(result)
         self._check_parameters(result)
@@ -151,29 +126,22 @@ class Health:
 
     def _check_counters(self, result: StepResult) -> None:
         if self.counters.zeros_in_row >= MAX_ZERO_LOSSES:
-            raise TrainingDiverged(
-                f"the loss was exactly 0 for {MAX_ZERO_LOSSES} steps, so nothing is learned; check the base "
-                f"and train.precision ({self._describe(result)})",
-                key="zero-loss",
-            )
+            problem = f"the loss was exactly 0 for {MAX_ZERO_LOSSES} steps, so nothing is learned"
+            remedy = f"check the base and train.precision ({self._describe(result)})"
+            raise TrainingDiverged(f"{problem}; {remedy}", key="zero-loss")
         if self.counters.skipped_in_row >= self.plan.config.train.max_skipped_steps:
-            raise TrainingDiverged(
-                f"loss or gradient was not finite for {self.counters.skipped_in_row} steps in a row; lower "
-                f"train.learning_rate or set train.precision=bf16 ({self._describe(result)})",
-                key="non-finite-steps",
-            )
+            problem = f"loss or gradient was not finite for {self.counters.skipped_in_row} steps in a row"
+            remedy = f"lower train.learning_rate or set train.precision=bf16 ({self._describe(result)})"
+            raise TrainingDiverged(f"{problem}; {remedy}", key="non-finite-steps")
 
     def _check_parameters(self, result: StepResult) -> None:
         # One number for all tensors, so that the device is asked once.
         if torch.isfinite(torch.stack(torch._foreach_norm(self.adapter.parameters()))).all():
             return
-        bad = [name for name, module in self.adapter.modules.items() if not module.is_finite]
-        if bad:
-            raise TrainingDiverged(
-                f"{len(bad)} modules have non-finite values: {join_names(bad)}; lower train.learning_rate "
-                f"({self._describe(result)})",
-                key="non-finite-parameters",
-            )
+        if bad := [name for name, module in self.adapter.modules.items() if not module.is_finite]:
+            problem = f"{len(bad)} modules have non-finite values: {join_names(bad)}"
+            remedy = f"lower train.learning_rate ({self._describe(result)})"
+            raise TrainingDiverged(f"{problem}; {remedy}", key="non-finite-parameters")
 
     def _keep_initial_values(self) -> None:
         """Copies what the first update must change, if that comes next."""
@@ -186,11 +154,11 @@ class Health:
         if not result.updated:
             # In fp16 the first steps are skipped until the scale fits.
             self.proof_step = self.plan.proof_step(result.step)
-        else:
-            dead = find_dead_modules(self.adapter, initial)
-            excused = check_dead_modules(dead, self._has_single_token(result.step))
-            if excused:
-                self.warn(f"{len(excused)} modules cannot learn: self-attention over a single token")
+            return
+        pairs = zip(self.adapter.modules.items(), initial, strict=True)
+        dead = [name for (name, module), before in pairs if torch.equal(module.starting_at_zero, before)]
+        if excused := check_dead_modules(dead, self._has_single_token(result.step)):
+            self.warn(f"{len(excused)} modules cannot learn: self-attention over a single token")
 
     def _has_single_token(self, step: int) -> bool:
         """Whether the coarsest level of the base sees the images of a step as a single position."""
@@ -202,40 +170,20 @@ class Health:
         # A checkpoint from among the skipped steps contains what makes them fail.
         good = result.step - self.counters.skipped_in_row
         steps = [step for step in self.run.checkpoint_steps() if step <= good]
-        last = (
-            f"last good checkpoint: {self.run.checkpoint(steps[-1])}" if steps else "no good checkpoint yet"
-        )
+        last = f"last good checkpoint: {self.run.checkpoint(steps[-1])}" if steps else "no checkpoint yet"
         return (
             f"step {result.step}, loss {result.loss:g}, gradient norm {result.grad_norm:g}, learning rate "
             f"{result.learning_rate:g}, images {', '.join(result.images)}; {last}"
         )
 
 
-def find_dead_modules(adapter: Adapter, initial: Sequence[Tensor]) -> list[str]:
-    """The modules that the first update did not change."""
-    return [
-        name
-        for (name, module), before in zip(adapter.modules.items(), initial, strict=True)
-        if torch.equal(module.starting_at_zero, before)
-    ]
-
-
 def check_dead_modules(dead: Sequence[str], has_single_token: bool) -> list[str]:
-    """Stops the run for dead modules; returns those that cannot learn.
+    """Raises TrainingDiverged for modules that the first update did not change; returns the excused ones.
 
     Queries and keys of a self-attention over a single token receive no gradient: its softmax is always 1.
-
-    Raises:
-        TrainingDiverged: Naming the modules that should have changed.
     """
-    excused = [
-        name for name in dead if has_single_token and ".attn1." in name and name.endswith((".to_q", ".to_k"))
-    ]
-    wrong = [name for name in dead if name not in excused]
-    if wrong:
-        raise TrainingDiverged(
-            f"{len(wrong)} modules did not change in the first update: {join_names(wrong)}; "
-            "check lora.targets",
-            key="dead-modules",
-        )
-    return excused
+    learns = [name for name in dead if ".attn1." not in name or not name.endswith((".to_q", ".to_k"))]
+    if wrong := learns if has_single_token else dead:
+        problem = f"{len(wrong)} modules did not change in the first update: {join_names(wrong)}"
+        raise TrainingDiverged(f"{problem}; check lora.targets", key="dead-modules")
+    return list(dead)

@@ -7,10 +7,12 @@ from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from PIL import Image
 
 from sdlora.config import RunConfig
 from sdlora.report.terminal import Terminal
@@ -54,6 +56,17 @@ class MetricLogger:
         except Exception as error:
             self.warn(step, f"a tracker failed: {error}")
 
+    def track_grid(self, step: int, grid: Path) -> None:
+        """Adds a grid to TensorBoard."""
+        try:
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    with Image.open(grid) as image:
+                        pixels = np.asarray(image.convert("RGB"))
+                    tracker.log_images({"samples": pixels[None]}, step=step, dataformats="NHWC")
+        except Exception as error:
+            self.warn(step, f"a tracker failed: {error}")
+
     def record(self, result: StepResult, counters: Counters, seconds: float) -> None:
         """Logs a step."""
         self._trace(result)
@@ -74,10 +87,10 @@ class MetricLogger:
         }
         if norms := result.norms:
             values |= {"norm_mean": norms.mean, "norm_max": norms.largest, "norms_limited": norms.num_limited}
-        groups = dict(result.rates) if len(result.rates) > 1 else {}
-        by_group = {"learning_rates": groups} if groups else {}
+        by_group = {"learning_rates": result.rates} if len(result.rates) > 1 else {}
         self.event("step", result.step, **values, **by_group, skipped=counters.skipped)
-        values |= {f"learning_rate/{name}": rate for name, rate in groups.items()}
+        if by_group:
+            values |= {f"learning_rate/{name}": rate for name, rate in result.rates.items()}
         self.track(result.step, {name: value for name, value in values.items() if value is not None})
 
     def _trace(self, result: StepResult) -> None:
@@ -94,13 +107,7 @@ class MetricLogger:
 
 
 def start_trackers(accelerator: Accelerator, folder: Path, config: RunConfig) -> None:
-    """Starts the trackers of `train.trackers`.
-
-    Args:
-        accelerator: Made with them.
-        folder: For trackers that write files.
-        config: The settings, shown by the trackers.
-    """
+    """Starts the trackers of `train.trackers`, which write into the folder and show the settings."""
     settings = {
         f"{section}.{key}": str(value)
         for section, keys in config.model_dump(mode="json").items()
@@ -109,11 +116,6 @@ def start_trackers(accelerator: Accelerator, folder: Path, config: RunConfig) ->
     }
     accelerator.project_configuration = ProjectConfiguration(project_dir=str(folder))
     accelerator.init_trackers("sdlora", config=settings)
-
-
-def finish_trackers(accelerator: Accelerator) -> None:
-    for tracker in accelerator.trackers:
-        tracker.finish()
 
 
 def _memory_mb(device: torch.device) -> float:

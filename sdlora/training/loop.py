@@ -32,7 +32,7 @@ from sdlora.training.optimizer import learning_rate
 from sdlora.training.plan import RunPlan
 from sdlora.training.plan_summary import training_metadata
 from sdlora.training.prepare import Prepared
-from sdlora.training.samples import SamplingStopped, log_grid, sample_step
+from sdlora.training.samples import SamplingStopped, sample_step
 from sdlora.training.step import StepResult, StepRunner
 
 MIN_EVALUATION_BATCH = 4
@@ -52,11 +52,8 @@ class Trainer:
         precision: Precision,
         terminal: Terminal,
     ) -> None:
-        self.run = run
-        self.plan = plan
-        self.prepared = prepared
-        self.accelerator = accelerator
-        self.terminal = terminal
+        self.run, self.plan, self.prepared = run, plan, prepared
+        self.accelerator, self.terminal = accelerator, terminal
         self.runner = StepRunner(plan.config.train, prepared, accelerator, precision)
         self.logger = MetricLogger(run, plan.config, accelerator, terminal)
         self.health = Health(run, plan, prepared.adapter, self.warn)
@@ -122,7 +119,7 @@ class Trainer:
         step, runner = self.step, self.runner
         samples = self.plan.order.step(step)
         rate = learning_rate(step, self.plan.config.train, self.plan.steps)
-        runner.set_learning_rate(rate)
+        rates = runner.set_learning_rate(rate)
         # Dropout could keep a small module from learning: it is off while each is proven to learn.
         loss, draws = runner.compute_gradients(step, samples, dropout=not self.health.is_proving)
         norm = runner.clip_gradients()
@@ -136,7 +133,7 @@ class Trainer:
             updated=updated,
             images=tuple(sample.record.name for sample in samples),
             draws=draws,
-            rates=runner.learning_rates,
+            rates=rates,
             norms=runner.norms,
         )
         self.health.check(result)
@@ -153,39 +150,31 @@ class Trainer:
         losses = {}
         for split in self.prepared.splits:
             measured = self.evaluate(split)
-            losses[split] = measured.loss
-            self.event(
-                "heldout",
-                split=split,
-                loss=measured.loss,
-                by_band=measured.by_band,
-                images=measured.num_images,
-            )
-            self.logger.track(self.step, {f"{split}_loss": measured.loss})
+            losses[split] = loss = measured.loss
+            count, bands = measured.num_images, measured.by_band
+            self.event("heldout", split=split, loss=loss, by_band=bands, images=count)
+            self.logger.track(self.step, {f"{split}_loss": loss})
         # Logs and notebooks show no progress bar.
         self.terminal.print(describe_step(self.run, self.step, losses))
 
     def evaluate(self, split: str) -> HeldoutLoss:
         """The held-out loss of the current weights."""
+        processes = self.accelerator
+        total = partial(all_reduce_sum, processes)
         with self.runner.inference_weights():
             return heldout_loss(
                 self.runner.denoise,
                 self.prepared.objective.schedule,
                 self.prepared.heldout_items(split),
                 batch_size=max(MIN_EVALUATION_BATCH, self.plan.config.train.micro_batch),
-                device=self.accelerator.device,
-                share=Share(
-                    self.accelerator.process_index,
-                    self.accelerator.num_processes,
-                    partial(all_reduce_sum, self.accelerator),
-                ),
+                device=processes.device,
+                share=Share(processes.process_index, processes.num_processes, total),
             )
 
     def save_if_due(self, stopping: bool = False) -> None:
         """Saves the adapter, to use, and the checkpoint, to continue from.
 
-        Raises:
-            OSError: If a step that must leave a checkpoint could leave neither.
+        Raises an OSError if a step that must leave a checkpoint could leave neither.
         """
         needs_checkpoint = self.step in self.plan.save_steps or stopping
         if not (needs_checkpoint or self.step in self.plan.sample_steps):
@@ -193,12 +182,8 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         is_saved = self._save_adapter()
-        if needs_checkpoint:
-            is_saved = self._save_checkpoint() or is_saved
-            if not is_saved:
-                raise OSError(
-                    f"cannot save the adapter or the checkpoint of step {self.step}; free disk space"
-                )
+        if needs_checkpoint and not (self._save_checkpoint() or is_saved):
+            raise OSError(f"cannot save the adapter or the checkpoint of step {self.step}; free disk space")
 
     def save_missing_checkpoint(self) -> None:
         """Saves the checkpoint of a step whose grid a signal interrupted."""
@@ -206,24 +191,17 @@ class Trainer:
             self._save_checkpoint()
 
     def _save_adapter(self) -> bool:
-        metadata = training_metadata(
-            self.run, self.plan, step=self.step, images_seen=self.counters.images_seen
-        )
+        metadata = run_metadata(training_metadata(self.run, self.plan, self.counters))
+        path, precision = self.run.step_adapter(self.step), self.plan.config.export.precision
         try:
             with self.runner.inference_weights():
-                exported = export_adapter(
-                    self.runner.adapter,
-                    self.run.step_adapter(self.step),
-                    precision=self.plan.config.export.precision,
-                    metadata=run_metadata(metadata),
-                )
+                saved = export_adapter(self.runner.adapter, path, precision=precision, metadata=metadata)
         except AdapterError as error:
             if not isinstance(error.__cause__, OSError):
                 raise
             self.warn(f"cannot save the adapter of step {self.step}: {error.__cause__}")
             return False
-        path = str(exported.path.relative_to(self.run.path))
-        self.event("saved", path=path, precision=exported.precision)
+        self.event("saved", path=str(path.relative_to(self.run.path)), precision=saved.precision)
         return True
 
     def _save_checkpoint(self) -> bool:
@@ -254,19 +232,14 @@ class Trainer:
                     self.run, self.plan, self.prepared, self.accelerator, self.step, progress=advance
                 )
         except torch.OutOfMemoryError:
-            self.warn(
-                f"out of memory while sampling at step {self.step}; training continues without this grid"
-            )
+            self.warn(f"no samples at step {self.step}: out of memory; training continues")
             return
         except OSError as error:
             self.warn(f"cannot save the samples of step {self.step}: {error}; training continues")
             return
         if grid is not None:
             self.event("samples", path=str(grid.relative_to(self.run.path)))
-            try:
-                log_grid(self.accelerator, grid, self.step)
-            except Exception as error:
-                self.warn(f"a tracker failed: {error}")
+            self.logger.track_grid(self.step, grid)
 
     def is_stopping(self) -> bool:
         """Whether any process received a signal."""
@@ -290,14 +263,13 @@ def find_batch_size(plan: RunPlan, runner: StepRunner, accelerator: Accelerator)
     """The largest micro-batch of `train.accumulate` samples that fits, equal on all processes.
 
     Each trial is a forward and backward pass over copies of the largest image. It draws from no ambient
-    random state and leaves no gradient.
-
-    Raises:
-        OutOfMemoryError: If not even one sample fits.
+    random state and leaves no gradient. Raises OutOfMemoryError if not even one image fits.
     """
+    views = [(record, plan.buckets.crops[record.name][0]) for record in plan.index.records]
+    record, crop = max(views, key=lambda view: view[1].size.area)
     for size in halving_divisors(plan.config.train.accumulate):
-        fits = _fits(runner, largest_samples(plan, size))
-        if all_reduce_count(accelerator, fits) == accelerator.num_processes:
+        samples = [Sample(index, record, crop, record.caption) for index in range(size)]
+        if all_reduce_count(accelerator, _fits(runner, samples)) == accelerator.num_processes:
             return size
     raise torch.OutOfMemoryError("not even one image fits")
 
@@ -311,13 +283,6 @@ def halving_divisors(number: int) -> Iterator[int]:
             size //= 2
         else:
             size -= 1
-
-
-def largest_samples(plan: RunPlan, count: int) -> list[Sample]:
-    """Copies of an image of the largest bucket."""
-    crops = plan.buckets.crops
-    record = max(plan.index.records, key=lambda record: crops[record.name][0].size.area)
-    return [Sample(index, record, crops[record.name][0], record.caption) for index in range(count)]
 
 
 def _fits(runner: StepRunner, samples: Sequence[Sample]) -> bool:

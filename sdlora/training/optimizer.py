@@ -24,28 +24,17 @@ TEXT = "text encoders"
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a learning rate.
+    """Parameters that share a learning rate."""
 
-    Args:
-        name: The pattern of `train.learning_rates`, `text encoders` or `others`; with LoRA+ also the part.
-        ratio: The group's learning rate over `train.learning_rate`, at every step.
-        parameters: The tensors.
-    """
-
-    name: str
-    ratio: float
+    name: str  # pattern of train.learning_rates, `text encoders` or `others`; with LoRA+ also the part
+    ratio: float  # the group's learning rate over train.learning_rate, at every step
     parameters: list[Tensor]
 
 
 def match_rates(modules: Sequence[str], settings: TrainSection) -> dict[str, str | None]:
     """The last pattern of `train.learning_rates` that matches each module, or None.
 
-    Args:
-        modules: Names; those of text encoders start with `text_encoder.` or `text_encoder_2.`.
-        settings: Patterns, or targets such as `convolutions`, and their rates.
-
-    Raises:
-        ConfigError: With one line for each pattern without effect.
+    Raises a ConfigError with one line for each pattern without effect.
     """
     matched = {pattern: match_names(modules, pattern) for pattern in settings.learning_rates}
     chosen: dict[str, str | None] = dict.fromkeys(modules)
@@ -53,14 +42,13 @@ def match_rates(modules: Sequence[str], settings: TrainSection) -> dict[str, str
         chosen |= dict.fromkeys(matches, pattern)
     problems = []
     for pattern, matches in matched.items():
-        if pattern not in chosen.values():
-            nearest = difflib.get_close_matches(pattern.strip("*."), modules, 1, 0.3) or list(modules[:1])
-            reason = (
-                f"is overridden by {chosen[matches[0]]!r} after it; move it to the end"
-                if matches
-                else f"matches no trained module; the nearest is {nearest[0]}"
-            )
-            problems.append(f"train.learning_rates: {shorten(repr(pattern))} {reason}")
+        if pattern in chosen.values():
+            continue
+        nearest = difflib.get_close_matches(pattern.strip("*."), modules, 1, 0.3) or list(modules[:1])
+        reason = f"matches no trained module; the nearest is {nearest[0]}"
+        if matches:
+            reason = f"is overridden by {chosen[matches[0]]!r} after it; move it to the end"
+        problems.append(f"train.learning_rates: {shorten(repr(pattern))} {reason}")
     if problems:
         raise ConfigError(*problems)
     return chosen
@@ -75,9 +63,6 @@ def group_parameters(named: Mapping[str, Tensor], settings: TrainSection) -> lis
     Args:
         named: Tensors by module and part, such as `mid_block.attentions.0.proj_in.down`.
         settings: `learning_rate`, `learning_rates`, `lora_plus_ratio`.
-
-    Raises:
-        ConfigError: With one line for each pattern without effect.
     """
     chosen = match_rates(list(dict.fromkeys(name.rpartition(".")[0] for name in named)), settings)
     groups: dict[str, ParameterGroup] = {}
@@ -121,15 +106,9 @@ def num_warmup_steps(warmup: float, steps: int) -> int:
 
 
 def learning_rate(step: int, settings: TrainSection, steps: int) -> float:
-    """The learning rate of an optimizer step.
+    """The learning rate after `step` of `steps` updates, from 0.
 
-    Args:
-        step: Updates already done, from 0.
-        settings: Peak, schedule and warm-up.
-        steps: Updates in the whole run.
-
-    Returns:
-        A linear rise over the warm-up, whose last step has the peak, then the schedule.
+    It rises linearly over the warm-up, whose last step has the peak, then follows the schedule.
     """
     warmup = num_warmup_steps(settings.warmup, steps)
     if step < warmup:
@@ -145,76 +124,57 @@ def learning_rate(step: int, settings: TrainSection, steps: int) -> float:
 def build_optimizer(settings: TrainSection, groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
     """Builds the optimizer: `adamw`, or any class by its import path.
 
-    Raises:
-        ConfigError: If it cannot be imported, is not an optimizer, rejects its arguments, averages weights
-            like `train.ema_decay`, or adapts one learning rate where groups have several.
+    Raises a ConfigError if the class cannot be imported, is not an optimizer, rejects its arguments, averages
+    weights like `train.ema_decay`, or adapts one learning rate where groups have several.
     """
     cls, arguments = find_optimizer(settings)
-    if settings.optimizer.lower() == "adamw":
-        # One fused kernel for all tensors: 3 times quicker than the default on a CPU.
-        arguments = {"fused": True, **arguments}
+    name, rate = f"train.optimizer = {settings.optimizer}", settings.learning_rate
     try:
         optimizer = cls(
-            [{"params": group.parameters, "lr": settings.learning_rate * group.ratio} for group in groups],
-            lr=settings.learning_rate,
-            **arguments,
+            [{"params": group.parameters, "lr": rate * group.ratio} for group in groups], lr=rate, **arguments
         )
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"train.optimizer_args = {settings.optimizer_args!r} is rejected by {settings.optimizer}: {error}"
-        ) from None
+        problem = f"train.optimizer_args = {settings.optimizer_args!r} is rejected by {settings.optimizer}"
+        raise ConfigError(f"{problem}: {error}") from None
     assert isinstance(optimizer, torch.optim.Optimizer)
     if settings.ema_decay and hasattr(optimizer, "eval"):
-        raise ConfigError(
-            f"train.ema_decay = {settings.ema_decay:g} conflicts with train.optimizer = {settings.optimizer}"
-            ", which averages weights itself; remove train.ema_decay, or use adamw"
-        )
+        problem = f"train.ema_decay = {settings.ema_decay:g} conflicts with {name}"
+        raise ConfigError(f"{problem}, which averages weights itself; remove train.ema_decay, or use adamw")
     # Prodigy and D-Adaptation keep their one estimate of the rate as `d`, and fail at the first step.
     if len({group.ratio for group in groups}) > 1 and "d" in optimizer.param_groups[0]:
         raise ConfigError(
-            f"train.optimizer = {settings.optimizer} adapts one learning rate for all parameters; remove "
-            "train.learning_rates and train.lora_plus_ratio (with lora.text_encoder, also set "
-            f"train.text_encoder_learning_rate={settings.learning_rate:g}), or use adamw"
+            f"{name} adapts one learning rate for all parameters; remove train.learning_rates and "
+            "train.lora_plus_ratio (with lora.text_encoder, also set "
+            f"train.text_encoder_learning_rate={rate:g}), or use adamw"
         )
     return optimizer
 
 
 def check_optimizer(settings: TrainSection, modules: Sequence[str], parts: Sequence[str]) -> None:
-    """Builds the optimizer with one number for each tensor, to find mistakes before weights are loaded.
-
-    Raises:
-        ConfigError: As `group_parameters` and `build_optimizer` do.
-    """
+    """Builds the optimizer with one number for each tensor, to find mistakes before weights are loaded."""
     named = {f"{name}.{part}": torch.zeros(1) for name in modules for part in parts}
     build_optimizer(settings, group_parameters(named, settings))
 
 
 def find_optimizer(settings: TrainSection) -> tuple[type, dict[str, Any]]:
-    """The class and its arguments; checked before anything is loaded."""
-    arguments = dict(settings.optimizer_args)
+    """The class of `train.optimizer` and its arguments; raises a ConfigError if they cannot be used."""
+    setting, arguments = f"train.optimizer = {settings.optimizer}", dict(settings.optimizer_args)
     if "lr" in arguments:
         raise ConfigError("train.optimizer_args contains lr; set train.learning_rate instead")
     if settings.optimizer.lower() == "adamw":
-        return torch.optim.AdamW, arguments
-    module_name, _, name = settings.optimizer.rpartition(".")
-    if not module_name:
-        raise ConfigError(
-            f"train.optimizer = {settings.optimizer!r} is unknown; use adamw or an import path "
-            "such as torch.optim.SGD or bitsandbytes.optim.AdamW8bit"
-        )
+        # One fused kernel for all tensors: 3 times quicker than the default on a CPU.
+        return torch.optim.AdamW, {"fused": True, **arguments}
+    module, _, name = settings.optimizer.rpartition(".")
+    if not module:
+        examples = "torch.optim.SGD or bitsandbytes.optim.AdamW8bit"
+        raise ConfigError(f"{setting} is unknown; use adamw or an import path such as {examples}")
     try:
-        cls = getattr(importlib.import_module(module_name), name)
+        cls = getattr(importlib.import_module(module), name)
     except ImportError as error:
-        package = module_name.split(".")[0]
-        raise ConfigError(
-            f"train.optimizer = {settings.optimizer} cannot be imported ({error}); pip install {package}"
-        ) from None
+        package = module.split(".")[0]
+        raise ConfigError(f"{setting} cannot be imported ({error}); pip install {package}") from None
     except AttributeError:
-        raise ConfigError(
-            f"train.optimizer = {settings.optimizer}: {module_name} has no {name}; check the spelling"
-        ) from None
+        raise ConfigError(f"{setting}: {module} has no {name}; check the spelling") from None
     if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)):
-        raise ConfigError(
-            f"train.optimizer = {settings.optimizer} is not a subclass of torch.optim.Optimizer"
-        )
+        raise ConfigError(f"{setting} is not a subclass of torch.optim.Optimizer; use adamw or one that is")
     return cls, arguments

@@ -31,25 +31,9 @@ from sdlora.tree.lineage import PathEntry
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run before it starts.
+    """A run before it starts."""
 
-    Args:
-        config: With every default resolved.
-        info: The base.
-        index: The images.
-        buckets: Their buckets and crops.
-        order: The samples of every step.
-        layout: The adapted modules, with their ranks and alphas.
-        num_processes: Processes of the run.
-        memory: Estimate of the device memory.
-        memory_inputs: Inputs of the estimate.
-        device_info: The device.
-        findings: Warnings and notices of preflight; errors have stopped the run already.
-        data_lines: Summary of the images.
-        parents: Ancestors of the new adapter, the root first.
-    """
-
-    config: RunConfig
+    config: RunConfig  # with every default resolved
     info: BaseInfo
     index: DatasetIndex
     buckets: BucketPlan
@@ -59,9 +43,9 @@ class RunPlan:
     memory: Memory
     memory_inputs: MemoryInputs
     device_info: DeviceInfo
-    findings: list[Finding]
-    data_lines: list[str]
-    parents: tuple[PathEntry, ...] = ()
+    findings: list[Finding]  # warnings and notices of preflight; errors have stopped the run already
+    data_lines: list[str]  # summary of the images
+    parents: tuple[PathEntry, ...] = ()  # ancestors of the new adapter, the root first
 
     @property
     def steps(self) -> int:
@@ -155,11 +139,6 @@ class RunPlan:
     def _value_bytes(self) -> int:
         return 4 if self.config.export.precision == "fp32" else 2
 
-    @property
-    def disk_bytes(self) -> int:
-        """Bytes that the run will write, without samples."""
-        return self.bytes_after(0)
-
     def bytes_after(self, step: int) -> int:
         """Bytes written after a step: adapters, and checkpoints with weights, two moments and the EMA."""
         final = {"diffusers": self.num_trainable, "kohya": self.num_padded}
@@ -196,7 +175,7 @@ class RunPlan:
             "trainable_parameters": self.num_trainable,
             "base_parameters": self.num_base,
             "adapter_bytes": self.adapter_bytes,
-            "disk_bytes": self.disk_bytes,
+            "disk_bytes": self.bytes_after(0),
             "memory": self.memory.as_event(),
             "num_processes": self.num_processes,
             "exchange_bytes": self.exchange_bytes,
@@ -209,13 +188,7 @@ class RunPlan:
 def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo = ANY_DEVICE) -> RunPlan:
     """Reads all images and captions and the base's configuration; loads no weights.
 
-    Args:
-        config: The settings.
-        num_processes: Of the run.
-        device_info: The device, for the estimate of memory.
-
-    Raises:
-        SdloraError: If the images, the base or the settings cannot be used.
+    Raises an SdloraError if the images, the base or the settings cannot be used.
     """
     find_optimizer(config.train)
     info = inspect_base(config.base, config.objective)
@@ -241,22 +214,15 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
     memory_inputs = MemoryInputs(config, info, parts, layout.ranks, num_frozen, largest)
     memory, problem = plan_memory(memory_inputs, device_info)
     config = config.replace(train={"gradient_checkpointing": memory.checkpointing})
-    if problem:
-        findings.append(Finding("warning", problem))
-    if other_base := check_init_from(config, info, parts, layout):
-        findings.append(Finding("warning", other_base))
+    other_base = check_init_from(config, info, parts, layout)
+    findings += [Finding("warning", line) for line in (problem, other_base) if line]
+    batch, seed = global_batch(config, num_processes), config.train.seed
     return RunPlan(
         config=config,
         info=info,
         index=index,
         buckets=buckets,
-        order=BatchOrder(
-            index.records,
-            buckets,
-            config.data,
-            global_batch=global_batch(config, num_processes),
-            seed=config.train.seed,
-        ),
+        order=BatchOrder(index.records, buckets, config.data, global_batch=batch, seed=seed),
         layout=layout,
         num_processes=num_processes,
         memory=memory,
@@ -269,18 +235,12 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
 
 
 def check_disk(plan: RunPlan, folder: Path, step: int = 0) -> None:
-    """Compares the bytes that a run will write after a step with the free space of its folder.
-
-    Raises:
-        RunError: If they do not fit.
-    """
+    """Raises a RunError if the free space of a folder is less than a run will write after a step."""
     parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(parent).free
     needed = plan.bytes_after(step)
     if needed > free:
+        size = f"{needed / 1e6:.1f} MB{' more' if step else ''}"
+        problem = f"the run will write up to {size} but {parent} has {free / 1e6:.1f} MB free"
         remedy = "free some" if step else "choose another --out"
-        raise RunError(
-            f"the run will write up to {needed / 1e6:.1f} MB{' more' if step else ''} but {parent} has "
-            f"{free / 1e6:.1f} MB free; {remedy}, or set a larger train.save_every",
-            key="disk-space",
-        )
+        raise RunError(f"{problem}; {remedy}, or set a larger train.save_every", key="disk-space")

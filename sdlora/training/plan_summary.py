@@ -16,6 +16,7 @@ from sdlora.models.components import kohya_hashes
 from sdlora.report.summary import losses_of
 from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder
+from sdlora.training.health import Counters
 from sdlora.training.optimizer import describe_rates, num_warmup_steps
 from sdlora.training.plan import RunPlan
 
@@ -23,13 +24,7 @@ LABEL_WIDTH = 10
 
 
 def print_plan(plan: RunPlan, terminal: Terminal, *, is_default_base: bool) -> None:
-    """Prints the plan of a new run, and the findings of preflight.
-
-    Args:
-        plan: The run.
-        terminal: Of the main process.
-        is_default_base: Whether no base was given.
-    """
+    """Prints the plan of a new run, and the findings of preflight; `is_default_base`: no base was given."""
     if is_default_base:
         terminal.print("no --base given: using the built-in base (128 px); pass --base for a real one")
     terminal.print(*describe_plan(plan))
@@ -61,7 +56,7 @@ def describe_plan(plan: RunPlan) -> list[str]:
         "objective": describe_objective(plan.objective),
         "cadence": f"save at {_points(plan.save_steps)}; sample at {_points(plan.sample_steps)}; "
         f"held-out loss at {_points(plan.evaluate_steps)}",
-        "disk": f"up to {plan.disk_bytes / 1e6:.0f} MB, without samples",
+        "disk": f"up to {plan.bytes_after(0) / 1e6:.0f} MB, without samples",
     }
     if not train.ema_decay:
         del rows["EMA"]
@@ -69,8 +64,10 @@ def describe_plan(plan: RunPlan) -> list[str]:
         del rows["network"]
     lines = [f"{label:<{LABEL_WIDTH}}{text}" for label, text in rows.items()]
     memory = plan.memory.lines(plan.info.quantize)
+    path = " > ".join(f"{step.ancestor} rank {step.adapter.rank}" for step in plan.parents)
+    parents = [f"{'parent':<{LABEL_WIDTH}}{path}; frozen below the new adapter"] if path else []
     at = list(rows).index("optimizer")
-    return [lines[0], *plan.data_lines, *_parent_lines(plan), *lines[1:at], *memory, *lines[at:]]
+    return [lines[0], *plan.data_lines, *parents, *lines[1:at], *memory, *lines[at:]]
 
 
 def _describe_steps(plan: RunPlan) -> str:
@@ -89,11 +86,6 @@ def _describe_steps(plan: RunPlan) -> str:
     )
 
 
-def _parent_lines(plan: RunPlan) -> list[str]:
-    path = " > ".join(f"{step.ancestor} rank {step.adapter.rank}" for step in plan.parents)
-    return [f"{'parent':<{LABEL_WIDTH}}{path}; frozen below the new adapter"] if path else []
-
-
 def _text_modules(plan: RunPlan) -> str:
     count = sum(component_of(name) != DENOISER for name in plan.targets)
     return f" ({count} in text encoders)" if count else ""
@@ -105,7 +97,7 @@ def _points(steps: Sequence[int]) -> str:
     return f"{steps[0]}, {steps[1]} … {steps[-1]}"
 
 
-def training_metadata(run: RunFolder, plan: RunPlan, *, step: int, images_seen: int) -> TrainingMetadata:
+def training_metadata(run: RunFolder, plan: RunPlan, counters: Counters) -> TrainingMetadata:
     """The metadata of a file saved at a step; nothing private unless `export.include_captions` allows it."""
     config, info = plan.config, plan.info
     environment = run.read_environment()
@@ -119,13 +111,13 @@ def training_metadata(run: RunFolder, plan: RunPlan, *, step: int, images_seen: 
         kohya_version=info.traits.kohya_version,
         kohya_v2=info.traits.kohya_v2,
         architecture=info.traits.architecture,
-        prediction_type=plan.config.objective.prediction_type or info.prediction_type,
+        prediction_type=config.objective.prediction_type or info.prediction_type,
         trigger=config.data.trigger,
         rank=config.lora.rank,
         alpha=config.lora.trained_alpha,
         targets=config.lora.targets,
-        steps=step,
-        images_seen=images_seen,
+        steps=counters.step,
+        images_seen=counters.images_seen,
         repeats=Counter(record.repeats for record in plan.index.records),
         dataset_digest=plan.index.digest,
         resolution=config.data.resolution or info.resolution,
@@ -139,7 +131,7 @@ def training_metadata(run: RunFolder, plan: RunPlan, *, step: int, images_seen: 
         base_hashes=_base_hashes(info.path),
         text_learning_rate=config.train.text_encoder_rate if config.lora.text_encoder else None,
         ancestors=[parent.ancestor for parent in plan.parents],
-        heldout_loss=losses_of(run, "heldout").get(step),
+        heldout_loss=losses_of(run, "heldout").get(counters.step),
         captions=captions,
         options=_options(config),
         versions=dict(environment.get("versions") or {}),

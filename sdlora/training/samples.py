@@ -40,19 +40,10 @@ def sample_step(
 ) -> Path | None:
     """Samples the adapter saved at a step, each process a share.
 
-    Args:
-        run: Holds the adapter, and gets the images.
-        plan: The run.
-        prepared: The base, and text states of the prompts.
-        accelerator: Its processes.
-        step: The step.
-        progress: Called with the number of images done and of all; raises `SamplingStopped` to stop.
+    `progress` gets the number of images done and of all, and may raise `SamplingStopped`.
 
-    Returns:
-        The grid's path, on the main process; None on the others, and where one of them was stopped.
-
-    Raises:
-        OutOfMemoryError: On all processes, if one of them ran out of memory.
+    Returns the path of the grid, on the main process; None on the others, and where one of them was stopped.
+    Raises OutOfMemoryError on all processes if one of them ran out of memory.
     """
     # The main process has just written the adapter that all now read.
     barrier(accelerator)
@@ -102,12 +93,3 @@ def _add_shares(accelerator: Accelerator, images: Sequence[SampledImage]) -> lis
         replace(image, image=Image.fromarray(own.numpy()), blank=BLANKS[blank])
         for image, own, blank in zip(images, pixels, blanks.tolist(), strict=True)
     ]
-
-
-def log_grid(accelerator: Accelerator, grid: Path, step: int) -> None:
-    """Adds the grid to TensorBoard."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            with Image.open(grid) as image:
-                pixels = np.asarray(image.convert("RGB"))
-            tracker.log_images({"samples": pixels[None]}, step=step, dataformats="NHWC")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -39,29 +39,17 @@ class Draw:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """One optimizer step.
+    """One optimizer step of all processes."""
 
-    Args:
-        step: Its number, from 1.
-        loss: Mean over the samples of all processes.
-        learning_rate: The base rate.
-        grad_norm: Before clipping.
-        updated: False if the update was skipped, since loss or gradient were not finite.
-        images: Names of the images, on all processes.
-        draws: The samples of this process.
-        rates: The learning rate of each parameter group.
-        norms: Norms of the adapter's modules, where `lora.max_norm` limits them.
-    """
-
-    step: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    updated: bool
+    step: int  # from 1
+    loss: float  # mean over the samples
+    learning_rate: float  # before the ratios of parameter groups
+    grad_norm: float  # before clipping
+    updated: bool  # False if the update was skipped, since loss or gradient were not finite
     images: tuple[str, ...]
-    draws: tuple[Draw, ...]
-    rates: Mapping[str, float]
-    norms: NormReport | None = None
+    draws: tuple[Draw, ...]  # of this process
+    rates: Mapping[str, float]  # learning rate of each parameter group
+    norms: NormReport | None = None  # of the adapter's modules, with lora.max_norm
 
 
 class EMA:
@@ -69,10 +57,6 @@ class EMA:
 
     After t updates, the value of i updates ago has the weight `decay**i (1 - decay) / (1 - decay**t)`: the
     bias correction of Adam (Kingma and Ba 2015, 1412.6980, section 3). A short run is averaged as a whole.
-
-    Args:
-        tensors: The trained tensors by name.
-        decay: `train.ema_decay`.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], decay: float) -> None:
@@ -97,7 +81,6 @@ class EMA:
             yield
 
     def restore(self, values: Mapping[str, Tensor], num_updates: int) -> None:
-        """Continues from a checkpoint."""
         self.num_updates = num_updates
         for name, value in self.values.items():
             value.copy_(values[name])
@@ -133,29 +116,18 @@ class StepRunner:
         self.optimizer.train()
         self.ema = EMA(tensors, settings.ema_decay) if settings.ema_decay else None
 
-    @property
-    def learning_rates(self) -> dict[str, float]:
-        """The learning rate of each parameter group."""
-        rates = (group["lr"] for group in self.optimizer.param_groups)
-        return dict(zip((group.name for group in self.groups), rates, strict=True))
-
-    def set_learning_rate(self, rate: float) -> None:
-        """Sets the base rate; each group has its own multiple of it."""
+    def set_learning_rate(self, rate: float) -> dict[str, float]:
+        """Sets the base rate; returns the rate of each group, its own multiple of it."""
         for group, own in zip(self.optimizer.param_groups, self.groups, strict=True):
             group["lr"] = rate * own.ratio
+        return {own.name: rate * own.ratio for own in self.groups}
 
     def compute_gradients(
         self, step: int, samples: Sequence[Sample], *, dropout: bool = True
     ) -> tuple[float, tuple[Draw, ...]]:
-        """Computes the gradient of the mean loss, summed over micro-batches and processes.
+        """Computes the gradient of the mean loss over the samples of a step, on all processes.
 
-        Args:
-            step: Seeds the draws.
-            samples: Of the whole step, on all processes.
-            dropout: Whether the adapter's dropout is on, if it has one.
-
-        Returns:
-            The loss of the whole step, and the draws of this process.
+        Returns the loss of the whole step, and the draws of this process.
         """
         total = torch.zeros((), device=self.accelerator.device)
         draws: list[Draw] = []
@@ -176,16 +148,9 @@ class StepRunner:
     def forward_backward(
         self, step: int, micro_batch: Sequence[Sample], count: int, *, dropout: bool = True
     ) -> tuple[Tensor, list[Draw]]:
-        """Forward and backward pass of a micro-batch.
+        """Forward and backward pass of a micro-batch of a step with `count` samples on all processes.
 
-        Args:
-            step: Seeds the draws.
-            micro_batch: Samples of this process.
-            count: Number of samples in the whole step.
-            dropout: Whether the adapter's dropout is on, if it has one.
-
-        Returns:
-            The micro-batch's share of the loss, and its draws.
+        Returns the micro-batch's share of the loss, and its draws.
         """
         seeds = self._seeds("dropout", step, micro_batch) if dropout else []
         with self.prepared.dropout.drawn(seeds):
@@ -217,31 +182,22 @@ class StepRunner:
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The base's prediction for noisy latents (B, C, H, W), timesteps (B,) and their condition."""
-        with self._autocast():
+        # A base stored in the compute dtype needs no casts.
+        casts = self.precision.compute != self.precision.base
+        with self.accelerator.autocast() if casts else nullcontext():
             return self.prepared.base.denoise(noisy, timesteps, condition)
 
-    def _autocast(self) -> AbstractContextManager[None]:
-        # A base stored in the compute dtype needs no casts.
-        if self.precision.compute == self.precision.base:
-            return nullcontext()
-        context: AbstractContextManager[None] = self.accelerator.autocast()
-        return context
-
     def _all_reduce(self, loss: Tensor) -> Tensor:
-        """Sums all gradients and the loss over the processes in one exchange.
-
-        A process without samples contributes zeros.
-        """
+        """Sums all gradients and the loss over the processes at once; without samples they are zeros."""
         if self.accelerator.scaler is not None:
             # It has no scale until it has scaled something, which a process without samples has not.
             self.accelerator.scaler.scale(loss)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        own = torch.cat([*(gradient.flatten() for gradient in gradients), loss.flatten()])
-        sizes = [parameter.numel() for parameter in self.parameters]
-        parts: list[Tensor] = list(all_reduce_sum(self.accelerator, own).split([*sizes, 1]))
-        for parameter, part in zip(self.parameters, parts[:-1], strict=True):
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        total = all_reduce_sum(self.accelerator, torch.cat([tensor.flatten() for tensor in (*own, loss)]))
+        *parts, loss = total.split([tensor.numel() for tensor in (*own, loss)])
+        for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
-        return parts[-1].reshape(())
+        return loss.reshape(())
 
     def clip_gradients(self) -> float:
         """Clips the gradients to `train.grad_clip`; returns their norm before."""

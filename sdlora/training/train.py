@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -129,10 +128,8 @@ def resume(
         steps = changed.train.steps or 0
         if broadcast(accelerator, accelerator.is_main_process and run.is_finished(steps)):
             last = max((event["step"] for event in run.events("done")), default=steps)
-            terminal.print(
-                f"{run.path} is already finished at step {last}: {run.adapter}; to continue, set a larger "
-                "train.steps"
-            )
+            finished = f"{run.path} is already finished at step {last}: {run.adapter}"
+            terminal.print(f"{finished}; to continue, set a larger train.steps")
             return run
         # The main process reads the checkpoints, which are large, for all.
         newest = newest_complete_step(run, terminal) if accelerator.is_main_process else 0
@@ -147,9 +144,8 @@ def resume(
             saved, now = read_state(run.checkpoint(step))["identity"], run_fingerprint(plan, precision)
             changes = check_fingerprint(run, step, saved, now, allow_changed)
         if step > plan.steps:
-            raise ConfigError(
-                f"train.steps = {plan.steps} but {run.path} is already at step {step}; set a larger one"
-            )
+            problem = f"train.steps = {plan.steps} but {run.path} is already at step {step}"
+            raise ConfigError(f"{problem}; set a larger one")
         check_disk(plan, run.path, step)
         nothing = f"{run.path} has no complete checkpoint: starting at step 0"
         terminal.print(f"resuming from step {step}" if step else nothing)
@@ -157,8 +153,7 @@ def resume(
         return _run(run, plan, accelerator, precision, terminal, resumption)
 
 
-@dataclass(frozen=True)
-class Resumption:
+class Resumption(NamedTuple):
     """A resumed run: the step of its checkpoint (0: none), allowed changes, and `lora.init_from`."""
 
     step: int

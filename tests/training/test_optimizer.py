@@ -84,7 +84,7 @@ def test_any_optimizer_by_import_path():
 @pytest.mark.parametrize(
     ("values", "key", "shows"),
     [
-        ({"optimizer": "adamx"}, "train.optimizer", ("'adamx'", "adamw")),
+        ({"optimizer": "adamx"}, "train.optimizer", ("= adamx", "adamw")),
         ({"optimizer": "torch.optim.Adamx"}, "train.optimizer", "torch.optim has no Adamx"),
         ({"optimizer": "nowhere.Lion"}, "train.optimizer", "pip install nowhere"),
         ({"optimizer": "torch.nn.Linear"}, "train.optimizer", "torch.optim.Optimizer"),
