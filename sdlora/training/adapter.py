@@ -92,9 +92,7 @@ def check_init_from(config: RunConfig, info: BaseInfo, model: Model, layout: Lay
     start = _load_start(config.lora.init_from, info)
     low_rank_modules(start, key)
     if not KINDS[layout.kind].is_additive:
-        problem = (
-            f"{key} conflicts with lora.kind = {layout.kind}, whose magnitudes start at the base's norms"
-        )
+        problem = f"{key} conflicts with lora.kind = {layout.kind}, which starts at the base's norms"
         raise ConfigError(f"{problem}; set lora.kind=lora or remove lora.init_from")
     warning = check_base(start, **_names(info), source=key)
     # lora.targets cannot reach the modules of other networks.

@@ -33,8 +33,15 @@ from sdlora.training.distributed import (
 NOT_INSTALLED = "not installed"
 # Packages that affect the result of a run.
 PACKAGES = (
-    *("sdlora", "torch", "diffusers", "transformers", "accelerate", "peft"),
-    *("bitsandbytes", "safetensors", "pillow"),
+    "sdlora",
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "bitsandbytes",
+    "safetensors",
+    "pillow",
 )
 
 

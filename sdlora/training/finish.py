@@ -81,9 +81,7 @@ def report_failed_start(plan: RunPlan, run: RunFolder) -> Iterator[None]:
             yield
     except torch.OutOfMemoryError as error:
         size, device = as_size(plan.memory.stages["encoding"]), plan.device_info.device.type
-        problem = (
-            f"out of memory while loading the base and encoding the images (about {size} on the {device})"
-        )
+        problem = f"out of memory while loading the base and encoding the images ({device}, about {size})"
         remedy = "start a new run with base.quantize=int8 or a smaller data.resolution"
         retry = f"free some memory and run `sdlora resume {run.path}`"
         raise _failure(f"{problem}; {retry}, or {remedy}", key="out-of-memory") from error

@@ -203,10 +203,9 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
     raise_errors(findings)
     unknown = info.describe_unknown_words(config.sample.prompts, config.data.trigger)
     unchecked = missing_checker(info) if config.sample.safety_checker and config.train.sample_every else None
-    findings += [Finding("notice", line) for line in (unknown, unchecked) if line]
+    findings += [Finding("notice", line) for line in (unknown, unchecked, about_rank) if line]
     parts = empty_components(info, text=config.lora.text_encoder)
     findings += [Finding("warning", line) for line in (*forced, *check_parents(parents, info, parts))]
-    findings += [Finding("notice", about_rank)] if about_rank else []
     layout = plan_layout(config.lora, match_modules(parts, config.lora.targets))
     check_optimizer(config.train, list(layout.ranks), KINDS[layout.kind].parts())
     largest = max((crops[0].size for crops in buckets.crops.values()), key=lambda size: size.area)

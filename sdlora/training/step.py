@@ -226,13 +226,12 @@ class StepRunner:
         if self.ema is not None:
             with self.ema.swapped_in():
                 yield
-            return
-        if not hasattr(self.optimizer.optimizer, "eval"):
+        elif hasattr(self.optimizer.optimizer, "eval"):
+            with preserved(self.parameters):
+                self.optimizer.eval()
+                try:
+                    yield
+                finally:
+                    self.optimizer.train()
+        else:
             yield
-            return
-        with preserved(self.parameters):
-            self.optimizer.eval()
-            try:
-                yield
-            finally:
-                self.optimizer.train()

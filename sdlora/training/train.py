@@ -191,14 +191,12 @@ def with_absolute_paths(settings: RunConfig) -> RunConfig:
 
 def _choose_folder(images: str | Path, out: str | Path | None, accelerator: Accelerator) -> RunFolder:
     """The run folder, chosen and checked by the main process."""
-    path = ""
+    name = Path(os.path.realpath(images)).name
+    run = RunFolder(next_free_folder(Path("runs") / name) if out is None else out)
     if accelerator.is_main_process:
-        name = Path(os.path.realpath(images)).name
-        free = next_free_folder(Path("runs") / name) if out is None else Path(out)
-        RunFolder(free).check_free()
-        check_writable(free)
-        path = str(free)
-    return RunFolder(broadcast(accelerator, path))
+        run.check_free()
+        check_writable(run.path)
+    return RunFolder(broadcast(accelerator, str(run.path)))
 
 
 def _start(settings: RunConfig, quiet: bool) -> tuple[Accelerator, Precision, Terminal]:

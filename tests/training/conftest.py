@@ -1,4 +1,4 @@
-"""Small real runs: the built-in base at 64 px on a few drawings."""
+"""Small real runs: the built-in base at 64 px, on a few drawings."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SMALL = {
 }
 
 
-# As quick as a whole run gets: a few modules, a few pixels, one file at the end.
+# The quickest whole run: a few modules, a few pixels, one file at the end.
 TINY = {
     "data__resolution": 32,
     "lora__targets": ["*.attn2.to_v"],
@@ -128,13 +128,13 @@ def snapshot() -> Callable[[Trainer], dict[str, torch.Tensor]]:
 
 @dataclass
 class Fork:
-    """A copy of this warm process that runs something of its own, and what it printed."""
+    """A fork of this process that runs a function, and its output."""
 
     pid: int
     output: int
-    """The end of a pipe: a limit on the size of files does not reach it."""
+    """The end of a pipe, to which a limit on file sizes does not apply."""
     printed: str = ""
-    """What it wrote to the terminal so far."""
+    """Its output so far."""
     code: int | None = None
 
     def poll(self) -> int | None:
@@ -149,7 +149,7 @@ class Fork:
         return self.code
 
     def wait(self) -> int:
-        """The exit code; one that hangs is an error."""
+        """The exit code; a fork that hangs is an error."""
         end = time.monotonic() + HANG_SECONDS
         while self.poll() is None:
             assert time.monotonic() < end, f"it did not end:\n{self.printed}"
@@ -194,7 +194,7 @@ def _run_in_fork(function: Callable[[], Any], environment: dict[str, str], outpu
         os.dup2(output, 2)
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         os.environ.update(environment)
-        # A shell's background jobs do not heed it, and their children neither.
+        # Background jobs of a shell ignore SIGINT, and so do their children.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
@@ -234,7 +234,7 @@ def fork_processes(fork: Callable[..., Fork]) -> Callable[..., list[Fork]]:
 
 
 def runs_are_the_same(one: RunFolder, other: RunFolder) -> None:
-    """Two runs are one to the bit: draws, numbers, state, what is given away, and pictures."""
+    """Checks that two runs are equal to the bit: draws, losses, checkpoints, adapters and images."""
     assert list(one.trace()) == list(other.trace())
     for name, keys in {
         "step": ("step", "loss", "loss_ema", "learning_rate", "grad_norm", "images_seen", "skipped"),
@@ -290,12 +290,12 @@ def command_line() -> Callable[..., list[str]]:
 
 @pytest.fixture
 def warm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The base is loaded once in this process; every fork has a copy of its own."""
+    """Loads the base once in this process; every fork has its own copy."""
     monkeypatch.setattr(preparation, "load_base", kept(preparation.load_base))
 
 
 def kept(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Loads once, whatever is asked for."""
+    """Loads once and ignores later arguments."""
     loaded: list[Any] = []
 
     def once(*args: Any, **kwargs: Any) -> Any:

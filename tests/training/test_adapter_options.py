@@ -1,4 +1,4 @@
-"""What `[lora]` may ask for beside rank and targets, through small runs."""
+"""Settings of `[lora]` besides rank and targets, in small runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from sdlora.errors import SdloraError
+from sdlora.errors import AdapterError, RunStopped, SdloraError
 from sdlora.formats.files import inspect_adapter, load_adapter, save_adapter
 from sdlora.training.plan import make_plan
 from sdlora.training.plan_summary import describe_plan
@@ -37,7 +37,7 @@ OPTIONS = {
     ],
 )
 def test_everything_at_once(request, make_images, small, tmp_path, base):
-    """R-01 R-02 R-33: a run with every option is what the plan said; its files load in stock diffusers."""
+    """R-01 R-02 R-33: a run with every option follows its plan; its files load in stock diffusers."""
     source = str(request.getfixturevalue(base)) if base else "builtin"
     ranks = {"convolutions": 1, "*.attn2.*": 3}
     if text := base == "sdxl_folder":
@@ -69,14 +69,14 @@ def test_everything_at_once(request, make_images, small, tmp_path, base):
 
 @pytest.mark.parametrize("text_encoder", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_dropout_resumes_exactly(make_images, small, make_trainer, snapshot, tmp_path, text_encoder):
-    """R-03 R-04: what is dropped depends on seed, step and sample; so does a stopped run's rest."""
+    """R-03 R-04: dropout depends on seed, step and sample alone, so a stopped run continues exactly."""
     images = make_images()
     options = {"lora__dropout": 0.2, "lora__max_norm": 0.01, "lora__text_encoder": text_encoder}
     straight = make_trainer(small(images, **options), tmp_path / "straight")
     straight.train()
     first = make_trainer(small(images, train__save_every=2, **options), tmp_path / "stopped")
     first.stop_at = 2
-    with pytest.raises(BaseException, match="stopped at step 2"):
+    with raises(RunStopped, "stopped", shows="step 2"):
         first.train()
     second = make_trainer(small(images, train__save_every=2, **options), tmp_path / "stopped")
     second.resume()
@@ -89,7 +89,7 @@ def test_dropout_resumes_exactly(make_images, small, make_trainer, snapshot, tmp
 
 
 def test_starting_from_another_rank(make_images, small, make_trainer, tmp_path):
-    """lora.init_from: a run, or a file of any dialect and rank; what does not go is said before loading."""
+    """lora.init_from takes a run, or a file of any dialect and rank; a conflict is found before loading."""
     images = make_images()
     first = make_trainer(small(images, data__heldout=0.25, lora__alpha=8), tmp_path / "first")
     for pair in first.runner.adapter.modules.values():
@@ -111,5 +111,5 @@ def test_starting_from_another_rank(make_images, small, make_trainer, tmp_path):
     adapter.family = "sdxl"
     adapter.notes["sdlora.family"] = "sdxl"
     other = save_adapter(tmp_path / "other.safetensors", adapter)
-    with pytest.raises(SdloraError, match=r"other\.safetensors is for family sdxl .* builtin is sd1"):
+    with raises(AdapterError, "lora.family", shows=("other.safetensors", "sdxl", "builtin", "sd1")):
         make_plan(small(images, lora__init_from=str(other)))

@@ -1,4 +1,4 @@
-"""Out of memory: what is skipped, what is found before the run, and what is told (R-18)."""
+"""Out of memory: automatic batch sizes, skipped grids and error messages (R-18)."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ STEPS = {"train__steps": 2, "train__save_every": 1}
 
 @pytest.fixture
 def make(make_images, tiny, sd15_folder):
-    """Pictures of two sizes, and a configuration on the tiny base."""
+    """Images of two sizes, and a configuration on the tiny base."""
     images = make_images(sizes=((32, 32),) * 4 + ((64, 32),) * 2)
     return images, lambda **changes: tiny(images, base__source=str(sd15_folder), **STEPS, **changes)
 
 
 def run_out(*args, **options):
-    """As the CPU's allocator says it: no address space is that large."""
+    """Raises the error of the CPU's allocator: no address space is that large."""
     torch.empty(2**48, dtype=torch.uint8)
 
 
 def limit_memory(monkeypatch, samples):
-    """A device that holds so many samples of a micro-batch; gives the list of those that were tried."""
+    """Limits a device to a number of samples; returns the list of the sizes that were tried."""
     tried, losses = [], StepRunner._losses
 
     def limited(self, step, micro_batch):
@@ -48,7 +48,7 @@ def limit_memory(monkeypatch, samples):
 
 
 def test_a_base_that_does_not_fit(make, monkeypatch, tmp_path):
-    """R-18: before the first step too it is one line, and the run can be tried again."""
+    """R-18: out of memory before the first step is one line, and the run can be resumed."""
     images, config = make
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "load_base", run_out)
@@ -63,13 +63,13 @@ def test_a_base_that_does_not_fit(make, monkeypatch, tmp_path):
     ("share", "expected"), [(8, [8, 4, 2, 1]), (12, [12, 6, 3, 1]), (9, [9, 3, 1]), (7, [7, 1]), (1, [1])]
 )
 def test_halving(share, expected):
-    """Every try divides the share, and is at most half of the one before."""
+    """Every size divides the share, and is at most half of the one before."""
     assert list(halving_divisors(share)) == expected
 
 
 @pytest.mark.parametrize(("fits", "found", "tries"), [(9, (8, 1), [8]), (3, (2, 4), [8, 4, 2])])
 def test_the_largest_batch_that_fits(make, monkeypatch, tmp_path, fits, found, tries, check_same):
-    """R-16, R-18: it is found before the run, which is then that of the same settings given by hand."""
+    """R-16, R-18: the run with the size that was found equals one with the same size set by hand."""
     images, config = make
     tried = limit_memory(monkeypatch, fits)
     automatic = config(train__batch_size="auto", train__accumulate=8)
@@ -84,7 +84,7 @@ def test_the_largest_batch_that_fits(make, monkeypatch, tmp_path, fits, found, t
 
 
 def test_all_processes_take_what_fits_each(make, monkeypatch, tmp_path, fork_processes):
-    """R-17, R-18: the smallest of what they find; a grid that one of them cannot make is left out by all."""
+    """R-17, R-18: all use the smallest size found; a grid that one of them cannot make is skipped by all."""
     images, config = make
     changes = {"train__batch_size": "auto", "train__accumulate": 4, "train__sample_every": 1}
     run = RunFolder(tmp_path / "run")
@@ -107,7 +107,7 @@ def test_all_processes_take_what_fits_each(make, monkeypatch, tmp_path, fork_pro
 
 
 def test_a_grid_that_does_not_fit_is_left_out(make, monkeypatch, tmp_path):
-    """R-18: a warning, and the run goes on as without it."""
+    """R-18: a grid that does not fit is a warning, and the run continues without it."""
     images, config = make
     monkeypatch.setattr(generate, "_denoise", run_out)
     run = train(images, config=config(train__sample_every=2), out=tmp_path / "run", quiet=True)
@@ -125,7 +125,7 @@ def test_a_grid_that_does_not_fit_is_left_out(make, monkeypatch, tmp_path):
     ],
 )
 def test_who_runs_out_and_how_it_says_so(text, is_memory):
-    """R-18: each allocator has an error of its own; any other error stays what it is."""
+    """R-18: each allocator has its own error; other errors are unchanged."""
     with pytest.raises(RuntimeError, match=text[:12]) as caught, as_out_of_memory():
         raise RuntimeError(text)
     assert isinstance(caught.value, torch.OutOfMemoryError) == is_memory

@@ -1,4 +1,4 @@
-"""States to continue from: complete or not there, without pickles (R-03, R-23, R-44)."""
+"""Checkpoints are complete or absent, and contain no pickles (R-03, R-23, R-44)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def train_a_little(optimizer_class=torch.optim.AdamW, **arguments):
     ],
 )
 def test_round_trip_is_bit_exact(tmp_path, optimizer_class, arguments):
-    """R-03: values, moments and counters of any optimizer come back to the bit."""
+    """R-03: values, moments and counters of any optimizer are restored to the bit."""
     parameters, optimizer = train_a_little(optimizer_class, **arguments)
     tensors = {"a.down": parameters[0], "a.up": parameters[1]}
     save_checkpoint(
@@ -57,7 +57,7 @@ def test_round_trip_is_bit_exact(tmp_path, optimizer_class, arguments):
 
 
 def test_only_safetensors_and_json(tmp_path):
-    """R-44: nothing that can carry code."""
+    """R-44: no file can contain code."""
     parameters, optimizer = train_a_little()
     save_checkpoint(
         tmp_path / "s", tensors={"a": parameters[0]}, optimizer=optimizer.state_dict(), state={"step": 2}
@@ -71,7 +71,7 @@ def test_only_safetensors_and_json(tmp_path):
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_damaged_state_is_noticed(tmp_path, name):
-    """R-23: a file cut short, with one bit changed, or with something else in it is no state."""
+    """R-23: a file that is cut short, or has one bit or its content changed, is refused."""
     parameters, optimizer = train_a_little()
     save_checkpoint(
         tmp_path / "s", tensors={"a": parameters[0]}, optimizer=optimizer.state_dict(), state={"step": 2}
@@ -91,7 +91,7 @@ def test_a_damaged_state_is_noticed(tmp_path, name):
 
 
 def test_a_failed_save_leaves_nothing(tmp_path):
-    """R-24: a place that cannot be written raises, and leaves no half state behind."""
+    """R-24: a folder that cannot be written is an error, and no partial checkpoint is left."""
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     with pytest.raises(OSError, match=r".+"):
         save_checkpoint(tmp_path / "checkpoints" / "step-000001", tensors={}, optimizer={}, state={})
@@ -99,7 +99,7 @@ def test_a_failed_save_leaves_nothing(tmp_path):
 
 
 def test_shared_tables_are_kept(tmp_path):
-    """8-bit optimizers keep one table in the state of every parameter; a file holds no shared memory."""
+    """8-bit optimizers keep one table in the state of every parameter; safetensors refuses shared memory."""
     table = torch.arange(4)
     optimizer = {"state": {0: {"q": table}, 1: {"q": table}}, "param_groups": [{"betas": (0.9, 0.99)}]}
     save_checkpoint(tmp_path / "s", tensors={"a": table}, optimizer=optimizer, state={})

@@ -1,4 +1,4 @@
-"""Training on top of another adapter: it is mounted, frozen, recorded, and refused where it is wrong."""
+"""Training on top of another adapter: it is mounted, frozen and recorded, or refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.checks import assert_same_image, raises
 
 @pytest.fixture(scope="module")
 def make_style():
-    """Saves an adapter for the built-in base, with a parent or without."""
+    """Saves an adapter for the built-in base, with or without a parent."""
     unet = empty_denoiser(inspect_base(BaseSection())).to_empty(device="cpu")
 
     def make(folder, name, rank=6, parent=None, seed=0, **notes):
@@ -55,7 +55,7 @@ def make_style():
 
 @pytest.fixture
 def save_style(make_style, tmp_path):
-    """Deep enough that no file of another test is near."""
+    """A deep folder, so that no files of other tests are near."""
     return partial(make_style, tmp_path / "a" / "b" / "styles")
 
 
@@ -65,7 +65,7 @@ def images(make_images):
 
 
 def test_it_starts_where_its_parent_is(save_style, small, make_trainer, images, tmp_path):
-    """R-12: the held-out loss at step 0 is the parent's; then it moves, the parent does not."""
+    """R-12: the held-out loss at step 0 is the parent's; then it changes, while the parent does not."""
     root = save_style("ink")
     leaf = save_style("portraits", rank=5, parent=root, seed=1)
     trainer = make_trainer(
@@ -82,7 +82,7 @@ def test_it_starts_where_its_parent_is(save_style, small, make_trainer, images, 
     before = {name: tensor.clone() for name, tensor in base.denoiser.state_dict().items()}
     parents = [tensor for adapter, _ in trainer.prepared.parents for tensor in adapter.parameters()]
     kept = [tensor.clone() for tensor in parents]
-    # The trainer's own pairs are on the stack, and its batches are another size: one rounding apart.
+    # The trainer's own pairs are on the stack, and its batch size differs: one rounding apart.
     expected = pytest.approx(measured_with(root, leaf).loss, rel=1e-6)
     assert trainer.evaluate("heldout").loss == expected
     assert measured_with(leaf).loss != expected
@@ -109,7 +109,7 @@ def test_it_starts_where_its_parent_is(save_style, small, make_trainer, images, 
     ids=["checkpointing", "int8", "nf4", "bf16"],
 )
 def test_in_any_precision(changes, save_style, small, make_trainer, images, tmp_path):
-    """R-09 R-11: every module of the child gets a gradient, whatever it stands on."""
+    """R-09 R-11: every module of the child gets a gradient, with any parent."""
     config = small(images, lora__parent=str(save_style("ink")), train__steps=2, **changes)
     trainer = make_trainer(config, tmp_path / "run")
     trainer.train()
@@ -119,7 +119,7 @@ def test_in_any_precision(changes, save_style, small, make_trainer, images, tmp_
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory, make_style, small, draw_images):
-    """ink, a finished run on top of it, and a finished run on top of that; tests leave them as they are."""
+    """ink, a finished run on top of it, and a finished run on top of that; tests do not change them."""
     folder = tmp_path_factory.mktemp("family")
     images, root = draw_images(folder / "images"), make_style(folder / "styles", "ink", rank=12)
     keys = {"train__sample_every": 2, "train__evaluate_every": 2, "train__steps": 2, "data__heldout": 0.5}
@@ -153,7 +153,7 @@ def test_a_run_says_what_it_stands_on(family, tmp_path):
 
 
 def test_a_child_of_another_file_than_the_final_one(family, make_style, tmp_path):
-    """A smaller rank or an earlier step of a run is a node where one stands on it, and found likewise."""
+    """A smaller rank or an earlier step of a run can be a parent, and is found as one."""
     root, child, _ = family
     shutil.copytree(child.path, tmp_path / "runs" / "child")
     shutil.copyfile(root, tmp_path / "runs" / "ink.safetensors")
@@ -170,7 +170,7 @@ def test_a_child_of_another_file_than_the_final_one(family, make_style, tmp_path
 
 
 def test_pictures_show_the_path(family, tmp_path):
-    """R-10: base, parent, child side by side; the same pixels afterwards from the files."""
+    """R-10: base, parent and child side by side; the files give the same pixels afterwards."""
     _, child, grandchild = family
     during = grandchild.sample_folder(2)
     after = sample(grandchild, step=2, out=tmp_path / "after").parent
@@ -183,13 +183,13 @@ def test_pictures_show_the_path(family, tmp_path):
         grandchild.adapter, out=tmp_path / "loose", prompts=["a circle"], seeds=[0], steps=2, size=(64, 64)
     )
     parent = sample(child, out=tmp_path / "parent").parent
-    # The child of another grid, and a file without its run: the same images by other ways.
+    # The child in another grid, and a file without its run, give the same images.
     assert_same_image(Image.open(parent / "02.png"), Image.open(during / "01.png"))
     assert_same_image(Image.open(loose.parent / "02.png"), Image.open(during / "02.png"))
 
 
 def test_evaluation_mounts_the_path(family):
-    """The style's held-out loss is that of the end of the run, but for rounding."""
+    """The style's held-out loss is that of the end of the run, except for rounding."""
     _, _, grandchild = family
     result = evaluate(grandchild)
     last = [event for event in grandchild.events("heldout") if event["split"] == "heldout"][-1]
@@ -198,12 +198,12 @@ def test_evaluation_mounts_the_path(family):
 
 
 def test_resume_checks_the_parent(save_style, small, images, tmp_path):
-    """R-03: a run goes on with the parent that it began with."""
+    """R-03: a run continues with the parent that it started with."""
     parent = save_style("ink")
     config = small(images, lora__parent=str(parent), train__steps=1)
     run = train(images, config=config, out=tmp_path / "run", quiet=True)
     save_style("ink", seed=5)
-    with pytest.raises(RunError, match=r"the parent changed .* since the checkpoint of step 1"):
+    with raises(RunError, "checkpoint-changed", shows=("the parent", "step 1")):
         resume(run.path, {"train.steps": 2}, quiet=True)
     parent.unlink()
     with raises(AdapterError, "lora.parent", shows=f"lora.parent = {parent}"):
@@ -215,7 +215,7 @@ def test_resume_checks_the_parent(save_style, small, images, tmp_path):
 
 @pytest.mark.slow
 def test_a_leaf_gains_from_its_root(repository, small, tmp_path):
-    """From twelve pictures of a twist: better on the root than on the base, same steps, rank and seed."""
+    """Twelve images of a variation are learned better on the root than on the base, at equal settings."""
     make_twist(repository / "datasets" / "openmoji", "duotone", tmp_path / "duotone")
 
     def learn(images, name, parent=None, **keys):
@@ -244,7 +244,7 @@ def test_a_stopped_child_equals_a_straight_one(save_style, small, images, tmp_pa
 
 
 def test_the_default_rank_is_half_the_parents(save_style, small, images):
-    """At least 4; said so; not where a rank was given, in a file or as an override."""
+    """The default rank is at least 4 and printed; a rank in a file or an override is kept."""
     for rank, expected in ((12, 6), (6, 4), (1, 4)):
         parent = save_style(f"r{rank}", rank=rank)
         config = small(images, lora__parent=str(parent))
@@ -260,17 +260,17 @@ def test_the_default_rank_is_half_the_parents(save_style, small, images):
 
 
 def test_a_parent_by_node_name(save_style, small, images):
-    """A file without its ending, as a tree calls it; the run keeps the whole path."""
+    """A parent may be named without its file extension; the run stores the whole path."""
     file = save_style("ink")
     plan = make_plan(small(images, lora__parent=str(file.with_suffix(""))))
     assert plan.config.lora.parent == str(file)
 
 
 def test_wrong_parents_are_refused(save_style, small, images):
-    """R-41: before any weight is loaded; --force is for those who know."""
+    """R-41: mismatches are found before any weight is loaded; --force accepts some."""
     root = save_style("ink")
     leaf = save_style("portraits", parent=root, seed=1)
-    # The same file with one bit changed under its old hash, then another file.
+    # One bit changed under the old hash, then another file.
     data = bytearray(root.read_bytes())
     data[-1] ^= 1
     root.write_bytes(data)
@@ -288,7 +288,7 @@ def test_wrong_parents_are_refused(save_style, small, images):
     assert [step.ancestor.digest for step in plan.parents] == [digest_file(leaf)]
     assert any("which is not beside it" in found.message for found in plan.findings)
     other = save_style("other", **{"sdlora.family": "sdxl"})
-    with pytest.raises(AdapterError, match="is for family sdxl"):
+    with raises(AdapterError, "lora.family", shows="sdxl"):
         make_plan(small(images, lora__parent=str(other)))
     with raises(AdapterError, "lora.parent", shows="nowhere"):
         make_plan(small(images, lora__parent="nowhere"))
@@ -297,7 +297,7 @@ def test_wrong_parents_are_refused(save_style, small, images):
 
 
 def test_ancestors_are_found_where_they_lie(save_style, small, images, tmp_path):
-    """Beside, above, in a folder beside, under another name."""
+    """The parent may be beside, above, in a folder beside, or have another name."""
     root = save_style("ink")
     leaf = save_style("ink/portraits", parent=root, seed=1)
     deep = save_style("ink/portraits/old", parent=leaf, seed=2)
@@ -318,7 +318,7 @@ def test_ancestors_are_found_where_they_lie(save_style, small, images, tmp_path)
 
 
 def test_parents_that_change_the_text_encoder(save_style, small, make_trainer, images, tmp_path):
-    """R-34: captions are encoded by the text encoder with its parents, and never mixed up in the cache."""
+    """R-34: captions are encoded by the text encoder with the parents, under their own keys in the cache."""
     plain = make_trainer(small(images), tmp_path / "plain")
     name = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
     width = plain.prepared.base.text_encoders[0].config.hidden_size

@@ -1,4 +1,4 @@
-"""Defaults that depend on the base or the pictures (DESIGN 2)."""
+"""Defaults that depend on the base or the images (DESIGN 2)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_steps(count, repeats, overrides, num_processes, steps):
 
 
 def test_nothing_is_left_open():
-    """R-33, R-35: alpha is the rank, resolution and guidance are the base's; a run keeps them all."""
+    """R-33, R-35: alpha is the rank, resolution and guidance are the base's; a run stores them all."""
     config = resolve_config(load_config(None, {"lora.rank": 8}), INFO, make_index(30, 5), 1)
     assert config.lora.alpha == 8
     assert config.data.resolution == INFO.resolution
@@ -57,7 +57,7 @@ def test_nothing_is_left_open():
 
 
 def test_default_prompts():
-    """A few captions of the training pictures, and a few that are not trained on."""
+    """A few captions of the training images, and a few of the held-out ones."""
     data = DataSection()
     assert default_prompts(make_index(9, 2), data) == [
         "picture 0",
@@ -113,7 +113,7 @@ def test_the_trigger_is_placed_in_prompts():
 
 
 def test_prediction_types():
-    """R-32: the base's own, or an error that names both, or forced."""
+    """R-32: the base's own type; another is an error that names both, unless forced."""
     check_objective(load_config(), INFO)
     other = {"objective.prediction_type": "epsilon"}
     with raises(ConfigError, "objective.prediction_type", shows=("epsilon", "v_prediction")):
@@ -124,7 +124,7 @@ def test_prediction_types():
 
 
 def test_zero_terminal_snr():
-    """R-32: ε in pure noise cannot be learnt; the line names both settings and the ways out."""
+    """R-32: ε cannot be learned from pure noise; the error names both settings and the remedies."""
     zero = {**INFO.scheduler_config, "rescale_betas_zero_snr": True}
     check_objective(load_config(), replace(INFO, scheduler_config=zero))
     forced = {"objective.prediction_type": "epsilon", "objective.force_prediction_type": True}

@@ -26,13 +26,13 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     ],
 )
 def test_what_is_said_is_what_is_computed_in(overrides, compute, base):
-    """R-11: a base computes in what it is stored in, or by autocast in less."""
+    """R-11: a base computes in the dtype it is stored in, or in a lower one by autocast."""
     assert choose_precision(load_config(None, overrides), CPU, {}) == Precision(compute, base)
 
 
 @pytest.mark.parametrize("base", ["bf16", "fp16"])
 def test_more_than_the_base_has_is_refused(base):
-    """R-11: fp32 was said, and the UNet computed in what it was stored in."""
+    """R-11: train.precision = fp32 conflicts with a base stored in less."""
     config = load_config(None, {"train.precision": "fp32", "base.dtype": base})
     with raises(ConfigError, "train.precision", shows=("fp32", f"base.dtype = {base}")):
         choose_precision(config, CPU, {})
@@ -40,7 +40,7 @@ def test_more_than_the_base_has_is_refused(base):
 
 @pytest.mark.parametrize(("major", "compute"), [(7, "fp32"), (8, "bf16")])
 def test_emulated_bf16_does_not_count(monkeypatch, major, compute):
-    """R-11: a T4 or V100 emulates bf16, so that torch says it has it; that is slower than fp32."""
+    """R-11: a T4 or V100 only emulates bf16, which torch reports as supported but is slower than fp32."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))

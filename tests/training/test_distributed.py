@@ -1,7 +1,7 @@
-"""Several processes are one run (R-08, R-16, R-17), and end together.
+"""Several processes train as one run (R-08, R-16, R-17), and end together.
 
-The processes here are forks of the warm test process that meet over gloo; `test_launchers.py` starts them as
-people do.
+The processes here are forks of the test process that use gloo; `test_launchers.py` starts them with
+launchers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ EVERYTHING = {
 
 
 def files_of(run):
-    """All but the states: which of those are kept depends on where a run stopped."""
+    """All files but the checkpoints: which of them are kept depends on where a run stopped."""
     files = {str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file()}
     return {file for file in files if not file.startswith("checkpoints/")}
 
@@ -76,7 +76,7 @@ def images(make_images):
 
 
 def test_two_processes_are_one(images, quick, tmp_path, fork_processes, monkeypatch):
-    """R-03, R-08, R-16, R-17: to the bit, also stopped and resumed; rates, losses, files and pictures too.
+    """R-03, R-08, R-16, R-17: equal to the bit, also when stopped and resumed; files and images too.
 
     A sum of two gradients is the same in either order, so here nothing needs a tolerance.
     """
@@ -120,7 +120,7 @@ def test_two_processes_are_one(images, quick, tmp_path, fork_processes, monkeypa
 
 
 def stopping_at(step, record):
-    """One of the processes gets a signal in the middle of a run."""
+    """Sends a signal to one of the processes in the middle of a run."""
 
     def stop(trainer, result, seconds):
         record(trainer, result, seconds)
@@ -131,7 +131,7 @@ def stopping_at(step, record):
 
 
 class Watched:
-    """The bytes that a process exchanges in each step, and the batches that it samples."""
+    """Records the bytes that a process exchanges in each step, and the batches that it samples."""
 
     def __init__(self):
         self.bytes, self.sampled = [], []
@@ -143,7 +143,7 @@ class Watched:
 
 
 def watch(patch):
-    """Looks over the shoulder of the process."""
+    """Patches this process so that it records them."""
     watched = Watched()
     reduce, denoise, accumulate = dist.all_reduce, generate._denoise, StepRunner.compute_gradients
 
@@ -170,10 +170,10 @@ def watch(patch):
 
 
 def test_the_number_of_processes_may_change(images, quick, tmp_path, fork_processes):
-    """R-08, R-17: four, then two, then one process go on with a run; global batch and result are kept.
+    """R-08, R-17: four, then two, then one process continue a run with the same global batch and result.
 
     The order of the sums differs, so tensors are equal to 1e-6 where they moved by 1e-3. With AdamW they
-    would be equal to a hundredth of their change: it makes whole steps of gradients next to nothing.
+    would be equal to a hundredth of their change, since it turns tiny gradients into whole steps.
     """
     keys = {"train__optimizer": "torch.optim.SGD", "train__learning_rate": 0.1, "train__steps": 6}
     alone = train(
@@ -207,7 +207,7 @@ def test_the_number_of_processes_may_change(images, quick, tmp_path, fork_proces
     ],
 )
 def test_what_cannot_be_divided(images, quick, overrides, processes, key, shows):
-    """R-16, R-17: one line, with what can be."""
+    """R-16, R-17: the error is one line that names possible numbers."""
     config = quick(images, train__batch_size=4, train__accumulate=2)
     with raises(ConfigError, key, shows=shows) as caught:
         apply_overrides(config, overrides, global_batch=8, num_processes=processes)
@@ -225,14 +225,14 @@ def test_what_cannot_be_divided(images, quick, overrides, processes, key, shows)
     ],
 )
 def test_how_it_is_divided(images, quick, overrides, processes, expected):
-    """R-16: no larger a batch than fitted before, unless asked for."""
+    """R-16: the batch size does not grow unless it is set."""
     config = quick(images, train__batch_size=4, train__accumulate=2)
     train = apply_overrides(config, overrides, global_batch=8, num_processes=processes).train
     assert (train.batch_size, train.accumulate) == expected
 
 
 def launch(children):
-    """Waits as a launcher does: the first process that ends ends the others. Gives the exit codes."""
+    """Waits as a launcher does: the first process that ends also ends the others. Returns the exit codes."""
     codes, end = {}, time.monotonic() + HANG_SECONDS
     while len(codes) < len(children):
         assert time.monotonic() < end, [child.printed for child in children]
@@ -249,7 +249,7 @@ def launch(children):
 
 @pytest.mark.parametrize("is_shared", [True, False], ids=["one cache", "a cache each"])
 def test_encoding_is_dealt(images, quick, tmp_path, fork_processes, monkeypatch, is_shared):
-    """R-17: each process encodes its share once; where hosts share no cache, each what it cannot see."""
+    """R-17: each process encodes its share once; without a shared cache, also the missing entries."""
     config = quick(images, train__steps=1, train__save_every=0)
     counts, encode = {}, {}
     for name in ("encode_images", "encode_captions"):
@@ -274,7 +274,7 @@ def test_encoding_is_dealt(images, quick, tmp_path, fork_processes, monkeypatch,
         monkeypatch.setattr(StableDiffusion, name, count(name))
     end_well(fork_processes(2, start))
     seen = [json.loads((tmp_path / f"encoded-{n}.json").read_text(encoding="utf-8")) for n in range(2)]
-    # Eight pictures in one crop each; their captions, the empty one, and a prompt.
+    # Eight images with one crop each; their captions, the empty one, and a prompt.
     expected = Counter(encode_images=8, encode_captions=10)
     if is_shared:
         assert Counter(seen[0]) + Counter(seen[1]) == expected
@@ -284,7 +284,7 @@ def test_encoding_is_dealt(images, quick, tmp_path, fork_processes, monkeypatch,
 
 
 def failing_at(step, error, train_step):
-    """The second process fails in the middle of a run; with no error to raise it is killed."""
+    """Makes the second process fail in the middle of a run; without an error to raise it is killed."""
 
     def fail(trainer):
         if trainer.step == step and not trainer.accelerator.is_main_process:
@@ -311,7 +311,7 @@ def failing_at(step, error, train_step):
 def test_a_process_that_ends_ends_all(
     images, quick, tmp_path, fork_processes, monkeypatch, command_line, error, codes, line
 ):
-    """R-23: before train.timeout_seconds, with its reason if it gave one; the last checkpoint resumes."""
+    """R-23: all end before train.timeout_seconds, with its reason if known; the run can be resumed."""
     run = RunFolder(tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", failing_at(4, error, Trainer.train_step))
@@ -327,7 +327,7 @@ def test_a_process_that_ends_ends_all(
 
 
 def test_a_stop_is_told_once(images, quick, tmp_path, fork_processes, monkeypatch, command_line):
-    """R-23: by one process, with the step that is saved; the others end without a word, and soon."""
+    """R-23: one process prints the saved step; the others end soon and print nothing."""
     run = RunFolder(tmp_path / "run")
     config = quick(images, **{**EVERYTHING, "train__save_every": 2})
     with monkeypatch.context() as patch:
@@ -342,7 +342,7 @@ def test_a_stop_is_told_once(images, quick, tmp_path, fork_processes, monkeypatc
 
 
 def test_a_mistake_is_told_once(images, quick, tmp_path, fork_processes, monkeypatch, command_line):
-    """R-35: before training, by the first process; all end with 2, and nothing is written."""
+    """R-35: the first process prints the mistake before training; all exit with 2 and write nothing."""
     run = RunFolder(tmp_path / "run")
     monkeypatch.setattr(sys, "argv", [*command_line(images, run, quick(images)), "data.resolution=100"])
     children = fork_processes(2, main)
@@ -353,7 +353,7 @@ def test_a_mistake_is_told_once(images, quick, tmp_path, fork_processes, monkeyp
 
 
 def test_processes_that_see_other_files(make_images, quick, tmp_path, fork_processes):
-    """R-17: two hosts with different copies of the pictures are told so, before a weight is loaded."""
+    """R-17: hosts with different copies of the images are refused before a weight is loaded."""
     folders = [make_images("here"), make_images("there")]
     (folders[1] / "00.txt").write_text("another caption", encoding="utf-8")
 
@@ -369,7 +369,7 @@ def test_processes_that_see_other_files(make_images, quick, tmp_path, fork_proce
 
 
 def test_processes_that_see_another_vae(images, quick, fork_processes):
-    """R-17: what encodes the pictures is a part of the base, and compared as its UNet is."""
+    """R-17: the VAE is a part of the base, and compared as the UNet is."""
 
     def start():
         config = quick(images)
@@ -388,14 +388,14 @@ def test_processes_that_see_another_vae(images, quick, fork_processes):
 
 @pytest.mark.parametrize("variable", sorted(ENGINES))
 def test_engines_that_are_not_used(images, quick, tmp_path, monkeypatch, variable):
-    """R-11: what `accelerate launch` asks for by its environment has an effect or is refused."""
+    """R-11: options of `accelerate launch` in the environment take effect or are refused."""
     monkeypatch.setenv(variable, "true")
     with raises(ConfigError, "launcher-engine", shows=variable):
         train(images, config=quick(images), out=tmp_path / "run", quiet=True)
 
 
 def test_processes_that_never_come(images, quick, tmp_path, fork):
-    """R-23: one that waits for others that were not started ends with a line after train.timeout_seconds."""
+    """R-23: a process whose peers were not started ends with one line after train.timeout_seconds."""
     config = quick(images, train__timeout_seconds=1)
     alone = {
         "WORLD_SIZE": "2",
@@ -410,6 +410,6 @@ def test_processes_that_never_come(images, quick, tmp_path, fork):
 
 
 def test_an_exchange_that_fails_without_a_word():
-    """R-17: some backends give an error no text; it is a lost process all the same."""
+    """R-17: some backends raise an error without text; that is a lost process too."""
     with raises(ProcessLost, "process-lost", shows="RuntimeError"), distributed_errors():
         raise RuntimeError("")

@@ -27,7 +27,7 @@ RUN = {
 
 
 def test_a_whole_run(make_images, small, tmp_path, capsys):
-    """R-01 R-09 R-36: trained, sampled, exported in both dialects, proven."""
+    """R-01 R-09 R-36: a DoRA is trained, sampled, exported in both dialects and verified."""
     config = small(make_images(), **RUN, train__sample_every=4, train__learning_rate=1e-2)
     run = sdlora.train(config.images, config=config, out=tmp_path / "run")
     printed = capsys.readouterr().out
@@ -43,7 +43,7 @@ def test_a_whole_run(make_images, small, tmp_path, capsys):
 
 
 def test_stopped_equals_straight(make_images, small, make_trainer, tmp_path):
-    """R-03: factors, magnitudes, their averages and moments go on to the bit."""
+    """R-03: factors, magnitudes, their averages and moments are restored to the bit."""
     config = small(make_images(), **RUN, train__save_every=2)
     trainers = []
     for name, stop in (("straight", None), ("stopped", 2)):
@@ -62,7 +62,7 @@ def test_stopped_equals_straight(make_images, small, make_trainer, tmp_path):
 
 
 def test_half_precision_on_a_base_in_bf16(make_images, small, tmp_path):
-    """R-01 R-11: the proof holds where PEFT rounds the norms of the base weights."""
+    """R-01 R-11: postflight passes where PEFT rounds the norms of the base weights."""
     config = small(
         make_images(),
         **{**RUN, "train__precision": "bf16", "base__dtype": "bf16", "train__learning_rate": 1e-2},
@@ -72,7 +72,7 @@ def test_half_precision_on_a_base_in_bf16(make_images, small, tmp_path):
 
 
 def test_what_does_not_go_together(make_images, small, tmp_path):
-    """A DoRA is refused as a child and on packed weights, by the settings' names."""
+    """A DoRA is refused as a child and on quantized weights, with the settings' names."""
     images = make_images()
     with raises(ConfigError, "lora.kind", shows="base.quantize"):
         load_config(None, {"lora.kind": "dora", "base.quantize": "int8"}, images=images)
@@ -81,7 +81,7 @@ def test_what_does_not_go_together(make_images, small, tmp_path):
 
 
 def test_exact_operations_refuse_it(unet, make_images, tmp_path):
-    """Merging, resizing, spectra and trees take what adds up (R-37)."""
+    """Merging, resizing, spectra and trees refuse adapters that are not additive (R-37)."""
     names = ["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
     plain = create_adapter(unet, names, 2, 2, seed=0).to()
     dora = draw_adapter(unet, {names[0]: 2}, {names[0]: 1.0}, seed=0, kind="dora").to()

@@ -14,7 +14,7 @@ from tests.checks import raises
 
 
 def test_the_average_is_the_formula():
-    """Weights decay with age and sum to one; the start has none."""
+    """Weights decay with age and sum to one; the initial values have none."""
     values = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     tensor = torch.full((3,), 100.0, dtype=torch.float64)
     average = EMA({"a": tensor}, 0.7)
@@ -30,7 +30,7 @@ def test_the_average_is_the_formula():
 
 
 def test_the_average_is_what_is_given_away(make_images, quick, make_trainer, tmp_path):
-    """R-10: measured, saved and exported is the average; training goes on at its own point."""
+    """R-10: the average is evaluated, saved and exported; training continues at its own point."""
     images = make_images(sizes=((64, 64),) * 8)
     keys = {"train__save_every": 4, "data__heldout": 0.25, "export__precision": "fp32"}
     plain = make_trainer(quick(images, **keys), tmp_path / "plain")

@@ -1,4 +1,4 @@
-"""Latents and text states: what anybody may have put in the cache, and pictures that go while a run goes."""
+"""Latents and text states: forged cache entries, and images that vanish during a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.checks import raises
 def test_a_cache_of_somebody_else_changes_nothing(
     make_images, small, make_trainer, snapshot, sdxl_folder, tmp_path, capsys
 ):
-    """R-20, R-21: entries with other names, shapes or types are encoded anew; the run is the same."""
+    """R-20, R-21: entries with other names, shapes or dtypes are encoded again; the run is the same."""
     images = make_images()
     config = small(images, base__source=str(sdxl_folder))
     one = make_trainer(config, tmp_path / "one")
@@ -44,7 +44,7 @@ def test_a_cache_of_somebody_else_changes_nothing(
     printed = capsys.readouterr().out
     assert f" {len(files)} damaged" in printed
     assert str(files[0]) in printed
-    # What was forged has been encoded before the encoders leave.
+    # Forged entries were encoded again before the encoders left the device.
     two.prepared.base.encoders_to("meta")
     two.train()
     assert [result.loss for result in two.results] == [result.loss for result in one.results]
@@ -53,7 +53,7 @@ def test_a_cache_of_somebody_else_changes_nothing(
 
 
 def test_a_picture_that_goes_in_mid_run(make_images, small, make_trainer, tmp_path):
-    """One clear line names the picture; with it back in its place the run goes on from its last state."""
+    """The error names the image; with it restored, the run continues from its last checkpoint."""
     images = make_images(sizes=((64, 64),) * 2)
     config = small(images, data__cache=False, train__steps=5, train__save_every=2)
     trainer = make_trainer(config, tmp_path / "run")
@@ -77,7 +77,7 @@ def test_a_picture_that_goes_in_mid_run(make_images, small, make_trainer, tmp_pa
 
 
 def test_nothing_to_encode_prints_nothing(capsys):
-    """R-20: where all is cached there is no progress to show, nor an empty line for it."""
+    """R-20: if everything is cached, neither progress nor an empty line is printed."""
     with Terminal().progress("encoding", 0):
         pass
     assert capsys.readouterr().out == ""
@@ -85,7 +85,7 @@ def test_nothing_to_encode_prints_nothing(capsys):
 
 @dataclass(frozen=True)
 class ShuffleWords:
-    """A caption operation as others may add one."""
+    """A caption operation of a user."""
 
     is_random: ClassVar[bool] = True
 
@@ -112,7 +112,7 @@ def test_caption_variants_are_encoded_once(make_images, tiny, make_trainer, tmp_
     plain = {record.caption for record in one.plan.index.records}
     encoded = list((cache_folder() / "text").rglob("*.safetensors"))
     assert len(encoded) == len({*variants, *plain, "", *config.sample.prompts})
-    # Every text has been encoded before the encoders leave.
+    # Every text was encoded before the encoders left the device.
     one.prepared.base.encoders_to("meta")
     one.train()
     drawn = [row["caption"] for row in one.run.trace()]

@@ -1,4 +1,4 @@
-"""A run that is killed, starved or told to stop: nothing is lost but the steps since the last checkpoint.
+"""A run that is killed, starved or stopped loses only the steps since the last checkpoint.
 
 | fault | where it is injected | outcome | steps lost |
 |---|---|---|---|
@@ -9,27 +9,26 @@
 | the same | while a grid is made | saves, leaves the grid to `resume`; the same codes | 0 |
 | the same | before the first step | ends at once; exit 130, 143, 143 | 0 |
 | a second signal | after the first | ends at once | <= save_every |
-| disk full | at a state (`test_resume.py`) | a warning; the adapter is saved; goes on | 0 |
-| disk full | at an adapter, a grid, an event | a warning; goes on | 0 |
-| disk full | at an adapter and its state | exit 1, one line; `resume` goes on | <= save_every |
+| disk full | at a checkpoint (`test_resume.py`) | a warning; the adapter is saved | 0 |
+| disk full | at an adapter, a grid, an event | a warning | 0 |
+| disk full | at an adapter and its checkpoint | exit 1, one line; `resume` works | <= save_every |
 | disk full, read-only folder | at the export | exit 1, one line; `resume` finishes | 0 |
 | read-only folder | before the run | exit 2, one line, before anything is loaded | - |
 | read-only folder | in mid-run | as a full disk | <= save_every |
-| a damaged file of the cache | before the run (`test_encodings.py`) | a warning; encoded anew | 0 |
-| a picture vanishes | in mid-run, encodings cached | nobody notices | 0 |
-| a picture vanishes | the same, without a cache (`test_encodings.py`) | exit 2, its name | <= save_every |
-| a damaged state | before `resume` | a warning; the one before is taken | <= 2 save_every |
+| a damaged file of the cache | before the run (`test_encodings.py`) | a warning; encoded again | 0 |
+| an image vanishes | in mid-run, encodings cached | no effect | 0 |
+| an image vanishes | the same, without a cache (`test_encodings.py`) | exit 2, its name | <= save_every |
+| a damaged checkpoint | before `resume` | a warning; the one before is used | <= 2 save_every |
 | another base, data, setting | before `resume` (`test_resume.py`) | exit 2, a line for each | 0 |
 | NaN, inf: loss, latent, gradient | in a step (`test_numbers.py`) | skips it; many: exit 1 | <= save_every |
 | NaN, inf: parameter; losses of 0 | in a step (`test_numbers.py`) | exit 1, one line | <= save_every |
-| out of memory | in a grid (`test_fit.py`) | a warning; goes on without it | 0 |
-| out of memory | in a step (`test_fit.py`) | exit 1, settings that help | <= save_every |
-| a process of several ends | in a step (`test_processes.py`) | all end, with its reason | <= save_every |
+| out of memory | in a grid (`test_batch_size.py`) | a warning; the grid is skipped | 0 |
+| out of memory | in a step (`test_batch_size.py`) | exit 1, settings that help | <= save_every |
+| a process of several ends | in a step (`test_distributed.py`) | all end, with its reason | <= save_every |
 | a host is cut off | in a step (`test_launchers.py`) | ends in train.timeout_seconds | <= save_every |
 
-Victims are forks of the warm test process. They die of SIGKILL at a file operation, or of a timer that counts
-their own CPU time from one operation on, whose signal nothing handles either: at any instruction, in Rust and
-C too.
+Victims are forks of the test process. They are killed by SIGKILL at a file operation, or by the unhandled
+signal of a timer that counts their CPU time from one operation on: at any instruction, in Rust and C too.
 """
 
 from __future__ import annotations
@@ -79,13 +78,13 @@ SHORT = {
 
 
 class Bench:
-    """A run that can be killed, the same run unharmed, and the comparison of both."""
+    """Kills runs, and compares each after `resume` with the same run that was not killed."""
 
     def __init__(self, images, config, folder, fork, check_same):
         self.images, self.config, self.folder = images, config, folder
         self.fork, self.check_same = fork, check_same
         self.number = 0
-        # Loads what every fork has then.
+        # Loads the base, which every fork then has.
         train(images, config=config, out=folder / "warm", quiet=True)
         self.reference = RunFolder(folder / "reference")
         self.run_whole(self.reference)
@@ -95,7 +94,7 @@ class Bench:
         assert child.wait() == 0, child.printed
 
     def start(self, run, arm):
-        """Forks a victim; `arm` decides in it when it dies."""
+        """Forks a victim; `arm` sets in it when it is killed."""
 
         def victim():
             arm()
@@ -104,7 +103,7 @@ class Bench:
         return self.fork(victim, SDLORA_CACHE=str(run.path) + "-cache")
 
     def kill(self, arm):
-        """Kills a run, looks at what is left, goes on with it, and compares; False if it outlived."""
+        """Kills a run, checks its files, resumes it, and compares; False if it was not killed."""
         self.number += 1
         run = RunFolder(self.folder / f"killed-{self.number}")
         code = self.start(run, arm).wait()
@@ -130,7 +129,7 @@ def files_of(run):
 
 
 def check_whole(run, reference, save_every):
-    """Whatever has the name of a file of a run is whole, and no more than save_every steps are lost."""
+    """Checks that the files of a run are complete, and that at most save_every steps are lost."""
     complete = [0]
     for step in run.checkpoint_steps():
         tensors, _, state = read_checkpoint(run.checkpoint(step))
@@ -155,7 +154,7 @@ def check_whole(run, reference, save_every):
 
 @pytest.fixture
 def bench(make_images, tiny, tmp_path, fork, check_same, warm):
-    """A short run with everything that writes: states, adapters, grids, losses, a trace, the export."""
+    """A short run with everything that writes: checkpoints, adapters, grids, losses, a trace, the export."""
 
     def make(**changes):
         images = make_images(sizes=((32, 32),) * 3 + ((48, 32),) * 2)
@@ -199,7 +198,7 @@ def kill_at_random(bench, count, seed):
 def test_killed_at_random(bench, sd15_folder, monkeypatch):
     """R-03, R-23, R-24: twenty kills, as many resumes, no divergence; on a tiny base.
 
-    Without the curve of the losses and the proof of the export, which take half of the time.
+    Without the loss curve and postflight, which take half of the time.
     """
     monkeypatch.setattr(finish, "draw_loss_curve", lambda run: None)
     monkeypatch.setattr(finish, "postflight", lambda *rest: [])
@@ -209,7 +208,7 @@ def test_killed_at_random(bench, sd15_folder, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_at_random_on_the_builtin_base(bench):
-    """R-03, R-23, R-24: as above; KILLS sets how many (`make kill-test`)."""
+    """R-03, R-23, R-24: as above; KILLS sets the number (`make kill-test`)."""
     count = int(os.environ.get("KILLS", "300"))
     runs = bench(**{**SHORT, "train__steps": 4, "train__save_every": 2})
     kill_at_random(runs, count, seed=int(os.environ.get("SEED", "1")))
@@ -238,7 +237,7 @@ class Operations:
 
     def arm_timer(self):
         if self.die_after and self.die_after[0] == self.count:
-            # Nothing handles the signal, so nothing is cleaned up.
+            # No handler for the signal, so nothing is cleaned up.
             signal.signal(signal.SIGPROF, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_PROF, max(self.die_after[1], 1e-6))
 
@@ -256,7 +255,7 @@ class Operations:
 
 
 class Tearing:
-    """Counts writes, and dies in the middle of the n-th: half of the file or of the line is on the disk."""
+    """Counts writes, and is killed in the middle of the n-th: half of the file or line is on the disk."""
 
     def __init__(self, *, die_in=None, note=None):
         self.die_in, self.note = die_in, note
@@ -291,7 +290,7 @@ class Tearing:
 
 @pytest.mark.slow
 def test_killed_before_every_operation(bench, sd15_folder, tmp_path):
-    """R-23, R-24: and so after every one, since the next is what follows."""
+    """R-23, R-24: killed before each operation, which is also after each one."""
     runs = bench(base__source=str(sd15_folder), **SHORT)
     note, run = tmp_path / "count", RunFolder(tmp_path / "counted")
     assert runs.start(run, Operations(run.path, f"{run.path}-cache", note=note).watch).wait() == 0
@@ -304,7 +303,7 @@ def test_killed_before_every_operation(bench, sd15_folder, tmp_path):
 
 @pytest.mark.slow
 def test_killed_inside_every_write(bench, sd15_folder, tmp_path):
-    """R-23, R-24: half a file never has the name of one, and half a line is no event."""
+    """R-23, R-24: a partial file never has its final name, and a partial line is not an event."""
     runs = bench(base__source=str(sd15_folder), **SHORT)
     note = tmp_path / "count"
     assert runs.start(RunFolder(tmp_path / "counted"), Tearing(note=note).watch).wait() == 0
@@ -324,7 +323,7 @@ def tiny_run(make_images, quick, make_trainer, tmp_path, warm):
 
 
 def at_step(step, happen):
-    """Lets something happen in a run, after a step was done and before it is saved."""
+    """Calls a function in a run after a step, before it is saved."""
     record = Trainer.record
 
     def recorded(trainer, result, seconds):
@@ -336,7 +335,7 @@ def at_step(step, happen):
 
 
 def after_saving(step, happen):
-    """Lets something happen after a step was saved."""
+    """Calls a function after a step was saved."""
     save = Trainer.save_if_due
 
     def saved(trainer, stopping=False):
@@ -371,7 +370,7 @@ def send(*numbers):
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)], ids=str
 )
 def test_a_signal_saves(tiny_run, fork, command_line, number, code):
-    """R-23: the step is finished and saved, the exit code says stopped, and `resume` goes on from there."""
+    """R-23: the step is finished and saved, the exit code is that of the signal, and `resume` continues."""
     images, config, run = tiny_run
     argv = command_line(images, run, config)
     child = fork(sdlora_train(argv, partial(at_step, 3, send(number))))
@@ -384,7 +383,7 @@ def test_a_signal_saves(tiny_run, fork, command_line, number, code):
 
 
 def test_a_signal_while_a_grid_is_made(tiny_run, fork, command_line, monkeypatch):
-    """R-23: a grid may take longer than a batch scheduler waits; it is made when the run goes on."""
+    """R-23: a grid may take longer than a batch scheduler waits; it is made when the run is resumed."""
     images, config, run = tiny_run
     argv = [*command_line(images, run, config), "train.sample_every=3"]
     denoise, calls = generate._denoise, run.path.with_suffix(".calls")
@@ -413,7 +412,7 @@ def test_a_signal_while_a_grid_is_made(tiny_run, fork, command_line, monkeypatch
     ids=str,
 )
 def test_a_signal_before_the_first_step(tiny_run, fork, command_line, monkeypatch, number, code):
-    """R-23: there is nothing to save yet; also SIGUSR1 ends as a batch scheduler's SIGTERM does."""
+    """R-23: there is nothing to save yet; SIGUSR1 ends the run as SIGTERM does."""
     images, config, run = tiny_run
     monkeypatch.setattr(training, "prepare", lambda *rest: os.kill(os.getpid(), number))
     child = fork(sdlora_train(command_line(images, run, config)))
@@ -427,7 +426,7 @@ def test_a_signal_before_the_first_step(tiny_run, fork, command_line, monkeypatc
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)], ids=str
 )
 def test_a_second_signal_stops_at_once(tiny_run, fork, command_line, number, code):
-    """R-23: nothing more is done or saved."""
+    """R-23: a second signal ends the run at once, without saving."""
     images, config, run = tiny_run
     argv = command_line(images, run, config)
     child = fork(sdlora_train(argv, partial(at_step, 3, send(number, number))))
@@ -437,7 +436,7 @@ def test_a_second_signal_stops_at_once(tiny_run, fork, command_line, number, cod
 
 
 def test_a_launcher_that_passes_a_signal_on(tiny_run, fork_processes, command_line):
-    """R-23: what a process got already, from the same Ctrl-C, is no second signal."""
+    """R-23: the same Ctrl-C, forwarded by a launcher, is not a second signal."""
     images, config, run = tiny_run
     argv = command_line(images, run, config)
     twice = partial(at_step, 3, send(signal.SIGINT, signal.SIGTERM))
@@ -447,12 +446,12 @@ def test_a_launcher_that_passes_a_signal_on(tiny_run, fork_processes, command_li
 
 
 def fill_disk(trainer):
-    """No file can grow beyond 100 bytes from here on."""
+    """Limits the size of files to 100 bytes from now on."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 
 
 def test_a_disk_that_is_full(tiny_run, fork, command_line):
-    """R-24: adapters, samples and events are warnings; when nothing can be kept, exit 1 with one line."""
+    """R-24: adapters, samples and events are warnings; if nothing can be saved, exit 1 with one line."""
     images, config, run = tiny_run
     argv = [*command_line(images, run, config), "train.sample_every=3"]
     child = fork(sdlora_train(argv, partial(at_step, 3, fill_disk)))
@@ -487,7 +486,7 @@ def open_place():
 
 
 def make_read_only(trainer):
-    """As root nothing is read-only, so root becomes nobody."""
+    """Nothing is read-only for root, so root becomes nobody."""
     for folder in (trainer.run.path, *trainer.run.path.iterdir()):
         if folder.is_dir():
             folder.chmod(0o555)
@@ -505,7 +504,7 @@ def make_read_only(trainer):
     ids=["in mid-run", "at the export"],
 )
 def test_a_folder_that_becomes_read_only(tiny_run, open_place, fork, command_line, when, line, left):
-    """R-24: as a full disk."""
+    """R-24: handled as a full disk."""
     images, config, _ = tiny_run
     run = RunFolder(open_place / "run")
     child = fork(sdlora_train(command_line(images, run, config), partial(when, make_read_only)))
@@ -521,7 +520,7 @@ def test_a_folder_that_becomes_read_only(tiny_run, open_place, fork, command_lin
 
 
 def test_a_place_that_is_read_only(tiny_run, sd15_folder, open_place, fork, command_line):
-    """R-24: told before anything is loaded."""
+    """R-24: found before anything is loaded."""
     images, config, _ = tiny_run
     base = shutil.copytree(sd15_folder, open_place / "base")
     for file in (base, *base.rglob("*")):

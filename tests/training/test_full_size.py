@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 and SDXL at their real size, with random weights: what fits, and what it takes."""
+"""Stable Diffusion 1.5 and SDXL at their real size, with random weights: target modules and memory."""
 
 from __future__ import annotations
 

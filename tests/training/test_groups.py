@@ -28,7 +28,7 @@ def names_of(tensors: list[torch.Tensor]) -> list[str]:
 
 
 def test_one_group_if_all_learn_alike():
-    """R-03: the groups of a run without these settings are those of before, in the adapter's order."""
+    """R-03: without these settings there is one group, in the adapter's order."""
     unet = {name: tensor for name, tensor in NAMED.items() if not name.startswith("text_encoder")}
     [group] = group_parameters(unet, settings())
     assert (group.name, group.ratio, names_of(group.parameters)) == ("others", 1.0, list(unet))
@@ -37,7 +37,7 @@ def test_one_group_if_all_learn_alike():
 
 
 def test_text_encoders_have_a_rate_of_their_own():
-    """R-34: half of the UNet's unless train.text_encoder_learning_rate says another; patterns come first."""
+    """R-34: half of the UNet's unless train.text_encoder_learning_rate is set; patterns come first."""
     for given, ratio in ((None, 0.5), (0.03, 0.3)):
         first, second = group_parameters(NAMED, settings(text_encoder_learning_rate=given))
         assert (first.name, second.name) == ("others", "text encoders")
@@ -52,7 +52,7 @@ def test_text_encoders_have_a_rate_of_their_own():
 
 
 def test_patterns_choose_modules():
-    """train.learning_rates: per part and per block; the last pattern that matches decides."""
+    """train.learning_rates: by part and by block; the last pattern that matches wins."""
     rates = {"text_encoder*": 0.02, "*.attn2.*": 0.05, "mid_block.*": 0.2}
     groups = {group.name: group for group in group_parameters(NAMED, settings(rates))}
     assert {name: group.ratio for name, group in groups.items()} == pytest.approx(
@@ -65,7 +65,7 @@ def test_patterns_choose_modules():
 
 
 def test_targets_are_patterns():
-    """The names of lora.targets stand for their patterns here too."""
+    """The names of lora.targets can be used as patterns."""
     chosen = match_rates(MODULES, settings({"attention": 0.05}))
     assert list(chosen.values()) == ["attention"] * 3 + [None] * 2
 
@@ -84,7 +84,7 @@ def test_lora_plus():
 
 
 def test_a_pattern_without_effect_is_refused():
-    """R-35: one line for each, with the nearest module or the pattern that overrules it."""
+    """R-35: one line for each, with the nearest module or the pattern that overrides it."""
     rates = {"mid_block.*": 0.2, "*.attn3.*": 0.1, "*block*": 0.3}
     with pytest.raises(ConfigError) as caught:
         match_rates(MODULES, settings(rates))
@@ -96,7 +96,7 @@ def test_a_pattern_without_effect_is_refused():
 
 
 def test_in_words():
-    """The plan shows what differs from the base rate."""
+    """The plan shows the rates that differ from the base rate."""
     unet = MODULES[:3]
     assert describe_rates(unet, settings()) == ""
     assert describe_rates(unet, settings({"*.attn2.*": 0.05}, lora_plus_ratio=4)) == (

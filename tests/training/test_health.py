@@ -65,7 +65,7 @@ def test_bad_steps_are_skipped_and_counted():
 
 
 def test_the_running_mean_is_not_its_first_value():
-    """R-45: after few steps it is their mean, later that of about the last 50."""
+    """R-45: the mean of all losses at first, later of about the last 50."""
     counters = Counters()
     count(counters, 0.9, 0.1, 0.2, math.nan, 0.4)
     assert counters.loss_ema == pytest.approx(0.4)
@@ -74,7 +74,7 @@ def test_the_running_mean_is_not_its_first_value():
 
 
 def test_bad_steps_in_a_row_stop(make_health):
-    """R-06: with the step, the images, the rate and the last good checkpoint."""
+    """R-06: the error names the step, the images, the rate and the last good checkpoint."""
     health = make_health(make_adapter(a=1.0))
     for step, loss in enumerate((0.5, 0.5, math.nan, math.nan), 1):
         health.check(make_result(step, loss))
@@ -85,7 +85,7 @@ def test_bad_steps_in_a_row_stop(make_health):
 
 
 def test_a_loss_of_zero_stops(make_health):
-    """R-06: nothing is learnt from a loss of exactly 0."""
+    """R-06: nothing is learned from a loss of exactly 0."""
     health = make_health(make_adapter(a=1.0))
     for step in range(4):
         health.check(make_result(step + 1, 0.0))
@@ -94,7 +94,7 @@ def test_a_loss_of_zero_stops(make_health):
 
 
 def test_what_is_far():
-    """A spike is told by the run's own distribution, whatever its scale; ordinary draws never are."""
+    """A spike is an outlier of the run's own distribution, at any scale; ordinary draws are not."""
     draws = random.Random(0)
     for width in (0.01, 0.5, 1.5):
         spread = RunningStats()
@@ -104,11 +104,11 @@ def test_what_is_far():
         assert spread.update(0.3 * math.exp(12 * max(width, 0.1)))
         assert not spread.update(0.3)
     assert not RunningStats().update(1e9), "nothing is known yet"
-    assert not any(spread.update(value) for value in (0.0, math.nan, math.inf)), "other guards tell those"
+    assert not any(spread.update(value) for value in (0.0, math.nan, math.inf)), "other checks find those"
 
 
 def test_counters_survive_json():
-    """R-03: whatever a run has counted comes back with its checkpoint."""
+    """R-03: all counters are restored from a checkpoint."""
     counters = Counters()
     for step in range(40):
         counters.count(make_result(step + 1, 0.1 + step / 100, math.inf if step == 5 else 2.0))
@@ -123,7 +123,7 @@ def make_adapter(**ups: float) -> Adapter:
 
 
 def test_parameters_that_are_not_finite_stop(make_health):
-    """R-06: named by module, before anything is written."""
+    """R-06: the modules are named before anything is written."""
     make_health(make_adapter(a=1.0)).check(make_result(3, 0.5))
     with raises(TrainingDiverged, "non-finite-parameters", shows=("1 modules", ": b;", "step 3")):
         make_health(make_adapter(a=1.0, b=math.nan)).check(make_result(3, 0.5))
@@ -141,7 +141,7 @@ def test_dead_modules_are_named(make_health):
 
 
 def test_the_first_update_is_proven_once(make_health):
-    """R-09: a skipped step proves nothing; after the first update every step may leave a module alone."""
+    """R-09: a skipped step proves nothing; after the first update a step may leave modules unchanged."""
     adapter = make_adapter(a=0.0)
     health = make_health(adapter, proof_step=0)
     health._has_single_token = lambda step: False
@@ -154,7 +154,7 @@ def test_the_first_update_is_proven_once(make_health):
 
 
 def test_a_later_update_is_proven(make_health):
-    """R-09: where the first steps have no caption, the proof waits for the first one that has."""
+    """R-09: the check waits for the first step with a caption."""
     health = make_health(make_adapter(a=0.0), proof_step=2)
     health._has_single_token = lambda step: False
     for step in (1, 2):
@@ -166,7 +166,7 @@ def test_a_later_update_is_proven(make_health):
 
 
 def test_a_single_token_is_excused():
-    """R-09: queries and keys of self-attention over one token cannot learn; all else must."""
+    """R-09: queries and keys of self-attention over one token cannot learn; all others must."""
     names = ["mid.attn1.to_q", "mid.attn1.to_k"]
     assert check_dead_modules(names, has_single_token=True) == names
     with raises(TrainingDiverged, "dead-modules", shows="2 modules"):

@@ -1,7 +1,6 @@
-"""Several processes as people start them: torchrun, accelerate launch, two hosts (R-17, R-23).
+"""Several processes as users start them: torchrun, accelerate launch, two hosts (R-17, R-23).
 
-Each process imports everything anew, so there are few of these; what several processes do is tested in
-`test_processes.py`.
+Each process imports everything again, so these tests are few; `test_distributed.py` has the others.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ RUN = [
 
 @pytest.fixture
 def launch():
-    """Starts a launcher as a module of this Python; it is ended with the test."""
+    """Starts a launcher as a Python module, and ends it after the test."""
     started = []
 
     def start(*command, prefix=(), **environment):
@@ -64,7 +63,7 @@ TWO = torchrun("--standalone", "--nproc-per-node", 2)
 
 
 def test_torchrun(launch, make_images, tmp_path):
-    """R-16, R-17: the plan is told once, with what is exchanged; the files are those of one run."""
+    """R-16, R-17: the plan is printed once, with the bytes exchanged; the files are those of one run."""
     run = RunFolder(tmp_path / "run")
     child = launch(*TWO, "train", make_images(), "--out", run.path, *RUN, "train.steps=3")
     printed, _ = child.communicate(timeout=HANG_SECONDS)
@@ -94,7 +93,7 @@ def workers_of(child):
 
 @pytest.mark.slow
 def test_a_signal_to_torchrun_saves(launch, make_images, tmp_path):
-    """R-23: it passes the signal on, as a batch scheduler sends it; all finish the step, and one saves."""
+    """R-23: the launcher forwards the signal; all processes finish the step, and one saves."""
     run = RunFolder(tmp_path / "run")
     handled = ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1")
     two = torchrun("--standalone", "--nproc-per-node", 2, *handled)
@@ -110,7 +109,7 @@ def test_a_signal_to_torchrun_saves(launch, make_images, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run(launch, make_images, tmp_path):
-    """R-23: without waiting for train.timeout_seconds (600), with a line; nothing is left running."""
+    """R-23: all end with one line, without waiting for train.timeout_seconds (600)."""
     run = RunFolder(tmp_path / "run")
     child = launch(*TWO, "train", make_images(), "--out", run.path, *RUN, "train.steps=100000")
     wait_for_step(run, 5, child)
@@ -167,7 +166,7 @@ def two_hosts():
 def test_a_host_that_is_cut_off(launch, two_hosts, make_images, tmp_path):
     """R-17, R-23: one run on two hosts; when the cable is pulled both end with a line, and the run resumes.
 
-    A cable that is pulled says nothing to either end: only the time set for an answer ends the wait.
+    A pulled cable closes no connection: only the timeout ends the wait.
     """
     (one, other), pull_cable = two_hosts
     run, images = RunFolder(tmp_path / "run"), make_images()
@@ -202,7 +201,7 @@ def meeting_at(host):
 
 @pytest.mark.slow
 def test_accelerate_launch(launch, make_images, tmp_path):
-    """R-11, R-17: on a CPU it starts one process; what it exports (precision `no`, threads) is no setting."""
+    """R-11, R-17: on a CPU it starts one process; its exports (precision `no`, threads) are not settings."""
     run = RunFolder(tmp_path / "run")
     command = ["accelerate.commands.launch", "--cpu", "--num_processes", 1, "--num_machines", 1]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "sdlora"]

@@ -46,7 +46,7 @@ def run(make_images, small, tmp_path, no_network):
         train__sample_every=3,
         train__evaluate_every=3,
         data__heldout=0.25,
-        # Large steps: the file's rounding must be seen in the pixels.
+        # Large steps, so that the rounding of the file is visible in the pixels.
         train__learning_rate=0.03,
         export__precision="bf16",
     )
@@ -54,7 +54,7 @@ def run(make_images, small, tmp_path, no_network):
 
 
 def test_a_whole_run(run, capsys):
-    """R-08, R-11, R-16, R-27, R-39, R-45, R-46: the folder holds what was planned, and nothing else."""
+    """R-08, R-11, R-16, R-27, R-39, R-45, R-46: the folder contains what was planned, and nothing else."""
     files = sorted(str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file())
     states = [
         f"checkpoints/step-00000{n}/{name}"
@@ -119,7 +119,7 @@ def test_samples_equal_the_verb(run, tmp_path):
 
 
 def test_files_say_what_they_are(run):
-    """R-42: the same run gives the same bytes; dates are the run's own."""
+    """R-42: the same run writes the same bytes; dates are the run's own."""
     saved, final = load_adapter(run.step_adapter(6)), load_adapter(run.adapter)
     for name, pair in final.modules.items():
         assert torch.equal(pair.up, saved.modules[name].up)
@@ -131,7 +131,7 @@ def test_files_say_what_they_are(run):
 
 
 def test_sampling_does_not_disturb(make_images, small, make_trainer, snapshot, tmp_path):
-    """R-04, R-10: with samples and evaluations in between, the same run to the bit."""
+    """R-04, R-10: samples and evaluations in between change no bit of a run."""
     images = make_images()
     plain = make_trainer(small(images), tmp_path / "plain")
     plain.train()
@@ -146,7 +146,7 @@ def test_sampling_does_not_disturb(make_images, small, make_trainer, snapshot, t
 
 
 def test_only_the_adapter_learns(make_images, small, make_trainer, tmp_path):
-    """R-06, R-09: down and up are fp32 and move; not a bit of the base does."""
+    """R-06, R-09: down and up are fp32 and change; no bit of the base does."""
     trainer = make_trainer(small(make_images()), tmp_path / "run")
     unet = trainer.prepared.base.denoiser
     before = {name: parameter.clone() for name, parameter in unet.named_parameters()}
@@ -199,7 +199,7 @@ def test_cached_equals_uncached(make_images, small, make_trainer, snapshot, tmp_
         assert kept.min() < kept.max()
 
     again = make_trainer(small(images), tmp_path / "again")
-    # Whatever still asked the encoders for something would fail now.
+    # Any use of the encoders would fail now.
     again.prepared.base.encoders_to("meta")
     again.train()
     assert [r.loss for r in again.results] == [r.loss for r in cached.results]
@@ -208,7 +208,7 @@ def test_cached_equals_uncached(make_images, small, make_trainer, snapshot, tmp_
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("base_dtype", ["auto", "fp32"])
 def test_precisions(make_images, small, make_trainer, tmp_path, precision, base_dtype):
-    """R-11: each runs three steps here, with fp32 adapters; fp16 is in the tests for a GPU."""
+    """R-11: each trains for three steps, with fp32 adapters; fp16 is tested on a GPU."""
     config = small(make_images(), train__steps=3, train__precision=precision, base__dtype=base_dtype)
     trainer = make_trainer(config, tmp_path / "run")
     trainer.train()
@@ -248,7 +248,7 @@ def test_gradient_checkpointing_changes_nothing(make_images, small, make_trainer
 
 
 def test_accumulation_equals_a_larger_batch(make_images, small, make_trainer, tmp_path):
-    """R-16: the step is the unit; micro-batches are only how it is worked out."""
+    """R-16: the micro-batches of a step do not change its result."""
     images = make_images(sizes=((64, 64),) * 7)
     large = make_trainer(small(images, train__batch_size=4), tmp_path / "large")
     small_ones = make_trainer(small(images, train__batch_size=1, train__accumulate=4), tmp_path / "small")
@@ -261,7 +261,7 @@ def test_accumulation_equals_a_larger_batch(make_images, small, make_trainer, tm
 
 
 def test_clipping_clips(make_images, small, make_trainer, tmp_path):
-    """The gradient that the optimizer sees has the norm asked for; 0 switches clipping off."""
+    """The optimizer gets a gradient of at most train.grad_clip; 0 switches clipping off."""
     images = make_images()
     for limit, expected in ((1e-4, 1e-4), (0.0, None)):
         trainer = make_trainer(small(images, train__grad_clip=limit), tmp_path / str(limit))
@@ -276,7 +276,7 @@ def test_clipping_clips(make_images, small, make_trainer, tmp_path):
 
 
 def test_numbers_that_are_not_finite_stop_the_run(make_images, small, make_trainer, tmp_path):
-    """R-06: a run whose base gives NaN skips, counts, and stops by name; no file is written."""
+    """R-06: a run whose base outputs NaN skips, counts, and stops with an error; no file is written."""
     trainer = make_trainer(small(make_images(), train__max_skipped_steps=3, train__steps=9), tmp_path / "run")
     layer = next(iter(lora_layers(trainer.prepared.base.denoiser).values()))
     layer.base.weight.data.fill_(math.nan)
@@ -305,7 +305,7 @@ def test_a_single_token_is_no_reason_to_stop(make_images, small, make_trainer, t
 
 
 def test_heldout_loss_is_a_function_of_the_weights(make_images, small, make_trainer, tmp_path):
-    """R-12: equal twice, whatever was drawn in between; other weights give another number."""
+    """R-12: the same weights give the same loss, independent of draws in between; other weights another."""
     config = small(make_images(sizes=((64, 64),) * 8), data__heldout=0.25)
     trainer = make_trainer(config, tmp_path / "run")
     first = trainer.evaluate("heldout")
@@ -318,7 +318,7 @@ def test_heldout_loss_is_a_function_of_the_weights(make_images, small, make_trai
 
 
 def test_the_objective_is_the_one_asked_for(make_images, small, make_trainer, tmp_path):
-    """R-12, R-32: what is asked for is what is trained; the held-out loss stays the plain one."""
+    """R-12, R-32: the objective changes training; the held-out loss stays plain."""
     config = small(
         make_images(sizes=((64, 64),) * 8),
         train__steps=2,
@@ -365,7 +365,7 @@ def test_groups_keep_their_ratio(make_images, small, make_trainer, tmp_path):
 
 
 def test_trackers(make_images, small, tmp_path):
-    """R-45: TensorBoard gets the numbers and the grid, when asked."""
+    """R-45: TensorBoard gets the metrics and the grid."""
     config = small(
         make_images(), train__trackers="tensorboard", train__sample_every=4, train__evaluate_every=4
     )
@@ -376,7 +376,7 @@ def test_trackers(make_images, small, tmp_path):
 
 
 def test_a_failing_tracker_cannot_stop_the_run(make_images, small, make_trainer, tmp_path):
-    """R-45: it is a warning."""
+    """R-45: a failing tracker is a warning."""
     trainer = make_trainer(small(make_images(), train__trackers="tensorboard"), tmp_path / "run")
     start_trackers(trainer.accelerator, trainer.run.path, trainer.plan.config)
     trainer.accelerator.trackers[0].writer.close()
@@ -399,7 +399,7 @@ def test_starting_from_a_file(make_images, small, make_trainer, tmp_path):
 
 @pytest.mark.parametrize("cache", ["auto", True])
 def test_a_cache_that_cannot_be_written(make_images, small, make_trainer, tmp_path, monkeypatch, cache):
-    """R-20, R-35: `auto` goes on in memory and warns; an explicit `true` is an error."""
+    """R-20, R-35: `auto` warns and continues in memory; an explicit `true` is an error."""
     place = tmp_path / "file"
     place.write_text("no folder")
     monkeypatch.setenv("SDLORA_CACHE", str(place))

@@ -1,4 +1,4 @@
-"""Numbers that go wrong in the middle of a run (R-06, R-09, R-19)."""
+"""Non-finite numbers and outliers in the middle of a run (R-06, R-09, R-19)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def spoil_gradient(trainer, value):
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("spoil", [spoil_loss, spoil_latent, spoil_gradient])
 def test_one_bad_step_is_skipped(make, spoil, value):
-    """R-06: the step is skipped, counted, and told with its pictures; the adapter is what it was."""
+    """R-06: the step is skipped, counted, and reported with its images; the adapter is unchanged."""
     trainer = make(train__batch_size=2, train__max_skipped_steps=2)
     trainer.record(trainer.train_step(), 1.0)
     before = [parameter.detach().clone() for parameter in trainer.runner.parameters]
@@ -78,7 +78,7 @@ def test_one_bad_step_is_skipped(make, spoil, value):
 
 
 def test_a_skipped_first_step_proves_nothing(make):
-    """R-09: in fp16 the first steps overflow; the first update is looked at all the same."""
+    """R-09: in fp16 the first steps overflow; the first update is still checked."""
     trainer = make()
     name, pair = next(iter(trainer.runner.adapter.modules.items()))
     pair.down.data.zero_()
@@ -91,7 +91,7 @@ def test_a_skipped_first_step_proves_nothing(make):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 def test_a_bad_parameter_stops_at_once(make, value):
-    """R-06: with the module, the step, the pictures, the rate and the last good checkpoint."""
+    """R-06: the error names the module, the step, the images, the rate and the last good checkpoint."""
     trainer = make()
     name, pair = list(trainer.runner.adapter.modules.items())[3]
     step = trainer.runner.optimizer.step
@@ -110,7 +110,7 @@ def test_a_bad_parameter_stops_at_once(make, value):
 
 
 def test_a_state_among_bad_steps_is_not_called_good(make):
-    """R-06: what makes the steps be skipped is in it already."""
+    """R-06: a checkpoint among the skipped steps is not a good one."""
     trainer = make(train__steps=8, train__max_skipped_steps=3)
     denoise = trainer.runner.denoise
     trainer.runner.denoise = lambda *given: denoise(*given) * (math.nan if trainer.step >= 3 else 1)
@@ -120,7 +120,7 @@ def test_a_state_among_bad_steps_is_not_called_good(make):
 
 
 def test_a_run_that_fails_leaves_its_curve(make_images, tiny, sd15_folder, tmp_path):
-    """R-06: the losses up to there are drawn, and `sdlora info` says what ended it."""
+    """R-06: the loss curve is drawn up to there, and `sdlora info` shows the error."""
     images = make_images(sizes=((32, 32),) * 4)
     broken = {"train__learning_rate": 1e30, "train__max_skipped_steps": 1, "train__evaluate_every": 0}
     config = tiny(images, base__source=str(sd15_folder), train__sample_every=0, **broken)
@@ -132,7 +132,7 @@ def test_a_run_that_fails_leaves_its_curve(make_images, tiny, sd15_folder, tmp_p
 
 
 def test_a_loss_of_zero_stops(make, monkeypatch):
-    """R-06: nothing is learnt from it; after five steps of it the run says so."""
+    """R-06: nothing is learned from a loss of 0; the run stops after five such steps."""
     trainer = make(train__steps=9, train__save_every=0)
     trainer.record(trainer.train_step(), 1.0)
     up = trainer.runner.parameters[-1]
@@ -141,8 +141,8 @@ def test_a_loss_of_zero_stops(make, monkeypatch):
         trainer.train()
 
 
-def test_a_spike_is_told_with_its_pictures(make, sd21_folder):
-    """R-06: a picture unlike the others shows as a loss far outside the run's own distribution."""
+def test_a_spike_is_reported_with_its_images(make, sd21_folder):
+    """R-06: an unusual image shows as a loss far outside the run's own distribution."""
     trainer = make(base__source=str(sd21_folder), train__steps=60, train__save_every=0)
     posterior = trainer.prepared.encodings.posterior
 

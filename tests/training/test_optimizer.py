@@ -37,7 +37,7 @@ def settings(**values) -> TrainSection:
     ],
 )
 def test_schedules_by_hand(schedule, expected):
-    """R-08: a linear rise over the warm-up, then the schedule; the last step is where it says."""
+    """R-08: a linear rise over the warm-up, then the schedule up to the last step."""
     steps = 50
     rates = [learning_rate(step, settings(schedule=schedule), steps) for step in range(steps)]
     assert rates[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
@@ -49,7 +49,7 @@ def test_schedules_by_hand(schedule, expected):
 @pytest.mark.parametrize("num_processes", [1, 2, 4])
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_processes_and_accumulation_do_not_move_it(num_processes, accumulate):
-    """R-08: the rate at step k depends on k alone; micro-batches and processes are no steps."""
+    """R-08: the rate at step k depends on k alone, not on micro-batches or processes."""
     global_batch = 2 * accumulate * num_processes
     logged = []
     for step in range(20):
@@ -71,7 +71,7 @@ def test_warmup_is_a_share_or_a_number():
 
 
 def test_any_optimizer_by_import_path():
-    """Prodigy, 8-bit AdamW or Lion need no code of ours: a class and its arguments."""
+    """Prodigy, 8-bit AdamW or Lion need only their class and its arguments."""
     optimizer = build_optimizer(
         settings(optimizer="torch.optim.SGD", optimizer_args={"momentum": 0.5}), groups_of(1.0, 0.5)
     )

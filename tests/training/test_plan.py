@@ -1,4 +1,4 @@
-"""What the plan says is what then happens (R-16)."""
+"""The plan describes the run (R-16)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.checks import raises
 
 
 def test_images_seen_are_those_of_the_steps(make_images, tiny):
-    """R-16: a short step lies elsewhere in each epoch, so one that is begun is counted as itself."""
+    """R-16: short steps are elsewhere in each epoch, so an epoch that is begun is counted step by step."""
     plan = make_plan(tiny(make_images(sizes=((64, 64),) * 5), train__batch_size=2))
     assert plan.order.steps_per_epoch == 3
     for steps in range(1, 30):

@@ -1,4 +1,4 @@
-"""A run's images are read in one way, whoever asks (R-15)."""
+"""Training, the doctor and evaluation read the images in the same way (R-15)."""
 
 from __future__ import annotations
 

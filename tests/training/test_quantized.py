@@ -1,4 +1,4 @@
-"""Whole runs on a base of few bits: train, resume, sample, evaluate, and use on the full base."""
+"""Whole runs on a quantized base: train, resume, sample, evaluate, and use on the full base."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.checks import raises
 
 
 def loss_on_the_full_base(run, copy):
-    """As if the run had had the full base from the start."""
+    """As if the run had used the full base from the start."""
     shutil.copytree(run.path, copy)
     RunFolder(copy).write_config(run.read_config().replace(base={"quantize": "none"}))
     return evaluate(copy).style_loss.loss
 
 
 def test_a_run_on_four_bits(make_images, small, tmp_path, capsys):
-    """R-01, R-03, R-10, R-11, R-48: twice the same bits, stopped or not; what it saw is what is sampled."""
+    """R-01, R-03, R-10, R-11, R-48: equal to the bit, stopped or not, and sampled as trained."""
     images = make_images()
     config = small(
         images,
@@ -67,7 +67,7 @@ def test_a_run_on_four_bits(make_images, small, tmp_path, capsys):
 
 
 def test_the_base_s_bits_cannot_change(make_images, small, tmp_path):
-    """R-48: a run goes on with the base that it began on, in as many bits."""
+    """R-48: a run continues with the base that it started on, equally quantized."""
     config = small(make_images(), base__quantize="int8", train__steps=1)
     run = train(config.images, config=config, out=tmp_path / "run", quiet=True)
     assert not list(run.events("gap"))
@@ -75,7 +75,7 @@ def test_the_base_s_bits_cannot_change(make_images, small, tmp_path):
     RunFolder(tmp_path / "full").write_config(run.read_config().replace(base={"quantize": "none"}))
     with raises(ConfigError, "--full-base"):
         evaluate(tmp_path / "full", full_base=True)
-    with pytest.raises(ConfigError, match=r"base\.quantize cannot change"):
+    with raises(ConfigError, "base.quantize"):
         resume(run.path, ["base.quantize=none"])
     assert json.loads(run.config_file.read_text())["base"]["quantize"] == "int8"
     assert load_config(None, ["base.quantize=nf4"]).base.quantize == "nf4"

@@ -1,4 +1,4 @@
-"""One optimizer step; an optimizer that trains at one point and is after another (schedule-free)."""
+"""One optimizer step; an optimizer that trains at another point than its result (schedule-free)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sdlora.formats.files import load_adapter
 
 
 class Averaged(torch.optim.SGD):
-    """SGD whose result is the mean of its points; `eval()` moves there, `train()` back (not to the bit)."""
+    """SGD whose result is the mean of its points; `eval()` moves there, `train()` back (not exactly)."""
 
     is_training = False
 
@@ -39,13 +39,13 @@ class Averaged(torch.optim.SGD):
 
 @pytest.fixture
 def averaging(monkeypatch):
-    """The optimizer at an import path."""
+    """Makes the optimizer available at an import path."""
     monkeypatch.setattr(torch.optim, "Averaged", Averaged, raising=False)
     return {"train__optimizer": "torch.optim.Averaged", "train__learning_rate": 0.3}
 
 
 def test_the_average_is_what_is_saved(make_images, small, make_trainer, tmp_path, averaging):
-    """R-10: a file holds the average, and training goes on where it was."""
+    """R-10: a file contains the average, and training continues at its own point."""
     trainer = make_trainer(
         small(make_images(), train__steps=3, train__save_every=3, **averaging), tmp_path / "a"
     )
@@ -65,7 +65,7 @@ def test_the_average_is_what_is_saved(make_images, small, make_trainer, tmp_path
 
 
 def test_looking_does_not_disturb(make_images, small, make_trainer, snapshot, tmp_path, averaging):
-    """R-04: with files and held-out losses in between, the trained point is the same to the bit."""
+    """R-04: saving and evaluating in between change no bit of the trained point."""
     images = make_images()
     plain = make_trainer(small(images, **averaging), tmp_path / "plain")
     busy = make_trainer(
@@ -78,7 +78,7 @@ def test_looking_does_not_disturb(make_images, small, make_trainer, snapshot, tm
 
 
 def test_fp16_in_a_process_without_samples(make_images, tiny, make_trainer, tmp_path):
-    """R-17: the first step of all may leave a process nothing to scale; it takes part with zeros."""
+    """R-17: a process without samples in the first step has scaled nothing; it takes part with zeros."""
     runner = make_trainer(tiny(make_images()), tmp_path / "run").runner
     accelerator = runner.accelerator
     # As on a GPU: fp16 is refused on a CPU.

@@ -1,4 +1,4 @@
-"""Text encoders that learn: the main job on a base with one of them, and on SDXL with two (R-34)."""
+"""Text encoders that are trained: on a base with one of them, and on SDXL with two (R-34)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def config(request, make_images, small, sdxl_folder):
 
 @pytest.fixture(scope="module", params=BASES)
 def run(request, draw_images, small, sdxl_folder, tmp_path_factory):
-    """One whole run on each base; tests only look at it."""
+    """One whole run on each base; tests only read it."""
     folder = tmp_path_factory.mktemp("text")
     source = "builtin" if request.param == "builtin" else str(sdxl_folder)
     cadence = {"train__save_every": 2, "train__sample_every": 2, "train__evaluate_every": 4}
@@ -55,7 +55,7 @@ def run(request, draw_images, small, sdxl_folder, tmp_path_factory):
 
 
 def test_the_whole_path(run, tmp_path):
-    """R-01, R-07, R-09, R-10, R-34: both dialects hold every text encoder; samples are those of the file."""
+    """R-01, R-07, R-09, R-10, R-34: both dialects contain every text encoder; samples are of the file."""
     info = inspect_base(run.read_config().base)
     adapter = load_adapter(run.adapter)
     assert adapter.components == ["unet", *info.traits.text_encoders]
@@ -82,7 +82,7 @@ def test_the_whole_path(run, tmp_path):
 
 @pytest.mark.slow
 def test_files_do_the_same_in_stock_diffusers(run):
-    """R-01, R-34: the picture of each dialect is ours, its prompt encoded by stock text encoders."""
+    """R-01, R-34: each dialect gives the same image in stock diffusers, prompt encoding included."""
     config = run.read_config()
     info = inspect_base(config.base)
     [prompt], settings = config.sample.prompts, config.sample
@@ -120,7 +120,7 @@ def test_stopped_equals_straight(config, make_trainer, snapshot, tmp_path):
 
 
 def test_only_the_adapter_learns(config, make_trainer, snapshot, tmp_path):
-    """R-06, R-09, R-34: every encoder's pairs move at their own rate; not a bit of the base does."""
+    """R-06, R-09, R-34: every encoder's pairs change at their own rate; no bit of the base does."""
     trainer = make_trainer(config.replace(train={"steps": 2}), tmp_path / "run")
     parts = trainer.prepared.base.components
     before = {name: tensor.clone() for part in parts.values() for name, tensor in part.named_parameters()}
@@ -138,7 +138,7 @@ def test_only_the_adapter_learns(config, make_trainer, snapshot, tmp_path):
 
 
 def test_checkpointing_changes_no_gradient(config, make_trainer, snapshot, tmp_path):
-    """R-09: with dropout on, activations are drawn again alike, in text encoders too."""
+    """R-09: recomputed activations have the same dropout, in text encoders too."""
     changed = config.replace(lora={"dropout": 0.3}, train={"steps": 2})
     plain = make_trainer(changed, tmp_path / "plain")
     saving = make_trainer(changed.replace(train={"gradient_checkpointing": True}), tmp_path / "saving")
@@ -151,7 +151,7 @@ def test_checkpointing_changes_no_gradient(config, make_trainer, snapshot, tmp_p
 
 
 def test_latents_are_cached_and_text_is_not(config, make_trainer, tmp_path, monkeypatch):
-    """R-20, R-34: the VAE leaves, the text encoders stay and see every caption of every step."""
+    """R-20, R-34: the VAE leaves the device; the text encoders stay and encode the captions of every step."""
     cache = tmp_path / "cache"
     monkeypatch.setenv("SDLORA_CACHE", str(cache))
     trainer = make_trainer(config.replace(train={"steps": 2}), tmp_path / "run")
@@ -173,10 +173,10 @@ def test_asking_for_the_cache_is_an_error(make_images):
 
 
 def test_off_by_default(make_images, small):
-    """R-34: nothing of a text encoder is a target, and naming one says which setting is missing."""
+    """R-34: text encoders are not targets by default; naming one is an error with the missing setting."""
     plan = make_plan(small(make_images()))
     assert not [name for name in plan.targets if name.startswith("text_encoder")]
-    with pytest.raises(ConfigError, match=r"'text_attention' .*set lora\.text_encoder=true"):
+    with raises(ConfigError, "lora.targets", shows=("'text_attention'", "lora.text_encoder=true")):
         make_plan(small(make_images("more"), lora__targets=["attention", "text_attention"]))
 
 
@@ -189,7 +189,7 @@ def test_off_by_default(make_images, small):
     ],
 )
 def test_targets(make_images, small, sdxl_folder, targets, kinds):
-    """R-34: as in the UNet unless named; the layer that SDXL does not read is left out, since it is dead."""
+    """R-34: as in the UNet unless named; the layer that SDXL does not read is excluded."""
     config = small(
         make_images(), base__source=str(sdxl_folder), lora__text_encoder=True, lora__targets=targets
     )
@@ -206,7 +206,7 @@ def test_targets(make_images, small, sdxl_folder, targets, kinds):
 
 
 def test_starting_from_a_file_of_another_trainer(make_images, small, sdxl_folder, make_trainer, tmp_path):
-    """Others adapt SDXL's unread layer too; that part of their files is left behind, the rest goes on."""
+    """Other trainers adapt SDXL's unread layer too; that part of their files is ignored."""
     base = load_base(inspect_base(BaseSection(source=str(sdxl_folder))), dtype=torch.float32, device="cpu")
     names = match_targets(base.components, ["attention", "text_attention"])
     other = create_adapter(base.components, names, 2, 2.0, seed=5, family="sdxl").to()
@@ -224,7 +224,7 @@ def test_starting_from_a_file_of_another_trainer(make_images, small, sdxl_folder
 
 @pytest.mark.slow
 def test_a_bf16_base(make_images, small, sdxl_folder, tmp_path):
-    """R-11, R-34: the encoders are fp32 beside a bf16 UNet; the run ends with both files proven."""
+    """R-11, R-34: the encoders are fp32 beside a bf16 UNet; both files pass postflight."""
     config = small(make_images(), base__source=str(sdxl_folder), **CHANGES, train__precision="bf16")
     run = train(config.images, config=config, out=tmp_path / "run", quiet=True)
     assert [event["event"] for event in run.events()][-1] == "done"
