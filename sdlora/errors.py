@@ -62,13 +62,15 @@ class SdloraError(Exception):
         message: One line: what is wrong, the value, the setting as the user spells it, what to do.
         key: Stable name of the mistake, such as `data.no-images`, or the setting. Messages may change, keys
             do not.
+        exit_code: By default that of the class.
     """
 
     exit_code = 2
 
-    def __init__(self, message: str, *, key: str = "") -> None:
+    def __init__(self, message: str, *, key: str = "", exit_code: int | None = None) -> None:
         super().__init__(message)
         self.keys: tuple[str, ...] = (key,) if key else ()
+        self.exit_code = exit_code or type(self).exit_code
 
     def __str__(self) -> str:
         return "\n".join(one_line(_cut(line, MAX_LINE)) for line in super().__str__().split("\n"))
