@@ -48,6 +48,7 @@ ELSEWHERE = {
     "debug_dataset": "`sdlora doctor IMAGES --contact-sheet FILE`",
     "dim": "lora.rank",
     "dim_from_weights": "lora.rank; a LoRA of another rank is resized to it",
+    "dora_wd": "lora.kind=dora",
     "enable_bucket": _ALWAYS,
     "enable_wildcard": _AS_WRITTEN,
     "epochs": f"train.steps: {_IN_STEPS}",
