@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from sdlora.formats.files import save_adapter
-from sdlora.lora.adapter import Adapter, create_adapter
+from sdlora.lora.adapter import Adapter, draw_adapter, for_family
 from sdlora.lora.attach import match_targets
 from sdlora.lora.kinds import LowRank
 from sdlora.lora.layers import Model, named_modules
@@ -62,6 +64,20 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "projection_class_embeddings_input_dim": 6 * 4 + 16,
     },
 }
+
+
+def create_adapter(
+    model: Model, names: Sequence[str], rank: int, alpha: float, *, seed: int, family: str = ""
+) -> Adapter:
+    """A fresh trainable adapter of one rank and alpha."""
+    scales = dict.fromkeys(names, alpha / rank)
+    adapter = draw_adapter(model, dict.fromkeys(names, rank), scales, seed=seed)
+    return for_family(replace(adapter, alpha=float(alpha), scales={}), family, model)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
 
 
 @pytest.fixture(scope="session")

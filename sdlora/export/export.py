@@ -1,4 +1,4 @@
-"""An adapter leaves the house: files for other programs, and the upload."""
+"""Export of adapters as files for other programs, and the upload."""
 
 from __future__ import annotations
 
@@ -20,14 +20,12 @@ from sdlora.lora.adapter import Adapter
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What was written."""
-
     path: Path
     dialect: Dialect
     rounding: Rounding
     size_bytes: int
     note: str = ""
-    """What to know about the readers of the file."""
+    """A warning about programs that do not read the whole file."""
 
     @property
     def precision(self) -> Precision:
@@ -42,7 +40,6 @@ class ExportReport:
         return f"{self.path} ({self.dialect}, {self.precision}, {self.size_bytes / 1e6:.2f} MB; {error})"
 
     def lines(self) -> list[str]:
-        """For people."""
         return [f"wrote     {self}", *([f"note      {self.note}"] if self.note else [])]
 
 
@@ -60,12 +57,11 @@ def export_adapter(
         adapter: As trained, or as read from any file.
         path: The `.safetensors` file.
         dialect: `diffusers`, or `kohya` for A1111, Forge, ComfyUI and kohya's tools.
-        precision: As asked; a file that would lose too much stays fp32.
-        metadata: From `run_metadata`. Not given, the adapter's notes go on (a file that is converted
-            keeps what it says, the run's own dates included).
+        precision: A file that would lose too much stays fp32.
+        metadata: From `run_metadata`; by default the adapter's notes, so a converted file keeps its own.
 
     Raises:
-        AdapterError: If the adapter is not finite or changes nothing (R-06), or the place is not writable.
+        AdapterError: If the adapter is not finite or changes nothing (R-06), or the file is not writable.
     """
     rounded, rounding = round_adapter(adapter, precision)
     file = save_adapter(path, rounded, dialect=dialect, metadata=metadata)
@@ -76,15 +72,10 @@ def export_adapter(
 def export(
     source: str | Path, out: str | Path, *, dialect: Dialect = "diffusers", precision: Precision = "fp16"
 ) -> ExportReport:
-    """Writes a run's adapter, or a LoRA file of any dialect, as another file; its metadata goes along.
+    """Writes the adapter of a run or a LoRA file as another file, with its metadata.
 
-    Args:
-        source: A run folder or a LoRA file.
-        out: The `.safetensors` file to write.
-
-    Raises:
-        AdapterError: If the source is not a LoRA, or the file cannot be written or is the source itself.
-        RunError: If the run has no saved adapter yet.
+    Raises an AdapterError if the source is not a LoRA or the output itself, or the file cannot be written,
+    and a RunError if the run has no saved adapter yet.
     """
     file = resolve_adapter(source).file
     check_out(out, [file])
@@ -92,69 +83,37 @@ def export(
 
 
 def check_out(out: str | Path, sources: Iterable[Path]) -> None:
-    """Refuses to write over one of the files that the new one is made of.
-
-    Raises:
-        AdapterError: If it is one of them, under whatever name.
-    """
+    """Raises an AdapterError if the output is one of the input files, under any name."""
     place = Path(out)
     if place.exists() and any(file.exists() and place.samefile(file) for file in sources):
-        raise AdapterError(f"--out {out} is the input file; use another name")
+        raise AdapterError(f"--out {out} is the input file; use another name", key="option--out")
 
 
 def push_run(source: str | Path, repo_id: str, *, api: Any = None) -> str:
-    """Uploads a run's final files, model card and grid, or a single LoRA file.
+    """Uploads the final files, model card and newest grid of a run, or a LoRA file, to Hugging Face.
 
-    Args:
-        source: A run folder, or a LoRA file; a README.md beside it goes along.
-        repo_id: `owner/name`; made if it does not exist.
-        api: A `huggingface_hub.HfApi`, or one like it.
-
-    Returns:
-        Where the files are.
+    The repository (`owner/name`) is made if it does not exist, and its address is returned. Raises an
+    AdapterError with exit code 1 if that fails: no network, no token, no right to write.
     """
-    found = resolve_adapter(source)
-    file, run = found.file, found.run
+    file, run = resolve_adapter(source)
     if run is None:
         load_adapter(file)
-        card = file.with_name("README.md")
-        return push_to_hub({path.name: path for path in (file, card) if path.is_file()}, repo_id, api=api)
-    files = {file.name: file}
-    for path in (run.final_adapter("kohya"), run.model_card):
-        if path.is_file():
-            files[path.name] = path
-    grids = [*sorted(run.samples.glob("step-*/grid.png")), *run.adapters.glob("grid.png")]
-    if grids:
-        files["grid.png"] = grids[-1]
-    return push_to_hub(files, repo_id, api=api)
-
-
-def push_to_hub(files: Mapping[str, Path], repo_id: str, *, api: Any = None) -> str:
-    """Uploads files to Hugging Face in one commit; the repository is made if it does not exist.
-
-    Args:
-        files: Name there to file here.
-        repo_id: `owner/name`.
-        api: A `huggingface_hub.HfApi`, or one like it.
-
-    Returns:
-        Where the files are.
-
-    Raises:
-        AdapterError: With exit code 1, if that fails: no network, no token, no right to write.
-    """
+        files = [file, file.with_name("README.md")]
+    else:
+        grids = [*sorted(run.samples.glob("step-*/grid.png")), *run.adapters.glob("grid.png")]
+        files = [file, run.final_adapter("kohya"), run.model_card, *grids[-1:]]
     api = HfApi() if api is None else api
     try:
         url = str(api.create_repo(repo_id, exist_ok=True))
         with tempfile.TemporaryDirectory() as folder:
-            for name, file in files.items():
-                shutil.copyfile(file, Path(folder) / name)
+            for path in filter(Path.is_file, files):
+                shutil.copyfile(path, Path(folder) / path.name)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Add a style LoRA")
-    except Exception as problem:
-        error = AdapterError(
-            f"upload to {repo_id} failed: {first_line(problem)}; check the network and the name, and log "
-            "in with `hf auth login` (with a write token)"
-        )
-        error.exit_code = 1
-        raise error from problem
+    except Exception as error:
+        raise AdapterError(
+            f"upload to {repo_id} failed: {first_line(error)}; check the network and the name, and log in "
+            "with `hf auth login` (with a write token)",
+            key="upload-failed",
+            exit_code=1,
+        ) from error
     return url

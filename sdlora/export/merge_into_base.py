@@ -1,13 +1,14 @@
-"""A base with LoRAs inside, as a base of its own."""
+"""LoRAs merged into a copy of a base."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,11 +18,13 @@ from sdlora.errors import AdapterError, ModelError
 from sdlora.export.rewrite import module_of, rewrite, stored_weights
 from sdlora.lora.adapter import Adapter, check_base
 from sdlora.lora.attach import check_fit
-from sdlora.lora.layers import component_of
+from sdlora.lora.layers import carrier_layers, component_of
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.weights import empty_components
 from sdlora.reading import PICKLES
 from sdlora.writing import check_writable, temporary_name, write_json
+
+Change: TypeAlias = Callable[[str, str, Tensor], Tensor]
 
 
 def merge_into_base(
@@ -32,35 +35,31 @@ def merge_into_base(
     dtype: torch.dtype | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> Path:
-    """Writes a base with adapters added to its weights; the base itself is only read.
-
-    A diffusers folder becomes a whole diffusers folder, a base in one file becomes one file.
+    """Writes a copy of a base with adapters added to its weights: a diffusers folder, or a file if it is one.
 
     Args:
-        adapters: (adapter, strength); a child needs its ancestors before it.
+        adapters: (adapter, strength); a child after its ancestors.
         base: A diffusers folder, a hub id or one file.
-        out: A folder or a `.safetensors` file that is not there yet.
+        out: A new folder or `.safetensors` file.
         dtype: Of all weights; None keeps that of each.
-        warn: Told of adapters that were trained on another base of the family.
-
-    Returns:
-        What was written.
+        warn: Called with a line for each adapter that was trained on another base of the family.
 
     Raises:
-        AdapterError: If an adapter does not fit, or changes layers that the base's file has in another form.
+        AdapterError: If an adapter does not fit, or changes layers that are fused in the base's file.
         ModelError: If the output path exists or does not suit this base, or weights would not be finite.
     """
     info, place = inspect_base(BaseSection(source=str(base))), Path(out)
     _check_place(info, place)
-    parts = empty_components(info, text=any(adapter.changes_text for adapter, _ in adapters))
+    text = any(adapter.changes_text for adapter, _ in adapters)
+    layers = carrier_layers(empty_components(info, text=text))
     for adapter, _ in adapters:
-        check_fit(adapter.without(info.unread_layer), parts)
+        check_fit(adapter.without(info.unread_layer), layers)
         line = check_base(adapter, family=info.family, name=info.name, digest=info.digest)
         if line and warn:
             warn(line)
-    change = _Change(info, adapters)
+    change = _make_change(info, adapters)
     if info.path.is_file():
-        return rewrite([info.path], place, change, dtype)
+        return rewrite([info.path], place, partial(change, ""), dtype)
     temporary = temporary_name(place)
     try:
         _write_folder(info, temporary, change, dtype)
@@ -75,55 +74,48 @@ def merge_into_base(
 
 def _check_place(info: BaseInfo, place: Path) -> None:
     if place.exists():
-        raise ModelError(
-            f"--out {place} already exists; a base is never changed in place, so use another name"
-        )
+        problem = f"--out {place} already exists; a base is never changed in place, so use another name"
+        raise ModelError(problem, key="option--out")
     if info.path.resolve() in Path(os.path.realpath(place)).parents:
-        raise ModelError(
-            f"--out {place} is inside the base {info.path}, which is never changed; use another path"
-        )
+        problem = f"--out {place} is inside the base {info.path}, which is never changed; use another path"
+        raise ModelError(problem, key="option--out")
     if info.path.is_file() != (place.suffix == ".safetensors"):
-        kind = (
-            "a single file, so use a .safetensors file"
-            if info.path.is_file()
-            else "a folder, so use a folder"
-        )
-        raise ModelError(f"--out {place} does not match the base {info.name}, which is {kind}")
+        kind = "file, so use a .safetensors file" if info.path.is_file() else "folder, so use a folder"
+        problem = f"--out {place} does not match the base {info.name}, which is a {kind}"
+        raise ModelError(problem, key="option--out")
     check_writable(place)
 
 
-class _Change:
-    """What adapters add to the tensors of a base, by component and name in its files."""
+def _make_change(info: BaseInfo, adapters: Sequence[tuple[Adapter, float]]) -> Change:
+    """Maps a component, a name in its files and a tensor to the tensor with the change of the adapters."""
+    modules: dict[tuple[str, str], str] = {}
+    names = {name for adapter, _ in adapters for name in adapter.modules}
+    for component in {component_of(name) for name in names}:
+        for stored, (name, _) in stored_weights(info.components[component]).items():
+            if (module := module_of(component, name)) in names:
+                modules[component if info.path.is_dir() else "", stored] = module
+    if missing := names - set(modules.values()):
+        raise AdapterError(
+            f"{len(missing)} modules, such as {min(missing)}, are fused with others in {info.path}; "
+            "use the base as a diffusers folder",
+            key="base.fused",
+        )
 
-    def __init__(self, info: BaseInfo, adapters: Sequence[tuple[Adapter, float]]) -> None:
-        self.adapters = adapters
-        self.modules: dict[tuple[str, str], str] = {}
-        names = {name for adapter, _ in adapters for name in adapter.modules}
-        for component in {component_of(name) for name in names}:
-            for stored, (name, _) in stored_weights(info.components[component]).items():
-                if (module := module_of(component, name)) in names:
-                    self.modules[component if info.path.is_dir() else "", stored] = module
-        if missing := names - set(self.modules.values()):
-            raise AdapterError(
-                f"{len(missing)} modules, such as {min(missing)}, are fused with others in {info.path}; "
-                "use the base as a diffusers folder"
-            )
-
-    def __call__(self, stored: str, tensor: Tensor, component: str = "") -> Tensor:
-        """The tensor with every change of its module added, in fp64 where there is one."""
-        module = self.modules.get((component, stored))
-        if module is None:
+    def change(component: str, stored: str, tensor: Tensor) -> Tensor:
+        if (module := modules.get((component, stored))) is None:
             return tensor
         weight = tensor.double()
         total = weight.clone()
-        for adapter, strength in self.adapters:
+        for adapter, strength in adapters:
             if own := adapter.modules.get(module):
                 total += own.delta_weight(weight, strength * adapter.scale_of(module), total)
         return total
 
+    return change
 
-def _write_folder(info: BaseInfo, folder: Path, change: _Change, dtype: torch.dtype | None) -> None:
-    """A whole diffusers folder: every part with plain file names, everything else as it was."""
+
+def _write_folder(info: BaseInfo, folder: Path, change: Change, dtype: torch.dtype | None) -> None:
+    """A whole diffusers folder, with plain file names for weights; other files are copied."""
     parts = {name: part for name, part in info.components.items() if part.folder is not None}
     places = {info.path, *(part.folder for part in parts.values())}
 
@@ -134,14 +126,12 @@ def _write_folder(info: BaseInfo, folder: Path, change: _Change, dtype: torch.dt
     shutil.copytree(info.path, folder, ignore=left_out)
     for name, part in parts.items():
         stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-        rewrite(part.files, folder / name / f"{stem}.safetensors", partial(change, component=name), dtype)
-        _write_config(folder / name / "config.json", part.config, dtype)
-
-
-def _write_config(path: Path, config: Mapping[str, object], dtype: torch.dtype | None) -> None:
-    """The part's configuration, which may name the dtype that it is loaded in."""
-    values = dict(config)
-    for key in ("dtype", "torch_dtype"):
-        if dtype is not None and key in values:
-            values[key] = str(dtype).removeprefix("torch.")
-    write_json(path, values)
+        rewrite(part.files, folder / name / f"{stem}.safetensors", partial(change, name), dtype)
+        # A configuration may name the dtype to load it in.
+        dtypes = (
+            {}
+            if dtype is None
+            else dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
+        )
+        known = {key: text for key, text in dtypes.items() if key in part.config}
+        write_json(folder / name / "config.json", {**part.config, **known})

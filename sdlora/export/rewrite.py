@@ -1,4 +1,4 @@
-"""The weights of a base by the names that adapters use."""
+"""The weights of a base, by the names that adapters use."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from sdlora.writing import write_file
 
 
 def stored_weights(part: Component) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What a part's files hold: the name in the file to diffusers' (or transformers') name and the shape.
+    """Names in a part's files, with diffusers' (or transformers') names and shapes.
 
-    Fused layers of text encoders, which single files of SD 2 and SDXL have, keep their own names.
+    Fused layers of text encoders, as in single files of SD 2 and SDXL, keep their own names.
     """
     names = denoiser_names(part) if part.folder is None and part.name == DENOISER else None
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -36,12 +36,7 @@ def stored_weights(part: Component) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def read_weights(part: Component, wanted: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """Some tensors of a part, one after the other.
-
-    Args:
-        part: The part.
-        wanted: Name in the file to what to call it; in the order they are read.
-    """
+    """Some tensors of a part, one after the other; `wanted` maps names in the file to names of the result."""
     headers = [(file, read_header(file)) for file in part.files]
     places = {stored: (file, header) for file, header in headers for stored in header.shapes}
     for stored, name in wanted.items():
@@ -56,67 +51,49 @@ def rewrite(
     change: Callable[[str, Tensor], Tensor],
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Writes the tensors of some safetensors files into one, each as a function of what it was.
+    """Writes the tensors of safetensors files (of a part or of a whole base), changed by name, into one file.
 
-    Args:
-        files: Of one part, or a whole base in one file.
-        out: The file to write; it is complete or not there.
-        change: Given the name in the file and the tensor; gives one of the same shape.
-        dtype: Of floating-point tensors; None keeps each tensor's own.
-
-    Raises:
-        ModelError: If values that were finite would not be.
+    `dtype` is that of floating-point tensors; without one each keeps its own. Raises a ModelError if finite
+    values would become non-finite.
     """
     headers = [(file, read_header(file)) for file in files]
-    kinds: dict[str, torch.dtype] = {}
-    shapes: dict[str, Sequence[int]] = {}
+    layout: dict[str, Tensor] = {}
     for _, header in headers:
-        for stored in sorted(header.spans, key=lambda name: header.spans[name]):
-            own = STORED[header.dtypes[stored]]
-            kinds[stored] = dtype if dtype is not None and own.is_floating_point else own
-            shapes[stored] = header.shapes[stored]
-    start = header_bytes(
-        ((stored, kinds[stored], shape) for stored, shape in shapes.items()),
-        {**headers[0][1].metadata, "format": "pt"},
-    )
+        for name in sorted(header.spans, key=header.spans.__getitem__):
+            own = STORED[header.dtypes[name]]
+            kind = dtype if dtype is not None and own.is_floating_point else own
+            layout[name] = torch.empty(header.shapes[name], dtype=kind, device="meta")
 
     def write(path: Path) -> None:
         with path.open("wb") as handle:
-            handle.write(start)
+            handle.write(header_bytes(layout, {**headers[0][1].metadata, "format": "pt"}))
             for file, header in headers:
                 with file.open("rb") as source:
-                    for stored in sorted(header.spans, key=lambda name: header.spans[name]):
-                        before = read_stored(source, header, stored)
-                        value = change(stored, before).to(kinds[stored])
-                        _check_values(stored, before, value)
-                        handle.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                    for name in sorted(header.spans, key=header.spans.__getitem__):
+                        before = read_stored(source, header, name)
+                        after = change(name, before).to(layout[name].dtype)
+                        _check_finite(name, before, after)
+                        handle.write(after.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     return write_file(out, write, read_header)
 
 
-def _check_values(name: str, before: Tensor, after: Tensor) -> None:
-    # Some files hold masks of -inf, which are right.
+def _check_finite(name: str, before: Tensor, after: Tensor) -> None:
+    # Some files have masks of -inf, which are right.
     if not after.float().isfinite().all() and before.float().isfinite().all():
         dtype = str(after.dtype).removeprefix("torch.")
-        raise ModelError(
-            f"{name} would hold values that are not finite in {dtype}; use a smaller --strength, "
-            "or --dtype fp32"
-        )
+        problem = f"{name} would have non-finite values in {dtype}; use a smaller --strength, or --dtype fp32"
+        raise ModelError(problem, key="base.non-finite")
 
 
 def module_of(component: str, name: str) -> str:
-    """The adapter's name of the module that a weight is of; anything else keeps its own name."""
+    """The adapter's name of a weight's module; other tensors keep their own names."""
     module, _, own = name.rpartition(".")
     return module_name(component, module if own == "weight" else name)
 
 
 def weight_norms(base: str | Path, names: Sequence[str]) -> dict[str, float]:
-    """The Frobenius norms of some modules' weights in a base, read one at a time.
-
-    Args:
-        base: A diffusers folder, a hub id or one file.
-        names: Modules; those that it does not have are left out.
-    """
+    """The Frobenius norms of modules' weights in a base, read one at a time; unknown modules are left out."""
     info = inspect_base(BaseSection(source=str(base)))
     norms: dict[str, float] = {}
     for component in dict.fromkeys(map(component_of, names)):

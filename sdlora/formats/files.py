@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,14 +16,8 @@ from torch import Tensor
 from sdlora.errors import AdapterError, ConfigError, one_line, shorten
 from sdlora.formats.container import read_tensors, write_tensors
 from sdlora.formats.keys import Dialect, dialect_of
-from sdlora.formats.read import guess_family, kind_of, module_alphas, split_state, state_to_adapter
-from sdlora.formats.write import (
-    adapter_to_diffusers,
-    adapter_to_kohya,
-    fold,
-    mixed_rank_metadata,
-    padded_ranks,
-)
+from sdlora.formats.read import guess_family, read_modules, state_to_adapter
+from sdlora.formats.write import adapter_to_diffusers, adapter_to_kohya, fold, rank_notes
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.layers import TEXT_ENCODERS
 from sdlora.reading import MAX_HEADER_BYTES, Header, UnfitFileError, read_bytes
@@ -45,21 +39,20 @@ _ORIGINAL_SDXL = "https://github.com/Stability-AI/generative-models"
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """What a LoRA file holds, for `sdlora info`."""
+    """The content of a LoRA file, for `sdlora info`.
+
+    Numbers of modules by adapter kind, by rank, by alpha (the rank where the file has none), and by target,
+    such as `attn2.to_k`.
+    """
 
     path: Path
     dialect: str
     family: str
     kinds: dict[str, int]
-    """Adapter kind to number of modules."""
     ranks: dict[int, int]
-    """Rank to number of modules."""
     alphas: dict[float, int]
-    """Alpha as a loader sees it (the rank where the file says nothing) to number of modules."""
     trained_alpha: str | None
     targets: dict[str, int]
-    """Kind of module, such as `attn2.to_k`, to number of modules."""
-    text_encoder_modules: int
     dtypes: tuple[str, ...]
     num_parameters: int
     size_bytes: int
@@ -67,7 +60,6 @@ class AdapterInfo:
 
     @property
     def num_modules(self) -> int:
-        """Modules in all."""
         return sum(self.ranks.values())
 
     @property
@@ -76,29 +68,23 @@ class AdapterInfo:
         return max(self.ranks)
 
     def lines(self) -> list[str]:
-        """For people; what the run says of itself comes last."""
-        ranks = ", ".join(f"{rank} ({count} modules)" for rank, count in self.ranks.items())
-        alphas = ", ".join(f"{alpha:g}" for alpha in self.alphas)
+        """For people; the metadata comes last."""
+        kinds = (f"{kind} ({count} modules)" for kind, count in self.kinds.items())
         trained = f"; trained with alpha {self.trained_alpha}" if self.trained_alpha else ""
         targets = ", ".join(f"{kind} {count}" for kind, count in self.targets.items())
         about = {
             "file": f"{self.path} ({self.size_bytes / 1e6:.2f} MB, {', '.join(self.dtypes)})",
             "dialect": self.dialect,
             "family": self.family or "unknown",
-            "kind": ", ".join(
-                kind if len(self.kinds) == 1 else f"{kind} ({count} modules)"
-                for kind, count in self.kinds.items()
-            ),
-            "rank": ranks,
-            "alpha": alphas + trained,
+            "kind": ", ".join(self.kinds if len(self.kinds) == 1 else kinds),
+            "rank": ", ".join(f"{rank} ({count} modules)" for rank, count in self.ranks.items()),
+            "alpha": ", ".join(f"{alpha:g}" for alpha in self.alphas) + trained,
             "targets": f"{targets} ({self.num_parameters:,} parameters)",
         }
         lines = [f"{key:<9} {value}" for key, value in about.items()]
-        width = max((len(key) for key in self.metadata), default=0)
-        lines += [
-            f"  {key:<{width}}  {shorten(' '.join(text.split()))}"
-            for key, text in sorted(self.metadata.items())
-        ]
+        width = max(map(len, self.metadata), default=0)
+        for key, text in sorted(self.metadata.items()):
+            lines.append(f"  {key:<{width}}  {shorten(' '.join(text.split()))}")
         return [one_line(line) for line in lines]
 
 
@@ -114,24 +100,25 @@ def save_adapter(
     Args:
         path: The file; it is complete or not there.
         adapter: Round it first (`formats.round_adapter`) for a smaller file.
-        dialect: Whose spelling.
-        metadata: What the file says about the run; the adapter's notes if not given. What describes the
-            tensors (rank, alpha, hash) is written in any case.
+        dialect: The spelling of the keys.
+        metadata: About the run; by default the adapter's notes. Rank, alpha and hash are always added.
 
     Raises:
         AdapterError: If a value is not finite, every `up` is zero (R-06), the name does not end in
-            .safetensors, or the place cannot be written.
+            .safetensors, or the file cannot be written.
         ConfigError: If the dialect is unknown.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise AdapterError(f"--out {path} must end in .safetensors, which other programs require")
+        problem = f"--out {path} must end in .safetensors, which other programs require"
+        raise AdapterError(problem, key="option--out")
     if dialect not in get_args(Dialect):
-        raise ConfigError(f"dialect = {dialect!r} must be one of {', '.join(get_args(Dialect))}")
+        problem = f"dialect = {dialect!r} must be one of {', '.join(get_args(Dialect))}"
+        raise ConfigError(problem, key="dialect")
     _check_values(path, adapter)
     folded = fold(adapter)
     state = adapter_to_kohya(folded) if dialect == "kohya" else adapter_to_diffusers(folded)
-    texts = {**_describe(folded, dialect, adapter.notes if metadata is None else metadata)}
+    texts = _describe(folded, dialect, adapter.notes if metadata is None else metadata)
     try:
         return write_file(
             path,
@@ -140,7 +127,8 @@ def save_adapter(
         )
     except OSError as error:
         raise AdapterError(
-            f"cannot write LoRA file {path}: {error.strerror or error}; use another path, or free disk space"
+            f"cannot write LoRA file {path}: {error.strerror or error}; use another path, or free disk space",
+            key="write-failed",
         ) from error
 
 
@@ -159,53 +147,46 @@ def load_adapter(path: str | Path, dtype: torch.dtype | None = torch.float32) ->
     try:
         adapter = state_to_adapter(state, _metadata(path, header), dtype)
     except AdapterError as error:
-        raise AdapterError(f"{path} {error}") from None
-    broken = _non_finite(adapter)
-    if broken:
+        raise AdapterError(f"{path} {error}", key=error.keys[0]) from None
+    if broken := _non_finite(adapter):
         raise AdapterError(
             f"{path} has non-finite values in {len(broken)} modules, such as {broken[0]}; the training "
-            "run that made it failed, so use an earlier file"
+            "run that made it failed, so use an earlier file",
+            key="lora.non-finite",
         )
     return adapter
 
 
 def inspect_adapter(path: str | Path) -> AdapterInfo:
-    """Describes a LoRA file as its loader would see it.
-
-    Raises:
-        AdapterError: If it is missing, incomplete, or something other than a LoRA.
-    """
+    """Describes a LoRA file as its loader would see it; raises an AdapterError as `load_adapter` does."""
     path = resolve_adapter(path).file
     state, header = read_tensors(path)
     metadata = _metadata(path, header)
     try:
         dialect = dialect_of(state)
-        parts = split_state(state, metadata)
-        alphas = module_alphas(parts, metadata)
-        family = guess_family(parts, metadata, state)
+        modules, alphas = read_modules(state, metadata)
+        family = guess_family(modules, metadata, state)
     except AdapterError as error:
-        raise AdapterError(f"{path} {error}") from None
-    ranks = {name: int(found["down"].shape[0]) for name, found in parts.items()}
-    factors = [tensor for found in parts.values() for part, tensor in found.items() if part != "alpha"]
+        raise AdapterError(f"{path} {error}", key=error.keys[0]) from None
+    tensors = [tensor for module in modules.values() for tensor in module.tensors().values()]
+    seen_alphas = (float(alphas[name] or module.rank) for name, module in modules.items())
     return AdapterInfo(
         path=path,
         dialect=dialect,
         family=family,
-        kinds=dict(Counter(kind.kind for found in parts.values() if (kind := kind_of(found)))),
-        ranks=dict(sorted(Counter(ranks.values()).items())),
-        alphas=dict(sorted(Counter(float(alphas[name] or rank) for name, rank in ranks.items()).items())),
+        kinds=dict(Counter(module.kind for module in modules.values())),
+        ranks=dict(sorted(Counter(module.rank for module in modules.values()).items())),
+        alphas=dict(sorted(Counter(seen_alphas).items())),
         trained_alpha=metadata.get("sdlora.trained_alpha"),
-        targets=dict(sorted(Counter(_kind(name) for name in parts).items())),
-        text_encoder_modules=sum(name.startswith(TEXT_ENCODERS) for name in parts),
-        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in factors})),
-        num_parameters=sum(tensor.numel() for tensor in factors),
+        targets=dict(sorted(Counter(map(_target, modules)).items())),
+        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
+        num_parameters=sum(tensor.numel() for tensor in tensors),
         size_bytes=header.num_bytes,
         metadata=header.metadata,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterSource:
+class AdapterSource(NamedTuple):
     """A LoRA file, and the run that it was found in if the user named that."""
 
     file: Path
@@ -213,17 +194,11 @@ class AdapterSource:
 
 
 def resolve_adapter(source: str | Path | RunFolder, step: int | None = None) -> AdapterSource:
-    """Finds the LoRA file that a path stands for.
+    """Finds the LoRA file of a path.
 
-    Args:
-        source: A LoRA file; a run folder; a folder that PEFT or diffusers wrote; or a file without its
-            ending, which is how a tree names its nodes.
-        step: Step at which a run saved the adapter; its final one if not given.
-
-    Raises:
-        AdapterError: If no LoRA file is found.
-        RunError: If the run has not saved that adapter.
-        ConfigError: If `step` is given with something other than a run.
+    That is a file; a run folder, with its final adapter or that of a step; a folder that PEFT or diffusers
+    wrote; or a file without its ending, which is how a tree names its nodes. Raises an AdapterError without a
+    LoRA file, a RunError if a run has not saved it, and a ConfigError for a step of something else.
     """
     path = Path(source)
     candidates = [path, *(Path(f"{path}{ending}") for ending in (ENDING, KOHYA_ENDING))]
@@ -245,89 +220,77 @@ def resolve_adapter(source: str | Path | RunFolder, step: int | None = None) -> 
 
 
 def _metadata(path: Path, header: Header) -> dict[str, str]:
-    """The file's metadata; PEFT keeps alpha in a file beside."""
+    """The file's metadata, with PEFT's configuration, which may be in a file of its own."""
     metadata = dict(header.metadata)
     config = path.with_name("adapter_config.json")
-    if (
-        "lora_adapter_metadata" not in metadata
-        and path.name == "adapter_model.safetensors"
-        and config.is_file()
-    ):
-        try:
-            metadata["lora_adapter_metadata"] = read_bytes(config, MAX_HEADER_BYTES).decode("utf-8")
-        except UnfitFileError as error:
-            raise AdapterError(f"{config} {error}; download or copy it again") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise AdapterError(f"cannot read {config} ({error}); download or copy it again") from None
+    if "lora_adapter_metadata" in metadata or path.name != FOLDER_FILES[1] or not config.is_file():
+        return metadata
+    try:
+        metadata["lora_adapter_metadata"] = read_bytes(config, MAX_HEADER_BYTES).decode("utf-8")
+    except UnfitFileError as error:
+        raise AdapterError(f"{config} {error}; download or copy it again", key=error.key) from None
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"cannot read {config} ({error}); download or copy it again"
+        raise AdapterError(problem, key="file.unreadable") from None
     return metadata
 
 
-def _kind(module: str) -> str:
+def _target(module: str) -> str:
     """`attn2.to_k` for `...transformer_blocks.0.attn2.to_k`: the last names, without counters of blocks."""
-    tail = re.split(r"(?:down_blocks|up_blocks|transformer_blocks|attentions|resnets|layers)\.\d+\.", module)[
-        -1
-    ]
+    blocks = r"(?:down_blocks|up_blocks|transformer_blocks|attentions|resnets|layers)\.\d+\."
+    tail = re.split(blocks, module)[-1]
     return f"text encoder {tail}" if module.startswith(TEXT_ENCODERS) else tail
 
 
 def _describe(folded: Adapter, dialect: Dialect, metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata of a file: the run's words, and what is true of the tensors as written."""
-    texts = {key: str(value) for key, value in metadata.items() if key not in _STRUCTURAL}
+    """The metadata of a file: about the run, and about the tensors as written."""
     rank = str(folded.rank)
-    trained = folded.notes.get("sdlora.trained_alpha", f"{folded.alpha:g}")
-    texts.setdefault("sdlora.trained_alpha", trained)
     # Of a file that mixes kinds: the one that a reader must know of.
     kind = max((type(module) for module in folded.modules.values()), key=lambda one: len(one.network_args))
-    texts |= {
+    kernels = any(tuple(tensor.shape[2:]) not in ((), (1, 1)) for tensor in folded.parameters())
+    arguments = {"conv_dim": rank, "conv_alpha": rank} if kernels else {}
+    texts = {key: str(value) for key, value in metadata.items() if key not in _STRUCTURAL} | {
         "format": "pt",
         "ss_network_module": kind.network_module,
         "ss_network_dim": rank,
         "ss_network_alpha": rank,
+        "ss_network_args": json.dumps({**kind.network_args, **arguments}),
+        **rank_notes(folded, dialect),
     }
-    kernels = any(tuple(tensor.shape[2:]) not in ((), (1, 1)) for tensor in folded.parameters())
-    arguments = {"conv_dim": rank, "conv_alpha": rank} if kernels else {}
-    texts["ss_network_args"] = json.dumps({**kind.network_args, **arguments})
     if "modelspec.sai_model_spec" in texts:
         # Whose names the file has.
         original = dialect == "kohya" and folded.family == "sdxl"
         texts["modelspec.implementation"] = _ORIGINAL_SDXL if original else "diffusers"
-    if folded.family:
-        texts.setdefault("sdlora.family", folded.family)
-    if "sdlora.layers_per_block" in folded.notes:
-        texts.setdefault("sdlora.layers_per_block", folded.notes["sdlora.layers_per_block"])
-    if folded.parent:
-        texts.setdefault("sdlora.parent", folded.parent)
-    if dialect == "kohya" and (ranks := padded_ranks(folded)):
-        texts["sdlora.ranks"] = ranks
-    if dialect == "diffusers" and (mixed := mixed_rank_metadata(folded)):
-        texts["lora_adapter_metadata"] = mixed
-    return texts
+    own = {
+        "sdlora.trained_alpha": folded.notes.get("sdlora.trained_alpha", f"{folded.alpha:g}"),
+        "sdlora.family": folded.family,
+        "sdlora.layers_per_block": folded.notes.get("sdlora.layers_per_block"),
+        "sdlora.parent": folded.parent,
+    }
+    return {key: text for key, text in own.items() if text} | texts
 
 
 def _non_finite(adapter: Adapter) -> list[str]:
-    """Modules with a value that is not finite."""
     return [name for name, module in adapter.modules.items() if not module.is_finite]
 
 
 def _check_values(path: Path, adapter: Adapter) -> None:
-    """Refuses what can only be the result of a failed training (R-06)."""
+    """Refuses values that only a failed training can have (R-06)."""
     problem = ""
     if broken := _non_finite(adapter):
-        problem = (
-            f"values are not finite in {len(broken)} of {len(adapter.modules)} modules, such as {broken[0]}"
-        )
+        share = f"{len(broken)} of {len(adapter.modules)} modules"
+        problem = f"values are not finite in {share}, such as {broken[0]}; use an earlier file"
     elif not any(bool(module.starting_at_zero.any()) for module in adapter.modules.values()):
         problem = "all up matrices are zero, so it would have no effect; train it first, or use other weights"
     if problem:
-        error = AdapterError(f"LoRA file {path} was not written: {problem}")
-        error.exit_code = 1
-        raise error
+        key = "lora.non-finite" if broken else "lora.no-effect"
+        raise AdapterError(f"LoRA file {path} was not written: {problem}", key=key, exit_code=1)
 
 
 def _verify(path: Path, state: Mapping[str, Tensor]) -> None:
     """Reads a file back and compares it to the bit."""
     written, _ = read_tensors(path)
-    if set(written) != set(state) or any(not torch.equal(written[key], state[key].cpu()) for key in state):
-        error = AdapterError(f"LoRA file {path} differs from what was written; check the disk")
-        error.exit_code = 1
-        raise error
+    same = (torch.equal(written[key], tensor.cpu()) for key, tensor in state.items())
+    if written.keys() != state.keys() or not all(same):
+        problem = f"LoRA file {path} differs from what was written; check the disk"
+        raise AdapterError(problem, key="write-failed", exit_code=1)

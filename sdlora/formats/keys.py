@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from sdlora.errors import AdapterError
 from sdlora.formats.sgm_keys import is_sgm, module_to_sgm, sgm_to_module
 from sdlora.lora.layers import LAYERS_PER_BLOCK, TEXT_ENCODERS, with_text_model
 
 Dialect = Literal["diffusers", "kohya"]
-Part: TypeAlias = str
-"""A field of an adapter kind, such as `down`, or `alpha`."""
-SUFFIXES: dict[Dialect, dict[Part, str]] = {
+SUFFIXES: dict[Dialect, dict[str, str]] = {
     "diffusers": {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"},
     "kohya": {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"},
 }
-"""What a part is called in the dialects that are written."""
+"""The ends of tensor names, by field of an adapter kind, in the dialects that are written."""
 
 # Names inside a UNet or CLIP text encoder that contain an underscore themselves; all other
 # underscores of a kohya key were dots.
@@ -46,14 +44,21 @@ _COMFYUI_PREFIXES = {
     "text_encoders.clip_h.transformer.": "text_encoder.",
     "text_encoders.clip_g.transformer.": "text_encoder_2.",
 }
-_PATTERNS: tuple[tuple[re.Pattern[str], dict[str, Part]], ...] = (
-    (re.compile(r"(.+)\.(lora_[AB])(?:\.[^.]+)?\.weight"), {"lora_A": "down", "lora_B": "up"}),
-    (re.compile(r"(.+)\.(lora_down|lora_up)\.weight"), {"lora_down": "down", "lora_up": "up"}),
-    (re.compile(r"(.+)\.(?:lora|lora_linear_layer)\.(down|up)\.weight"), {"down": "down", "up": "up"}),
-    (re.compile(r"(.+\.processor\.to_(?:[qkv]|out))_lora\.(down|up)\.weight"), {"down": "down", "up": "up"}),
-    (re.compile(r"(.+)\.(alpha|dora_scale)"), {"alpha": "alpha", "dora_scale": "dora_scale"}),
-    (re.compile(r"(.+)\.(lora_magnitude_vector)(?:\.\w+){0,2}"), {"lora_magnitude_vector": "magnitude"}),
+_PATTERNS = (
+    re.compile(r"(.+)\.(lora_[AB])(?:\.[^.]+)?\.weight"),
+    re.compile(r"(.+)\.(lora_down|lora_up)\.weight"),
+    re.compile(r"(.+)\.(?:lora|lora_linear_layer)\.(down|up)\.weight"),
+    re.compile(r"(.+\.processor\.to_(?:[qkv]|out))_lora\.(down|up)\.weight"),
+    re.compile(r"(.+)\.(alpha|dora_scale)"),
+    re.compile(r"(.+)\.(lora_magnitude_vector)(?:\.\w+){0,2}"),
 )
+_PARTS = {
+    "lora_A": "down",
+    "lora_down": "down",
+    "lora_B": "up",
+    "lora_up": "up",
+    "lora_magnitude_vector": "magnitude",
+}
 _OTHER_ADAPTERS = {
     ".hada_w": "a LoHa",
     ".lokr_w": "a LoKr",
@@ -67,19 +72,22 @@ _OTHER_ADAPTERS = {
     ".diff\n": "a file of whole weight differences",
     "bundle_emb.": "a LoRA bundled with textual inversion embeddings",
 }
+_OTHER_FILES = {
+    ("control_model.", "controlnet_"): "is a ControlNet, not a LoRA",
+    ("model.diffusion_model.",): "is a base model, not a LoRA (pass it with --base)",
+    ("first_stage_model.", "quant_conv.", "encoder.conv_in."): "is a VAE, not a LoRA (set base.vae)",
+    ("text_model.",): "is a text encoder, not a LoRA",
+    ("emb_params",): "is a textual inversion embedding, not a LoRA",
+    ("input_blocks.", "down_blocks."): "is a full UNet, not a LoRA (pass its base with --base)",
+}
 
 
 def module_to_kohya(module: str, *, sdxl: bool = False, layers: int = LAYERS_PER_BLOCK) -> str:
     """`mid_block.attentions.0.proj_in` becomes `lora_unet_mid_block_attentions_0_proj_in`.
 
-    Args:
-        module: A clean module name.
-        sdxl: Whether the file is for SDXL: the UNet's blocks then have the names of the original code
-            (`lora_unet_middle_block_1_proj_in`), and the first of two text encoders is `te1`.
-        layers: Layers in each block of an SDXL UNet.
-
-    Raises:
-        AdapterError: If the name could not be read back.
+    For SDXL, the UNet's blocks have the names of the original code (`lora_unet_middle_block_1_proj_in`), and
+    the first text encoder is `te1`. `layers` is the number of layers in each block of an SDXL UNet. Raises an
+    AdapterError if the name could not be read back.
     """
     if module.startswith("text_encoder."):
         prefix, name = "lora_te1_" if sdxl else "lora_te_", module.removeprefix("text_encoder.")
@@ -89,23 +97,17 @@ def module_to_kohya(module: str, *, sdxl: bool = False, layers: int = LAYERS_PER
         prefix, name = "lora_unet_", module_to_sgm(module, layers) if sdxl else module
     key = prefix + name.replace(".", "_")
     if kohya_to_module(key, layers) != module:
-        raise AdapterError(
-            f"module {module} has a name that kohya's format cannot represent; use --format diffusers"
-        )
+        problem = f"the kohya format has no name for module {module}; use --format diffusers"
+        raise AdapterError(problem, key="lora.module-name")
     return key
 
 
 def kohya_to_module(key: str, layers: int = LAYERS_PER_BLOCK) -> str:
-    """The reverse of `module_to_kohya`, for either spelling of blocks.
-
-    Raises:
-        AdapterError: If it is not a kohya key; completes "FILE ...".
-    """
-    for prefix, component in _KOHYA_PREFIXES.items():
-        if key.startswith(prefix):
-            name = ".".join(_join_compounds(key.removeprefix(prefix).split("_")))
-            return component + name if component else sgm_to_module(name, layers)
-    raise AdapterError(f"has {key}, which is not a kohya key; those start with lora_unet_ or lora_te_")
+    """The reverse of `module_to_kohya`, for both spellings of blocks."""
+    prefix = next(filter(key.startswith, _KOHYA_PREFIXES))
+    name = ".".join(_join_compounds(key.removeprefix(prefix).split("_")))
+    component = _KOHYA_PREFIXES[prefix]
+    return component + name if component else sgm_to_module(name, layers)
 
 
 def _join_compounds(words: Sequence[str]) -> list[str]:
@@ -120,29 +122,22 @@ def _join_compounds(words: Sequence[str]) -> list[str]:
 
 
 def clean_module(name: str) -> str:
-    """A module's name without what wrappers (DDP, compile, PEFT) put before and into it."""
-    stripped = name
-    while stripped.startswith(_WRAPPERS):
-        stripped = stripped.removeprefix(next(prefix for prefix in _WRAPPERS if stripped.startswith(prefix)))
-    return ".".join(part for part in stripped.split(".") if part not in ("_orig_mod", "base_layer"))
+    """A module's name without the additions of wrappers (DDP, compile, PEFT)."""
+    while wrapper := next((prefix for prefix in _WRAPPERS if name.startswith(prefix)), ""):
+        name = name.removeprefix(wrapper)
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "base_layer"))
 
 
-def split_key(key: str, layers: int = LAYERS_PER_BLOCK) -> tuple[str, Part] | None:
-    """Module and part of a tensor in any dialect; None if it does not belong to a LoRA.
-
-    Args:
-        key: The tensor's name.
-        layers: Layers in each block of an SDXL UNet.
-    """
-    for pattern, parts in _PATTERNS:
-        match = pattern.fullmatch(key)
-        if match:
-            return _read_name(match[1], layers), parts[match[2]]
+def split_key(key: str, layers: int = LAYERS_PER_BLOCK) -> tuple[str, str] | None:
+    """Module and part (`down`, `alpha` ...) of a tensor in any dialect; None if it is not a LoRA's."""
+    for pattern in _PATTERNS:
+        if match := pattern.fullmatch(key):
+            return _read_name(match[1], layers), _PARTS.get(match[2], match[2])
     return None
 
 
 def _read_name(name: str, layers: int) -> str:
-    """The module that a key without its last part means."""
+    """The module of a key without its part."""
     if is_kohya_key(name):
         return kohya_to_module(name, layers)
     for prefix, component in _COMFYUI_PREFIXES.items():
@@ -154,38 +149,34 @@ def _read_name(name: str, layers: int) -> str:
 
 
 def has_sgm_names(keys: Iterable[str]) -> bool:
-    """Whether a kohya file has the block names that SDXL files have."""
+    """Whether a kohya file has SDXL's block names."""
     names = (key.split(".")[0].removeprefix("lora_unet_") for key in keys if key.startswith("lora_unet_"))
     return any(is_sgm(".".join(_join_compounds(name.split("_")))) for name in names)
 
 
 def is_kohya_key(key: str) -> bool:
-    """Whether a key is spelled with underscores."""
     return key.startswith(tuple(_KOHYA_PREFIXES))
 
 
 def dialect_of(keys: Iterable[str]) -> str:
-    """The dialect of a file.
+    """The dialect of a file: `kohya`, `lycoris`, `comfyui`, `peft`, `diffusers`, or `diffusers (old)`.
 
-    Returns:
-        `kohya`, `lycoris`, `comfyui`, `peft`, `diffusers`, or `diffusers (old)`.
-
-    Raises:
-        AdapterError: If the keys are those of something else; the message completes "FILE ...".
+    Raises an AdapterError if the keys are not those of a LoRA; it completes "FILE ...".
     """
     names = list(keys)
     joined = "".join(f"{name}\n" for name in names)
     for mark, kind in _OTHER_ADAPTERS.items():
         if mark in joined:
-            raise AdapterError(f"is {kind}; sdlora supports LoRA and DoRA files only")
+            problem = f"is {kind}; sdlora supports LoRA and DoRA files only"
+            raise AdapterError(problem, key="lora.other-kind")
     if re.search(r"^(transformer\.|lora_transformer_|lora_unet_(double|single|joint)_blocks)", joined, re.M):
-        raise AdapterError(
-            "is a LoRA for a transformer such as Flux or SD 3; sdlora supports SD 1.x, 2.x and SDXL"
-        )
+        problem = "is a LoRA for a transformer such as Flux or SD 3; sdlora supports SD 1.x, 2.x and SDXL"
+        raise AdapterError(problem, key="lora.transformer")
     if strange := [name for name in names if name.startswith("lora_") and not is_kohya_key(name)]:
         raise AdapterError(
-            f"has keys of an unknown dialect, such as {strange[0]}; kohya's for "
-            "SD 1.x, 2.x and SDXL start with lora_unet_, lora_te_, lora_te1_ or lora_te2_"
+            f"has keys of an unknown dialect, such as {strange[0]}; kohya keys for SD 1.x, 2.x and SDXL "
+            "start with lora_unet_, lora_te_, lora_te1_ or lora_te2_",
+            key="lora.dialect",
         )
     if any(name.startswith("lycoris_") for name in names):
         return "lycoris"
@@ -197,26 +188,15 @@ def dialect_of(keys: Iterable[str]) -> str:
         return "peft" if re.search(r"^base_model\.|\.lora_[AB]\.(?!weight)", joined, re.M) else "diffusers"
     if re.search(r"lora.*\.(down|up)\.weight|\.lora_(down|up)\.", joined):
         return "diffusers (old)"
-    raise AdapterError(f"{_other_kind(names)}; use a LoRA .safetensors file")
+    raise AdapterError(f"{_other_kind(names)}; use a LoRA .safetensors file", key="lora.not-a-lora")
 
 
 def _other_kind(names: Sequence[str]) -> str:
     """Describes a file of weights that is not a LoRA."""
     if names and all(name.endswith((".down", ".up")) for name in names):
         return "is part of a checkpoint, for `sdlora resume` only; use a LoRA in the run's adapters/ folder"
-    for prefix, kind in (
-        ("control_model.", "is a ControlNet, not a LoRA"),
-        ("controlnet_", "is a ControlNet, not a LoRA"),
-        ("model.diffusion_model.", "is a base model, not a LoRA (pass it with --base)"),
-        ("first_stage_model.", "is a VAE, not a LoRA (set base.vae)"),
-        ("quant_conv.", "is a VAE, not a LoRA (set base.vae)"),
-        ("encoder.conv_in.", "is a VAE, not a LoRA (set base.vae)"),
-        ("text_model.", "is a text encoder, not a LoRA"),
-        ("emb_params", "is a textual inversion embedding, not a LoRA"),
-        ("input_blocks.", "is a full UNet, not a LoRA (pass its base with --base)"),
-        ("down_blocks.", "is a full UNet, not a LoRA (pass its base with --base)"),
-    ):
-        if any(name.startswith(prefix) for name in names):
+    for prefixes, kind in _OTHER_FILES.items():
+        if any(name.startswith(prefixes) for name in names):
             return kind
     shown = ", ".join(sorted(names)[:3])
     return f"is not a LoRA (its tensors are {shown} ...)" if names else "has no tensors"

@@ -2,8 +2,8 @@
 
 With L layers a block, diffusers' `down_blocks.i` are the input blocks 1 + i (L + 1) to (i + 1) (L + 1), the
 last of them the downsampler; `up_blocks.i` are the output blocks i (L + 1) to i (L + 1) + L, the last of them
-with the upsampler. How many blocks there are does not matter. L is 2 in every Stable Diffusion; a file does
-not tell it, so that 2 is taken where nothing else is known.
+with the upsampler, for any number of blocks. L is 2 in every Stable Diffusion, and in files that do not note
+it.
 """
 
 from __future__ import annotations
@@ -36,33 +36,30 @@ _SGM = re.compile(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.(?:(\d+)\.
 
 
 def layers_per_block(notes: Mapping[str, str]) -> int:
-    """Layers in each block of an SDXL base: noted where they are not the usual 2.
+    """Layers in each block of an SDXL base, from the notes of a file; else the usual 2.
 
-    Raises:
-        AdapterError: If they differ from block to block, which the original code's names cannot say.
+    Raises an AdapterError if they differ from block to block; the original code has no names for that.
     """
     text = notes.get("sdlora.layers_per_block", str(LAYERS_PER_BLOCK))
     if not re.fullmatch("[0-9]{1,3}", text):
         raise AdapterError(
-            f"a base with {shorten(text)} layers per block has no names in kohya's format for SDXL; "
-            "use --format diffusers",
+            f"the kohya format for SDXL has no names for a base with {shorten(text)} layers per block; use "
+            "--format diffusers",
             key="lora.layers-per-block",
         )
     return int(text)
 
 
 def is_sgm(name: str) -> bool:
-    """Whether a dotted module name has the original code's blocks."""
+    """Whether a dotted module name is one of the original code."""
     return name in _ENDS_BACK or _SGM.fullmatch(name) is not None
 
 
 def module_to_sgm(module: str, layers: int = LAYERS_PER_BLOCK) -> str:
     """`down_blocks.1.attentions.0.proj_in` becomes `input_blocks.4.1.proj_in`.
 
-    An upsampler becomes part 2 of its block, behind resnet and attention, as in SDXL.
-
-    Raises:
-        AdapterError: If the module has no name there.
+    An upsampler becomes part 2 of its block, behind resnet and attention, as in SDXL. Raises an AdapterError
+    if the original code has no such module.
     """
     if module in _ENDS:
         return _ENDS[module]
@@ -77,18 +74,18 @@ def module_to_sgm(module: str, layers: int = LAYERS_PER_BLOCK) -> str:
         if (side, kind, inner) == ("up", "upsamplers", "conv"):
             return f"output_blocks.{first + layers}.2.conv"
         if kind in ("resnets", "attentions") and layer < layers + (side == "up"):
-            place = (
-                f"input_blocks.{1 + first + layer}" if side == "down" else f"output_blocks.{first + layer}"
-            )
-            return f"{place}.0.{_RESNET.get(inner, inner)}" if kind == "resnets" else f"{place}.1.{inner}"
+            blocks, number = ("input", 1 + first + layer) if side == "down" else ("output", first + layer)
+            own = f"0.{_RESNET.get(inner, inner)}" if kind == "resnets" else f"1.{inner}"
+            return f"{blocks}_blocks.{number}.{own}"
     raise AdapterError(
-        f"module {module} has no name in kohya's format for SDXL with {layers} layers per block; use "
-        "--format diffusers"
+        f"the kohya format for SDXL with {layers} layers per block has no name for module {module}; use "
+        "--format diffusers",
+        key="lora.module-name",
     )
 
 
 def sgm_to_module(name: str, layers: int = LAYERS_PER_BLOCK) -> str:
-    """The reverse of `module_to_sgm`; a name that it cannot have made stays as it is."""
+    """The reverse of `module_to_sgm`; other names are returned unchanged."""
     if name in _ENDS_BACK:
         return _ENDS_BACK[name]
     match = _SGM.fullmatch(name)

@@ -1,7 +1,7 @@
-"""Adapters as the tensors of a file, in the dialects that other programs read.
+"""Adapters as the tensors of a file, in the dialects that other programs read. R rank.
 
-Files are always scale-folded: `alpha == rank`, so that a loader that honours alpha and one that ignores
-it agree (R-02). R rank.
+Files are always scale-folded: with `alpha == rank`, loaders that use alpha and those that ignore it agree
+(R-02).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sdlora.dtypes import DTYPES
 from sdlora.errors import AdapterError, ConfigError, join_names
-from sdlora.formats.keys import SUFFIXES, clean_module, module_to_kohya
+from sdlora.formats.keys import SUFFIXES, Dialect, clean_module, module_to_kohya
 from sdlora.formats.sgm_keys import layers_per_block
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.kinds import AdapterModule
@@ -26,8 +26,8 @@ from sdlora.lora.layers import LAYERS_PER_BLOCK, TEXT_ENCODERS, component_of
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-# bf16 keeps 8 bits, so two rounded factors are always some 2e-3 off: who asks for it accepts that, but
-# not more. fp16 is only this far off where its smallest numbers run out.
+# bf16 keeps 8 bits, so two rounded factors are always about 2e-3 off, which its users accept. fp16 is this
+# far off only where its smallest numbers run out.
 LARGEST_ERROR: dict[Precision, float] = {"fp32": math.inf, "bf16": 1e-2, "fp16": 1e-3}
 LARGEST_ZERO_SHARE = 1e-3
 MAX_PADDED = 4 * 10**9
@@ -35,14 +35,12 @@ MAX_PADDED = 4 * 10**9
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """What writing in a smaller dtype costs (R-36)."""
+    """The cost of a smaller dtype, at the precision asked, as shares of norm and of elements (R-36)."""
 
     asked: Precision
     used: Precision
     relative_error: float
-    """Of the whole change at the precision asked: norm of the difference over norm."""
     newly_zero_share: float
-    """Elements that were not zero and would be, of all elements, at the precision asked."""
 
 
 def fold(adapter: Adapter) -> Adapter:
@@ -58,21 +56,17 @@ def fold(adapter: Adapter) -> Adapter:
 
 
 def round_adapter(adapter: Adapter, precision: Precision = "fp16") -> tuple[Adapter, Rounding]:
-    """Folds and rounds an adapter, or keeps it in fp32 where rounding would lose too much.
+    """Folds and rounds an adapter, or keeps it in fp32 where rounding would lose too much (R-36).
 
-    The limits are a relative error of 1e-3 for fp16 (1e-2 for bf16, which is never better than 2e-3) and
-    0.1 % of newly zero elements.
-
-    Raises:
-        ConfigError: If the precision is unknown.
+    Raises a ConfigError if the precision is unknown.
     """
     if precision not in DTYPES:
-        raise ConfigError(f"precision = {precision!r} must be one of {', '.join(DTYPES)}")
+        problem = f"precision = {precision!r} must be one of {', '.join(DTYPES)}"
+        raise ConfigError(problem, key="precision")
     folded = fold(adapter)
     folded = folded if folded.dtype == torch.float32 else folded.to(dtype=torch.float32)
-    rounded = replace(
-        folded, modules={name: module.round(DTYPES[precision]) for name, module in folded.modules.items()}
-    )
+    modules = {name: module.round(DTYPES[precision]) for name, module in folded.modules.items()}
+    rounded = replace(folded, modules=modules)
     error = relative_error(folded, rounded)
     newly_zero = sum(
         int(((exact != 0) & (close == 0)).sum())
@@ -116,8 +110,9 @@ def adapter_to_kohya(adapter: Adapter) -> dict[str, Tensor]:
     rank = max(module.rank for module in modules.values())
     if sum(rank * module.num_parameters // module.rank for module in modules.values()) > MAX_PADDED:
         raise AdapterError(
-            f"kohya's format pads all {len(modules)} modules to the largest rank, {rank}, which would "
-            "take many gigabytes; use --format diffusers, or resize the LoRA first"
+            f"the kohya format pads all {len(modules)} modules to the largest rank, {rank}, which would "
+            "take many gigabytes; use --format diffusers, or resize the LoRA first",
+            key="export.formats",
         )
     exact = torch.tensor(rank, dtype=folded.dtype)
     alpha = exact if float(exact) == rank else torch.tensor(float(rank))
@@ -130,52 +125,50 @@ def adapter_to_kohya(adapter: Adapter) -> dict[str, Tensor]:
     return state
 
 
-def mixed_rank_metadata(adapter: Adapter) -> str | None:
-    """The smallest `lora_adapter_metadata` that every diffusers reads, needed only where ranks differ.
+def rank_notes(adapter: Adapter, dialect: Dialect) -> dict[str, str]:
+    """The metadata that a file needs if its ranks differ.
 
-    Newer PEFT writes more fields, which older PEFT refuses. All components have it or none.
+    In the kohya dialect the true ranks of padded modules, so that reading restores them. In the diffusers
+    dialect the smallest configuration that every diffusers reads: newer PEFT writes more fields, which older
+    PEFT refuses. All components have it or none.
     """
+    modules = _clean_modules(adapter)
+    largest = max(module.rank for module in modules.values())
+    if dialect == "kohya":
+        smaller = {name: one.rank for name, one in sorted(modules.items()) if one.rank < largest}
+        return {"sdlora.ranks": json.dumps(smaller)} if smaller else {}
     ranks: dict[str, dict[str, int]] = {}
-    for name, pair in _clean_modules(adapter).items():
+    for name, module in modules.items():
         component = f"{component_of(name)}."
         # Whether text encoders have the level depends on the version of transformers.
         path = name.removeprefix(component).removeprefix("text_model.")
-        ranks.setdefault(component, {})[path] = pair.rank
+        ranks.setdefault(component, {})[path] = module.rank
     if all(len(set(own.values())) == 1 for own in ranks.values()):
-        return None
+        return {}
     values: dict[str, Any] = {}
-    kind = next(iter(adapter.modules.values()))
+    kind = next(iter(modules.values()))
     for component, own in ranks.items():
         common = Counter(own.values()).most_common(1)[0][0]
         start = "^" if component == "unet." else ""
         others = {f"{start}{name}": rank for name, rank in sorted(own.items()) if rank != common}
-        values |= {
-            f"{component}r": common,
-            f"{component}lora_alpha": common,
-            f"{component}rank_pattern": others,
-            f"{component}alpha_pattern": others,
-            f"{component}target_modules": sorted(own),
-            **{f"{component}{name}": value for name, value in kind.peft_settings.items()},
+        settings = {
+            "r": common,
+            "lora_alpha": common,
+            "rank_pattern": others,
+            "alpha_pattern": others,
+            "target_modules": sorted(own),
+            **kind.peft_settings,
         }
-    return json.dumps(values, sort_keys=True)
-
-
-def padded_ranks(adapter: Adapter) -> str | None:
-    """The true ranks of modules that the kohya format pads, so that reading gives them back."""
-    modules = _clean_modules(adapter)
-    largest = max(pair.rank for pair in modules.values())
-    smaller = {name: pair.rank for name, pair in sorted(modules.items()) if pair.rank < largest}
-    return json.dumps(smaller) if smaller else None
+        values |= {f"{component}{name}": value for name, value in settings.items()}
+    return {"lora_adapter_metadata": json.dumps(values, sort_keys=True)}
 
 
 def _clean_modules(adapter: Adapter) -> dict[str, AdapterModule]:
-    """Modules under the names that files have; whatever wrapped the network has left no trace."""
-    modules = {clean_module(name): pair for name, pair in adapter.modules.items()}
-    if not modules:
-        raise AdapterError("the adapter has no modules, so there is nothing to write")
+    """Modules by the names that files have, without those of wrappers."""
+    modules = {clean_module(name): module for name, module in adapter.modules.items()}
     strange = [name for name in modules if re.search(r"lora_|(^|\.)(default|unet)(\.|$)", name)]
     if strange or len(modules) != len(adapter.modules):
-        raise AdapterError(
-            f"module names cannot be written to a LoRA file: {join_names(strange or adapter.modules, 3)}"
-        )
+        shown = join_names(strange or adapter.modules, 3)
+        problem = f"module names cannot be written to a LoRA file: {shown}; use those of the base"
+        raise AdapterError(problem, key="lora.module-name")
     return modules

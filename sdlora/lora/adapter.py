@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +19,16 @@ from sdlora.lora.layers import DENOISER, LAYERS_PER_BLOCK, Model, carrier_layers
 from sdlora.seeds import name_seed
 
 Init = Literal["gaussian", "kaiming", "orthogonal"]
-
-
 KINDS: dict[str, type[AdapterModule]] = {cls.kind: cls for cls in (LowRank, Dora)}
-"""Adapter kinds by the name that `lora.kind` has."""
+"""Adapter kinds by their names in `lora.kind`."""
 
 
 @dataclass
 class Adapter:
-    """What a LoRA file holds, and what is trained.
+    """The content of a LoRA file, or the modules in training.
 
-    Files are read with the scale folded into `up`, so that `alpha == rank` and every scale is 1; while
-    training, modules may differ in rank, alpha and scale.
+    Files are read with the scale folded into `up`, so that `alpha == rank` and every scale is 1; in training,
+    modules may differ in rank, alpha and scale.
     """
 
     modules: Mapping[str, AdapterModule]
@@ -46,11 +44,8 @@ class Adapter:
     """The factor of modules where it is not `scale`."""
 
     def __repr__(self) -> str:
-        """Without the tensors: a notebook prints what stands last in a cell."""
-        return (
-            f"Adapter({len(self.modules)} modules, rank {self.rank}, alpha {self.alpha:g}, "
-            f"family {self.family!r})"
-        )
+        sizes = f"{len(self.modules)} modules, rank {self.rank}, alpha {self.alpha:g}"
+        return f"Adapter({sizes}, family {self.family!r})"
 
     @property
     def components(self) -> list[str]:
@@ -58,37 +53,33 @@ class Adapter:
         return list(dict.fromkeys(map(component_of, self.modules)))
 
     @property
-    def kinds(self) -> dict[str, int]:
-        """Kind of module to number of modules."""
-        return dict(Counter(module.kind for module in self.modules.values()))
-
-    @property
     def changes_text(self) -> bool:
         """Whether it changes a text encoder, so that text states depend on its strength."""
         return self.components not in ([], [DENOISER])
 
     @property
+    def trained_on(self) -> str:
+        """The name of its base, if the file has it."""
+        return self.notes.get("sdlora.base_name") or self.notes.get("ss_sd_model_name") or ""
+
+    @property
     def scale(self) -> float:
-        """The factor on the products of most modules: alpha / rank."""
         return self.alpha / self.rank
 
     def scale_of(self, name: str) -> float:
-        """The factor on the product of a module."""
         return self.scales.get(name, self.scale)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The widest dtype of its tensors."""
+        """The dtype of its tensors; fp32 if they differ."""
         dtypes = {tensor.dtype for tensor in self.parameters()}
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
     @property
     def num_parameters(self) -> int:
-        """Elements in all pairs."""
         return sum(tensor.numel() for tensor in self.parameters())
 
     def parameters(self) -> list[Tensor]:
-        """All tensors, module by module."""
         return list(self.named_tensors().values())
 
     def named_tensors(self) -> dict[str, Tensor]:
@@ -100,9 +91,9 @@ class Adapter:
         }
 
     def without(self, start: str | None) -> Adapter:
-        """The adapter without the modules whose names start so; itself if there are none."""
-        kept = {name: pair for name, pair in self.modules.items() if not (start and name.startswith(start))}
-        return self if len(kept) == len(self.modules) else replace(self, modules=kept)
+        """The adapter without the modules whose names start with this."""
+        kept = {name: one for name, one in self.modules.items() if not (start and name.startswith(start))}
+        return replace(self, modules=kept)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
         """A copy that shares nothing with this one and needs no gradient."""
@@ -111,29 +102,6 @@ class Adapter:
             for name, module in self.modules.items()
         }
         return replace(self, modules=modules, notes=dict(self.notes), scales=dict(self.scales))
-
-    def trainable(self, device: torch.device | str | None = None) -> Adapter:
-        """A copy in fp32 whose tensors are parameters that an optimizer can change (R-06)."""
-        copy = self.to(device, torch.float32)
-        return replace(copy, modules={name: one.map(nn.Parameter) for name, one in copy.modules.items()})
-
-
-def create_adapter(
-    model: Model, names: Sequence[str], rank: int, alpha: float, *, seed: int, family: str = ""
-) -> Adapter:
-    """A fresh trainable adapter of one rank and alpha; see `draw_adapter`.
-
-    Args:
-        model: The network, or components by name.
-        names: Module names, from `match_targets`.
-        rank: R of all modules.
-        alpha: The scale is `alpha / rank`.
-        seed: The run's seed.
-        family: The base's family, kept in the file.
-    """
-    scales = dict.fromkeys(names, alpha / rank)
-    adapter = draw_adapter(model, dict.fromkeys(names, rank), scales, seed=seed)
-    return for_family(replace(adapter, alpha=float(alpha), scales={}), family, model)
 
 
 def draw_adapter(
@@ -147,26 +115,15 @@ def draw_adapter(
 ) -> Adapter:
     """A fresh trainable adapter that does not change the model's output yet.
 
-    The draw of `down` depends on the seed and the module's name alone, so that neither the order of the
-    modules nor the ambient generator matters.
-
-    Args:
-        model: The network, or components by name; only the layers' sizes and device are read.
-        ranks: R by module name.
-        scales: The factor on the product, by module name.
-        seed: The run's seed.
-        init: How `down` is drawn, see `_draw_down`.
-        kind: Of `KINDS`.
+    The draw of `down` depends on the seed and the module's name alone, not on the order of the modules or the
+    ambient generator. The factor of each module is its scale; only the layers' sizes and device are read.
     """
     layers = carrier_layers(model)
     modules: dict[str, AdapterModule] = {}
     for name, rank in ranks.items():
         generator = torch.Generator().manual_seed(name_seed(f"{seed}/adapter/{name}"))
-        drawn = KINDS[kind].draw(
-            layers[name], rank, scales[name], partial(_draw_down, init=init, generator=generator)
-        )
-        device = next(layers[name].parameters()).device
-        modules[name] = drawn.to(device).map(nn.Parameter)
+        drawn = KINDS[kind].draw(layers[name], rank, partial(_draw_down, init=init, generator=generator))
+        modules[name] = drawn.to(next(layers[name].parameters()).device).map(nn.Parameter)
     rank = max(ranks.values())
     common = Counter(scales.values()).most_common(1)[0][0]
     adapter = Adapter(modules, rank, common * rank)
@@ -175,8 +132,11 @@ def draw_adapter(
 
 
 def for_family(adapter: Adapter, family: str, model: Model) -> Adapter:
-    """An adapter whose files name the family of its base."""
-    notes = _layers_per_block(model) if family == "sdxl" else {}
+    """An adapter whose files name the family of its base, and what kohya's names need of a slim SDXL."""
+    config: Any = getattr(components(model).get(DENOISER), "config", None)
+    layers = getattr(config, "layers_per_block", LAYERS_PER_BLOCK)
+    is_slim = family == "sdxl" and layers != LAYERS_PER_BLOCK
+    notes = {"sdlora.layers_per_block": str(layers)} if is_slim else {}
     return replace(adapter, family=family, notes=adapter.notes | notes)
 
 
@@ -184,10 +144,9 @@ def _draw_down(shape: Sequence[int], init: Init, generator: torch.Generator) -> 
     """A down matrix of shape (R, in) or (R, in, kh, kw), fp32.
 
     `gaussian` has standard deviation 1 / R: the first AdamW steps move every element of `up` by the learning
-    rate whatever its size, so that the change of the output, a sum over R terms, does not grow with the rank
-    (R-33). `orthogonal` has rows of the same size that are orthogonal to each other (for R above the number
-    of inputs, orthogonal columns). `kaiming` is uniform in +-1 / sqrt(inputs) for every rank, as in the LoRA
-    paper's code and PEFT's default.
+    rate, so that the change of the output, a sum over R terms, does not grow with the rank (R-33).
+    `orthogonal` has orthogonal rows of the same size (for R above the number of inputs, columns). `kaiming`
+    is uniform in +-1 / sqrt(inputs) for every rank, as in the LoRA paper's code and PEFT's default.
     """
     rank, inputs = shape[0], math.prod(shape[1:])
     if init == "kaiming":
@@ -200,29 +159,15 @@ def _draw_down(shape: Sequence[int], init: Init, generator: torch.Generator) -> 
     return drawn / rank
 
 
-def _layers_per_block(model: Model) -> dict[str, str]:
-    """A note for the names of the kohya format, where a slim denoiser has not the usual number."""
-    config: Any = getattr(components(model).get(DENOISER), "config", None)
-    layers = getattr(config, "layers_per_block", LAYERS_PER_BLOCK)
-    return {} if layers == LAYERS_PER_BLOCK else {"sdlora.layers_per_block": str(layers)}
-
-
 def low_rank_modules(adapter: Adapter, action: str) -> dict[str, LowRank]:
-    """The modules of an adapter whose changes can be added and decomposed.
+    """The modules of an adapter whose changes can be added and decomposed; an AdapterError for other kinds.
 
-    Args:
-        adapter: Any.
-        action: What needs that, such as "resize".
-
-    Raises:
-        AdapterError: If a module is of another kind.
+    The action, such as "resize", begins the message.
     """
-    found = {
-        name: one for name, one in adapter.modules.items() if isinstance(one, LowRank) and one.is_additive
-    }
+    found = {name: m for name, m in adapter.modules.items() if isinstance(m, LowRank) and m.is_additive}
     if other := next((one.kind for name, one in adapter.modules.items() if name not in found), None):
         raise AdapterError(
-            f"{action} takes LoRA modules only: a {other} module depends on the base weight, so it "
+            f"{action} supports LoRA modules only: a {other} module depends on the base weight, so it "
             "cannot be added or decomposed; train with lora.kind=lora",
             key="lora.kind",
         )
@@ -230,25 +175,12 @@ def low_rank_modules(adapter: Adapter, action: str) -> dict[str, LowRank]:
 
 
 def check_base(adapter: Adapter, *, family: str, name: str, digest: str = "", source: str = "") -> str | None:
-    """Compares the base that an adapter was trained on with the one it shall be used on (R-41).
+    """Compares an adapter's base with the base in use (R-41); `source` names the adapter in messages.
 
-    Args:
-        adapter: As read from a file.
-        family: The family of the base in use.
-        name: What the base in use is called.
-        digest: The hash of its weights, where known.
-        source: What to call the adapter in messages, such as its file.
-
-    Returns:
-        A line to warn with if it is another base of the same family, else None.
-
-    Raises:
-        AdapterError: If it is another family.
+    Returns a warning if it is another base of the same family, by the digest of its weights. Raises an
+    AdapterError if it is another family.
     """
-    title = source or "the LoRA"
-    trained_on = (
-        adapter.notes.get("sdlora.base_name") or adapter.notes.get("ss_sd_model_name") or "another base"
-    )
+    title, trained_on = source or "the LoRA", adapter.trained_on or "another base"
     if adapter.family and family and adapter.family != family:
         raise AdapterError(
             f"{title} is for family {adapter.family} (trained on {trained_on}), but base {name} is {family}; "
@@ -256,16 +188,15 @@ def check_base(adapter: Adapter, *, family: str, name: str, digest: str = "", so
             key="lora.family",
         )
     known = adapter.notes.get("sdlora.base_digest")
-    if known and digest and known != digest:
-        return (
-            f"{title} was trained on {trained_on}, not on {name}; it is the same family, so it works, but "
-            "images may look different"
-        )
-    return None
+    if not known or not digest or known == digest:
+        return None
+    return (
+        f"{title} was trained on {trained_on}, not on {name}; it is the same family, so it works, but "
+        "images may look different"
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class NormReport:
+class NormReport(NamedTuple):
     """The norms of the modules' changes, after they were limited."""
 
     num_limited: int
@@ -275,12 +206,7 @@ class NormReport:
 
 @torch.no_grad()
 def limit_norms(adapter: Adapter, max_norm: float) -> NormReport:
-    """Shrinks the modules whose change has a Frobenius norm above a limit, down to it (as kohya's tools do).
-
-    Args:
-        adapter: Changed in place.
-        max_norm: The limit for each module.
-    """
+    """Shrinks modules whose change has a larger Frobenius norm, in place, as kohya's tools do."""
     before = torch.stack(
         [module.limit_norm(max_norm, adapter.scale_of(name)) for name, module in adapter.modules.items()]
     )

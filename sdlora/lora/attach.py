@@ -7,14 +7,12 @@ import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
-from typing import Any
 
 from sdlora.errors import MAX_PROBLEMS, AdapterError, ConfigError, join_names, shorten
 from sdlora.lora.adapter import KINDS, Adapter
 from sdlora.lora.kinds import Layer, Scale, features_of
 from sdlora.lora.layers import (
     DENOISER,
-    TEXT_ENCODERS,
     Dropout,
     LoraLayer,
     Model,
@@ -50,33 +48,29 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "text_attention": ("text_encoder*.self_attn.[qkv]_proj", "text_encoder*.self_attn.out_proj"),
     "text_mlp": ("text_encoder*.mlp.fc[12]",),
 }
-"""Named targets: each stands for patterns on module names.
+"""Named targets, with their patterns on module names.
 
-`all-linear` is what kohya's tools adapt by default, `all` what they adapt with `conv_dim`. `style-only` is
-the block of SDXL that carries style (B-LoRA, arXiv 2403.14572).
+kohya's tools adapt `all-linear` by default, and `all` with `conv_dim`. `style-only` is the block of SDXL that
+carries style (B-LoRA, arXiv 2403.14572).
 """
 
 
 def match_targets(model: Model, targets: Sequence[str]) -> list[str]:
-    """The names of the target modules, in the order of the network.
+    """The names of the modules that match names from `TARGETS`, or patterns, in the order of the network.
 
-    Args:
-        model: The network, or components by name; it may lie on the meta device.
-        targets: Names from `TARGETS`, or patterns such as `*.attn2.to_v`.
-
-    Raises:
-        ConfigError: With one line for each pattern that matches nothing.
+    Raises a ConfigError with one line for each target that matches nothing. The model may be on the meta
+    device.
     """
     layers = list(carrier_layers(model))
     shown = shorten(repr(list(targets)))
     problems: list[str] = []
     chosen: set[str] = set()
     for target in targets:
-        found = match_names(layers, target)
-        if not found:
-            reason, remedy = _explain(model, layers, target)
-            problems.append(f"lora.targets = {shown}: {shorten(repr(target))} {reason}; {remedy}")
-        chosen.update(found)
+        if found := match_names(layers, target):
+            chosen.update(found)
+        else:
+            explained = _explain(model, layers, target)
+            problems.append(f"lora.targets = {shown}: {shorten(repr(target))} {explained}")
         if len(problems) > MAX_PROBLEMS:
             break
     if problems:
@@ -85,18 +79,16 @@ def match_targets(model: Model, targets: Sequence[str]) -> list[str]:
 
 
 def match_names(names: Iterable[str], target: str) -> list[str]:
-    """The names that a target of `TARGETS`, or a pattern, matches."""
+    """The names that match a target of `TARGETS`, or a pattern."""
     patterns = TARGETS.get(target, (target,))
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def match_modules(model: Model, targets: Sequence[str]) -> list[str]:
-    """As `match_targets`, but every component has modules: text encoders the layers that the denoiser has.
+    """As `match_targets`, with modules in every component.
 
-    Args:
-        model: Components by name.
-        targets: If none of them is in a text encoder, its attention joins, and its MLPs where the denoiser's
-            feed-forward layers are targets.
+    If no target is in a text encoder, its attention is added, and its MLPs if the denoiser's feed-forward
+    layers are targets.
     """
     names = match_targets(model, targets)
     if len(components(model)) == 1 or any(component_of(name) != DENOISER for name in names):
@@ -105,24 +97,21 @@ def match_modules(model: Model, targets: Sequence[str]) -> list[str]:
     return names + match_targets(model, ["text_attention", *(["text_mlp"] if wide else [])])
 
 
-def _explain(model: Model, layers: Sequence[str], target: str) -> tuple[str, str]:
+def _explain(model: Model, layers: Sequence[str], target: str) -> str:
     """Why a target matches nothing, and what was probably meant."""
+    if target == "style-only":
+        return "needs SDXL's style block, up_blocks.0.attentions.1; use attention"
     others = [name for name, _ in named_modules(model) if name and fnmatch.fnmatchcase(name, target)]
     reason = f"matches only {others[0]}, no Linear or Conv2d" if others else "matches no Linear or Conv2d"
     if target.startswith("text_") and "text_encoder" not in components(model):
-        return reason, "it is for text encoders; set lora.text_encoder=true, or remove it"
-    if target == "style-only":
-        return "needs SDXL's style block, up_blocks.0.attentions.1", "use attention"
-    presets = difflib.get_close_matches(target, list(TARGETS), 1, 0.6)
-    endings = [name for name in layers if fnmatch.fnmatchcase(name, f"*.{target}")]
-    nearest = difflib.get_close_matches(target.strip("*."), layers, 2, 0.3)
-    if presets:
-        return reason, f"did you mean {presets[0]}?"
-    if endings:
-        return reason, f"did you mean '*.{target}'?"
-    if nearest:
-        return reason, f"the nearest modules are {', '.join(nearest)}"
-    return reason, f"use {', '.join(TARGETS)} or a pattern such as *.attn2.to_v"
+        return f"{reason}; it is for text encoders; set lora.text_encoder=true, or remove it"
+    if presets := difflib.get_close_matches(target, list(TARGETS), 1, 0.6):
+        return f"{reason}; did you mean {presets[0]}?"
+    if any(fnmatch.fnmatchcase(name, f"*.{target}") for name in layers):
+        return f"{reason}; did you mean '*.{target}'?"
+    if nearest := difflib.get_close_matches(target.strip("*."), layers, 2, 0.3):
+        return f"{reason}; the nearest modules are {', '.join(nearest)}"
+    return f"{reason}; use {', '.join(TARGETS)} or a pattern such as *.attn2.to_v"
 
 
 def count_parameters(model: Model, ranks: Mapping[str, int], kind: str = "lora") -> int:
@@ -132,49 +121,30 @@ def count_parameters(model: Model, ranks: Mapping[str, int], kind: str = "lora")
     return sum(prod(shape) for own in shapes for shape in own.values())
 
 
-def attach(model: Model, names: Sequence[str]) -> None:
-    """Wraps the named layers, those that are not yet; the output does not change.
-
-    Raises:
-        AdapterError: If a name is not a Linear or Conv2d of the model.
-    """
-    layers = carrier_layers(model)
-    if missing := [name for name in names if name not in layers]:
-        raise AdapterError(
-            f"{len(missing)} of {len(names)} modules are not in this base ({join_names(missing, 3)}); "
-            "the LoRA and the base are of different families"
-        )
-    wrapped = lora_layers(model)
-    replace_modules(model, {name: LoraLayer(layers[name]) for name in names if name not in wrapped})
-
-
 def mount(model: Model, adapters: Sequence[tuple[Adapter, Scale]], dropout: Dropout | None = None) -> None:
-    """Puts adapters on a network in place of all those mounted before; nothing changes if one does not fit.
+    """Puts adapters on a network, and removes those mounted before; nothing changes if one does not fit.
 
     Args:
-        model: The network, or components by name; layers that are not wrapped yet are.
+        model: The network, or components by name; layers are wrapped where needed.
         adapters: (adapter, strength) in the order of the stack; a strength may be (B,), one for each sample.
-            None at all leaves the base.
         dropout: For the modules that are trained.
 
     Raises:
-        AdapterError: If an adapter names modules, or has shapes, that this network does not have.
+        AdapterError: If an adapter has modules or shapes that this network does not have.
     """
-    places, parts = carriers(model), list(components(model))
+    places = carriers(model)
     layers = {name: unwrap(module) for name, module in places.items()}
     stacks: dict[str, list[StackEntry]] = {}
     for adapter, strength in adapters:
-        _check_fit(adapter, layers, parts)
+        check_fit(adapter, layers)
         for name, module in adapter.modules.items():
             scale = strength * adapter.scale_of(name)
             if module.starting_at_zero.requires_grad:
                 entry = StackEntry(module, scale, dropout.of_module(name) if dropout else None)
             else:
-                weight: Any = layers[name].weight
-                entry = StackEntry(module.to(weight.device), scale)
+                entry = StackEntry(module.to(layers[name].weight.device), scale)
             stacks.setdefault(name, []).append(entry)
-    new = {name: LoraLayer(layers[name]) for name in stacks if places[name] is layers[name]}
-    if new:
+    if new := {name: LoraLayer(layers[name]) for name in stacks if places[name] is layers[name]}:
         replace_modules(model, new)
     for name, layer in (places | new).items():
         if isinstance(layer, LoraLayer):
@@ -188,13 +158,13 @@ def detach(model: Model) -> None:
 
 @contextmanager
 def unwrapped(model: Model) -> Iterator[None]:
-    """Puts the base's own modules back for a while; afterwards the same wrapped layers are there again."""
+    """Puts the original modules back for a while; afterwards the same wrapped layers are there again."""
     wrapped = lora_layers(model)
     detach(model)
     try:
         yield
     finally:
-        replace_modules(model, dict(wrapped))
+        replace_modules(model, wrapped)
 
 
 @contextmanager
@@ -211,48 +181,37 @@ def mounted(model: Model, adapters: Sequence[tuple[Adapter, Scale]]) -> Iterator
         replace_modules(model, {name: layer.base for name, layer in layers.items() if name not in before})
 
 
-def check_fit(adapter: Adapter, model: Model, source: str = "the LoRA") -> None:
-    """Whether an adapter can be mounted.
+def check_fit(adapter: Adapter, layers: Mapping[str, Layer], source: str = "the LoRA") -> None:
+    """Checks that an adapter can be mounted on layers from `carrier_layers`, which may be on the meta device.
 
-    Args:
-        adapter: The adapter.
-        model: The network, or components by name; it may lie on the meta device.
-        source: What to call the adapter.
-
-    Raises:
-        AdapterError: If it is for another network, or for more components than these.
+    Raises an AdapterError if it is for another network, or for more components than these; `source` names the
+    adapter in messages.
     """
-    _check_fit(adapter, carrier_layers(model), list(components(model)), source)
-
-
-def _check_fit(
-    adapter: Adapter, layers: Mapping[str, Layer], parts: Sequence[str], source: str = "the LoRA"
-) -> None:
-    trained_on = adapter.notes.get("sdlora.base_name") or adapter.notes.get("ss_sd_model_name")
-    origin = f" (it was trained on {trained_on})" if trained_on else ""
-    for component in (prefix.removesuffix(".") for prefix in TEXT_ENCODERS):
-        texts = [name for name in adapter.modules if name.startswith(f"{component}.")]
-        if texts and component not in parts:
+    remedy = "use a base of the family it was trained on"
+    remedy += f" (it was trained on {adapter.trained_on})" if adapter.trained_on else ""
+    if missing := [name for name in adapter.modules if name not in layers]:
+        if any(f"{name}.base_layer" in layers for name in missing):
+            problem = "the pipeline has LoRAs loaded by diffusers; first call pipe.unload_lora_weights()"
+            raise AdapterError(problem, key="lora.loaded-by-diffusers")
+        parts = list(dict.fromkeys(map(component_of, layers)))
+        if absent := [component_of(name) for name in missing if component_of(name) not in parts]:
             raise AdapterError(
-                f"{source} changes {len(texts)} modules of {component}, but only the "
+                f"{source} changes {absent.count(absent[0])} modules of {absent[0]}, but only the "
                 f"{' and '.join(parts)} can be used here; load it with diffusers, or train one without "
-                "text encoders"
+                "text encoders",
+                key="lora.components",
             )
-    missing = [name for name in adapter.modules if name not in layers]
-    if any(f"{name}.base_layer" in layers for name in missing):
+        count = f"{len(missing)} of its {len(adapter.modules)} modules"
         raise AdapterError(
-            "the pipeline has LoRAs loaded by diffusers; unload them with pipe.unload_lora_weights() first"
-        )
-    if missing:
-        raise AdapterError(
-            f"{source} does not fit this base: {len(missing)} of its {len(adapter.modules)} modules do "
-            f"not exist there, such as {join_names(missing, 3)}; use a base of the family it was trained "
-            f"on{origin}"
+            f"{source} does not fit this base: {count} do not exist there, such as {join_names(missing, 3)}; "
+            f"{remedy}",
+            key="lora.other-base",
         )
     for name, module in adapter.modules.items():
         if not module.fits_layer(layers[name]):
-            (inputs, outputs), (there, then) = module.features, features_of(layers[name])
+            own, theirs = module.features, features_of(layers[name])
             raise AdapterError(
-                f"{source} does not fit this base: {name} maps {inputs} to {outputs} features in the "
-                f"LoRA, but {there} to {then} in the base; use a base of the family it was trained on{origin}"
+                f"{source} does not fit this base: {name} maps {own[0]} to {own[1]} features in the LoRA, "
+                f"but {theirs[0]} to {theirs[1]} in the base; {remedy}",
+                key="lora.other-base",
             )

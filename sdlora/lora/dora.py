@@ -17,18 +17,19 @@ from sdlora.lora.kinds import Drop, Layer, LowRank, Scale, as_float64, features_
 class Dora(LowRank):
     """The weight becomes `magnitude * V / |V|` with `V = weight + scale * up @ down` (equation 5).
 
-    The norm is that of each row of V, of one output, and a constant to the gradient (section 4.3). As in
-    PEFT, the strength is a factor on the pair alone, so at strength 0 the rows still have the trained
-    magnitudes, and what lies below in a stack is scaled too. Files of LyCORIS may hold magnitudes of
-    columns, of one input each; then nothing below is scaled, but the input.
+    The norm is that of each row of V (one output), and a constant to the gradient (section 4.3). As in PEFT,
+    the strength is a factor on the pair alone: at strength 0 the rows still have the trained magnitudes, and
+    the modules below in a stack are scaled too. LyCORIS files may have magnitudes of columns (one input
+    each), which scale the input and nothing below.
     """
 
     kind = "dora"
     is_additive = False
+    file_parts: ClassVar[Sequence[set[str]]] = ({"down", "up", "magnitude"}, {"down", "up", "dora_scale"})
     exact_parts = frozenset({"magnitude"})
     dialect_notes: ClassVar = {
-        "kohya": "dora_scale is LyCORIS' form of a DoRA; diffusers drops it, so its own file is the one for "
-        "diffusers, and ComfyUI and Forge divide by the norm of the base weight, which comes close"
+        "kohya": "dora_scale is the DoRA of LyCORIS; diffusers ignores it, so use the diffusers file there; "
+        "ComfyUI and Forge divide by the norm of the base weight, which comes close"
     }
     network_module = "lycoris.kohya"
     network_args: ClassVar = {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}
@@ -42,34 +43,24 @@ class Dora(LowRank):
         return {**LowRank.shapes(layer, rank), "magnitude": (features_of(layer)[1],)}
 
     @classmethod
-    def draw(
-        cls, layer: Layer, rank: int, scale: float, draw_down: Callable[[Sequence[int]], Tensor]
-    ) -> Self:
-        pair = LowRank.draw(layer, rank, scale, draw_down)
+    def draw(cls, layer: Layer, rank: int, draw_down: Callable[[Sequence[int]], Tensor]) -> Self:
+        pair = LowRank.draw(layer, rank, draw_down)
         return cls(pair.down, pair.up, _base_weight(layer).flatten(1).norm(dim=1).cpu())
 
     @classmethod
-    def file_parts(cls) -> list[set[str]]:
-        return [{"down", "up", "magnitude"}, {"down", "up", "dora_scale"}]
-
-    @classmethod
-    def fits(cls, tensors: Mapping[str, Tensor]) -> bool:
-        if not LowRank.fits(tensors):
-            return False
-        inputs, outputs = tensors["down"].shape[1], tensors["up"].shape[0]
-        ones = (1,) * (tensors["up"].ndim - 2)
-        if "magnitude" in tensors:
-            return tuple(tensors["magnitude"].shape) in ((outputs,), (1, outputs, *ones))
-        return tuple(tensors["dora_scale"].shape) in ((outputs, 1, *ones), (1, inputs, *ones))
-
-    @classmethod
-    def from_file(cls, tensors: Mapping[str, Tensor]) -> Self:
+    def from_file(cls, tensors: Mapping[str, Tensor]) -> Self | None:
         down, up = tensors["down"], tensors["up"]
-        if "magnitude" in tensors:
-            return cls(down, up, tensors["magnitude"].flatten())
-        magnitude = tensors["dora_scale"]
-        is_of_rows = magnitude.shape[0] == up.shape[0]
-        return cls(down, up, magnitude.flatten() if is_of_rows else magnitude.reshape(1, -1))
+        pair = LowRank.from_file({"down": down, "up": up})
+        if pair is None:
+            return None
+        (inputs, outputs), ones = pair.features, (1,) * (up.ndim - 2)
+        rows = {"magnitude": [(outputs,), (1, outputs, *ones)], "dora_scale": [(outputs, 1, *ones)]}
+        for part, shapes in rows.items():
+            if part in tensors and tuple(tensors[part].shape) in shapes:
+                return cls(down, up, tensors[part].flatten())
+        if "dora_scale" in tensors and tuple(tensors["dora_scale"].shape) == (1, inputs, *ones):
+            return cls(down, up, tensors["dora_scale"].reshape(1, -1))
+        return None
 
     def to_file(self, dialect: str) -> dict[str, Tensor]:
         magnitude, ones = self.magnitude, (1,) * (self.up.ndim - 2)
@@ -78,8 +69,8 @@ class Dora(LowRank):
             magnitude = magnitude.reshape(shape)
         elif self.is_of_columns:
             raise AdapterError(
-                "the DoRA has magnitudes of inputs, as older LyCORIS makes them, for which PEFT and "
-                "diffusers have no form; use --format kohya",
+                "the DoRA has magnitudes of inputs, as of older LyCORIS, which PEFT and diffusers do not "
+                "support; use --format kohya",
                 key="export.formats",
             )
         elif ones:
@@ -89,12 +80,11 @@ class Dora(LowRank):
     def fits_layer(self, layer: Layer) -> bool:
         inputs, outputs = features_of(layer)
         expected = (1, inputs) if self.is_of_columns else (outputs,)
-        pair = LowRank(self.down, self.up)
-        return pair.fits_layer(layer) and tuple(self.magnitude.shape) == expected
+        return LowRank(self.down, self.up).fits_layer(layer) and tuple(self.magnitude.shape) == expected
 
     @property
     def is_of_columns(self) -> bool:
-        """Whether a magnitude is that of an input."""
+        """Whether each magnitude is that of an input."""
         return self.magnitude.ndim == 2
 
     def apply(self, x: Tensor, y: Tensor, layer: Layer, scale: Scale, drop: Drop | None) -> Tensor:
@@ -105,15 +95,13 @@ class Dora(LowRank):
             factor = factor.reshape(len(factor), *[1] * (x.ndim - 2), -1)
         if len(factor) > 1:
             factor = factor.repeat(len(x) // len(factor), *[1] * (factor.ndim - 1))
-        bias = layer.bias
-        if bias is not None and isinstance(layer, nn.Conv2d):
+        bias: Tensor | float = 0.0 if layer.bias is None else layer.bias
+        if isinstance(bias, Tensor) and isinstance(layer, nn.Conv2d):
             bias = bias.reshape(-1, 1, 1)
         if self.is_of_columns:
-            changed: Tensor = layer((x * (factor - 1)).to(x))
-            product = self.product((x * factor).to(x), layer, scale, drop)
-            return y + (changed if bias is None else changed - bias) + product
-        below = y if bias is None else y - bias
-        answer: Tensor = y + (factor - 1) * below + factor * self.product(x, layer, scale, drop)
+            changed: Tensor = layer((x * (factor - 1)).to(x)) - bias
+            return y + changed + self.product((x * factor).to(x), layer, scale, drop)
+        answer: Tensor = y + (factor - 1) * (y - bias) + factor * self.product(x, layer, scale, drop)
         return answer.to(y)
 
     def _factor(self, weight: Tensor, scale: Scale) -> Tensor:
@@ -122,16 +110,12 @@ class Dora(LowRank):
         with torch.no_grad():
             up, down = (factor.to(weight).flatten(1) for factor in (self.up, self.down))
             delta = (up @ down).reshape(weight.shape)
-            norms = torch.stack([self._norm(weight + one * delta) for one in scales])
-        factor: Tensor = self.magnitude.to(weight).reshape(1, -1) / norms.clamp(
-            min=torch.finfo(weight.dtype).tiny
-        )
+            changed = [weight + one * delta for one in scales]
+            rows = [one.transpose(0, 1) if self.is_of_columns else one for one in changed]
+            norms = torch.stack([one.flatten(1).norm(dim=1) for one in rows])
+        tiny = torch.finfo(weight.dtype).tiny
+        factor: Tensor = self.magnitude.to(weight).reshape(1, -1) / norms.clamp(min=tiny)
         return factor
-
-    def _norm(self, weight: Tensor) -> Tensor:
-        """Norms of rows or columns."""
-        norm: Tensor = (weight.transpose(0, 1) if self.is_of_columns else weight).flatten(1).norm(dim=1)
-        return norm
 
     def delta_weight(self, weight: Tensor, scale: float, total: Tensor) -> Tensor:
         factor = self._factor(weight, scale)[0]
@@ -142,7 +126,7 @@ class Dora(LowRank):
         return (factor - 1) * below + factor * product
 
     def distance_squared(self, other: Any) -> float:
-        """That of the pairs, and of the magnitudes, which a file keeps as they are."""
+        """The sum of that of the pairs and that of the magnitudes."""
         if self.magnitude.shape != other.magnitude.shape:
             return float("inf")
         difference = as_float64(self.magnitude[None]) - as_float64(other.magnitude[None])
@@ -150,14 +134,8 @@ class Dora(LowRank):
 
 
 def _base_weight(layer: Layer) -> Tensor:
-    """A layer's frozen weight in fp32.
-
-    Raises:
-        AdapterError: If it is packed.
-    """
+    """A layer's frozen weight in fp32; raises an AdapterError if it is packed."""
     if not layer.weight.is_floating_point():
-        raise AdapterError(
-            "a DoRA needs the norms of the base weights, which are packed here; set base.quantize=none",
-            key="base.quantize",
-        )
+        problem = "a DoRA needs the norms of the base weights, which are quantized; set base.quantize=none"
+        raise AdapterError(problem, key="base.quantize")
     return layer.weight.detach().float()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
@@ -26,21 +26,21 @@ Drop: TypeAlias = Callable[[Tensor], Tensor]
 class AdapterModule(ABC):
     """The adapter of one layer: a dataclass whose fields are its trained tensors.
 
-    The names of the fields are the parts of checkpoints and, by way of `formats.keys`, of LoRA files.
+    The names of the fields are the parts of checkpoints and, through `formats.keys`, of LoRA files.
     """
 
     kind: ClassVar[str]
-    """As `lora.kind` spells it."""
+    """The value of `lora.kind`."""
     is_additive: ClassVar[bool]
     """Whether it adds `scale * delta` to any weight, so that adapters can be summed exactly."""
-    zero_part: ClassVar[str]
-    """The tensor that is zero in a fresh module; the first update must change it (R-09)."""
+    file_parts: ClassVar[Sequence[set[str]]]
+    """The sets of parts that a file may have for a module."""
     exact_parts: ClassVar[frozenset[str]] = frozenset()
-    """Tensors that files keep in fp32 whatever their precision."""
+    """Tensors that files keep in fp32 at any precision."""
     dialect_notes: ClassVar[Mapping[str, str]] = {}
-    """Dialects that stock diffusers does not read whole, with what to know about their readers."""
+    """Dialects that stock diffusers does not read whole, with a note on their readers."""
     network_module: ClassVar[str] = "networks.lora"
-    """What kohya's tools call the kind in `ss_network_module`, and its arguments in `ss_network_args`."""
+    """The kind in kohya's `ss_network_module`, with its arguments in `ss_network_args`."""
     network_args: ClassVar[Mapping[str, str]] = {}
     peft_settings: ClassVar[Mapping[str, bool]] = {}
     """Settings of PEFT's configuration that differ from the defaults."""
@@ -52,29 +52,17 @@ class AdapterModule(ABC):
 
     @classmethod
     @abstractmethod
-    def draw(
-        cls, layer: Layer, rank: int, scale: float, draw_down: Callable[[Sequence[int]], Tensor]
-    ) -> Self:
+    def draw(cls, layer: Layer, rank: int, draw_down: Callable[[Sequence[int]], Tensor]) -> Self:
         """A fresh module that does not change the layer's output yet."""
 
     @classmethod
-    def file_parts(cls) -> list[set[str]]:
-        """The sets of parts that a file may hold for a module of this kind."""
-        return [set(cls.parts())]
-
-    @classmethod
-    def from_file(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """A module from the tensors of a file, which fit together."""
-        return cls(**tensors)
+    @abstractmethod
+    def from_file(cls, tensors: Mapping[str, Tensor]) -> Self | None:
+        """A module from the tensors of a file; None if their shapes do not fit together."""
 
     def to_file(self, dialect: str) -> dict[str, Tensor]:
-        """The tensors by part, shaped as a dialect has them."""
+        """The tensors by part, in the shapes of a dialect."""
         return self.tensors()
-
-    @classmethod
-    @abstractmethod
-    def fits(cls, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether the tensors of a file fit together."""
 
     def fits_layer(self, layer: Layer) -> bool:
         """Whether it has the shapes that a layer needs."""
@@ -83,39 +71,32 @@ class AdapterModule(ABC):
 
     @property
     @abstractmethod
-    def rank(self) -> int:
-        """R of this module."""
+    def rank(self) -> int: ...
 
     @property
     @abstractmethod
     def features(self) -> tuple[int, int]:
-        """Features or channels that the layer maps from and to."""
+        """Features or channels of the layer's input and output."""
+
+    @property
+    @abstractmethod
+    def starting_at_zero(self) -> Tensor:
+        """The tensor that is zero in a fresh module; the first update must change it (R-09)."""
 
     @abstractmethod
     def apply(self, x: Tensor, y: Tensor, layer: Layer, scale: Scale, drop: Drop | None) -> Tensor:
-        """The layer's output with this module.
+        """The layer's output with this module, from its input x and its output y with the modules below.
 
-        Args:
-            x: The layer's input.
-            y: Its output, with the modules below in the stack.
-            layer: The frozen layer.
-            scale: Strength times alpha / rank.
-            drop: Dropout of the values between the factors.
+        The scale is strength times alpha / rank; `drop` is the dropout of the values between the factors.
         """
 
     @abstractmethod
     def delta_weight(self, weight: Tensor, scale: float, total: Tensor) -> Tensor:
-        """What it adds to the layer's weight, in the shape and dtype of the weight.
-
-        Args:
-            weight: The base weight.
-            scale: Strength times alpha / rank.
-            total: The weight with the modules below in the stack.
-        """
+        """The change of a layer's base weight, in its dtype; `total` has that of the modules below."""
 
     @abstractmethod
     def fold(self, scale: float) -> Self:
-        """The same change at scale 1; what it multiplies becomes fp32."""
+        """The same change at scale 1; scaled tensors become fp32."""
 
     @abstractmethod
     def pad(self, rank: int) -> Self:
@@ -139,11 +120,9 @@ class AdapterModule(ABC):
 
     @classmethod
     def parts(cls) -> tuple[str, ...]:
-        """The names of the tensors."""
         return tuple(field.name for field in fields(cls))  # type: ignore[arg-type]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by part."""
         return {part: getattr(self, part) for part in self.parts()}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
@@ -151,13 +130,9 @@ class AdapterModule(ABC):
         return type(self)(**{part: change(tensor) for part, tensor in self.tensors().items()})
 
     def round(self, dtype: torch.dtype) -> Self:
-        """A copy in a dtype, but for its exact parts."""
-        return type(self)(
-            **{
-                part: tensor if part in self.exact_parts else tensor.to(dtype)
-                for part, tensor in self.tensors().items()
-            }
-        )
+        """A copy in a dtype, except for its exact parts."""
+        rounded = self.map(lambda tensor: tensor.to(dtype)).tensors()
+        return type(self)(**rounded | {part: getattr(self, part) for part in self.exact_parts})
 
     def to(self, device: torch.device) -> Self:
         """On a device; tensors that are there already are shared."""
@@ -171,12 +146,6 @@ class AdapterModule(ABC):
     def is_finite(self) -> bool:
         return all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors().values())
 
-    @property
-    def starting_at_zero(self) -> Tensor:
-        """The tensor that `zero_part` names."""
-        tensor: Tensor = getattr(self, self.zero_part)
-        return tensor
-
 
 @dataclass(slots=True)
 class LowRank(AdapterModule):
@@ -184,7 +153,7 @@ class LowRank(AdapterModule):
 
     kind = "lora"
     is_additive = True
-    zero_part = "up"
+    file_parts: ClassVar[Sequence[set[str]]] = ({"down", "up"},)
 
     down: Tensor
     """(R, in), or (R, in, kh, kw) for a convolution."""
@@ -199,16 +168,15 @@ class LowRank(AdapterModule):
         return {"down": (rank, inputs), "up": (outputs, rank)}
 
     @classmethod
-    def fits(cls, tensors: Mapping[str, Tensor]) -> bool:
-        down, up = tensors["down"].shape, tensors["up"].shape
-        return len(down) == len(up) and len(down) in (2, 4) and up[1] == down[0] and set(up[2:]) <= {1}
-
-    @classmethod
-    def draw(
-        cls, layer: Layer, rank: int, scale: float, draw_down: Callable[[Sequence[int]], Tensor]
-    ) -> Self:
+    def draw(cls, layer: Layer, rank: int, draw_down: Callable[[Sequence[int]], Tensor]) -> Self:
         shapes = cls.shapes(layer, rank)
         return cls(draw_down(shapes["down"]), torch.zeros(shapes["up"]))
+
+    @classmethod
+    def from_file(cls, tensors: Mapping[str, Tensor]) -> Self | None:
+        down, up = tensors["down"].shape, tensors["up"].shape
+        fits = len(down) == len(up) and len(down) in (2, 4) and up[1] == down[0] and set(up[2:]) <= {1}
+        return cls(**tensors) if fits else None
 
     @property
     def rank(self) -> int:
@@ -217,6 +185,10 @@ class LowRank(AdapterModule):
     @property
     def features(self) -> tuple[int, int]:
         return int(self.down.shape[1]), int(self.up.shape[0])
+
+    @property
+    def starting_at_zero(self) -> Tensor:
+        return self.up
 
     def apply(self, x: Tensor, y: Tensor, layer: Layer, scale: Scale, drop: Drop | None) -> Tensor:
         if not isinstance(scale, Tensor) and scale == 0:
@@ -239,41 +211,33 @@ class LowRank(AdapterModule):
 
     def fold(self, scale: float) -> Self:
         up = (as_float64(self.up) * scale).float().reshape(self.up.shape).to(self.up.device)
-        return self.with_factors(self.down, up)
-
-    def with_factors(self, down: Tensor, up: Tensor) -> Self:
-        """A copy with other factors."""
-        return type(self)(**{**self.tensors(), "down": down, "up": up})
+        return replace(self, up=up)
 
     def pad(self, rank: int) -> Self:
-        return self.with_factors(pad(self.down, 0, rank), pad(self.up, 1, rank))
+        return replace(self, down=pad(self.down, 0, rank), up=pad(self.up, 1, rank))
 
     def unpad(self, rank: int) -> Self:
         if not 1 <= rank < self.rank or self.down[rank:].any() or self.up[:, rank:].any():
             return self
-        return self.with_factors(self.down[:rank].contiguous(), self.up[:, :rank].contiguous())
+        return replace(self, down=self.down[:rank].contiguous(), up=self.up[:, :rank].contiguous())
 
     def norm_squared(self) -> float:
-        """The squared Frobenius norm of `up @ down`, without forming the product."""
+        # From the two Gram matrices, (R, R), without forming the product.
         down, up = as_float64(self.down), as_float64(self.up)
         return max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0)
 
     def distance_squared(self, other: LowRank) -> float:
         """That of a pair whose product is the difference of the two; exactly zero for equal pairs."""
-        down, up, other_down, other_up = map(as_float64, (self.down, self.up, other.down, other.up))
         rank = max(self.rank, other.rank)
-        down, other_down = pad(down, 0, rank), pad(other_down, 0, rank)
-        up, other_up = pad(up, 1, rank), pad(other_up, 1, rank)
-        return LowRank(
-            torch.cat([down, down - other_down]), torch.cat([up - other_up, other_up], dim=1)
-        ).norm_squared()
+        down, other_down = (pad(as_float64(pair.down), 0, rank) for pair in (self, other))
+        up, other_up = (pad(as_float64(pair.up), 1, rank) for pair in (self, other))
+        downs, ups = torch.cat([down, down - other_down]), torch.cat([up - other_up, other_up], dim=1)
+        return LowRank(downs, ups).norm_squared()
 
     def limit_norm(self, max_norm: float, scale: float) -> Tensor:
         """Multiplies both factors by the root of `max_norm / norm`, as kohya's tools do."""
         down, up = self.down.flatten(1), self.up.flatten(1)
-        # The norm of the product from the two Gram matrices, (R, R), without forming it.
-        squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)
-        norm: Tensor = squared.sqrt() * abs(scale)
+        norm: Tensor = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt() * abs(scale)
         factor = (max_norm / norm.clamp(min=max_norm)).sqrt()
         self.down.mul_(factor)
         self.up.mul_(factor)
@@ -281,27 +245,20 @@ class LowRank(AdapterModule):
 
 
 def features_of(layer: Layer) -> tuple[int, int]:
-    """Features or channels that a layer maps from and to."""
+    """Features or channels of a layer's input and output."""
     if isinstance(layer, nn.Conv2d):
         return layer.in_channels, layer.out_channels
     return layer.in_features, layer.out_features
 
 
 def for_samples(scale: Scale, values: Tensor) -> Scale:
-    """A scale that multiplies values (B, ...) sample by sample.
-
-    A batch of several parts, as guidance makes, repeats the scales of its samples.
-
-    Raises:
-        AdapterError: If the batch size is not a multiple of the number of scales.
-    """
+    """A scale for values (B, ...), sample by sample; guidance makes batches that repeat their samples."""
     if not isinstance(scale, Tensor):
         return scale
     parts, rest = divmod(len(values), len(scale))
     if rest:
-        raise AdapterError(
-            f"a batch of {len(values)} does not go with {len(scale)} strengths; give one for each sample"
-        )
+        problem = f"{len(scale)} strengths for a batch of {len(values)}; pass one for each sample"
+        raise AdapterError(problem, key="lora.strengths")
     return scale.to(values).repeat(parts).view(-1, *[1] * (values.ndim - 1))
 
 

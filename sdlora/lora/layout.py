@@ -1,4 +1,4 @@
-"""What each module of a fresh adapter is like: its rank and alpha, by name pattern."""
+"""Rank and alpha of each module of a fresh adapter, by name pattern."""
 
 from __future__ import annotations
 
@@ -17,14 +17,10 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks and alphas by module, in the order of the network.
+    """Ranks and alphas by module, in the order of the network, and the adapter kind.
 
-    Args:
-        ranks: R of each module.
-        alphas: Alpha of each module.
-        rslora: Whether scales are `alpha / sqrt(rank)` (rank-stabilised LoRA, arXiv 2312.03732, equation 4)
-            in place of `alpha / rank`.
-        kind: Of `adapter.KINDS`.
+    With `rslora`, scales are `alpha / sqrt(rank)` (rank-stabilised LoRA, arXiv 2312.03732, equation 4) in
+    place of `alpha / rank`.
     """
 
     ranks: Mapping[str, int]
@@ -33,7 +29,6 @@ class Layout:
     kind: str = "lora"
 
     def scales(self) -> dict[str, float]:
-        """The factor on the product of each module."""
         return {
             name: self.alphas[name] / (math.sqrt(rank) if self.rslora else rank)
             for name, rank in self.ranks.items()
@@ -50,47 +45,33 @@ class Layout:
 
 
 def plan_layout(lora: LoraSection, names: Sequence[str]) -> Layout:
-    """The layout that the settings ask for.
+    """The layout of the target modules.
 
-    A module's rank is that of the last of `lora.rank_pattern` that matches, else `lora.rank`; its alpha that
-    of the last of `lora.alpha_pattern`, else `lora.alpha`, else its rank.
-
-    Args:
-        lora: The settings.
-        names: The target modules.
-
-    Raises:
-        ConfigError: With one line for each pattern that matches no target module.
+    A module's rank is that of the last match in `lora.rank_pattern`, else `lora.rank`; its alpha that of the
+    last match in `lora.alpha_pattern`, else `lora.alpha`, else its rank. Raises a ConfigError with one line
+    for each pattern that matches no target module.
     """
     problems: list[str] = []
-    ranks = _by_pattern(lora.rank_pattern, names, "lora.rank_pattern", problems)
-    alphas = _by_pattern(lora.alpha_pattern, names, "lora.alpha_pattern", problems)
+    ranks = dict.fromkeys(names, lora.rank) | _by_pattern("rank_pattern", lora.rank_pattern, names, problems)
+    alphas = {name: float(rank if lora.alpha is None else lora.alpha) for name, rank in ranks.items()}
+    alphas |= _by_pattern("alpha_pattern", lora.alpha_pattern, names, problems)
     if problems:
         raise ConfigError(*problems)
-    all_ranks = {name: ranks.get(name, lora.rank) for name in names}
-    return Layout(
-        all_ranks,
-        {
-            name: float(alphas.get(name, rank if lora.alpha is None else lora.alpha))
-            for name, rank in all_ranks.items()
-        },
-        lora.rslora,
-        lora.kind,
-    )
+    return Layout(ranks, alphas, lora.rslora, lora.kind)
 
 
 def _by_pattern(
-    patterns: Mapping[str, Number], names: Sequence[str], key: str, problems: list[str]
+    key: str, patterns: Mapping[str, Number], names: Sequence[str], problems: list[str]
 ) -> dict[str, Number]:
-    """The number of each module that a pattern matches; those that match nothing become problems."""
+    """The number of each module that a pattern matches; a pattern without a match is added to `problems`."""
     numbers: dict[str, Number] = {}
     for pattern, number in patterns.items():
         found = match_names(names, pattern)
         numbers |= dict.fromkeys(found, number)
         if not found:
             problems.append(
-                f"{key}: {pattern!r} matches none of the {len(names)} modules that lora.targets gives, such "
-                f"as {names[0]}; use a target such as convolutions or a pattern such as *.attn2.*"
+                f"lora.{key}: {pattern!r} matches none of the {len(names)} modules of lora.targets, such as "
+                f"{names[0]}; use a target such as convolutions or a pattern such as *.attn2.*"
             )
     return numbers
 

@@ -16,6 +16,7 @@ from sdlora.errors import ConfigError
 from sdlora.formats.files import load_adapter, resolve_adapter
 from sdlora.lora.adapter import Adapter, check_base
 from sdlora.lora.attach import check_fit
+from sdlora.lora.layers import carrier_layers
 from sdlora.models.info import BaseInfo, inspect_base, with_base_defaults
 from sdlora.models.load import load_base
 from sdlora.models.safety import missing_checker
@@ -89,9 +90,9 @@ class SamplePlan:
         settings = resolve_settings(info, SampleSettings.of(config.sample, size or (side, side)))
         if self.adapters:
             text = any(adapter.changes_text for _, adapter in self.adapters)
-            components = empty_components(info, text=text)
+            layers = carrier_layers(empty_components(info, text=text))
             for file, adapter in self.adapters:
-                check_fit(adapter.without(info.unread_layer), components, str(file))
+                check_fit(adapter.without(info.unread_layer), layers, str(file))
         config = config.model_copy(update={"sample": config.sample.model_copy(update={"prompts": prompts})})
         return replace(self, config=config, out=out, settings=settings, targets=targets)
 

@@ -11,7 +11,7 @@ from sdlora.errors import AdapterError, ConfigError, RunError
 from sdlora.formats.files import load_adapter, resolve_adapter
 from sdlora.lora.adapter import KINDS, Adapter, check_base, draw_adapter, for_family, low_rank_modules
 from sdlora.lora.attach import check_fit
-from sdlora.lora.layers import Model, component_of, components
+from sdlora.lora.layers import Model, carrier_layers, component_of, components
 from sdlora.lora.layout import Layout
 from sdlora.models.info import BaseInfo
 from sdlora.rank.init_from import InitReport, check_init_targets, init_from_adapter
@@ -55,7 +55,7 @@ def _check_own_modules(adapter: Adapter, model: Model, source: str) -> None:
     """Checks that the modules of an adapter fit, without those of components that are not there."""
     parts = components(model)
     own = {name: module for name, module in adapter.modules.items() if component_of(name) in parts}
-    check_fit(replace(adapter, modules=own), model, source)
+    check_fit(replace(adapter, modules=own), carrier_layers(model), source)
 
 
 def _names(info: BaseInfo) -> dict[str, str]:

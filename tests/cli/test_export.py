@@ -7,13 +7,13 @@ import torch
 
 from sdlora.config import BaseSection
 from sdlora.formats.files import inspect_adapter, load_adapter, save_adapter
-from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_targets
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
 from sdlora.models.weights import empty_denoiser
 from sdlora.rank.spectrum import spectrum
 from sdlora.tree.lineage import child_lineage, lineage_to_notes
+from tests.lora_fixtures import create_adapter
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sdlora.export.postflight
@@ -15,48 +14,14 @@ from sdlora import cli
 from sdlora.config import BaseSection
 from sdlora.errors import AdapterError
 from sdlora.export.export import export_adapter
-from sdlora.export.postflight import postflight, verify
-from sdlora.lora.adapter import create_adapter
+from sdlora.export.postflight import postflight, verify_export
 from sdlora.lora.attach import detach, match_targets, mount
 from sdlora.lora.layers import lora_layers
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base, load_stock_pipeline
 from sdlora.models.quantize import QuantizedConv2d, QuantizedLinear
 from tests.checks import raises
-
-
-@pytest.fixture(scope="module")
-def info():
-    return inspect_base(BaseSection())
-
-
-@pytest.fixture(scope="module")
-def shared_unet(info):
-    return load_base(info, dtype=torch.float32, device="cpu").denoiser
-
-
-@pytest.fixture
-def unet(shared_unet):
-    yield shared_unet
-    detach(shared_unet)
-
-
-@pytest.fixture
-def make_adapter(unet, info):
-    def make(targets=("attention",), rank=4, alpha=2.0, size=0.02):
-        names = match_targets(unet, list(targets))
-        adapter = create_adapter(unet, names, rank, alpha, seed=0, family=info.family)
-        generator = torch.Generator().manual_seed(1)
-        for pair in adapter.modules.values():
-            pair.up.data.normal_(std=size, generator=generator)
-        return adapter
-
-    return make
-
-
-def metadata_of(path):
-    with safe_open(path, "pt") as file:
-        return file.metadata()
+from tests.lora_fixtures import create_adapter, metadata_of
 
 
 @pytest.mark.parametrize("targets", [["attention"], ["all"]], ids=["attention", "all"])
@@ -157,17 +122,18 @@ def test_nothing_of_peft_is_left(tmp_path, whole_base):
     detach(parts)
 
 
-def test_a_fresh_pipeline_agrees(tmp_path, make_adapter, info):
+def test_a_fresh_pipeline_agrees(tmp_path, make_adapter):
     """R-01: the same proof with a base that diffusers has loaded."""
     adapter = make_adapter()
+    source = export_adapter(adapter, tmp_path / "source.safetensors", precision="fp32").path
     path = export_adapter(adapter, tmp_path / "x.safetensors", dialect="kohya").path
-    report = verify(path, adapter, info, dtype=torch.float32, device="cpu")
+    report = verify_export(source, path, "builtin")
     assert report.num_modules == len(adapter.modules)
     assert report.difference < 1e-2 * report.effect
     state = {k: v * 1.2 if "lora_up" in k else v for k, v in load_file(path).items()}
     save_file(state, path, metadata_of(path))
     with raises(AdapterError, "export.proof"):
-        verify(path, adapter, info, dtype=torch.float32, device="cpu")
+        verify_export(source, path, "builtin")
 
 
 def drop_module(state, metadata):

@@ -151,9 +151,7 @@ def test_non_finite_values_are_never_written(tmp_path, unet, make_adapter, value
     before, adapter = path.read_bytes(), make_adapter(unet)
     name = list(adapter.modules)[3]
     adapter.modules[name].down.data[0, 0] = value
-    with pytest.raises(
-        AdapterError, match=f"not written: values are not finite in 1 of 32 modules, such as {name}"
-    ) as caught:
+    with raises(AdapterError, "lora.non-finite", shows=("1 of 32", name)) as caught:
         save_adapter(path, adapter)
     assert caught.value.exit_code == 1
     assert path.read_bytes() == before
@@ -164,7 +162,7 @@ def test_an_adapter_without_effect_is_never_written(tmp_path, unet, make_adapter
     """R-06: every up-matrix zero is refused; a single one that is not is enough."""
     adapter = make_adapter(unet, size=0)
     for dialect in ("diffusers", "kohya"):
-        with pytest.raises(AdapterError, match="all up matrices are zero"):
+        with raises(AdapterError, "lora.no-effect"):
             save_adapter(tmp_path / "x.safetensors", adapter, dialect=dialect)
     assert not list(tmp_path.iterdir())
     adapter.parameters()[1].data[0, 0] = 1e-3
@@ -176,7 +174,7 @@ def test_non_finite_files_are_refused(tmp_path, lora_file):
     state = load_file(lora_file)
     state[next(iter(state))].view(-1)[0] = float("nan")
     save_file(state, tmp_path / "nan.safetensors")
-    with pytest.raises(AdapterError, match=r"nan.safetensors has non-finite values in 1 modules"):
+    with raises(AdapterError, "lora.non-finite", shows="nan.safetensors"):
         load_adapter(tmp_path / "nan.safetensors")
 
 
@@ -207,30 +205,25 @@ def test_truncation_says_both_sizes(tmp_path, lora_file):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "key"),
     [
-        ("x.ckpt", b"", r"is a .ckpt file, which is a pickle and can run code"),
-        ("x.bin", b"", r"is a .bin file"),
-        ("x.pt", b"", r"is a .pt file"),
-        ("x.safetensors", b"PK\x03\x04" + bytes(100), "pickle"),
-        ("x.safetensors", b"\x80\x02}q" + bytes(100), "pickle"),
-        ("x.safetensors", b"<!DOCTYPE html><html></html>" + bytes(100), "is a web page"),
-        (
-            "x.safetensors",
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-            "is a git-lfs pointer",
-        ),
-        ("x.safetensors", b"not at all a file of weights", "is not a safetensors file"),
-        ("x.safetensors", (10).to_bytes(8, "little") + b"{nonsense}", "has a damaged header"),
-        ("x.safetensors", (12).to_bytes(8, "little") + b'{"a":[1,2]} ', "has a damaged header"),
+        ("x.ckpt", b"", "file.pickle"),
+        ("x.bin", b"", "file.pickle"),
+        ("x.pt", b"", "file.pickle"),
+        ("x.safetensors", b"PK\x03\x04" + bytes(100), "file.pickle"),
+        ("x.safetensors", b"\x80\x02}q" + bytes(100), "file.pickle"),
+        ("x.safetensors", b"<!DOCTYPE html><html></html>" + bytes(100), "file.html"),
+        ("x.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "file.git-lfs"),
+        ("x.safetensors", b"not at all a file of weights", "file.not-safetensors"),
+        ("x.safetensors", (10).to_bytes(8, "little") + b"{nonsense}", "file.damaged"),
+        ("x.safetensors", (12).to_bytes(8, "little") + b'{"a":[1,2]} ', "file.damaged"),
     ],
 )
-def test_other_files_are_refused_for_what_they_are(tmp_path, name, content, message):
+def test_other_files_are_refused_for_what_they_are(tmp_path, name, content, key):
     """R-25 R-44: no pickle is ever opened; each kind is named."""
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(AdapterError, match=message) as caught:
+    with raises(AdapterError, key, shows=name) as caught:
         load_adapter(tmp_path / name)
-    assert name in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -247,21 +240,21 @@ def test_a_base_given_for_a_lora(tmp_path, unet):
     save_file(
         {key: tensor.contiguous() for key, tensor in unet.state_dict().items()}, tmp_path / "u.safetensors"
     )
-    with pytest.raises(AdapterError, match=r"u.safetensors is a full UNet, not a LoRA"):
+    with raises(AdapterError, "lora.not-a-lora", shows=("u.safetensors", "UNet")):
         load_adapter(tmp_path / "u.safetensors")
     (tmp_path / "c.safetensors").write_bytes(save({"model.diffusion_model.x": torch.ones(1)}))
-    with pytest.raises(AdapterError, match=r"c.safetensors is a base model, not a LoRA"):
+    with raises(AdapterError, "lora.not-a-lora", shows=("c.safetensors", "base model")):
         inspect_adapter(tmp_path / "c.safetensors")
 
 
 def test_a_file_that_no_program_would_read(tmp_path, unet, make_adapter):
     """Another ending, dialect or precision is a mistake, and no file of another kind under that name."""
     adapter = make_adapter(unet)
-    with pytest.raises(AdapterError, match=r"x\.pt must end in \.safetensors"):
+    with raises(AdapterError, "option--out", shows="x.pt"):
         save_adapter(tmp_path / "x.pt", adapter)
-    with pytest.raises(ConfigError, match="dialect = 'a1111' must be one of diffusers, kohya"):
+    with raises(ConfigError, "dialect", shows=("a1111", "kohya")):
         save_adapter(tmp_path / "x.safetensors", adapter, dialect="a1111")
-    with pytest.raises(ConfigError, match="precision = 'fp8' must be one of fp32, bf16, fp16"):
+    with raises(ConfigError, "precision", shows=("fp8", "bf16")):
         round_adapter(adapter, "fp8")
     assert not list(tmp_path.iterdir())
 
@@ -269,7 +262,7 @@ def test_a_file_that_no_program_would_read(tmp_path, unet, make_adapter):
 def test_a_place_that_cannot_be_written(tmp_path, unet, make_adapter):
     """Bad input: a path below a file is one line with exit code 2."""
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(AdapterError, match=r"cannot write LoRA file .*; use another path") as caught:
+    with raises(AdapterError, "write-failed", shows="x.safetensors") as caught:
         save_adapter(tmp_path / "file" / "x.safetensors", make_adapter(unet))
     assert caught.value.exit_code == 2
 
@@ -283,7 +276,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, unet, make_adapter, mo
         path.write_bytes(before[: len(before) // 2])
 
     monkeypatch.setattr("sdlora.formats.files.write_tensors", write_half)
-    with pytest.raises(AdapterError, match="incomplete"):
+    with raises(AdapterError, "file.incomplete"):
         save_adapter(path, make_adapter(unet, seed=1))
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
@@ -330,7 +323,7 @@ def test_inspection_shows_alpha_as_stored(tmp_path, unet, make_adapter):
     info = inspect_adapter(tmp_path / "y.safetensors")
     assert info.alphas == {1.0: 32, 4.0: 1}
     assert info.family == "sd2"
-    assert info.text_encoder_modules == 1
+    assert info.targets["text encoder mlp.fc1"] == 1
 
 
 @pytest.mark.parametrize(("width", "family"), [(768, "sd1"), (1024, "sd2"), (2048, "sdxl"), (24, "")])

@@ -10,10 +10,10 @@ from sdlora.formats.files import inspect_adapter, save_adapter
 from sdlora.formats.read import state_to_adapter
 from sdlora.formats.sgm_keys import layers_per_block, module_to_sgm, sgm_to_module
 from sdlora.formats.write import adapter_to_kohya
-from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import count_parameters, match_targets
 from sdlora.lora.layers import carrier_layers
 from tests.checks import raises
+from tests.lora_fixtures import create_adapter
 
 # The layers of the original code's ResBlock, in the order of execution, beside those of diffusers.
 RESNET = (("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"), ("conv2", "out_layers.3"))
@@ -145,7 +145,7 @@ def test_an_upsampler_without_attention_is_read():
 def test_a_name_that_is_not_there_is_refused():
     """R-07: better an error than a file whose modules are lost."""
     for module in ("down_blocks.0.attentions.2.proj_in", "some.layer", "down_blocks.0.motion.0.proj_in"):
-        with pytest.raises(AdapterError, match=r"has no name in kohya's format for SDXL"):
+        with raises(AdapterError, "lora.module-name", shows=(module, "SDXL")):
             module_to_sgm(module)
     with raises(AdapterError, "lora.layers-per-block", shows="[1, 2, 2]"):
         layers_per_block({"sdlora.layers_per_block": "[1, 2, 2]"})

@@ -17,26 +17,24 @@ from tests.checks import raises
 
 
 @pytest.mark.parametrize(
-    ("tensors", "message"),
+    ("tensors", "key", "shows"),
     [
-        ({"lora_A": ("F4", [4, 4], 8)}, r"has unet.x.lora_A.weight in the unsupported dtype F4"),
-        ({"lora_A": ("C64", [4, 4], 128)}, r"unsupported dtype C64"),
-        ({"lora_A": ("BOOL", [4, 4], 16)}, r"unsupported dtype BOOL"),
-        ({"lora_A": ("F32", [0, 4], 0), "lora_B": ("F32", [4, 0], 0)}, r"empty tensor .* of shape \(0, 4\)"),
-        ({"lora_A": ("F32", [2**60, 0], 0), "lora_B": ("F32", [0, 2**60], 0)}, r"empty tensor"),
-        ({"lora_A": ("F32", [4], 16), "lora_B": ("F32", [4], 16)}, r"tensors of incompatible shapes"),
-        ({"lora_A": ("F32", [], 4), "lora_B": ("F32", [], 4)}, r"tensors of incompatible shapes"),
-        (
-            {"lora_A": ("F32", [2, 3], 24), "lora_B": ("F32", [3, 4], 48)},
-            r"tensors of incompatible shapes",
-        ),
+        ({"lora_A": ("F4", [4, 4], 8)}, "lora.dtype", "F4"),
+        ({"lora_A": ("C64", [4, 4], 128)}, "lora.dtype", "C64"),
+        ({"lora_A": ("BOOL", [4, 4], 16)}, "lora.dtype", "BOOL"),
+        ({"lora_A": ("F32", [0, 4], 0), "lora_B": ("F32", [4, 0], 0)}, "lora.shapes", "(0, 4)"),
+        ({"lora_A": ("F32", [2**60, 0], 0), "lora_B": ("F32", [0, 2**60], 0)}, "lora.shapes", "empty"),
+        ({"lora_A": ("F32", [4], 16), "lora_B": ("F32", [4], 16)}, "lora.shapes", "down (4,)"),
+        ({"lora_A": ("F32", [], 4), "lora_B": ("F32", [], 4)}, "lora.shapes", "down ()"),
+        ({"lora_A": ("F32", [2, 3], 24), "lora_B": ("F32", [3, 4], 48)}, "lora.shapes", "up (3, 4)"),
         (
             {"lora_A": ("F32", [2, 3, 1, 1], 24), "lora_B": ("F32", [3, 2, 2, 1], 48)},
-            r"tensors of incompatible shapes",
+            "lora.shapes",
+            "(3, 2, 2, 1)",
         ),
     ],
 )
-def test_tensors_that_no_lora_holds(tmp_path, tensors, message):
+def test_tensors_that_no_lora_holds(tmp_path, tensors, key, shows):
     """R-25: other dtypes, empty and shapeless tensors are refused in one line before they cost anything."""
     header, end = {}, 0
     for part, (dtype, shape, size) in tensors.items():
@@ -46,7 +44,7 @@ def test_tensors_that_no_lora_holds(tmp_path, tensors, message):
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(end))
     for read in (load_adapter, inspect_adapter):
-        with pytest.raises(AdapterError, match=rf"x.safetensors .*{message}") as caught:
+        with raises(AdapterError, key, shows=("x.safetensors ", shows)) as caught:
             read(path)
         assert "\n" not in str(caught.value)
 
@@ -58,7 +56,7 @@ def test_a_file_larger_than_any_lora(tmp_path):
     with (tmp_path / "x.safetensors").open("wb") as handle:
         handle.write(len(raw).to_bytes(8, "little") + raw)
         handle.truncate(8 + len(raw) + size)
-    with pytest.raises(AdapterError, match=r"x.safetensors has 1099\.5 GB"):
+    with raises(AdapterError, "file.too-large", shows=("x.safetensors", "1099.5 GB")):
         load_adapter(tmp_path / "x.safetensors")
 
 
@@ -92,25 +90,25 @@ def write_lora(path, metadata, **more):
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
+    ("value", "key", "shows"),
     [
-        ("{oops", "has lora_adapter_metadata that is not JSON"),
-        ("[" * 100_000, "has lora_adapter_metadata that is nested too deeply"),
-        ("[1]", "has lora_adapter_metadata that is not a JSON object"),
-        ('{"unet.lora_alpha": "many"}', "has a lora_alpha of 'many'"),
-        ('{"unet.lora_alpha": 1e999}', "has a lora_alpha of inf"),
-        ('{"unet.lora_alpha": %s}' % ("9" * 400), "has a lora_alpha of 999"),
-        ('{"unet.lora_alpha": true}', "has a lora_alpha of True"),
-        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": [1]}', "has an alpha_pattern that is not a table"),
-        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+$": 1}}', r"a regular expression, \(a\+\)\+\$"),
-        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"[": 1}}', r"a regular expression, \["),
+        ("{oops", "lora.metadata", "not JSON"),
+        ("[" * 100_000, "lora.metadata", "nested too deeply"),
+        ("[1]", "lora.metadata", "not a JSON object"),
+        ('{"unet.lora_alpha": "many"}', "lora.alpha", "'many'"),
+        ('{"unet.lora_alpha": 1e999}', "lora.alpha", "inf"),
+        ('{"unet.lora_alpha": %s}' % ("9" * 400), "lora.alpha", "999"),
+        ('{"unet.lora_alpha": true}', "lora.alpha", "True"),
+        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": [1]}', "lora.metadata", "alpha_pattern"),
+        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+$": 1}}', "lora.metadata", "(a+)+$"),
+        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"[": 1}}', "lora.metadata", "regular expression, ["),
     ],
 )
-def test_metadata_that_hurts(tmp_path, value, message):
+def test_metadata_that_hurts(tmp_path, value, key, shows):
     """R-25: what a file says of itself is checked, and its regular expressions are never run."""
     path = write_lora(tmp_path / "x.safetensors", {"lora_adapter_metadata": value})
     for read in (load_adapter, inspect_adapter):
-        with pytest.raises(AdapterError, match=rf"x.safetensors {message}|{message}") as caught:
+        with raises(AdapterError, key, shows=("x.safetensors", shows)) as caught:
             read(path)
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 600
@@ -140,7 +138,7 @@ def test_alphas_that_are_no_number(tmp_path, alpha):
     """R-25: an alpha of several values, or none that can be counted with."""
     path = write_lora(tmp_path / "x.safetensors", {}, alpha=alpha)
     for read in (load_adapter, inspect_adapter):
-        with pytest.raises(AdapterError, match=r"has an alpha of .* that is not a number"):
+        with raises(AdapterError, "lora.alpha"):
             read(path)
 
 
@@ -154,7 +152,7 @@ def test_padded_ranks_that_are_none(tmp_path, mixed_adapter, value):
     if value.startswith('{"'):
         assert load_adapter(tmp_path / "y.safetensors").rank == 6
     else:
-        with pytest.raises(AdapterError, match=r"has sdlora\.ranks that is no"):
+        with raises(AdapterError, "lora.metadata", shows="sdlora.ranks"):
             load_adapter(tmp_path / "y.safetensors")
 
 
@@ -171,11 +169,11 @@ def test_a_peft_configuration_that_cannot_be_read(tmp_path):
     write_lora(tmp_path / "adapter_model.safetensors", {})
     config = tmp_path / "adapter_config.json"
     config.write_bytes(b"\xff\xfe")
-    with pytest.raises(AdapterError, match=r"cannot read .*adapter_config\.json"):
+    with raises(AdapterError, "file.unreadable", shows="adapter_config.json"):
         load_adapter(tmp_path)
     with config.open("wb") as file:
         file.truncate(10**9)
-    with pytest.raises(AdapterError, match=r"adapter_config\.json is too large"):
+    with raises(AdapterError, "file.too-large", shows="adapter_config.json"):
         load_adapter(tmp_path)
 
 
@@ -183,7 +181,7 @@ def test_a_rank_that_would_fill_the_disk(tmp_path, make_adapter, unet):
     """R-02: one module of an absurd rank is not padded into all others."""
     adapter = make_adapter(unet)
     adapter.modules[next(iter(adapter.modules))] = LowRank(torch.ones(10**7, 1), torch.ones(1, 10**7))
-    with pytest.raises(AdapterError, match="many gigabytes; use --format diffusers"):
+    with raises(AdapterError, "export.formats", shows="--format diffusers"):
         save_adapter(tmp_path / "x.safetensors", adapter, dialect="kohya")
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from sdlora.errors import AdapterError
-from sdlora.lora.adapter import check_base, create_adapter, draw_adapter
+from sdlora.lora.adapter import check_base, draw_adapter
 from sdlora.lora.attach import match_targets, mount
 from sdlora.lora.kinds import LowRank
 from tests.checks import raises
+from tests.lora_fixtures import create_adapter
 
 
 def test_creation_depends_on_seed_and_name_alone(unet):
@@ -108,14 +109,14 @@ def test_first_steps_change_the_output_alike_for_all_ranks(make_unet, run):
     assert max(changes.values()) / min(changes.values()) < 1.5, changes
 
 
-def test_trainable_copy(unet, make_adapter):
-    """R-06: a trainable copy is fp32, shares nothing, and leaves the original as it was."""
-    adapter = make_adapter(unet).to(dtype=torch.float16)
-    copy = adapter.trainable()
-    assert adapter.dtype == torch.float16
-    assert copy.dtype == torch.float32
-    assert all(isinstance(tensor, torch.nn.Parameter) for tensor in copy.parameters())
-    copy.parameters()[0].data.zero_()
+def test_a_copy_shares_nothing(unet, make_adapter):
+    """R-06: a copy needs no gradient, and leaves the original as it was."""
+    adapter = make_adapter(unet)
+    copy = adapter.to(dtype=torch.float16)
+    assert (adapter.dtype, copy.dtype) == (torch.float32, torch.float16)
+    assert not any(tensor.requires_grad for tensor in copy.parameters())
+    copy = adapter.to()
+    copy.parameters()[0].zero_()
     assert adapter.parameters()[0].any()
     assert copy.num_parameters == adapter.num_parameters == sum(t.numel() for t in adapter.parameters())
     assert copy.scale == adapter.scale == 0.5

@@ -9,10 +9,11 @@ import torch
 from peft import LoraConfig
 
 from sdlora.errors import AdapterError
-from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import detach, match_targets, mount
 from sdlora.lora.kinds import LowRank
 from sdlora.lora.layers import Dropout, LoraLayer, StackEntry, lora_layers
+from tests.checks import raises
+from tests.lora_fixtures import create_adapter
 
 
 def add_peft(unet, adapter):
@@ -247,7 +248,5 @@ def test_each_sample_of_a_batch_has_its_own_strength(unet, run, make_adapter, ta
 def test_strengths_that_do_not_fit_the_batch(unet, run, make_adapter):
     """Three strengths for two samples are a mistake, not a broadcast."""
     mount(unet, [(make_adapter(unet).to(), torch.tensor([1.0, 0.5, 0.2]))])
-    with pytest.raises(
-        AdapterError, match="a batch of 2 does not go with 3 strengths; give one for each sample"
-    ):
+    with raises(AdapterError, "lora.strengths", shows=("3 strengths", "batch of 2")):
         run(unet)

@@ -17,7 +17,6 @@ from torch import nn
 from sdlora.config import BaseSection, load_config
 from sdlora.data.records import Size
 from sdlora.dtypes import Precision
-from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_modules, match_targets, mount
 from sdlora.memory.activations import META, DenoiserPass, denoiser_peak, peak_bytes, vae_peaks
 from sdlora.memory.estimate import DeviceInfo, MemoryInputs, as_size, estimate_memory, plan_memory
@@ -25,6 +24,7 @@ from sdlora.models.components import Component
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
 from sdlora.models.weights import empty_components, empty_model
+from tests.lora_fixtures import create_adapter
 
 FP32 = Precision("fp32", "fp32")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -243,7 +243,7 @@ torch.set_num_threads(1)
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from sdlora.config import BaseSection
 from sdlora.data.records import Size
-from sdlora.lora.adapter import create_adapter
+from tests.lora_fixtures import create_adapter
 from sdlora.lora.attach import match_targets, mount
 from sdlora.memory.activations import DenoiserPass, denoiser_peak
 from sdlora.models.info import inspect_base

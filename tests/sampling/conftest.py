@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from sdlora.config import BaseSection
-from sdlora.lora.adapter import Adapter, create_adapter
+from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import match_targets
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base, load_stock_pipeline
 from sdlora.models.stable_diffusion import StableDiffusion
+from tests.lora_fixtures import create_adapter
 
 
 @pytest.fixture(scope="session")

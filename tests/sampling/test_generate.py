@@ -18,7 +18,7 @@ from PIL import Image
 
 from sdlora.config import BaseSection
 from sdlora.formats.files import load_adapter, save_adapter
-from sdlora.lora.adapter import Adapter, create_adapter
+from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import detach, match_targets, mount
 from sdlora.lora.layers import lora_layers
 from sdlora.models.folder import BUILTIN
@@ -28,6 +28,7 @@ from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.sampling.generate import encode_prompts, make_columns
 from sdlora.sampling.images import FLAGGED, NOT_FINITE, SampledImage, SampleSettings, resolve_settings
 from tests.checks import assert_same_image
+from tests.lora_fixtures import create_adapter
 from tests.sampling.drawing import generate
 
 # diffusers' schedulers speak to numpy in an old way.

@@ -19,7 +19,7 @@ from sdlora.evaluation.evaluate import evaluate
 from sdlora.evaluation.heldout import heldout_loss
 from sdlora.formats.files import load_adapter, save_adapter
 from sdlora.formats.write import round_adapter
-from sdlora.lora.adapter import Adapter, create_adapter
+from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import match_targets, mounted
 from sdlora.models.info import inspect_base
 from sdlora.models.weights import empty_denoiser
@@ -32,6 +32,7 @@ from sdlora.training.train import resume, train
 from sdlora.tree.lineage import child_lineage, digest_file, lineage_to_notes, load_path, read_lineage
 from sdlora.tree.tree import AdapterTree
 from tests.checks import assert_same_image, raises
+from tests.lora_fixtures import create_adapter
 
 
 @pytest.fixture(scope="module")

@@ -30,11 +30,11 @@ STEP = """
 import ctypes, gc, json, sys, psutil, torch
 from pathlib import Path
 torch.set_num_threads(1)
-from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_modules, mount
 from sdlora.models.load import empty_model
 from sdlora.models.components import Component
 from sdlora.models.weights import fill
+from tests.lora_fixtures import create_adapter
 
 config, scheme = json.loads(sys.argv[1]), sys.argv[2]
 unet = empty_model("unet", config)

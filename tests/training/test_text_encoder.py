@@ -12,7 +12,6 @@ import sdlora
 from sdlora.config import BaseSection, load_config
 from sdlora.errors import ConfigError, RunStopped
 from sdlora.formats.files import load_adapter, save_adapter
-from sdlora.lora.adapter import create_adapter
 from sdlora.lora.attach import match_targets
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base, load_stock_pipeline
@@ -22,6 +21,7 @@ from sdlora.training.checkpoint import read_checkpoint
 from sdlora.training.plan import make_plan
 from sdlora.training.train import train
 from tests.checks import raises
+from tests.lora_fixtures import create_adapter
 
 CHANGES = {
     "train__steps": 4,

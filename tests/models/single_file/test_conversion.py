@@ -14,11 +14,12 @@ from sdlora.config import BaseSection
 from sdlora.errors import AdapterError
 from sdlora.export.extract import extract
 from sdlora.export.merge_into_base import merge_into_base
-from sdlora.lora.adapter import Adapter, create_adapter
+from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import match_targets
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
 from sdlora.models.stable_diffusion import StableDiffusion
+from tests.lora_fixtures import create_adapter
 
 
 def load(source: Path) -> StableDiffusion:
