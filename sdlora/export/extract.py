@@ -1,4 +1,4 @@
-"""The LoRA that is nearest to what fine-tuning changed in a base."""
+"""The LoRA that is closest to the change of a base by fine-tuning."""
 
 from __future__ import annotations
 
@@ -25,14 +25,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """How well a LoRA holds what fine-tuning changed.
+    """The accuracy of an extracted LoRA.
 
     Args:
-        num_modules: Modules with a pair.
-        num_unchanged: Modules of the targets that fine-tuning left as they were.
-        error: Of the targets: norm of what the rank cannot hold over the norm of the change.
-        outside: The share of the whole change's energy that lies outside of the targets: in other modules,
-            in norms and biases.
+        num_modules: Modules of the LoRA. num_unchanged: Target modules that fine-tuning did not change.
+        error: Of the targets: norm of the change beyond the rank over the norm of the change. outside: The
+        share of the whole change's energy outside of the targets: in other modules, norms, biases.
     """
 
     num_modules: int
@@ -41,12 +39,10 @@ class ExtractReport:
     outside: float
 
     def lines(self) -> list[str]:
-        """For people."""
         unchanged = f", {self.num_unchanged} were not changed" if self.num_unchanged else ""
         return [
             f"extracted {self.num_modules} modules{unchanged}; error {self.error:.2%} of their change",
-            f"outside   {self.outside:.2%} of the energy of the whole change is in weights that lora.targets "
-            "leaves out",
+            f"outside   {self.outside:.2%} of the energy of the whole change is outside of lora.targets",
         ]
 
 
@@ -59,7 +55,7 @@ def extract(
     text_encoder: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Adapter, ExtractReport]:
-    """Approximates what fine-tuning changed in a base by a LoRA, module by module (truncated SVD).
+    """Approximates the change of a base by fine-tuning with a LoRA, module by module (truncated SVD).
 
     Args:
         tuned: The fine-tuned base: a diffusers folder, a hub id or a file.
@@ -71,7 +67,7 @@ def extract(
 
     Raises:
         ModelError: If the two are of different families or sizes.
-        AdapterError: If nothing was changed.
+        AdapterError: If the targets were not changed.
     """
     new, old = (inspect_base(load_config(None, {"base.source": str(one)}).base) for one in (tuned, base))
     if new.family != old.family:
@@ -82,35 +78,34 @@ def extract(
     parts = empty_components(old, text=text_encoder)
     chosen = set(match_modules(parts, targets))
     modules: dict[str, LowRank] = {}
-    energies = {"held": 0.0, "lost": 0.0, "outside": 0.0}
-    done, show = 0, progress or (lambda finished, total: None)
+    inside = lost = outside = 0.0
+    done = 0
     for component in parts:
         for name, change in _changes(new.components[component], old.components[component], component):
             energy = float(change.double().square().sum())
             if name not in chosen:
-                energies["outside"] += energy
+                outside += energy
                 continue
             if energy:
                 found = decompose_dense(change.flatten(1), rank, tuple(change.shape[1:]))
-                held = min(float(found.values[:rank].double().square().sum()), energy)
                 modules[name] = found.truncate(rank)
-                energies["held"] += held
-                energies["lost"] += energy - held
+                inside += energy
+                lost += max(energy - float(found.values[:rank].double().square().sum()), 0.0)
             done += 1
-            show(done, len(chosen))
+            if progress:
+                progress(done, len(chosen))
     if not modules:
-        raise AdapterError(
-            f"{tuned} does not differ from {base} in {', '.join(targets)}; there is nothing to extract"
+        problem = (
+            f"{tuned} does not differ from {base} in {', '.join(targets)}; use another model or --targets"
         )
-    inside = energies["held"] + energies["lost"]
-    error, outside = math.sqrt(energies["lost"] / inside), energies["outside"] / sum(energies.values())
-    largest = max(pair.rank for pair in modules.values())
+        raise AdapterError(problem, key="extract.no-change")
+    largest = max(module.rank for module in modules.values())
     adapter = Adapter(modules, largest, float(largest), old.family, None, _notes(old, new))
-    return adapter, ExtractReport(len(modules), len(chosen) - len(modules), error, outside)
+    error, share = math.sqrt(lost / inside), outside / (inside + outside)
+    return adapter, ExtractReport(len(modules), len(chosen) - len(modules), error, share)
 
 
 def _notes(base: BaseInfo, tuned: BaseInfo) -> dict[str, str]:
-    """What the file says."""
     return {
         "sdlora.base_name": base.name,
         "sdlora.base_digest": base.digest,
@@ -125,28 +120,20 @@ def _notes(base: BaseInfo, tuned: BaseInfo) -> dict[str, str]:
 
 
 def _changes(new: Component, old: Component, component: str) -> Iterator[tuple[str, Tensor]]:
-    """What fine-tuning added to each tensor, fp32; a weight is called by its module.
-
-    Raises:
-        ModelError: If the two hold other tensors, or tensors of other sizes.
-    """
+    """The change of each tensor, fp32, weights by module; raises a ModelError if names or shapes differ."""
     after, before = (
-        {
-            module_of(component, name): (stored, shape)
-            for stored, (name, shape) in stored_weights(part).items()
-        }
+        {module_of(component, name): (key, shape) for key, (name, shape) in stored_weights(part).items()}
         for part in (new, old)
     )
     if strange := [name for name in before if name not in after or after[name][1] != before[name][1]]:
         raise ModelError(
             f"{len(strange)} tensors of the {component}, such as {strange[0]}, are not in {new.files[0]}, or "
-            "have other sizes there; use the base that it was fine-tuned from, and diffusers folders for both"
+            "have other sizes there; use the base it was fine-tuned from, and diffusers folders for both",
+            key="extract.other-base",
         )
-    orders = ({table[name][0]: name for name in before} for table in (after, before))
-    pairs = zip(
-        *(read_weights(part, order) for part, order in zip((new, old), orders, strict=True)), strict=True
-    )
-    for (name, one), (_, other) in pairs:
+    tuned = read_weights(new, {after[name][0]: name for name in before})
+    base = read_weights(old, {before[name][0]: name for name in before})
+    for (name, one), (_, other) in zip(tuned, base, strict=True):
         if one.is_floating_point():
             # A smaller copy of the same weights differs by rounding, which does not count as a change.
             rounded = other.to(one.dtype) if one.itemsize < other.itemsize else other

@@ -1,4 +1,4 @@
-"""The README.md beside an adapter, as Hugging Face reads it."""
+"""The README.md of an adapter, for Hugging Face."""
 
 from __future__ import annotations
 
@@ -21,15 +21,7 @@ def write_model_card(
     grid: str | None = None,
     weights: str = "final.safetensors",
 ) -> Path:
-    """Writes the card: front matter, grid, how to use it, settings.
-
-    Args:
-        path: `README.md`.
-        facts: The run.
-        prompts: With the trigger already in place.
-        grid: The image's name beside the card.
-        weights: The diffusers file's name beside the card.
-    """
+    """Writes the card (front matter, grid, usage, settings); `grid` and `weights` are files beside it."""
     sections = [
         _front_matter(facts, prompts, grid),
         f"# {facts.title}\n\n{_summary(facts)}",
@@ -41,7 +33,7 @@ def write_model_card(
 
 
 def _front_matter(facts: TrainingMetadata, prompts: Sequence[str], grid: str | None) -> str:
-    """YAML; a JSON text is a YAML text, so that quotes, colons and line breaks in prompts are safe."""
+    """YAML; a JSON text is also YAML, so quotes, colons and line breaks in prompts are safe."""
     lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image"]
     # Hugging Face refuses a base_model that is not the id of a model there.
     if re.fullmatch(r"[\w.-]+/[\w.-]+", facts.base_name):
@@ -73,10 +65,10 @@ def _summary(facts: TrainingMetadata) -> str:
 
 def _usage(facts: TrainingMetadata, prompts: Sequence[str], weights: str) -> str:
     prompt = next(iter(prompts), facts.trigger or "a picture")
-    base = _quote(facts.base_name)
+    base, imports = _quote(facts.base_name), []
     if facts.base_name == "builtin":
         base = 'Path(sdlora.__file__).parent / "builtin" / "base"'
-    imports = ["from pathlib import Path", "", "import sdlora"] if facts.base_name == "builtin" else []
+        imports = ["from pathlib import Path", "", "import sdlora"]
     code = [
         *imports,
         "from diffusers import StableDiffusionPipeline",
