@@ -1,8 +1,9 @@
-"""Model families, and whether a base's configurations are those of one that can be trained."""
+"""Model families, and the checks that a base is one of them."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any, get_args
 
 from sdlora.config import PredictionType
 from sdlora.errors import ModelError, join_names, shorten
-from sdlora.models.components import Component, read_json
+from sdlora.models.components import AGAIN, Component, read_json
+from sdlora.models.infer_config import NUM_TIME_IDS
 from sdlora.reading import PICKLES
 
 
@@ -19,12 +21,12 @@ class Family:
     """One kind of Stable Diffusion.
 
     Args:
-        name: Our word for it, as written into files.
-        title: As people say it.
+        name: Our name for it, as written into files.
+        title: Its name for people.
         kohya_version: `ss_base_model_version`.
         kohya_v2: `ss_v2`.
         architecture: `modelspec.architecture` without its `/lora`.
-        resolution: The side in pixels that it was trained for, where its own configuration is silent.
+        resolution: Side in pixels of its training images, if its own configuration has none.
         pipeline: The stock diffusers pipeline class.
         text_encoders: Folder names of its text encoders.
     """
@@ -62,118 +64,88 @@ FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}
 
 
 def family_of(denoiser_config: Mapping[str, Any]) -> str:
-    """The family, by what conditions the denoiser; widths do not decide, since small variants exist."""
+    """The family, by the inputs of the UNet; its widths do not decide, since small variants exist."""
     if denoiser_config.get("addition_embed_type") == "text_time":
         return "sdxl"
     return "sd2" if denoiser_config.get("use_linear_projection") else "sd1"
 
 
-def describe_family(name: str, prediction_type: str) -> Family:
-    """The row of the table; Stable Diffusion 2 has one for each prediction type."""
-    if name == "sd2" and prediction_type == "v_prediction":
-        return SD2_V
-    return FAMILIES[name]
-
-
 SOURCES = "builtin, a diffusers folder, a .safetensors file of a whole base, or a hub id"
-GIVE_BASE = "give an SD 1.x, SD 2.x or SDXL base"
+USE_BASE = "use an SD 1.x, SD 2.x or SDXL base"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-CLASSES = {
-    "AutoencoderKL": "a VAE alone",
-    "UNet2DConditionModel": "a UNet alone",
-    "ControlNetModel": "a ControlNet",
-    "CLIPTextModel": "a text encoder alone",
-    "CLIPTextModelWithProjection": "a text encoder alone",
+# Patterns of tensor names, and what a file with them is. The first one that matches counts.
+FILES = {
+    "base.is-lora": (r"lora_|\.lora\.|hada_|lokr_", "a LoRA file; use the base it was made for"),
+    "base.is-controlnet": (r"control_model\.|controlnet_", "a ControlNet; use a base"),
+    "base.architecture": (r"(double|joint)_blocks\.|\.attn\.add_q_proj", f"a transformer; {USE_BASE}"),
+    "base.is-unet": (r"time_embed(ding)?\.", "a UNet alone; use the whole base"),
+    "base.is-vae": (r"decoder\.(conv_in|up)", "a VAE alone; use a base, and pass this file as base.vae"),
+    "base.is-text-encoder": (r"text_model\.|token_embedding", "a text encoder alone; use the whole base"),
 }
 
 
 def refuse_file(path: Path, key: str) -> None:
-    """Names a file that holds no tensors, or may hold more than tensors.
+    """Refuses an existing file that is not a safetensors file, by its name and its first bytes.
 
     Args:
-        path: An existing file.
+        path: The file.
         key: The setting with its value, such as `base.source = model.ckpt`.
-
-    Raises:
-        ModelError: Unless it is a safetensors file.
     """
     suffix = path.suffix.lower()
     with path.open("rb") as handle:
         start = handle.read(8)
     if suffix in PICKLES or start[:2] in (b"PK", b"\x80\x02"):
         raise ModelError(
-            f"{key} is a pickle, which can run any code when it is read; "
-            "get it as .safetensors, or convert it with a tool that you trust"
+            f"{key} is a pickle, which can run code when opened; "
+            "download it as .safetensors, or convert it with a tool that you trust",
+            key="base.pickle",
         )
-    if suffix in IMAGES:
-        raise ModelError(f"{key} is an image; give {SOURCES}")
     if suffix != ".safetensors":
-        what = f"a {suffix} file" if suffix else "a file"
-        raise ModelError(f"{key} is {what}, not a model; give {SOURCES}")
+        kind = "an image" if suffix in IMAGES else f"a {suffix} file" if suffix else "a file without suffix"
+        raise ModelError(f"{key} is {kind}, not a model; use {SOURCES}", key="base.not-a-model")
 
 
-def describe_tensors(names: Iterable[str]) -> str:
-    """Describes a safetensors file that is not a base, by the names of its tensors, and what to do."""
-    names = list(names)
-
-    def has(*parts: str) -> bool:
-        return any(part in name for name in names for part in parts)
-
-    if has("lora_", ".lora.", "hada_", "lokr_"):
-        return "is a LoRA file, not a base; give the base it was made for, and the LoRA to `sdlora sample`"
-    if has("control_model.", "controlnet_"):
-        return f"is a ControlNet, not a base; give {SOURCES}"
-    if has("model.diffusion_model."):
-        return f"is a UNet with its text encoders or a whole base, and no VAE alone; {GIVE_BASE}"
-    if has("double_blocks.", "joint_blocks.", "transformer_blocks.0.attn.add_q_proj"):
-        return f"is a transformer of another architecture than Stable Diffusion's UNet; {GIVE_BASE}"
-    if has("down_blocks.", "input_blocks.") and has("time_embedding.", "time_embed."):
-        return (
-            "is a UNet alone; give the whole base: a folder with model_index.json, or one file with all parts"
-        )
-    if has("decoder.conv_in", "decoder.up"):
-        return "is a VAE alone; give a base, and this as base.vae"
-    if has("text_model.", "token_embedding"):
-        return "is a text encoder alone; give the whole base"
-    first = ", ".join(names[:3])
-    return f"is not a base (its tensors are {first} ...); give {SOURCES}"
+def refuse_tensors(names: Iterable[str], key: str) -> ModelError:
+    """The error for a safetensors file that is not a base, by the names of its tensors."""
+    listed = list(names)
+    for kind, (pattern, description) in FILES.items():
+        if any(re.search(pattern, name) for name in listed):
+            return ModelError(f"{key} is {description}", key=kind)
+    first = join_names(listed, 3)
+    return ModelError(f"{key} is not a base (its tensors: {first}); use {SOURCES}", key="base.not-a-base")
 
 
 def refuse_folder(folder: Path, key: str) -> ModelError:
-    """The error for a folder without `model_index.json`.
-
-    Args:
-        folder: An existing folder.
-        key: The setting with its value.
-    """
+    """The error for an existing folder without `model_index.json`."""
     names = sorted(file.name + "/" * file.is_dir() for file in folder.iterdir())
     if "events.jsonl" in names or "adapters/" in names:
-        return ModelError(f"{key} is a run of sdlora, not a base; give the base that the run was trained on")
+        return ModelError(
+            f"{key} is a run of sdlora, not a base; use the base of that run", key="base.is-a-run"
+        )
     if "adapter_config.json" in names or "pytorch_lora_weights.safetensors" in names:
-        return ModelError(f"{key} is a LoRA folder, not a base; give the base it was made for")
-    remedy = "give the folder that holds model_index.json"
+        return ModelError(
+            f"{key} is a LoRA folder, not a base; use the base it was made for", key="base.is-lora"
+        )
+    remedy = "use the folder with model_index.json"
     if (folder.parent / "model_index.json").is_file():
-        remedy = f"give {folder.parent}"
-    inner = [name for name in names if (folder / name / "model_index.json").is_file()]
-    if inner:
-        remedy = f"did you mean {folder / inner[0]}?"
-    if "config.json" in names:
-        config = read_json(folder / "config.json")
-        kind = str(config.get("_class_name") or (config.get("architectures") or [""])[0])
-        if kind:
-            extra = ", and this as base.vae" if kind == "AutoencoderKL" else ""
-            return ModelError(f"{key} is {CLASSES.get(kind, f'a {kind}')}, not a base; {remedy}{extra}")
+        remedy = f"use {folder.parent}"
+    elif inner := [name for name in names if (folder / name / "model_index.json").is_file()]:
+        remedy = f"use {folder / inner[0]}"
+    config = read_json(folder / "config.json") if "config.json" in names else {}
+    if kind := str(config.get("_class_name") or (config.get("architectures") or [""])[0]):
+        extra = ", and pass this folder as base.vae" if kind == "AutoencoderKL" else ""
+        return ModelError(f"{key} has a {kind} alone, not a base; {remedy}{extra}", key="base.component")
     return ModelError(
-        f"{key} is not a diffusers folder: no model_index.json "
-        f"(it holds {join_names(names, 6) or 'nothing'}); {remedy}"
+        f"{key} is not a diffusers folder: it has no model_index.json "
+        f"(found: {join_names(names, 6) or 'no files'}); {remedy}",
+        key="base.not-a-base",
     )
 
 
 PREDICTIONS: tuple[PredictionType, ...] = get_args(PredictionType)
-NUM_TIME_IDS = 6
 CHANNELS = {5: "a depth", 7: "an upscaling", 8: "an instruct-pix2pix", 9: "an inpainting"}
 
-# What is computed with before anything is built; whatever else is odd stops the building.
+# Values that are used before the network is built; other invalid values are errors of building it.
 COUNTS = {
     "unet": (
         *("in_channels", "out_channels", "block_out_channels", "cross_attention_dim", "sample_size"),
@@ -185,103 +157,119 @@ COUNTS = {
 CLIP_TEXT = ("clip_text_model", "clip")
 # Inputs of a UNet beside text and SDXL's sizes.
 OTHER_INPUTS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type")
-# Schedulers of other ways to train: what they call noise is not what betas say.
-OTHER_WAYS = {"EDM": "the EDM way", "FlowMatch": "by flow matching"}
+# Schedulers whose noise does not follow from betas.
+OTHER_METHODS = ("EDM", "FlowMatch")
 
 
-def check_part(part: Component) -> None:
-    """Refuses a part of another class, and numbers that are none.
+def check_base(
+    components: Mapping[str, Component], scheduler: Mapping[str, Any], key: str, vae_key: str
+) -> None:
+    """Refuses components that cannot be trained, or that do not fit together.
 
-    Raises:
-        ModelError: Naming the file and what it says.
+    Args:
+        components: UNet, VAE and text encoders by their names in diffusers.
+        scheduler: Configuration of the scheduler.
+        key: The setting of the base with its value, for error messages.
+        vae_key: The setting of the VAE with its value.
     """
+    for component in components.values():
+        _check_component(component)
+    unet = components["unet"].config
+    _check_inputs(unet, key)
+    _check_latents(unet, components["vae"].config, vae_key)
+    _check_texts(unet, [part.config for name, part in components.items() if "text_encoder" in name], key)
+    _check_scheduler(scheduler, key)
+
+
+def _check_component(part: Component) -> None:
+    """Refuses another class, and sizes that are not numbers above 0."""
     config, place = part.config, part.folder / "config.json" if part.folder else part.files[0]
     kind = part.name.removesuffix("_2")
     vae, text = config.get("_class_name", "AutoencoderKL"), config.get("model_type", CLIP_TEXT[0])
     if kind == "vae" and vae != "AutoencoderKL":
-        raise ModelError(f"{place} is of {_article(vae)}, not an AutoencoderKL; give one with base.vae")
+        raise ModelError(
+            f"{place} describes a VAE of class {shorten(str(vae))}; set base.vae to an AutoencoderKL",
+            key="base.vae",
+        )
     if kind == "text_encoder" and text not in CLIP_TEXT:
-        raise ModelError(f"{place} is of {_article(text)}, not CLIP's text encoder; {GIVE_BASE}")
-    for key in COUNTS[kind]:
-        value = config.get(key)
+        raise ModelError(
+            f"{place} describes a text encoder of type {shorten(str(text))}, not CLIP; {USE_BASE}",
+            key="base.text-encoder",
+        )
+    for name in COUNTS[kind]:
+        value = config.get(name)
         counts = value if isinstance(value, list | tuple) else [value]
         if value is not None and not (counts and all(type(count) is int and count > 0 for count in counts)):
-            raise ModelError(
-                f"{place}: {key} = {shorten(repr(value))} must be whole numbers above 0; "
-                "download or copy it again"
-            )
+            raise _invalid(place, name, value, "whole numbers")
     scale = config.get("scaling_factor", 1.0)
     if type(scale) not in (int, float) or not 0 < scale < math.inf:
-        raise ModelError(
-            f"{place}: scaling_factor = {shorten(repr(scale))} must be a number above 0; "
-            "download or copy it again"
-        )
+        raise _invalid(place, "scaling_factor", scale, "a number")
 
 
-def _article(name: Any) -> str:
-    word = shorten(str(name))
-    return f"{'an' if word[:1].lower() in 'aeiou' else 'a'} {word}"
+def _invalid(place: Path, name: str, value: object, kind: str) -> ModelError:
+    return ModelError(
+        f"{place}: {name} = {shorten(repr(value))} must be {kind} above 0; {AGAIN}", key="base.config"
+    )
 
 
-def check_latents(unet: Mapping[str, Any], vae: Mapping[str, Any], key: str) -> None:
-    """Refuses a UNet and a VAE that cannot work together."""
-    channels, latent = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-    if channels != latent and unet.get("out_channels", 4) == latent:
-        raise ModelError(
-            f"{key} is {CHANNELS.get(channels, 'an inpainting or depth')} base "
-            f"(UNet {channels} channels, VAE {latent}); "
-            "give the text-to-image base of the family"
-        )
-    if channels != latent:
-        raise ModelError(
-            f"{key}: the UNet takes {channels} latent channels, the VAE makes {latent}; give a VAE that fits"
-        )
-
-
-def check_inputs(unet: Mapping[str, Any], key: str) -> None:
-    """Refuses a UNet that must be told what neither captions nor sizes say."""
+def _check_inputs(unet: Mapping[str, Any], key: str) -> None:
+    """Refuses a UNet with inputs that neither captions nor image sizes provide."""
     others = {name: unet[name] for name in OTHER_INPUTS if unet.get(name)}
     if unet.get("addition_embed_type") not in (None, "text_time"):
         others["addition_embed_type"] = unet["addition_embed_type"]
     for name, value in others.items():
         raise ModelError(
-            f"{key} has a UNet that reads more than text ({name} = {shorten(repr(value))} in its "
-            f"config.json), which sdlora does not give it; {GIVE_BASE}"
+            f"{key}: its UNet needs inputs beside text ({name} = {shorten(repr(value))} in its config.json), "
+            f"which is not supported; {USE_BASE}",
+            key="base.other-inputs",
         )
 
 
-def check_texts(unet: Mapping[str, Any], texts: Sequence[Mapping[str, Any]], key: str) -> None:
-    """Refuses a UNet and text encoders that cannot work together."""
-    width, given = unet.get("cross_attention_dim", 1280), sum(text.get("hidden_size", 0) for text in texts)
-    if given != width:
+def _check_latents(unet: Mapping[str, Any], vae: Mapping[str, Any], key: str) -> None:
+    """Refuses a VAE whose latents the UNet cannot read."""
+    channels, latent = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    if channels == latent:
+        return
+    if unet.get("out_channels", 4) == latent:
         raise ModelError(
-            f"{key}: the UNet reads text of width {width}, "
-            f"the text encoder{'s' * (len(texts) > 1)} give {given}; the parts are of different bases"
+            f"{key} is {CHANNELS.get(channels, 'an inpainting or depth')} base (UNet {channels} channels, "
+            f"VAE {latent}); use the text-to-image base of the family",
+            key="base.not-text-to-image",
         )
-    if unet.get("addition_embed_type") == "text_time":
+    raise ModelError(
+        f"{key}: the UNet reads {channels} latent channels, the VAE makes {latent}; use a VAE that fits",
+        key="base.latents",
+    )
+
+
+def _check_texts(unet: Mapping[str, Any], texts: Sequence[Mapping[str, Any]], key: str) -> None:
+    """Refuses text encoders whose states the UNet cannot read."""
+    wanted, found = unet.get("cross_attention_dim", 1280), sum(text.get("hidden_size", 0) for text in texts)
+    states = "text states"
+    if wanted == found and unet.get("addition_embed_type") == "text_time":
+        sizes = NUM_TIME_IDS * unet.get("addition_time_embed_dim", 256)
         wanted = unet.get("projection_class_embeddings_input_dim")
-        sizes, pooled = (
-            NUM_TIME_IDS * unet.get("addition_time_embed_dim", 256),
-            texts[-1].get("projection_dim", 512),
+        found, states = sizes + texts[-1].get("projection_dim", 512), "pooled text and sizes"
+    if wanted != found:
+        raise ModelError(
+            f"{key}: the UNet reads {states} of width {wanted}, its text encoders make {found}; "
+            "the components are of different bases",
+            key="base.text-states",
         )
-        if wanted != sizes + pooled:
-            raise ModelError(
-                f"{key}: the UNet reads pooled text and sizes of width {wanted}, here they have "
-                f"{pooled} and {sizes}; the parts are of different bases"
-            )
 
 
-def check_prediction(scheduler: Mapping[str, Any], key: str) -> None:
+def _check_scheduler(scheduler: Mapping[str, Any], key: str) -> None:
+    """Refuses other noise than that of betas, and unknown prediction types."""
     name = str(scheduler.get("_class_name"))
-    for start, way in OTHER_WAYS.items():
-        if name.startswith(start):
-            raise ModelError(
-                f"{key} was trained {way} ({shorten(name)}), which sdlora does not train; "
-                "give a base with an ordinary scheduler"
-            )
+    if name.startswith(OTHER_METHODS):
+        raise ModelError(
+            f"{key} was trained with unsupported noise ({shorten(name)}); {USE_BASE}",
+            key="base.method",
+        )
     kind = scheduler.get("prediction_type") or "epsilon"
     if kind not in PREDICTIONS:
         raise ModelError(
-            f"{key}: prediction_type = {kind!r} in its scheduler_config.json is not known; "
-            f"it must be one of {', '.join(PREDICTIONS)}"
+            f"{key}: prediction_type = {kind!r} in its scheduler_config.json must be one of "
+            f"{', '.join(PREDICTIONS)}",
+            key="base.prediction-type",
         )

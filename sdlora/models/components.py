@@ -1,4 +1,4 @@
-"""Components of a base on the disk: files, completeness and fingerprints, without loading weights."""
+"""Components of a base on disk: files, completeness and fingerprints, without loading weights."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from sdlora import reading
 from sdlora.errors import ModelError
@@ -20,6 +21,11 @@ VARIANTS = ("fp16", "bf16")
 MAX_JSON_BYTES = 32 * 2**20
 WINDOW_BYTES = 2**20
 WINDOWS = 64
+AGAIN = "download or copy it again"
+FORMATS = {"F32": "f", "BF16": "f", "F16": "e"}
+
+# Neighbouring bytes: file, first byte, number of bytes.
+Span: TypeAlias = tuple[Path, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,14 +33,14 @@ class Component:
     """A denoiser, a VAE or a text encoder.
 
     Args:
-        name: As diffusers calls it, such as `text_encoder_2`.
-        config: What its `config.json` says, or would say.
-        files: The safetensors files that hold its weights.
+        name: Its name in diffusers, such as `text_encoder_2`.
+        config: Contents of its `config.json`, inferred from the shapes in a single file.
+        files: The safetensors files with its weights.
         digest: Fingerprint of its weights and its configuration.
-        num_parameters: How many numbers it has.
-        folder: The folder that diffusers or transformers loads it from; None in a single file.
-        variant: What stands in the names of the folder's files, such as `fp16`.
-        prefix: Of its tensors in a single file.
+        num_parameters: Number of its parameters.
+        folder: Its folder in the diffusers layout; None in a single file.
+        variant: Precision in the names of the folder's files, such as `fp16`.
+        prefix: Prefix of its tensors in a single file.
     """
 
     name: str
@@ -46,17 +52,15 @@ class Component:
     variant: str | None = None
     prefix: str = ""
 
+    @property
+    def path(self) -> Path:
+        """The folder or the single file, for messages."""
+        return self.folder or self.files[0]
+
 
 @dataclass(frozen=True, eq=False)
 class TokenizerSpec:
-    """A tokenizer.
-
-    Args:
-        folder: With its vocabulary.
-        digest: Fingerprint of its files and settings.
-        settings: What the folder does not say, such as `pad_token`.
-        length: The longest prompt in tokens that it allows; None if it sets no limit.
-    """
+    """A tokenizer: folder, fingerprint, settings that the folder lacks, longest prompt in tokens."""
 
     folder: Path
     digest: str
@@ -64,18 +68,18 @@ class TokenizerSpec:
     length: int | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class BaseFiles:
-    """A base as it lies on the disk.
+    """A base on disk.
 
     Args:
-        path: The folder, or the file.
+        path: The diffusers folder, or the single file.
         family: Its name in the table of families.
-        components: By diffusers' names; a single file may lack the VAE.
+        components: UNet, VAE and text encoders by their names in diffusers; a single file may lack the VAE.
         tokenizers: One for each text encoder.
         scheduler_config: Betas and prediction type.
-        zeroes_empty_prompt: Whether its pipeline takes zeros for the text states of an empty prompt.
-        notices: What had to be assumed, for people.
+        zeroes_empty_prompt: Whether its pipeline uses zeros for the text states of an empty prompt.
+        notices: Assumptions to print.
     """
 
     path: Path
@@ -88,118 +92,116 @@ class BaseFiles:
 
 
 def read_tokenizer_spec(folder: Path, settings: Mapping[str, Any], length: int | None) -> TokenizerSpec:
-    """The tokenizer of a folder; see `TokenizerSpec`."""
     files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".txt")]
     return TokenizerSpec(folder, digest_weights(files, settings), settings, length)
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Neighbouring bytes of a file."""
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Names the file and the remedy in errors of reading."""
+    try:
+        yield
+    except UnfitFileError as error:
+        raise ModelError(f"{path} {error}; {AGAIN}", key=error.key) from None
+    except OSError as error:
+        raise ModelError(f"cannot read {path} ({error.strerror}); {AGAIN}", key="base.unreadable") from None
 
-    path: Path
-    start: int
-    size: int
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; raises a ModelError for other files."""
+    with _reading(path):
+        value = reading.read_json(path, MAX_JSON_BYTES)
+        if not isinstance(value, dict):
+            raise UnfitFileError("is not a JSON object", "file.json")
+        return value
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file that is whole (R-25).
-
-    Raises:
-        ModelError: If it is another kind of file, or its size differs from what the header says.
-    """
-    try:
+    """Reads the header of a complete safetensors file (R-25); raises a ModelError for other files."""
+    with _reading(path):
         return reading.read_header(path)
-    except UnfitFileError as error:
-        raise ModelError(f"{path} {error}; download or copy it again", key=error.key) from None
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error.strerror}); download or copy it again") from None
 
 
 def spans_of(path: Path, header: Header, prefix: str) -> list[Span]:
-    """Where the tensors with a prefix lie in a file; neighbours are one span."""
+    """The bytes of the tensors with a prefix; neighbours are one span."""
     spans: list[Span] = []
     for start, size in sorted(at for name, at in header.spans.items() if name.startswith(prefix)):
-        if spans and start == spans[-1].start + spans[-1].size:
-            spans[-1] = Span(path, spans[-1].start, spans[-1].size + size)
+        if spans and start == spans[-1][1] + spans[-1][2]:
+            spans[-1] = (path, spans[-1][1], spans[-1][2] + size)
         else:
-            spans.append(Span(path, start, size))
+            spans.append((path, start, size))
     return spans
 
 
 def read_values(path: Path, header: Header, name: str) -> list[float]:
-    """The numbers of one small tensor.
-
-    Raises:
-        ModelError: If they are not floating point numbers of 16 or 32 bits.
-    """
+    """Reads a small tensor of fp32, fp16 or bf16 without torch; raises a ModelError for other dtypes."""
     start, size = header.spans[name]
     with path.open("rb") as handle:
         handle.seek(start)
         raw = handle.read(size)
-    kind, codes = header.dtypes[name], {"F32": "f", "BF16": "f", "F16": "e"}
-    if kind not in codes:
-        raise ModelError(f"{path}: {name} is stored as {kind}; give a file in fp32, fp16 or bf16")
+    kind = header.dtypes[name]
+    if kind not in FORMATS:
+        raise ModelError(
+            f"{path}: {name} is stored as {kind}; use a file in fp32, fp16 or bf16", key="base.dtype"
+        )
     if kind == "BF16":  # the upper half of a float32
         raw = b"".join(b"\0\0" + raw[place : place + 2] for place in range(0, size, 2))
-    return list(struct.unpack(f"<{prod(header.shapes[name])}{codes[kind]}", raw))
+    return list(struct.unpack(f"<{prod(header.shapes[name])}{FORMATS[kind]}", raw))
 
 
 def check_dtypes(header: Header, key: str, prefix: str = "") -> None:
-    """Refuses weights that are no plain numbers.
-
-    Raises:
-        ModelError: If some are packed into integers.
-    """
+    """Refuses weights that are packed into integers."""
     kinds = {kind for name, kind in header.dtypes.items() if name.startswith(prefix)}
     if packed := kinds & {"U8", "I8"}:
         raise ModelError(
-            f"{key} is quantised already (its weights are {', '.join(sorted(packed))}); "
-            "give it in fp16 or fp32"
+            f"{key} is already quantized (its weights are {', '.join(sorted(packed))}); "
+            "use the same base in fp16 or fp32",
+            key="base.quantized",
         )
 
 
 def has_weights(folder: Path, stem: str, variant: str | None = None) -> bool:
-    """Whether a part's folder holds its weights in a precision, or in any; see `find_weights`."""
+    """Whether a folder has weights in a precision, or in any; see `find_weights`."""
     kinds = (variant,) if variant else (None, *VARIANTS)
-    return any(place.is_file() for kind in kinds for place in _places(folder, stem, kind))
+    return any(file.is_file() for kind in kinds for file in _weight_files(folder, stem, kind))
 
 
 def find_weights(
     folder: Path, stem: str, key: str, variant: str | None = None
 ) -> tuple[list[Path], str | None]:
-    """The safetensors files of one part of a base, in order, and what their names say of the precision.
+    """The safetensors files of one component, in order, and the precision in their names.
 
     Args:
-        folder: The part's folder, such as `BASE/vae`.
+        folder: The component's folder, such as `BASE/vae`.
         stem: `diffusion_pytorch_model` or `model`.
-        key: The setting with its value, to open the error message with.
-        variant: `fp16` or `bf16`, to be taken before the plain files where it is there.
+        key: The setting with its value, for error messages.
+        variant: `fp16` or `bf16`, preferred to the plain files.
 
     Raises:
         ModelError: If there are none, if a shard is missing, or if there are only pickles (R-44).
     """
     for kind in dict.fromkeys((variant, None, *VARIANTS)):
-        whole, index = _places(folder, stem, kind)
+        whole, index = _weight_files(folder, stem, kind)
         if whole.is_file():
             return [whole], kind
         if index.is_file():
             return _find_shards(index, key), kind
     names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
-    pickles = [name for name in names if name.endswith(PICKLES)]
-    if pickles:
+    if pickles := [name for name in names if name.endswith(PICKLES)]:
         raise ModelError(
-            f"{key} has only {folder.name}/{pickles[0]}, a pickle, which can run any code when it is read; "
-            "give a base with .safetensors files"
+            f"{key} has only {folder.name}/{pickles[0]}, a pickle, which can run code when opened; "
+            "use a base with .safetensors files",
+            key="base.pickle",
         )
     raise ModelError(
         f"{key} is incomplete: {folder / stem}.safetensors is missing "
-        f"(beside it: {', '.join(names[:5]) or 'nothing'}); download or copy it again"
+        f"(the folder has {', '.join(names[:5]) or 'no files'}); {AGAIN}",
+        key="base.incomplete",
     )
 
 
-def _places(folder: Path, stem: str, kind: str | None) -> tuple[Path, Path]:
-    """Of the weights in one file, and of the index of those in several."""
+def _weight_files(folder: Path, stem: str, kind: str | None) -> tuple[Path, Path]:
+    """Paths of the weights in one file, and of the index of shards."""
     dotted = f".{kind}" if kind else ""
     return folder / f"{stem}{dotted}.safetensors", folder / f"{stem}.safetensors.index{dotted}.json"
 
@@ -208,76 +210,46 @@ def _find_shards(index: Path, key: str) -> list[Path]:
     table = read_json(index).get("weight_map")
     names = sorted(set(map(str, table.values()))) if isinstance(table, dict) else []
     if outside := [name for name in names if Path(name).name != name]:
-        raise ModelError(f"{index} names {outside[0]!r}, which is not beside it; get the base from elsewhere")
+        raise ModelError(
+            f"{index} names {outside[0]!r}, which is not in its folder; use another copy of the base",
+            key="base.foreign-file",
+        )
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing or not names:
         raise ModelError(
-            f"{key} is incomplete: {index.parent} lacks {', '.join(missing) or 'all shards'}; "
-            "download or copy it again"
+            f"{key} is incomplete: {index.parent} lacks {', '.join(missing) or 'all shards'}; {AGAIN}",
+            key="base.incomplete",
         )
     return [index.parent / name for name in names]
 
 
-def count_parameters(files: Iterable[Path]) -> int:
-    """How many numbers the files hold, read from their headers."""
-    return sum(prod(shape) for file in files for shape in read_header(file).shapes.values())
-
-
 def digest_weights(spans: Iterable[Span | Path], *configs: Mapping[str, Any]) -> str:
-    """Fingerprint of one part of a base: sha256 over its bytes and the settings that decide what they do.
+    """Fingerprint of a component: sha256 over its bytes and its settings, without those that begin with `_`.
 
-    A file, or a span of one, of up to 64 MiB is read in full, of a larger one its size and 64 windows of one
-    MiB, evenly spread from the first to the last byte: 3 GB take a tenth of a second instead of ten,
-    and two trainings of one architecture differ in every window.
+    A file or span of up to 64 MiB is read in full. Of a larger one the size and 64 windows of one MiB are
+    read, evenly spread from the first to the last byte: 3 GB take a tenth of a second instead of ten, and two
+    trainings of one architecture differ in every window.
     """
     sha = hashlib.sha256()
     for config in configs:
         own = {key: value for key, value in config.items() if not key.startswith("_")}
         sha.update(json.dumps(own, sort_keys=True).encode())
     for span in spans:
-        whole = Span(span, 0, span.stat().st_size) if isinstance(span, Path) else span
-        sha.update(whole.size.to_bytes(8, "little"))
-        for window in _windows(whole):
-            sha.update(window)
+        path, start, size = (span, 0, span.stat().st_size) if isinstance(span, Path) else span
+        sha.update(size.to_bytes(8, "little"))
+        count, length = (1, size) if size <= WINDOWS * WINDOW_BYTES else (WINDOWS, WINDOW_BYTES)
+        with path.open("rb") as handle:
+            for number in range(count):
+                handle.seek(start + (size - length) * number // max(count - 1, 1))
+                sha.update(handle.read(length))
     return sha.hexdigest()
 
 
 @lru_cache(maxsize=4)
 def kohya_hashes(path: Path) -> tuple[str, str]:
-    """The hashes that web UIs know a base in one file by: the old one, of 64 KiB, and the sha256 of it all.
-
-    A second for each 2 GB, once in a process.
-    """
+    """The hashes of a single-file base in web UIs: the old one, of 64 KiB, and sha256; 2 GB take a second."""
     with path.open("rb") as handle:
         handle.seek(0x100000)
         old = hashlib.sha256(handle.read(0x10000)).hexdigest()[:8]
         handle.seek(0)
         return old, hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _windows(span: Span) -> Iterator[bytes]:
-    fits = span.size <= WINDOWS * WINDOW_BYTES
-    last = 0 if fits else span.size - WINDOW_BYTES
-    with span.path.open("rb") as handle:
-        for start in [0] if fits else [last * number // (WINDOWS - 1) for number in range(WINDOWS)]:
-            handle.seek(span.start + start)
-            yield handle.read(span.size if fits else WINDOW_BYTES)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        ModelError: If the file is missing, unreadable or something else.
-    """
-    try:
-        value = reading.read_json(path, MAX_JSON_BYTES)
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing; the base is incomplete, download or copy it again") from None
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error.strerror}); download or copy it again") from None
-    except UnfitFileError as error:
-        raise ModelError(f"{path} {error}; download or copy it again", key=error.key) from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is not a JSON object; download or copy it again")
-    return value

@@ -1,17 +1,17 @@
-"""A base as a diffusers folder, found on the disk or downloaded from the hub, and described by its files."""
+"""A base as a diffusers folder, on disk or downloaded from the hub, described without loading weights."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -20,14 +20,14 @@ from huggingface_hub.errors import (
 )
 
 from sdlora.errors import ModelError, first_line
-from sdlora.models.checks import FAMILIES, GIVE_BASE, SOURCES, family_of, refuse_file, refuse_folder
+from sdlora.models.checks import FAMILIES, SOURCES, USE_BASE, Family, family_of, refuse_file, refuse_folder
 from sdlora.models.components import (
+    AGAIN,
     VARIANTS,
     BaseFiles,
     Component,
     TokenizerSpec,
     check_dtypes,
-    count_parameters,
     digest_weights,
     find_weights,
     has_weights,
@@ -38,109 +38,110 @@ from sdlora.models.components import (
 
 BUILTIN = Path(__file__).parent.parent / "builtin" / "base"
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-WORDS = ("tokenizer", "tokenizer_2")
-# The root is a part too: of a VAE that stands alone.
+# The root is a component too: of a VAE alone.
 WEIGHTS = {
-    "": "diffusion_pytorch_model",
-    "unet/": "diffusion_pytorch_model",
-    "vae/": "diffusion_pytorch_model",
-    "text_encoder/": "model",
-    "text_encoder_2/": "model",
-    "safety_checker/": "model",
+    **dict.fromkeys(("", "unet/", "vae/"), "diffusion_pytorch_model"),
+    **dict.fromkeys(("text_encoder/", "text_encoder_2/", "safety_checker/"), "model"),
 }
 TEXTS = [
     *("model_index.json", "scheduler/scheduler_config.json", "feature_extractor/preprocessor_config.json"),
     *(f"{part}config.json" for part in WEIGHTS),
-    *(f"{name}/*{suffix}" for name in WORDS for suffix in (".json", ".txt")),
+    *(f"{name}/*{suffix}" for name in ("tokenizer", "tokenizer_2") for suffix in (".json", ".txt")),
 ]
+OFFLINE = (
+    "is not a local folder, is not in the hub's cache, and the hub cannot be reached "
+    "(offline, or HF_HUB_OFFLINE is set); use a folder, or download it once while online"
+)
+# Why a download failed; the first row that matches counts.
+REASONS = {
+    GatedRepoError: "requires your consent on its page at huggingface.co, and then `hf auth login`",
+    RepositoryNotFoundError: "is neither a folder nor a public model on the hub; if private: `hf auth login`",
+    RevisionNotFoundError: "has no such branch, tag or commit on the hub; change base.revision",
+    LocalEntryNotFoundError: OFFLINE,
+    OfflineModeIsEnabled: OFFLINE,
+    HFValidationError: f"is neither a folder nor a hub id; use {SOURCES}",
+}
 
 
 def find_base(source: str, key: str, revision: str | None = None, variant: str | None = None) -> Path:
-    """The folder or file that a source means; what exists here is never looked for on the hub (R-39).
+    """The folder or file of a source. The hub is asked only if no local path has the name (R-39).
 
     Args:
         source: `builtin`, a folder, a `.safetensors` file, or a hub id `owner/name`.
-        key: The setting with its value, to open the error message with.
+        key: The setting with its value, for error messages.
         revision: Branch, tag or commit of a hub id.
-        variant: `fp16` or `bf16`, to be fetched instead of plain files where the hub has it.
+        variant: `fp16` or `bf16`, downloaded instead of plain files if the hub has it.
 
     Raises:
         ModelError: If it is neither here nor on the hub, or is a file of another kind.
     """
     path = BUILTIN if source == "builtin" else Path(source).expanduser()
     try:
-        is_file, is_folder = path.is_file(), path.is_dir()
+        is_file, exists = path.is_file(), path.is_file() or path.is_dir()
     except OSError as error:
-        raise ModelError(f"{key} cannot be read: {error.strerror}; give {SOURCES}") from None
-    if revision and (is_file or is_folder):
         raise ModelError(
-            f"base.revision = {revision} is for a base on the hub, and {key} is here; leave base.revision out"
+            f"cannot read {key}: {error.strerror}; use {SOURCES}", key="base.unreadable"
+        ) from None
+    if revision and exists:
+        raise ModelError(
+            f"base.revision = {revision} applies to the hub, but {key} is local; remove base.revision",
+            key="base.revision",
         )
-    if source == "builtin":
-        if not BUILTIN.is_dir():
-            raise ModelError(f"{key}: {BUILTIN} is missing from this installation; install sdlora again")
-        return BUILTIN
     if is_file:
         refuse_file(path, key)
-        return path
-    if is_folder:
+    if exists:
         return path
     if is_on_hub(source):
         return download(source, key, revision, variant)
-    raise ModelError(f"{key} does not exist; give {SOURCES} such as owner/name")
+    raise ModelError(f"{key} does not exist; use {SOURCES} such as owner/name", key="base.missing")
 
 
 def is_on_hub(source: str) -> bool:
-    """Whether a source is to be looked for on the hub, since nothing here has its name."""
+    """Whether a source is looked up on the hub, since no local path has its name."""
     is_file = source.endswith((".safetensors", ".ckpt"))
     return bool(HUB_ID.fullmatch(source)) and not is_file and not Path(source).exists()
 
 
 def download(source: str, key: str, revision: str | None, variant: str | None = None) -> Path:
-    """The snapshot of a hub id, by huggingface_hub's own cache, token and offline conventions.
+    """The snapshot of a hub id, with huggingface_hub's own cache, token and offline mode.
 
-    Of each part one precision is fetched: `variant` if the hub has it, else the plain files, else any.
+    Of each component one precision is downloaded: `variant` if the hub has it, else plain files, else any.
 
     Raises:
-        ModelError: If it is not there, not allowed, or not reachable.
+        ModelError: If it does not exist, or cannot be reached.
     """
+
+    def fetch(missing: Iterable[str], kind: str | None) -> None:
+        # Offline, the cache may have another precision than this one.
+        with suppress(LocalEntryNotFoundError, OfflineModeIsEnabled):
+            snapshot_download(source, revision=revision, allow_patterns=weight_patterns(missing, kind))
+
     at = f" at revision {revision}" if revision else ""
     try:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=TEXTS))
         if variant:
-            _fetch(source, revision, weight_patterns(_lacking(folder, variant), variant))
+            fetch(_missing_weights(folder, variant), variant)
             if not any(has_weights(folder / part, stem, variant) for part, stem in WEIGHTS.items()):
-                raise ModelError(f"{key}{at} {lacks_variant(variant)}")
+                raise no_variant(f"{key}{at}", variant)
         for kind in (None, *VARIANTS):
-            if lacking := _lacking(folder):
-                _fetch(source, revision, weight_patterns(lacking, kind))
-    except GatedRepoError:
-        reason = "needs your consent on its page at huggingface.co, and then `hf auth login`"
-    except RepositoryNotFoundError:
-        reason = "is neither a folder here nor a model on the hub (or it is private: `hf auth login`)"
-    except RevisionNotFoundError:
-        reason = "is on the hub, but not at this base.revision; give a branch, a tag or a commit of it"
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        reason = (
-            "is not a local folder, is not in the hub's cache, and the hub cannot be reached "
-            "(offline, or HF_HUB_OFFLINE is set); give a folder, or download it once while online"
-        )
-    except HFValidationError:
-        reason = f"is neither a folder here nor a hub id; give {SOURCES}"
-    except (HfHubHTTPError, OSError) as error:
-        reason = f"cannot be fetched from the hub ({first_line(error)}); try again, or give a folder"
-    else:
-        return folder
-    raise ModelError(f"{key}{at} {reason}")
+            if missing := _missing_weights(folder):
+                fetch(missing, kind)
+    except (OSError, HFValidationError) as error:  # every error of the hub is an OSError
+        other = f"cannot be downloaded from the hub ({first_line(error)}); try again, or use a folder"
+        reason = next((reason for kind, reason in REASONS.items() if isinstance(error, kind)), other)
+        raise ModelError(f"{key}{at} {reason}", key="base.hub") from None
+    return folder
 
 
-def lacks_variant(variant: str) -> str:
-    """The end of the message for a base without files of the precision that was asked for."""
-    return f"has no files of base.variant = {variant}; leave base.variant out"
+def no_variant(key: str, variant: str) -> ModelError:
+    """The error for a base without files of a precision."""
+    return ModelError(
+        f"{key} has no files of base.variant = {variant}; remove base.variant", key="base.variant"
+    )
 
 
-def _lacking(folder: Path, variant: str | None = None) -> list[str]:
-    """Parts without weights in a precision, or in any."""
+def _missing_weights(folder: Path, variant: str | None = None) -> list[str]:
+    """Components without weights in a precision, or in any."""
     return [
         part
         for part, stem in WEIGHTS.items()
@@ -149,143 +150,111 @@ def _lacking(folder: Path, variant: str | None = None) -> list[str]:
 
 
 def weight_patterns(parts: Iterable[str], kind: str | None) -> list[str]:
-    """What the weights of some parts are called in one precision.
-
-    Args:
-        parts: From `WEIGHTS`.
-        kind: `fp16`, `bf16`, or None for the plain files.
-    """
+    """Patterns of the weight files of some of `WEIGHTS` in a precision; None means the plain files."""
     dotted = f".{kind}" if kind else ""
-    return [
-        part + name
-        for part in parts
-        for name in (
-            f"{WEIGHTS[part]}{dotted}.safetensors",
-            f"{WEIGHTS[part]}.safetensors.index{dotted}.json",
-            f"{WEIGHTS[part]}{dotted}-[0-9]*-of-[0-9]*.safetensors",
-        )
-    ]
-
-
-def _fetch(source: str, revision: str | None, patterns: list[str]) -> None:
-    """Fetches files where there are any; offline the cache may hold another precision than this one."""
-    with suppress(LocalEntryNotFoundError, OfflineModeIsEnabled):
-        snapshot_download(source, revision=revision, allow_patterns=patterns)
+    endings = (
+        *(f"{dotted}.safetensors", f".safetensors.index{dotted}.json"),
+        f"{dotted}-[0-9]*-of-[0-9]*.safetensors",
+    )
+    return [f"{part}{WEIGHTS[part]}{ending}" for part in parts for ending in endings]
 
 
 def read_folder(folder: Path, key: str, variant: str | None = None) -> BaseFiles:
-    """What a folder holds.
+    """Describes a diffusers folder.
 
     Args:
         folder: With `model_index.json`.
-        key: The setting with its value, to open the error message with.
-        variant: `fp16` or `bf16`, to be taken before plain files where it is there.
+        key: The setting with its value, for error messages.
+        variant: `fp16` or `bf16`, preferred to plain files.
 
     Raises:
         ModelError: If it is incomplete, or of a kind that sdlora does not train.
     """
     index, family = _check_kind(folder, key)
-    encoders, tokenizers = FAMILIES[family].text_encoders, FAMILIES[family].tokenizers
-    _check_files(folder, encoders, tokenizers, key)
+    _check_files(folder, family, key)
     return BaseFiles(
         path=folder,
-        family=family,
+        family=family.name,
         components={
-            name: read_component(folder / name, name, key, variant) for name in ("unet", "vae", *encoders)
+            name: read_component(folder / name, name, key, variant)
+            for name in ("unet", "vae", *family.text_encoders)
         },
-        tokenizers=tuple(_read_tokenizer(folder / name) for name in tokenizers),
+        tokenizers=tuple(_read_tokenizer(folder / name) for name in family.tokenizers),
         scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
-        zeroes_empty_prompt=family == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),
+        zeroes_empty_prompt=family.name == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
 
 
 def read_component(folder: Path, name: str, key: str, variant: str | None = None) -> Component:
-    """One part of a base, in a folder of its own.
-
-    Args:
-        folder: With `config.json` and weights.
-        name: As diffusers calls the part.
-        key: The setting with its value, to open the error message with.
-        variant: As for `read_folder`.
-
-    Raises:
-        ModelError: If weights are missing, cut short, or of a kind that is not read.
-    """
+    """Describes a folder with the `config.json` and the weights of one component; see `read_folder`."""
     config = read_json(folder / "config.json")
-    stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-    files, found = find_weights(folder, stem, key, variant)
-    for file in files:
-        check_dtypes(read_header(file), key)
+    files, found = find_weights(folder, WEIGHTS[f"{name}/"], key, variant)
+    headers = [read_header(file) for file in files]
+    for header in headers:
+        check_dtypes(header, key)
     return Component(
         name=name,
         config=config,
         files=tuple(files),
         digest=digest_weights(files, config),
-        num_parameters=count_parameters(files),
+        num_parameters=sum(prod(shape) for header in headers for shape in header.shapes.values()),
         folder=folder,
         variant=found,
     )
 
 
 def find_vae_folder(folder: Path, key: str) -> Path:
-    """Where the VAE is in a folder that is one, or that is a base with one.
-
-    Raises:
-        ModelError: If it is neither.
-    """
+    """The folder of a VAE: the folder itself, or `vae` in that of a base; raises a ModelError for others."""
     if (folder / "vae" / "config.json").is_file():
         return folder / "vae"
     config = folder / "config.json"
     if config.is_file() and read_json(config).get("_class_name") == "AutoencoderKL":
         return folder
     raise ModelError(
-        f"{key} is not a VAE; give the folder of an AutoencoderKL (config.json and weights), "
-        "a VAE's .safetensors file, or a base"
+        f"{key} is not a VAE; use the folder or the .safetensors file of an AutoencoderKL, or a base",
+        key="base.vae",
     )
 
 
-def _check_kind(folder: Path, key: str) -> tuple[dict[str, Any], str]:
-    """The folder's index, and the family's name.
-
-    Raises:
-        ModelError: If it is not a base, or one that cannot be trained.
-    """
+def _check_kind(folder: Path, key: str) -> tuple[dict[str, Any], Family]:
+    """The folder's index and the family; raises a ModelError for what is not a base or cannot be trained."""
     if not (folder / "model_index.json").is_file():
         raise refuse_folder(folder, key)
     index = read_json(folder / "model_index.json")
     kind = str(index.get("_class_name"))
     if not kind.startswith("StableDiffusion") or "unet" not in index:
-        raise ModelError(f"{key} is a {kind}, which sdlora does not train; {GIVE_BASE}")
-    lacks_first = _has(index, "text_encoder_2") and not _has(index, "text_encoder")
-    if lacks_first or index.get("requires_aesthetics_score"):
+        raise ModelError(f"{key} is a {kind}, which is not supported; {USE_BASE}", key="base.pipeline")
+    is_xl, lacks_first = _has(index, "text_encoder_2"), not _has(index, "text_encoder")
+    if (is_xl and lacks_first) or index.get("requires_aesthetics_score"):
         raise ModelError(
-            f"{key} is an SDXL refiner, which reworks the images of a base; "
-            "give the SDXL base, and the LoRA works beside any refiner"
+            f"{key} is an SDXL refiner; use the SDXL base, and the LoRA works with any refiner",
+            key="base.refiner",
         )
     config = folder / "unet" / "config.json"
     unet = read_json(config) if config.is_file() else {}
     if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-        raise ModelError(f"{key} has a {unet['_class_name']} for its UNet; {GIVE_BASE}")
-    return index, "sdxl" if _has(index, "text_encoder_2") or "XL" in kind else family_of(unet)
+        raise ModelError(
+            f"{key} has a {unet['_class_name']} as its UNet; {USE_BASE}", key="base.architecture"
+        )
+    return index, FAMILIES["sdxl" if is_xl or "XL" in kind else family_of(unet)]
 
 
 def _has(index: Mapping[str, Any], part: str) -> bool:
-    """Whether a pipeline has a part; diffusers writes [null, null] for one that was left out."""
+    """Whether a pipeline has a component; diffusers writes [null, null] for one that was left out."""
     entry = index.get(part)
     return isinstance(entry, list) and bool(entry[0])
 
 
-def _check_files(folder: Path, encoders: Sequence[str], tokenizers: Sequence[str], key: str) -> None:
-    """Names every part that an interrupted copy left out."""
-    needed = [f"{part}/config.json" for part in ("unet", "vae", *encoders)]
+def _check_files(folder: Path, family: Family, key: str) -> None:
+    """Refuses an interrupted copy; the message names every missing file."""
+    needed = [f"{part}/config.json" for part in ("unet", "vae", *family.text_encoders)]
     needed.append("scheduler/scheduler_config.json")
-    for name in tokenizers:
+    for name in family.tokenizers:
         if not (folder / name / "tokenizer.json").is_file():
             needed += [f"{name}/vocab.json", f"{name}/merges.txt"]
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in needed if not (folder / name).is_file()]:
         raise ModelError(
-            f"{key} is incomplete: {folder} lacks {', '.join(missing)}; download or copy it again"
+            f"{key} is incomplete: {folder} lacks {', '.join(missing)}; {AGAIN}", key="base.incomplete"
         )
 
 

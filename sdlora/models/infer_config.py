@@ -1,7 +1,6 @@
-"""The configuration of each part of a base, as far as the shapes of its original tensors tell it.
+"""Configurations of a base's components, inferred from the shapes of their original tensors.
 
-Names are those of the original code (CompVis, Stability AI, OpenAI, OpenCLIP), without the prefix that a part
-has in a single file.
+Names are those of the original code (CompVis, Stability AI, OpenAI, OpenCLIP), without their prefix.
 """
 
 from __future__ import annotations
@@ -14,25 +13,32 @@ from sdlora.errors import ModelError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Numbers that no shape holds, the same in every published base: eight heads in SD 1, else 64 channels a head;
-# 32 groups in each normalisation; six numbers in SDXL's time ids.
+# Not in any shape, and the same in every published base: eight heads in SD 1, else 64 channels per head;
+# 32 groups in each normalization; six numbers in SDXL's time ids.
 SD1_HEADS, HEAD_WIDTH, NUM_GROUPS, NUM_TIME_IDS = 8, 64, 32, 6
 
-VAE_LAYERS = (
-    r"encoder\.down\.(\d+)\.block\.(\d+)\.conv2\.weight",
-    r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv2\.weight",
+# In a VAE, by original and by diffusers' names: level and layer.
+VAE_LAYER = re.compile(r"encoder\.down(?:_blocks)?\.(\d+)\.(?:block|resnets)\.(\d+)\.conv2\.weight")
+# In a text encoder: embeddings of tokens and positions, the first layer's MLP, and each layer.
+CLIP = (
+    *("embeddings.token_embedding.weight", "embeddings.position_embedding.weight"),
+    *("encoder.layers.0.mlp.fc1.weight", r"encoder\.layers\.(\d+)\."),
+)
+OPEN_CLIP = (
+    *("token_embedding.weight", "positional_embedding"),
+    *("transformer.resblocks.0.mlp.c_fc.weight", r"transformer\.resblocks\.(\d+)\."),
 )
 
 
 def unet_config(shapes: Shapes, pooled: int = 0) -> dict[str, Any]:
-    """The configuration of a UNet2DConditionModel, whatever its widths, depths and places of attention.
+    """The configuration of a UNet2DConditionModel of any width, depth and places of attention.
 
     Args:
         shapes: Of its tensors, such as `input_blocks.0.0.weight`.
         pooled: Width of the pooled text states, for SDXL.
 
     Raises:
-        ModelError: If it is built in a way that a UNet2DConditionModel has no setting for.
+        ModelError: If a UNet2DConditionModel has no setting for its structure.
     """
     num_inputs = 1 + max(int(found[1]) for found in _find(shapes, r"input_blocks\.(\d+)\."))
     downs = sorted(int(found[1]) for found in _find(shapes, r"input_blocks\.(\d+)\.0\.op\.weight"))
@@ -42,7 +48,8 @@ def unet_config(shapes: Shapes, pooled: int = 0) -> dict[str, Any]:
     widths = [shapes[f"input_blocks.{start}.0.out_layers.3.weight"][0] for start in starts]
     down = [_depths(shapes, "input_blocks", start, layers) for start in starts]
     up = [_depths(shapes, "output_blocks", level * per_level, per_level) for level in range(num_levels)]
-    middle = _depths(shapes, "middle_block", 0, 1)[0]
+    middle = _count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
+    middle_type = "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D"
     is_linear = any(len(shapes[found[0]]) == 2 for found in _find(shapes, r".*\.1\.proj_in\.weight"))
     _check_groups(widths, "UNet")
     config = {
@@ -53,12 +60,12 @@ def unet_config(shapes: Shapes, pooled: int = 0) -> dict[str, Any]:
         "layers_per_block": layers,
         "down_block_types": ["CrossAttnDownBlock2D" if any(depths) else "DownBlock2D" for depths in down],
         "up_block_types": ["CrossAttnUpBlock2D" if any(depths) else "UpBlock2D" for depths in up],
-        "mid_block_type": _middle_type(shapes, middle),
+        "mid_block_type": middle_type if _find(shapes, r"middle_block\.") else None,
         "cross_attention_dim": next(
             (shapes[found[0]][1] for found in _find(shapes, r".*\.attn2\.to_k\.weight")), None
         ),
         "use_linear_projection": is_linear,
-        "attention_head_dim": [_heads(width) for width in widths] if is_linear else SD1_HEADS,
+        "attention_head_dim": [_num_heads(width) for width in widths] if is_linear else SD1_HEADS,
         **_transformer_layers(down, up, middle),
     }
     if "label_emb.0.0.weight" in shapes:
@@ -70,11 +77,11 @@ def unet_config(shapes: Shapes, pooled: int = 0) -> dict[str, Any]:
 
 
 def vae_config(shapes: Shapes) -> dict[str, Any]:
-    """The configuration of an AutoencoderKL, by original or diffusers' names; its scaling is the family's."""
+    """The configuration of an AutoencoderKL, by original or diffusers' names, without its scaling."""
     layers = {
-        (int(found[1]), int(found[2])): shapes[found[0]][0]
-        for pattern in VAE_LAYERS
-        for found in _find(shapes, pattern)
+        (int(found[1]), int(found[2])): shape[0]
+        for name, shape in shapes.items()
+        if (found := VAE_LAYER.fullmatch(name))
     }
     widths = [width for (_, layer), width in sorted(layers.items()) if layer == 0]
     _check_groups(widths, "VAE")
@@ -90,46 +97,26 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def clip_config(shapes: Shapes) -> dict[str, Any]:
-    """The configuration of a CLIPTextModel in transformers' names, `text_model.` in front."""
-    stem = "text_model.encoder.layers"
-    return _text_config(
-        shapes["text_model.embeddings.token_embedding.weight"],
-        shapes["text_model.embeddings.position_embedding.weight"],
-        num_layers=_count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
-        inner=shapes[f"{stem}.0.mlp.fc1.weight"][0],
-    )
-
-
-def open_clip_config(shapes: Shapes, *, drop_last: bool) -> dict[str, Any]:
-    """The configuration of an OpenCLIP text encoder as a CLIPTextModel.
+def text_config(shapes: Shapes, *, drop_last: bool = False) -> dict[str, Any]:
+    """The configuration of a CLIPTextModel, by the names of OpenCLIP or of transformers.
 
     Args:
-        shapes: Of its tensors, such as `positional_embedding`.
-        drop_last: Leave out the last layer of a whole tower: Stable Diffusion 2 reads the states before it.
+        shapes: Of its tensors; `text_model.` in front may be missing.
+        drop_last: Leave out the last layer of a whole OpenCLIP tower: Stable Diffusion 2 reads the states
+            before it.
     """
+    shapes = {name.removeprefix("text_model."): shape for name, shape in shapes.items()}
+    tokens, positions, mlp, layers = OPEN_CLIP if "positional_embedding" in shapes else CLIP
     projection = shapes.get("text_projection")
-    num_layers = _count(shapes, r"transformer\.resblocks\.(\d+)\.")
-    config = _text_config(
-        shapes["token_embedding.weight"],
-        shapes["positional_embedding"],
-        num_layers=num_layers - bool(drop_last and projection),
-        inner=shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
-    )
-    return config if projection is None or drop_last else {**config, "projection_dim": projection[1]}
-
-
-def _text_config(
-    tokens: tuple[int, ...], positions: tuple[int, ...], *, num_layers: int, inner: int
-) -> dict[str, Any]:
-    return {
-        "vocab_size": tokens[0],
-        "hidden_size": tokens[1],
-        "max_position_embeddings": positions[0],
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": _heads(tokens[1]),
-        "intermediate_size": inner,
+    config = {
+        "vocab_size": shapes[tokens][0],
+        "hidden_size": shapes[tokens][1],
+        "max_position_embeddings": shapes[positions][0],
+        "num_hidden_layers": _count(shapes, layers) - bool(drop_last and projection),
+        "num_attention_heads": _num_heads(shapes[tokens][1]),
+        "intermediate_size": shapes[mlp][0],
     }
+    return config if projection is None or drop_last else {**config, "projection_dim": projection[1]}
 
 
 def _find(shapes: Shapes, pattern: str) -> list[re.Match[str]]:
@@ -141,42 +128,31 @@ def _count(shapes: Shapes, pattern: str) -> int:
     return len({found[1] for found in _find(shapes, pattern)})
 
 
-def _heads(width: int) -> int:
+def _num_heads(width: int) -> int:
     return max(1, width // HEAD_WIDTH)
 
 
 def _depths(shapes: Shapes, blocks: str, start: int, count: int) -> list[int]:
-    """How many transformer blocks stand behind each of the residual layers from `start` on."""
-    stem = f"{blocks}.{{}}.1" if blocks != "middle_block" else f"{blocks}.1"
+    """Number of transformer blocks behind each of the residual layers from `start` on."""
     return [
-        _count(shapes, rf"{re.escape(stem.format(start + layer))}\.transformer_blocks\.(\d+)\.")
-        for layer in range(count)
+        _count(shapes, rf"{blocks}\.{layer}\.1\.transformer_blocks\.(\d+)\.")
+        for layer in range(start, start + count)
     ]
 
 
-def _middle_type(shapes: Shapes, depth: int) -> str | None:
-    if depth:
-        return "UNetMidBlock2DCrossAttn"
-    return "UNetMidBlock2D" if any(name.startswith("middle_block.") for name in shapes) else None
-
-
 def _transformer_layers(down: list[list[int]], up: list[list[int]], middle: int) -> dict[str, Any]:
-    """Transformer blocks of each level, going down and, where that is not the same backwards, going up.
-
-    Raises:
-        ModelError: If a level has attention behind some of its layers only.
-    """
-    for depths in (*down, *up):
-        if any(depths) and not all(depths):
-            raise ModelError(
-                "its UNet has attention behind some layers of a level only, which is not supported"
-            )
+    """Transformer blocks of each level going down, and going up where those are not the same in reverse."""
+    if any(any(depths) and not all(depths) for depths in (*down, *up)):
+        raise ModelError(
+            "its UNet has attention behind some layers of a level only, which is not supported",
+            key="base.layout",
+        )
 
     def in_short(levels: list[list[int]]) -> list[Any]:
         return [depths[0] or 1 if len(set(depths)) == 1 else depths for depths in levels]
 
     going_down, going_up = in_short(down), in_short(up)
-    # The middle block takes the last level's setting, which that level has no use for without attention.
+    # The middle block takes the last level's setting, which that level does not use without attention.
     if middle and not any(down[-1]):
         going_down[-1] = middle
     if middle and not any(up[0]):
@@ -187,10 +163,10 @@ def _transformer_layers(down: list[list[int]], up: list[list[int]], middle: int)
     return {"transformer_layers_per_block": going_down, "reverse_transformer_layers_per_block": going_up}
 
 
-def _check_groups(widths: list[int], what: str) -> None:
-    wrong = [width for width in widths if width % NUM_GROUPS]
-    if wrong:
+def _check_groups(widths: list[int], kind: str) -> None:
+    if wrong := [width for width in widths if width % NUM_GROUPS]:
         raise ModelError(
-            f"its {what} has {wrong[0]} channels, which {NUM_GROUPS} normalisation groups do not divide; "
-            "give a diffusers folder, whose configuration says how it is built"
+            f"its {kind} has {wrong[0]} channels, not a multiple of the {NUM_GROUPS} groups of its "
+            "normalizations; use a diffusers folder, which has a configuration",
+            key="base.groups",
         )

@@ -1,11 +1,11 @@
-"""What a base is, told by its JSON files and tensor tables alone, before any weight is loaded."""
+"""Description of a base by its JSON files and tensor shapes, without loading weights."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,18 +13,11 @@ from typing import Any
 
 from sdlora.config import BaseSection, ObjectiveSection, Quantize, RunConfig
 from sdlora.errors import ConfigError, ModelError
-from sdlora.models.checks import (
-    Family,
-    check_inputs,
-    check_latents,
-    check_part,
-    check_prediction,
-    check_texts,
-    describe_family,
-)
-from sdlora.models.components import BaseFiles, Component, TokenizerSpec, read_json
-from sdlora.models.folder import find_base, find_vae_folder, lacks_variant, read_component, read_folder
-from sdlora.models.single_file import read_facts, read_single_file, read_vae_file
+from sdlora.models.checks import FAMILIES, SD2_V, Family, check_base
+from sdlora.models.components import BaseFiles, read_json
+from sdlora.models.folder import find_base, find_vae_folder, no_variant, read_component, read_folder
+from sdlora.models.single_file import read_known, read_single_file, read_vae_file
+
 
 WORD = re.compile(r"[^\W\d_]+")
 
@@ -58,32 +51,19 @@ BUILTIN_DEFAULTS = BaseDefaults(
 )
 
 
-@dataclass(frozen=True, eq=False)
-class BaseInfo:
-    """A base that was found whole.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BaseInfo(BaseFiles):
+    """A complete base that can be trained; `base.vae` replaces its VAE.
 
     Args:
-        source: As the user gave it.
-        path: The diffusers folder, or the file.
-        name: For people and metadata: `builtin`, the hub id, or the folder's or the file's name.
-        family: Its name in the table of families.
-        components: UNet, VAE and text encoders by diffusers' names; `base.vae` replaces the VAE.
-        tokenizers: One for each text encoder.
-        zeroes_empty_prompt: Whether its pipeline takes zeros for the text states of an empty prompt.
-        notices: What had to be assumed, for people.
-        quantize: How the UNet's layers are kept when it is loaded.
+        source: The source as the user spells it.
+        name: For people and metadata: `builtin`, the hub id, or the name of the folder or the file.
+        quantize: Quantization of the UNet when it is loaded.
     """
 
     source: str
-    path: Path
     name: str
-    family: str
-    components: Mapping[str, Component]
-    tokenizers: tuple[TokenizerSpec, ...]
-    zeroes_empty_prompt: bool
-    notices: tuple[str, ...]
     quantize: Quantize
-    scheduler_config: Mapping[str, Any] = field(repr=False)
 
     def __eq__(self, other: object) -> bool:
         """By digests, so that memory estimates, which are cached, are made once for a base."""
@@ -117,7 +97,7 @@ class BaseInfo:
 
     @property
     def text_digest(self) -> str:
-        """Fingerprint of the text encoders with their tokenizers, and of what an empty prompt becomes."""
+        """Fingerprint of the text encoders, their tokenizers and the treatment of an empty prompt."""
         digests = [self.components[name].digest for name in self.traits.text_encoders]
         digests += [tokenizer.digest for tokenizer in self.tokenizers]
         return hashlib.sha256(" ".join([*digests, str(self.zeroes_empty_prompt)]).encode()).hexdigest()
@@ -129,7 +109,7 @@ class BaseInfo:
 
     @property
     def text_length(self) -> int:
-        """Tokens of a prompt, the first and the last one included: what tokenizers and positions allow."""
+        """Tokens of a prompt that tokenizers and positions allow, with the first and the last one."""
         positions = [
             int(self.components[name].config.get("max_position_embeddings", 77))
             for name in self.traits.text_encoders
@@ -148,29 +128,28 @@ class BaseInfo:
 
     @property
     def names_safety_checker(self) -> bool:
-        """Whether its pipeline has a safety checker, whether or not the files are there."""
+        """Whether its pipeline has a safety checker, with or without the files."""
         index = self.path / "model_index.json"
         entry = read_json(index).get("safety_checker") if index.is_file() else None
         return isinstance(entry, list) and bool(entry[0])
 
     @property
     def is_builtin(self) -> bool:
-        """Whether this is the base that comes with sdlora."""
         return self.source == "builtin"
 
     @property
     def traits(self) -> Family:
-        """The family's row in the table."""
-        return describe_family(self.family, self.prediction_type)
+        """The family's row in the table; Stable Diffusion 2 has one for each prediction type."""
+        is_sd2_v = self.family == "sd2" and self.prediction_type == "v_prediction"
+        return SD2_V if is_sd2_v else FAMILIES[self.family]
 
     @property
     def prediction_type(self) -> str:
-        """What the UNet answers: epsilon, v_prediction or sample (R-32)."""
+        """The UNet's output: epsilon, v_prediction or sample (R-32)."""
         return str(self.scheduler_config.get("prediction_type") or "epsilon")
 
     @property
     def num_train_timesteps(self) -> int:
-        """Timesteps of the training schedule."""
         return int(self.scheduler_config.get("num_train_timesteps", 1000))
 
     @property
@@ -191,15 +170,14 @@ class BaseInfo:
 
     @property
     def has_time_ids(self) -> bool:
-        """Whether the UNet is told the sizes of each image, as SDXL's is (R-31)."""
+        """Whether the UNet reads the sizes of each image, as SDXL's does (R-31)."""
         return bool(self.denoiser_config.get("addition_embed_type") == "text_time")
 
     @property
     def unread_layer(self) -> str | None:
-        """The layer, as LoRA files name it, of a text encoder whose output nobody reads.
+        """The text encoder layer, by its name in LoRA files, that has no effect on images.
 
-        SDXL takes the last layer but one of both text encoders, and pooled states of the second: the last
-        layer of the first has no say.
+        SDXL reads the last layer but one of both text encoders, and pooled states of the second.
         """
         if len(self.traits.text_encoders) == 1:
             return None
@@ -213,7 +191,7 @@ class BaseInfo:
 
     @property
     def resolution(self) -> int:
-        """The side in pixels that the base was trained for."""
+        """Side in pixels of the base's training images."""
         size = self.denoiser_config.get("sample_size")
         side = max(size) if isinstance(size, list | tuple) else size
         return int(side) * self.vae_factor if side else self.traits.resolution
@@ -256,85 +234,65 @@ def with_base_defaults(config: RunConfig, info: BaseInfo) -> RunConfig:
 
 
 def inspect_base(settings: BaseSection, objective: ObjectiveSection | None = None) -> BaseInfo:
-    """Finds a base, and checks that it is whole and of a kind that can be trained.
+    """Finds a base, and checks that it is complete and of a kind that can be trained.
 
-    A hub id is brought into the hub's cache first; of files only JSON and tensor tables are read.
+    A hub id is downloaded into the hub's cache first. Only JSON and the headers of weights are read.
 
     Args:
-        settings: Which one.
-        objective: May force a prediction type: what the UNet then learns and is sampled with.
+        settings: The section `base`.
+        objective: May force a prediction type, for training and for sampling.
 
     Raises:
         ModelError: If it is missing, incomplete, truncated, or of another kind (R-25, R-40, R-44).
         ConfigError: If `base.quantize` needs a package that is not installed.
     """
-    _check_quantize(settings.quantize)
+    # Looked up without importing it, which takes a second.
+    if settings.quantize == "nf4" and find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "base.quantize = nf4 needs bitsandbytes, which is not installed; "
+            "pip install 'sdlora[quant]', or use base.quantize=int8, which needs no package"
+        )
     key = f"base.source = {settings.source}"
     forced = objective.prediction_type if objective and objective.force_prediction_type else None
     path = find_base(settings.source, key, settings.revision, settings.variant)
-    layout = (
-        read_single_file(path, key, forced) if path.is_file() else read_folder(path, key, settings.variant)
-    )
-    parts = dict(layout.components)
-    if settings.variant and all(part.variant != settings.variant for part in parts.values()):
-        raise ModelError(f"{key} {lacks_variant(settings.variant)}")
-    notices = layout.notices
+    is_file = path.is_file()
+    files = read_single_file(path, key, forced) if is_file else read_folder(path, key, settings.variant)
+    if settings.variant and all(part.variant != settings.variant for part in files.components.values()):
+        raise no_variant(key, settings.variant)
     if settings.vae:
-        parts["vae"] = _find_vae(settings.vae, layout)
-        notices += _doubt_vae(settings.vae, layout.components.get("vae"), parts["vae"])
-    elif "vae" not in parts:
-        raise ModelError(f"{key} holds no VAE; give one that fits with base.vae")
-    for part in parts.values():
-        check_part(part)
-    check_inputs(parts["unet"].config, key)
-    check_latents(
-        parts["unet"].config, parts["vae"].config, f"base.vae = {settings.vae}" if settings.vae else key
-    )
-    texts = [part.config for name, part in parts.items() if name.startswith("text_encoder")]
-    check_texts(parts["unet"].config, texts, key)
-    scheduler = {**layout.scheduler_config, **({"prediction_type": forced} if forced else {})}
-    check_prediction(scheduler, key)
+        files = _replace_vae(files, settings.vae)
+    elif "vae" not in files.components:
+        raise ModelError(f"{key} has no VAE; set base.vae to one that fits", key="base.vae")
+    if forced:
+        files = replace(files, scheduler_config={**files.scheduler_config, "prediction_type": forced})
+    vae_key = f"base.vae = {settings.vae}" if settings.vae else key
+    check_base(files.components, files.scheduler_config, key, vae_key)
     is_local = settings.source != "builtin" and Path(settings.source).expanduser().exists()
-    own_name = path.stem if path.is_file() else path.resolve().name
+    own_name = path.stem if is_file else path.resolve().name
     return BaseInfo(
         source=settings.source,
-        path=path,
         name=own_name if is_local else settings.source,
-        family=layout.family,
-        components=parts,
-        tokenizers=layout.tokenizers,
-        zeroes_empty_prompt=layout.zeroes_empty_prompt,
-        notices=notices,
         quantize=settings.quantize,
-        scheduler_config=scheduler,
+        **vars(files),
     )
 
 
-def _check_quantize(quantize: Quantize) -> None:
-    """Looks for the package without importing it, which costs a second."""
-    if quantize == "nf4" and find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "base.quantize = nf4 needs bitsandbytes, which is not installed; "
-            "pip install 'sdlora[quant]', or use base.quantize=int8, which needs nothing"
-        )
+def _replace_vae(files: BaseFiles, source: str) -> BaseFiles:
+    """The base with the VAE of a folder, of another base or of a single file.
 
-
-def _find_vae(source: str, layout: BaseFiles) -> Component:
-    """A separate VAE: a folder, a base that has one, or a single file."""
-    key = f"base.vae = {source}"
+    A notice warns of other latents than the base's own; SD's and SDXL's have the same shape.
+    """
+    key, own = f"base.vae = {source}", files.components.get("vae")
     path = find_base(source, key)
     if path.is_file():
-        own = layout.components.get("vae")
-        return read_vae_file(path, key, own.config if own else read_facts(layout.family)["vae"])
-    return read_component(find_vae_folder(path, key), "vae", key)
-
-
-def _doubt_vae(source: str, own: Component | None, other: Component) -> tuple[str, ...]:
-    """A notice if a separate VAE has other latents than the base's own; SD's and SDXL's are of one shape."""
-    scales = [part.config.get("scaling_factor", 0.18215) for part in (own, other) if part]
-    if len(set(scales)) < 2:
-        return ()
-    return (
-        f"base.vae = {source} has a scaling_factor of {scales[1]:g}, the base's own VAE {scales[0]:g}: "
-        "it may be the VAE of another family, whose latents this UNet does not know",
-    )
+        vae = read_vae_file(path, key, own.config if own else read_known(files.family)["vae"])
+    else:
+        vae = read_component(find_vae_folder(path, key), "vae", key)
+    scale, own_scale = (part.config.get("scaling_factor", 0.18215) for part in (vae, own or vae))
+    notices = files.notices
+    if scale != own_scale:
+        notices += (
+            f"{key} has a scaling_factor of {scale:g}, the base's own VAE {own_scale:g}: "
+            "it may be the VAE of another family, whose latents this UNet cannot read",
+        )
+    return replace(files, components={**files.components, "vae": vae}, notices=notices)

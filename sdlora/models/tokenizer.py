@@ -13,13 +13,13 @@ WORD_END = "</w>"
 
 @dataclass(frozen=True, slots=True)
 class TokenCount:
-    """What a caption becomes.
+    """A caption in tokens.
 
     Args:
-        used: Tokens of the caption, without the first and the last one that are always there.
-        limit: How many of them the base reads.
+        used: Number of its tokens, without the first and the last one of every prompt.
+        limit: Number of tokens that the base reads.
         pieces: The tokens that are read, as text.
-        lost: The words that are cut off, a word cut in its middle included; empty if all fit.
+        lost: The words that are cut off, with a word cut in its middle; empty if all fit.
     """
 
     used: int
@@ -31,18 +31,12 @@ class TokenCount:
 def load_tokenizer(info: BaseInfo, number: int = 0) -> CLIPTokenizer:
     """A tokenizer of a base; SDXL's second has the same words and another padding."""
     spec = info.tokenizers[number]
-    settings = dict(spec.settings)
-    if spec.length:
-        settings["model_max_length"] = spec.length
-    return CLIPTokenizer.from_pretrained(spec.folder, local_files_only=True, **settings)
+    length = {"model_max_length": spec.length} if spec.length else {}
+    return CLIPTokenizer.from_pretrained(spec.folder, local_files_only=True, **spec.settings, **length)
 
 
 def count_tokens(tokenizer: CLIPTokenizer, text_length: int, caption: str) -> TokenCount:
-    """Counts, splits and cuts a caption as the text encoder will see it (R-28).
-
-    Args:
-        text_length: `BaseInfo.text_length`.
-    """
+    """Counts, splits and cuts a caption as the text encoder does (R-28), for a `BaseInfo.text_length`."""
     ids = tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False).input_ids
     pieces = tokenizer.convert_ids_to_tokens(ids)
     limit = text_length - 2

@@ -83,7 +83,7 @@ def test_what_is_cached_is_used_offline(cached: tuple[str, Path]) -> None:
     info = inspect(source)
     assert (info.path, info.name) == (snapshot, source)
     assert inspect(source, revision="v1").digest == info.digest == inspect("builtin").digest
-    with pytest.raises(ModelError, match=r"at revision v2 is not a local folder, is not in the hub's cache"):
+    with raises(ModelError, "base.hub", shows=("at revision v2", "HF_HUB_OFFLINE")):
         inspect(source, revision="v2")
 
 
@@ -103,7 +103,7 @@ def test_a_precision_that_is_not_there_is_refused(
 ) -> None:
     """R-35: no base.variant without effect, wherever the base lies."""
     source = {"cached": cached[0], "folder": str(copy_base("folder"))}.get(source, source)
-    with pytest.raises(ModelError, match=r"has no files of base.variant = bf16; leave base.variant out"):
+    with raises(ModelError, "base.variant", shows="base.variant = bf16"):
         inspect_base(BaseSection(source=source, variant="bf16"))
 
 
@@ -111,9 +111,7 @@ def test_a_precision_that_is_not_there_is_refused(
 def test_a_revision_of_what_is_here_is_refused(copy_base: Callable[..., Path], source: str) -> None:
     """R-35: no base.revision without effect; both settings are named."""
     source = str(copy_base("folder")) if source == "folder" else source
-    with pytest.raises(
-        ModelError, match=f"base.revision = main is for .*base.source = {source} is here; leave"
-    ):
+    with raises(ModelError, "base.revision", shows=("base.revision = main", f"base.source = {source}")):
         inspect_base(BaseSection(source=source, revision="main"))
 
 
@@ -127,7 +125,7 @@ def test_half_a_download_in_the_cache_is_named(cached: tuple[str, Path]) -> None
     with raises(ModelError, "file.incomplete"):
         inspect(source)
     file.unlink()
-    with pytest.raises(ModelError, match=rf"base\.source = {source} is incomplete: .*/unet/.* is missing"):
+    with raises(ModelError, "base.incomplete", shows=(f"base.source = {source}", "/unet/")):
         inspect(source)
 
 
@@ -139,5 +137,5 @@ def test_separate_vae_by_hub_id(cached: tuple[str, Path]) -> None:
 
 def test_a_name_that_no_system_takes() -> None:
     """R-40: what cannot even be looked for is one line."""
-    with pytest.raises(ModelError, match=r"^base\.source = x cannot be read: File name too long; give "):
+    with raises(ModelError, "base.unreadable", shows=("base.source = x", "File name too long")):
         find_base("a" * 5000, "base.source = x")

@@ -12,9 +12,7 @@ from sdlora.errors import ModelError
 from sdlora.models.components import (
     WINDOW_BYTES,
     WINDOWS,
-    Span,
     check_dtypes,
-    count_parameters,
     digest_weights,
     find_weights,
     read_header,
@@ -33,9 +31,8 @@ def weights(tmp_path: Path) -> Path:
 
 
 def test_header_holds_shapes_without_reading_weights(weights: Path) -> None:
-    """R-25: names, shapes and count come from the header."""
+    """R-25: names and shapes come from the header."""
     assert read_header(weights).shapes["a"] == (3, 4)
-    assert count_parameters([weights]) == 17
 
 
 @pytest.mark.parametrize("share", [0.0005, 0.05, 0.3, 0.99])
@@ -109,14 +106,14 @@ def test_shards_are_found_and_missed(tmp_path: Path, weights: Path) -> None:
     index = '{"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}'
     (folder / "m.safetensors.index.json").write_text(index)
     (folder / "m-1.safetensors").symlink_to(weights)
-    with pytest.raises(ModelError, match=r"lacks m-2\.safetensors"):
+    with raises(ModelError, "base.incomplete", shows="m-2.safetensors"):
         find_weights(folder, "m", "base.source = x")
     (folder / "m-2.safetensors").symlink_to(weights)
     files, kind = find_weights(folder, "m", "x")
     assert [file.name for file in files] == ["m-1.safetensors", "m-2.safetensors"]
     assert kind is None
     (folder / "m.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}')
-    with pytest.raises(ModelError, match=r"names '\.\./model\.safetensors', which is not beside it"):
+    with raises(ModelError, "base.foreign-file", shows="'../model.safetensors'"):
         find_weights(folder, "m", "x")
 
 
@@ -137,9 +134,9 @@ def test_spans_join_neighbours(weights: Path) -> None:
     header = read_header(weights)
     raw = weights.read_bytes()
     start = min(first for first, _ in header.spans.values())
-    assert spans_of(weights, header, "") == [Span(weights, start, len(raw) - start)]
-    [alone] = spans_of(weights, header, "b")
-    assert raw[alone.start : alone.start + alone.size] == torch.ones(5, dtype=torch.float16).numpy().tobytes()
+    assert spans_of(weights, header, "") == [(weights, start, len(raw) - start)]
+    [(_, start, size)] = spans_of(weights, header, "b")
+    assert raw[start : start + size] == torch.ones(5, dtype=torch.float16).numpy().tobytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -149,7 +146,7 @@ def test_values_of_a_small_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
     file = tmp_path / "a.safetensors"
     save_file({"a": values, "n": torch.arange(3)}, file)
     assert read_values(file, read_header(file), "a") == values.tolist()
-    with pytest.raises(ModelError, match="n is stored as I64"):
+    with raises(ModelError, "base.dtype", shows="n is stored as I64"):
         read_values(file, read_header(file), "n")
 
 
@@ -157,7 +154,7 @@ def test_packed_weights_are_refused(tmp_path: Path) -> None:
     """R-40: a base that somebody quantised already is named for it."""
     file = tmp_path / "a.safetensors"
     save_file({"a.weight": torch.zeros(4, dtype=torch.uint8), "b": torch.zeros(2)}, file)
-    with pytest.raises(ModelError, match=r"x is quantised already \(its weights are U8\)"):
+    with raises(ModelError, "base.quantized", shows="U8"):
         check_dtypes(read_header(file), "x")
     check_dtypes(read_header(file), "x", "b")
 
@@ -166,8 +163,8 @@ def test_broken_json_is_one_line(tmp_path: Path) -> None:
     """R-25: a configuration cut short is named."""
     file = tmp_path / "config.json"
     file.write_text('{"a": ')
-    with pytest.raises(ModelError, match=r"config\.json is not JSON"):
+    with raises(ModelError, "file.json", shows="config.json is not JSON"):
         read_json(file)
     file.write_text("[1]")
-    with pytest.raises(ModelError, match="not a JSON object"):
+    with raises(ModelError, "file.json", shows="JSON object"):
         read_json(file)

@@ -15,9 +15,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sdlora.config import BaseSection
 from sdlora.errors import ModelError
-from sdlora.models.infer_config import clip_config, open_clip_config, unet_config, vae_config
+from sdlora.models.infer_config import text_config, unet_config, vae_config
 from sdlora.models.info import inspect_base
 from sdlora.models.weights import denoiser_names, empty_denoiser
+from tests.checks import raises
 
 ATTENDS = "CrossAttnDownBlock2D"
 UNETS: dict[str, dict[str, Any]] = {
@@ -157,11 +158,11 @@ def test_text_encoders_are_told_by_their_shapes(
             shapes = {
                 f"text_model.{n.removeprefix('text_model.')}": tuple(t.shape) for n, t in states.items()
             }
-            found = clip_config(shapes)
+            found = text_config(shapes)
         else:
             tensors = open_clip_tensors(encoder, whole_tower=name == "clip-h")
             shapes = {n: tuple(tensor.shape) for n, tensor in tensors.items()}
-            found = open_clip_config(shapes, drop_last=name == "clip-h")
+            found = text_config(shapes, drop_last=name == "clip-h")
     assert found == {"vocab_size": 49408, "max_position_embeddings": 77, **TEXTS[name]}
 
 
@@ -173,7 +174,7 @@ def test_a_text_encoder_saved_without_its_last_layer_keeps_all(
         encoder = CLIPTextModel(CLIPTextConfig(**TEXTS["clip-h"]))
         tensors = open_clip_tensors(encoder, whole_tower=False)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    assert open_clip_config(shapes, drop_last=True)["num_hidden_layers"] == 23
+    assert text_config(shapes, drop_last=True)["num_hidden_layers"] == 23
 
 
 def test_what_no_configuration_can_say_is_refused() -> None:
@@ -183,14 +184,14 @@ def test_what_no_configuration_can_say_is_refused() -> None:
         "input_blocks.1.0.out_layers.3.weight": (48, 48, 3, 3),
         "out.2.weight": (4, 48, 3, 3),
     }
-    with pytest.raises(ModelError, match="48 channels, which 32 normalisation groups do not divide"):
+    with raises(ModelError, "base.groups", shows="48 channels"):
         unet_config(shapes)
     wide = {name: (64, *shape[1:]) for name, shape in shapes.items()}
     more = {
         "input_blocks.2.0.out_layers.3.weight": (64, 64, 3, 3),
         "input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": (64, 32),
     }
-    with pytest.raises(ModelError, match="attention behind some layers of a level only"):
+    with raises(ModelError, "base.layout"):
         unet_config({**wide, **more})
 
 
