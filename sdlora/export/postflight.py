@@ -26,9 +26,9 @@ from sdlora.lora.adapter import Adapter, check_base
 from sdlora.lora.attach import mounted, unwrapped
 from sdlora.lora.kinds import AdapterModule
 from sdlora.lora.layers import DENOISER, Model, components, named_modules, replace_modules
-from sdlora.models.base import without_bars
+from sdlora.models.base import quiet
 from sdlora.models.info import BaseInfo, inspect_base
-from sdlora.models.load import load_component, load_denoiser, load_stock_pipeline
+from sdlora.models.load import load_component, load_fresh_pipeline
 from sdlora.models.quantize import CONV_SETTINGS
 from sdlora.models.stable_diffusion import pipeline_of, wrap_denoiser
 from sdlora.sampling.generate import preserve_state
@@ -123,14 +123,12 @@ def verify_export(
     info = replace(inspect_base(settings), quantize="none")
     check_base(adapter, family=info.family, name=info.name, source=str(found.file))
     parts: dict[str, Any] = {
-        name: load_denoiser(info.components[name], torch.float32, device)
-        if name == DENOISER
-        else load_component(info.components[name], torch.float32).to(device).eval()
-        for name in adapter.components
+        name: load_component(info.components[name], torch.float32, device) for name in adapter.components
     }
     outputs = _measure(parts, adapter, info)
     parts.clear()
-    pipeline = load_stock_pipeline(info, dtype=torch.float32, only=[DENOISER, *adapter.components])
+    texts = [name for name in adapter.components if name != DENOISER]
+    pipeline = load_fresh_pipeline(info, texts, torch.float32)
     fresh = {name: getattr(pipeline, name).to(device).eval() for name in adapter.components}
     return _check(pipeline, path, adapter, fresh, outputs, info)
 
@@ -251,7 +249,7 @@ def _run(name: str, part: Any, info: BaseInfo) -> Tensor:
 
 def _load(pipeline: Any, path: Path, parts: Sequence[str]) -> list[str]:
     """Loads a file as a user does; returns the complaints of the libraries."""
-    with _captured() as complaints, without_bars():
+    with _captured() as complaints, quiet(warnings=True):
         try:
             pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=_CHECK_NAME)
         except Exception as error:

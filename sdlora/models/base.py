@@ -1,10 +1,7 @@
-"""The protocol of a base: what training, sampling, evaluation and the memory plan know of it.
+"""The protocol of a base for training, sampling, evaluation and the memory plan.
 
-`StableDiffusion` implements it. Nothing outside `models/` asks which network denoises or which encoders read
-the text.
-
-B batch, C channels, H W image size, h w latent size, L tokens, D width of the hidden states, P of the pooled
-ones.
+`StableDiffusion` implements it; outside `models/` no other class of a base is known.
+B batch, C channels, H W image size, h w latent size, L tokens, D width of the hidden states, P of the pooled.
 """
 
 from __future__ import annotations
@@ -22,49 +19,41 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from sdlora.models.info import BaseInfo
-from sdlora.models.tokenizer import TokenCount
 
 LIBRARIES = {"diffusers": diffusers_logging, "transformers": transformers_logging}
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
-    """Mutes diffusers' and transformers' progress bars; then all is put back."""
+def quiet(*, warnings: bool = False) -> Iterator[None]:
+    """Mutes progress bars and warnings of diffusers and transformers, not errors, and restores them.
+
+    Only for calls whose result is checked: to diffusers, for example, missing weights are only a warning.
+
+    Args:
+        warnings: Whether warnings still pass.
+    """
+    levels = {logger: logger.level for logger in map(logging.getLogger, LIBRARIES)}
     bars = [module for module in LIBRARIES.values() if module.is_progress_bar_enabled()]
     try:
+        for logger in () if warnings else levels:
+            logger.setLevel(logging.ERROR)
         for module in bars:
             module.disable_progress_bar()
         yield
     finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
         for module in bars:
             module.enable_progress_bar()
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Mutes diffusers' and transformers' warnings and progress bars; errors pass, and all is put back.
-
-    Only for calls whose result is checked: missing weights, for one, are only a warning to diffusers.
-    """
-    loggers = {name: logging.getLogger(name) for name in LIBRARIES}
-    levels = {name: logger.level for name, logger in loggers.items()}
-    try:
-        for logger in loggers.values():
-            logger.setLevel(logging.ERROR)
-        with without_bars():
-            yield
-    finally:
-        for name, logger in loggers.items():
-            logger.setLevel(levels[name])
-
-
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """What the denoiser reads beside noisy latents and timesteps.
+    """The denoiser's inputs beside noisy latents and timesteps.
 
     Args:
         hidden: Text states, (B, L, D), or (L, D) for one caption.
-        pooled: (B, P) where the denoiser reads pooled text, else None.
+        pooled: Pooled text, (B, P), if the denoiser reads it, else None.
         time_ids: (B, 6) for SDXL (2307.01952, section 2.2), else None: original height and width, top and
             left of the crop, target height and width, in pixels.
     """
@@ -85,7 +74,7 @@ class Condition:
         )
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Condition:
-        """A copy on a device; time ids are pixels and stay exact whatever the dtype."""
+        """A copy on a device; time ids are pixels and keep their dtype."""
         return Condition(
             self.hidden.to(device, dtype),
             None if self.pooled is None else self.pooled.to(device, dtype),
@@ -145,25 +134,32 @@ class Base(Protocol):
     def attention_kernel(self) -> str:
         """Attention implementation of the denoiser, for the log (R-46)."""
 
-    def encoders_to(self, device: torch.device | str) -> None:
-        """Moves VAE and text encoders."""
-
     def text_encoders_to(self, device: torch.device | str) -> None: ...
 
     def enable_gradient_checkpointing(self, *, text: bool) -> None:
-        """Recomputes activations in the backward pass; `text` for text encoders as well."""
+        """Recomputes activations in the backward pass, with `text` in text encoders as well."""
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and standard deviation, each (B, C, h, w), of pixels (B, 3, H, W) in [-1, 1]."""
+        """Posterior mean and standard deviation of images in the denoiser's units, in float32.
+
+        Args:
+            pixels: (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            Mean and standard deviation, each (B, C, h, w).
+
+        Raises:
+            ModelError: If the latents are not finite even in fp32 (R-22).
+        """
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) of latents (B, C, h, w)."""
+        """Images (B, 3, H, W) in about [-1, 1] of latents (B, C, h, w), in float32 on the CPU."""
 
     def encode_captions(self, captions: Sequence[str]) -> Condition:
-        """Text states of captions, each encoded alone so that it does not depend on its neighbours."""
+        """Text states of captions in float32, each encoded alone, without time ids (R-10, R-20)."""
 
     def encode_batch(self, captions: Sequence[str]) -> Condition:
-        """Text states of captions in one pass, with gradients where a text encoder is trained."""
+        """Text states of captions in one pass, with gradients if a text encoder is trained."""
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The denoiser's prediction (B, C, h, w) in float32 for noisy latents and timesteps (B,)."""
@@ -174,12 +170,10 @@ class Base(Protocol):
         """Fixed inputs for `denoise`, on its device.
 
         Args:
-            latents: h and w; by default the smallest that has several positions at every level.
+            latents: h and w; by default the smallest with several positions at every level, since a CPU takes
+                minutes for the size that SDXL was trained for.
             batch_size: B.
         """
 
     def make_pipeline(self, scheduler: Any) -> Any:
-        """The stock diffusers pipeline around the denoiser, which takes encoded prompts and gives latents."""
-
-    def count_tokens(self, caption: str) -> TokenCount:
-        """A caption as the text encoders see it."""
+        """The stock diffusers pipeline around the denoiser, from encoded prompts to latents."""

@@ -18,7 +18,6 @@ from sdlora.models.components import BaseFiles, read_json
 from sdlora.models.folder import find_base, find_vae_folder, no_variant, read_component, read_folder
 from sdlora.models.single_file import read_known, read_single_file, read_vae_file
 
-
 WORD = re.compile(r"[^\W\d_]+")
 
 

@@ -1,4 +1,4 @@
-"""Frozen layers in 8 or 4 bits, dequantized for each product (int8; NF4 as in QLoRA).
+"""Frozen layers in 8 or 4 bits, dequantized for each product (int8, or NF4 as in QLoRA).
 
 A Linear maps (..., in) to (..., out), a Conv2d (B, in, H, W) to (B, out, H', W').
 """
@@ -19,7 +19,7 @@ from sdlora.config import Quantize
 try:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 except ImportError:
-    # Only NF4 needs it, which `inspect_base` then refuses.
+    # Only NF4 needs it, and `inspect_base` refuses that without the package.
     dequantize_4bit = quantize_4bit = None
 
 BLOCK = 64
@@ -30,7 +30,7 @@ CONV_SETTINGS = ("in_channels", "out_channels", "kernel_size", "stride", "paddin
 
 
 class Int8:
-    """Whole numbers up to 127, and one scale for each output (absmax, arXiv 2208.07339, section 2)."""
+    """Integers up to 127, and one scale per output (absmax, arXiv 2208.07339, section 2)."""
 
     def __init__(self, weight: Tensor) -> None:
         values = weight.float()
@@ -50,13 +50,10 @@ class Int8:
 
 
 class Nf4:
-    """NF4 in blocks of 64, their scales quantised once more (arXiv 2305.14314, sections 3.1 and 3.2).
+    """NF4 of a Linear's weight in blocks of 64, with quantized scales (arXiv 2305.14314, 3.1 and 3.2).
 
     bitsandbytes does the arithmetic. Its own layer is not used: on some CPUs it repacks its weight for
-    inference as soon as it is used without gradients, after which a backward pass fails.
-
-    Args:
-        weight: (out, in).
+    inference on its first use without gradients, after which a backward pass fails.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -74,20 +71,13 @@ class Nf4:
 
     @staticmethod
     def num_bytes(shape: torch.Size) -> int:
-        """Half a byte, a byte for the scale of a block, four for each 256 of those."""
+        """Half a byte per weight, a byte for the scale of a block, four for each 256 of those."""
         blocks = prod(shape) // BLOCK
         return prod(shape) // 2 + blocks + 4 * -(-blocks // 256)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of autocast where it is on; the meta device has none."""
-    kind = x.device.type
-    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if is_on else x.dtype
-
-
 class _Product(torch.autograd.Function):
-    """A product with a frozen weight that is dequantized once more for the backward pass.
+    """A product with a frozen weight that is dequantized again for the backward pass.
 
     Autograd would keep every dequantized weight until then, and the input of a convolution as well.
     """
@@ -95,8 +85,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear | QuantizedConv2d) -> Tensor:
         ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
-        dtype = _compute_dtype(x)
-        return layer.apply_weight(x.to(dtype), layer.dequantize(dtype))
+        # The meta device has no autocast.
+        kind, dtype = x.device.type, x.dtype
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        return layer.multiply(x.to(dtype), layer.dequantize(dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -105,10 +99,16 @@ class _Product(torch.autograd.Function):
 
 
 class _Quantized(nn.Module):
-    """Base of the two kinds of layers: `codec` dequantizes `weight`."""
+    """A frozen layer whose `codec` dequantizes its `weight`."""
 
     weight: Any
     codec: Int8 | Nf4
+
+    def store(self, layer: nn.Linear | nn.Conv2d, codec: Int8 | Nf4) -> None:
+        self.codec = codec
+        self.register_parameter("bias", layer._parameters["bias"])
+        self.weight = nn.Parameter(codec.quantized, requires_grad=False)
+        del codec.quantized
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight of the layer that was replaced, but for rounding."""
@@ -118,11 +118,6 @@ class _Quantized(nn.Module):
         y: Tensor = _Product.apply(x, self)
         return y
 
-    def _store(self, codec: Int8 | Nf4) -> None:
-        self.weight = nn.Parameter(codec.quantized, requires_grad=False)
-        self.codec = codec
-        del codec.quantized
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         self.codec.to(self.weight.device)
@@ -130,24 +125,16 @@ class _Quantized(nn.Module):
 
 
 class QuantizedLinear(_Quantized, nn.Linear):
-    """A frozen Linear.
-
-    Args:
-        layer: The layer that it replaces; its own weight may lie on the meta device.
-        codec: Its weight.
-    """
+    """A frozen Linear that replaces a layer, whose own weight may be on the meta device."""
 
     def __init__(self, layer: nn.Linear, codec: Int8 | Nf4) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
-        self.bias = layer.bias
-        self._store(codec)
+        self.store(layer, codec)
 
-    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The output for an input, with the dequantized weight."""
-        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
-        """The gradient of the input (of `shape`) from that of the output."""
         return gradient @ weight
 
 
@@ -157,27 +144,22 @@ class QuantizedConv2d(_Quantized, nn.Conv2d):
     def __init__(self, layer: nn.Conv2d, codec: Int8 | Nf4) -> None:
         sizes: dict[str, Any] = {name: getattr(layer, name) for name in CONV_SETTINGS}
         super().__init__(**sizes, bias=False, device="meta")
-        self.bias = layer.bias
-        self._store(codec)
+        self.store(layer, codec)
 
-    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The output for an input, with the dequantized weight."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
-        """The gradient of the input (of `shape`) from that of the output."""
         back: Any = conv2d_input
         result: Tensor = back(shape, weight, gradient, self.stride, self.padding, self.dilation)
         return result
 
 
 def choose_codec(layer: nn.Module, scheme: Quantize) -> type[Int8] | type[Nf4] | None:
-    """The codec for the weight of a layer, or None for a layer that stays as it is.
+    """The codec for the weight of a layer, or None for a layer that is not quantized.
 
-    Small layers and those with few channels (the first and the last) cost little memory and matter most.
-    A convolution never gets 4 bits: on trained weights that changes the prediction 30 times as much as 8
-    bits do.
+    Small layers and those with few channels (the first and the last) need little memory and matter most.
+    A convolution never gets 4 bits: on trained weights they change the prediction 30 times as much as 8 bits.
     """
     if scheme == "none" or type(layer) not in KINDS:
         return None
@@ -194,13 +176,13 @@ def choose_codec(layer: nn.Module, scheme: Quantize) -> type[Int8] | type[Nf4] |
 def quantize_layer(
     layer: nn.Module, weight: Tensor, scheme: Quantize, device: torch.device | str | None = None
 ) -> nn.Module | None:
-    """The frozen, quantized layer for a weight, or None if `choose_codec` leaves it as it is.
+    """The frozen, quantized layer for a weight, or None if `choose_codec` has no codec for it.
 
     Args:
-        layer: The layer to replace; gives sizes and bias, its own weight may lie on the meta device.
+        layer: The layer to replace, for sizes and bias; its own weight may be on the meta device.
         weight: Its weight.
-        scheme: How it shall be kept.
-        device: Where it is quantized and kept; where the weight is if not given.
+        scheme: Quantization of the layer.
+        device: Where the weight is quantized and kept; by default its own device.
     """
     codec = choose_codec(layer, scheme)
     if codec is None:
@@ -211,41 +193,39 @@ def quantize_layer(
 
 
 def quantize(module: nn.Module, scheme: Quantize) -> None:
-    """Replaces the layers of a network, each where it is."""
+    """Replaces the layers of a network in place."""
     for name, layer in list(module.named_modules()):
         small = quantize_layer(layer, layer.weight.data, scheme) if isinstance(layer, KINDS) else None
         if small is not None:
-            parent, _, child = name.rpartition(".")
-            setattr(module.get_submodule(parent), child, small)
+            module.set_submodule(name, small)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LayerBytes:
     """Bytes of one kind of layers, before and after quantization."""
 
-    plain: int
-    stored: int
+    plain: int = 0
+    stored: int = 0
 
 
 def bytes_by_kind(module: nn.Module, dtype: torch.dtype, scheme: Quantize) -> dict[str, LayerBytes]:
-    """Bytes of the weights of a network that is not quantised yet, as they are and as they will be stored.
+    """Bytes of the weights of a network, on any device, before and after its quantization.
 
     Args:
-        module: It may lie on the meta device.
-        dtype: Of everything that is not quantised.
-        scheme: How layers shall be kept.
+        module: The network, not quantized.
+        dtype: Of all weights that are not quantized.
+        scheme: Quantization of its layers.
 
     Returns:
         For `linear`, `convolution` and `rest`.
     """
-    sizes = {"linear": [0, 0], "convolution": [0, 0], "rest": [0, 0]}
+    sizes = {kind: LayerBytes() for kind in ("linear", "convolution", "rest")}
     for layer in module.modules():
         kind = {nn.Linear: "linear", nn.Conv2d: "convolution"}.get(type(layer), "rest")
         codec = choose_codec(layer, scheme)
         for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
             plain = tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.element_size())
             part = sizes[kind if name == "weight" else "rest"]
-            part[0] += plain
-            kept = codec if name == "weight" else None
-            part[1] += kept.num_bytes(tensor.shape) if kept else plain
-    return {name: LayerBytes(*pair) for name, pair in sizes.items()}
+            part.plain += plain
+            part.stored += codec.num_bytes(tensor.shape) if codec and name == "weight" else plain
+    return sizes

@@ -1,4 +1,4 @@
-"""A base's safety checker: which images it withholds."""
+"""A base's safety checker: the images it withholds."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ with quiet():
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPImageProcessor
 
-CHECKER, EXTRACTOR, WEIGHTS = "safety_checker", "feature_extractor", "model"
+CHECKER, EXTRACTOR, STEM = "safety_checker", "feature_extractor", "model"
 REMEDY = "download or copy the base again, or set sample.safety_checker=false"
 
 
 class SafetyChecker:
-    """Says of each image whether the base's safety checker withholds it (R-47).
-
-    Read from the disk at its first use, and on the device only while it looks.
+    """The base's safety checker (R-47), read from disk on its first use, and on the device only in a call.
 
     Args:
         folder: The base's diffusers folder.
@@ -39,13 +37,13 @@ class SafetyChecker:
         self._parts: tuple[StableDiffusionSafetyChecker, CLIPImageProcessor] | None = None
 
     def __call__(self, images: Sequence[Image]) -> list[bool]:
-        """One answer for each image; the images stay as they are."""
+        """Whether each image is withheld; the images do not change."""
         if self._parts is None:
             self._parts = self._load()
         model, extractor = self._parts
         with quiet(), torch.autocast(self.device.type, enabled=False):
             pixels = extractor(list(images), return_tensors="pt").pixel_values.to(self.device)
-            # It blackens what it withholds: it is handed copies.
+            # It blackens images in place, hence the copies.
             copies = [np.array(image) for image in images]
             try:
                 flags: list[bool] = model.to(self.device)(clip_input=pixels, images=copies)[1]
@@ -55,7 +53,7 @@ class SafetyChecker:
 
     def _load(self) -> tuple[StableDiffusionSafetyChecker, CLIPImageProcessor]:
         folder = self.folder / CHECKER
-        _, variant = find_weights(folder, WEIGHTS, f"the base {self.folder}")
+        _, variant = find_weights(folder, STEM, f"the base {self.folder}")
         try:
             with quiet():
                 model, report = StableDiffusionSafetyChecker.from_pretrained(
@@ -68,35 +66,33 @@ class SafetyChecker:
                 )
                 extractor = CLIPImageProcessor.from_pretrained(self.folder / EXTRACTOR, local_files_only=True)
         except UNFIT as error:
-            raise ModelError(f"{folder} cannot be loaded ({reason_of(error)}); {REMEDY}") from None
-        if missing := sorted(report["missing_keys"]):
-            raise ModelError(f"{folder} lacks {len(missing)} weights ({missing[0]} ...); {REMEDY}")
+            problem = f"cannot load {folder} ({reason_of(error)}); {REMEDY}"
+            raise ModelError(problem, key="sample.safety_checker") from None
+        if missing := report["missing_keys"]:
+            problem = f"{folder} lacks {len(missing)} weights ({min(missing)} …); {REMEDY}"
+            raise ModelError(problem, key="sample.safety_checker")
         return model.requires_grad_(False).eval(), extractor
 
 
 def find_checker(info: BaseInfo, device: torch.device | str) -> SafetyChecker | None:
-    """The safety checker of a base that has one; it is never looked for elsewhere (R-39)."""
+    """The safety checker of a base that has one; it is never downloaded from elsewhere (R-39)."""
     return SafetyChecker(info.path, device) if info.names_safety_checker and _has_files(info) else None
 
 
 def missing_checker(info: BaseInfo) -> str | None:
-    """A line to warn with, if a base names a safety checker whose files are not there.
-
-    Raises:
-        ModelError: If they are there, but not whole.
-    """
+    """A warning if the files of a safety checker are missing; raises a ModelError if they are damaged."""
     if not info.names_safety_checker:
         return None
     if _has_files(info):
-        for file in find_weights(info.path / CHECKER, WEIGHTS, f"the base {info.path}")[0]:
+        for file in find_weights(info.path / CHECKER, STEM, f"the base {info.path}")[0]:
             read_header(file)
         return None
     return (
-        f"the base {info.name} names a safety checker, but its files are not in {info.path}: images are "
+        f"the base {info.name} names a safety checker, but its files are missing in {info.path}: images are "
         "not checked; add safety_checker/ and feature_extractor/, or set sample.safety_checker=false"
     )
 
 
 def _has_files(info: BaseInfo) -> bool:
     configs = (info.path / CHECKER / "config.json", info.path / EXTRACTOR / "preprocessor_config.json")
-    return all(config.is_file() for config in configs) and has_weights(info.path / CHECKER, WEIGHTS)
+    return all(config.is_file() for config in configs) and has_weights(info.path / CHECKER, STEM)

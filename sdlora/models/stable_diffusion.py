@@ -20,7 +20,6 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from sdlora.errors import ModelError
 from sdlora.models.base import Condition, quiet
 from sdlora.models.info import BaseInfo
-from sdlora.models.tokenizer import TokenCount, count_tokens
 
 with quiet():
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -32,17 +31,17 @@ PIPELINES: dict[str, Any] = {
 }
 TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
-# A decoder needs gigabytes for each megapixel: small images are decoded together, large ones one by one.
+# A decoder needs gigabytes per megapixel: small images are decoded together, large ones one by one.
 DECODE_AT_ONCE_PX = 512 * 512
 
 
 @dataclass(eq=False)
 class StableDiffusion:
-    """The networks of a base, in eval mode and without gradients.
+    """The networks of a base, in eval mode and without gradients; the methods are described in `Base`.
 
     Args:
         text_encoders: One, or the two of SDXL, each with a tokenizer.
-        dtype: Of the UNet; text encoders are fp32, the VAE fp32 unless bf16 is known to suit it.
+        dtype: Of the UNet; text encoders are fp32, the VAE as in `load.vae_dtype`.
     """
 
     info: BaseInfo
@@ -59,13 +58,11 @@ class StableDiffusion:
 
     @property
     def components(self) -> dict[str, nn.Module]:
-        """The networks that can carry adapters, by their names in LoRA files."""
         texts = zip(self.info.traits.text_encoders, self.text_encoders, strict=False)
         return {"unet": self.denoiser, **dict(texts)}
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """Effective dtype of each component, and of quantized layers (R-11)."""
         parts = {"unet": self.dtype, "vae": self.vae.dtype}
         parts |= dict.fromkeys(self.info.traits.text_encoders, self.text_dtype)
         names = {name: str(dtype).removeprefix("torch.") for name, dtype in parts.items()}
@@ -80,24 +77,16 @@ class StableDiffusion:
 
     @property
     def attention_kernel(self) -> str:
-        """Attention of the UNet, for the log (R-46); diffusers picks SDPA where torch has it."""
+        # diffusers uses SDPA if torch has it.
         kinds = sorted({type(processor).__name__ for processor in self.denoiser.attn_processors.values()})
         return "SDPA" if kinds == ["AttnProcessor2_0"] else ", ".join(kinds)
-
-    def encoders_to(self, device: torch.device | str) -> None:
-        """Moves VAE and text encoders; the UNet stays."""
-        self.vae.to(device)
-        self.text_encoders_to(device)
 
     def text_encoders_to(self, device: torch.device | str) -> None:
         for part in self.text_encoders:
             part.to(device)
 
     def enable_gradient_checkpointing(self, *, text: bool) -> None:
-        """Recomputes activations in the backward pass, in the UNet and in text encoders that are trained.
-
-        diffusers and transformers do so in train mode only, which changes nothing else in these networks.
-        """
+        # diffusers and transformers recompute in train mode only, which changes nothing else here.
         self.denoiser.enable_gradient_checkpointing()
         self.denoiser.train()
         for encoder in self.text_encoders if text else ():
@@ -108,20 +97,8 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The posterior of images, in the units that the UNet works in.
-
-        One image at a time: batching gains nothing (the VAE fills the device alone), and an image's
-        latents must not depend on its neighbours.
-
-        Args:
-            pixels: (B, 3, H, W) in [-1, 1].
-
-        Returns:
-            Mean and standard deviation, each (B, C, h, w) in float32.
-
-        Raises:
-            ModelError: If the VAE gives non-finite numbers even in fp32 (R-22).
-        """
+        # One image at a time: batching gains nothing (the VAE fills the device alone), and an image's latents
+        # must not depend on its neighbours.
         moments = [self._encode_image(image[None]) for image in pixels]
         return torch.cat([mean for mean, _ in moments]), torch.cat([std for _, std in moments])
 
@@ -132,8 +109,9 @@ class StableDiffusion:
                 mean, std = self._posterior(pixels)
         if not _all_finite(mean, std):
             raise ModelError(
-                "the VAE gives non-finite latents for this image, in fp32 too; "
-                "check the image, or give another base.vae"
+                "the VAE makes non-finite latents of this image, in fp32 too; "
+                "check the image, or use another base.vae",
+                key="base.non-finite-latents",
             )
         return mean, std
 
@@ -161,15 +139,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images from latents, with the VAE on the UNet's device only meanwhile (R-18).
-
-        Args:
-            latents: (B, C, h, w) as the UNet works with them.
-
-        Returns:
-            (B, 3, H, W) in about [-1, 1], float32, on the CPU. A VAE that overflows is run in fp32 (R-22);
-            what is not finite then either comes from the latents.
-        """
+        # The VAE is on the UNet's device only meanwhile (R-18). One that overflows is run in fp32 (R-22).
         home = self.vae.device
         try:
             self.vae.to(self.device)
@@ -192,21 +162,14 @@ class StableDiffusion:
         return torch.cat([part.float().cpu() for part in images])
 
     def encode_captions(self, captions: Sequence[str]) -> Condition:
-        """Text states of captions, as the stock pipeline's `encode_prompt` makes them, without time ids.
-
-        One caption at a time, so that its states do not depend on its neighbours (R-10, R-20).
-
-        Returns:
-            hidden (B, L, D) and, for SDXL, pooled (B, P) in float32, on the text encoders' device.
-        """
+        """As the stock pipeline's `encode_prompt`, without time ids; see `Base`."""
         return Condition.stack([self.encode_batch([caption])[0] for caption in captions])
 
     def encode_batch(self, captions: Sequence[str]) -> Condition:
-        """As `encode_captions`, all in one pass, as text encoders that learn see a batch.
+        """See `Base`. The empty caption means no text at all.
 
-        The empty caption is what the base takes for no text at all: for most SDXL bases zeros, since
-        Stability trained them so and the stock pipeline samples them so (`force_zeros_for_empty_prompt`).
-        There are gradients only where an adapter that needs them is mounted on a text encoder.
+        For most SDXL bases that is zeros, since Stability trained them so and the stock pipeline samples them
+        so (`force_zeros_for_empty_prompt`).
         """
         pairs = zip(self.tokenizers, self.text_encoders, strict=True)
         states = [self._encode_text(list(captions), tokenizer, encoder) for tokenizer, encoder in pairs]
@@ -222,16 +185,13 @@ class StableDiffusion:
     def _encode_text(
         self, captions: list[str], tokenizer: CLIPTokenizer, encoder: TextEncoder
     ) -> tuple[Tensor, Tensor | None]:
-        """What one text encoder gives: hidden states (B, L, D), and (B, P) if it has a projection.
+        """One text encoder's hidden states (B, L, D), and pooled states (B, P) if it has a projection.
 
         SD 1 and 2 read the last layer; SDXL the last but one of both encoders, before the final norm.
         """
+        length = self.info.text_length
         tokens = tokenizer(
-            captions,
-            padding="max_length",
-            max_length=self.info.text_length,
-            truncation=True,
-            return_tensors="pt",
+            captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         ids = tokens.input_ids.to(encoder.device)
         with torch.autocast(encoder.device.type, enabled=False):
@@ -243,16 +203,6 @@ class StableDiffusion:
             return encoder(ids, attention_mask=mask)[0], None
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """The UNet's prediction.
-
-        Args:
-            noisy: (B, C, h, w).
-            timesteps: (B,).
-            condition: hidden (B, L, D); for SDXL also pooled (B, P) and time ids (B, 6).
-
-        Returns:
-            (B, C, h, w) in float32.
-        """
         condition = condition.to(noisy.device, self.dtype)
         added = None
         if condition.time_ids is not None:
@@ -265,13 +215,6 @@ class StableDiffusion:
     def example_inputs(
         self, latents: tuple[int, int] | None = None, batch_size: int = 1
     ) -> tuple[Tensor, Tensor, Condition]:
-        """Fixed inputs for `denoise`, on its device.
-
-        Args:
-            latents: h and w; by default the smallest that has several positions at every level, since a CPU
-                takes minutes for the size that SDXL was trained for.
-            batch_size: B.
-        """
         info, generator = self.info, torch.Generator().manual_seed(0)
         side = 4 * info.coarsest_px // info.vae_factor
         height, width = latents or (side, side)
@@ -290,12 +233,7 @@ class StableDiffusion:
         return noisy, timesteps, condition
 
     def make_pipeline(self, scheduler: Any) -> Any:
-        """The stock pipeline around the UNet, which takes encoded prompts and gives latents."""
         return pipeline_of(self.info, unet=self.denoiser, scheduler=scheduler)
-
-    def count_tokens(self, caption: str) -> TokenCount:
-        """The caption as the text encoders see it; SDXL's two read the same tokens."""
-        return count_tokens(self.tokenizers[0], self.info.text_length, caption)
 
 
 def _all_finite(*tensors: Tensor) -> bool:
@@ -303,18 +241,14 @@ def _all_finite(*tensors: Tensor) -> bool:
 
 
 def wrap_denoiser(info: BaseInfo, denoiser: Any) -> StableDiffusion:
-    """A base that can only denoise, around a network that diffusers has loaded, or one without weights."""
+    """A base that can only denoise, around any UNet."""
     dtype = next(denoiser.parameters()).dtype
     vae: Any = None
     return StableDiffusion(info, denoiser, vae, (), (), dtype)
 
 
 def pipeline_of(info: BaseInfo, **components: Any) -> Any:
-    """The stock pipeline of a base around some components; the others, and a safety checker, are left out.
-
-    Args:
-        components: `unet`, `scheduler` and so on, by diffusers' names.
-    """
+    """The stock pipeline of a base around some components, by diffusers' names, and without the others."""
     left_out = dict.fromkeys(("vae", *info.traits.text_encoders, *info.traits.tokenizers))
     with quiet():
         pipeline = PIPELINES[info.traits.pipeline](**{**left_out, **without_checker(info), **components})

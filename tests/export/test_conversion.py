@@ -19,9 +19,10 @@ from sdlora.export.rewrite import weight_norms
 from sdlora.lora.attach import match_targets, mounted
 from sdlora.models.folder import BUILTIN
 from sdlora.models.info import inspect_base
-from sdlora.models.load import load_base, load_stock_pipeline
+from sdlora.models.load import load_base
 from tests.checks import raises
 from tests.lora_fixtures import create_adapter
+from tests.stock import load_stock_pipeline
 
 
 def digests(folder):

@@ -18,7 +18,7 @@ from sdlora.export.postflight import postflight, verify_export
 from sdlora.lora.attach import detach, match_targets, mount
 from sdlora.lora.layers import lora_layers
 from sdlora.models.info import inspect_base
-from sdlora.models.load import load_base, load_stock_pipeline
+from sdlora.models.load import load_base, load_fresh_pipeline
 from sdlora.models.quantize import QuantizedConv2d, QuantizedLinear
 from tests.checks import raises
 from tests.lora_fixtures import create_adapter, metadata_of
@@ -215,7 +215,7 @@ def test_postflight_prints_nothing(tmp_path, unet, info, make_adapter, capfd):
 def test_stock_pipeline_at_strength_zero_and_after_unloading(tmp_path, unet, info, make_adapter):
     """R-37 R-38: strength 0 and unloading give the stock base's output."""
     path = export_adapter(make_adapter(), tmp_path / "x.safetensors").path
-    pipeline = load_stock_pipeline(info, dtype=torch.float32, only=["unet"])
+    pipeline = load_fresh_pipeline(info, [], torch.float32)
     generator = torch.Generator().manual_seed(0)
     channels, width = info.denoiser_config["in_channels"], info.denoiser_config["cross_attention_dim"]
     latents = torch.randn(1, channels, 8, 8, generator=generator)

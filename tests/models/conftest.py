@@ -13,8 +13,9 @@ import torch
 from sdlora.config import BaseSection
 from sdlora.models.folder import BUILTIN
 from sdlora.models.info import BaseInfo, inspect_base
-from sdlora.models.load import load_base, load_stock_pipeline
+from sdlora.models.load import load_base
 from sdlora.models.stable_diffusion import StableDiffusion
+from tests.stock import load_stock_pipeline
 
 
 @pytest.fixture

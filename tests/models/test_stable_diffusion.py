@@ -16,8 +16,10 @@ from sdlora.data.tensors import crop_to_time_ids
 from sdlora.errors import ModelError
 from sdlora.models.base import Condition
 from sdlora.models.info import BaseInfo, inspect_base
-from sdlora.models.load import load_base, load_stock_pipeline
+from sdlora.models.load import load_base
 from sdlora.models.stable_diffusion import StableDiffusion
+from tests.checks import raises
+from tests.stock import load_stock_pipeline
 
 CAPTIONS = ["a tractor", "", "a cat. " * 40, "größe und 猫, emoji 🐈"]
 
@@ -155,7 +157,7 @@ def test_latents_that_stay_non_finite_are_an_error(base: StableDiffusion) -> Non
     """R-22: never replaced silently; the caller knows the picture and names it."""
     pixels = torch.zeros(1, 3, 32, 32)
     pixels[0, 0, 3, 3] = torch.nan
-    with pytest.raises(ModelError, match="non-finite latents"):
+    with raises(ModelError, "base.non-finite-latents"):
         base.encode_images(pixels)
 
 

@@ -11,9 +11,10 @@ from sdlora.config import BaseSection
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import match_targets
 from sdlora.models.info import BaseInfo, inspect_base
-from sdlora.models.load import load_base, load_stock_pipeline
+from sdlora.models.load import load_base
 from sdlora.models.stable_diffusion import StableDiffusion
 from tests.lora_fixtures import create_adapter
+from tests.stock import load_stock_pipeline
 
 
 @pytest.fixture(scope="session")

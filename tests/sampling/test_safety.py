@@ -21,8 +21,9 @@ from sdlora.errors import ModelError
 from sdlora.models.base import quiet
 from sdlora.models.folder import BUILTIN
 from sdlora.models.info import inspect_base
-from sdlora.models.load import DTYPE, PIPELINES, load_base
+from sdlora.models.load import DTYPE, load_base
 from sdlora.models.safety import SafetyChecker, missing_checker
+from sdlora.models.stable_diffusion import PIPELINES
 from sdlora.sampling.images import FLAGGED, SampleSettings
 from sdlora.sampling.session import sample
 from tests.checks import assert_same_image

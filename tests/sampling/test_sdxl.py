@@ -18,13 +18,14 @@ from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import match_targets, mount
 from sdlora.lora.layers import lora_layers
 from sdlora.models.info import BaseInfo, inspect_base
-from sdlora.models.load import load_base, load_stock_pipeline
+from sdlora.models.load import load_base
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.sampling.generate import encode_prompts
 from sdlora.sampling.images import SampledImage, SampleSettings, resolve_settings
 from tests.checks import assert_same_image
 from tests.lora_fixtures import create_adapter
 from tests.sampling.drawing import generate
+from tests.stock import load_stock_pipeline
 
 # diffusers' schedulers speak to numpy in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")

@@ -14,10 +14,10 @@ from sdlora.errors import AdapterError, RunStopped, TrainingDiverged
 from sdlora.formats.files import load_adapter
 from sdlora.lora.adapter import check_base
 from sdlora.models.info import inspect_base
-from sdlora.models.load import load_stock_pipeline
 from sdlora.sampling.session import sample
 from sdlora.training.train import train
 from tests.checks import raises
+from tests.stock import load_stock_pipeline
 
 SIZES = ((80, 64),) * 2 + ((300, 200),) * 2 + ((64, 96),) * 2
 CHANGES = {

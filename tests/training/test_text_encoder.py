@@ -14,7 +14,7 @@ from sdlora.errors import ConfigError, RunStopped
 from sdlora.formats.files import load_adapter, save_adapter
 from sdlora.lora.attach import match_targets
 from sdlora.models.info import inspect_base
-from sdlora.models.load import load_base, load_stock_pipeline
+from sdlora.models.load import load_base
 from sdlora.models.weights import empty_components
 from sdlora.sampling.session import sample
 from sdlora.training.checkpoint import read_checkpoint
@@ -22,6 +22,7 @@ from sdlora.training.plan import make_plan
 from sdlora.training.train import train
 from tests.checks import raises
 from tests.lora_fixtures import create_adapter
+from tests.stock import load_stock_pipeline
 
 CHANGES = {
     "train__steps": 4,
