@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import schedulers
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from sdlora.models.base import quiet
 from sdlora.models.info import BaseInfo
 from sdlora.models.load import DTYPE, load_component
-from sdlora.models.stable_diffusion import PIPELINES, pipeline_of, without_checker
+from sdlora.models.stable_diffusion import pipeline_of, without_checker
 from sdlora.models.tokenizer import load_tokenizer
 
 
@@ -31,7 +32,7 @@ def load_stock_pipeline(info: BaseInfo, *, dtype: torch.dtype = torch.float32) -
     if info.components["vae"].folder != info.path / "vae":
         parts["vae"] = load_component(info.components["vae"], dtype)
     with quiet():
-        pipeline = PIPELINES[info.traits.pipeline].from_pretrained(
+        pipeline = getattr(diffusers, info.traits.pipeline).from_pretrained(
             info.path,
             variant=next((part.variant for part in info.components.values() if part.variant), None),
             use_safetensors=True,

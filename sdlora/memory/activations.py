@@ -33,11 +33,7 @@ def peak_bytes(compute: Callable[[], object], known: Iterable[Tensor] = ()) -> i
     """Peak size in bytes of the tensors that a computation makes and that are alive at the same time.
 
     Tensors that autograd keeps for a backward pass count, and so do those that gradient checkpointing makes
-    again.
-
-    Args:
-        compute: Works on tensors of any device; the meta device needs no memory and hardly any time.
-        known: Existing tensors, such as weights, which do not count.
+    again; `known` tensors, such as weights, do not. The meta device needs no memory and hardly any time.
     """
     with _fused_attention(), _LiveBytes(known) as live:
         compute()
@@ -98,17 +94,9 @@ def _fused_attention() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class DenoiserPass:
-    """One pass of a denoiser with an adapter.
+    """A denoiser's forward pass with an adapter and, if it `learns`, its backward pass.
 
-    Args:
-        info: The base.
-        ranks: Rank of each of the adapter's modules.
-        latents: h and w.
-        dtype: Of arithmetic and activations.
-        batch_size: B.
-        learns: With the backward pass.
-        checkpointing: Whether activations are recomputed in the backward pass.
-        kind: Of the adapter.
+    `ranks` are those of the adapter's modules, by name, and `dtype` that of arithmetic and activations.
     """
 
     info: BaseInfo
@@ -168,12 +156,7 @@ def text_peak(
 ) -> int:
     """Peak bytes of a forward and backward pass of trained text encoders in fp32, with gradients.
 
-    Args:
-        encoders: By component, on the meta device; an adapter stays mounted on them.
-        ranks: Of the trained modules.
-        tokens: L.
-        captions: B.
-        kind: Of the adapter.
+    The encoders are on the meta device; the adapter with these ranks stays mounted on them.
     """
     adapter = _empty_adapter(encoders, kind, ranks, learns=True)
     if adapter is None:

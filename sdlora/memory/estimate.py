@@ -51,8 +51,7 @@ class MemoryInputs:
 
     Args:
         config: The settings, with every default resolved but `train.gradient_checkpointing`.
-        info: The base.
-        parts: Its denoiser, and trained text encoders, on the meta device.
+        parts: The base's denoiser, and trained text encoders, on the meta device.
         ranks: Of the trained modules.
         num_frozen: Number of parameters of the adapters below the trained one.
         size: The largest image, in pixels.

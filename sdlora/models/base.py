@@ -25,12 +25,9 @@ LIBRARIES = {"diffusers": diffusers_logging, "transformers": transformers_loggin
 
 @contextmanager
 def quiet(*, warnings: bool = False) -> Iterator[None]:
-    """Mutes progress bars and warnings of diffusers and transformers, not errors, and restores them.
+    """Mutes progress bars and, if not `warnings`, warnings of diffusers and transformers, and restores them.
 
     Only for calls whose result is checked: to diffusers, for example, missing weights are only a warning.
-
-    Args:
-        warnings: Whether warnings still pass.
     """
     levels = {logger: logger.level for logger in map(logging.getLogger, LIBRARIES)}
     bars = [module for module in LIBRARIES.values() if module.is_progress_bar_enabled()]

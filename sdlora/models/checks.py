@@ -85,12 +85,7 @@ FILES = {
 
 
 def refuse_file(path: Path, key: str) -> None:
-    """Refuses an existing file that is not a safetensors file, by its name and its first bytes.
-
-    Args:
-        path: The file.
-        key: The setting with its value, such as `base.source = model.ckpt`.
-    """
+    """Refuses an existing file that is not a safetensors file, by its name and its first bytes."""
     suffix = path.suffix.lower()
     with path.open("rb") as handle:
         start = handle.read(8)
@@ -154,7 +149,11 @@ COUNTS = {
     "vae": ("latent_channels", "block_out_channels"),
     "text_encoder": ("hidden_size", "num_hidden_layers", "max_position_embeddings", "projection_dim"),
 }
-CLIP_TEXT = ("clip_text_model", "clip")
+# The setting that names a component's class, and its supported values.
+CLASSES: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "vae": ("_class_name", ("AutoencoderKL",), "set base.vae to an AutoencoderKL"),
+    "text_encoder": ("model_type", ("clip_text_model", "clip"), USE_BASE),
+}
 # Inputs of a UNet beside text and SDXL's sizes.
 OTHER_INPUTS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type")
 # Schedulers whose noise does not follow from betas.
@@ -166,11 +165,7 @@ def check_base(
 ) -> None:
     """Refuses components that cannot be trained, or that do not fit together.
 
-    Args:
-        components: UNet, VAE and text encoders by their names in diffusers.
-        scheduler: Configuration of the scheduler.
-        key: The setting of the base with its value, for error messages.
-        vae_key: The setting of the VAE with its value.
+    `key` is the setting of the base with its value, for error messages, and `vae_key` that of the VAE.
     """
     for component in components.values():
         _check_component(component)
@@ -185,16 +180,11 @@ def _check_component(part: Component) -> None:
     """Refuses another class, and sizes that are not numbers above 0."""
     config, place = part.config, part.folder / "config.json" if part.folder else part.files[0]
     kind = part.name.removesuffix("_2")
-    vae, text = config.get("_class_name", "AutoencoderKL"), config.get("model_type", CLIP_TEXT[0])
-    if kind == "vae" and vae != "AutoencoderKL":
+    name, supported, remedy = CLASSES.get(kind, ("", ("",), ""))
+    found = config.get(name, supported[0])
+    if found not in supported:
         raise ModelError(
-            f"{place} describes a VAE of class {shorten(str(vae))}; set base.vae to an AutoencoderKL",
-            key="base.vae",
-        )
-    if kind == "text_encoder" and text not in CLIP_TEXT:
-        raise ModelError(
-            f"{place} describes a text encoder of type {shorten(str(text))}, not CLIP; {USE_BASE}",
-            key="base.text-encoder",
+            f"{place}: {name} = {shorten(repr(found))} is not supported; {remedy}", key=f"base.{kind}"
         )
     for name in COUNTS[kind]:
         value = config.get(name)

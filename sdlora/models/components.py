@@ -91,9 +91,14 @@ class BaseFiles:
     notices: tuple[str, ...] = ()
 
 
-def read_tokenizer_spec(folder: Path, settings: Mapping[str, Any], length: int | None) -> TokenizerSpec:
+def read_tokenizer_spec(
+    folder: Path, settings: Mapping[str, Any], length: int | None = None
+) -> TokenizerSpec:
+    """The tokenizer of a folder, with settings that the folder lacks."""
     files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".txt")]
-    return TokenizerSpec(folder, digest_weights(files, settings), settings, length)
+    if (config := folder / "tokenizer_config.json") in files:
+        length = read_json(config).get("model_max_length")
+    return TokenizerSpec(folder, digest_weights(files, settings), settings, int(length) if length else None)
 
 
 @contextmanager
@@ -169,16 +174,10 @@ def has_weights(folder: Path, stem: str, variant: str | None = None) -> bool:
 def find_weights(
     folder: Path, stem: str, key: str, variant: str | None = None
 ) -> tuple[list[Path], str | None]:
-    """The safetensors files of one component, in order, and the precision in their names.
+    """The safetensors files of a component, in order, and the precision in their names (R-25, R-44).
 
-    Args:
-        folder: The component's folder, such as `BASE/vae`.
-        stem: `diffusion_pytorch_model` or `model`.
-        key: The setting with its value, for error messages.
-        variant: `fp16` or `bf16`, preferred to the plain files.
-
-    Raises:
-        ModelError: If there are none, if a shard is missing, or if there are only pickles (R-44).
+    A `variant`, `fp16` or `bf16`, is preferred to plain files, and those to any other. `stem` is
+    `diffusion_pytorch_model` or `model`.
     """
     for kind in dict.fromkeys((variant, None, *VARIANTS)):
         whole, index = _weight_files(folder, stem, kind)

@@ -26,7 +26,6 @@ from sdlora.models.components import (
     VARIANTS,
     BaseFiles,
     Component,
-    TokenizerSpec,
     check_dtypes,
     digest_weights,
     find_weights,
@@ -64,16 +63,9 @@ REASONS = {
 
 
 def find_base(source: str, key: str, revision: str | None = None, variant: str | None = None) -> Path:
-    """The folder or file of a source. The hub is asked only if no local path has the name (R-39).
+    """The folder or file of a source; `key` is the setting with its value, for error messages.
 
-    Args:
-        source: `builtin`, a folder, a `.safetensors` file, or a hub id `owner/name`.
-        key: The setting with its value, for error messages.
-        revision: Branch, tag or commit of a hub id.
-        variant: `fp16` or `bf16`, downloaded instead of plain files if the hub has it.
-
-    Raises:
-        ModelError: If it is neither here nor on the hub, or is a file of another kind.
+    The hub is asked only if no local path has the name (R-39).
     """
     path = BUILTIN if source == "builtin" else Path(source).expanduser()
     try:
@@ -106,9 +98,6 @@ def download(source: str, key: str, revision: str | None, variant: str | None = 
     """The snapshot of a hub id, with huggingface_hub's own cache, token and offline mode.
 
     Of each component one precision is downloaded: `variant` if the hub has it, else plain files, else any.
-
-    Raises:
-        ModelError: If it does not exist, or cannot be reached.
     """
 
     def fetch(missing: Iterable[str], kind: str | None) -> None:
@@ -160,16 +149,7 @@ def weight_patterns(parts: Iterable[str], kind: str | None) -> list[str]:
 
 
 def read_folder(folder: Path, key: str, variant: str | None = None) -> BaseFiles:
-    """Describes a diffusers folder.
-
-    Args:
-        folder: With `model_index.json`.
-        key: The setting with its value, for error messages.
-        variant: `fp16` or `bf16`, preferred to plain files.
-
-    Raises:
-        ModelError: If it is incomplete, or of a kind that sdlora does not train.
-    """
+    """Describes a diffusers folder; a `variant`, `fp16` or `bf16`, is preferred to plain files."""
     index, family = _check_kind(folder, key)
     _check_files(folder, family, key)
     return BaseFiles(
@@ -179,7 +159,7 @@ def read_folder(folder: Path, key: str, variant: str | None = None) -> BaseFiles
             name: read_component(folder / name, name, key, variant)
             for name in ("unet", "vae", *family.text_encoders)
         },
-        tokenizers=tuple(_read_tokenizer(folder / name) for name in family.tokenizers),
+        tokenizers=tuple(read_tokenizer_spec(folder / name, {}) for name in family.tokenizers),
         scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
         zeroes_empty_prompt=family.name == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
@@ -224,7 +204,7 @@ def _check_kind(folder: Path, key: str) -> tuple[dict[str, Any], Family]:
     kind = str(index.get("_class_name"))
     if not kind.startswith("StableDiffusion") or "unet" not in index:
         raise ModelError(f"{key} is a {kind}, which is not supported; {USE_BASE}", key="base.pipeline")
-    is_xl, lacks_first = _has(index, "text_encoder_2"), not _has(index, "text_encoder")
+    is_xl, lacks_first = has_part(index, "text_encoder_2"), not has_part(index, "text_encoder")
     if (is_xl and lacks_first) or index.get("requires_aesthetics_score"):
         raise ModelError(
             f"{key} is an SDXL refiner; use the SDXL base, and the LoRA works with any refiner",
@@ -239,7 +219,7 @@ def _check_kind(folder: Path, key: str) -> tuple[dict[str, Any], Family]:
     return index, FAMILIES["sdxl" if is_xl or "XL" in kind else family_of(unet)]
 
 
-def _has(index: Mapping[str, Any], part: str) -> bool:
+def has_part(index: Mapping[str, Any], part: str) -> bool:
     """Whether a pipeline has a component; diffusers writes [null, null] for one that was left out."""
     entry = index.get(part)
     return isinstance(entry, list) and bool(entry[0])
@@ -256,9 +236,3 @@ def _check_files(folder: Path, family: Family, key: str) -> None:
         raise ModelError(
             f"{key} is incomplete: {folder} lacks {', '.join(missing)}; {AGAIN}", key="base.incomplete"
         )
-
-
-def _read_tokenizer(folder: Path) -> TokenizerSpec:
-    file = folder / "tokenizer_config.json"
-    length = read_json(file).get("model_max_length") if file.is_file() else None
-    return read_tokenizer_spec(folder, {}, int(length) if length else None)

@@ -33,12 +33,7 @@ OPEN_CLIP = (
 def unet_config(shapes: Shapes, pooled: int = 0) -> dict[str, Any]:
     """The configuration of a UNet2DConditionModel of any width, depth and places of attention.
 
-    Args:
-        shapes: Of its tensors, such as `input_blocks.0.0.weight`.
-        pooled: Width of the pooled text states, for SDXL.
-
-    Raises:
-        ModelError: If a UNet2DConditionModel has no setting for its structure.
+    `pooled` is the width of the pooled text states, for SDXL.
     """
     num_inputs = 1 + max(int(found[1]) for found in _find(shapes, r"input_blocks\.(\d+)\."))
     downs = sorted(int(found[1]) for found in _find(shapes, r"input_blocks\.(\d+)\.0\.op\.weight"))
@@ -100,10 +95,7 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
 def text_config(shapes: Shapes, *, drop_last: bool = False) -> dict[str, Any]:
     """The configuration of a CLIPTextModel, by the names of OpenCLIP or of transformers.
 
-    Args:
-        shapes: Of its tensors; `text_model.` in front may be missing.
-        drop_last: Leave out the last layer of a whole OpenCLIP tower: Stable Diffusion 2 reads the states
-            before it.
+    With `drop_last`, without the last layer of a whole OpenCLIP tower: SD 2 reads the states before it.
     """
     shapes = {name.removeprefix("text_model."): shape for name, shape in shapes.items()}
     tokens, positions, mlp, layers = OPEN_CLIP if "positional_embedding" in shapes else CLIP

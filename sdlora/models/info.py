@@ -15,7 +15,7 @@ from sdlora.config import BaseSection, ObjectiveSection, Quantize, RunConfig
 from sdlora.errors import ConfigError, ModelError
 from sdlora.models.checks import FAMILIES, SD2_V, Family, check_base
 from sdlora.models.components import BaseFiles, read_json
-from sdlora.models.folder import find_base, find_vae_folder, no_variant, read_component, read_folder
+from sdlora.models.folder import find_base, find_vae_folder, has_part, no_variant, read_component, read_folder
 from sdlora.models.single_file import read_known, read_single_file, read_vae_file
 
 WORD = re.compile(r"[^\W\d_]+")
@@ -129,8 +129,7 @@ class BaseInfo(BaseFiles):
     def names_safety_checker(self) -> bool:
         """Whether its pipeline has a safety checker, with or without the files."""
         index = self.path / "model_index.json"
-        entry = read_json(index).get("safety_checker") if index.is_file() else None
-        return isinstance(entry, list) and bool(entry[0])
+        return index.is_file() and has_part(read_json(index), "safety_checker")
 
     @property
     def is_builtin(self) -> bool:

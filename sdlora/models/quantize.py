@@ -178,11 +178,7 @@ def quantize_layer(
 ) -> nn.Module | None:
     """The frozen, quantized layer for a weight, or None if `choose_codec` has no codec for it.
 
-    Args:
-        layer: The layer to replace, for sizes and bias; its own weight may be on the meta device.
-        weight: Its weight.
-        scheme: Quantization of the layer.
-        device: Where the weight is quantized and kept; by default its own device.
+    The layer that it replaces may be on the meta device. The weight is quantized, and stays, on `device`.
     """
     codec = choose_codec(layer, scheme)
     if codec is None:
@@ -209,16 +205,7 @@ class LayerBytes:
 
 
 def bytes_by_kind(module: nn.Module, dtype: torch.dtype, scheme: Quantize) -> dict[str, LayerBytes]:
-    """Bytes of the weights of a network, on any device, before and after its quantization.
-
-    Args:
-        module: The network, not quantized.
-        dtype: Of all weights that are not quantized.
-        scheme: Quantization of its layers.
-
-    Returns:
-        For `linear`, `convolution` and `rest`.
-    """
+    """Bytes of the weights of an unquantized network in a dtype, and after quantization, by kind of layer."""
     sizes = {kind: LayerBytes() for kind in ("linear", "convolution", "rest")}
     for layer in module.modules():
         kind = {nn.Linear: "linear", nn.Conv2d: "convolution"}.get(type(layer), "rest")

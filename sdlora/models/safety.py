@@ -54,15 +54,11 @@ class SafetyChecker:
     def _load(self) -> tuple[StableDiffusionSafetyChecker, CLIPImageProcessor]:
         folder = self.folder / CHECKER
         _, variant = find_weights(folder, STEM, f"the base {self.folder}")
+        options = {"use_safetensors": True, "local_files_only": True, "variant": variant}
         try:
             with quiet():
                 model, report = StableDiffusionSafetyChecker.from_pretrained(
-                    folder,
-                    variant=variant,
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                    local_files_only=True,
-                    output_loading_info=True,
+                    folder, dtype=torch.float32, output_loading_info=True, **options
                 )
                 extractor = CLIPImageProcessor.from_pretrained(self.folder / EXTRACTOR, local_files_only=True)
         except UNFIT as error:

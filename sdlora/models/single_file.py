@@ -79,17 +79,7 @@ class _File:
     def read_component(
         self, name: str, prefix: str, known: Mapping[str, Any], infer: Callable[[Shapes], dict[str, Any]]
     ) -> Component:
-        """Describes one component.
-
-        Args:
-            name: Its name in diffusers.
-            prefix: Prefix of its tensors.
-            known: Settings that do not follow from shapes.
-            infer: Makes the other settings from the shapes of its tensors.
-
-        Raises:
-            ModelError: If tensors are missing that every component of its kind has.
-        """
+        """Describes one component: `infer` makes the settings that are not `known` from its shapes."""
         shapes = {
             tensor.removeprefix(prefix): shape
             for tensor, shape in self.header.shapes.items()
@@ -118,16 +108,7 @@ class _File:
 
 
 def read_single_file(path: Path, key: str, prediction_type: str | None = None) -> BaseFiles:
-    """Describes a base in one file; its VAE may be missing.
-
-    Args:
-        path: A safetensors file with the tensors of a UNet.
-        key: The setting with its value, for error messages.
-        prediction_type: The prediction type, if the user sets it.
-
-    Raises:
-        ModelError: If it is incomplete, or of a kind that sdlora does not train.
-    """
+    """Describes a base in one file, with a prediction type if the user forces it; its VAE may be missing."""
     file = _File(path, read_header(path), key)
     if not file.has(UNET):
         raise refuse_tensors(file.header.shapes, key)
@@ -168,13 +149,7 @@ def read_known(family: str, prediction_type: str = "epsilon") -> dict[str, Any]:
 def read_vae_file(path: Path, key: str, like: Mapping[str, Any]) -> Component:
     """Describes the VAE of a file, by original or diffusers' names, or that of a base in one file.
 
-    Args:
-        path: A safetensors file.
-        key: The setting with its value, for error messages.
-        like: Configuration of the base's own VAE, for settings that do not follow from shapes.
-
-    Raises:
-        ModelError: If it has no VAE.
+    Settings that do not follow from shapes are those of `like`, the base's own VAE.
     """
     file = _File(path, read_header(path), key)
     if file.has(UNET):

@@ -5,11 +5,12 @@ B batch, C channels, H W image size, h w latent size, L tokens, D width, P poole
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
+import diffusers
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -21,14 +22,6 @@ from sdlora.errors import ModelError
 from sdlora.models.base import Condition, quiet
 from sdlora.models.info import BaseInfo
 
-with quiet():
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
-
-StockPipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
-PIPELINES: dict[str, Any] = {
-    cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)
-}
 TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
 # A decoder needs gigabytes per megapixel: small images are decoded together, large ones one by one.
@@ -103,10 +96,7 @@ class StableDiffusion:
         return torch.cat([mean for mean, _ in moments]), torch.cat([std for _, std in moments])
 
     def _encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = self._posterior(pixels)
-        if not _all_finite(mean, std) and self.vae.dtype != torch.float32:
-            with self._vae_in_fp32():
-                mean, std = self._posterior(pixels)
+        mean, std = self._without_overflow(partial(self._posterior, pixels))
         if not _all_finite(mean, std):
             raise ModelError(
                 "the VAE makes non-finite latents of this image, in fp32 too; "
@@ -115,19 +105,21 @@ class StableDiffusion:
             )
         return mean, std
 
-    @contextmanager
-    def _vae_in_fp32(self) -> Iterator[None]:
-        stored = self.vae.dtype
+    def _without_overflow(self, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Runs the VAE, and once more in fp32 if it overflows in a smaller dtype (R-22)."""
+        results, stored = compute(), self.vae.dtype
+        if stored == torch.float32 or _all_finite(*results):
+            return results
         # diffusers warns of each cast.
         with quiet():
             self.vae.to(torch.float32)
         try:
-            yield
+            return compute()
         finally:
             with quiet():
                 self.vae.to(stored)
 
-    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, ...]:
         shift, scale = self._latent_units()
         with torch.autocast(self.vae.device.type, enabled=False):
             posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
@@ -139,19 +131,15 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        # The VAE is on the UNet's device only meanwhile (R-18). One that overflows is run in fp32 (R-22).
+        # The VAE is on the UNet's device only meanwhile (R-18).
         home = self.vae.device
         try:
             self.vae.to(self.device)
-            images = self._decode(latents)
-            if not _all_finite(images) and _all_finite(latents) and self.vae.dtype != torch.float32:
-                with self._vae_in_fp32():
-                    images = self._decode(latents)
-            return images
+            return self._without_overflow(partial(self._decode, latents))[0]
         finally:
             self.vae.to(home)
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def _decode(self, latents: Tensor) -> tuple[Tensor]:
         side_px = self.info.vae_factor
         at_once = max(1, DECODE_AT_ONCE_PX // (latents.shape[2] * latents.shape[3] * side_px**2))
         shift, scale = self._latent_units()
@@ -159,7 +147,7 @@ class StableDiffusion:
             self.vae.decode(part.to(self.device, self.vae.dtype) / scale + shift, return_dict=False)[0]
             for part in latents.split(at_once)
         ]
-        return torch.cat([part.float().cpu() for part in images])
+        return (torch.cat([part.float().cpu() for part in images]),)
 
     def encode_captions(self, captions: Sequence[str]) -> Condition:
         """As the stock pipeline's `encode_prompt`, without time ids; see `Base`."""
@@ -251,7 +239,8 @@ def pipeline_of(info: BaseInfo, **components: Any) -> Any:
     """The stock pipeline of a base around some components, by diffusers' names, and without the others."""
     left_out = dict.fromkeys(("vae", *info.traits.text_encoders, *info.traits.tokenizers))
     with quiet():
-        pipeline = PIPELINES[info.traits.pipeline](**{**left_out, **without_checker(info), **components})
+        stock = getattr(diffusers, info.traits.pipeline)
+        pipeline = stock(**{**left_out, **without_checker(info), **components})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

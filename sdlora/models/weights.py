@@ -48,11 +48,7 @@ def read_tensors(part: Component, names: Mapping[str, str] | None = None) -> Ite
     """Reads the tensors of a component in the order of their bytes.
 
     A mapped file counts as resident for as long as one of its tensors is in use. These are read, each into
-    memory of its own, which is freed as soon as its user drops it.
-
-    Args:
-        part: The component.
-        names: New names by the names in the file; other tensors are skipped. None keeps all, as they are.
+    memory of its own. With `names`, new names by those in the file, other tensors are skipped.
     """
     for file in part.files:
         header = read_header(file)
@@ -81,23 +77,13 @@ def fill(
     device: torch.device | str,
     scheme: Quantize,
 ) -> list[str]:
-    """Fills a network on the meta device with frozen weights.
+    """Fills a network on the meta device with frozen weights, by the names in its state.
 
-    A layer is quantized from the precision of the file, as soon as its weight is read.
-
-    Args:
-        module: The network.
-        tensors: By the names in its state; others are skipped.
-        part: The component, for error messages.
-        dtype: Of all weights that are not quantized; integers keep theirs.
-        device: Of the weights.
-        scheme: Quantization of the layers.
+    A layer is quantized from the precision of the file, as soon as its weight is read; other weights get
+    `dtype`, integers keep theirs. A weight that is not finite is a ModelError that names the component.
 
     Returns:
-        Names of its tensors that were not among them, or with another shape.
-
-    Raises:
-        ModelError: If a weight is not finite.
+        Names of the network's tensors that are missing, or have another shape.
     """
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     missing = dict.fromkeys(shapes)
@@ -181,15 +167,7 @@ def load_text_encoder(part: Component, dtype: torch.dtype) -> tuple[nn.Module, l
 
 
 def empty_model(name: str, config: Mapping[str, Any]) -> Any:
-    """The network of a configuration without weights, on the meta device.
-
-    Args:
-        name: Of the component, one of `MODELS`.
-        config: Its configuration.
-
-    Raises:
-        ModelError: If no such network can be built.
-    """
+    """One of `MODELS` without weights, on the meta device; raises a ModelError if it cannot be built."""
     try:
         with quiet(), torch.device("meta"):
             if name.startswith("text_encoder"):
@@ -216,11 +194,9 @@ def empty_denoiser(info: BaseInfo) -> UNet2DConditionModel:
 
 
 def empty_components(info: BaseInfo, *, text: bool) -> dict[str, nn.Module]:
-    """The components that can be trained on the meta device, to find and count modules in.
+    """The UNet and, with `text`, the text encoders on the meta device, to find and count modules in.
 
-    Args:
-        info: The base.
-        text: With text encoders, without a layer that has no effect (`BaseInfo.unread_layer`).
+    A layer that has no effect is left out (`BaseInfo.unread_layer`).
     """
     parts: dict[str, nn.Module] = {"unet": empty_denoiser(info)}
     for name in info.traits.text_encoders if text else ():

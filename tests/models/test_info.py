@@ -221,7 +221,7 @@ def test_other_pipelines_are_named(copy_base: CopyBase) -> None:
     ("part", "edits", "key", "shown"),
     [
         ("vae", {"_class_name": "AutoencoderTiny"}, "base.vae", "AutoencoderTiny"),
-        ("text_encoder", {"model_type": "t5"}, "base.text-encoder", "t5"),
+        ("text_encoder", {"model_type": "t5"}, "base.text_encoder", "t5"),
         ("unet", {"num_class_embeds": 1000}, "base.other-inputs", "num_class_embeds = 1000"),
         ("unet", {"addition_embed_type": "image"}, "base.other-inputs", "addition_embed_type = 'image'"),
         ("unet", {"block_out_channels": "abc"}, "base.config", "block_out_channels = 'abc'"),

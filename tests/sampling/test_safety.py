@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,6 @@ from sdlora.models.folder import BUILTIN
 from sdlora.models.info import inspect_base
 from sdlora.models.load import DTYPE, load_base
 from sdlora.models.safety import SafetyChecker, missing_checker
-from sdlora.models.stable_diffusion import PIPELINES
 from sdlora.sampling.images import FLAGGED, SampleSettings
 from sdlora.sampling.session import sample
 from tests.checks import assert_same_image
@@ -75,7 +75,7 @@ def test_as_the_stock_pipeline_withholds(careful: Path) -> None:
     """R-47: the same answers as diffusers gives; the others are its images."""
     info = inspect_base(BaseSection(source=str(careful)))
     with quiet():
-        stock = PIPELINES["StableDiffusionPipeline"].from_pretrained(careful, **{DTYPE: torch.float32})
+        stock = StableDiffusionPipeline.from_pretrained(careful, **{DTYPE: torch.float32})
         stock.set_progress_bar_config(disable=True)
         answers = [
             stock(
