@@ -176,13 +176,9 @@ def _weights(*networks: nn.Module) -> list[Tensor]:
 
 
 def _empty_adapter(model: Any, kind: str, ranks: Mapping[str, int], *, learns: bool) -> Adapter | None:
-    layers = carrier_layers(model)
-
-    def make(name: str, rank: int) -> AdapterModule:
+    layers, modules = carrier_layers(model), dict[str, AdapterModule]()
+    for name, rank in ranks.items():
         shapes = KINDS[kind].shapes(layers[name], rank).items()
-        return KINDS[kind](
-            **{part: torch.empty(shape, device=META, requires_grad=learns) for part, shape in shapes}
-        )
-
-    modules = {name: make(name, rank) for name, rank in ranks.items()}
+        tensors = {part: torch.empty(shape, device=META, requires_grad=learns) for part, shape in shapes}
+        modules[name] = KINDS[kind](**tensors)
     return Adapter(modules, max(ranks.values()), 1.0) if modules else None

@@ -70,9 +70,7 @@ class Memory:
     """An estimate in bytes.
 
     Args:
-        denoiser: Its weights, by kind of layer.
-        vae: Its weights.
-        text_encoders: Their weights.
+        denoiser, vae, text_encoders: Their weights; the denoiser's by kind of layer.
         adapter: Trained parameters, moments of the optimizer, adapters below; gradients are in `learn`.
         encode: Peak of encoding an image, beside weights.
         learn: Peak of forward and backward pass of a micro-batch, beside weights.
@@ -80,7 +78,6 @@ class Memory:
             samples.
         decode: Peak of decoding an image; 0 without samples.
         prove: Peak of the denoiser's pass that verifies an export.
-        checkpointing: Whether activations are recomputed.
         staying: Encoders that stay on the device during training: `vae`, `text_encoders`.
         shares: Whether encoders that leave the device still use the same memory, as on a CPU.
     """

@@ -21,8 +21,6 @@ class Family:
     """One kind of Stable Diffusion.
 
     Args:
-        name: Our name for it, as written into files.
-        title: Its name for people.
         kohya_version: `ss_base_model_version`.
         kohya_v2: `ss_v2`.
         architecture: `modelspec.architecture` without its `/lora`.
@@ -72,7 +70,6 @@ def family_of(denoiser_config: Mapping[str, Any]) -> str:
 
 SOURCES = "builtin, a diffusers folder, a .safetensors file of a whole base, or a hub id"
 USE_BASE = "use an SD 1.x, SD 2.x or SDXL base"
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # Patterns of tensor names, and what a file with them is. The first one that matches counts.
 FILES = {
     "base.is-lora": (r"lora_|\.lora\.|hada_|lokr_", "a LoRA file; use the base it was made for"),
@@ -96,7 +93,7 @@ def refuse_file(path: Path, key: str) -> None:
             key="base.pickle",
         )
     if suffix != ".safetensors":
-        kind = "an image" if suffix in IMAGES else f"a {suffix} file" if suffix else "a file without suffix"
+        kind = f"a {suffix} file" if suffix else "a file without suffix"
         raise ModelError(f"{key} is {kind}, not a model; use {SOURCES}", key="base.not-a-model")
 
 

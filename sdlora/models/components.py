@@ -37,7 +37,6 @@ class Component:
         config: Contents of its `config.json`, inferred from the shapes in a single file.
         files: The safetensors files with its weights.
         digest: Fingerprint of its weights and its configuration.
-        num_parameters: Number of its parameters.
         folder: Its folder in the diffusers layout; None in a single file.
         variant: Precision in the names of the folder's files, such as `fp16`.
         prefix: Prefix of its tensors in a single file.

@@ -60,7 +60,7 @@ def unet_config(shapes: Shapes, pooled: int = 0) -> dict[str, Any]:
             (shapes[found[0]][1] for found in _find(shapes, r".*\.attn2\.to_k\.weight")), None
         ),
         "use_linear_projection": is_linear,
-        "attention_head_dim": [_num_heads(width) for width in widths] if is_linear else SD1_HEADS,
+        "attention_head_dim": [max(1, width // HEAD_WIDTH) for width in widths] if is_linear else SD1_HEADS,
         **_transformer_layers(down, up, middle),
     }
     if "label_emb.0.0.weight" in shapes:
@@ -105,7 +105,7 @@ def text_config(shapes: Shapes, *, drop_last: bool = False) -> dict[str, Any]:
         "hidden_size": shapes[tokens][1],
         "max_position_embeddings": shapes[positions][0],
         "num_hidden_layers": _count(shapes, layers) - bool(drop_last and projection),
-        "num_attention_heads": _num_heads(shapes[tokens][1]),
+        "num_attention_heads": max(1, shapes[tokens][1] // HEAD_WIDTH),
         "intermediate_size": shapes[mlp][0],
     }
     return config if projection is None or drop_last else {**config, "projection_dim": projection[1]}
@@ -118,10 +118,6 @@ def _find(shapes: Shapes, pattern: str) -> list[re.Match[str]]:
 
 def _count(shapes: Shapes, pattern: str) -> int:
     return len({found[1] for found in _find(shapes, pattern)})
-
-
-def _num_heads(width: int) -> int:
-    return max(1, width // HEAD_WIDTH)
 
 
 def _depths(shapes: Shapes, blocks: str, start: int, count: int) -> list[int]:

@@ -46,7 +46,6 @@ TEXTS = (
 # ComfyUI distinguishes Stable Diffusion 2 UNets by this bias, which spreads wider in v-prediction.
 SD2_BIAS, SD2_SPREAD = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 # Prediction types by the metadata entries of modelspec.
-MODELSPEC = ("modelspec.prediction_type", "modelspec.architecture")
 PREDICTION_TYPES = {
     "v": "v_prediction",
     "v_prediction": "v_prediction",
@@ -201,7 +200,7 @@ def _find_prediction(file: _File, family: str) -> tuple[str, tuple[str, ...]]:
     """The prediction type, and a notice if it is an assumption (R-32)."""
     if "v_pred" in file.header.shapes:
         return "v_prediction", ()
-    for name in MODELSPEC:
+    for name in ("modelspec.prediction_type", "modelspec.architecture"):
         if found := PREDICTION_TYPES.get(file.header.metadata.get(name, "").lower()):
             return found, ()
     kind, reason = "epsilon", f"as is usual for {family}"

@@ -188,7 +188,7 @@ def test_other_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     Image.new("RGB", (8, 8)).save(tmp_path / "cat.png")
     refused(tmp_path / "notes.txt", "base.not-a-model", ".txt file")
-    refused(tmp_path / "cat.png", "base.not-a-model", "image")
+    refused(tmp_path / "cat.png", "base.not-a-model", ".png file")
 
 
 def test_wrong_folders_are_named(copy_base: CopyBase, tmp_path: Path) -> None:
