@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -75,7 +75,7 @@ def test_as_the_stock_pipeline_withholds(careful: Path) -> None:
     """R-47: the same answers as diffusers gives; the others are its images."""
     info = inspect_base(BaseSection(source=str(careful)))
     with quiet():
-        stock = StableDiffusionPipeline.from_pretrained(careful, **{DTYPE: torch.float32})
+        stock = diffusers.StableDiffusionPipeline.from_pretrained(careful, **{DTYPE: torch.float32})
         stock.set_progress_bar_config(disable=True)
         answers = [
             stock(
