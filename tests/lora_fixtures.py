@@ -16,6 +16,7 @@ from sdlora.lora.adapter import Adapter, draw_adapter, for_family
 from sdlora.lora.attach import match_targets
 from sdlora.lora.kinds import LowRank
 from sdlora.lora.layers import Model, named_modules
+from sdlora.tree.lineage import Ancestor, digest_adapter, read_lineage
 
 # Every test process loads this file, and many need no network: diffusers is imported where one is made.
 if TYPE_CHECKING:
@@ -296,3 +297,8 @@ def make_pair() -> Callable[..., LowRank]:
         return LowRank(right.T.float(), (left * torch.tensor(values, dtype=torch.float64)).float())
 
     return make
+
+
+def child_lineage(name: str, parent: Adapter, strength: float = 1.0) -> tuple[Ancestor, ...]:
+    """The ancestors of a child of an adapter, the root first; the parent is in the dtype of its file."""
+    return (*read_lineage(parent.notes), Ancestor(name, digest_adapter(parent), strength))

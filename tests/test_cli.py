@@ -215,7 +215,7 @@ def test_a_run_is_never_overwritten(sdlora, small_run, make_images):
 
 
 def test_default_names(sdlora, make_images):
-    """`runs/NAME` after the image folder, `runs/NAME-2` when that is taken; the built-in base is said."""
+    """`runs/NAME` after the image folder, `runs/NAME-2` when that is taken; the built-in base is named."""
     images = make_images("style")
     code, printed, _ = sdlora("train", images, *QUICK, "train.evaluate_every=1")
     assert code == 0
@@ -266,10 +266,10 @@ def test_sample_verb(sdlora, small_run, tmp_path):
     )
     assert code == 0, errors
     assert files_below(out) == [*(f"{n:02d}.png" for n in range(6)), "grid.png"]
-    with Image.open(out / "05.png") as picture:
-        assert picture.size == (64, 96)
-        assert picture.text["parameters"].startswith("a dog")
-        assert "Seed: 3" in picture.text["parameters"]
+    with Image.open(out / "05.png") as image:
+        assert image.size == (64, 96)
+        assert image.text["parameters"].startswith("a dog")
+        assert "Seed: 3" in image.text["parameters"]
     code, _, errors = sdlora("sample", small_run.path, "--prompt", "x", "--out", out)
     assert (code, str(out) in errors[0]) == (2, True)
     code, _, errors = sdlora("sample", small_run.path, "--step", 7)
@@ -318,7 +318,7 @@ def test_all_subjects_are_checked_before_the_first_image(sdlora, small_run, tmp_
 
 
 def test_a_run_that_is_not_finished(sdlora, small_run, tmp_path):
-    """Its newest adapter stands for it, and that is said; with none at all there is one line, and no file."""
+    """Its newest adapter is used, with a note; without any there is one line, and no file."""
     for file in small_run.adapters.glob("final*"):
         file.unlink()
     commands = [
@@ -383,7 +383,7 @@ def test_export_info_cache_doctor(sdlora, small_run, make_images, tmp_path):
 
 
 def test_evaluate_verb(sdlora, make_images, tmp_path):
-    """Held-out loss and style distance, base beside style; a run without held-out images says so."""
+    """Held-out loss and style distance, of the base and with the style."""
     images = make_images("eight", ((64, 64),) * 8)
     arguments = ["--trigger", "dotty", "data.heldout=0.25", *QUICK]
     assert sdlora("train", images, "--out", tmp_path / "run", *arguments)[0] == 0
@@ -439,7 +439,7 @@ def test_help_is_quick():
     assert 100 < len(modules) < 500
 
 
-@pytest.mark.parametrize("verb", ["train pictures", "sample --prompt cat"])
+@pytest.mark.parametrize("verb", ["train images", "sample --prompt cat"])
 def test_a_wrong_base_needs_no_torch(verb, tmp_path):
     """R-25, R-35: half a download is named at once, not after the seconds that torch and diffusers take."""
     file = tmp_path / "half.safetensors"

@@ -1,4 +1,4 @@
-"""`sdlora doctor` and `sdlora cache`."""
+"""`sdlora doctor`, `sdlora info` and `sdlora cache`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,26 @@ def doctor(
     typer.echo("\n".join(checkup.lines()))
     if checkup.has_errors:
         raise typer.Exit(1)
+
+
+@app.command()
+def info(file: options.Source) -> None:
+    """Describe a LoRA file (family, rank, alpha, targets, metadata) or the state of a run."""
+    from contextlib import suppress
+
+    from sdlora.errors import AdapterError
+    from sdlora.formats.files import inspect_adapter
+    from sdlora.report.summary import describe_state
+    from sdlora.runs import RunFolder
+    from sdlora.tree.lineage import read_lineage
+
+    if (run := RunFolder(file)).exists:
+        typer.echo("\n".join(describe_state(run)))
+    found = inspect_adapter(file)
+    typer.echo("\n".join(found.lines()))
+    with suppress(AdapterError):
+        if above := read_lineage(found.metadata):
+            typer.echo(f"parents   {' > '.join(map(str, above))}")
 
 
 @app.command()

@@ -37,19 +37,7 @@ MAX_IMAGES = 40
 
 @dataclass(frozen=True, eq=False)
 class EvaluationContext:
-    """A base, an adapter and held-out images to measure with.
-
-    Args:
-        run: The run.
-        config: Its settings.
-        base: Its base, in the dtype of the training.
-        adapter: Its final adapter.
-        ancestors: Adapters that it was trained on top of.
-        records: Held-out images.
-        plan: Their buckets and crops.
-        drawings: As the model sees them, (3, H, W) in [-1, 1].
-        latents: Of the drawings, (C, h, w).
-    """
+    """A run's base (in the dtype of the training), final adapter with its ancestors, and held-out images."""
 
     run: RunFolder
     config: RunConfig
@@ -59,7 +47,9 @@ class EvaluationContext:
     records: Sequence[ImageRecord]
     plan: BucketPlan
     drawings: Sequence[Tensor]
+    """The images, cropped, (3, H, W) in [-1, 1]."""
     latents: Sequence[Tensor]
+    """Latents of the drawings, (C, h, w)."""
 
     @property
     def style(self) -> Stack:
@@ -67,13 +57,12 @@ class EvaluationContext:
         return (*self.ancestors, (self.adapter, 1.0))
 
     def loss(self, stack: Stack) -> HeldoutLoss:
-        """The held-out loss with some adapters mounted; with none, the base's."""
+        """The held-out loss with a stack mounted; with an empty one, that of the base."""
         schedule = schedule_from_config(self.base.info.scheduler_config)
         with mounted(self.base.components, stack):
-            items = [
-                HeldoutItem(record.digest, latents, self._condition(record))
-                for record, latents in zip(self.records, self.latents, strict=True)
-            ]
+            conditions = map(self._condition, self.records)
+            keys = (record.digest for record in self.records)
+            items = list(map(HeldoutItem, keys, self.latents, conditions))
             return heldout_loss(self.base.denoise, schedule, items, batch_size=8, device=self.base.device)
 
     def _condition(self, record: ImageRecord) -> Condition:
@@ -89,13 +78,9 @@ class EvaluationContext:
         seed: int,
         progress: Callable[[int], object] = lambda finished: None,
     ) -> list[list[Tensor]]:
-        """Samples of captions, each in the size of its image, for each of some stacks.
+        """Samples of captions, one for each of the first images and in its size, for each stack.
 
-        Args:
-            stacks: Adapters to mount; an empty stack is the base.
-            captions: One for each of the first images.
-            seed: Seed of the noise.
-            progress: Called with the number of images finished so far.
+        `progress` gets the number of finished images.
         """
         groups: dict[Size, list[int]] = defaultdict(list)
         for number in range(len(captions)):
@@ -104,7 +89,7 @@ class EvaluationContext:
         found: list[dict[int, Tensor]] = [{} for _ in stacks]
         for size, numbers in groups.items():
             settings = SampleSettings.of(self.config.sample, (size.width, size.height))
-            # Measured, not shown: a blank in place of an image would be measured too.
+            # A blank image would be measured, too.
             settings = replace(settings, safety_checker=False)
             prompts = [captions[number] for number in numbers]
             images = generate(
@@ -125,20 +110,22 @@ def open_context(run: str | Path | RunFolder) -> EvaluationContext:
     """Loads a run's base, its final adapter with its ancestors, and its held-out images.
 
     Raises:
-        RunError: If the run has no held-out images, or cannot keep what is measured.
+        RunError: If the run has no held-out images, or is read-only.
         AdapterError: If an ancestor is missing or changed.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
     if not os.access(folder.path, os.W_OK):
-        raise RunError(f"run {folder.path} is read-only, but results are written into it; copy it elsewhere")
+        problem = f"run {folder.path} is read-only, but results are written into it; copy it elsewhere"
+        raise RunError(problem, key="run.not-writable")
     config = folder.read_config()
     info = inspect_base(config.base, config.objective)
     index, plan = read_dataset(config, resolution=info.resolution, min_step=info.min_step)
     records = index.heldout[:MAX_IMAGES]
     if not records:
-        raise RunError(
+        problem = (
             f"run {folder.path} has no held-out images; train with data.heldout=0.1 or a folder heldout/"
         )
+        raise RunError(problem, key="data.heldout")
     adapter = load_adapter(folder.adapter)
     ancestors = path_to_stack(find_ancestors(folder.adapter, adapter))
     base = load_base(info, dtype=DTYPES[folder.base_dtype], device=choose_device())

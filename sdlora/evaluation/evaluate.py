@@ -1,4 +1,4 @@
-"""Measures a run on its held-out images: losses, and distances between images, base beside style."""
+"""Measures a run on its held-out images: losses and image distances, of the base and with the adapter."""
 
 from __future__ import annotations
 
@@ -10,27 +10,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdlora.config import RunConfig
 from sdlora.data.captions import trigger_pattern
 from sdlora.errors import ConfigError
-from sdlora.evaluation.context import EvaluationContext, open_context
+from sdlora.evaluation.context import open_context
 from sdlora.evaluation.heldout import HeldoutLoss
 from sdlora.models.base import Base
-from sdlora.models.load import full_base
+from sdlora.models.load import full_base as use_full_base
 from sdlora.runs import RunFolder
 from sdlora.writing import write_json
 
 
 @dataclass(frozen=True, slots=True)
 class ImageDistance:
-    """Two distances between a sample and a drawing, both root mean squares over VAE latents.
-
-    Latents, since they are what the base sees.
+    """Distances between a sample and a held-out image: root mean squares over VAE latents.
 
     Args:
-        style: Between the mean and the standard deviation of each channel, wherever things lie: palette,
-            contrast and how much line there is (the statistics of AdaIN, arXiv 1703.06868, equation 8).
-        content: Between the latents themselves: strokes that lie elsewhere count as much as no strokes.
+        style: Between the mean and the standard deviation of each channel, which do not depend on positions:
+            palette, contrast, amount of line (the statistics of AdaIN, arXiv 1703.06868, equation 8).
+        content: Between the latents themselves: a stroke elsewhere counts as much as no stroke.
     """
 
     style: float
@@ -38,13 +35,7 @@ class ImageDistance:
 
 
 def image_distances(base: Base, samples: Sequence[Tensor], drawings: Sequence[Tensor]) -> list[ImageDistance]:
-    """The distances of each pair.
-
-    Args:
-        base: Gives the VAE.
-        samples: Images (3, H, W) in [-1, 1].
-        drawings: The images they should look like, in the same order and sizes.
-    """
+    """The distances of each pair of images, (3, H, W) in [-1, 1], by the VAE of the base."""
     pairs = zip(_encode(base, samples), _encode(base, drawings), strict=True)
     return [
         ImageDistance(style=_rms(_statistics(sample) - _statistics(drawing)), content=_rms(sample - drawing))
@@ -76,48 +67,34 @@ def _rms(difference: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Gap:
-    """Held-out loss of an adapter on the quantised base it was trained on, and on the full one.
-
-    Args:
-        quantize: Quantisation of the base in training.
-        trained: Loss on that base.
-        used: Loss on the full base.
-        images: Number of images.
-    """
+    """Held-out loss of an adapter on the quantized base of its training, and on the full base."""
 
     quantize: str
     trained: float
     used: float
     images: int
 
-    @property
-    def relative(self) -> float:
-        """Relative increase of the loss on the full base."""
-        return self.used / self.trained - 1
-
     def __str__(self) -> str:
         return (
             f"loss {self.trained:.4f} on the {self.quantize} base it was trained on, {self.used:.4f} on the "
-            f"full base ({self.relative:+.2%}), over {self.images} images"
+            f"full base ({self.used / self.trained - 1:+.2%}), over {self.images} images"
         )
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Base and style on the held-out images of a run.
+    """Measures of a run on its held-out images; `style` is with the adapter.
 
     Args:
-        images: How many images.
-        base_loss: The held-out loss without the adapter.
-        style_loss: And with it.
-        base_distance: The mean distances between samples of the held-out captions and the held-out
-            images, without the adapter.
-        style_distance: And with it.
-        style_wins: For how many images the style's sample is nearer in style than the base's.
-        untriggered_distance: And with the adapter, but the trigger taken out of the captions; None
-            without a trigger.
-        gap: The style's loss on the full base beside that on the quantised one, where it was trained; None
-            unless asked for.
+        images: Number of images.
+        base_loss: Held-out loss of the base.
+        style_loss: Held-out loss with the adapter.
+        base_distance: Mean distances between the base's samples of the captions and the images.
+        style_distance: Mean distances with the adapter.
+        style_wins: Number of images that the adapter's sample is closer to in style than the base's.
+        untriggered_distance: Mean distances with the adapter, without the trigger in the captions; None
+            if there is no trigger.
+        gap: Losses on the quantized and on the full base; None unless asked for.
     """
 
     images: int
@@ -131,14 +108,13 @@ class Evaluation:
 
     @property
     def bleed(self) -> float | None:
-        """The share of the style's gain that is there without the trigger (R-30)."""
+        """The share of the gain in style that does not need the trigger (R-30)."""
         gain = self.base_distance.style - self.style_distance.style
         if self.untriggered_distance is None or gain <= 0:
             return None
         return (self.base_distance.style - self.untriggered_distance.style) / gain
 
     def lines(self) -> list[str]:
-        """As printed."""
         base, style = self.base_distance, self.style_distance
         lines = [
             _beside("held-out loss", self.base_loss.loss, self.style_loss.loss) + f" on {self.images} images",
@@ -170,16 +146,17 @@ def evaluate(
     Args:
         run: The run folder.
         seed: Seed of the samples.
-        full_base: Measures the loss on the full base too, after training on a quantised one (R-48).
+        full_base: Measures the loss on the full base too, after training on a quantized one (R-48).
         progress: Called with (finished, total) sampled images.
 
     Raises:
         RunError: If the run has no held-out images.
-        ConfigError: If `full_base` is set and the run's base is not quantised.
+        ConfigError: If `full_base` is set, but the base of the run is not quantized.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
-    if full_base:
-        check_quantized(folder.path, folder.read_config())
+    if full_base and folder.read_config().base.quantize == "none":
+        problem = f"--full-base: run {folder.path} was trained on the full base; remove the option"
+        raise ConfigError(problem, key="option--full-base")
     context = open_context(folder)
     base_loss, style_loss = context.loss(()), context.loss(context.style)
     trigger = context.config.data.trigger
@@ -193,6 +170,11 @@ def evaluate(
         bare = [remove_trigger(caption, trigger) for caption in captions]
         (without,) = context.samples([context.style], bare, seed, lambda done: show(2 * count + done, total))
         untriggered = mean_distance(image_distances(context.base, without, context.drawings))
+    gap = None
+    if full_base:
+        with use_full_base(context.base) as full:
+            used = replace(context, base=full).loss(context.style).loss
+        gap = Gap(context.base.info.quantize, style_loss.loss, used, count)
     result = Evaluation(
         images=count,
         base_loss=base_loss,
@@ -201,33 +183,14 @@ def evaluate(
         style_distance=mean_distance(styled),
         style_wins=sum(style.style < base.style for base, style in zip(plain, styled, strict=True)),
         untriggered_distance=untriggered,
-        gap=_measure_gap(context, style_loss) if full_base else None,
+        gap=gap,
     )
     values = {**asdict(result), "bleed": result.bleed, "adapter": context.run.adapter.name, "seed": seed}
     write_json(context.run.evaluation_file, values)
     return result
 
 
-def check_quantized(run: Path, config: RunConfig) -> None:
-    """Refuses `--full-base` for a run that has no other base.
-
-    Raises:
-        ConfigError: If its base is not quantised.
-    """
-    if config.base.quantize == "none":
-        raise ConfigError(
-            f"--full-base: run {run} was already trained on the full base; remove the option",
-            key="--full-base",
-        )
-
-
-def _measure_gap(context: EvaluationContext, trained: HeldoutLoss) -> Gap:
-    with full_base(context.base) as full:
-        used = replace(context, base=full).loss(context.style)
-    return Gap(context.base.info.quantize, trained.loss, used.loss, trained.num_images)
-
-
 def remove_trigger(caption: str, trigger: str) -> str:
-    """The caption without its trigger, and without the comma that went with it."""
+    """The caption without the trigger and the comma after it."""
     bare = trigger_pattern(trigger).sub("", caption)
     return re.sub(r"\s*,(?:\s*,)*\s*", ", ", bare).strip(" ,") or "a picture"

@@ -1,4 +1,4 @@
-"""The held-out loss: fixed images, fixed noise, fixed timesteps, so that two numbers can be compared.
+"""The held-out loss: with fixed images, noise and timesteps, so that two numbers can be compared.
 
 B batch, C channels, H W latent size.
 """
@@ -25,12 +25,9 @@ Denoise = Callable[[Tensor, Tensor, Condition], Tensor]
 
 @dataclass(frozen=True)
 class HeldoutItem:
-    """One image as the loss sees it.
+    """An image of the held-out loss.
 
-    Args:
-        key: Decides its noise; the image's digest.
-        latents: The posterior's mean, (C, H, W).
-        condition: Of its caption and, for SDXL, its size.
+    `key`, its digest, decides the noise. `latents` are the mean of the posterior, (C, H, W).
     """
 
     key: str
@@ -40,13 +37,7 @@ class HeldoutItem:
 
 @dataclass(frozen=True)
 class HeldoutLoss:
-    """The mean squared error over all images, and over each band of timesteps.
-
-    Args:
-        loss: Mean over everything.
-        by_band: "0-199" and so on, low noise first.
-        num_images: How many images it was taken over.
-    """
+    """The mean squared error, over everything and by band of timesteps ("0-199", …), low noise first."""
 
     loss: float
     by_band: dict[str, float]
@@ -71,18 +62,18 @@ def heldout_loss(
     device: torch.device,
     share: Share = Share(),  # noqa: B008
 ) -> HeldoutLoss:
-    """Measures the loss without any random state: the same weights give the same number.
+    """Measures the loss without random state: the same weights give the same number.
 
-    Each image meets the middle of each band of timesteps once, with noise keyed by the image
-    and the band. The loss is unweighted, so that runs with different objectives can be compared.
+    Each image is noised once to the middle of each band of timesteps, with noise from the image's key and the
+    timestep. The loss is unweighted, so that runs with different objectives can be compared.
 
     Args:
         denoise: Takes noisy latents (B, C, H, W), timesteps (B,) and their condition.
         schedule: The base's forward process.
-        items: The images; several sizes may be mixed.
-        batch_size: Images in one forward pass.
-        device: Where `denoise` runs.
-        share: Of this process.
+        items: Images of one or more sizes.
+        batch_size: Number of images in a forward pass.
+        device: Device of `denoise`.
+        share: Share of this process.
     """
     width = schedule.num_timesteps // NUM_BANDS
     groups: dict[torch.Size, list[HeldoutItem]] = defaultdict(list)
@@ -94,11 +85,14 @@ def heldout_loss(
         for group in groups.values()
         for start in range(0, len(group), batch_size)
     ]
-    # Batches of other processes stay 0, so that the sum of the shares is what one process would measure.
+    # Batches of other processes stay 0, so that the sum over the shares does not depend on their number.
     sums = torch.zeros(len(batches), dtype=torch.float64)
     for number in range(share.first, len(batches), share.num_shares):
         band, batch = batches[number]
-        losses = _losses(denoise, schedule, batch, band * width + width // 2, device)
+        timestep = band * width + width // 2
+        seeds = [derive_seed("heldout", item.key, timestep) for item in batch]
+        answer, *known = _denoise(denoise, schedule, batch, seeds, timestep, device)
+        losses = (answer - schedule.target(*known)).square().mean(dim=(1, 2, 3))
         sums[number] = losses.cpu().double().sum()
     totals = [0.0] * NUM_BANDS
     for (band, _), total in zip(batches, share.add(sums).tolist(), strict=True):
@@ -108,24 +102,26 @@ def heldout_loss(
     return HeldoutLoss(sum(means) / NUM_BANDS, dict(zip(names, means, strict=True)), len(items))
 
 
-def _losses(
+def _denoise(
     denoise: Denoise,
     schedule: NoiseSchedule,
     items: Sequence[HeldoutItem],
+    seeds: Sequence[int],
     timestep: int,
     device: torch.device,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The denoiser's answer (B, C, H, W) to items with noise from seeds; then latents, noise, timesteps."""
     latents = torch.stack([item.latents for item in items])
-    generators = [torch.Generator().manual_seed(derive_seed("heldout", item.key, timestep)) for item in items]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
     latents, noise = latents.to(device), noise.to(device)
     timesteps = torch.full((len(items),), timestep, device=device)
     condition = Condition.stack([item.condition for item in items]).to(device)
     answer = denoise(schedule.add_noise(latents, noise, timesteps), timesteps, condition).float()
-    return (answer - schedule.target(latents, noise, timesteps)).square().mean(dim=(1, 2, 3))
+    return answer, latents, noise, timesteps
 
 
-# There the three targets differ most from one another, and a trained denoiser is still close to its own.
+# Where the signal has this share, the targets differ most, and a trained denoiser is still close to its own.
 SIGNAL = 0.6
 CLEARLY = 0.6
 
@@ -134,28 +130,17 @@ CLEARLY = 0.6
 def recognise_prediction(
     denoise: Denoise, schedule: NoiseSchedule, items: Sequence[HeldoutItem], device: torch.device
 ) -> str | None:
-    """The prediction type whose target a denoiser's answers fit clearly better than the others'.
+    """Finds the one of `PREDICTIONS` whose target fits a denoiser's answers clearly better than the others.
 
-    Args:
-        denoise: As for `heldout_loss`.
-        schedule: The base's forward process; its own prediction type has no say.
-        items: A few images.
-        device: Where `denoise` runs.
-
-    Returns:
-        One of `PREDICTIONS`, or None if the answers fit none of them clearly.
+    The prediction type of the schedule is ignored. A few items are enough.
     """
     timestep = int((schedule.alphas_cumprod.sqrt() - SIGNAL).abs().argmin())
-    timesteps = torch.tensor([timestep], device=device)
     errors = dict.fromkeys(PREDICTIONS, 0.0)
     for item in items:
-        latents = item.latents[None].to(device)
-        generator = torch.Generator().manual_seed(derive_seed("prediction", item.key))
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        condition = Condition.stack([item.condition]).to(device)
-        answer = denoise(schedule.add_noise(latents, noise, timesteps), timesteps, condition).float()
+        seeds = [derive_seed("prediction", item.key)]
+        answer, *known = _denoise(denoise, schedule, [item], seeds, timestep, device)
         for kind in errors:
-            target = replace(schedule, prediction_type=kind).target(latents, noise, timesteps)
+            target = replace(schedule, prediction_type=kind).target(*known)
             errors[kind] += float((answer - target).square().mean() / target.square().mean())
     best, second = sorted(errors, key=errors.__getitem__)[:2]
     return best if errors[best] < CLEARLY * min(errors[second], len(items)) else None

@@ -1,10 +1,10 @@
-"""Initialising a fresh adapter from another LoRA file: the same change, at another rank."""
+"""Initializing an adapter from another LoRA file: the same change, at another rank."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -14,11 +14,10 @@ from sdlora.lora.layers import DENOISER, component_of
 from sdlora.rank.svd import decompose
 
 
-@dataclass(frozen=True, slots=True)
-class InitReport:
-    """How modules were initialised from a file.
+class InitReport(NamedTuple):
+    """Numbers of modules by how they were initialized, and the error of truncation.
 
-    `error` is the norm of what truncation lost over the norm of the whole change.
+    `error` is the norm of the truncated part over the norm of the whole change.
     """
 
     num_kept: int
@@ -38,13 +37,7 @@ class InitReport:
 
 
 def check_init_targets(start: Adapter, targets: Collection[str], source: str) -> None:
-    """Raises a ConfigError if modules of an adapter are not trained.
-
-    Args:
-        start: Loaded from the file.
-        targets: The modules that are trained.
-        source: The setting, such as `lora.init_from = style.safetensors`.
-    """
+    """Raises a ConfigError if an adapter, called `source`, has modules that are not trained."""
     if left_out := [name for name in start.modules if name not in targets]:
         has_text = any(component_of(name) != DENOISER for name in left_out)
         text = "lora.text_encoder=true and " if has_text else ""
@@ -59,12 +52,9 @@ def check_init_targets(start: Adapter, targets: Collection[str], source: str) ->
 def init_from_adapter(adapter: Adapter, start: Adapter) -> InitReport:
     """Copies the change of another adapter into a fresh one, module by module.
 
-    A larger rank keeps its further rows of `down` as drawn, with zero columns of `up`: the same change, and
-    directions that can learn. A smaller rank gets the nearest product of that rank.
-
-    Args:
-        adapter: Fresh; changed in place. Modules that the other one lacks stay fresh.
-        start: Checked by `check_init_targets`.
+    With a larger rank, the further rows of `down` stay as drawn, and the columns of `up` zero: the change is
+    the same, and the new directions can learn. With a smaller rank, a module gets the nearest product.
+    Modules that `start`, checked by `check_init_targets`, lacks stay fresh.
     """
     padded, truncated, lost, whole = 0, 0, 0.0, 0.0
     fresh_pairs = low_rank_modules(adapter, "lora.init_from")

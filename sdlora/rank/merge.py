@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -37,20 +36,18 @@ _KEPT_NOTES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class MergeReport:
+class MergeReport(NamedTuple):
     """The error of a merge at a limited rank.
 
-    Args:
-        error: Norm of the difference over the norm of the whole change.
-        worst: The module with the largest relative error, and that error.
+    `error` is the norm of the difference over the norm of the whole change; `worst` is the module with the
+    largest relative error, and that error.
     """
 
     error: float
     worst: tuple[str, float]
 
     def lines(self) -> list[str]:
-        return [describe_error(self.error, self.worst)]
+        return [describe_error(*self)]
 
 
 def merge(
@@ -61,7 +58,7 @@ def merge(
     density: float | None = None,
     seed: int | None = None,
 ) -> tuple[Adapter, MergeReport | None]:
-    """Merges adapters of one family, module by module; some modules may be in only some of them.
+    """Merges adapters of one family, module by module; they may have different modules.
 
     Args:
         adapters: (adapter, weight).
@@ -69,12 +66,12 @@ def merge(
             it. `ties` keeps the largest elements of each change, elects a sign for each element, and
             averages those that agree (TIES-Merging, arXiv 2306.01708). `dare` drops elements at random and
             rescales the others, so that the expected sum is the same (arXiv 2311.03099).
-        rank: Of the result, by default the largest of the ranks; not for `concatenate`.
+        rank: Rank of the result, by default the largest of the ranks; not for `concatenate`.
         density: The share of elements that `ties` and `dare` keep, by default 0.5.
-        seed: Of `dare`, by default 0; a draw depends on it, the adapter's position and the module's name.
+        seed: Seed of `dare`, by default 0; a draw also depends on the adapter's position and the module.
 
     Returns:
-        An adapter with alpha == rank, in fp32; and the error where its rank was limited.
+        An adapter with alpha == rank, in fp32; and the error if its rank is limited.
 
     Raises:
         ConfigError: If the settings contradict each other.
@@ -82,19 +79,20 @@ def merge(
     """
     _check(adapters, method, rank=rank, density=density, seed=seed)
     density = DENSITY if density is None else density
-    join = _joiner(method, rank or max(adapter.rank for adapter, _ in adapters), density, seed or 0)
+    rank = rank or max(adapter.rank for adapter, _ in adapters)
     own = [low_rank_modules(adapter, "merge") for adapter, _ in adapters]
     modules: dict[str, _Joined] = {}
     for name in dict.fromkeys(name for pairs in own for name in pairs):
-        parts = [
-            (number, _weighted(own[number][name], weight * adapter.scale_of(name)))
+        parts = {
+            number: _weighted(own[number][name], weight * adapter.scale_of(name))
             for number, (adapter, weight) in enumerate(adapters)
             if name in own[number]
-        ]
-        shapes = {(pair.down.shape[1:], pair.up.shape[0]) for _, pair in parts}
+        }
+        shapes = {(pair.down.shape[1:], pair.up.shape[0]) for pair in parts.values()}
         if len(shapes) > 1:
             raise AdapterError(f"the sizes of {name} differ between the LoRAs", key="merge.sizes")
-        modules[name] = join(name, parts)
+        keys = {number: f"{seed or 0}/dare/{number}/{name}" for number in parts}
+        modules[name] = _join(method, parts, rank, density, keys)
     first = adapters[0][0]
     family = next((adapter.family for adapter, _ in adapters if adapter.family), "")
     notes = {key: first.notes[key] for key in _KEPT_NOTES if key in first.notes}
@@ -106,9 +104,9 @@ def merge(
 
 
 def _check(adapters: Sequence[tuple[Adapter, float]], method: Method, **given: float | None) -> None:
-    """Checks the settings and the adapters; a setting without effect is a mistake."""
+    """Checks the settings, each of which must have an effect, and the adapters."""
     if not adapters:
-        raise ConfigError("no LoRA to merge; pass files", key="merge.no-files")
+        raise ConfigError("no LoRA to merge; pass LoRA files or runs", key="merge.no-files")
     if method not in METHODS:
         raise ConfigError(f"method = {method!r} must be one of {', '.join(METHODS)}", key="merge.method")
     uses = {"rank": ("svd", "ties", "dare"), "density": ("ties", "dare"), "seed": ("dare",)}
@@ -128,7 +126,7 @@ def _check(adapters: Sequence[tuple[Adapter, float]], method: Method, **given: f
         raise ConfigError(message, key="merge.density")
     families = sorted({adapter.family for adapter, _ in adapters if adapter.family})
     if len(families) > 1:
-        message = f"the LoRAs are for {' and '.join(families)}; give LoRAs of one family"
+        message = f"the LoRAs are for {' and '.join(families)}; use LoRAs of one family"
         raise AdapterError(message, key="merge.families")
     if len({adapter.parent for adapter, _ in adapters}) > 1:
         message = "the LoRAs have different parents; flatten each with `sdlora tree flatten` first"
@@ -161,9 +159,6 @@ def _weighted(pair: LowRank, weight: float) -> LowRank:
     return LowRank(pair.down.detach().float(), (pair.up.detach().double() * weight).float())
 
 
-Parts = list[tuple[int, LowRank]]
-
-
 class _Joined(NamedTuple):
     """One module of the result."""
 
@@ -173,24 +168,23 @@ class _Joined(NamedTuple):
     lost: float = 0.0
 
 
-def _joiner(method: Method, rank: int, density: float, seed: int) -> Callable[[str, Parts], _Joined]:
-    """The function that merges the pairs of one module, given with the positions of their adapters."""
-
-    def exact(name: str, parts: Parts) -> _Joined:
-        return _Joined(concatenate([pair for _, pair in parts]))
-
-    def svd(name: str, parts: Parts) -> _Joined:
-        whole = decompose(exact(name, parts).pair)
+def _join(
+    method: Method, parts: Mapping[int, LowRank], rank: int, density: float, keys: Mapping[int, str]
+) -> _Joined:
+    """Merges the pairs of one module, by the positions of their adapters."""
+    pairs = list(parts.values())
+    if method == "concatenate":
+        return _Joined(concatenate(pairs))
+    if method == "svd":
+        whole = decompose(concatenate(pairs))
         return _Joined(whole.truncate(rank), float(whole.values.norm()), float(whole.values[rank:].norm()))
-
-    def ties(name: str, parts: Parts) -> _Joined:
-        return _nearest(elect_signs([trim(delta(pair), density) for _, pair in parts]), rank, parts[0][1])
-
-    def dare(name: str, parts: Parts) -> _Joined:
-        kept = [drop(delta(pair), density, f"{seed}/dare/{place}/{name}") for place, pair in parts]
-        return _nearest(torch.stack(kept).sum(0), rank, parts[0][1])
-
-    return {"concatenate": exact, "svd": svd, "ties": ties, "dare": dare}[method]
+    if method == "ties":
+        change = elect_signs([trim(delta(pair), density) for pair in pairs])
+    else:
+        kept = [drop(delta(pair), density, keys[number]) for number, pair in parts.items()]
+        change = torch.stack(kept).sum(0)
+    pair = decompose_dense(change, rank, tuple(pairs[0].down.shape[1:])).truncate(rank)
+    return _Joined(pair, float(change.norm()), float((change - delta(pair)).norm()))
 
 
 def concatenate(pairs: Sequence[LowRank]) -> LowRank:
@@ -222,8 +216,3 @@ def drop(change: Tensor, density: float, key: str) -> Tensor:
     generator = torch.Generator().manual_seed(name_seed(key))
     kept = torch.rand(change.shape, generator=generator).to(change.device) < density
     return change * kept / density
-
-
-def _nearest(change: Tensor, rank: int, like: LowRank) -> _Joined:
-    pair = decompose_dense(change, rank, tuple(like.down.shape[1:])).truncate(rank)
-    return _Joined(pair, float(change.norm()), float((change - delta(pair)).norm()))

@@ -22,10 +22,10 @@ class ResizeReport:
 
     Args:
         rule: The rule with its value, such as `energy 0.99`.
-        ranks: By module; 0 for dropped modules.
+        ranks: Rank by module; 0 for dropped modules.
         error: Norm of the difference over the norm of the whole change.
         worst: The module with the largest relative error, and that error.
-        before: Number of parameters, as `after`.
+        before: Number of parameters before; `after`, that after.
     """
 
     rule: str
@@ -73,14 +73,14 @@ def resize(
     """Truncates each module to a rank of its own, chosen by exactly one rule.
 
     Args:
-        adapter: Not changed.
-        base_norms: The Frobenius norm of each module's base weight, for `score`.
-        precision: Of the file, for `size_mb`.
-        dialect: Of the file, for `size_mb`: kohya files have one rank for all modules.
-        rules: `rank`, the largest of a module; `energy`, the share of the sum of squared singular values that
-            modules keep at least; `ratio`, the share of a module's largest singular value that kept ones have
-            at least (the inverse of kohya's `sv_ratio`); `score`, the same of the base weight's norm, which
-            drops modules that hardly change the base; or `size_mb`, the largest size of the file.
+        adapter: The adapter, which is not changed.
+        base_norms: Frobenius norm of each module's base weight, for `score`.
+        precision: Precision of the file, for `size_mb`.
+        dialect: Dialect of the file, for `size_mb`: kohya files have one rank for all modules.
+        rules: `rank`, the largest rank of a module; `energy`, the share of the sum of squared singular values
+            to keep in each module; `ratio`, the smallest singular value to keep, as a share of the module's
+            largest (the inverse of kohya's `sv_ratio`); `score`, the same as a share of the norm of the base
+            weight, which drops modules that hardly change the base; or `size_mb`, the size of the file.
 
     Returns:
         The adapter, alpha == rank, fp32; and its error.
@@ -97,7 +97,8 @@ def resize(
     else:
         ranks = _ranks_by_rule(values, rule, value, base_norms)
     if not any(ranks.values()):
-        raise AdapterError(f"{rule} = {value:g} would drop every module", key="resize.nothing-left")
+        problem = f"{rule} = {value:g} would drop every module; use a smaller value, or a larger size_mb"
+        raise AdapterError(problem, key="resize.nothing-left")
     modules = {
         name: decompose(pair, adapter.scale_of(name)).truncate(ranks[name])
         for name, pair in low_rank_modules(adapter, "resize").items()
@@ -113,11 +114,11 @@ def resize(
 
 
 def _find_rule(rules: Mapping[str, float | None]) -> tuple[str, float]:
-    """The one rule that is given."""
+    """The only rule with a value."""
     given = {name: float(value) for name, value in rules.items() if value is not None}
     if len(given) != 1 or not given.keys() <= RULES.keys():
         found = " and ".join(f"{name} = {value:g}" for name, value in given.items()) or "none"
-        raise ConfigError(f"give exactly one of {', '.join(RULES)}, not {found}", key="resize.one-rule")
+        raise ConfigError(f"pass exactly one of {', '.join(RULES)}, not {found}", key="resize.one-rule")
     rule, value = given.popitem()
     # NaN is out of range.
     if not 0 < value <= (1 if rule in ("energy", "ratio") else math.inf):
@@ -138,13 +139,13 @@ def _ranks_by_rule(
         return {name: int(row.sum()) for name, row in kept.items()}
     missing = [name for name in found.values if name not in (base_norms or {})]
     if base_norms is None or missing:
-        message = f"score needs the base's weights ({len(missing)} modules are missing); give --base"
+        message = f"score requires the base's weights ({len(missing)} modules are missing); pass --base"
         raise ConfigError(message, key="resize.score-without-base")
     return {name: int((values >= value * base_norms[name]).sum()) for name, values in found.values.items()}
 
 
 def _ranks_for_size(adapter: Adapter, found: Spectrum, budget: float, dialect: Dialect) -> dict[str, int]:
-    """Fills a budget of parameters with the singular values of the most energy per parameter."""
+    """Fills a budget of parameters with the singular values that have the most energy per parameter."""
     costs = {name: module.num_parameters // module.rank for name, module in adapter.modules.items()}
     if dialect == "kohya":
         rank = int(budget // sum(costs.values()))

@@ -24,7 +24,7 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class BlockSpectrum:
-    """Averages over the modules of one block; its largest rank, and its share of the adapter's energy.
+    """Averages over the modules of a block, its largest rank, and its share of the adapter's energy.
 
     `ranks_for_energy` are the numbers of singular values with 50, 90 and 99 % of a module's energy.
     """
@@ -70,13 +70,13 @@ class Spectrum:
         return int((values > ROUNDING * values.max()).sum())
 
     def error(self, ranks: Mapping[str, int]) -> float:
-        """Error of a truncation to these ranks: norm of the difference over that of these modules' change."""
+        """The error of truncating modules to ranks: norm of the difference over that of their change."""
         lost = sum(float(self.values[name][rank:].square().sum()) for name, rank in ranks.items())
         whole = sum(float(self.values[name].square().sum()) for name in ranks)
         return math.sqrt(lost / whole) if whole > 0 else 0.0
 
     def blocks(self) -> list[BlockSpectrum]:
-        """In the order of the network."""
+        """Averages by block, in the order of the network."""
         groups: dict[str, list[str]] = defaultdict(list)
         for name in self.values:
             groups[block_of(name)].append(name)

@@ -67,15 +67,11 @@ def singular_values(pair: LowRank, scale: float = 1.0) -> Tensor:
 
 
 def decompose_dense(change: Tensor, rank: int, kernel: tuple[int, ...]) -> Decomposition:
-    """The largest singular values of a dense change, at least `rank` of them.
+    """The largest singular values, at least `rank` of them, of a dense change (out, in * kh * kw).
 
     Exact for small matrices, else by subspace iteration from a fixed start (Halko et al. 2011, algorithm
-    4.4): exact decompositions of all modules of SDXL would take an hour.
-
-    Args:
-        change: (out, in * kh * kw).
-        rank: The number of values that will be used.
-        kernel: The shape of the module's `down` after its rank.
+    4.4): exact decompositions of all modules of SDXL would take an hour. `kernel` is the shape of the
+    module's `down` after its rank.
     """
     side, width = min(change.shape), rank + OVERSAMPLING
     if side <= max(width, LARGEST_EXACT_SIDE):

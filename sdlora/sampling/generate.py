@@ -6,13 +6,11 @@ A row of a grid is (prompt, seed). B batch, C channels, h w latent size.
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -38,9 +36,8 @@ EMPTY = "#e6e6e6"
 
 @contextmanager
 def preserve_state(*models: nn.Module) -> Iterator[None]:
-    """Puts models in eval mode; restores their modes and the states of all random generators afterwards."""
+    """Puts models in eval mode; restores their modes and the states of torch's generators afterwards."""
     modes = [(module, module.training) for model in models for module in model.modules()]
-    python, numpy = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
@@ -49,8 +46,6 @@ def preserve_state(*models: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
         if mps is not None:
             torch.mps.set_rng_state(mps)
         for module, training in modes:
@@ -59,12 +54,9 @@ def preserve_state(*models: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a grid; without a stack, the base.
+    """A column of a grid: adapters to mount, or none for the base, with their strengths, the root first.
 
-    Args:
-        stack: Adapters to mount, with their strengths, the root first.
-        strength: Strength of the adapter that the column shows.
-        adapter: Name of that adapter, in a grid that compares several.
+    `strength` and `adapter`, a name in grids that compare several, are those of the adapter that is shown.
     """
 
     stack: Stack = ()
@@ -85,11 +77,8 @@ def make_columns(
 ) -> list[Column]:
     """The base, the ancestors if there are any, and then the adapter at each other strength once.
 
-    Args:
-        adapter: The adapter to show; None shows the base alone.
-        strengths: Strengths of the adapter; its ancestors keep theirs.
-        ancestors: Mounted below the adapter: (adapter, strength), the root first.
-        names: Names of the last ancestor and of the adapter, where both are shown.
+    Ancestors are (adapter, strength), the root first, and keep their strengths. `names` are those of the last
+    ancestor and of the adapter, where both are shown.
     """
     if adapter is None:
         return [Column()]

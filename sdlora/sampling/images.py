@@ -165,11 +165,8 @@ PLACEHOLDER = re.compile(r"\{[^{}]*\}")
 def make_scheduler(info: BaseInfo, name: str | None = None) -> Any:
     """Creates a scheduler with the base's betas and prediction type.
 
-    Args:
-        name: A diffusers class, with or without the ending `Scheduler`; by default the base's own.
-
-    Raises:
-        ConfigError: If the name is not known, or a package that the scheduler needs is not installed.
+    `name` is a diffusers class, with or without the ending `Scheduler`; by default the base's own. Raises a
+    ConfigError if it is not known, or a package that it needs is not installed.
     """
     wanted = name or str(info.scheduler_config.get("_class_name", "DDIMScheduler"))
     short = wanted.lower().removesuffix("scheduler")
@@ -211,11 +208,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 
 def resolve_settings(info: BaseInfo, settings: SampleSettings) -> SampleSettings:
-    """Fills in the base's own choices and checks the settings against it.
-
-    Raises:
-        ConfigError: With one line for each setting that does not fit.
-    """
+    """Fills in the base's own choices; raises a ConfigError with a line for each setting that is wrong."""
     scheduler = make_scheduler(info, settings.scheduler)
     resolved = replace(
         settings,

@@ -37,19 +37,9 @@ TRIGGER = "modelspec.trigger_phrase"
 class SamplePlan:
     """A grid to draw; `checked` fills in the last three fields.
 
-    Args:
-        config: Prompts, seeds and other settings.
-        info: The base.
-        columns: Columns of the grid.
-        adapters: All adapters that are mounted in a column, each with its file.
-        name: Name of the output folder.
-        title: Title of the grid.
-        trigger: Replaces `{trigger}` in prompts.
-        adapter: Name of the adapter in the metadata of the images.
-        dtype: Dtype of the base; by default that which suits the device.
-        out: Output folder; by default `samples/NAME`.
-        settings: Settings of the images.
-        targets: Images of the run's image folder.
+    `adapters` are all that are mounted in a column, each with its file; `trigger` replaces `{trigger}` in
+    prompts; `name` is that of the output folder, `adapter` that in the metadata of the images. Without a
+    dtype, the base gets the one that suits the device.
     """
 
     config: RunConfig
@@ -115,27 +105,18 @@ class SamplePlan:
         base = load_base(self.info, dtype=dtype, device=device)
         sample = self.config.sample
         images = generate(base, self.columns, sample.prompts, sample.seeds, self.settings, progress=progress)
+        base_name, title = base.info.name, self.title
         return save_grid(
-            folder,
-            images,
-            base=base.info.name,
-            adapter=self.adapter,
-            title=self.title,
-            targets=self.targets,
+            folder, images, base=base_name, adapter=self.adapter, title=title, targets=self.targets
         )
 
 
 def choose_folder(out: str | Path | None, name: str) -> Path:
-    """The folder of a grid, by default `samples/NAME` or the next name that is free.
-
-    Raises:
-        SdloraError: If the given folder contains a grid, or the folder cannot be written.
-    """
+    """The folder of a grid, by default `samples/NAME`; raises if it contains a grid, or is not writable."""
     folder = Path(out) if out is not None else next_free_folder(Path("samples") / name)
     if (folder / "grid.png").exists():
-        raise ConfigError(
-            f"--out {folder} already contains a grid; use another folder", key="option--out.grid"
-        )
+        problem = f"--out {folder} already contains a grid; use another folder"
+        raise ConfigError(problem, key="option--out.grid")
     check_writable(folder)
     return folder
 
@@ -183,7 +164,7 @@ def plan_sample(
     """Checks everything that `sample` needs, without loading the base.
 
     Args:
-        source: As for `sample`.
+        source: A run folder or a LoRA file; None for the base.
         base: The base; by default the run's, or the one that the file names.
         step: Step of the saved adapter; by default the final one.
         out: Output folder; by default `samples/NAME`.
@@ -246,17 +227,10 @@ def plan_tree(
     warn: Callable[[str], None] | None = None,
     **changes: Any,
 ) -> SamplePlan:
-    """Checks a grid that compares nodes of a tree, each on top of its ancestors.
+    """Checks a grid that compares nodes of a tree (by default all), each on top of its ancestors.
 
-    Args:
-        tree: The tree.
-        names: Nodes to draw; by default all.
-        strengths: Strengths by node name that replace those of the training.
-        base: The base; by default the one that the first node names.
-        out: As for `plan_sample`, like all that follow.
-
-    Raises:
-        SdloraError: If a node has a changed parent, or something does not exist or does not fit.
+    `strengths`, by node name, replace those of the training. `base` is by default the one that the first node
+    names. The rest is as for `plan_sample`.
     """
     names = list(names or tree.nodes)
     nodes = [tree.node(name) for name in names]
@@ -284,11 +258,7 @@ def _file_config(
 
 
 def base_of(file: Path, notes: Mapping[str, str]) -> str:
-    """The base named in a file's metadata, if the name is enough to find it.
-
-    Raises:
-        ConfigError: If the file names none, or only a folder of the machine that trained it.
-    """
+    """The base that a file's metadata names; raises a ConfigError if the name is not enough to find it."""
     name = notes.get("sdlora.base_name")
     if name == "builtin" or (name and name.count("/") == 1):
         return name

@@ -97,19 +97,11 @@ def lineage_to_notes(ancestors: Sequence[Ancestor]) -> dict[str, str]:
     return {PARENT: ancestors[-1].digest, LINEAGE: chain}
 
 
-def child_lineage(name: str, parent: Adapter, strength: float = 1.0) -> tuple[Ancestor, ...]:
-    """The ancestors of a child of an adapter, the root first; the parent is in the dtype of its file."""
-    return (*read_lineage(parent.notes), Ancestor(name, digest_adapter(parent), strength))
-
-
 def parent_error(child: str, expected: Ancestor, found: str, digest: str | None) -> AdapterError | None:
-    """Compares the parent of a child with that in its metadata.
+    """Compares a parent with that in the metadata of its child.
 
-    Args:
-        child: Name of the child.
-        expected: The parent in the child's metadata.
-        found: Name of the parent that was found, or the place that was searched.
-        digest: Digest of the parent that was found, or None.
+    `found` is the name of the parent that was found, `digest` its digest; or the place that was searched, and
+    None.
     """
     if digest == expected.digest:
         return None
@@ -148,12 +140,7 @@ def path_to_stack(path: Sequence[PathEntry]) -> Stack:
 def load_path(
     source: str | Path, *, force: bool = False, warn: Callable[[str], None] | None = None
 ) -> list[PathEntry]:
-    """Loads an adapter with its ancestors, the root first: the path under a child of it.
-
-    Args:
-        source: A LoRA file, a run folder, or a node (a file without its ending).
-        force: As for `find_ancestors`, like `warn`.
-    """
+    """Loads an adapter (a file, run or node) with its ancestors, the root first: the path under its child."""
     file = resolve_adapter(source).file
     own = _load_entry(file, adapter_name(file))
     return [*find_ancestors(file, own.adapter, force=force, warn=warn), own]
@@ -181,7 +168,7 @@ def find_ancestors(
 
     Args:
         file: The file of the adapter.
-        adapter: The adapter, loaded.
+        adapter: Its content.
         force: Accepts a file of the right name with other tensors, and continues without a missing one.
         warn: Called with a line for each of these.
 

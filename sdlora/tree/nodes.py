@@ -98,11 +98,7 @@ def _node_name(root: Path, file: Path) -> str:
 def link_parents(
     nodes: Mapping[str, Node], place: str
 ) -> tuple[dict[str, str], dict[str, AdapterError], list[str]]:
-    """Finds the parent of each node by its tensors, else by its name.
-
-    Args:
-        nodes: Nodes by name.
-        place: Their folder, for messages.
+    """Finds the parent of each node by its tensors, else by its name; `place` is their folder, for messages.
 
     Returns:
         Node to parent, or to the nearest ancestor that was found; node to the reason why it must not be used;

@@ -161,15 +161,10 @@ class AdapterTree:
     def strengths(
         self, names: Sequence[str | None], changes: Mapping[str, float] | None = None, *, force: bool = False
     ) -> list[dict[str, float]]:
-        """The path to each node, the root first, with the strengths of the training unless changed.
+        """The path to each node (None is the base), the root first, with the strengths of the training.
 
-        Args:
-            names: Nodes; None is the base, whose path is empty.
-            changes: Strengths by node name.
-            force: As in `path`.
-
-        Raises:
-            AdapterError: If a parent is changed or missing, or `changes` names a node of no path.
+        `changes`, by node name, replace these. Raises an AdapterError if a parent is changed or missing and
+        `force` is not set, or if `changes` names a node of no path.
         """
         changes = changes or {}
         rows: list[dict[str, float]] = []

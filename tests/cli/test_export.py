@@ -12,8 +12,8 @@ from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
 from sdlora.models.weights import empty_denoiser
 from sdlora.rank.spectrum import spectrum
-from sdlora.tree.lineage import child_lineage, lineage_to_notes
-from tests.lora_fixtures import create_adapter
+from sdlora.tree.lineage import lineage_to_notes
+from tests.lora_fixtures import child_lineage, create_adapter
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,8 @@ def test_spectrum(sdlora, style, tmp_path):
     row = next(line.split() for line in printed.splitlines() if line.strip().startswith("down_blocks.0"))
     assert row[1:3] == ["2", "4"]
     assert row[-1] == "100.0%"
-    with Image.open(tmp_path / "spectrum.png") as picture:
-        assert picture.format == "PNG"
+    with Image.open(tmp_path / "spectrum.png") as image:
+        assert image.format == "PNG"
 
 
 def test_resize(sdlora, style, tmp_path):

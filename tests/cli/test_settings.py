@@ -1,4 +1,4 @@
-"""`sdlora settings`, and what is said to those who come from another trainer (R-35)."""
+"""`sdlora settings`, and the options of other trainers (R-35)."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_some_of_them(sdlora):
 
 
 def test_other_trainers_names():
-    """What is said of an option names settings that are there; no option of the README's table is unknown."""
+    """Answers name settings that exist; every option in the README's table has one."""
     own = {key.split(".")[1] for key in KEYS}
     assert not own & ELSEWHERE.keys()
     sections = "|".join(SECTIONS)
@@ -104,8 +104,8 @@ def test_a_mistake_in_the_command_is_one_line(sdlora, command, line):
     """R-35: in the same form as all others, without a frame and without the usage."""
     code, printed, error = sdlora(*command)
     assert (code, printed) == (2, "")
-    [told] = error
-    assert told.startswith(f"sdlora: {line}")
+    [shown] = error
+    assert shown.startswith(f"sdlora: {line}")
 
 
 def test_without_a_command(sdlora):

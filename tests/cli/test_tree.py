@@ -13,9 +13,9 @@ from sdlora.formats.write import round_adapter
 from sdlora.lora.attach import match_targets
 from sdlora.models.info import inspect_base
 from sdlora.models.weights import empty_denoiser
-from sdlora.tree.lineage import child_lineage, lineage_to_notes
+from sdlora.tree.lineage import lineage_to_notes
 from sdlora.tree.tree import AdapterTree
-from tests.lora_fixtures import create_adapter
+from tests.lora_fixtures import child_lineage, create_adapter
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def broken(styles, tmp_path):
 
 
 def test_show(sdlora, styles, broken):
-    """The tree with rank, images, size, held-out loss; what is wrong is said at its place."""
+    """The tree with rank, images, size, held-out loss; errors stand beside their nodes."""
     code, printed, _ = sdlora("tree", "show", styles)
     assert code == 0
     top, ink, portraits = printed.splitlines()
@@ -171,7 +171,7 @@ def test_a_child_is_planned(sdlora, styles, make_images):
 
 
 def test_force(sdlora, broken, make_images, tmp_path):
-    """R-41: every verb refuses a child whose parent is missing; with --force it goes without, and says so."""
+    """R-41: every verb refuses a child whose parent is missing; with --force it continues with a warning."""
     quick = ("--prompt", "x", "--steps", 1, "--size", "64x64")
     child = broken / "ink" / "portraits.safetensors"
     commands = {

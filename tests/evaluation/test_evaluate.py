@@ -38,7 +38,7 @@ def distance(base, sample: torch.Tensor, drawing: torch.Tensor) -> ImageDistance
 
 
 def test_order_of_distances(base):
-    """Zero for the same picture; a moved outline is nearer than another colour; symmetric."""
+    """Zero for the same image; a moved outline is closer than another color; symmetric."""
     same, moved, other = (distance(base, draw(), draw(*how)) for how in ((), (1,), (0, "blue")))
     assert (same.style, same.content) == (0, 0)
     assert 0 < moved.content < other.content
@@ -58,7 +58,7 @@ def test_style_does_not_ask_where_things_lie(base):
 
 def test_style_distance_by_hand(base):
     """The root mean square over the differences of each channel's mean and standard deviation."""
-    one, two = (base.encode_images(picture[None])[0][0].numpy() for picture in (draw(), draw(3, "green")))
+    one, two = (base.encode_images(image[None])[0][0].numpy() for image in (draw(), draw(3, "green")))
     gaps = [
         f(a) - f(b)
         for f in (lambda x: x.mean(), lambda x: x.std(ddof=1))

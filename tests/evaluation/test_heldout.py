@@ -53,7 +53,7 @@ def test_a_device_without_float64(without_doubles):
 
 
 def test_by_hand():
-    """R-12: the plain squared error at the middle of each band, with noise keyed by picture and timestep."""
+    """R-12: the plain squared error at the middle of each band, with noise from the image's key and the timestep."""
     items = make_items((4, 4))
     measured = measure(items, lambda noisy, timesteps, condition: torch.zeros_like(noisy))
     expected = []
@@ -66,7 +66,7 @@ def test_by_hand():
 
 
 def test_captions_reach_the_network():
-    """Each picture meets its own text states."""
+    """Each image gets its own text states."""
     items = make_items((4, 4), (4, 4))
     seen = []
 

@@ -1,4 +1,4 @@
-"""The prediction type, told by what a UNet answers."""
+"""Recognizing the prediction type by the answers of a UNet."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_each_type_is_recognised(items: list[HeldoutItem], kind: str, configured
 
 @pytest.mark.parametrize("size", [0.0, 0.3, 1.0, 3.0])
 def test_an_untrained_network_says_nothing(items: list[HeldoutItem], size: float) -> None:
-    """R-32: no warning about random weights."""
+    """R-32: random weights cause no warning."""
 
     def denoise(noisy: torch.Tensor, *_: object) -> torch.Tensor:
         return size * torch.randn(noisy.shape, generator=torch.Generator().manual_seed(2))
@@ -71,7 +71,7 @@ def test_the_builtin_base_predicts_v() -> None:
     assert recognise_prediction(base.denoise, schedule, [item], CPU) == "v_prediction"
 
 
-def test_a_wrong_configuration_is_told(
+def test_a_wrong_configuration_is_a_warning(
     make_images: Callable[..., Path], copy_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     """R-32: before the first step, as a warning that stays with the run; the right one is silent."""
@@ -86,11 +86,11 @@ def test_a_wrong_configuration_is_told(
     }
     images = make_images(sizes=((128, 128),) * 3)
     wrong = copy_folder(BUILTIN, "wrong", scheduler__scheduler_config={"prediction_type": "epsilon"})
-    told = {}
+    warnings = {}
     for base in (wrong, "builtin"):
         run = train(images, base=str(base), out=tmp_path / Path(base).name, overrides=settings, quiet=True)
-        told[base] = [event["message"] for event in run.events("warning") if "predict" in event["message"]]
-    assert told["builtin"] == []
-    [line] = told[wrong]
+        warnings[base] = [event["message"] for event in run.events("warning") if "predict" in event["message"]]
+    assert warnings["builtin"] == []
+    [line] = warnings[wrong]
     assert "objective.prediction_type = epsilon" in line
     assert "objective.prediction_type=v_prediction" in line

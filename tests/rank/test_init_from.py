@@ -60,7 +60,7 @@ def test_a_smaller_rank_is_the_nearest(unet, make_adapter, deltas, draw):
 
 
 def test_fewer_modules_leave_the_rest_fresh(unet, make_adapter, draw):
-    """What the file does not change starts as in a new run, and is said."""
+    """Modules that the file lacks start as in a new run, and are counted."""
     start = make_adapter(unet, rank=4, alpha=4, targets=["*.attn2.*"])
     adapter, fresh = draw(4), draw(4)
     assert init_from_adapter(adapter, start) == InitReport(16, 0, 0, 16, error=0.0)

@@ -74,7 +74,7 @@ def test_svd_is_the_nearest_of_its_rank(two, deltas):
 
 @pytest.mark.parametrize("method", ["svd", "ties", "dare"])
 def test_what_a_limited_rank_costs_is_said(two, method, deltas):
-    """As resize says it, and in the file: what is missing beside the change at full rank."""
+    """The error relative to the full rank is printed as by resize, and written into the file."""
     adapters = [(two[0], 1.0), (two[1], 0.5)]
     whole, nothing = merge(adapters, method, rank=64)
     joined, report = merge(adapters, method, rank=2)

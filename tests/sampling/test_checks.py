@@ -74,7 +74,7 @@ def test_bad_settings(
 def test_a_misfit_is_said_before_any_weight_is_loaded(
     sd15_folder: Path, copy_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """R-41: a file that does not say its family is told by its modules; file, base and remedy are named."""
+    """R-41: without a family in its metadata, a file is checked by its modules; the error names both."""
     base = copy_folder(sd15_folder)
     weights = base / "text_encoder" / "model.safetensors"
     weights.unlink()

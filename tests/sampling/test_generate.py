@@ -139,7 +139,7 @@ def test_adapter_equals_stock_diffusers(
 
 
 def test_twice_is_equal_to_the_pixel(base: StableDiffusion, adapter: Adapter) -> None:
-    """R-10: the ambient random state has no say; also for a scheduler that draws noise at each step."""
+    """R-10: whatever the ambient random state, also with a scheduler that draws noise at each step."""
     settings = replace(QUICK, scheduler="EulerAncestralDiscreteScheduler")
     ambient = []
     watch = lambda *_: ambient.append(torch.get_rng_state())
@@ -153,7 +153,7 @@ def test_twice_is_equal_to_the_pixel(base: StableDiffusion, adapter: Adapter) ->
 
 
 def test_seed_gives_the_same_noise_everywhere(base: StableDiffusion, adapter: Adapter) -> None:
-    """R-10: a image is the same whatever else is asked for, one batch or many (up to rounding)."""
+    """R-10: an image is the same whatever else is asked for, one batch or many (up to rounding)."""
     many = generate(base, adapter, PROMPTS, [5, 0], [1.0, 0.5], QUICK)
     alone = generate(base, adapter, PROMPTS[1:], [0], [0.5], replace(QUICK, batch_size=1))
     same = [p for p in many if (p.prompt, p.seed, p.strength) in {(PROMPTS[1], 0, 0.0), (PROMPTS[1], 0, 0.5)}]

@@ -83,7 +83,7 @@ def test_long_prompts_never_reach_the_images_or_the_next_row(prompt: str, seeds:
 
 
 def test_withheld_images_are_labelled() -> None:
-    """R-47: the cell says so; an empty cell is another thing."""
+    """R-47: the cell has a label; the cell of a missing sample is empty."""
     images = [image(RED, "a", 0, 0), image(BLANK, "a", 0, 1, blank=FLAGGED)]
     grid = make_grid(images)
     (red,) = cells(grid, RED)

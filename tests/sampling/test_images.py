@@ -1,4 +1,4 @@
-"""SampledImage files and the settings in them."""
+"""Files of samples, and the settings in them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_files_are_named_in_order_and_reproducible(tmp_path: Path) -> None:
 
 
 def test_unwritable_folder_raises(tmp_path: Path) -> None:
-    """R-23: nothing half-written where the place is taken by a file."""
+    """R-23: nothing is written if the folder is a file."""
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         save_images(tmp_path / "file", [make()], Image.new("RGB", (8, 8)))

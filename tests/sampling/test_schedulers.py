@@ -46,7 +46,7 @@ def test_a_base_with_a_scheduler_of_its_own(info: BaseInfo) -> None:
 
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_missing_package_is_one_line(info: BaseInfo, name: str) -> None:
-    """R-27: a scheduler that needs another package works, or says which."""
+    """R-27: a scheduler that needs another package works, or the error names the package."""
     if importlib.util.find_spec(OPTIONAL[name]):
         assert type(make_scheduler(info, name)).__name__ == name
         return

@@ -114,7 +114,7 @@ def test_text_encoders_equal_stock_diffusers(source: str, sdxl_folder: Path, tmp
     for pair in adapter.modules.values():
         pair.up.normal_(std=0.5, generator=generator)
     _compare_with_stock(base, adapter, info, tmp_path)
-    # What is mounted for training has no say in the base's column.
+    # Adapters that are mounted for training do not change the base's column.
     plain = generate(base, None, PROMPTS[:1], [0], [], QUICK)
     mount(base.components, [(adapter, 1.0)])
     assert np.array_equal(pixels(generate(base, None, PROMPTS[:1], [0], [], QUICK)), pixels(plain))

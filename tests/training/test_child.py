@@ -29,10 +29,10 @@ from sdlora.sampling.session import sample
 from sdlora.training.plan import make_plan
 from sdlora.training.plan_summary import describe_plan
 from sdlora.training.train import resume, train
-from sdlora.tree.lineage import child_lineage, digest_file, lineage_to_notes, load_path, read_lineage
+from sdlora.tree.lineage import digest_file, lineage_to_notes, load_path, read_lineage
 from sdlora.tree.tree import AdapterTree
 from tests.checks import assert_same_image, raises
-from tests.lora_fixtures import create_adapter
+from tests.lora_fixtures import child_lineage, create_adapter
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def test_the_base_s_bits_cannot_change(make_images, small, tmp_path):
     assert not list(run.events("gap"))
     shutil.copytree(run.path, tmp_path / "full")
     RunFolder(tmp_path / "full").write_config(run.read_config().replace(base={"quantize": "none"}))
-    with raises(ConfigError, "--full-base"):
+    with raises(ConfigError, "option--full-base"):
         evaluate(tmp_path / "full", full_base=True)
     with raises(ConfigError, "base.quantize"):
         resume(run.path, ["base.quantize=none"])

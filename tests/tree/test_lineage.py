@@ -14,7 +14,6 @@ from sdlora.formats.files import load_adapter, save_adapter
 from sdlora.formats.write import round_adapter
 from sdlora.tree.lineage import (
     Ancestor,
-    child_lineage,
     digest_file,
     find_ancestors,
     lineage_to_notes,
@@ -23,6 +22,7 @@ from sdlora.tree.lineage import (
     recorded_digest,
 )
 from tests.checks import raises
+from tests.lora_fixtures import child_lineage
 
 CHAIN = (Ancestor("ink", "ab" * 32, 0.5), Ancestor("ink/portraits", "cd" * 32))
 
@@ -110,7 +110,7 @@ def test_damaged_metadata(text, key):
 
 
 def test_a_wrong_parent_is_refused_with_both_digests():
-    """What was expected and what was found."""
+    """The errors name the expected parent and the one that was found."""
     assert parent_error("leaf", CHAIN[0], "ink", "ab" * 32) is None
     changed = parent_error("leaf", CHAIN[0], "ink", "ff" * 32)
     missing = parent_error("leaf", CHAIN[0], "in styles", None)

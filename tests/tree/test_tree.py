@@ -18,9 +18,10 @@ from sdlora.formats.write import round_adapter
 from sdlora.lora.attach import mount
 from sdlora.lora.kinds import LowRank
 from sdlora.lora.layers import lora_layers
-from sdlora.tree.lineage import child_lineage, find_ancestors, lineage_to_notes, short_digest
+from sdlora.tree.lineage import find_ancestors, lineage_to_notes, short_digest
 from sdlora.tree.tree import AdapterTree, SwitchPlan
 from tests.checks import counted, raises
+from tests.lora_fixtures import child_lineage
 
 SHAPES = (
     {"rank": 6, "alpha": 6, "targets": ["attention", "feed_forward"]},
@@ -137,7 +138,7 @@ def test_kohya_twins_are_no_nodes(grow):
 
 
 def test_a_changed_parent_is_refused(grow, small, pipe):
-    """What was expected, what was found; --force takes it."""
+    """The error names both digests; --force accepts the parent."""
     before = AdapterTree.from_folder(small).node("ink").digest
     grow("ink", seed=77, **SHAPES[0])
     tree = AdapterTree.from_folder(small)
@@ -151,7 +152,7 @@ def test_a_changed_parent_is_refused(grow, small, pipe):
 
 
 def test_a_missing_parent_is_refused(small, pipe):
-    """It is named; --force goes without it."""
+    """The error names it; --force continues without it."""
     (small / "ink.safetensors").unlink()
     tree = AdapterTree.from_folder(small)
     with raises(AdapterError, "tree.parent-missing", shows=("ink/maps", "ink (", str(small), "--force")):
@@ -162,7 +163,7 @@ def test_a_missing_parent_is_refused(small, pipe):
 
 
 def test_a_gap_in_the_path(small):
-    """A child whose parent is missing is shown, and by force used, on the nearest ancestor that is there."""
+    """A child without its parent is shown, and by force used, on the nearest ancestor that was found."""
     (small / "ink" / "portraits.safetensors").unlink()
     tree = AdapterTree.from_folder(small)
     assert tree.parents["ink/portraits/old"] == "ink"
@@ -182,7 +183,7 @@ def test_a_node_that_is_called_as_its_missing_parent(grow):
 
 
 def test_tensors_that_were_changed_under_the_old_hash_are_found(small, pipe):
-    """A header can say anything; what is mounted was checked."""
+    """Digests are computed before mounting, whatever the header contains."""
     file = small / "ink" / "maps.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -273,7 +274,7 @@ def test_a_path_is_the_sum_of_its_steps(small, pipe, unet, run):
 
 
 def test_a_pipeline_with_loras_of_its_own(small, pipe, unet, run):
-    """The message says what is in the way, and how to take it off."""
+    """The error names the problem and the call that solves it."""
     tree = AdapterTree.from_folder(small)
     pipe.load_lora_weights(str(small), weight_name="water.safetensors", adapter_name="water_5d")
     with pytest.raises(
@@ -417,7 +418,7 @@ def test_flattened_file_is_the_sum_of_the_path(
 
 
 def test_flattened_to_a_rank(small):
-    """The error is said."""
+    """The report has the error."""
     flat, report = AdapterTree.from_folder(small).flatten("ink/portraits/old", rank=4)
     assert flat.rank == 4
     assert 0 < report.error < 1
