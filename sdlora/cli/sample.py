@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sdlora.cli import app, options
+
+if TYPE_CHECKING:
+    from sdlora.report.terminal import Terminal
+    from sdlora.sampling.session import SamplePlan
 
 
 @app.command()
@@ -67,6 +71,10 @@ def sample(
         )
         for source, folder in zip(subjects, _folders(subjects, out), strict=True)
     ]
+    draw_grids(plans, terminal)
+
+
+def draw_grids(plans: Sequence[SamplePlan], terminal: Terminal) -> None:
     for plan in plans:
         for note in plan.notes():
             typer.echo(f"note: {note}", err=True)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sdlora.cli import app, options
+from sdlora.cli.sample import draw_grids
 from sdlora.errors import shorten
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of LoRA files, or of runs.")]
@@ -93,9 +94,7 @@ def sample(
         warn=terminal.warn,
         **settings,
     )
-    with terminal.progress("sampling", 1) as meter:
-        grid = plan.make(meter.show)
-    typer.echo(f"grid      {grid}")
+    draw_grids([plan], terminal)
 
 
 @verbs.command()

@@ -30,6 +30,7 @@ def run(tmp_path_factory, draw_images):
         "train.batch_size": 2,
         "train.learning_rate": 2e-3,
         "train.warmup": 2,
+        "train.schedule": "constant",
         "train.save_every": 0,
         "train.sample_every": 0,
         "train.evaluate_every": 0,

@@ -53,7 +53,7 @@ def test_a_device_without_float64(without_doubles):
 
 
 def test_by_hand():
-    """R-12: the plain squared error at the middle of each band, with noise from the image's key and the timestep."""
+    """R-12: the plain squared error at the middle of each band, with noise by key and timestep."""
     items = make_items((4, 4))
     measured = measure(items, lambda noisy, timesteps, condition: torch.zeros_like(noisy))
     expected = []

@@ -86,11 +86,11 @@ def test_a_wrong_configuration_is_a_warning(
     }
     images = make_images(sizes=((128, 128),) * 3)
     wrong = copy_folder(BUILTIN, "wrong", scheduler__scheduler_config={"prediction_type": "epsilon"})
-    warnings = {}
+    found = {}
     for base in (wrong, "builtin"):
         run = train(images, base=str(base), out=tmp_path / Path(base).name, overrides=settings, quiet=True)
-        warnings[base] = [event["message"] for event in run.events("warning") if "predict" in event["message"]]
-    assert warnings["builtin"] == []
-    [line] = warnings[wrong]
+        found[base] = [event["message"] for event in run.events("warning") if "predict" in event["message"]]
+    assert found["builtin"] == []
+    [line] = found[wrong]
     assert "objective.prediction_type = epsilon" in line
     assert "objective.prediction_type=v_prediction" in line
