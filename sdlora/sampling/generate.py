@@ -6,11 +6,13 @@ A row of a grid is (prompt, seed). B batch, C channels, h w latent size.
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -36,8 +38,9 @@ EMPTY = "#e6e6e6"
 
 @contextmanager
 def preserve_state(*models: nn.Module) -> Iterator[None]:
-    """Puts models in eval mode; restores their modes and the states of torch's generators afterwards."""
+    """Puts models in eval mode; restores their modes and the states of all random generators afterwards."""
     modes = [(module, module.training) for model in models for module in model.modules()]
+    python, numpy = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
@@ -46,6 +49,8 @@ def preserve_state(*models: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices):
             yield
     finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
         if mps is not None:
             torch.mps.set_rng_state(mps)
         for module, training in modes:
