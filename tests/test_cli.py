@@ -121,14 +121,18 @@ MISTAKES = {
     ),
     "a LoRA of another shape": (
         ["sample", "{lora}", "--base", "builtin", "--prompt", "x"],
-        "",
+        "lora.other-base",
         ["{lora}", "down_blocks.0"],
     ),
     "a LoRA without a base": (["sample", "{lora}", "--prompt", "x"], "option--base", ["{lora}", "--base"]),
     "info of a truncated file": (["info", "{cut}"], "file.incomplete", ["{cut}"]),
     "info of a text": (["info", "{text}"], "file.not-safetensors", ["{text}"]),
-    "info of another kind": (["info", "{weights}"], "", ["{weights}", "decoder.conv_in.weight"]),
-    "a pickle": (["info", "{pickle}"], "", ["{pickle}"]),
+    "info of another kind": (
+        ["info", "{weights}"],
+        "lora.not-a-lora",
+        ["{weights}", "decoder.conv_in.weight"],
+    ),
+    "a pickle": (["info", "{pickle}"], "file.pickle", ["{pickle}"]),
     "export to nowhere": (["export", "{lora}"], "option--out", ["--push-to-hub"]),
     "export to no dialect": (
         ["export", "{lora}", "--format", "onnx", "--out", "x.safetensors"],
@@ -165,7 +169,11 @@ MISTAKES = {
         "base.source",
         ["''"],
     ),
-    "export to no safetensors": (["export", "{lora}", "--out", "x.pt"], "", ["--out x.pt", ".safetensors"]),
+    "export to no safetensors": (
+        ["export", "{lora}", "--out", "x.pt"],
+        "option--out",
+        ["--out x.pt", ".safetensors"],
+    ),
 }
 
 
