@@ -54,7 +54,7 @@ def make_lora(path: Path, family: str = "sd1", width: int = 4) -> Path:
     return save_adapter(path, Adapter({module: pair}, 1, 1.0, family))
 
 
-# Arguments, key of the error (empty: told apart by the values), and values that the line shows.
+# Arguments, key of the error, and values that the line shows.
 MISTAKES = {
     "no folder": (["train", "nowhere"], "data.folder-missing", ["nowhere"]),
     "empty folder": (["train", "{empty}"], "data.no-images", ["{empty}", "empty"]),
@@ -64,11 +64,11 @@ MISTAKES = {
     "wrong type": (["train", "{images}", "train.steps=soon"], "train.steps", ["'soon'"]),
     "rank 0": (["train", "{images}", "lora.rank=0"], "lora.rank", ["0"]),
     "no such config": (["train", "{images}", "--config", "none.toml"], "config.missing", ["none.toml"]),
-    "no such base": (["train", "{images}", "--base", "nobase"], "", ["base.source = nobase"]),
-    "a LoRA as base": (["train", "{images}", "--base", "{lora}"], "", ["base.source = {lora}"]),
+    "no such base": (["train", "{images}", "--base", "nobase"], "base.missing", ["base.source = nobase"]),
+    "a LoRA as base": (["train", "{images}", "--base", "{lora}"], "base.is-lora", ["base.source = {lora}"]),
     "a folder as base": (
         ["train", "{images}", "--base", "{texts}"],
-        "",
+        "base.not-a-base",
         ["base.source = {texts}", "model_index.json"],
     ),
     "no such target": (["train", "{images}", "lora.targets=foo"], "lora.targets", ["'foo'"]),
@@ -207,7 +207,7 @@ def test_a_mistake_is_one_line(sdlora, make_images, tmp_path, name):
     assert code == 2, errors
     assert len(errors) == 1, errors
     assert errors[0].startswith("sdlora: ")
-    assert not key or key in sdlora.keys
+    assert key in sdlora.keys
     for value in shows:
         assert value.format(**places) in errors[0]
     assert files_below(tmp_path) == before

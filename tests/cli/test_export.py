@@ -82,34 +82,19 @@ def test_score_against_the_base(sdlora, styles, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "key", "value"),
     [
-        (
-            ["extract", "builtin", "--base", "builtin", "--out", "x.safetensors"],
-            "does not differ from builtin in all-linear",
-        ),
-        (
-            ["extract", "builtin", "--base", "builtin", "--out", "x.safetensors", "--rank", "0"],
-            "lora.rank = 0 must be at least 1",
-        ),
-        (
-            ["merge-into-base", "{ink}", "--out", "{here}"],
-            "already exists; a base is never changed in place",
-        ),
-        (
-            ["merge-into-base", "{ink}", "--out", "x", "--dtype", "fp8"],
-            "export.precision = 'fp8'",
-        ),
-        (
-            ["resize", "{ink}", "--score", "0.1", "--out", "x.safetensors"],
-            "--base",
-        ),
+        ("extract builtin --base builtin --out x.safetensors", "extract.no-change", "all-linear"),
+        ("extract builtin --base builtin --out x.safetensors --rank 0", "lora.rank", "0"),
+        ("merge-into-base {ink} --out {here}", "option--out", "{here}"),
+        ("merge-into-base {ink} --out x --dtype fp8", "export.precision", "'fp8'"),
+        ("resize {ink} --score 0.1 --out x.safetensors", "resize.score-without-base", "--base"),
     ],
 )
-def test_mistakes(sdlora, styles, tmp_path, arguments, message):
+def test_mistakes(sdlora, styles, tmp_path, arguments, key, value):
     """One line, exit code 2."""
     places = {"ink": styles / "ink.safetensors", "here": tmp_path}
-    code, _, errors = sdlora(*(argument.format(**places) for argument in arguments))
-    assert code == 2
+    code, _, errors = sdlora(*(argument.format(**places) for argument in arguments.split()))
+    assert (code, sdlora.keys) == (2, (key,))
     assert len(errors) == 1
-    assert message in errors[0]
+    assert value.format(**places) in errors[0]
