@@ -233,10 +233,7 @@ def _set_strength(part: nn.Module, strength: float) -> None:
 
 @torch.no_grad()
 def _run(name: str, part: Any, info: BaseInfo) -> Tensor:
-    """A part's output for a fixed input, fp32, on the CPU.
-
-    Of a text encoder, the states (1, L, D) of tokens spread over the vocabulary, or their projection (1, P).
-    """
+    """The output of a part (a text encoder: its states) for a fixed input, fp32, on the CPU."""
     if name == DENOISER:
         base = wrap_denoiser(info, part)
         return base.denoise(*base.example_inputs()).cpu()

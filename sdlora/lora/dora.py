@@ -53,14 +53,13 @@ class Dora(LowRank):
         pair = LowRank.from_file({"down": down, "up": up})
         if pair is None:
             return None
-        (inputs, outputs), ones = pair.features, (1,) * (up.ndim - 2)
-        rows = {"magnitude": [(outputs,), (1, outputs, *ones)], "dora_scale": [(outputs, 1, *ones)]}
-        for part, shapes in rows.items():
-            if part in tensors and tuple(tensors[part].shape) in shapes:
-                return cls(down, up, tensors[part].flatten())
-        if "dora_scale" in tensors and tuple(tensors["dora_scale"].shape) == (1, inputs, *ones):
-            return cls(down, up, tensors["dora_scale"].reshape(1, -1))
-        return None
+        part = "magnitude" if "magnitude" in tensors else "dora_scale"
+        magnitude, (inputs, outputs), ones = tensors[part], pair.features, (1,) * (up.ndim - 2)
+        rows = [(outputs,), (1, outputs, *ones)] if part == "magnitude" else [(outputs, 1, *ones)]
+        if tuple(magnitude.shape) in rows:
+            return cls(down, up, magnitude.flatten())
+        is_of_columns = part == "dora_scale" and tuple(magnitude.shape) == (1, inputs, *ones)
+        return cls(down, up, magnitude.reshape(1, -1)) if is_of_columns else None
 
     def to_file(self, dialect: str) -> dict[str, Tensor]:
         magnitude, ones = self.magnitude, (1,) * (self.up.ndim - 2)
