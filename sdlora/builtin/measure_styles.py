@@ -21,6 +21,7 @@ from sdlora.builtin.judge import JUDGE_FILE, Judge, ceiling, load_judge, recogni
 from sdlora.builtin.measure import load_pipeline, make_sheet, sample
 from sdlora.errors import SdloraError
 
+BUILTIN = Path(__file__).resolve().with_name("base")
 SEEDS = (0, 1, 2)  # of the trainings
 NUM_SAMPLES = 4  # of each caption
 STRENGTHS = (1.0, 0.6)
@@ -119,7 +120,8 @@ def train_style(dataset: Path, config: Path | None, base: Path, seed: int, out: 
     overrides = {"train.seed": seed, "train.sample_every": 0, "train.save_every": 0}
     return sdlora.train(
         dataset,
-        base=str(base),
+        # by its name, it has its own defaults
+        base="builtin" if base.resolve() == BUILTIN else str(base),
         config=config,
         out=out,
         trigger=trigger or None,
@@ -216,7 +218,7 @@ def loss_on_own_sets(base: Path, bank_folder: Path) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; 2 for a mistake in what was asked."""
     parser = argparse.ArgumentParser(prog="python -m sdlora.builtin.measure_styles", description=__doc__)
-    parser.add_argument("base", type=Path, nargs="?", default=Path(__file__).with_name("base"))
+    parser.add_argument("base", type=Path, nargs="?", default=BUILTIN)
     parser.add_argument("--judge", type=Path, default=JUDGE_FILE, help="weights of the judge")
     parser.add_argument("--datasets", type=Path, default=Path("datasets"))
     parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the presets")
