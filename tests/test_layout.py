@@ -40,7 +40,7 @@ LIBRARIES = {
     "bitsandbytes": {"models"},
 }
 # The next aim is 18,500 lines.
-MAX_MODULES, MAX_LINES = 115, 20_200
+MAX_MODULES, MAX_LINES = 115, 18_500
 WITHOUT_TORCH = {
     "errors",
     "reading",
