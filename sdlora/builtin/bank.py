@@ -24,7 +24,9 @@ from sdlora.errors import ModelError, SdloraError
 SHIPPED = Path(__file__).with_name("base")
 ENCODE_BATCH = 32
 PLAIN_SHARE = 0.5  # of the images drawn: the drawing as it is
-HELDOUT_SHARE = 0.03  # of the drawings of the other sets: never trained on, to tell whether sets carry over
+HELDOUT_SHARE = (
+    0.03  # of the drawings of the other sets: never trained on, to measure whether sets generalize
+)
 NOTO_WEIGHT = 3.0  # against 1 of each other set: it is what a caption without a set means
 
 
@@ -58,7 +60,7 @@ class Bank:
                 self.places.append((len(self.shards), row))
             self.shards.append(latents)
         if not self.shards:
-            raise ModelError(f"{folder} holds no latents; make some: python -m sdlora.builtin.bank")
+            raise ModelError(f"{folder} has no latents; make them with python -m sdlora.builtin.bank")
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -106,7 +108,7 @@ def load_vae(folder: Path) -> Any:
     from diffusers import AutoencoderKL
 
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} holds no VAE; make one: python -m sdlora.builtin.make_vae")
+        raise ModelError(f"{folder} has no VAE; make one with python -m sdlora.builtin.make_vae")
     return AutoencoderKL.from_pretrained(folder).float().eval().requires_grad_(False)
 
 

@@ -239,7 +239,7 @@ def write_vocabulary(folder: Path, concepts: list[str]) -> None:
 
 
 def make_tokenizer(folder: Path, concepts: list[str]) -> Any:
-    """The CLIP tokenizer of `folder`, made from the captions where the folder holds none yet.
+    """The CLIP tokenizer of `folder`, made from the captions if the folder has none yet.
 
     Args:
         folder: Holds, or gets, `vocab.json` and `merges.txt`; a run keeps the numbers it began with.

@@ -73,7 +73,7 @@ def heldout_concepts(datasets: Path) -> dict[str, set[str]]:
     held = {name: {file.stem for file in (datasets / name / "heldout").glob("*.png")} for name in STYLE_SETS}
     for name, concepts in held.items():
         if not concepts:
-            raise DataError(f"{datasets / name / 'heldout'} holds no image; pass the folder of the datasets")
+            raise DataError(f"{datasets / name / 'heldout'} has no images; pass the folder of the datasets")
     return held
 
 

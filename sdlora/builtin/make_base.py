@@ -1,6 +1,6 @@
 """Trains the built-in base: a tokenizer, then the text encoder alone, then text encoder and UNet together.
 
-With `--start`, it goes on from the weights of another base instead: tokenizer, text encoder and UNet.
+With `--start`, training starts from the weights of another base: tokenizer, text encoder and UNet.
 
 B batch, C latent channels, H latent size, L tokens, D text width.
 """
@@ -198,13 +198,13 @@ def load_start(base: Path, tokenizer_folder: Path) -> tuple[Any, Any, Any]:
     """Tokenizer, text encoder and UNet of a base; the tokenizer's files are copied.
 
     Raises:
-        ModelError: The folder holds no base.
+        ModelError: If the folder is not a base.
     """
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
     if not (base / "model_index.json").is_file():
-        raise ModelError(f"{base} holds no base; pass the folder that holds model_index.json")
+        raise ModelError(f"{base} is not a base; pass the folder with model_index.json")
     tokenizer_folder.mkdir(parents=True, exist_ok=True)
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(base / "tokenizer" / name, tokenizer_folder / name)

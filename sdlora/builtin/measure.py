@@ -100,7 +100,7 @@ def load_pipeline(folder: Path, device: str) -> Any:
     from diffusers import StableDiffusionPipeline
 
     if not (folder / "model_index.json").is_file():
-        raise ModelError(f"{folder} is no diffusers folder; pass the folder that holds model_index.json")
+        raise ModelError(f"{folder} is not a diffusers folder; pass the folder with model_index.json")
     pipeline = StableDiffusionPipeline.from_pretrained(folder).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

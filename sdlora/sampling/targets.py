@@ -22,7 +22,7 @@ class Targets:
 
     Args:
         images: By prompt, for prompts that are captions.
-        examples: Evenly spaced, if a prompt is no caption.
+        examples: Evenly spaced; empty if every prompt has its image.
     """
 
     images: Mapping[str, Image.Image]

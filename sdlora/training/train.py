@@ -112,7 +112,7 @@ def resume(
         quiet: Print nothing.
 
     Raises:
-        SdloraError: If the folder holds no run, or another setting would change.
+        SdloraError: If the folder is not a run, or another setting would change.
     """
     run = RunFolder.open(run_folder)
     settings = run.read_config()
