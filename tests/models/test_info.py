@@ -1,4 +1,4 @@
-"""Inspection: what a base is, and every way in which it is not one."""
+"""Inspection of bases, and every reason to refuse one."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_single_files_are_named_for_what_they_are(tmp_path: Path, key: str, tens
 
 
 def test_other_files_are_named(tmp_path: Path) -> None:
-    """R-40: text and pictures."""
+    """R-40: text and images."""
     (tmp_path / "notes.txt").write_text("hello")
     Image.new("RGB", (8, 8)).save(tmp_path / "cat.png")
     refused(tmp_path / "notes.txt", "base.not-a-model", ".txt file")
@@ -208,7 +208,7 @@ def test_wrong_folders_are_named(copy_base: CopyBase, tmp_path: Path) -> None:
 
 
 def test_other_pipelines_are_named(copy_base: CopyBase) -> None:
-    """R-40: another kind of pipeline, an inpainting UNet, mixed parts, another kind of training."""
+    """R-40: another pipeline, an inpainting UNet, mixed components, another training method."""
     flux = copy_base("flux", model_index={"_class_name": "FluxPipeline"})
     refused(flux, "base.pipeline", "FluxPipeline")
     refused(copy_base("inpaint", unet__config={"in_channels": 17}), "base.not-text-to-image", "17")

@@ -51,8 +51,8 @@ def test_unet_is_stored_as_asked_and_everything_is_frozen(info: BaseInfo, name: 
 
 
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
-def test_layers_of_few_bits_are_named(quantize: Any) -> None:
-    """R-11, R-48: `base.quantize` decides how the UNet is kept; the dtype of the rest stays."""
+def test_quantized_layers_are_named(quantize: Any) -> None:
+    """R-11, R-48: `base.quantize` applies to the UNet; the dtype of the rest stays."""
     base = load_base(inspect_base(BaseSection(quantize=quantize)), dtype=torch.bfloat16, device="cpu")
     assert base.dtypes["unet"] == f"bfloat16 with {quantize} layers"
     assert base.dtypes["vae"] == "float32"
@@ -76,7 +76,7 @@ def test_vae_precision_follows_its_configuration(info: BaseInfo, copy_base: Copy
 
 
 def test_loading_prints_nothing() -> None:
-    """R-27: importing and loading the built-in base is silent, also in few bits and as a stock pipeline."""
+    """R-27: importing and loading the built-in base is silent, quantized and as a stock pipeline too."""
     code = (
         "import torch; from sdlora.config import BaseSection; from sdlora.models.load import *;"
         "from sdlora.models.weights import empty_denoiser; from sdlora.models.info import inspect_base;"
