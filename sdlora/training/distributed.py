@@ -126,7 +126,7 @@ def work_in_rounds(accelerator: Accelerator, jobs: Iterable[T], work: Callable[[
 
 
 class StopSignals:
-    """Notes the first signal in `received` instead of ending the process; a second one ends it."""
+    """Records the first signal in `received` instead of ending the process; a second one ends it."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -136,7 +136,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         # Python allows signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._previous = {number: signal.signal(number, self._record) for number in SIGNALS}
         return self
 
     def __exit__(
@@ -151,7 +151,7 @@ class StopSignals:
         """The signal of the exit code: SIGINT, or SIGTERM for all that a scheduler sends."""
         return signal.SIGINT if self.received == signal.SIGINT else signal.SIGTERM
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._time = number, time.monotonic()
             if "LOCAL_RANK" not in os.environ:

@@ -75,7 +75,7 @@ OUT_OF_MEMORY_REMEDIES = (
 
 @contextmanager
 def report_failed_start(plan: RunPlan, run: RunFolder) -> Iterator[None]:
-    """Explains an out-of-memory before the first step."""
+    """Explains an out-of-memory error before the first step."""
     try:
         with as_out_of_memory():
             yield

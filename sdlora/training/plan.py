@@ -70,9 +70,7 @@ class RunPlan:
 
     def due_steps(self, every: int | None) -> list[int]:
         """Every n-th step and the last; none for 0."""
-        if not every:
-            return []
-        return sorted({*range(every, self.steps + 1, every), self.steps})
+        return sorted({*range(every, self.steps + 1, every), self.steps}) if every else []
 
     @property
     def save_steps(self) -> list[int]:
@@ -93,7 +91,7 @@ class RunPlan:
     def proof_step(self, start: int = 0) -> int:
         """The first step from `start` on whose update must change every module (R-09).
 
-        Zeros in place of an empty caption's states give cross-attention no gradient: there it is the first
+        With zeros as the states of an empty caption, cross-attention gets no gradient: then it is the first
         step with a caption.
         """
         if not self.info.zeroes_empty_prompt:
@@ -117,10 +115,6 @@ class RunPlan:
     def num_base(self) -> int:
         """Parameters of the denoiser."""
         return sum(parameter.numel() for parameter in self.memory_inputs.parts[DENOISER].parameters())
-
-    @property
-    def num_images(self) -> int:
-        return len(self.index.records)
 
     @property
     def images_seen(self) -> int:
@@ -161,7 +155,7 @@ class RunPlan:
             "steps": self.steps,
             "steps_per_epoch": self.order.steps_per_epoch,
             "global_batch": self.global_batch,
-            "images": self.num_images,
+            "images": len(self.index.records),
             "images_per_epoch": self.order.samples_per_epoch,
             "images_seen": self.images_seen,
             "heldout_images": len(self.index.heldout),

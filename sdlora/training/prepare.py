@@ -43,7 +43,7 @@ class HeldoutView(NamedTuple):
 class Prepared:
     """Everything the loop needs."""
 
-    base: Base  # the denoiser on the device with the adapter mounted; text encoders where they learn
+    base: Base  # the denoiser on the device with the adapter mounted; text encoders if trained
     adapter: Adapter
     objective: Objective
     encodings: Encodings
@@ -82,12 +82,12 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, termi
     # With trained text encoders, sampling encodes the prompts for each column.
     text_differs = text_learns or any(adapter.changes_text for adapter, _ in parents)
     prompt_states = {} if text_differs else {prompt: encodings.condition(prompt) for prompt in prompts}
-    heldout = spread(plan.index.heldout, NUM_HELDOUT)
-    train = spread(plan.index.records, len(heldout) or min(NUM_HELDOUT, max(2, plan.num_images // 10)))
+    records, heldout = plan.index.records, spread(plan.index.heldout, NUM_HELDOUT)
+    train = spread(records, len(heldout) or min(NUM_HELDOUT, max(2, len(records) // 10)))
     splits = {
-        split: [HeldoutView(*view, encodings.posterior(*view)[0]) for view in _first_views(plan, records)]
-        for split, records in (("train", train), ("heldout", heldout))
-        if records
+        split: [HeldoutView(*view, encodings.posterior(*view)[0]) for view in _first_views(plan, chosen)]
+        for split, chosen in (("train", train), ("heldout", heldout))
+        if chosen
     }
     base.denoiser.to(device)
     if config.train.gradient_checkpointing:

@@ -1,4 +1,4 @@
-"""What may change when a run is resumed: the fingerprint of a run, and overrides of its settings (R-03)."""
+"""The fingerprint of a run, and the settings that may change when it is resumed (R-03)."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Change(NamedTuple):
 
 
 def run_fingerprint(plan: RunPlan, precision: Precision) -> dict[str, Any]:
-    """Everything that affects the next steps of a run, by field."""
+    """All values that affect the next steps of a run, by field."""
     settings = plan.config.model_dump(mode="json")
     fields = {f"{section}.{key}": value for section in SECTIONS for key, value in settings[section].items()}
     return {

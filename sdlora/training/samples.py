@@ -26,7 +26,7 @@ from sdlora.training.prepare import Prepared
 
 
 class SamplingStopped(Exception):
-    """Raised by `progress` to leave a grid out: it may take longer than a scheduler waits after a signal."""
+    """Raised by `progress` to skip a grid, which may take longer than a scheduler waits after a signal."""
 
 
 def sample_step(

@@ -54,7 +54,7 @@ def train(
         images: The folder, with captions beside the images.
         base: `builtin` (the default), a diffusers folder, a `.safetensors` file or a hub id.
         out: The run folder; by default `runs/NAME`, named after the image folder.
-        trigger: Words that call the style; added to captions that lack them.
+        trigger: Words that invoke the style; added to captions that lack them.
         parent: A LoRA file, run or node to train on top of, with its own parents.
         config: A TOML file with the settings that differ from the defaults, or a whole configuration.
         overrides: `section.key=value` texts, or a mapping from `section.key` to values.
@@ -108,7 +108,7 @@ def resume(
         run_folder: The run.
         overrides: Settings that may change: steps, cadence, trackers, batch_size and accumulate (the global
             batch is kept).
-        allow_changed: What else may differ from the checkpoint, such as `dataset` or `train.learning_rate`.
+        allow_changed: Other fields that may change, such as `dataset` or `train.learning_rate`.
         quiet: Print nothing.
 
     Raises:
@@ -161,7 +161,7 @@ class Resumption(NamedTuple):
     init_from: str | None
 
     def rewind(self, run: RunFolder, plan: RunPlan) -> None:
-        """Removes what the run folder has from after the step, since that will happen again."""
+        """Removes what later steps left in the run folder: they will be done again."""
         run.remove_leftovers()
         run.remove_checkpoints(plan.config.train.keep_checkpoints, last=self.step)
         config = plan.config.replace(lora={"init_from": self.init_from})

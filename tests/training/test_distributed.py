@@ -326,7 +326,7 @@ def test_a_process_that_ends_ends_all(
     assert [step for (step,) in events_of(run, "step", "step")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_stop_is_told_once(images, quick, tmp_path, fork_processes, monkeypatch, command_line):
+def test_a_stop_is_reported_once(images, quick, tmp_path, fork_processes, monkeypatch, command_line):
     """R-23: one process prints the saved step; the others end soon and print nothing."""
     run = RunFolder(tmp_path / "run")
     config = quick(images, **{**EVERYTHING, "train__save_every": 2})
@@ -341,7 +341,7 @@ def test_a_stop_is_told_once(images, quick, tmp_path, fork_processes, monkeypatc
     assert children[1].printed == ""
 
 
-def test_a_mistake_is_told_once(images, quick, tmp_path, fork_processes, monkeypatch, command_line):
+def test_a_mistake_is_reported_once(images, quick, tmp_path, fork_processes, monkeypatch, command_line):
     """R-35: the first process prints the mistake before training; all exit with 2 and write nothing."""
     run = RunFolder(tmp_path / "run")
     monkeypatch.setattr(sys, "argv", [*command_line(images, run, quick(images)), "data.resolution=100"])

@@ -102,7 +102,7 @@ def test_another_family_is_refused(run):
         sample(run.adapter, base="builtin", prompts=["a cat"])
 
 
-def test_every_sample_is_told_its_sizes(config, make_trainer, tmp_path):
+def test_every_sample_gets_its_sizes(config, make_trainer, tmp_path):
     """R-31: the image's own size, its crop's corner after mirroring, and its bucket, sample by sample."""
     trainer = make_trainer(config, tmp_path / "run")
     seen = []
@@ -110,11 +110,11 @@ def test_every_sample_is_told_its_sizes(config, make_trainer, tmp_path):
         lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]), with_kwargs=True
     )
     trainer.train()
-    told = [row.tolist() for added in seen for row in added["time_ids"]]
+    given = [row.tolist() for added in seen for row in added["time_ids"]]
     samples = [sample for step in range(4) for sample in trainer.plan.order.step(step)]
-    assert len(told) == len(samples)
+    assert len(given) == len(samples)
     mirrored = 0
-    for sizes, sample_ in zip(told, samples, strict=True):
+    for sizes, sample_ in zip(given, samples, strict=True):
         width, height = load_image(sample_.record.path).size
         crop = sample_.crop
         left = crop.resized.width - crop.left - crop.size.width if crop.flipped else crop.left
