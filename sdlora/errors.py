@@ -121,15 +121,15 @@ class ProcessLost(SdloraError):
     Args:
         message: Which process, and its error if known.
         exit_code: Of the other process, if known.
-        is_told: Whether the other process could report its error.
+        is_explained: Whether the other process could report its error.
     """
 
     def __init__(
-        self, message: str, exit_code: int = 1, *, is_told: bool = False, key: str = "process-lost"
+        self, message: str, exit_code: int = 1, *, is_explained: bool = False, key: str = "process-lost"
     ) -> None:
         super().__init__(message, key=key)
         self.exit_code = exit_code
-        self.is_told = is_told
+        self.is_explained = is_explained
 
 
 class RunStopped(SdloraError):

@@ -107,7 +107,7 @@ def main() -> None:
             # Every process raises this; one prints it.
             wait_for_first(error.exit_code, STOP_SECONDS)
             raise SystemExit(error.exit_code) from None
-        if not (isinstance(error, ProcessLost) and not error.is_told):
+        if not (isinstance(error, ProcessLost) and not error.is_explained):
             wait_for_first(error.exit_code)
         for line in str(error).splitlines():
             typer.echo(f"sdlora: {line}", err=True)

@@ -194,7 +194,7 @@ def distributed_errors() -> Iterator[None]:
 def _explain(error: RuntimeError) -> ProcessLost:
     if failure := _within(STORE_SECONDS, _read_failure):
         message = f"process {failure['process']} on {failure['host']} ended: {failure['reason']}"
-        return ProcessLost(message, failure["code"], is_told=True)
+        return ProcessLost(message, failure["code"], is_explained=True)
     return ProcessLost(f"another process ended or does not answer ({first_line(error)})")
 
 

@@ -84,7 +84,7 @@ def report_failed_start(plan: RunPlan, run: RunFolder) -> Iterator[None]:
         problem = f"out of memory while loading the base and encoding the images ({device}, about {size})"
         remedy = "start a new run with base.quantize=int8 or a smaller data.resolution"
         retry = f"free some memory and run `sdlora resume {run.path}`"
-        raise _failure(f"{problem}; {retry}, or {remedy}", key="out-of-memory") from error
+        raise RunError(f"{problem}; {retry}, or {remedy}", key="out-of-memory", exit_code=1) from error
 
 
 @contextmanager
@@ -116,18 +116,11 @@ def _explain(error: SdloraError | OSError | torch.OutOfMemoryError, trainer: Tra
         images = count_of(trainer.plan.config.train.micro_batch, "image")
         size = trainer.plan.memory_inputs.size
         problem = f"out of memory in step {trainer.step + 1}, with {images} of up to {size} at once"
-        return _failure(f"{problem}; {OUT_OF_MEMORY_REMEDIES}; {hint}", key="out-of-memory")
+        return RunError(f"{problem}; {OUT_OF_MEMORY_REMEDIES}; {hint}", key="out-of-memory", exit_code=1)
     if isinstance(error, ProcessLost):
-        return ProcessLost(f"{error}; {hint}", error.exit_code, is_told=error.is_told)
+        return ProcessLost(f"{error}; {hint}", error.exit_code, is_explained=error.is_explained)
     if isinstance(error, DataError):
         return DataError(f"{error}; {hint}", key=next(iter(error.keys), ""))
     if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
-        return _failure(f"{error}; then {hint}", key="write-failed")
-    return error
-
-
-def _failure(message: str, *, key: str) -> RunError:
-    """An error of the run itself, not of what was asked."""
-    error = RunError(message, key=key)
-    error.exit_code = 1
+        return RunError(f"{error}; then {hint}", key="write-failed", exit_code=1)
     return error

@@ -40,12 +40,14 @@ SMALL = {
     "train.batch_size": 2,
     "train.learning_rate": 1e-3,
     "train.warmup": 2,
+    "train.schedule": "constant",
     "train.steps": 4,
     "train.save_every": 0,
     "train.sample_every": 0,
     "train.evaluate_every": 0,
     "sample.steps": 2,
     "sample.seeds": [0],
+    "sample.strengths": [1.0],
     "sample.prompts": ["a circle"],
 }
 
