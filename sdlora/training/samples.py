@@ -18,7 +18,7 @@ from sdlora.runs import RunFolder
 from sdlora.sampling.generate import generate, make_columns
 from sdlora.sampling.grid import save_grid
 from sdlora.sampling.images import BLANKS, SampledImage, SampleSettings
-from sdlora.sampling.targets import find_targets
+from sdlora.sampling.targets import find_run_targets
 from sdlora.training.device import as_out_of_memory
 from sdlora.training.distributed import all_reduce_count, all_reduce_sum, barrier
 from sdlora.training.plan import RunPlan
@@ -75,8 +75,8 @@ def sample_step(
     if not accelerator.is_main_process:
         return None
     folder, title = run.sample_folder(step), f"{run.name}, step {step}"
-    captions = ((record.path, record.caption) for record in (*plan.index.heldout, *plan.index.records))
-    targets = find_targets(captions, sample.prompts, plan.config.data.background)
+    # Found as `sdlora sample RUN` finds them, so that both draw the same grid.
+    targets = find_run_targets(plan.config, sample.prompts)
     name = prepared.base.info.name
     return save_grid(folder, images, base=name, adapter=run.name, title=title, targets=targets)
 
