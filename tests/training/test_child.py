@@ -180,9 +180,8 @@ def test_pictures_show_the_path(family, tmp_path):
     for name in names:
         one, other = (np.asarray(Image.open(folder / name)) for folder in (during, after))
         assert np.array_equal(one, other), name
-    loose = sample(
-        grandchild.adapter, out=tmp_path / "loose", prompts=["a circle"], seeds=[0], steps=2, size=(64, 64)
-    )
+    settings = {"prompts": ["a circle"], "seeds": [0], "strengths": [1.0], "steps": 2, "size": (64, 64)}
+    loose = sample(grandchild.adapter, out=tmp_path / "loose", **settings)
     parent = sample(child, out=tmp_path / "parent").parent
     # The child in another grid, and a file without its run, give the same images.
     assert_same_image(Image.open(parent / "02.png"), Image.open(during / "01.png"))
