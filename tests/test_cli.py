@@ -33,6 +33,7 @@ QUICK = [
     "train.evaluate_every=0",
     "sample.steps=2",
     "sample.seeds=0",
+    "sample.strengths=1",
 ]
 
 

@@ -24,9 +24,7 @@ from sdlora.errors import ModelError, SdloraError
 SHIPPED = Path(__file__).with_name("base")
 ENCODE_BATCH = 32
 PLAIN_SHARE = 0.5  # of the images drawn: the drawing as it is
-HELDOUT_SHARE = (
-    0.03  # of the drawings of the other sets: never trained on, to measure whether sets generalize
-)
+HELDOUT_SHARE = 0.03  # of the drawings of the other sets: never trained on, to see whether sets generalize
 NOTO_WEIGHT = 3.0  # against 1 of each other set: it is what a caption without a set means
 
 

@@ -255,7 +255,7 @@ def load_icons(icon_set: str, folder: Path) -> Icons:
         member = packed.extractfile("package/icons.json")
         if member is None:
             raise DataError(
-                f"{archive} is not an icon package; fetch it again with npm pack {ICON_SETS[icon_set].package}"
+                f"{archive} is not an icon package; fetch it with npm pack {ICON_SETS[icon_set].package}"
             )
         return Icons(json.load(member), OTHER_NAMES.get(icon_set))
 

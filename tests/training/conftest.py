@@ -39,6 +39,7 @@ SMALL = {
     "lora.rank": 2,
     "train.batch_size": 2,
     "train.learning_rate": 1e-3,
+    "train.schedule": "constant",
     "train.warmup": 2,
     "train.schedule": "constant",
     "train.steps": 4,

@@ -33,6 +33,7 @@ SETTINGS: dict[str, Any] = {
     "train.evaluate_every": 0,
     "sample.steps": 2,
     "sample.seeds": [0],
+    "sample.strengths": [1.0],
     "sample.prompts": ["a circle"],
 }
 
