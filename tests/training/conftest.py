@@ -41,7 +41,6 @@ SMALL = {
     "train.learning_rate": 1e-3,
     "train.schedule": "constant",
     "train.warmup": 2,
-    "train.schedule": "constant",
     "train.steps": 4,
     "train.save_every": 0,
     "train.sample_every": 0,
