@@ -108,6 +108,7 @@ MISTAKES = {
         ["a,b"],
     ),
     "a size that is none": (["sample", "--prompt", "x", "--size", "big"], "option--size", ["big"]),
+    "a size of nothing": (["sample", "--prompt", "x", "--size", "0x64"], "option--size", ["0x64"]),
     "no such scheduler": (
         ["sample", "--prompt", "x", "--scheduler", "Eulr"],
         "sample.scheduler",

@@ -67,7 +67,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal() and len(text) < 12):
+    if not (width.isdecimal() and height.isdecimal() and len(text) < 12) or 0 in (int(width), int(height)):
         raise ConfigError(f"--size {shorten(text)} must be WIDTHxHEIGHT, such as 768x512", key="option--size")
     return int(width), int(height)
 

@@ -89,9 +89,10 @@ def read_modules(
     tensors that do not fit together; or if the metadata is damaged, or not that of a LoRA.
     """
     layers = LAYERS_PER_BLOCK
-    # Where they differ, a file has diffusers' names, which need no number.
-    with suppress(AdapterError):
-        layers = layers_per_block(notes)
+    if "sdlora.layers_per_block" in notes:
+        # Where they differ, a file has diffusers' names, which need no number.
+        with suppress(AdapterError):
+            layers = layers_per_block(notes)
     parts: dict[str, dict[str, Tensor]] = {}
     foreign: list[str] = []
     for key, tensor in state.items():

@@ -49,7 +49,7 @@ def load_base(
         load_component(info.components[name], torch.float32, place) for name in info.traits.text_encoders
     )
     tokenizers = tuple(load_tokenizer(info, number) for number in range(len(info.tokenizers)))
-    checker = find_checker(info, device)
+    checker = find_checker(info, device) if info.names_safety_checker else None
     return StableDiffusion(info, denoiser, vae, text_encoders, tokenizers, dtype, checker)
 
 

@@ -71,8 +71,8 @@ class SafetyChecker:
 
 
 def find_checker(info: BaseInfo, device: torch.device | str) -> SafetyChecker | None:
-    """The safety checker of a base that has one; it is never downloaded from elsewhere (R-39)."""
-    return SafetyChecker(info.path, device) if info.names_safety_checker and _has_files(info) else None
+    """The safety checker that a base names, if its files are there; it is never downloaded (R-39)."""
+    return SafetyChecker(info.path, device) if _has_files(info) else None
 
 
 def missing_checker(info: BaseInfo) -> str | None:

@@ -94,7 +94,9 @@ def fill(
         check_finite(part, name, value)
         path, _, own = name.rpartition(".")
         layer = module.get_submodule(path)
-        small = quantize_layer(layer, tensor, scheme, device) if own == "weight" else None
+        small = (
+            quantize_layer(layer, tensor, scheme, device) if own == "weight" and scheme != "none" else None
+        )
         if small is not None:
             module.set_submodule(path, small)
         else:
