@@ -20,6 +20,7 @@ from sdlora.evaluation.evaluate import evaluate
 from sdlora.formats.files import save_adapter
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.kinds import LowRank
+from sdlora.models.info import BUILTIN_DEFAULTS
 from sdlora.runs import RunFolder
 from tests.checks import HANG_SECONDS
 
@@ -225,20 +226,20 @@ def test_a_run_is_never_overwritten(sdlora, small_run, make_images):
 
 
 def test_default_names(sdlora, make_images):
-    """`runs/NAME` after the image folder, `runs/NAME-2` when that is taken; the built-in base is named."""
+    """`runs/NAME` after the image folder, `runs/NAME-2` when that is taken; the base's own learning rate."""
     images = make_images("style")
     code, printed, _ = sdlora("train", images, *QUICK, "train.evaluate_every=1")
     assert code == 0
     assert printed.startswith("device    ")
     assert "built-in base" in printed
-    assert "train.learning_rate=3e-3" in printed
+    assert f"learning rate {BUILTIN_DEFAULTS.learning_rate:g}" in printed
     for step in range(3):
         assert f"\nstep {step} " in printed
     assert "runs/style/adapters/final.kohya.safetensors (A1111" in printed
     assert "pipe.load_lora_weights(" in printed
-    code, printed, _ = sdlora("train", images, *QUICK, "train.learning_rate=3e-3")
+    code, printed, _ = sdlora("train", images, *QUICK, "train.learning_rate=2e-4")
     assert code == 0
-    assert "train.learning_rate=3e-3" not in printed
+    assert "learning rate 0.0002" in printed
     assert files_below(Path("runs"))[0] == "style"
     assert (Path("runs") / "style-2" / "adapters" / "final.safetensors").is_file()
 
