@@ -104,7 +104,9 @@ def load_fresh_pipeline(info: BaseInfo, text_encoders: Sequence[str], dtype: tor
         parts["unet"] = load_component(unet, dtype)
     else:
         # No pickles, and no network: a base that was found is on disk.
-        options = {"use_safetensors": True, "local_files_only": True, "variant": unet.variant, DTYPE: dtype}
+        options: dict[str, Any] = {"variant": unet.variant, DTYPE: dtype}
         with quiet():
-            parts["unet"] = UNet2DConditionModel.from_pretrained(unet.folder, **options)
+            parts["unet"] = UNet2DConditionModel.from_pretrained(
+                unet.folder, use_safetensors=True, local_files_only=True, **options
+            )
     return pipeline_of(info, scheduler=None, **parts)

@@ -54,11 +54,15 @@ class SafetyChecker:
     def _load(self) -> tuple[StableDiffusionSafetyChecker, CLIPImageProcessor]:
         folder = self.folder / CHECKER
         _, variant = find_weights(folder, STEM, f"the base {self.folder}")
-        options = {"use_safetensors": True, "local_files_only": True, "variant": variant}
         try:
             with quiet():
                 model, report = StableDiffusionSafetyChecker.from_pretrained(
-                    folder, dtype=torch.float32, output_loading_info=True, **options
+                    folder,
+                    dtype=torch.float32,
+                    variant=variant,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    output_loading_info=True,
                 )
                 extractor = CLIPImageProcessor.from_pretrained(self.folder / EXTRACTOR, local_files_only=True)
         except UNFIT as error:
