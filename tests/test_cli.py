@@ -498,7 +498,7 @@ def wait_for_checkpoint(run: RunFolder, process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("how", ["interrupt", "kill"])
+@pytest.mark.parametrize("how", ["interrupt", pytest.param("kill", marks=pytest.mark.slow)])
 def test_stopping_a_process(make_images, tmp_path, how):
     """R-23: Ctrl-C saves and exits 130; kill -9 leaves the last checkpoint; both go on."""
     run = RunFolder(tmp_path / "run")

@@ -21,6 +21,7 @@ def execute(name: str) -> nbformat.NotebookNode:
     return notebook
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shared_cache")
 def test_train_a_style(monkeypatch):
     """The story from a folder to a pipeline, at fewer steps; each picture is there."""

@@ -271,6 +271,7 @@ print(json.dumps([denoiser_peak(task), peak - before]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_resident_memory_is_what_was_planned():
     """R-18: the operating system's count of a step on the CPU, within a tenth.

@@ -168,6 +168,7 @@ print(json.dumps([before, psutil.Process().memory_info().rss, peak]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_there_is_no_second_copy(tmp_path: Path) -> None:
     """R-18: 268 MB of fp32 on the disk become 67 MB in memory, with a few tensors more on the way."""

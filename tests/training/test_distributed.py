@@ -169,6 +169,7 @@ def watch(patch):
     return watched
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_may_change(images, quick, tmp_path, fork_processes):
     """R-08, R-17: four, then two, then one process continue a run with the same global batch and result.
 

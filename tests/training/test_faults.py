@@ -195,6 +195,7 @@ def kill_at_random(bench, count, seed):
         assert bench.kill(Operations(*folders, die_before=number + 1, die_after=(number, delay)).watch)
 
 
+@pytest.mark.slow
 def test_killed_at_random(bench, sd15_folder, monkeypatch):
     """R-03, R-23, R-24: twenty kills, as many resumes, no divergence; on a tiny base.
 

@@ -62,6 +62,7 @@ def torchrun(*arguments):
 TWO = torchrun("--standalone", "--nproc-per-node", 2)
 
 
+@pytest.mark.slow
 def test_torchrun(launch, make_images, tmp_path):
     """R-16, R-17: the plan is printed once, with the bytes exchanged; the files are those of one run."""
     run = RunFolder(tmp_path / "run")

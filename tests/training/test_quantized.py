@@ -6,6 +6,7 @@ import json
 import shutil
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -26,6 +27,7 @@ def loss_on_the_full_base(run, copy):
     return evaluate(copy).style_loss.loss
 
 
+@pytest.mark.slow
 def test_a_run_on_four_bits(make_images, small, tmp_path, capsys):
     """R-01, R-03, R-10, R-11, R-48: equal to the bit, stopped or not, and sampled as trained."""
     images = make_images()

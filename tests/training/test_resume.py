@@ -69,7 +69,7 @@ EVERYTHING = {
 }
 
 
-@pytest.mark.parametrize("cache", ["auto", False])
+@pytest.mark.parametrize("cache", ["auto", pytest.param(False, marks=pytest.mark.slow)])
 def test_stopped_equals_straight(make_images, quick, make_trainer, tmp_path, check_same, cache):
     """R-03: stopped by a real signal (R-23) after any step, within an epoch or at its end, and resumed.
 
