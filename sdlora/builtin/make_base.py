@@ -224,7 +224,7 @@ def draw_concepts(concepts: list[str], step: int, batch_size: int, seed: int) ->
 
 
 def draw_timesteps(count: int, generator: torch.Generator) -> Tensor:
-    """Half spread evenly over all timesteps, half around 700, where it is decided what the picture shows."""
+    """Half spread evenly over all timesteps, half around 700, where the content of the image is decided."""
     even = (torch.arange(count) + torch.rand(count, generator=generator)) / count * 1000
     high = 700 + 170 * torch.randn(count, generator=generator)
     return torch.where(torch.rand(count, generator=generator) < 0.5, even, high).clamp(0, 999).long()

@@ -40,7 +40,7 @@ def make_twist(images: Path, name: str, folder: Path) -> None:
     Args:
         images: A dataset with a folder `heldout`.
         name: A key of `TWISTS`.
-        folder: Gets the pictures, and a folder `heldout`.
+        folder: Receives the images, and a folder `heldout`.
     """
     for part, count in (("", TRAINING), ("heldout", HELDOUT)):
         pictures = sorted((images / part).glob("*.png"))

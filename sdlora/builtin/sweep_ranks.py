@@ -28,7 +28,7 @@ def rates_of(rank: int) -> tuple[float, ...]:
 
 
 def measure(images: Path, rank: int, rate: float, seed: int, steps: int, folder: Path) -> dict[str, Any]:
-    """One run's losses on the held-out pictures, its processor time and the size of its file.
+    """One run's losses on the held-out images, its CPU time and the size of its file.
 
     Args:
         folder: Gets the run.
