@@ -103,7 +103,7 @@ def save_grid(
 def _draw_strip(measures: Measures, examples: Sequence[Image.Image], width: int) -> Image.Image:
     """A row of small images, as many as fit."""
     side = round(measures.height * EXAMPLE_SCALE), round(measures.width * EXAMPLE_SCALE)
-    strip = Image.new("RGB", (width, measures.margin + side[0]), PAPER)
+    strip = Image.new("RGB", (width, measures.margin + side[0] + measures.gutter), PAPER)
     pen, top = ImageDraw.Draw(strip), measures.margin
     lines = _wrap("from the image folder", measures.font, measures.prompts, 2)
     pen.text((measures.margin, top - measures.text // 6), "\n".join(lines), INK, measures.font)
