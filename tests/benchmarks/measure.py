@@ -52,7 +52,7 @@ def interleave(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
     return times
 
 
-def paired_ratio(times: Mapping[str, Sequence[float]], case: str, other: str) -> float:
+def paired_ratio(times: Mapping[Any, Sequence[float]], case: object, other: object) -> float:
     """The median over the rounds of a case's time divided by another's in the same round."""
     return statistics.median(a / b for a, b in zip(times[case], times[other], strict=True))
 
@@ -108,14 +108,14 @@ def in_a_fresh_process(module: str, *arguments: object) -> dict[str, Any]:
     return result
 
 
-def describe_machine() -> str:
+def describe_machine(threads: int = 0) -> str:
     """What the figures depend on: processor, threads, clock, library versions."""
     kind = next(
         (line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")), "unknown CPU"
     )
     flags = " ".join(_cpu_lines())
     has = [name for name in ("avx512_bf16", "amx_bf16") if name in flags]
-    threads = torch.get_num_threads()
+    threads = threads or torch.get_num_threads()
     kept = "CPU time" if threads == 1 else "wall time: the machine must be idle"
     units = ", ".join(has) or "no bf16 units"
     return f"{kind} ({units}), {threads} thread(s), {kept}, torch {torch.__version__}"

@@ -59,6 +59,13 @@ def test_a_gradient_differs_from_another():
     assert gradient_difference({"x.up": torch.tensor([3.0, 4.5])}, one) == pytest.approx(0.1)
 
 
+def test_attention_counts_on_a_cpu():
+    """Torch's counter leaves it out: two products forward, four backward."""
+    query, key, value = (torch.randn(1, 2, 16, 8, requires_grad=True) for _ in range(3))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert measure.count_flops(lambda: attend(query, key, value).sum().backward()) == 6 * 2 * 2 * 16 * 16 * 8
+
+
 @pytest.mark.slow
 def test_a_step_is_quicker_than_a_peft_loop(quarter, tmp_path):
     """R-46: the same modules and gradients as PEFT's layers, in less time on any CPU."""

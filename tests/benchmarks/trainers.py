@@ -15,7 +15,7 @@ from peft import LoraConfig
 from PIL import Image
 from torch import Tensor
 
-from sdlora.config import load_config
+from sdlora.config import RunConfig, load_config
 from sdlora.models.base import quiet
 from sdlora.models.load import DTYPE
 from sdlora.report.terminal import Terminal
@@ -55,10 +55,13 @@ def write_images(folder: Path, count: int, side_px: int) -> Path:
     return folder
 
 
+def plain_config(base: Path, images: Path, **settings: Any) -> RunConfig:
+    return load_config(None, {"base.source": str(base), **PLAIN, **settings}, images=images)
+
+
 def make_trainer(base: Path, images: Path, folder: Path, **settings: Any) -> Trainer:
     """Our trainer, as `sdlora train` makes it, with the cache in `SDLORA_CACHE`."""
-    given = {"base.source": str(base), **PLAIN, **settings}
-    config = load_config(None, given, images=images)
+    config = plain_config(base, images, **settings)
     accelerator, precision = make_accelerator(config)
     plan = make_plan(config)
     run = RunFolder(folder)
