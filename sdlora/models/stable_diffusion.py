@@ -5,7 +5,9 @@ B batch, C channels, H W image size, h w latent size, L tokens, D width, P poole
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -23,9 +25,6 @@ from sdlora.models.base import Condition, quiet
 from sdlora.models.info import BaseInfo
 
 TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
-
-# A decoder needs gigabytes per megapixel: small images are decoded together, large ones one by one.
-DECODE_AT_ONCE_PX = 512 * 512
 
 
 @dataclass(eq=False)
@@ -140,14 +139,25 @@ class StableDiffusion:
             self.vae.to(home)
 
     def _decode(self, latents: Tensor) -> tuple[Tensor]:
-        side_px = self.info.vae_factor
-        at_once = max(1, DECODE_AT_ONCE_PX // (latents.shape[2] * latents.shape[3] * side_px**2))
+        # One at a time, like encoding; together, small images gain nothing either.
         shift, scale = self._latent_units()
-        images = [
-            self.vae.decode(part.to(self.device, self.vae.dtype) / scale + shift, return_dict=False)[0]
-            for part in latents.split(at_once)
-        ]
-        return (torch.cat([part.float().cpu() for part in images]),)
+        units = latents.to(self.device, self.vae.dtype) / scale + shift
+        return (torch.cat([self._decode_image(image).float().cpu() for image in units.split(1)]),)
+
+    def _decode_image(self, latents: Tensor) -> Tensor:
+        """In four overlapping tiles if there is not enough memory for the whole (R-18)."""
+        with suppress(torch.OutOfMemoryError):
+            whole: Tensor = self.vae.decode(latents, return_dict=False)[0]
+            return whole
+        # diffusers overlaps tiles by a quarter: of a multiple of 4, or the image gets another size.
+        tile = 4 * math.ceil(max(latents.shape[2:]) / 6)
+        self.vae.tile_latent_min_size, self.vae.tile_sample_min_size = tile, tile * self.info.vae_factor
+        self.vae.enable_tiling()
+        try:
+            tiled: Tensor = self.vae.decode(latents, return_dict=False)[0]
+            return tiled
+        finally:
+            self.vae.disable_tiling()
 
     def encode_captions(self, captions: Sequence[str]) -> Condition:
         """As the stock pipeline's `encode_prompt`, without time ids; see `Base`."""

@@ -225,6 +225,24 @@ def test_half_precision_answers_in_float32(info: BaseInfo, dtype: torch.dtype) -
     assert torch.isfinite(answer).all()
 
 
+def test_tiles_if_memory_runs_out(info: BaseInfo) -> None:
+    """R-18: an image that does not fit in memory is decoded in tiles, with hardly a difference."""
+    base = load_base(info, dtype=torch.float32, device="cpu")
+    latents = base.encode_images(torch.linspace(-1, 1, 128).expand(1, 3, 128, 128))[0]
+    whole, decoder = base.decode_latents(latents), base.vae.decoder.forward
+
+    def decode(hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.shape[-1] == latents.shape[-1]:
+            raise torch.OutOfMemoryError("out of memory")
+        return decoder(hidden)
+
+    base.vae.decoder.forward = decode
+    tiled = base.decode_latents(latents)
+    assert tiled.shape == whole.shape
+    assert 0 < (tiled - whole).abs().mean() < 0.05
+    assert not base.vae.use_tiling
+
+
 @pytest.mark.parametrize("size_px", [(128, 96), (136, 120), (104, 72)])
 def test_any_multiple_of_the_step_fits(base: StableDiffusion, size_px: tuple[int, int]) -> None:
     """R-15: `min_step` is the VAE's factor; the UNet takes odd latent sizes at every depth."""
