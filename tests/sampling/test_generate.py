@@ -18,14 +18,15 @@ from PIL import Image
 
 from sdlora.config import BaseSection
 from sdlora.formats.files import load_adapter, save_adapter
-from sdlora.lora.adapter import Adapter
+from sdlora.lora.adapter import Adapter, draw_adapter
 from sdlora.lora.attach import detach, match_targets, mount
 from sdlora.lora.layers import lora_layers
 from sdlora.models.folder import BUILTIN
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base
 from sdlora.models.stable_diffusion import StableDiffusion
-from sdlora.sampling.generate import encode_prompts, make_columns
+from sdlora.sampling import generate as sampling
+from sdlora.sampling.generate import Column, encode_prompts, make_columns
 from sdlora.sampling.images import FLAGGED, NOT_FINITE, SampledImage, SampleSettings, resolve_settings
 from tests.checks import assert_same_image
 from tests.lora_fixtures import create_adapter
@@ -185,6 +186,40 @@ def test_rows_and_columns(base: StableDiffusion, adapter: Adapter) -> None:
     assert settings.scheduler == base.info.scheduler_config["_class_name"]
 
 
+def test_strengths_share_a_batch(base: StableDiffusion, adapter: Adapter) -> None:
+    """R-10, R-37: the images of separate runs, within 2 of 255; those of the base to the bit."""
+    strengths = [0.25, 0.5, 1.0]
+    done: list[int] = []
+    together = generate(
+        base, adapter, PROMPTS[:1], [0], strengths, QUICK, progress=lambda n, _: done.append(n)
+    )
+    assert done == [1, 4]
+    for number, strength in enumerate(strengths, 1):
+        plain, alone = generate(base, adapter, PROMPTS[:1], [0], [strength], QUICK)
+        assert np.array_equal(pixels([plain]), pixels(together[:1]))
+        assert np.abs(pixels([alone]) - pixels(together[number : number + 1])).max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_siblings_share_a_batch(base: StableDiffusion, adapter: Adapter, kind: str) -> None:
+    """R-10: adapters on one parent, each with its own strength, within 2 of 255; a DoRA is drawn alone."""
+    stacks = []
+    for seed in (1, 2):
+        ranks = dict.fromkeys(adapter.modules, 2)
+        sibling = draw_adapter(base.denoiser, ranks, dict.fromkeys(ranks, 1.0), seed=seed, kind=kind).to()
+        for module in sibling.modules.values():
+            generator = torch.Generator().manual_seed(seed)
+            module.up = torch.randn(module.up.shape, generator=generator) * 0.3
+        stacks.append(((adapter, 0.5), (sibling, 0.6 + 0.2 * seed)))
+    columns = [Column(stack, 1.0, f"{number}") for number, stack in enumerate(stacks)]
+    done: list[int] = []
+    together = sampling.generate(base, columns, PROMPTS[:1], [0], QUICK, progress=lambda n, _: done.append(n))
+    assert done == ([2] if kind == "lora" else [1, 2])
+    for column, image in zip(columns, together, strict=True):
+        (alone,) = sampling.generate(base, [column], PROMPTS[:1], [0], QUICK)
+        assert np.abs(pixels([alone]) - pixels([image])).max() <= 2
+
+
 def test_nothing_is_left_behind(info: BaseInfo, adapter: Adapter) -> None:
     """R-04, R-10: random states, train mode of each module, mounted stacks, gradients."""
     base = load_base(info, dtype=torch.float32, device="cpu")
@@ -258,6 +293,7 @@ def test_never_fuses(info: BaseInfo, adapter: Adapter) -> None:
     after = base.denoiser.state_dict()
     assert list(after) == list(weights)
     assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
+    assert all(after[name].stride() == tensor.stride() for name, tensor in weights.items())
     assert torch.equal(base.denoise(x, torch.tensor([500]), condition), before)
 
 
