@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from sdlora.lora.layers import Dropout
 from sdlora.models.base import Base, Condition
 from sdlora.models.load import load_base
 from sdlora.report.terminal import Terminal
+from sdlora.sampling.images import SampledImage
 from sdlora.training.adapter import make_adapter
 from sdlora.training.encodings import Encodings, View
 from sdlora.training.plan import RunPlan
@@ -52,6 +53,7 @@ class Prepared:
     dropout: Dropout
     max_norm: float
     parents: Stack = ()  # frozen adapters below the trained one: (adapter, strength), the root first
+    fixed_images: list[SampledImage] = field(default_factory=list)  # of columns without the trained adapter
 
     @torch.no_grad()
     def heldout_items(self, split: str, most: int | None = None) -> list[HeldoutItem]:

@@ -40,6 +40,7 @@ def sample_step(
 ) -> Path | None:
     """Samples the adapter saved at a step, each process a share.
 
+    Columns without that adapter are the same in each grid of a run: only the first grid draws them.
     `progress` gets the number of images done and of all, and may raise `SamplingStopped`.
 
     Returns the path of the grid, on the main process; None on the others, and where one of them was stopped.
@@ -49,14 +50,16 @@ def sample_step(
     barrier(accelerator)
     sample, side = plan.config.sample, plan.config.data.resolution or plan.info.resolution
     names = (plan.parents[-1].ancestor.name if plan.parents else "", run.name)
-    columns = make_columns(load_adapter(run.step_adapter(step)), sample.strengths, prepared.parents, names)
-    images: list[SampledImage] = []
+    adapter = load_adapter(run.step_adapter(step))
+    columns = make_columns(adapter, sample.strengths, prepared.parents, names)
+    shown = [column for column in columns if any(one is adapter for one, _ in column.stack)]
+    images: list[SampledImage] | None = None
     stopped = False
     try:
         with suppress(torch.OutOfMemoryError), as_out_of_memory():
             images = generate(
                 prepared.base,
-                columns,
+                shown if prepared.fixed_images else columns,
                 sample.prompts,
                 sample.seeds,
                 SampleSettings.of(sample, (side, side)),
@@ -66,12 +69,13 @@ def sample_step(
             )
     except SamplingStopped:
         stopped = True
-    if all_reduce_count(accelerator, not images):
+    if all_reduce_count(accelerator, images is None):
         if all_reduce_count(accelerator, stopped):
             return None
         clear_device_cache()
         raise torch.OutOfMemoryError("out of memory while sampling")
-    images = _add_shares(accelerator, images)
+    assert images is not None
+    images = _add_fixed(_add_shares(accelerator, images), prepared.fixed_images, len(columns), len(shown))
     if not accelerator.is_main_process:
         return None
     folder, title = run.sample_folder(step), f"{run.name}, step {step}"
@@ -79,6 +83,19 @@ def sample_step(
     targets = find_run_targets(plan.config, sample.prompts)
     name = prepared.base.info.name
     return save_grid(folder, images, base=name, adapter=run.name, title=title, targets=targets)
+
+
+def _add_fixed(
+    images: list[SampledImage], fixed: list[SampledImage], num_columns: int, num_shown: int
+) -> list[SampledImage]:
+    """Rows of images with those of the fixed columns, which the first grid leaves in `fixed`."""
+    num_fixed = num_columns - num_shown
+    if not fixed:
+        fixed += [image for number, image in enumerate(images) if number % num_columns < num_fixed]
+        return images
+    starts = range(0, len(fixed), num_fixed)
+    rows = [(fixed[at : at + num_fixed], at // num_fixed * num_shown) for at in starts]
+    return [image for own, at in rows for image in (*own, *images[at : at + num_shown])]
 
 
 def _add_shares(accelerator: Accelerator, images: Sequence[SampledImage]) -> list[SampledImage]:

@@ -110,10 +110,11 @@ def test_a_whole_run(run, capsys):
 
 def test_samples_equal_the_verb(run, tmp_path):
     """R-10: the grid made at step k equals, pixel for pixel, what `sample` makes from step k's file."""
-    grid = sdlora.sample(run, step=3, out=tmp_path / "again")
-    for name in ("grid.png", "00.png", "01.png"):
-        one = np.asarray(Image.open(run.sample_folder(3) / name))
-        assert np.array_equal(one, np.asarray(Image.open(grid.parent / name))), name
+    for step in (3, 6):
+        grid = sdlora.sample(run, step=step, out=tmp_path / f"again-{step}")
+        for name in ("grid.png", "00.png", "01.png"):
+            one = np.asarray(Image.open(run.sample_folder(step) / name))
+            assert np.array_equal(one, np.asarray(Image.open(grid.parent / name))), name
     base, style = (np.asarray(Image.open(grid.parent / name)) for name in ("00.png", "01.png"))
     assert not np.array_equal(base, style)
 
@@ -143,6 +144,26 @@ def test_sampling_does_not_disturb(make_images, small, make_trainer, snapshot, t
     assert [r.loss for r in plain.results] == [r.loss for r in busy.results]
     for name, tensor in snapshot(plain).items():
         assert torch.equal(tensor, snapshot(busy)[name]), name
+
+
+def test_the_base_is_drawn_once(make_images, small, make_trainer, monkeypatch, tmp_path):
+    """R-10: the grids of a run share the column of the base."""
+    config = small(
+        make_images(), train__sample_every=1, train__steps=3, sample__prompts=["a circle", "a box"]
+    )
+    trainer = make_trainer(config, tmp_path / "run")
+    base, drawn = trainer.prepared.base, []
+    decode = base.decode_latents
+    monkeypatch.setattr(base, "decode_latents", lambda latents: drawn.append(len(latents)) or decode(latents))
+    trainer.train()
+    assert drawn == [2, 2, 2, 2]
+    pixels = {
+        (step, name): np.asarray(Image.open(trainer.run.sample_folder(step) / name))
+        for step in (1, 3)
+        for name in ("00.png", "01.png", "02.png", "03.png")
+    }
+    assert all(np.array_equal(pixels[1, name], pixels[3, name]) for name in ("00.png", "02.png"))
+    assert not any(np.array_equal(pixels[1, name], pixels[3, name]) for name in ("01.png", "03.png"))
 
 
 def test_only_the_adapter_learns(make_images, small, make_trainer, tmp_path):
