@@ -83,9 +83,9 @@ def _off(description: str, usual: str, default: float = 0.0, **rules: Any) -> An
     return _setting(default, f"{description}; 0: off", f"use {usual}, or 0 to disable it", **rules)
 
 
-def _every(description: str, without: str) -> Any:
-    """An interval in steps; None for a tenth of them."""
-    text = f"steps between {description}; 0: {without}; default: a tenth of the steps"
+def _every(description: str, without: str, default: str = "a tenth of the steps") -> Any:
+    """An interval in steps; by default chosen for a run."""
+    text = f"steps between {description}; 0: {without}; default: {default}"
     return _setting(None, text, f"use a number of steps, or 0 for {without}")
 
 
@@ -399,7 +399,9 @@ class TrainSection(Section):
     )
     save_every: Interval | None = _every("saves of adapter and checkpoint", "only at the end")
     keep_checkpoints: Count = _setting(2, "checkpoints to keep; adapters are all kept", "keep at least 1")
-    sample_every: Interval | None = _every("sample grids", "none")
+    sample_every: Interval | None = _every(
+        "sample grids", "none", "so that sampling takes at most a fifth of the time"
+    )
     evaluate_every: Interval | None = _every("validation (held-out) losses", "none")
     trackers: Texts = _setting([], "Accelerate trackers, such as tensorboard or wandb, besides events.jsonl")
     trace: bool = _setting(False, "log every sample of every step to trace.jsonl")
@@ -421,10 +423,15 @@ class TrainSection(Section):
 class SampleSection(Section):
     """Images made during and after training."""
 
-    prompts: Texts = _setting([], "prompts; default: a few training and validation (held-out) captions")
+    prompts: Texts = _setting(
+        [], "prompts; default: up to 8 training and validation (held-out) captions, as the time allows"
+    )
     negative_prompt: str = _setting("", "negative prompt")
     seeds: Seeds = _setting(
-        [0, 1], "random seeds, one row of the grid each", "use one or more integers such as 0", min_length=1
+        [0, 1],
+        "random seeds, one row of the grid each; a run whose time allows one only takes the first by default",
+        "use one or more integers such as 0",
+        min_length=1,
     )
     strengths: Numbers = _setting(
         [1.0],

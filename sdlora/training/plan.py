@@ -25,7 +25,13 @@ from sdlora.models.safety import missing_checker
 from sdlora.models.weights import empty_components
 from sdlora.training.adapter import check_init_from, check_parents, find_parents, with_parents
 from sdlora.training.optimizer import check_optimizer, find_optimizer, num_warmup_steps
-from sdlora.training.preflight import check_for_base, check_objective, global_batch, resolve_config
+from sdlora.training.preflight import (
+    check_for_base,
+    check_objective,
+    global_batch,
+    resolve_config,
+    sampling_share,
+)
 from sdlora.tree.lineage import PathEntry
 
 
@@ -81,6 +87,11 @@ class RunPlan:
     def sample_steps(self) -> list[int]:
         """Steps that make a grid."""
         return self.due_steps(self.config.train.sample_every)
+
+    @property
+    def sampling_share(self) -> float:
+        """The share of the time that grids take, as estimated."""
+        return sampling_share(self.config, self.steps * self.global_batch)
 
     @property
     def evaluate_steps(self) -> list[int]:
@@ -164,6 +175,7 @@ class RunPlan:
             "warmup_steps": num_warmup_steps(self.config.train.warmup, self.steps),
             "save_steps": self.save_steps,
             "sample_steps": self.sample_steps,
+            "sampling_share": round(self.sampling_share, 3),
             "evaluate_steps": self.evaluate_steps,
             "modules": len(self.layout.ranks),
             "trainable_parameters": self.num_trainable,

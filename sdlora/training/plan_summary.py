@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.config import RunConfig
+from sdlora.data.records import count_of
 from sdlora.diffusion.objective import describe_objective
 from sdlora.export.metadata import TrainingMetadata
 from sdlora.lora.layers import DENOISER, component_of
@@ -40,6 +41,8 @@ def describe_plan(plan: RunPlan) -> list[str]:
     train, info = plan.config.train, plan.info
     warmup = num_warmup_steps(train.warmup, plan.steps)
     rates = describe_rates(plan.targets, train)
+    size = count_of(len(plan.config.sample.prompts) * len(plan.config.sample.seeds), "row")
+    cost = f" ({size}, about {plan.sampling_share:.0%} of the time)" if plan.sample_steps else ""
     rows = {
         "base": f"{info.name} ({info.family}, {info.prediction_type}, {info.resolution} px, "
         f"{plan.num_base / 1e6:.1f} M parameters)",
@@ -54,7 +57,7 @@ def describe_plan(plan: RunPlan) -> list[str]:
         "optimizer": f"{train.optimizer}, learning rate {train.learning_rate:g}, {train.schedule} schedule, "
         f"{warmup} warm-up steps{f'; {rates}' if rates else ''}",
         "objective": describe_objective(plan.objective),
-        "cadence": f"save at {_points(plan.save_steps)}; sample at {_points(plan.sample_steps)}; "
+        "cadence": f"save at {_points(plan.save_steps)}; sample at {_points(plan.sample_steps)}{cost}; "
         f"held-out loss at {_points(plan.evaluate_steps)}",
         "disk": f"up to {plan.bytes_after(0) / 1e6:.0f} MB, without samples",
     }

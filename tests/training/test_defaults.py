@@ -11,7 +11,14 @@ from sdlora.config import BaseSection, DataSection, load_config
 from sdlora.data.records import DatasetIndex, ImageRecord, Size
 from sdlora.errors import ConfigError
 from sdlora.models.info import inspect_base, with_base_defaults
-from sdlora.training.preflight import check_objective, default_prompts, resolve_config, spread
+from sdlora.training.preflight import (
+    SAMPLING_SHARE,
+    check_objective,
+    default_prompts,
+    resolve_config,
+    sampling_share,
+    spread,
+)
 from tests.checks import raises
 
 INFO = inspect_base(BaseSection())
@@ -42,7 +49,7 @@ def test_steps(count, repeats, overrides, num_processes, steps):
         load_config(None, overrides), INFO, make_index(count, repeats=repeats), num_processes
     )
     assert config.train.steps == steps
-    assert config.train.save_every == config.train.sample_every == config.train.evaluate_every
+    assert config.train.save_every == config.train.evaluate_every
     assert config.train.save_every == max(1, round(steps / 10))
 
 
@@ -53,13 +60,49 @@ def test_nothing_is_left_open():
     assert config.data.resolution == INFO.resolution
     assert config.sample.guidance == INFO.defaults.guidance
     assert config.train.batch_size == 4
-    assert len(config.sample.prompts) == 8
+    assert config.train.sample_every
+    assert config.sample.prompts
+
+
+@pytest.mark.parametrize(
+    ("overrides", "every", "prompts", "seeds"),
+    [
+        ({}, 500, 2, [0]),
+        ({"train.accumulate": 3}, 500, 8, [0]),  # the largest grid that may be drawn twice
+        ({"train.accumulate": 20}, 100, 8, [0, 1]),  # at most ten
+        ({"sample.strengths": [0.5, 1.0]}, 1000, 2, [0]),
+        ({"sample.guidance": 1.0}, 500, 4, [0]),
+        ({"train.steps": 100}, 100, 2, [0]),  # the final grid, whatever it costs
+        ({"train.sample_every": 30}, 30, 2, [0]),
+        ({"train.sample_every": 0}, 0, 8, [0, 1]),
+        ({"sample.seeds": [3, 4]}, 1000, 2, [3, 4]),
+        ({"sample.seeds": [3], "sample.prompts": ["a"] * 40, "train.sample_every": 7}, 7, 40, [3]),
+    ],
+)
+def test_grids_take_a_fifth_of_the_time(overrides, every, prompts, seeds):
+    """R-16: as many and as large as a fifth of the time allows; what was given stays, also on resuming."""
+    asked = load_config(
+        None,
+        {
+            "train.batch_size": 1,
+            "train.steps": 1000,
+            "sample.guidance": 3.0,
+            "sample.strengths": [1.0],
+            **overrides,
+        },
+    )
+    config = resolve_config(asked, INFO, make_index(20, 5), 1)
+    shown = (config.train.sample_every, len(config.sample.prompts), config.sample.seeds)
+    assert shown == (every, prompts, seeds)
+    within = sampling_share(config, config.train.steps * config.train.accumulate) <= SAMPLING_SHARE
+    assert within == (not any(key in overrides for key in ("train.steps", "train.sample_every")) or not every)
+    assert resolve_config(config, INFO, make_index(9, 9), 1) == config
 
 
 def test_default_prompts():
     """A few captions of the training images, and a few of the held-out ones."""
     data = DataSection()
-    assert default_prompts(make_index(9, 2), data) == [
+    assert default_prompts(make_index(9, 2), data, 4) == [
         "picture 0",
         "picture 3",
         "picture 5",
@@ -67,7 +110,7 @@ def test_default_prompts():
         "picture 9",
         "picture 10",
     ]
-    assert default_prompts(make_index(2), data) == ["picture 0", "picture 1"]
+    assert default_prompts(make_index(2), data, 4) == ["picture 0", "picture 1"]
     assert [record.name for record in spread(make_index(5).records, 2)] == ["0.png", "4.png"]
 
 
@@ -76,7 +119,7 @@ def test_default_prompts_without_captions():
     index = make_index(3)
     records = tuple(replace(record, caption="inkwash", caption_source="trigger") for record in index.records)
     data = DataSection(trigger="inkwash")
-    prompts = default_prompts(replace(index, records=records), data)
+    prompts = default_prompts(replace(index, records=records), data, 4)
     assert prompts[0] == "inkwash, a house"
     assert INFO.describe_unknown_words(prompts, data.trigger) is None
 
