@@ -118,6 +118,30 @@ def with_text_files(images: Path) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class Program:
+    """A trainer: its command, the variable that names its checkout, and the bases that it can load."""
+
+    command: Callable[[Task, Path], list[str]]
+    variable: str = ""
+    bases: tuple[str, ...] = tuple(SIDES_PX)
+
+    def left_out(self, base: str) -> str:
+        """Why it cannot run; empty if it can."""
+        if base not in self.bases:
+            return f"it loads only {' and '.join(self.bases)}"
+        return f"{self.variable} is not set" if self.variable and self.variable not in os.environ else ""
+
+
+# sd-scripts has the widths of SD 1.5 in its source.
+PROGRAMS = {
+    "sdlora": Program(sdlora_command),
+    "diffusers": Program(diffusers_command, "DIFFUSERS_SCRIPT"),
+    "sd-scripts": Program(kohya_command, "SD_SCRIPTS", ("sd15",)),
+}
+FULL = "sdlora, full cache"
+
+
 def run(command: Callable[[Task, Path], list[str]], task: Task, cache: Path) -> Measured:
     """Runs one command with a cache of ours that is empty or full, and reads its times and its peak."""
     with tempfile.TemporaryDirectory() as place:
@@ -155,6 +179,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=12)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", choices=PROGRAMS, action="append", help="leave out the others")
     parser.add_argument(
         "overrides", nargs="*", help="settings of ours, such as train.gradient_checkpointing=true"
     )
@@ -168,19 +193,17 @@ def main() -> None:
     print(f"\n{'':22}{'first step':>11}{'step':>8}{'whole':>8}{'peak MB':>9}")
     rows: dict[str, Measured] = {}
     with tempfile.TemporaryDirectory() as cache:
-        for name in ("sdlora", "sdlora, full cache"):
-            rows[name] = show(name, run(sdlora_command, task, Path(cache)))
-        peers = {
-            "diffusers": ("DIFFUSERS_SCRIPT", diffusers_command),
-            "sd-scripts": ("SD_SCRIPTS", kohya_command),
-        }
-        for name, (variable, command) in peers.items():
-            if variable in os.environ:
-                rows[name] = show(name, run(command, task, Path(cache)))
+        for name, program in PROGRAMS.items():
+            if given.only and name not in given.only:
+                continue
+            if reason := program.left_out(given.base):
+                print(f"{name:22}left out: {reason}")
             else:
-                print(f"{name:22}left out: {variable} is not set")
-    for name in peers.keys() & rows.keys():
-        for ours in ("sdlora", "sdlora, full cache"):
+                rows[name] = show(name, run(program.command, task, Path(cache)))
+                if name == "sdlora":
+                    rows[FULL] = show(FULL, run(program.command, task, Path(cache)))
+    for ours in {"sdlora", FULL} & rows.keys():
+        for name in rows.keys() - {"sdlora", FULL}:
             print_ratios(f"{ours} / {name}", rows[ours], rows[name])
 
 

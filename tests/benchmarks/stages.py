@@ -34,7 +34,7 @@ from sdlora.training.encodings import Encodings
 from sdlora.training.plan import make_plan
 from tests.benchmarks import measure
 from tests.benchmarks.bases import argument_parser, bench_folder, write_base
-from tests.benchmarks.trainers import PLAIN, keep_cache_in, make_trainer, plain_config, write_images
+from tests.benchmarks.trainers import PLAIN, fill_up, keep_cache_in, make_trainer, plain_config, write_images
 
 SIDES_PX = {"sd15": 512, "quarter": 256}
 STEPS = 3  # of a sampled image
@@ -79,6 +79,7 @@ def measure_grid(base: Path, images: Path, side_px: int, rounds: int) -> dict[st
     """Times a grid of two prompts, with and without an adapter, and a call of the pipeline for each image."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(base, images, Path(folder) / "run", **{"data.resolution": side_px})
+        fill_up(trainer)
         adapter = trainer.runner.adapter
         export_adapter(adapter, Path(folder) / "style.safetensors", precision="bf16", metadata={})
         ours = trainer.prepared.base

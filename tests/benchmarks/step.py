@@ -25,6 +25,7 @@ from tests.benchmarks.bases import BASES, argument_parser, bench_folder, write_b
 from tests.benchmarks.trainers import (
     PeftLoop,
     cached_example,
+    fill_up,
     keep_cache_in,
     make_trainer,
     record_gradients,
@@ -43,15 +44,13 @@ def gradient_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> f
     return (difference / sum(float(one.square().sum()) for one in theirs.values())) ** 0.5
 
 
+@torch.no_grad()
 def same_start(trainer: Trainer, loop: PeftLoop) -> None:
     """Gives both adapters the same values, with an `up` that is not zero, so that all gradients count."""
-    generator = torch.Generator().manual_seed(1)
     theirs = loop.named_parameters()
-    with torch.no_grad():
-        for name, tensor in trainer.runner.adapter.named_tensors().items():
-            if name.endswith(".up"):
-                tensor.normal_(0, 0.02, generator=generator)
-            theirs[name].copy_(tensor)
+    fill_up(trainer)
+    for name, tensor in trainer.runner.adapter.named_tensors().items():
+        theirs[name].copy_(tensor)
 
 
 def measure_step(base: Path, images: Path, side_px: int, rounds: int) -> dict[str, Any]:

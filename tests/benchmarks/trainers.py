@@ -71,6 +71,15 @@ def make_trainer(base: Path, images: Path, folder: Path, **settings: Any) -> Tra
     return Trainer(run, plan, prepared, accelerator, precision, terminal)
 
 
+@torch.no_grad()
+def fill_up(trainer: Trainer) -> None:
+    """Gives the adapter an effect, as if it had learned something: `up` starts at zero."""
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in trainer.runner.adapter.named_tensors().items():
+        if name.endswith(".up"):
+            tensor.normal_(0, 0.02, generator=generator)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """One micro-batch as the denoiser saw it, and the gradient of the loss in its prediction."""
