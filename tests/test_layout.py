@@ -39,8 +39,8 @@ LIBRARIES = {
     "peft": set(),
     "bitsandbytes": {"models"},
 }
-# The next aim is 18,500 lines.
-MAX_MODULES, MAX_LINES = 115, 18_500
+# A feature that needs more lines raises this in the commit that adds it.
+MAX_MODULES, MAX_LINES = 115, 18_900
 WITHOUT_TORCH = {
     "errors",
     "reading",

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from sdlora.lora.kinds import AdapterModule, Drop, Layer, Scale
+from sdlora.lora.fused import Pair, fused_linear
+from sdlora.lora.kinds import AdapterModule, Drop, Layer, LowRank, Scale
 from sdlora.seeds import name_seed
 
 
@@ -68,6 +69,7 @@ class LoraLayer(nn.Module):
         super().__init__()
         self.base = base
         self.stack: tuple[StackEntry, ...] = ()
+        self.is_fused = False
 
     @property
     def weight(self) -> Tensor:
@@ -87,10 +89,22 @@ class LoraLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_fused and (pairs := self._pairs(x)):
+            return fused_linear(x, self.base.weight, self.base.bias, pairs)
         y: Tensor = self.base(x)
         for entry in self.stack:
             y = entry.module.apply(x, y, self.base, entry.scale, entry.drop)
         return y
+
+    def _pairs(self, x: Tensor) -> list[Pair]:
+        """The stack as pairs with one scale each; empty if the layer is no plain Linear in the dtype of x."""
+        pairs = [
+            Pair(entry.module.down, entry.module.up, entry.scale)
+            for entry in self.stack
+            if type(entry.module) is LowRank and not isinstance(entry.scale, Tensor) and entry.drop is None
+        ]
+        is_plain = type(self.base) is nn.Linear and x.dtype == self.base.weight.dtype
+        return pairs if is_plain and len(pairs) == len(self.stack) else []
 
 
 def can_carry(layer: nn.Module) -> bool:

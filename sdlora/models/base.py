@@ -133,6 +133,9 @@ class Base(Protocol):
 
     def text_encoders_to(self, device: torch.device | str) -> None: ...
 
+    def use_cpu_kernels(self) -> bool:
+        """Computes attention and frozen convolutions faster, on a CPU in bf16; False if it cannot."""
+
     def enable_gradient_checkpointing(self, *, text: bool) -> None:
         """Recomputes activations in the backward pass, with `text` in text encoders as well."""
 

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import diffusers
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL.Image import Image
@@ -23,6 +24,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from sdlora.errors import ModelError
 from sdlora.models.base import Condition, quiet
 from sdlora.models.info import BaseInfo
+from sdlora.models.kernels import use_kernels
 
 TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
@@ -70,12 +72,18 @@ class StableDiffusion:
     @property
     def attention_kernel(self) -> str:
         # diffusers uses SDPA if torch has it.
-        kinds = sorted({type(processor).__name__ for processor in self.denoiser.attn_processors.values()})
-        return "SDPA" if kinds == ["AttnProcessor2_0"] else ", ".join(kinds)
+        processors = self.denoiser.attn_processors.values()
+        if all(isinstance(processor, AttnProcessor2_0) for processor in processors):
+            return "SDPA"
+        return ", ".join(sorted({type(processor).__name__ for processor in processors}))
 
     def text_encoders_to(self, device: torch.device | str) -> None:
         for part in self.text_encoders:
             part.to(device)
+
+    def use_cpu_kernels(self) -> bool:
+        is_suited = self.device.type == "cpu" and self.dtype == torch.bfloat16
+        return is_suited and use_kernels(self.denoiser)
 
     def enable_gradient_checkpointing(self, *, text: bool) -> None:
         # diffusers and transformers recompute in train mode only, which changes nothing else here.

@@ -49,7 +49,10 @@ def save_state(run: RunFolder, plan: RunPlan, runner: StepRunner, counters: Coun
             "counters": asdict(counters),
             "num_averaged": ema.num_updates if ema else 0,
             "scaler": scaler.state_dict() if scaler else None,
-            "identity": run_fingerprint(plan, runner.precision),
+            "identity": {
+                **run_fingerprint(plan, runner.precision),
+                "kernels": list(runner.prepared.kernels),
+            },
             "versions": dict(package_versions()),
         },
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,10 +14,11 @@ from sdlora.data.buckets import Crop
 from sdlora.data.records import ImageRecord
 from sdlora.diffusion.objective import Objective
 from sdlora.dtypes import Precision
+from sdlora.errors import RunError
 from sdlora.evaluation.heldout import HeldoutItem, recognise_prediction
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mount
-from sdlora.lora.layers import Dropout
+from sdlora.lora.layers import Dropout, lora_layers
 from sdlora.models.base import Base, Condition
 from sdlora.models.load import load_base
 from sdlora.report.terminal import Terminal
@@ -30,6 +31,8 @@ from sdlora.tree.lineage import Stack, path_to_stack
 
 NUM_HELDOUT = 64
 NUM_CHECKED = 2
+CPU_KERNELS = "cpu_kernels"
+FUSED_LORA = "fused_lora"
 
 
 class HeldoutView(NamedTuple):
@@ -54,6 +57,7 @@ class Prepared:
     max_norm: float
     parents: Stack = ()  # frozen adapters below the trained one: (adapter, strength), the root first
     fixed_images: list[SampledImage] = field(default_factory=list)  # of columns without the trained adapter
+    kernels: Sequence[str] = ()  # the faster ones that compute a step
 
     @torch.no_grad()
     def heldout_items(self, split: str, most: int | None = None) -> list[HeldoutItem]:
@@ -68,8 +72,17 @@ class Prepared:
         ]
 
 
-def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, terminal: Terminal) -> Prepared:
-    """Loads the base, encodes, moves the encoders off the device, and mounts a fresh adapter."""
+def prepare(
+    plan: RunPlan,
+    accelerator: Accelerator,
+    precision: Precision,
+    terminal: Terminal,
+    kernels: Sequence[str] | None = None,
+) -> Prepared:
+    """Loads the base, encodes, moves the encoders off the device, and mounts a fresh adapter.
+
+    `kernels` are those of a run that is resumed.
+    """
     config = plan.config
     text_learns, device = config.lora.text_encoder, accelerator.device
     waits = config.data.cache is not False
@@ -109,7 +122,33 @@ def prepare(plan: RunPlan, accelerator: Accelerator, precision: Precision, termi
         dropout=dropout,
         max_norm=config.lora.max_norm,
         parents=parents,
+        kernels=use_kernels(base, precision, kernels),
     )
+
+
+def use_kernels(base: Base, precision: Precision, before: Collection[str] | None = None) -> tuple[str, ...]:
+    """Switches on the faster kernels that suit the run, or those of the run that is resumed (R-03).
+
+    Under autocast there are none; those of a CPU are for bf16. Returns their names, for the checkpoints.
+
+    Raises:
+        RunError: If a kernel of the resumed run cannot be used here.
+    """
+    is_stored = precision.compute == precision.base
+    used = []
+    if is_stored and (before is None or CPU_KERNELS in before) and base.use_cpu_kernels():
+        used.append(CPU_KERNELS)
+    if is_stored and (before is None or FUSED_LORA in before):
+        for layer in lora_layers(base.components).values():
+            layer.is_fused = True
+        used.append(FUSED_LORA)
+    if missing := sorted(set(before or ()) - set(used)):
+        raise RunError(
+            f"the run computed with {', '.join(missing)}, which this device does not support; "
+            "resume it on a device like the first",
+            key="kernels",
+        )
+    return tuple(used)
 
 
 def warn_if_prediction_differs(plan: RunPlan, prepared: Prepared) -> str | None:

@@ -134,6 +134,7 @@ def resume(
         # The main process reads the checkpoints, which are large, for all.
         newest = newest_complete_step(run, terminal) if accelerator.is_main_process else 0
         step = broadcast(accelerator, newest)
+        kernels: Sequence[str] | None = None
         if step:
             # The checkpoint contains what that file contributed; the file may be gone.
             changed = changed.replace(lora={"init_from": None})
@@ -142,6 +143,8 @@ def resume(
         changes: list[Change] = []
         if step:
             saved, now = read_state(run.checkpoint(step))["identity"], run_fingerprint(plan, precision)
+            # Checkpoints of older versions have no field for them, and were computed without any.
+            kernels = saved.pop("kernels", [])
             changes = check_fingerprint(run, step, saved, now, allow_changed)
         if step > plan.steps:
             problem = f"train.steps = {plan.steps} but {run.path} is already at step {step}"
@@ -149,16 +152,17 @@ def resume(
         check_disk(plan, run.path, step)
         nothing = f"{run.path} has no complete checkpoint: starting at step 0"
         terminal.print(f"resuming from step {step}" if step else nothing)
-        resumption = Resumption(step, changes, settings.lora.init_from)
+        resumption = Resumption(step, changes, settings.lora.init_from, kernels)
         return _run(run, plan, accelerator, precision, terminal, resumption)
 
 
 class Resumption(NamedTuple):
-    """A resumed run: the step of its checkpoint (0: none), allowed changes, and `lora.init_from`."""
+    """A resumed run: the step of its checkpoint (0: none), allowed changes, `lora.init_from`, kernels."""
 
     step: int
     changes: Sequence[Change]
     init_from: str | None
+    kernels: Sequence[str] | None
 
     def rewind(self, run: RunFolder, plan: RunPlan) -> None:
         """Removes what later steps left in the run folder: they will be done again."""
@@ -221,11 +225,12 @@ def _run(
 ) -> RunFolder:
     set_seed(plan.config.train.seed)
     with report_failed_start(plan, run):
-        prepared = prepare(plan, accelerator, precision, terminal)
-    kernel, dtypes = prepared.base.attention_kernel, prepared.base.dtypes
+        kernels = resumption.kernels if resumption else None
+        prepared = prepare(plan, accelerator, precision, terminal, kernels)
+    attention, dtypes = prepared.base.attention_kernel, prepared.base.dtypes
     autocast = "on" if precision.compute != precision.base else "off"
     terminal.print(
-        f"attention {kernel}; denoiser {dtypes[DENOISER]}, VAE {dtypes['vae']}, "
+        f"attention {attention}; denoiser {dtypes[DENOISER]}, VAE {dtypes['vae']}, "
         f"text encoder {dtypes['text_encoder']}, autocast {autocast}"
     )
     if plan.config.train.trackers:
@@ -236,7 +241,13 @@ def _run(
             trainer.resume(resumption.step)
         if accelerator.is_main_process:
             resumption.rewind(run, plan)
-    trainer.event("prepared", attention=kernel, dtypes={**dtypes, "adapter": "float32"}, autocast=autocast)
+    trainer.event(
+        "prepared",
+        attention=attention,
+        kernels=list(prepared.kernels),
+        dtypes={**dtypes, "adapter": "float32"},
+        autocast=autocast,
+    )
     if trainer.step == 0 and (warning := warn_if_prediction_differs(plan, prepared)):
         trainer.warn(warning)
     with report_failure(trainer):

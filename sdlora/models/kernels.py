@@ -1,0 +1,164 @@
+"""Faster equivalents of the frozen UNet's attention and convolutions on a CPU in bf16.
+
+B batch, C channels, O output channels, H W size, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import Tensor, nn
+
+# With few positions and many channels, one matrix product of unfolded taps beats oneDNN's convolution, which
+# repacks its weights at every call.
+MOST_POSITIONS = 16 * 16
+LEAST_CHANNELS = 1024
+TOLERANCE = 1e-3
+
+
+class ContiguousHeads(AttnProcessor2_0):  # type: ignore[misc]
+    """Attention whose heads are contiguous in memory, which SDPA reads faster on a CPU."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **arguments: Any,
+    ) -> Tensor:
+        """Hidden states (B, L, D) to (B, L, D)."""
+        if attention_mask is not None:
+            answer: Tensor = super().__call__(
+                attn, hidden_states, encoder_hidden_states, attention_mask, **arguments
+            )
+            return answer
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            projection(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2).contiguous()
+            for projection, states in ((attn.to_q, hidden_states), (attn.to_k, source), (attn.to_v, source))
+        )
+        hidden = F.scaled_dot_product_attention(query, key, value)
+        projected: Tensor = attn.to_out[0](hidden.transpose(1, 2).flatten(2))
+        return projected
+
+    @staticmethod
+    def suits(attn: Any) -> bool:
+        """Whether a layer is plain attention, as in the UNets of Stable Diffusion."""
+        extras = (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.norm_cross)
+        return not any(extras) and not attn.residual_connection and attn.rescale_output_factor == 1
+
+
+class FrozenConvolution(nn.Conv2d):
+    """A Conv2d whose weight is never trained: keeps nothing for the backward pass but the weight.
+
+    Weights are stored channels_last, so that they are the matrix of an unfolded product without a copy.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = _FrozenConvolution.apply(x, self.weight, self.bias, self.stride, self.padding)
+        return answer
+
+    @staticmethod
+    def suits(layer: nn.Module) -> bool:
+        """Whether a layer is a plain, frozen convolution."""
+        return (
+            type(layer) is nn.Conv2d
+            and layer.groups == 1
+            and layer.dilation == (1, 1)
+            and layer.padding_mode == "zeros"
+            and not isinstance(layer.padding, str)
+            and not layer.weight.requires_grad
+        )
+
+
+class _FrozenConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.stride, ctx.padding = x.shape, stride, padding
+        if _is_unfolded(weight, x.shape, stride, padding):
+            return _unfold_and_multiply(x, weight, bias)
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        if _is_unfolded(weight, ctx.shape, ctx.stride, ctx.padding):
+            return _unfold_and_multiply_back(gradient, weight), None, None, None, None
+        x = gradient.new_empty(1).expand(ctx.shape)  # only its shape is read
+        gradient_x = torch.ops.aten.convolution_backward(
+            gradient, x, weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (True, False, False)
+        )[0]
+        return gradient_x, None, None, None, None
+
+
+def _is_unfolded(
+    weight: Tensor, shape: torch.Size, stride: tuple[int, int], padding: tuple[int, int]
+) -> bool:
+    is_same = tuple(weight.shape[2:]) == (3, 3) and tuple(stride) == tuple(padding) == (1, 1)
+    is_wide = min(weight.shape[:2]) >= LEAST_CHANNELS
+    return is_same and is_wide and shape[0] * shape[2] * shape[3] <= MOST_POSITIONS
+
+
+def _unfold_and_multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 3 x 3 convolution of x (B, C, H, W) as one product (B H W, 9 C) @ (9 C, O)."""
+    batch, channels, height, width = x.shape
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
+    image, row, column, one = padded.stride()
+    taps = padded.as_strided((batch, height, width, 3, 3, channels), (image, row, column, row, column, one))
+    rows = F.linear(taps.reshape(-1, 9 * channels), weight.permute(0, 2, 3, 1).flatten(1), bias)
+    return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _unfold_and_multiply_back(gradient: Tensor, weight: Tensor) -> Tensor:
+    """The gradient (B, C, H, W) of x, as one product (B H W, 9 O) @ (9 O, C).
+
+    It is a convolution of the gradient with the kernel turned by half a circle. The gradient is turned
+    instead, and then the result, so that the weight (O, 3, 3, C) stays as it is stored.
+    """
+    taps = F.unfold(gradient.flip(2, 3), 3, padding=1)  # (B, 9 O, H W)
+    rows = taps.mT.contiguous() @ weight.permute(0, 2, 3, 1).flatten(0, 2)  # (B, H W, C)
+    x: Tensor = rows.mT.unflatten(2, gradient.shape[2:]).flip(2, 3)
+    return x
+
+
+def use_kernels(unet: Any) -> bool:
+    """Puts both equivalents into a frozen UNet; changes nothing and returns False if they do not agree."""
+    convolutions = [layer for layer in unet.modules() if FrozenConvolution.suits(layer)]
+    for layer in convolutions:
+        layer.to(memory_format=torch.channels_last)
+    shapes = {(layer.weight.shape, layer.stride, layer.padding): layer for layer in convolutions}
+    if not all(_agrees(layer) for layer in shapes.values()):
+        return False
+    for layer in convolutions:
+        layer.__class__ = FrozenConvolution
+    for layer in unet.modules():
+        if isinstance(getattr(layer, "processor", None), AttnProcessor2_0) and ContiguousHeads.suits(layer):
+            layer.set_processor(ContiguousHeads())
+    return True
+
+
+def _agrees(layer: nn.Conv2d) -> bool:
+    """Whether output and input gradient of a convolution are those of torch's own, on 8 x 8 positions."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, layer.in_channels, 8, 8, generator=generator).to(layer.weight.dtype)
+    results = []
+    for compute in (layer.forward, lambda x: FrozenConvolution.forward(layer, x)):  # type: ignore[arg-type]
+        own = x.clone().requires_grad_()
+        y = compute(own)
+        (gradient,) = torch.autograd.grad(y, own, torch.ones_like(y))
+        results.append((y.detach().float(), gradient.float()))
+    return all(
+        bool((ours - stock).norm() <= TOLERANCE * stock.norm()) for stock, ours in zip(*results, strict=True)
+    )

@@ -1,0 +1,63 @@
+"""The faster kernels of a CPU compute what torch and diffusers compute."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sdlora.models import kernels
+from sdlora.models.kernels import ContiguousHeads, FrozenConvolution, use_kernels
+
+WIDE = kernels.LEAST_CHANNELS
+LAYERS = {
+    "unfolded": (nn.Conv2d(WIDE, WIDE + 8, 3, padding=1), 6),
+    "too large": (nn.Conv2d(8, 16, 3, padding=1), 20),
+    "strided": (nn.Conv2d(16, 16, 3, stride=2, padding=1), 8),
+    "pointwise": (nn.Conv2d(16, 8, 1, bias=False), 8),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_convolutions_equal_torch(name):
+    """R-09: output and input gradient, in float64; the layer keeps nothing but its weight."""
+    stock, side = LAYERS[name]
+    stock = stock.double().requires_grad_(False)
+    ours = copy.deepcopy(stock).to(memory_format=torch.channels_last)
+    assert FrozenConvolution.suits(ours)
+    ours.__class__ = FrozenConvolution
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, stock.in_channels, side, side + 1, generator=generator, dtype=torch.float64)
+    results = []
+    for layer in (stock, ours):
+        own = x.clone().requires_grad_()
+        y = layer(own)
+        kept = getattr(y.grad_fn, "saved_tensors", ())
+        (gradient,) = torch.autograd.grad(y, own, torch.ones_like(y))
+        results.append((y.detach(), gradient))
+    for theirs, own in zip(*results, strict=True):
+        assert float((own - theirs).norm() / theirs.norm()) < 1e-12
+    assert [tensor.shape for tensor in kept] == [stock.weight.shape]
+
+
+def test_a_whole_unet_agrees(make_unet, run):
+    """R-46: in bf16, the UNet's output is that of the stock kernels within bf16's rounding."""
+    stock, ours = make_unet().to(torch.bfloat16), make_unet().to(torch.bfloat16)
+    assert use_kernels(ours)
+    assert {type(layer) for layer in ours.modules() if isinstance(layer, nn.Conv2d)} == {FrozenConvolution}
+    assert all(isinstance(one, ContiguousHeads) for one in ours.attn_processors.values())
+    state = {name: value.clone() for name, value in ours.state_dict().items()}
+    assert all(torch.equal(value, state[name]) for name, value in stock.state_dict().items())
+    theirs, own = run(stock).float(), run(ours).float()
+    assert float((own - theirs).norm() / theirs.norm()) < 1e-2
+
+
+def test_kernels_that_disagree_are_not_used(make_unet, monkeypatch):
+    """R-46: a wrong result at the start leaves the stock kernels."""
+    unet = make_unet().to(torch.bfloat16)
+    stock = nn.functional.conv2d
+    monkeypatch.setattr(kernels.F, "conv2d", lambda x, weight, *rest: stock(x, weight * 1.01, *rest))
+    assert not use_kernels(unet)
+    assert not any(isinstance(layer, FrozenConvolution) for layer in unet.modules())

@@ -1,0 +1,79 @@
+"""The kernels of a run are chosen at its start, recorded, and used again when it is resumed."""
+
+from __future__ import annotations
+
+import pytest
+
+from sdlora.errors import RunError
+from sdlora.lora.layers import lora_layers
+from sdlora.training.checkpoint import read_state, seal_state
+from sdlora.training.prepare import CPU_KERNELS, FUSED_LORA
+from sdlora.training.train import resume, train
+from tests.checks import raises
+
+BF16 = {"train.precision": "bf16", "train.steps": 4, "train.save_every": 2}
+
+
+@pytest.fixture
+def config(quick, make_images):
+    images = make_images(sizes=((64, 64),) * 3)
+    changes = {name.replace(".", "__"): value for name, value in BF16.items()}
+    return quick(images, lora__targets=["attention"], **changes)
+
+
+def start(config, folder, **changes):
+    return train(config.images, config=config, out=folder, overrides=changes, quiet=True)
+
+
+def forget_kernels(run, step, kernels=None):
+    """Rewrites a checkpoint as of a version without kernels, or with other ones."""
+    state = read_state(run.checkpoint(step))
+    if kernels is None:
+        del state["identity"]["kernels"]
+    else:
+        state["identity"]["kernels"] = kernels
+    (run.checkpoint(step) / "state.json").write_text(seal_state(state))
+
+
+def test_a_resumed_run_takes_the_same_kernels(config, tmp_path, check_same):
+    """R-03 R-46: they are in the events and the checkpoint, and a resumed run equals a straight one."""
+    straight = start(config, tmp_path / "straight")
+    [prepared] = straight.events("prepared")
+    assert prepared["kernels"] == [CPU_KERNELS, FUSED_LORA]
+    assert read_state(straight.checkpoint(2))["identity"]["kernels"] == [CPU_KERNELS, FUSED_LORA]
+    stopped = start(config, tmp_path / "stopped", **{"train.steps": 2})
+    resume(stopped, ["train.steps=4"], quiet=True)
+    check_same(stopped, straight)
+
+
+def test_an_older_run_continues_without_kernels(config, tmp_path):
+    """R-03: a checkpoint without a record of them was computed with the stock ones."""
+    run = start(config, tmp_path / "run", **{"train.steps": 2})
+    forget_kernels(run, 2)
+    resume(run, ["train.steps=4"], quiet=True)
+    assert [event["kernels"] for event in run.events("prepared")][-1] == []
+
+
+def test_missing_kernels_end_a_resume(config, tmp_path):
+    """R-03 R-46: on a device that cannot compute as before, exit 2 with the kernels and the remedy."""
+    run = start(config, tmp_path / "run", **{"train.steps": 2})
+    forget_kernels(run, 2, [FUSED_LORA, "some_gpu_kernel"])
+    with raises(RunError, "kernels", shows="some_gpu_kernel") as caught:
+        resume(run, ["train.steps=4"], quiet=True)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernels"),
+    [({"base__dtype": "fp32"}, []), ({"train__precision": "fp32"}, [FUSED_LORA])],
+    ids=["autocast", "fp32"],
+)
+def test_kernels_suit_the_precision(config, make_trainer, tmp_path, changes, kernels):
+    """R-46: none under autocast; a CPU's only in bf16."""
+    for name, value in changes.items():
+        section, key = name.split("__")
+        config = config.replace(**{section: {key: value}})
+    trainer = make_trainer(config, tmp_path / "run")
+    assert list(trainer.prepared.kernels) == kernels
+    fused = {layer.is_fused for layer in lora_layers(trainer.prepared.base.components).values()}
+    assert fused == {FUSED_LORA in kernels}
