@@ -23,9 +23,10 @@ from sdlora.errors import ModelError, SdloraError
 
 SHIPPED = Path(__file__).with_name("base")
 ENCODE_BATCH = 32
-PLAIN_SHARE = 0.5  # of the images drawn: the drawing as it is
+PLAIN_SHARE = 0.55  # of the images drawn: the drawing as it is
+MOVED_SHARE = 0.05  # of the images drawn: shifted, scaled, turned or mirrored; more of them blur all shapes
 HELDOUT_SHARE = 0.03  # of the drawings of the other sets: never trained on, to see whether sets generalize
-NOTO_WEIGHT = 3.0  # against 1 of each other set: it is what a caption without a set means
+NOTO_WEIGHT = 6.0  # against 1 of each other set: it is what a caption without a set means
 
 
 def is_held_out(icon_set: str, concept: str) -> bool:
@@ -76,7 +77,12 @@ class Bank:
         weights = [NOTO_WEIGHT if name == BASE_SETS[0] else 1.0 for name in sets]
         numbers = sets[rng.choices(list(sets), weights)[0]]
         # the first of a drawing's images is the plain one
-        return numbers[0] if rng.random() < PLAIN_SHARE or len(numbers) == 1 else rng.choice(numbers[1:])
+        drawn = rng.random()
+        if drawn < PLAIN_SHARE or len(numbers) == 1:
+            return numbers[0]
+        is_moved = drawn > 1 - MOVED_SHARE
+        chosen = [number for number in numbers[1:] if self.variants[number].is_moved == is_moved]
+        return rng.choice(chosen or numbers[1:])
 
     def held_out(self) -> list[int]:
         """The numbers of the plain drawings that are held out."""

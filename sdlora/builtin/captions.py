@@ -43,7 +43,6 @@ SET_WORDS: dict[str, tuple[str, ...]] = {  # the first set goes without saying
 EMPTY_SHARE = 0.07
 NOTO_NAMED_SHARE = 0.2
 UNKNOWN_SHARE = 1 / 3  # of the captions: words that mean nothing, before or behind
-UNNAMED_SHARE = 0.25  # of those: another set than Noto is not named
 AN_SHARE = 0.7  # of the names that begin with a vowel
 ONSETS = (
     *"bcdfghjklmnprstvwz",
@@ -123,8 +122,7 @@ def draw_caption(rng: random.Random, variant: Variant) -> str:
         if word
     ]
     if variant.icon_set != "noto":
-        if not (unknown and rng.random() < UNNAMED_SHARE):
-            words.append(rng.choice(SET_WORDS[variant.icon_set]))
+        words.append(rng.choice(SET_WORDS[variant.icon_set]))
     elif rng.random() < NOTO_NAMED_SHARE:
         words.append(rng.choice(SET_WORDS["noto"]))
     words += ["small"] * variant.small + ["mirrored"] * variant.mirrored

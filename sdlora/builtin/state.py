@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -42,6 +43,22 @@ def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter
     }
 
 
+def is_main_process() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Averages gradients over all processes, each of which has computed those of its part of the batch."""
+    if not dist.is_initialized():
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    total = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(total)
+    parts = (total / dist.get_world_size()).split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
 class TrainingState:
     """The parameters in training, their AdamW moments and running average, and the number of steps done."""
 
@@ -60,6 +77,7 @@ class TrainingState:
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        average_gradients(self.trainable)
         torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
         self.optimizer.step()
         decay = min(self.average_decay, (1 + self.step) / (10 + self.step))

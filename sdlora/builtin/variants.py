@@ -81,6 +81,11 @@ class Variant:
     def is_plain(self) -> bool:
         return self == Variant(self.icon_set, self.concept)
 
+    @property
+    def is_moved(self) -> bool:
+        """Whether its shape is elsewhere than in the plain drawing."""
+        return bool(self.tilt or self.small or self.mirrored) or self.scale != 1.0 or self.shift != (0, 0)
+
 
 def names_colour(concept: str) -> bool:
     """Whether the name of the concept says its colour already, as `red-apple` does."""

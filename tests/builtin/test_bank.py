@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
+from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 from sdlora.builtin.bank import Bank, is_held_out, make_bank
 from sdlora.builtin.captions import read_concepts
 from sdlora.builtin.icons import BASE_SETS
+from sdlora.builtin.variants import Variant
 from sdlora.errors import ModelError
 
 
@@ -33,6 +37,19 @@ def test_plain_images_are_drawn_and_variants(tiny_bank: Path) -> None:
     assert {variant.concept for variant in drawn} == {"owl"}
     assert 0.4 < sum(variant.is_plain for variant in drawn) / 300 < 0.6
     assert not any(is_held_out(variant.icon_set, "owl") for variant in drawn)
+
+
+def test_most_images_of_a_concept_share_their_shape(tmp_path: Path) -> None:
+    """Few are shifted, scaled, turned or mirrored: many of them blur what a name means."""
+    plain = Variant(BASE_SETS[0], "owl")
+    variants = [plain, replace(plain, style="outlined"), replace(plain, mirrored=True)]
+    np.save(tmp_path / "000.npy", np.zeros((3, 4, 2, 2), np.float16))
+    lines = [json.dumps(asdict(variant)) for variant in variants]
+    (tmp_path / "000.jsonl").write_text("\n".join(lines))
+    bank, rng = Bank(tmp_path), random.Random(0)
+    drawn = Counter(bank.draw(rng, "owl") for _ in range(1000))
+    assert 450 < drawn[0] < 650
+    assert drawn[2] < 120 < drawn[1]
 
 
 def test_few_drawings_are_held_out() -> None:

@@ -59,13 +59,10 @@ def test_a_caption_names_what_is_shown() -> None:
 
 
 def test_every_set_but_the_first_is_named() -> None:
-    """A caption without unknown words says which set it is; with them, most do."""
+    """A caption says which set it is: without one, it means the first set."""
     for name in BASE_SETS[1:]:
-        named = [
-            any(words in caption for words in SET_WORDS[name])
-            for caption in captions_of(Variant(name, "owl"))
-        ]
-        assert 0.85 < sum(named) / len(named) < 0.97
+        captions = captions_of(Variant(name, "owl"))
+        assert all(any(words in caption for words in SET_WORDS[name]) for caption in captions)
     plain = captions_of(Variant("noto", "owl"))
     assert 0.1 < sum("drawing" in caption.replace("a drawing of", "") for caption in plain) / len(plain) < 0.3
     every = [words for both in SET_WORDS.values() for words in both]
@@ -106,12 +103,12 @@ def test_articles_are_written() -> None:
 
 
 def test_captions_fit(tmp_path: Path) -> None:
-    """Hardly a caption is cut off."""
+    """At most 6 in 100 are cut off: of variants with several named properties."""
     concepts, rng = read_concepts(), random.Random(0)
     tokenizer = make_tokenizer(tmp_path, concepts)
     variants = [draw_variant(rng, rng.choice(BASE_SETS), rng.choice(concepts)) for _ in range(400)]
     lengths = [len(tokenizer(draw_caption(rng, variant))["input_ids"]) for variant in variants]
-    assert sum(length > TEXT_LENGTH for length in lengths) < 20
+    assert sum(length > TEXT_LENGTH for length in lengths) < 24
 
 
 def test_the_tokenizer_knows_the_words(tmp_path: Path) -> None:

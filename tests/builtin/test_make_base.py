@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from safetensors.torch import load_file
 from sdlora.builtin.make_base import Place, Recipe, draw_concepts, draw_timesteps, make_base
 from sdlora.builtin.state import learning_rate, read_facts
 from sdlora.errors import ModelError
+from tests.checks import HANG_SECONDS
 
 RECIPE = Recipe(
     steps=2,
@@ -131,3 +136,23 @@ def test_the_learning_rate_ends_at_zero() -> None:
     assert learning_rate(0, 100, 1.0, 10, 0.5) == pytest.approx(0.1)
     assert learning_rate(30, 100, 1.0, 10, 0.5) == 1
     assert learning_rate(99, 100, 1.0, 10, 0.5) == pytest.approx(0.02)
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(base: Path, place: Place, tmp_path: Path) -> None:
+    """torchrun divides a batch; the weights are those of one process, up to the order of sums."""
+    program = "import sys; from tests.builtin.test_make_base import *; "
+    program += "make_base(Place(*map(Path, sys.argv[1:])), RECIPE)"
+    arguments = [sys.executable, "-c", program, str(tmp_path), str(place.bank), str(place.vae)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(arguments, env={**os.environ, **group, "RANK": str(rank)}) for rank in range(2)
+    ]
+    assert [process.wait(HANG_SECONDS) for process in processes] == [0, 0]
+    one, two = weights(base), weights(tmp_path / "base")
+    for name, value in one.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(two[name].float(), value.float(), rtol=0, atol=2e-3, msg=name)
