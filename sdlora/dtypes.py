@@ -29,10 +29,14 @@ def has_bf16(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Precision:
-    """Effective dtypes of the denoiser's arithmetic and of its frozen weights: fp32, bf16 or fp16."""
+    """Effective dtypes of the denoiser's arithmetic and of its frozen weights: fp32, bf16 or fp16.
+
+    `vae` is that of the VAE in an earlier part of a resumed run, whose latents it must continue.
+    """
 
     compute: str
     base: str
+    vae: str | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -41,3 +45,12 @@ class Precision:
     @property
     def base_dtype(self) -> torch.dtype:
         return DTYPES[self.base]
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        return DTYPES[self.vae] if self.vae else choose_vae_dtype(self.base_dtype)
+
+
+def choose_vae_dtype(base: torch.dtype) -> torch.dtype:
+    """bf16 beside a bf16 denoiser, else fp32: a VAE overflows in fp16 alone (R-22)."""
+    return torch.bfloat16 if base == torch.bfloat16 else torch.float32

@@ -17,7 +17,6 @@ from sdlora.lora.attach import count_parameters
 from sdlora.lora.layers import DENOISER
 from sdlora.memory.activations import DenoiserPass, denoiser_peak, text_peak, vae_peaks
 from sdlora.models.info import BaseInfo
-from sdlora.models.load import vae_dtype
 from sdlora.models.quantize import LayerBytes, bytes_by_kind
 
 # Moments of an optimizer, in bytes per trained number, by a part of its name; else AdamW's two in fp32.
@@ -202,8 +201,7 @@ def estimate_memory(inputs: MemoryInputs, device_info: DeviceInfo, *, checkpoint
     encoders = {name: part for name, part in inputs.parts.items() if name != DENOISER}
     learn += text_peak(encoders, texts, info.text_length, learning.batch_size, kind=config.lora.kind)
     trained = count_parameters(inputs.parts, inputs.ranks, config.lora.kind)
-    vae = vae_dtype(info, precision.base_dtype, device_info.device)
-    encode, decode = vae_peaks(info, inputs.size, vae)
+    encode, decode = vae_peaks(info, inputs.size, precision.vae_dtype)
     guided = 2 if (config.sample.guidance or 0) > 1 else 1
     sampling = replace(
         learning, learns=False, checkpointing=False, batch_size=guided * config.sample.batch_size
@@ -212,7 +210,7 @@ def estimate_memory(inputs: MemoryInputs, device_info: DeviceInfo, *, checkpoint
     no_cache = config.data.cache is False
     return Memory(
         denoiser=bytes_by_kind(inputs.parts[DENOISER], precision.base_dtype, info.quantize),
-        vae=info.components["vae"].num_parameters * vae.itemsize,
+        vae=info.components["vae"].num_parameters * precision.vae_dtype.itemsize,
         text_encoders=4 * sum(info.components[name].num_parameters for name in info.traits.text_encoders),
         adapter=trained * (4 + _moment_bytes(config.train)) + 4 * inputs.num_frozen,
         encode=encode,

@@ -12,6 +12,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from sdlora.config import Quantize
+from sdlora.dtypes import choose_vae_dtype
 from sdlora.errors import ModelError
 from sdlora.models.base import Base, quiet
 from sdlora.models.components import AGAIN, Component
@@ -26,7 +27,12 @@ DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 
 
 
 def load_base(
-    info: BaseInfo, *, dtype: torch.dtype, device: torch.device | str, waits: bool = False
+    info: BaseInfo,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    vae_dtype: torch.dtype | None = None,
+    waits: bool = False,
 ) -> StableDiffusion:
     """Loads and freezes a base.
 
@@ -35,8 +41,9 @@ def load_base(
 
     Args:
         info: The base.
-        dtype: Of the UNet. Text encoders are fp32, the VAE as in `vae_dtype`.
+        dtype: Of the UNet. Text encoders are fp32.
         device: Of all components.
+        vae_dtype: By default as in `choose_vae_dtype`.
         waits: Whether all components stay on the CPU until they are moved.
 
     Raises:
@@ -44,7 +51,7 @@ def load_base(
     """
     place = "cpu" if waits else device
     denoiser = load_component(info.components["unet"], dtype, place, info.quantize)
-    vae = load_component(info.components["vae"], vae_dtype(info, dtype, device), place)
+    vae = load_component(info.components["vae"], vae_dtype or choose_vae_dtype(dtype), place)
     text_encoders = tuple(
         load_component(info.components[name], torch.float32, place) for name in info.traits.text_encoders
     )
@@ -74,6 +81,9 @@ def load_component(
             f"{part.path} lacks {len(missing)} weights of its {part.name} ({min(missing)} …); {AGAIN}",
             key="base.incomplete",
         )
+    if part.name == "vae" and dtype == torch.bfloat16:
+        # In this layout convolutions in bf16 take 0.3 to 0.9 of the time.
+        model = model.to(memory_format=torch.channels_last)
     return model.requires_grad_(False).eval()
 
 
@@ -88,12 +98,6 @@ def full_base(base: Base) -> Iterator[Base]:
         yield replace(base, info=info, denoiser=denoiser)
     finally:
         base.denoiser.to(device)
-
-
-def vae_dtype(info: BaseInfo, dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
-    """bf16 on CUDA beside a bf16 UNet, unless the VAE's configuration asks for fp32; else fp32 (R-22)."""
-    small = dtype == torch.bfloat16 and torch.device(device).type == "cuda"
-    return torch.bfloat16 if small and not info.vae_config.get("force_upcast", True) else torch.float32
 
 
 def load_fresh_pipeline(info: BaseInfo, text_encoders: Sequence[str], dtype: torch.dtype) -> Any:

@@ -86,7 +86,9 @@ def prepare(
     config = plan.config
     text_learns, device = config.lora.text_encoder, accelerator.device
     waits = config.data.cache is not False
-    base = load_base(plan.info, dtype=precision.base_dtype, device=device, waits=waits)
+    base = load_base(
+        plan.info, dtype=precision.base_dtype, device=device, vae_dtype=precision.vae_dtype, waits=waits
+    )
     parents = path_to_stack(plan.parents)
     encodings = Encodings(base, plan)
     base.text_encoders_to(device)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from accelerate import Accelerator
 
 from sdlora.config import RunConfig, load_config
-from sdlora.dtypes import Precision
+from sdlora.dtypes import DTYPES, Precision
 from sdlora.errors import ConfigError, RunError
 from sdlora.runs import RunFolder
 from sdlora.training.device import package_versions
@@ -219,6 +219,13 @@ def _divide_batch(
             f"remove it, or set numbers whose product is {share}"
         )
     return {"batch_size": batch_size, "accumulate": accumulate}
+
+
+def vae_of(run: RunFolder) -> str | None:
+    """Dtype of the VAE that a run began with, so that its latents stay the same; None if it has not begun."""
+    recorded = (event["dtypes"]["vae"] for event in run.events("prepared"))
+    names = {str(dtype): name for name, dtype in DTYPES.items()}
+    return next((names.get(f"torch.{dtype}") for dtype in recorded), None)
 
 
 def global_batch_of(run: RunFolder, settings: RunConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from sdlora.training.resume import (
     check_same_plan,
     global_batch_of,
     run_fingerprint,
+    vae_of,
 )
 from sdlora.writing import check_writable, next_free_folder
 
@@ -124,6 +126,7 @@ def resume(
         allowed=allow_changed,
     )
     accelerator, precision, terminal = _start(changed, quiet)
+    precision = replace(precision, vae=vae_of(run))
     with propagate_failure(accelerator):
         steps = changed.train.steps or 0
         if broadcast(accelerator, accelerator.is_main_process and run.is_finished(steps)):

@@ -344,6 +344,17 @@ def test_resume_verb(make_images, small, tmp_path, capsys):
     assert all(math.isfinite(event["loss"]) for event in run.events("step"))
 
 
+def test_the_vae_of_an_older_run(make_images, tiny, tmp_path):
+    """R-03, R-22: a run continues with latents in the dtype that it began with."""
+    config = tiny(make_images(), train__steps=1, train__precision="bf16")
+    run = train(config.images, config=config, out=tmp_path / "run", quiet=True)
+    assert [event["dtypes"]["vae"] for event in run.events("prepared")] == ["bfloat16"]
+    text = run.events_file.read_text(encoding="utf-8")
+    run.events_file.write_text(text.replace('"vae": "bfloat16"', '"vae": "float32"'), encoding="utf-8")
+    resume(run.path, ["train.steps=2"], quiet=True)
+    assert [event["dtypes"]["vae"] for event in run.events("prepared")] == ["float32"] * 2
+
+
 def test_what_may_not_change(make_images, small, tmp_path):
     """`resume` takes steps, cadence, trackers, and batch_size with accumulate."""
     config = small(make_images(), train__steps=1)
