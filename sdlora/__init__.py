@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from sdlora.training.train import resume as resume
     from sdlora.training.train import train as train
     from sdlora.tree.tree import AdapterTree as AdapterTree
-
-__version__ = version("sdlora")
 
 # The public names and their modules, imported at first use: torch and diffusers take seconds to import.
 _PUBLIC = {
@@ -63,6 +60,8 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("sdlora")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'sdlora' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

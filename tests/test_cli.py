@@ -455,17 +455,34 @@ def test_a_wrong_base_needs_no_torch(verb, tmp_path):
     """R-25, R-35: half a download is named at once, not after the seconds that torch and diffusers take."""
     file = tmp_path / "half.safetensors"
     file.write_bytes((2**20).to_bytes(8, "little") + b"{")
+    refused = refused_without_torch([*verb.split(), "--base", str(file)], tmp_path)
+    assert refused.startswith(f"sdlora: {file} is incomplete")
+
+
+@pytest.mark.parametrize("base", ["builtin", "somebody/model"])
+def test_a_mistake_in_a_folder_needs_no_torch(base, make_images, tmp_path):
+    """R-05, R-35: in a second, where torch and diffusers take ten; all mistakes of a folder at once."""
+    images = make_images()
+    (images / "01.txt").unlink()
+    (images / "02.png").write_bytes(b"")
+    unreadable, partial = refused_without_torch(["train", str(images), "--base", base], tmp_path).splitlines()
+    assert "02.png" in unreadable
+    assert "01.png" in partial
+
+
+def refused_without_torch(arguments: list[str], folder: Path) -> str:
+    """What a command prints that ends with exit code 2 before torch is imported."""
     code = (
-        f"import sys; sys.argv = ['sdlora', *{verb.split()!r}, '--base', {str(file)!r}]\n"
+        f"import sys; sys.argv = ['sdlora', *{arguments!r}]\n"
         "from sdlora.cli import main\n"
         "try:\n    main()\n"
         "except SystemExit as stop:\n    assert stop.code == 2 and 'torch' not in sys.modules"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith(f"sdlora: {file} is incomplete")
+    return done.stderr
 
 
 def start_training(images: Path, out: Path, steps: int) -> subprocess.Popen[str]:

@@ -12,8 +12,9 @@ import typer
 from sdlora.errors import ConfigError, shorten
 
 if TYPE_CHECKING:
-    from sdlora.config import BaseSection, FileDtype, ObjectiveSection
+    from sdlora.config import BaseSection, FileDtype, ObjectiveSection, RunConfig
     from sdlora.formats.keys import Dialect as DialectName
+    from sdlora.models.info import BaseInfo
 
 Source = Annotated[
     Path, typer.Argument(metavar="RUN|LORA", help="A run folder, or a LoRA file in any dialect.")
@@ -127,13 +128,26 @@ def read_prompts(file: Path) -> list[str]:
     return prompts
 
 
-def check_base(settings: BaseSection, objective: ObjectiveSection | None = None) -> None:
-    """Inspects a local base before torch is imported, which takes seconds."""
+def check_base(settings: BaseSection, objective: ObjectiveSection | None = None) -> BaseInfo | None:
+    """Inspects a local base before torch is imported, which takes seconds; None for a base on the hub."""
     from sdlora.models.folder import is_on_hub
     from sdlora.models.info import inspect_base
 
     if not any(is_on_hub(source) for source in (settings.source, settings.vae) if source):
-        inspect_base(settings, objective)
+        return inspect_base(settings, objective)
+    return None
+
+
+def check_folder(settings: RunConfig, base: BaseInfo | None) -> None:
+    """Raises the errors of an image folder before torch is imported, all but those about tokens."""
+    from sdlora.data.doctor import check_images
+    from sdlora.data.records import raise_errors
+    from sdlora.models.info import with_base_defaults
+
+    # The size of a base on the hub matters for warnings only.
+    resolution, step = (base.resolution, base.min_step) if base else (512, 8)
+    settings = with_base_defaults(settings, base) if base else settings
+    raise_errors(check_images(settings, resolution=resolution, min_step=step).findings)
 
 
 def check_png(path: Path | None, option: str) -> None:

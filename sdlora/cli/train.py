@@ -35,7 +35,7 @@ def train(
     from sdlora.runs import RunFolder
 
     heed_schedulers()
-    # Settings, output folder and base are checked before torch is imported.
+    # Settings, output folder, base and images are checked before torch is imported.
     settings = load_config(config, overrides or [], images=images)
     if parent is not None:
         settings = settings.replace(lora={"parent": parent})
@@ -44,7 +44,7 @@ def train(
     if out is not None:
         RunFolder(out).check_free()
     chosen = settings if base is None else settings.replace(base={"source": base})
-    options.check_base(chosen.base, chosen.objective)
+    options.check_folder(chosen, options.check_base(chosen.base, chosen.objective))
     from sdlora.training.train import train as start
 
     run = start(images, base=base, out=out, trigger=trigger, config=settings, dry_run=dry_run)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
 
@@ -155,6 +156,16 @@ def _measure_all(paths: Sequence[Path]) -> list[tuple[str, Size, bool] | str]:
 
 def _measure(path: Path) -> tuple[str, Size, bool] | str:
     """Digest, size and whether it is animated, or why the image cannot be used."""
+    state = None
+    with suppress(OSError):  # The read below reports it.
+        found = path.stat()
+        state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    return _measure_once(path, state)
+
+
+@cache
+def _measure_once(path: Path, state: tuple[int, ...] | None) -> tuple[str, Size, bool] | str:
+    # A command scans its folder twice: for mistakes before torch is imported, and for the run.
     try:
         return measure_file(path)
     except UnreadableImageError as error:
