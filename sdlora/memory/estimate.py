@@ -77,8 +77,7 @@ class Memory:
             samples.
         decode: Peak of decoding an image; 0 without samples.
         prove: Peak of the denoiser's pass that verifies an export.
-        staying: Encoders that stay on the device during training: `vae`, `text_encoders`.
-        shares: Whether encoders that leave the device still use the same memory, as on a CPU.
+        staying: Encoders that stay in memory during training: `vae`, `text_encoders`.
     """
 
     denoiser: Mapping[str, LayerBytes]
@@ -92,7 +91,6 @@ class Memory:
     prove: int
     checkpointing: bool
     staying: tuple[str, ...]
-    shares: bool
 
     @property
     def denoiser_bytes(self) -> int:
@@ -103,15 +101,13 @@ class Memory:
     def stages(self) -> dict[str, int]:
         """The peak of each stage of a run."""
         encoders = {"vae": self.vae, "text_encoders": self.text_encoders}
-        beside = sum(size for name, size in encoders.items() if self.shares or name in self.staying)
+        beside = sum(encoders[name] for name in self.staying)
         trained = self.denoiser_bytes + self.adapter + beside
         encoding = max(self.text_encoders, self.vae + self.encode)
-        if self.shares:
-            encoding = self.denoiser_bytes + self.vae + self.text_encoders + self.encode
         at_once = max(self.learn, self.encode if "vae" in self.staying else 0)
         stages = {"encoding": encoding, "training": trained + at_once}
         if self.sample:
-            vae = 0 if self.shares or "vae" in self.staying else self.vae
+            vae = 0 if "vae" in self.staying else self.vae
             stages["sampling"] = trained + max(self.sample, vae + self.decode)
         stages["postflight"] = trained + self.prove
         return stages
@@ -220,7 +216,6 @@ def estimate_memory(inputs: MemoryInputs, device_info: DeviceInfo, *, checkpoint
         prove=denoiser_peak(replace(sampling, batch_size=1)),
         checkpointing=checkpointing,
         staying=("vae",) * no_cache + ("text_encoders",) * (no_cache or bool(texts)),
-        shares=device_info.device.type == "cpu",
     )
 
 

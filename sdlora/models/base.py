@@ -131,7 +131,11 @@ class Base(Protocol):
     def attention_kernel(self) -> str:
         """Attention implementation of the denoiser, for the log (R-46)."""
 
-    def text_encoders_to(self, device: torch.device | str) -> None: ...
+    def load_denoiser(self) -> None:
+        """Loads the denoiser of a base that waits with it."""
+
+    def text_encoders_to(self, device: torch.device | str) -> None:
+        """Moves text encoders; `meta` frees their memory until they are needed again, as for the VAE."""
 
     def use_cpu_kernels(self) -> bool:
         """Computes attention and frozen convolutions faster, on a CPU in bf16; False if it cannot."""

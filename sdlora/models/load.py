@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import nn
 
 from sdlora.config import Quantize
 from sdlora.dtypes import choose_vae_dtype
@@ -44,20 +45,30 @@ def load_base(
         dtype: Of the UNet. Text encoders are fp32.
         device: Of all components.
         vae_dtype: By default as in `choose_vae_dtype`.
-        waits: Whether all components stay on the CPU until they are moved.
+        waits: Whether each component is loaded when it is first needed, so that not all are in memory.
 
     Raises:
         ModelError: If weights are missing or not finite.
     """
-    place = "cpu" if waits else device
-    denoiser = load_component(info.components["unet"], dtype, place, info.quantize)
-    vae = load_component(info.components["vae"], vae_dtype or choose_vae_dtype(dtype), place)
-    text_encoders = tuple(
-        load_component(info.components[name], torch.float32, place) for name in info.traits.text_encoders
-    )
+    dtypes = {"unet": dtype, "vae": vae_dtype or choose_vae_dtype(dtype)}
+    dtypes |= dict.fromkeys(info.traits.text_encoders, torch.float32)
+
+    def load(name: str) -> Any:
+        scheme = info.quantize if name == "unet" else "none"
+        return load_component(info.components[name], dtypes[name], device, scheme)
+
+    parts = [empty_component(info.components[name], dtypes[name]) if waits else load(name) for name in dtypes]
+    denoiser, vae, *text_encoders = parts
     tokenizers = tuple(load_tokenizer(info, number) for number in range(len(info.tokenizers)))
     checker = find_checker(info, device) if info.names_safety_checker else None
-    return StableDiffusion(info, denoiser, vae, text_encoders, tokenizers, dtype, checker)
+    return StableDiffusion(info, denoiser, vae, tuple(text_encoders), tokenizers, dtype, checker, load)
+
+
+def empty_component(part: Component, dtype: torch.dtype) -> Any:
+    """One component without weights, on the meta device."""
+    model = empty_model(part.name, part.config)
+    nn.Module.to(model, dtype)
+    return model.requires_grad_(False).eval()
 
 
 def load_component(
@@ -83,7 +94,7 @@ def load_component(
         )
     if part.name == "vae" and dtype == torch.bfloat16:
         # In this layout convolutions in bf16 take 0.3 to 0.9 of the time.
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.requires_grad_(False).eval()
 
 

@@ -28,10 +28,13 @@ from sdlora.models.kernels import use_kernels
 
 TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
+META = torch.device("meta")
 
 @dataclass(eq=False)
 class StableDiffusion:
     """The networks of a base, in eval mode and without gradients; the methods are described in `Base`.
+
+    A network on the meta device takes no memory; `load` reads it again where it is needed.
 
     Args:
         text_encoders: One, or the two of SDXL, each with a tokenizer.
@@ -45,6 +48,10 @@ class StableDiffusion:
     tokenizers: tuple[CLIPTokenizer, ...]
     dtype: torch.dtype
     safety_checker: Callable[[Sequence[Image]], Sequence[bool]] | None = None
+    load: Callable[[str], Any] | None = None
+
+    def _loaded(self, name: str, part: Any) -> Any:
+        return self.load(name) if self.load and part.device == META else part
 
     @property
     def device(self) -> torch.device:
@@ -77,9 +84,17 @@ class StableDiffusion:
             return "SDPA"
         return ", ".join(sorted({type(processor).__name__ for processor in processors}))
 
+    def load_denoiser(self) -> None:
+        self.denoiser = self._loaded("unet", self.denoiser)
+
     def text_encoders_to(self, device: torch.device | str) -> None:
+        if torch.device(device) != META:
+            self._load_text_encoders()
         for part in self.text_encoders:
             part.to(device)
+
+    def _load_text_encoders(self) -> None:
+        self.text_encoders = tuple(map(self._loaded, self.info.traits.text_encoders, self.text_encoders))
 
     def use_cpu_kernels(self) -> bool:
         is_suited = self.device.type == "cpu" and self.dtype == torch.bfloat16
@@ -99,6 +114,7 @@ class StableDiffusion:
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         # One image at a time: batching gains nothing (the VAE fills the device alone), and an image's latents
         # must not depend on its neighbours.
+        self.vae = self._loaded("vae", self.vae)
         moments = [self._encode_image(image[None]) for image in pixels]
         return torch.cat([mean for mean, _ in moments]), torch.cat([std for _, std in moments])
 
@@ -138,8 +154,9 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        # The VAE is on the UNet's device only meanwhile (R-18).
+        # The VAE is in memory, and on the UNet's device, only meanwhile (R-18).
         home = self.vae.device
+        self.vae = self._loaded("vae", self.vae)
         try:
             self.vae.to(self.device)
             return self._without_overflow(partial(self._decode, latents))[0]
@@ -177,6 +194,7 @@ class StableDiffusion:
         For most SDXL bases that is zeros, since Stability trained them so and the stock pipeline samples them
         so (`force_zeros_for_empty_prompt`).
         """
+        self._load_text_encoders()
         pairs = zip(self.tokenizers, self.text_encoders, strict=True)
         states = [self._encode_text(list(captions), tokenizer, encoder) for tokenizer, encoder in pairs]
         hidden = torch.cat([hidden.float() for hidden, _ in states], dim=-1)

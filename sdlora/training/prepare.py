@@ -79,7 +79,7 @@ def prepare(
     terminal: Terminal,
     kernels: Sequence[str] | None = None,
 ) -> Prepared:
-    """Loads the base, encodes, moves the encoders off the device, and mounts a fresh adapter.
+    """Loads the base, encodes, frees the encoders' memory, and mounts a fresh adapter.
 
     `kernels` are those of a run that is resumed.
     """
@@ -91,13 +91,14 @@ def prepare(
     )
     parents = path_to_stack(plan.parents)
     encodings = Encodings(base, plan)
-    base.text_encoders_to(device)
-    mount(base.components, parents)
-    if waits:
-        _encode(plan, encodings, accelerator, terminal)
-    prompts = dict.fromkeys([*config.sample.prompts, config.sample.negative_prompt])
-    # With trained text encoders, sampling encodes the prompts for each column.
+    # With adapters on text encoders, sampling encodes the prompts for each column.
     text_differs = text_learns or any(adapter.changes_text for adapter, _ in parents)
+    if text_differs:
+        base.text_encoders_to(device)
+        mount(base.components, parents)
+    if waits:
+        _encode(plan, encodings, accelerator, terminal, text_stays=text_differs)
+    prompts = dict.fromkeys([*config.sample.prompts, config.sample.negative_prompt])
     prompt_states = {} if text_differs else {prompt: encodings.condition(prompt) for prompt in prompts}
     records, heldout = plan.index.records, spread(plan.index.heldout, NUM_HELDOUT)
     train = spread(records, len(heldout) or min(NUM_HELDOUT, max(2, len(records) // 10)))
@@ -106,7 +107,7 @@ def prepare(
         for split, chosen in (("train", train), ("heldout", heldout))
         if chosen
     }
-    base.denoiser.to(device)
+    base.load_denoiser()
     if config.train.gradient_checkpointing:
         base.enable_gradient_checkpointing(text=text_learns)
     adapter, started = make_adapter(config, plan.info, base.components, plan.layout)
@@ -167,7 +168,9 @@ def warn_if_prediction_differs(plan: RunPlan, prepared: Prepared) -> str | None:
     )
 
 
-def _encode(plan: RunPlan, encodings: Encodings, accelerator: Accelerator, terminal: Terminal) -> None:
+def _encode(
+    plan: RunPlan, encodings: Encodings, accelerator: Accelerator, terminal: Terminal, *, text_stays: bool
+) -> None:
     """Fills the cache, each process a share."""
     records, sample, base = plan.index.records, plan.config.sample, encodings.base
     heldout = plan.index.heldout
@@ -177,10 +180,9 @@ def _encode(plan: RunPlan, encodings: Encodings, accelerator: Accelerator, termi
     # One at a time, to save memory: text encoders, then the VAE, then the denoiser.
     if not encodings.text_learns:
         encodings.prepare(captions, accelerator, terminal)
-        base.text_encoders_to("cpu")
-    base.vae.to(accelerator.device)
+        base.text_encoders_to("cpu" if text_stays else "meta")
     encodings.prepare([*views, *_first_views(plan, heldout)], accelerator, terminal)
-    base.vae.to("cpu")
+    base.vae.to("meta")
     encodings.check_cache(terminal)
 
 

@@ -240,14 +240,27 @@ def test_shipped_base_is_an_ordinary_folder() -> None:
     assert kinds <= {".json", ".safetensors", ".txt"}
 
 
-@pytest.mark.gpu
-def test_parts_wait_on_the_cpu(info: BaseInfo) -> None:
-    """R-20: in the dtypes of the device where they will be used."""
-    base = load_base(info, dtype=torch.bfloat16, device="cuda", waits=True)
-    assert {part.device.type for part in (base.denoiser, base.vae, *base.text_encoders)} == {"cpu"}
-    base.text_encoders_to("cuda")
-    assert base.vae.device.type == "cpu"
-    assert base.encode_captions(["a cat"]).hidden.device.type == "cuda"
+def devices_of(base: StableDiffusion) -> list[str]:
+    return [part.device.type for part in (base.denoiser, base.vae, *base.text_encoders)]
+
+
+def test_parts_are_loaded_where_they_are_needed(info: BaseInfo, base: StableDiffusion) -> None:
+    """R-18, R-20: a base that waits takes no memory; each part is loaded when used, and can be freed."""
+    waiting = load_base(info, dtype=torch.float32, device="cpu", waits=True)
+    assert waiting.dtypes == base.dtypes
+    assert devices_of(waiting) == ["meta"] * 3
+    assert torch.equal(waiting.encode_captions(["a cat"]).hidden, base.encode_captions(["a cat"]).hidden)
+    waiting.text_encoders_to("meta")
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    mean, _ = waiting.encode_images(pixels)
+    assert torch.equal(mean, base.encode_images(pixels)[0])
+    assert devices_of(waiting) == ["meta", "cpu", "meta"]
+    waiting.vae.to("meta")
+    waiting.load_denoiser()
+    inputs = base.example_inputs()
+    assert torch.equal(waiting.denoise(*inputs), base.denoise(*inputs))
+    assert torch.equal(waiting.decode_latents(mean), base.decode_latents(mean))
+    assert devices_of(waiting) == ["cpu", "meta", "meta"]
 
 
 @pytest.mark.gpu
