@@ -30,6 +30,7 @@ TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
 META = torch.device("meta")
 
+
 @dataclass(eq=False)
 class StableDiffusion:
     """The networks of a base, in eval mode and without gradients; the methods are described in `Base`.

@@ -6,6 +6,7 @@ C channels, H W latent size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +25,7 @@ from sdlora.training.distributed import barrier, work_in_rounds
 from sdlora.training.plan import RunPlan
 
 View = tuple[ImageRecord, Crop]
+NUM_AHEAD = 3
 
 
 class Encodings:
@@ -55,13 +57,22 @@ class Encodings:
         self._encode(rest, accelerator, terminal)
 
     def _encode(self, items: Sequence[str | View], accelerator: Accelerator, terminal: Terminal) -> None:
-        with terminal.progress("encoding", len(items)) as meter:
+        with terminal.progress("encoding", len(items)) as meter, ThreadPoolExecutor(1) as pool:
+            coming: dict[int, Future[Tensor]] = {}
 
-            def encode(item: str | View) -> None:
-                self.condition(item) if isinstance(item, str) else self.posterior(*item)
+            def encode(number: int) -> None:
+                # Images are decoded in another thread while the VAE works: this one and the next two.
+                for ahead, item in enumerate(items[number : number + NUM_AHEAD], number):
+                    if not isinstance(item, str) and ahead not in coming:
+                        coming[ahead] = pool.submit(self._pixels, *item)
+                item = items[number]
+                if isinstance(item, str):
+                    self.condition(item)
+                else:
+                    self.posterior(*item, coming.pop(number).result)
                 meter.advance()
 
-            work_in_rounds(accelerator, items, encode)
+            work_in_rounds(accelerator, range(len(items)), encode)
 
     def check_cache(self, terminal: Terminal) -> None:
         """Warns of damaged files, and of a cache that cannot be written (required, it is a DataError)."""
@@ -76,17 +87,27 @@ class Encodings:
                 raise DataError(f"{problem}, but data.cache = true requires it; {remedy}", key="data.cache")
             terminal.warn(problem)
 
-    def posterior(self, record: ImageRecord, crop: Crop) -> tuple[Tensor, Tensor]:
+    def _pixels(self, record: ImageRecord, crop: Crop) -> Tensor:
+        """The crop of an image, (3, height, width) in [-1, 1]."""
+        # In fp32 latents stay as earlier versions made them.
+        target = crop.resized if self.base.vae.dtype == torch.bfloat16 else None
+        return image_to_tensor(crop_image(load_record(record, self.settings.background, target), crop))
+
+    def posterior(
+        self, record: ImageRecord, crop: Crop, pixels: Callable[[], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the VAE's posterior, each (C, H, W) on the CPU.
+
+        `pixels` returns the image if it is decoded elsewhere.
 
         Raises a DataError if the image is missing or has changed since it was scanned, and a ModelError with
         its name if the latents are not finite.
         """
 
         def encode() -> dict[str, Tensor]:
-            image = crop_image(load_record(record, self.settings.background), crop)
+            image = pixels() if pixels else self._pixels(record, crop)
             try:
-                mean, std = self.base.encode_images(image_to_tensor(image)[None])
+                mean, std = self.base.encode_images(image[None])
             except ModelError as error:
                 raise ModelError(f"{record.name}: {error}", key="".join(error.keys)) from None
             return {"mean": mean[0].cpu(), "std": std[0].cpu()}

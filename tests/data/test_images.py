@@ -280,6 +280,26 @@ def test_images_that_went_or_changed(tmp_path: Path, write_image) -> None:
         load_record(record)
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_decoded_smaller(tmp_path: Path, write_image, orientation: int) -> None:
+    """R-20: no smaller than twice the target, turned or not, and the crop is the same within 3 levels."""
+    (tmp_path / "a").mkdir()
+    image = make_corners().resize((976, 656), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a" / "big.jpg", quality=95, exif=exif)
+    [record] = scan_dataset(tmp_path / "a", DataSection(allow_missing_captions=True, heldout=0)).records
+    wide = orientation == 1
+    target = Size(96, 64) if wide else Size(64, 96)
+    small, whole = load_record(record, target=target), load_record(record)
+    assert whole.size == (record.size.width, record.size.height)
+    assert small.size == ((244, 164) if wide else (164, 244))
+    crop = Crop(target, 0, 0, target)
+    one, other = (np.asarray(crop_image(shown, crop)).astype(int) for shown in (small, whole))
+    assert abs(one - other).max() <= 3
+    assert load_record(record, target=Size(600, 600)).size == whole.size
+
+
 def test_unknown_background(tmp_path: Path) -> None:
     """R-35: a colour that is none is named with its key."""
     with raises(ConfigError, "data.background", shows="whit"):
