@@ -107,8 +107,11 @@ def _is_unfolded(
     weight: Tensor, shape: torch.Size, stride: tuple[int, int], padding: tuple[int, int]
 ) -> bool:
     is_same = tuple(weight.shape[2:]) == (3, 3) and tuple(stride) == tuple(padding) == (1, 1)
-    is_wide = min(weight.shape[:2]) >= LEAST_CHANNELS
-    return is_same and is_wide and shape[0] * shape[2] * shape[3] <= MOST_POSITIONS
+    return is_same and _is_wide(weight) and shape[0] * shape[2] * shape[3] <= MOST_POSITIONS
+
+
+def _is_wide(weight: Tensor) -> bool:
+    return min(weight.shape[:2]) >= LEAST_CHANNELS
 
 
 def _unfold_and_multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -138,8 +141,12 @@ def use_kernels(unet: Any) -> bool:
     convolutions = [layer for layer in unet.modules() if FrozenConvolution.suits(layer)]
     for layer in convolutions:
         layer.to(memory_format=torch.channels_last)
-    shapes = {(layer.weight.shape, layer.stride, layer.padding): layer for layer in convolutions}
-    if not all(_agrees(layer) for layer in shapes.values()):
+    # One of each way of computing; the largest would take a second each.
+    ways = {
+        (layer.kernel_size, layer.stride, layer.padding, _is_wide(layer.weight)): layer
+        for layer in sorted(convolutions, key=lambda layer: -layer.weight.numel())
+    }
+    if not all(map(_agrees, ways.values())):
         return False
     for layer in convolutions:
         layer.__class__ = FrozenConvolution

@@ -121,8 +121,9 @@ class Trainer:
         rate = learning_rate(step, self.plan.config.train, self.plan.steps)
         rates = runner.set_learning_rate(rate)
         # Dropout could keep a small module from learning: it is off while each is proven to learn.
-        loss, draws = runner.compute_gradients(step, samples, dropout=not self.health.is_proving)
-        norm = runner.clip_gradients()
+        total, draws = runner.compute_gradients(step, samples, dropout=not self.health.is_proving)
+        # The only values that the CPU waits for.
+        loss, norm = torch.stack([total, runner.clip_gradients()]).tolist()
         updated = math.isfinite(loss) and math.isfinite(norm)
         runner.update(skip=not updated)
         result = StepResult(

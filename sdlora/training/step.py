@@ -124,10 +124,10 @@ class StepRunner:
 
     def compute_gradients(
         self, step: int, samples: Sequence[Sample], *, dropout: bool = True
-    ) -> tuple[float, tuple[Draw, ...]]:
+    ) -> tuple[Tensor, tuple[Draw, ...]]:
         """Computes the gradient of the mean loss over the samples of a step, on all processes.
 
-        Returns the loss of the whole step, and the draws of this process.
+        Returns the loss of the whole step, on the device, and the draws of this process.
         """
         total = torch.zeros((), device=self.accelerator.device)
         draws: list[Draw] = []
@@ -143,7 +143,7 @@ class StepRunner:
             draws += drawn
         if self.accelerator.num_processes > 1:
             total = self._all_reduce(total)
-        return float(total), tuple(draws)
+        return total, tuple(draws)
 
     def forward_backward(
         self, step: int, micro_batch: Sequence[Sample], count: int, *, dropout: bool = True
@@ -176,8 +176,8 @@ class StepRunner:
             drawn.to(device),
         )
         return losses, [
-            Draw(sample.index, sample.record.name, sample.caption, seed, int(timestep))
-            for sample, seed, timestep in zip(samples, seeds, drawn.timesteps, strict=True)
+            Draw(sample.index, sample.record.name, sample.caption, seed, timestep)
+            for sample, seed, timestep in zip(samples, seeds, drawn.timesteps.tolist(), strict=True)
         ]
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
@@ -199,10 +199,11 @@ class StepRunner:
             parameter.grad = part.view_as(parameter)
         return loss.reshape(())
 
-    def clip_gradients(self) -> float:
-        """Clips the gradients to `train.grad_clip`; returns their norm before."""
+    def clip_gradients(self) -> Tensor:
+        """Clips the gradients to `train.grad_clip`; returns their norm before, on the device."""
         limit = self.settings.grad_clip or math.inf
-        return float(self.accelerator.clip_grad_norm_(self.parameters, limit))
+        norm: Tensor = self.accelerator.clip_grad_norm_(self.parameters, limit)
+        return norm
 
     def update(self, *, skip: bool) -> None:
         """Updates the adapter, unless the step is skipped, and clears the gradients."""

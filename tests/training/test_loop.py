@@ -288,7 +288,7 @@ def test_clipping_clips(make_images, small, make_trainer, tmp_path):
         trainer = make_trainer(small(images, train__grad_clip=limit), tmp_path / str(limit))
         samples = trainer.plan.order.step(0)
         trainer.runner.compute_gradients(0, samples)
-        before = trainer.runner.clip_gradients()
+        before = float(trainer.runner.clip_gradients())
         norm = float(
             torch.stack([p.grad.norm() for p in trainer.runner.parameters if p.grad is not None]).norm()
         )

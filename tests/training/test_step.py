@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdlora.formats.files import load_adapter
 
@@ -87,3 +88,23 @@ def test_fp16_in_a_process_without_samples(make_images, tiny, make_trainer, tmp_
     assert runner._all_reduce(torch.zeros(())) == 0
     assert runner.clip_gradients() == 0
     assert not any(tensor.grad.any() for tensor in runner.parameters)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often the CPU waits for a number of a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **kwargs or {})
+
+
+def test_a_step_does_not_wait_for_its_numbers(make_images, small, make_trainer, tmp_path):
+    """R-18: passes, clipping and update read no number; after them, one check of the trained values does."""
+    config = small(make_images(), train__accumulate=2, train__ema_decay=0.9)
+    trainer = make_trainer(config, tmp_path / "run")
+    trainer.train_step()  # the first one checks more
+    with Reads() as reads:
+        trainer.train_step()
+    assert reads.count <= 1
