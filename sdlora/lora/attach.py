@@ -169,15 +169,20 @@ def unwrapped(model: Model) -> Iterator[None]:
 
 @contextmanager
 def mounted(model: Model, adapters: Sequence[tuple[Adapter, Scale]]) -> Iterator[None]:
-    """Mounts adapters for a while; afterwards wrapped layers and stacks are as they were."""
-    before = {name: layer.stack for name, layer in lora_layers(model).items()}
+    """Mounts adapters for a while; afterwards wrapped layers and stacks are as they were.
+
+    Meanwhile all layers are fused, whatever training chose: a run samples as any other program (R-10).
+    """
+    before = {name: (layer.stack, layer.is_fused) for name, layer in lora_layers(model).items()}
     try:
         mount(model, adapters)
+        for layer in lora_layers(model).values():
+            layer.is_fused = True
         yield
     finally:
         layers = lora_layers(model)
-        for name, stack in before.items():
-            layers[name].stack = stack
+        for name, (stack, is_fused) in before.items():
+            layers[name].stack, layers[name].is_fused = stack, is_fused
         replace_modules(model, {name: layer.base for name, layer in layers.items() if name not in before})
 
 

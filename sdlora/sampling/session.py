@@ -103,6 +103,8 @@ class SamplePlan:
         is_fast = device.type != "cpu" and has_bf16(device)
         dtype = self.dtype or (torch.bfloat16 if is_fast else torch.float32)
         base = load_base(self.info, dtype=dtype, device=device)
+        # As a run has them.
+        base.use_cpu_kernels()
         sample = self.config.sample
         images = generate(base, self.columns, sample.prompts, sample.seeds, self.settings, progress=progress)
         base_name, title = base.info.name, self.title

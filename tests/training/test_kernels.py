@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from sdlora.errors import RunError
 from sdlora.lora.layers import lora_layers
+from sdlora.sampling.session import sample
 from sdlora.training.checkpoint import read_state, seal_state
 from sdlora.training.prepare import CPU_KERNELS, FUSED_LORA
 from sdlora.training.train import resume, train
@@ -52,6 +55,18 @@ def test_an_older_run_continues_without_kernels(config, tmp_path):
     forget_kernels(run, 2)
     resume(run, ["train.steps=4"], quiet=True)
     assert [event["kernels"] for event in run.events("prepared")][-1] == []
+
+
+def test_a_run_samples_as_any_other_program(config, tmp_path):
+    """R-10: `sample` takes the kernels of a run, for the same pixels."""
+    run = start(config, tmp_path / "run", **{"train.sample_every": 2, "train.learning_rate": 0.03})
+    for step in (2, 4):
+        again = sample(run, step=step, out=tmp_path / f"again-{step}").parent
+        for name in ("00.png", "01.png"):
+            one, other = (
+                np.asarray(Image.open(folder / name)) for folder in (run.sample_folder(step), again)
+            )
+            assert np.array_equal(one, other), name
 
 
 def test_missing_kernels_end_a_resume(config, tmp_path):
