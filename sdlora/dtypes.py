@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+VAE_DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
+"""The VAE's dtype beside a denoiser's: a VAE overflows in fp16 alone (R-22)."""
 STORED = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -48,9 +50,4 @@ class Precision:
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        return DTYPES[self.vae] if self.vae else choose_vae_dtype(self.base_dtype)
-
-
-def choose_vae_dtype(base: torch.dtype) -> torch.dtype:
-    """bf16 beside a bf16 denoiser, else fp32: a VAE overflows in fp16 alone (R-22)."""
-    return torch.bfloat16 if base == torch.bfloat16 else torch.float32
+        return DTYPES[self.vae] if self.vae else VAE_DTYPES[self.base_dtype]

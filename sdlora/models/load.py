@@ -13,7 +13,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from sdlora.config import Quantize
-from sdlora.dtypes import choose_vae_dtype
+from sdlora.dtypes import VAE_DTYPES
 from sdlora.errors import ModelError
 from sdlora.models.base import Base, quiet
 from sdlora.models.components import AGAIN, Component
@@ -44,13 +44,13 @@ def load_base(
         info: The base.
         dtype: Of the UNet. Text encoders are fp32.
         device: Of all components.
-        vae_dtype: By default as in `choose_vae_dtype`.
+        vae_dtype: By default as in `VAE_DTYPES`.
         waits: Whether each component is loaded when it is first needed, so that not all are in memory.
 
     Raises:
         ModelError: If weights are missing or not finite.
     """
-    dtypes = {"unet": dtype, "vae": vae_dtype or choose_vae_dtype(dtype)}
+    dtypes = {"unet": dtype, "vae": vae_dtype or VAE_DTYPES[dtype]}
     dtypes |= dict.fromkeys(info.traits.text_encoders, torch.float32)
 
     def load(name: str) -> Any:

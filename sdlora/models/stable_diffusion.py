@@ -39,7 +39,7 @@ class StableDiffusion:
 
     Args:
         text_encoders: One, or the two of SDXL, each with a tokenizer.
-        dtype: Of the UNet; text encoders are fp32, the VAE as in `dtypes.choose_vae_dtype`.
+        dtype: Of the UNet; text encoders are fp32, the VAE as in `dtypes.VAE_DTYPES`.
     """
 
     info: BaseInfo

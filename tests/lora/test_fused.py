@@ -9,8 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sdlora.lora.attach import mount
-from sdlora.lora.fused import Pair, fused_linear
-from sdlora.lora.layers import lora_layers
+from sdlora.lora.layers import Pair, fused_linear, lora_layers
 
 
 class Case:

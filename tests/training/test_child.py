@@ -22,6 +22,7 @@ from sdlora.formats.write import round_adapter
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import match_targets, mounted
 from sdlora.models.info import inspect_base
+from sdlora.models.load import load_base
 from sdlora.models.weights import empty_denoiser
 from sdlora.rank.resize import resize
 from sdlora.runs import RunFolder
@@ -322,7 +323,9 @@ def test_parents_that_change_the_text_encoder(save_style, small, make_trainer, i
     plain = make_trainer(small(images), tmp_path / "plain")
     name = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
     width = plain.prepared.base.text_encoders[0].config.hidden_size
-    pair = create_adapter(plain.prepared.base.components, [name], 2, 2, seed=0, family="sd1").to()
+    # A run without adapters on text encoders no longer holds them once the captions are encoded.
+    full = load_base(plain.plan.info, dtype=torch.float32, device="cpu")
+    pair = create_adapter(full.components, [name], 2, 2, seed=0, family="sd1").to()
     pair.modules[name].up.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
     assert isinstance(pair, Adapter)
     assert pair.modules[name].down.shape[1] == width
