@@ -199,10 +199,10 @@ class LowRank(AdapterModule):
         """`scale * up(drop(down(x)))`; the factors go where `x` is, in its dtype, for the product alone."""
         if isinstance(layer, nn.Conv2d):
             hidden = F.conv2d(x, self.down.to(x), None, layer.stride, layer.padding, layer.dilation)
-            hidden = hidden * for_samples(scale, hidden)
+            hidden = (hidden * for_samples(scale, hidden)).to(hidden)
             return F.conv2d(drop(hidden) if drop else hidden, self.up.to(x))
         hidden = F.linear(x, self.down.to(x))
-        hidden = hidden * for_samples(scale, hidden)
+        hidden = (hidden * for_samples(scale, hidden)).to(hidden)
         return F.linear(drop(hidden) if drop else hidden, self.up.to(x))
 
     def delta_weight(self, weight: Tensor, scale: float, total: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ def for_samples(scale: Scale, values: Tensor) -> Scale:
     if rest:
         problem = f"{len(scale)} strengths for a batch of {len(values)}; pass one for each sample"
         raise AdapterError(problem, key="lora.strengths")
-    return scale.to(values).repeat(parts).view(-1, *[1] * (values.ndim - 1))
+    return scale.to(values.device).repeat(parts).view(-1, *[1] * (values.ndim - 1))
 
 
 def as_float64(factor: Tensor) -> Tensor:

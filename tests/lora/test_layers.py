@@ -250,3 +250,12 @@ def test_strengths_that_do_not_fit_the_batch(unet, run, make_adapter):
     mount(unet, [(make_adapter(unet).to(), torch.tensor([1.0, 0.5, 0.2]))])
     with raises(AdapterError, "lora.strengths", shows=("3 strengths", "batch of 2")):
         run(unet)
+
+
+def test_a_strength_of_samples_is_not_rounded():
+    """R-10: in bf16, a strength for each sample gives the bits of the same strength for the batch."""
+    generator = torch.Generator().manual_seed(0)
+    x, down, up = (torch.randn(shape, generator=generator) for shape in ((2, 5, 8), (4, 8), (6, 4)))
+    pair, layer, x = LowRank(down, up), torch.nn.Linear(8, 6), x.bfloat16()
+    together = pair.product(x, layer, torch.tensor([0.6, 0.6]), None)
+    assert torch.equal(together, pair.product(x, layer, 0.6, None))
