@@ -2,6 +2,7 @@
 
 The modules are not parameters of the layer: moving or casting the network never touches an adapter. The base
 weight is never written, so without the stack the base is the same to the bit.
+N tokens of all samples, R sum of the ranks of a stack.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class Dropout:
 
 
 class Pair(NamedTuple):
+    """A low-rank pair with one scale for the whole batch."""
+
     down: Tensor
     """(r, in), fp32"""
     up: Tensor
@@ -158,7 +161,7 @@ class LoraLayer(nn.Module):
         return y
 
     def _pairs(self, x: Tensor) -> list[Pair]:
-        """The stack as pairs with one scale each; empty if the layer is no plain Linear in the dtype of x."""
+        """The stack as pairs; empty if a scale is of samples, or the layer not a plain Linear like x."""
         pairs = [
             Pair(entry.module.down, entry.module.up, entry.scale)
             for entry in self.stack

@@ -136,11 +136,9 @@ def _unfold_and_multiply_back(gradient: Tensor, weight: Tensor) -> Tensor:
     return x
 
 
-def use_kernels(unet: Any) -> bool:
+def use_cpu_kernels(unet: Any) -> bool:
     """Puts both equivalents into a frozen UNet; changes nothing and returns False if they do not agree."""
     convolutions = [layer for layer in unet.modules() if FrozenConvolution.suits(layer)]
-    for layer in convolutions:
-        layer.to(memory_format=torch.channels_last)
     # One of each way of computing; the largest would take a second each.
     ways = {
         (layer.kernel_size, layer.stride, layer.padding, _is_wide(layer.weight)): layer
@@ -149,6 +147,7 @@ def use_kernels(unet: Any) -> bool:
     if not all(map(_agrees, ways.values())):
         return False
     for layer in convolutions:
+        layer.to(memory_format=torch.channels_last)
         layer.__class__ = FrozenConvolution
     for layer in unet.modules():
         if isinstance(getattr(layer, "processor", None), AttnProcessor2_0) and ContiguousHeads.suits(layer):

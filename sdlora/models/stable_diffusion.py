@@ -24,7 +24,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from sdlora.errors import ModelError
 from sdlora.models.base import Condition, quiet
 from sdlora.models.info import BaseInfo
-from sdlora.models.kernels import use_kernels
+from sdlora.models.kernels import use_cpu_kernels
 
 TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
@@ -99,7 +99,7 @@ class StableDiffusion:
 
     def use_cpu_kernels(self) -> bool:
         is_suited = self.device.type == "cpu" and self.dtype == torch.bfloat16
-        return is_suited and use_kernels(self.denoiser)
+        return is_suited and use_cpu_kernels(self.denoiser)
 
     def enable_gradient_checkpointing(self, *, text: bool) -> None:
         # diffusers and transformers recompute in train mode only, which changes nothing else here.

@@ -33,7 +33,7 @@ from tests.benchmarks.trainers import (
 )
 
 SIDES_PX = {"sd15": 512, "quarter": 256}
-# What the issue asks for: ours / PEFT, and the share of the floor on a CPU with AMX.
+# The goals: ours / PEFT, and the share of the floor on a CPU with AMX.
 MUST, AIM, SHARE = 0.80, 0.71, 0.16
 
 

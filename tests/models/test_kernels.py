@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sdlora.models import kernels
-from sdlora.models.kernels import ContiguousHeads, FrozenConvolution, use_kernels
+from sdlora.models.kernels import ContiguousHeads, FrozenConvolution, use_cpu_kernels
 
 WIDE = kernels.LEAST_CHANNELS
 LAYERS = {
@@ -45,7 +45,7 @@ def test_convolutions_equal_torch(name):
 def test_a_whole_unet_agrees(make_unet, run):
     """R-46: in bf16, the UNet's output is that of the stock kernels within bf16's rounding."""
     stock, ours = make_unet().to(torch.bfloat16), make_unet().to(torch.bfloat16)
-    assert use_kernels(ours)
+    assert use_cpu_kernels(ours)
     assert {type(layer) for layer in ours.modules() if isinstance(layer, nn.Conv2d)} == {FrozenConvolution}
     assert all(isinstance(one, ContiguousHeads) for one in ours.attn_processors.values())
     state = {name: value.clone() for name, value in ours.state_dict().items()}
@@ -59,5 +59,5 @@ def test_kernels_that_disagree_are_not_used(make_unet, monkeypatch):
     unet = make_unet().to(torch.bfloat16)
     stock = nn.functional.conv2d
     monkeypatch.setattr(kernels.F, "conv2d", lambda x, weight, *rest: stock(x, weight * 1.01, *rest))
-    assert not use_kernels(unet)
+    assert not use_cpu_kernels(unet)
     assert not any(isinstance(layer, FrozenConvolution) for layer in unet.modules())
