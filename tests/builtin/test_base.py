@@ -82,7 +82,7 @@ def test_the_words_of_the_concepts_fit() -> None:
 
     tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
     lengths = [
-        len(tokenizer(f"a image of a {concept.replace('-', ' ')} on a yellow background")["input_ids"])
+        len(tokenizer(f"an image of a {concept.replace('-', ' ')} on a yellow background")["input_ids"])
         for concept in read_concepts()
     ]
     assert max(lengths) <= TEXT_LENGTH - 12
@@ -90,7 +90,7 @@ def test_the_words_of_the_concepts_fit() -> None:
 
 @pytest.mark.slow
 def test_it_knows_its_colours() -> None:
-    """A image asked for on a coloured ground has that ground in its corners."""
+    """An image asked for on a coloured ground has that ground in its corners."""
     pipeline = load_pipeline(BASE, "cpu")
     images = sample(pipeline, ["a red apple", "a bell on a blue background"], 0)
     corners = [torch.tensor(image.getpixel((3, 3)), dtype=torch.float) for image in images]

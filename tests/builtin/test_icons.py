@@ -36,7 +36,7 @@ def test_a_drawing_is_rendered_and_composed(tiny_icons: Path) -> None:
 
 
 def test_pixels_lie_between_minus_one_and_one(tiny_icons: Path) -> None:
-    """The array of a image has its channels first and white at 1."""
+    """The array of an image has its channels first and white at 1."""
     array = to_array(compose(load_icons("noto", tiny_icons).render("apple", drawing_px(128))))
     assert array.shape == (3, 128, 128)
     assert array.dtype == np.float32

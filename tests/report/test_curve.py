@@ -44,5 +44,5 @@ def test_what_it_says(tmp_path):
 
 
 def test_nothing_measured_yet(tmp_path):
-    """A run that was stopped at once has a image too."""
+    """A run that was stopped at once has an image too."""
     assert draw_loss_curve(RunFolder(tmp_path / "run")).is_file()

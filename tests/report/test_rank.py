@@ -1,4 +1,4 @@
-"""What each rank keeps, as a image."""
+"""What each rank keeps, as an image."""
 
 from __future__ import annotations
 

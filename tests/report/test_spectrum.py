@@ -1,4 +1,4 @@
-"""The spectrum as a image."""
+"""The spectrum as an image."""
 
 from __future__ import annotations
 
