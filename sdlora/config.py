@@ -286,7 +286,9 @@ class ObjectiveSection(_Tables):
         "extra noise on the denoiser's input only (ip_noise_gamma), such as 0.1", "about 0.1"
     )
     timestep_range: tuple[int, int] = _setting(
-        (0, 1000), "timesteps to train: the first, and one past the last", "use [0, 1000] for all"
+        (0, 1000),
+        "timesteps to train: the first, and one past the last; the built-in base has its own default",
+        "use [0, 1000] for all",
     )
     prediction_type: PredictionType | None = _setting(
         None, "prediction type: epsilon, v_prediction or sample; default: the base's"
@@ -341,7 +343,7 @@ class TrainSection(Section):
 
     steps: int | None = _setting(
         None,
-        "optimizer steps; default: 80 x images / global batch, from 100 to 3000 (400 on the built-in base)",
+        "optimizer steps; default: 80 x images / global batch, from 100 to 3000 (200 on the built-in base)",
         "use a number of optimizer steps, such as 400",
         ge=1,
         le=1_000_000,
