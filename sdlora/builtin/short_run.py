@@ -24,6 +24,7 @@ def train_shortly(
         settings: What differs from the defaults otherwise, by `section.key`.
     """
     overrides = {
+        "objective.timestep_range": [0, 1000],  # all that the held-out loss covers
         **settings,
         "train.learning_rate": rate,
         "train.seed": seed,
