@@ -48,7 +48,7 @@ BUILTIN_DEFAULTS = BaseDefaults(
     schedule="cosine",
     timestep_range=(0, 500),
     max_steps=200,
-    strengths=(0.8, 1.0),
+    strengths=(0.6, 0.8, 1.0),
     guidance=7.0,
 )
 
