@@ -159,6 +159,9 @@ class DataSection(Section):
     allow_missing_captions: bool = _setting(False, "train on images without a caption when others have one")
     on_bad_image: Literal["stop", "skip"] = _setting("stop", "if an image cannot be read: stop or skip")
     follow_links: bool = _setting(False, "follow symlinks that lead out of the image folder")
+    rules: Literal[1, 2] = _setting(
+        2, "rules for reading a folder: 2, or 1 as in earlier versions, whose runs keep it", "omit it"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:
@@ -629,7 +632,11 @@ def read_config(file: Path) -> RunConfig:
         UnfitFileError: If it is not JSON.
         ConfigError: If it has settings that this version does not know.
     """
-    return validate_config(drop_removed(read_json(file, MAX_JSON_BYTES)))
+    values = drop_removed(read_json(file, MAX_JSON_BYTES))
+    if isinstance(values, dict) and isinstance(values.get("data"), dict):
+        # The run of an earlier version continues with the images and captions that it began with.
+        values["data"].setdefault("rules", 1)
+    return validate_config(values)
 
 
 def validate_config(values: Mapping[str, Any], problems: Iterable[str] = ()) -> RunConfig:

@@ -65,6 +65,12 @@ MESSAGES: dict[Severity, dict[str, str]] = {
     "notice": {
         "data.image-frames": "{count:image} with several frames, using the first: {names}",
         "data.image-hidden": "ignored {count:image} in hidden files or folders: {names}",
+        "data.image-system": "ignored {count:image} in folders of the system or of network storage: {names}",
+        "data.image-project": "ignored {count:image} outside img/, which has the images of a kohya project: "
+        "{names}; pass another folder to use them",
+        "data.regularization": "ignored {count:regularization image} in reg/, which cannot be used: {names}",
+        "data.image-mask": "ignored {count:mask} of other tools: {names}",
+        "data.repeats-zero": "ignored {count:image} in folders with zero repeats: {names}",
         "data.image-enlarged": "{count:image} enlarged: {names}",
         "data.heldout-unused": "ignored {count:image} in folders named heldout, never trained on: {names}",
         "data.caption-encoding": "{count:file} not in UTF-8, read as Windows text (cp1252): {names}; save as "

@@ -11,11 +11,22 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
+from sdlora.config import DataSection
 from sdlora.data.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from sdlora.data.records import Noticed
 from sdlora.errors import DataError, join_names, shorten, unfit_letters
 
 HELDOUT = "heldout"
+# Folders of systems and network storage: thumbnails, deleted files, snapshots.
+SYSTEM_FOLDERS = (
+    *("@eadir", "@recycle", "@recently-snapshot", "@__thumb", "@tmp", "@synoresource", "#recycle"),
+    *("#snapshot", "$recycle.bin", "system volume information", "lost+found", "__pycache__"),
+)
+# The folders of a kohya project beside `img/`, which has the images to train on.
+PROJECT_FOLDERS = ("reg", "log", "model")
+REPEATS = re.compile(r"([0-9]{1,9})_.+")
+# Masks of OneTrainer, and of images with the same name.
+MASK = re.compile(r"(.+)(-masklabel|-condlabel|\.mask)")
 SEARCH_UP, SEARCH_DOWN, MAX_SEARCHED = 3, 2, 500
 
 
@@ -73,6 +84,44 @@ def list_files(root: Path, noticed: Noticed, *, follow_links: bool = False) -> l
     return sorted(files)
 
 
+def list_usable(root: Path, noticed: Noticed, settings: DataSection) -> list[str]:
+    """Lists the files that training may use: not what systems and other trainers keep beside the images."""
+    files = list_files(root, noticed, follow_links=settings.follow_links)
+    if settings.rules == 1:
+        return files
+    stems = {str(PurePosixPath(name).with_suffix("")) for name in files if is_image(name)}
+    numbered = {name.partition("/")[0] for name in files if is_image(name) and _repeats_below(name)}
+    is_project = "img" in numbered and any(
+        name.startswith(f"{part}/") for name in files for part in PROJECT_FOLDERS
+    )
+    usable = []
+    for name in files:
+        top, folders = name.partition("/")[0], PurePosixPath(name).parts[:-1]
+        mask = MASK.fullmatch(str(PurePosixPath(name).with_suffix("")))
+        if any(folder.lower() in SYSTEM_FOLDERS for folder in folders):
+            key = "data.image-system"
+        elif top == "reg" and "reg" in numbered and len(numbered) > 1:
+            key = "data.regularization"
+        elif is_project and top not in ("img", HELDOUT):
+            key = "data.image-project"
+        elif mask and is_image(name) and (mask[2] != ".mask" or mask[1] in stems):
+            key = "data.image-mask"
+        elif _repeats_below(name) == 0:
+            key = "data.repeats-zero"
+        else:
+            usable.append(name)
+            continue
+        if is_image(name):
+            noticed[key][name] = ""
+    return usable
+
+
+def _repeats_below(name: str) -> int | None:
+    """N of the nearest `N_name` folder above a file, inside the image folder; None if there is none."""
+    found = (REPEATS.fullmatch(folder) for folder in reversed(PurePosixPath(name).parts[:-1]))
+    return next((int(match[1]) for match in found if match), None)
+
+
 def _problem_of(entry: os.DirEntry[str], name: str) -> str:
     """`folder`, or why an entry is not a usable file; empty if it is one."""
     try:
@@ -128,6 +177,9 @@ def no_images_error(root: Path, files: Sequence[str], noticed: Noticed) -> DataE
         ("data.image-unreadable", ""),
         ("data.file-unreadable", ""),
         ("data.image-hidden", "is hidden; move it to a visible folder"),
+        ("data.image-system", "is in a folder of the system; move it to another folder"),
+        ("data.repeats-zero", "is in a folder with zero repeats; rename the folder"),
+        ("data.image-mask", "is a mask; pass the folder with the images"),
     ):
         if noticed[key]:
             name, detail = next(iter(noticed[key].items()))

@@ -23,7 +23,7 @@ from sdlora.data.folders import (
     check_folder,
     is_heldout,
     is_image,
-    list_files,
+    list_usable,
     no_images_error,
     read_repeats,
 )
@@ -56,7 +56,7 @@ def scan_dataset(root: str | Path, settings: DataSection, seed: int = 0) -> Data
     check_folder(root)
     parse_colour(settings.background)
     scan = _Scan(settings, seed)
-    files = list_files(root, scan.noticed, follow_links=settings.follow_links)
+    files = list_usable(root, scan.noticed, settings)
     images = [name for name in files if is_image(name)]
     inside, outside = locate_heldout(root, images, settings.heldout)
     heldout_names = [name for name in images if _is_below(name, inside)]
@@ -89,10 +89,10 @@ def read_captions(root: str | Path, settings: DataSection) -> list[tuple[Path, s
     root = Path(root).expanduser()
     check_folder(root)
     noticed: Noticed = defaultdict(dict)
-    files = {root: list_files(root, noticed, follow_links=settings.follow_links)}
+    files = {root: list_usable(root, noticed, settings)}
     inside, outside = locate_heldout(root, filter(is_image, files[root]), settings.heldout)
     if outside:
-        files = {outside: list_files(outside, noticed, follow_links=settings.follow_links), **files}
+        files = {outside: list_usable(outside, noticed, settings), **files}
     pipeline, captions = caption_pipeline(settings), []
     for folder, names in files.items():
         images = sorted(filter(is_image, names), key=lambda name: not _is_below(name, inside))
@@ -206,7 +206,7 @@ def _is_below(name: str, folder: str | None) -> bool:
 
 def _read_outside(scan: _Scan, folder: Path, taken: set[str]) -> list[ImageRecord]:
     """Held-out images from a folder elsewhere; their names start with that folder's."""
-    files = list_files(folder, scan.noticed, follow_links=scan.settings.follow_links)
+    files = list_usable(folder, scan.noticed, scan.settings)
     images = [name for name in files if is_image(name)]
     if not images:
         message = f"data.heldout = {scan.settings.heldout} has no images; set another folder, a share, or 0"
