@@ -30,6 +30,14 @@ MAX_TOML_BYTES = 256 * 2**10
 MAX_JSON_BYTES = 16 * 2**20
 
 
+def _is_encoding(name: str) -> bool:
+    """Whether Python knows an encoding of bytes as text, and one that extends ASCII."""
+    try:
+        return b"ascii".decode(name) == "ascii"
+    except (LookupError, ValueError):
+        return False
+
+
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | int | float) else value
 
@@ -149,6 +157,9 @@ class DataSection(Section):
     caption_dropout: Probability = _off(
         "probability of the empty prompt instead of a caption (zeros on SDXL)", "0.05", default=0.05
     )
+    caption_encoding: str | None = _setting(
+        None, "encoding of caption files that are not in UTF-8, such as cp932; default: as they seem to be"
+    )
     heldout: float | str = _setting(
         "auto",
         "validation images, never trained on: a folder, a fraction, or 0 for none; auto: the subfolder "
@@ -169,6 +180,11 @@ class DataSection(Section):
             raise ValueError(
                 f"data.crop_variants = {self.crop_variants} requires data.crop = random "
                 "(there is only one center crop); set data.crop=random or remove data.crop_variants"
+            )
+        if self.caption_encoding is not None and not _is_encoding(self.caption_encoding):
+            raise ValueError(
+                f"data.caption_encoding = {shorten(self.caption_encoding)} is not an encoding of text; "
+                "use one such as cp932 (Japanese), gb18030 (Chinese) or cp1251 (Cyrillic)"
             )
         if not isinstance(self.heldout, str) and not 0 <= self.heldout < 1:
             raise ValueError(f"data.heldout = {self.heldout:g} must be below 1; use 0.1, 0, or a folder")

@@ -6,14 +6,17 @@ import codecs
 import csv
 import io
 import posixpath
+import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from sdlora.config import DataSection
 from sdlora.data.records import Noticed
 from sdlora.errors import join_names, shorten, unfit_letters
 from sdlora.reading import UnfitFileError, parse_json, read_bytes
@@ -26,6 +29,23 @@ MAX_CAPTION_BYTES = 100_000
 MAX_METADATA_BYTES = 32_000_000
 MAX_LINES = 500_000
 MAX_LISTED = 1000
+# For each encoding of East Asia: its everyday characters, and those of them that no longer text is without.
+_ENCODINGS = {
+    "cp932": (rb"\x81[\x40-\xac]|[\x82\x83\x88-\x97][\x40-\xfc]", rb""),
+    "gb18030": (rb"[\xa1\xa3\xb0-\xd7][\xa1-\xfe]", rb"[\xc9-\xd7]."),
+    "big5": (rb"[\xa1-\xc6][\x40-\xfe]", rb".[\x40-\x7e]"),
+    "cp949": (rb"[\xa1\xa3\xb0-\xc8][\xa1-\xfe]", rb""),
+    "euc_jp": (rb"[\xa1\xa3-\xa5\xb0-\xcf][\xa1-\xfe]", rb"[\xa4\xa5]."),
+}
+_LONG_TEXT = 6
+_CLEAR, _MARGIN = 0.75, 0.1
+# What cp1252 makes of other encodings: letters without a word, symbols beside letters.
+_LETTER = "[À-ÖØ-öø-ÿŒœŠšŽžŸ]"
+_NOT_LATIN = re.compile(
+    rf"[^\x00-\x7f\xa0]{{4}}|{_LETTER}{{3}}|(?<![A-Za-z]){_LETTER}{{2}}(?![A-Za-z])"
+    rf"|[¡-¶¸-¿ƒˆ˜†‡‰€]{_LETTER}(?<![¡¿«]{_LETTER})|{_LETTER}[¡-¨ª¬-¶¸º¼-¾¿ƒˆ˜†‡‰€]"
+    r"|[¢-¶¸-º¼-¾]{2}|[A-Za-z][¡-©¬-±´µ¶¸¼-¿ƒˆ˜†‡‰€][A-Za-z]"
+)
 _DOCUMENTS = ("readme", "license", "licence", "attribution", "notice", "credits", "copying", "authors")
 
 
@@ -41,8 +61,22 @@ class _Search:
     """Captions found so far for each image, best first."""
 
     root: Path
+    settings: DataSection
     noticed: Noticed
+    names: Sequence[str]
     candidates: dict[str, list[Caption]] = field(default_factory=lambda: defaultdict(list))
+
+    @cached_property
+    def encoding(self) -> str:
+        """The encoding of the captions that are neither Unicode nor Latin text, all of them together."""
+        found = []
+        for name in self.names:
+            if PurePosixPath(name).suffix.lower() in SIDECAR_SUFFIXES or name.endswith(METADATA_FILES):
+                with suppress(OSError, UnfitFileError):
+                    data = read_bytes(self.root / name, MAX_METADATA_BYTES)
+                    if decode_text(data)[1] == "cp1252" and not is_latin(data):
+                        found.append(data)
+        return guess_encoding(found)
 
 
 def decode_text(data: bytes) -> tuple[str, str]:
@@ -59,15 +93,45 @@ def decode_text(data: bytes) -> tuple[str, str]:
         return data.decode("cp1252", errors="replace"), "cp1252"
 
 
+def is_latin(data: bytes) -> bool:
+    """Whether bytes read as cp1252 look like Latin text."""
+    try:
+        return _NOT_LATIN.search(data.decode("cp1252")) is None
+    except UnicodeDecodeError:
+        return False
+
+
+def guess_encoding(texts: Iterable[bytes]) -> str:
+    """The encoding of East Asia that all texts of a folder are in, or empty if that is not clear.
+
+    Captions are too short for statistics of a language; the share of everyday characters, over all captions,
+    tells the encodings apart.
+    """
+    data, scores = b"\n".join(texts), {}
+    for encoding, (common, telling) in _ENCODINGS.items():
+        with suppress(UnicodeDecodeError):
+            letters = Counter(letter for letter in data.decode(encoding) if letter > "\x7f")
+            wide = {letter.encode(encoding): number for letter, number in letters.items()}
+            total = max(1, letters.total())
+            usual = sum(number for letter, number in wide.items() if re.fullmatch(common, letter, re.DOTALL))
+            told = any(re.match(telling, letter, re.DOTALL) for letter in wide)
+            scores[encoding] = usual / total if told or total < _LONG_TEXT else usual / total / 2
+    ranked = sorted(scores, key=lambda encoding: -scores[encoding])
+    if not ranked or scores[ranked[0]] < _CLEAR:
+        return ""
+    is_clear = len(ranked) == 1 or scores[ranked[0]] - scores[ranked[1]] >= _MARGIN
+    return ranked[0] if is_clear else ""
+
+
 def find_captions(
-    root: Path, files: Sequence[str], images: Sequence[str], noticed: Noticed
+    root: Path, files: Sequence[str], images: Sequence[str], settings: DataSection, noticed: Noticed
 ) -> dict[str, Caption]:
     """Looks for captions beside the images and in metadata files above them.
 
     The order of trust is `.txt`, `.caption`, then metadata of the nearest folder, `.jsonl` before `.csv`.
     """
-    search = _Search(root, noticed)
     names = sorted(files)
+    search = _Search(root, settings, noticed, names)
     _read_sidecars(search, names, images)
     # Deeper folders first: the nearest metadata file wins.
     metadata = [name for name in names if PurePosixPath(name).name in METADATA_FILES]
@@ -99,13 +163,24 @@ def _clean(value: Any) -> str:
 
 def _read_text(search: _Search, name: str, max_bytes: int) -> str:
     try:
-        text, encoding = decode_text(read_bytes(search.root / name, max_bytes))
+        data = read_bytes(search.root / name, max_bytes)
     except (OSError, UnfitFileError) as error:
         reason = f"({error.strerror})" if isinstance(error, OSError) else str(error)
         search.noticed["data.caption-unreadable"][name] = reason
         return ""
-    if encoding == "cp1252":
-        search.noticed["data.caption-encoding"][name] = ""
+    text, encoding = decode_text(data)
+    if encoding != "cp1252":
+        return text
+    given = search.settings.caption_encoding
+    if search.settings.rules > 1 and (given or not is_latin(data)):
+        encoding = given or search.encoding
+        try:
+            text = data.decode(encoding or "utf-8")  # which it is not
+        except UnicodeDecodeError:
+            search.noticed["data.caption-undecodable"][name] = f"(not {encoding})" if encoding else ""
+            return ""
+    if not given:
+        search.noticed["data.caption-encoding"][name] = f"({encoding})"
     return text
 
 

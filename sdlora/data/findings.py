@@ -28,6 +28,8 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "data.image-unreadable": "cannot use {count:image}: {names}; replace or remove them, or set "
         "data.on_bad_image=skip",
         "data.caption-unreadable": "cannot read {count:caption file}: {names}; fix or remove them",
+        "data.caption-undecodable": "{count:caption file} in an unknown encoding: {names}; save as UTF-8, or "
+        "set data.caption_encoding, for example to cp932 (Japanese), gb18030 (Chinese) or cp1251 (Cyrillic)",
         "data.caption-long": "{count:caption} too long: {names}; shorten them",
         "data.captions-partial": "{count:image} without a caption, although others have one: {names}; write "
         "the missing ones, or set data.allow_missing_captions=true",
@@ -73,8 +75,8 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "data.repeats-zero": "ignored {count:image} in folders with zero repeats: {names}",
         "data.image-enlarged": "{count:image} enlarged: {names}",
         "data.heldout-unused": "ignored {count:image} in folders named heldout, never trained on: {names}",
-        "data.caption-encoding": "{count:file} not in UTF-8, read as Windows text (cp1252): {names}; save as "
-        "UTF-8 if characters look wrong",
+        "data.caption-encoding": "{count:file} not in UTF-8, read in the encoding that seems to fit: {names}; "
+        "save as UTF-8 if characters look wrong, or set data.caption_encoding",
         "data.caption-unmatched": "{count:caption file} without a matching image: {names}",
         "data.captions-differ": "{count:image} with several captions: {names}",
     },

@@ -96,7 +96,7 @@ def read_captions(root: str | Path, settings: DataSection) -> list[tuple[Path, s
     pipeline, captions = caption_pipeline(settings), []
     for folder, names in files.items():
         images = sorted(filter(is_image, names), key=lambda name: not _is_below(name, inside))
-        found = find_captions(folder, names, images, noticed)
+        found = find_captions(folder, names, images, settings, noticed)
         texts = (found[name].text if name in found else "" for name in images)
         captions += [(folder / name, pipeline.plain(text)) for name, text in zip(images, texts, strict=True)]
     return captions
@@ -111,7 +111,8 @@ class _Scan:
 
     def read(self, root: Path, files: Sequence[str], names: Sequence[str]) -> list[ImageRecord]:
         """Decodes the named images and finds their captions among the files."""
-        captions = find_captions(root, files, [name for name in files if is_image(name)], self.noticed)
+        images = [name for name in files if is_image(name)]
+        captions = find_captions(root, files, images, self.settings, self.noticed)
         records = []
         for name, measured in zip(names, _measure_all([root / name for name in names]), strict=True):
             if isinstance(measured, str):

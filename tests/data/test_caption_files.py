@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from sdlora.config import DataSection
+from sdlora.config import DataSection, load_config
 from sdlora.data.caption_files import decode_text
 from sdlora.data.records import DatasetIndex
 from sdlora.data.scan import scan_dataset
-from tests.checks import bounded
+from sdlora.errors import ConfigError
+from tests.checks import bounded, raises
 
 
 def scan(root: Path, **settings: object) -> DatasetIndex:
@@ -45,6 +46,60 @@ def test_windows_text_is_a_notice(tmp_path: Path, write_image, found) -> None:
     index = scan(tmp_path)
     assert captions(index) == {"a.png": ("a café", ".txt")}
     assert found(index)["notice data.caption-encoding"].names == ("a.txt",)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "texts"),
+    [
+        ("cp932", ["水墨画の丸、赤い", "猫が座っている、白い背景", "1girl, 青い髪"]),
+        ("euc_jp", ["水墨画の丸、赤い", "猫が座っている、白い背景"]),
+        ("gb18030", ["水墨画，红色的圆", "一只猫坐在椅子上", "ink, 红色房子"]),
+        ("big5", ["水墨畫，紅色的圓", "一隻貓坐在椅子上", "山水風景畫"]),
+        ("cp949", ["빨간 집", "고양이가 앉아 있다", "수묵화의 원, 빨강"]),
+    ],
+)
+def test_encodings_of_east_asia(tmp_path: Path, write_image, found, encoding: str, texts: list[str]) -> None:
+    """R-29: one encoding is found for all captions of a folder, and named; Latin ones keep theirs."""
+    write_image("latin.png").with_suffix(".txt").write_bytes("a café".encode("cp1252"))
+    for number, text in enumerate(texts):
+        write_image(f"{number}.png").with_suffix(".txt").write_bytes(text.encode(encoding))
+    index = scan(tmp_path)
+    assert [record.caption for record in index.records] == [*texts, "a café"]
+    message = found(index)["notice data.caption-encoding"].message
+    assert f"0.txt ({encoding})" in message
+    assert "latin.txt (cp1252)" in message
+
+
+@pytest.mark.parametrize("encoding", ["cp1251", "koi8-r", "cp1255", "cp874"])
+def test_an_encoding_that_is_not_clear_is_an_error(tmp_path: Path, write_image, found, encoding: str) -> None:
+    """R-29: no text is guessed; the file and the setting are named, and with it the text is read."""
+    text = {"cp1255": "בית אדום", "cp874": "บ้านสีแดง"}.get(encoding, "красный дом")
+    write_image("a.png").with_suffix(".txt").write_bytes(text.encode(encoding))
+    error = found(scan(tmp_path))["error data.caption-undecodable"]
+    assert error.names == ("a.txt",)
+    assert "data.caption_encoding" in error.message
+    index = scan(tmp_path, caption_encoding=encoding)
+    assert captions(index) == {"a.png": (text, ".txt")}
+    assert found(index) == {}
+
+
+def test_captions_that_the_encoding_does_not_have(tmp_path: Path, write_image, found) -> None:
+    """R-29: a given encoding is not forced; a name that is none is a mistake in the settings."""
+    write_image("a.png").with_suffix(".txt").write_bytes(b"\x81\x20 a house")
+    assert (
+        "(not cp932)"
+        in found(scan(tmp_path, caption_encoding="cp932"))["error data.caption-undecodable"].message
+    )
+    for name in ("no-such", "base64", "utf-16", "cp037"):
+        with raises(ConfigError, "data.caption_encoding", shows=name):
+            load_config(None, {"data.caption_encoding": name})
+
+
+def test_runs_of_earlier_versions_keep_their_captions(tmp_path: Path, write_image) -> None:
+    """R-03: they are resumed with the text that they were trained on, however it looks."""
+    data = "水墨画の丸、赤い".encode("cp932")
+    write_image("a.png").with_suffix(".txt").write_bytes(data)
+    assert captions(scan(tmp_path, rules=1)) == {"a.png": (data.decode("cp1252", errors="replace"), ".txt")}
 
 
 def test_all_four_places(tmp_path: Path, write_image, found) -> None:
