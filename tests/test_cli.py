@@ -225,6 +225,18 @@ def test_a_run_is_never_overwritten(sdlora, small_run, make_images):
     assert {path: path.read_bytes() for path in small_run.path.rglob("*") if path.is_file()} == before
 
 
+def test_a_trigger_is_caption_enough(sdlora, make_images):
+    """R-30: with --trigger, a folder without captions is accepted, as the README says; without it, refused."""
+    images = make_images("bare")
+    for caption in images.rglob("*.txt"):
+        caption.unlink()
+    code, _, errors = sdlora("train", images, "--dry-run")
+    assert (code, len(errors)) == (2, 1)
+    code, printed, errors = sdlora("train", images, "--trigger", "inkwash style", "--dry-run")
+    assert (code, errors) == (0, [])
+    assert "from trigger" in printed
+
+
 def test_default_names(sdlora, make_images):
     """`runs/NAME` after the image folder, `runs/NAME-2` when that is taken; the base's own learning rate."""
     images = make_images("style")

@@ -37,17 +37,16 @@ def train(
     heed_schedulers()
     # Settings, output folder, base and images are checked before torch is imported.
     settings = load_config(config, overrides or [], images=images)
-    if parent is not None:
-        settings = settings.replace(lora={"parent": parent})
+    direct = {"base": {"source": base}, "data": {"trigger": trigger}, "lora": {"parent": parent}}
+    settings = settings.replace(**{name: part for name, part in direct.items() if None not in part.values()})
     if force:
         settings = settings.replace(lora={"force_parent": True})
     if out is not None:
         RunFolder(out).check_free()
-    chosen = settings if base is None else settings.replace(base={"source": base})
-    options.check_folder(chosen, options.check_base(chosen.base, chosen.objective))
+    options.check_folder(settings, options.check_base(settings.base, settings.objective))
     from sdlora.training.train import train as start
 
-    run = start(images, base=base, out=out, trigger=trigger, config=settings, dry_run=dry_run)
+    run = start(images, base=base, out=out, config=settings, dry_run=dry_run)
     if not dry_run:
         _print_result(run)
 
