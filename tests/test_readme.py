@@ -37,7 +37,7 @@ def demo(tmp_path, monkeypatch, shared_cache):
         "train.steps=3",
         "train.sample_every=3",
         "train.evaluate_every=3",
-        "sample.prompts=['a tractor', 'a cat']",
+        "sample.prompts=['a fox', 'a cat']",
         "sample.steps=5",
     ]
     monkeypatch.setattr(sys, "argv", ["sdlora", *arguments, *few])
@@ -50,7 +50,7 @@ def demo(tmp_path, monkeypatch, shared_cache):
 def test_train_sample_load(demo, tmp_path, capfd):
     """R-27, R-37: the three lines load the file without a word about keys, and give our picture."""
     grid = sdlora.sample(
-        demo, prompts=["a tractor"], seeds=[0], strengths=[1], steps=5, guidance=3.0, out=tmp_path / "grid"
+        demo, prompts=["a fox"], seeds=[0], strengths=[1], steps=5, guidance=7.0, out=tmp_path / "grid"
     )
     assert grid.is_file()
     ours = np.asarray(Image.open(grid.parent / "01.png").convert("RGB"), dtype=np.int32)
