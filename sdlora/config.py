@@ -26,6 +26,8 @@ from sdlora.objectives import LOSSES, TIMESTEPS, Entry
 from sdlora.problems import describe_error, drop_removed, guess_key
 from sdlora.reading import MAX_DEPTH, MAX_NAME, UnfitFileError, parse_toml, read_bytes, read_json
 
+PLACEHOLDERS = ("{trigger}", "[trigger]")
+"""What the trigger is substituted for; ai-toolkit has the second, and `data.rules = 1` only the first."""
 MAX_TOML_BYTES = 256 * 2**10
 MAX_JSON_BYTES = 16 * 2**20
 
@@ -189,6 +191,13 @@ class DataSection(Section):
         if not isinstance(self.heldout, str) and not 0 <= self.heldout < 1:
             raise ValueError(f"data.heldout = {self.heldout:g} must be below 1; use 0.1, 0, or a folder")
         return self
+
+    def fill_trigger(self, text: str, trigger: str | None = None) -> str:
+        """Substitutes a trigger, by default `data.trigger`, for its placeholders."""
+        if words := trigger or self.trigger:
+            for placeholder in PLACEHOLDERS[: self.rules]:
+                text = text.replace(placeholder, words)
+        return text
 
     @property
     def num_crops(self) -> int:
@@ -517,11 +526,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        prompt = next((prompt for prompt in self.sample.prompts if "{trigger}" in prompt), None)
+        marks = PLACEHOLDERS[: self.data.rules]
+        prompt = next((text for text in self.sample.prompts if any(mark in text for mark in marks)), None)
         if prompt is not None and self.data.trigger is None:
             raise ValueError(
-                f"sample.prompts uses {{trigger}} in {prompt!r} but data.trigger is not set; "
-                "set data.trigger or remove the placeholder"
+                f"sample.prompts has a placeholder for the trigger in {prompt!r} but data.trigger is not "
+                "set; set data.trigger or remove the placeholder"
             )
         if self.lora.kind == "dora" and self.base.quantize != "none":
             raise ValueError(

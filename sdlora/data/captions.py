@@ -18,7 +18,6 @@ from sdlora.config import DataSection
 from sdlora.data.records import ImageRecord
 from sdlora.seeds import keyed_random
 
-PLACEHOLDER = "{trigger}"
 NUM_VARIANTS = 4
 
 
@@ -32,13 +31,13 @@ class Operation(Protocol):
 
 @dataclass(frozen=True)
 class ReplacePlaceholder:
-    """Replaces `{trigger}` by the trigger."""
+    """Substitutes the trigger for its placeholders."""
 
-    trigger: str
+    settings: DataSection
     is_random: ClassVar[bool] = False
 
     def __call__(self, caption: str, rng: random.Random) -> str:
-        return caption.replace(PLACEHOLDER, self.trigger)
+        return self.settings.fill_trigger(caption)
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class AddTrigger:
 
 
 OPERATIONS: dict[str, Callable[[DataSection], Operation | None]] = {
-    "replace_placeholder": lambda data: ReplacePlaceholder(data.trigger) if data.trigger else None,
+    "replace_placeholder": lambda data: ReplacePlaceholder(data) if data.trigger else None,
     "add_trigger": lambda data: AddTrigger(data.trigger, data.trigger_position) if data.trigger else None,
 }
 """Makes each operation from the settings, in the order in which they apply; None if it is off."""

@@ -69,8 +69,7 @@ class SamplePlan:
         ]
         if config.sample.safety_checker and info.names_safety_checker:
             notes.append(missing_checker(info))
-        trigger = self.trigger or "{trigger}"
-        prompts = [prompt.replace("{trigger}", trigger) for prompt in config.sample.prompts]
+        prompts = [config.data.fill_trigger(prompt, self.trigger) for prompt in config.sample.prompts]
         check_prompts(prompts)
         targets = find_run_targets(config, prompts) if config.images else None
         for note in notes:

@@ -14,6 +14,8 @@ import pytest
 from sdlora.config import DataSection, load_config
 from sdlora.data.captions import NUM_VARIANTS, OPERATIONS, CaptionPipeline, caption_pipeline, has_trigger
 from sdlora.data.scan import scan_dataset
+from sdlora.errors import ConfigError
+from tests.checks import raises
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,20 @@ def test_trigger_placement(caption: str, trigger: str | None, expected: str) -> 
     assert pipeline.variants(caption, seed=0, digest="aa") == (expected,)
     if trigger:
         assert has_trigger(expected, trigger)
+
+
+def test_placeholders_of_other_tools(tmp_path: Path, write_image: Callable, found: Callable) -> None:
+    """R-30: that of ai-toolkit is the trigger's, others are named; runs of earlier versions keep them."""
+    write_image("a.png", caption="[trigger] a drawing")
+    write_image("b.png", caption="a drawing, [filewords]")
+    index = scan_dataset(tmp_path, DataSection(trigger="ink", heldout=0))
+    assert [record.caption for record in index.records] == ["ink a drawing", "ink, a drawing, [filewords]"]
+    assert found(index)["notice data.placeholder-foreign"].names == ("b.png",)
+    errors = found(scan_dataset(tmp_path, DataSection(heldout=0)))
+    assert errors["error data.placeholder"].names == ("a.png",)
+    assert caption_pipeline(DataSection(trigger="ink", rules=1)).plain("[trigger] x") == "ink, [trigger] x"
+    with raises(ConfigError, "sample.prompts", shows=("[trigger] a cat", "data.trigger")):
+        load_config(None, {"sample.prompts": "[trigger] a cat"})
 
 
 @pytest.mark.parametrize("position", ["start", "end"])
