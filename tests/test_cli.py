@@ -418,8 +418,8 @@ def test_evaluate_verb(sdlora, make_images, tmp_path):
     assert RunFolder(tmp_path / "run").evaluation_file.is_file()
     seen: list[tuple[int, int]] = []
     evaluate(tmp_path / "run", progress=lambda *done: seen.append(done))
-    # Two held-out images: by the base, by the style, and without the trigger.
-    assert seen == [(2, 6), (4, 6), (6, 6)]
+    # Two held-out images, with the trigger and without: by the base and by the style.
+    assert seen == [(2, 8), (4, 8), (6, 8), (8, 8)]
 
 
 def test_version_and_help(sdlora):

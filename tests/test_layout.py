@@ -40,7 +40,7 @@ LIBRARIES = {
     "bitsandbytes": {"models"},
 }
 # A feature that needs more lines raises this in the commit that adds it.
-MAX_MODULES, MAX_LINES = 115, 19_140
+MAX_MODULES, MAX_LINES = 117, 19_390
 WITHOUT_TORCH = {
     "errors",
     "reading",
