@@ -20,6 +20,7 @@ from sdlora.lora.layers import carrier_layers
 from sdlora.models.info import BaseInfo, inspect_base, with_base_defaults
 from sdlora.models.load import load_base
 from sdlora.models.safety import missing_checker
+from sdlora.models.tokenizer import describe_cut_prompts
 from sdlora.models.weights import empty_components
 from sdlora.runs import RunFolder
 from sdlora.sampling.generate import Column, generate, make_columns
@@ -86,9 +87,11 @@ class SamplePlan:
         return replace(self, config=config, out=out, settings=settings, targets=targets)
 
     def notes(self) -> list[str]:
-        """Lines about words that the base does not know, and target images that are left out."""
-        unknown = self.info.describe_unknown_words(self.config.sample.prompts, self.trigger)
-        lines = [unknown] if unknown else []
+        """Lines about words that the base does not know or read, and target images that are left out."""
+        sample = self.config.sample
+        unknown = self.info.describe_unknown_words(sample.prompts, self.trigger)
+        cut = describe_cut_prompts(self.info, [*sample.prompts, sample.negative_prompt])
+        lines = [line for line in (unknown, cut) if line]
         if self.adapters and self.targets is None:
             folder = self.config.images
             reason = f"cannot read {folder}" if folder else "only a run knows its image folder"
