@@ -159,6 +159,20 @@ class DataSection(Section):
     caption_dropout: Probability = _off(
         "probability of the empty prompt instead of a caption (zeros on SDXL)", "0.05", default=0.05
     )
+    caption_prefix: str = _setting("", "words before each caption, such as 'drawing of'")
+    caption_suffix: str = _setting("", "words behind each caption")
+    shuffle_tags: bool = _setting(False, "shuffle the tags of captions, which commas separate")
+    tag_dropout: Probability = _off(
+        "probability of leaving out each tag; one stays", "about 0.1"
+    )
+    keep_tags: Interval = _setting(0, "first tags of a caption that stay in place", "use a number such as 1")
+    caption_variants: int | None = _setting(
+        None,
+        "fixed variants of each caption with shuffled or left-out tags, each encoded once; default: 8",
+        "use 2 to 32",
+        ge=1,
+        le=1000,
+    )
     caption_encoding: str | None = _setting(
         None, "encoding of caption files that are not in UTF-8, such as cp932; default: as they seem to be"
     )
@@ -183,6 +197,13 @@ class DataSection(Section):
                 f"data.crop_variants = {self.crop_variants} requires data.crop = random "
                 "(there is only one center crop); set data.crop=random or remove data.crop_variants"
             )
+        if not self.varies_tags:
+            for name, value in (("keep_tags", self.keep_tags), ("caption_variants", self.caption_variants)):
+                if value:
+                    raise ValueError(
+                        f"data.{name} = {value} has no effect while tags stay as they are; set "
+                        "data.shuffle_tags=true or data.tag_dropout=0.1, or remove it"
+                    )
         if self.caption_encoding is not None and not _is_encoding(self.caption_encoding):
             raise ValueError(
                 f"data.caption_encoding = {shorten(self.caption_encoding)} is not an encoding of text; "
@@ -191,6 +212,10 @@ class DataSection(Section):
         if not isinstance(self.heldout, str) and not 0 <= self.heldout < 1:
             raise ValueError(f"data.heldout = {self.heldout:g} must be below 1; use 0.1, 0, or a folder")
         return self
+
+    @property
+    def varies_tags(self) -> bool:
+        return self.shuffle_tags or self.tag_dropout > 0
 
     def fill_trigger(self, text: str, trigger: str | None = None) -> str:
         """Substitutes a trigger, by default `data.trigger`, for its placeholders."""

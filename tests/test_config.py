@@ -300,8 +300,9 @@ def test_the_keys_are_pinned():
     """One way in: a new setting is a decision, made here too."""
     keys = {
         "base": "dtype quantize revision source vae variant",
-        "data": "allow_missing_captions background cache caption_dropout caption_encoding crop crop_variants "
-        "flip follow_links heldout on_bad_image resolution rules trigger trigger_position",
+        "data": "allow_missing_captions background cache caption_dropout caption_encoding caption_prefix "
+        "caption_suffix caption_variants crop crop_variants flip follow_links heldout keep_tags on_bad_image "
+        "resolution rules shuffle_tags tag_dropout trigger trigger_position",
         "lora": "alpha alpha_pattern dropout force_parent init init_from kind max_norm parent rank "
         "rank_pattern rslora targets text_encoder",
         "objective": "debiased force_prediction_type huber_delta huber_schedule input_perturbation loss "
