@@ -23,6 +23,7 @@ from pydantic import (
 
 from sdlora.errors import MAX_PROBLEMS, ConfigError, shorten
 from sdlora.objectives import LOSSES, TIMESTEPS, Entry
+from sdlora.presets import find_preset
 from sdlora.problems import describe_error, drop_removed, guess_key
 from sdlora.reading import MAX_DEPTH, MAX_NAME, UnfitFileError, parse_toml, read_bytes, read_json
 
@@ -606,6 +607,7 @@ def load_config(
     overrides: Iterable[str] | Mapping[str, Any] = (),
     *,
     images: str | Path = "",
+    preset: str | None = None,
 ) -> RunConfig:
     """Reads a TOML file, applies overrides, and validates the result.
 
@@ -614,6 +616,7 @@ def load_config(
         overrides: `section.key=value` strings (values are TOML, else plain text), or a mapping from
             `section.key` to a value. Later ones win.
         images: The image folder; default: that of the configuration.
+        preset: The name of a preset, such as `sd15`, to start from; the file's settings win.
 
     Raises:
         ConfigError: With one line per mistake.
@@ -622,6 +625,8 @@ def load_config(
         values = file.given()
     else:
         values = read_toml(Path(file)) if file is not None else {}
+    if preset is not None:
+        values = _merge(read_toml(find_preset(preset)), values)
     problems: list[str] = []
     overrides = [overrides] if isinstance(overrides, str) else overrides
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
@@ -631,6 +636,16 @@ def load_config(
     if images or not isinstance(file, RunConfig):
         values["images"] = str(images)
     return validate_config(values, problems)
+
+
+def _merge(values: dict[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of settings, in which later ones win."""
+    for name, section in later.items():
+        first = values.get(name)
+        if isinstance(first, dict) and isinstance(section, dict):
+            section = {**first, **section}
+        values[name] = section
+    return values
 
 
 def _set_nested(values: dict[str, Any], key: str, value: Any) -> str:
@@ -667,10 +682,11 @@ def read_toml(file: Path) -> dict[str, Any]:
     try:
         return drop_removed(parse_toml(read_bytes(file, MAX_TOML_BYTES).decode("utf-8-sig")))
     except FileNotFoundError:
-        problem = f"config file {file} does not exist; presets are in configs/"
+        problem = f"config file {file} does not exist; `sdlora settings --presets` lists presets"
         raise ConfigError(problem, key="config.missing") from None
     except UnfitFileError as error:
-        raise ConfigError(f"config file {file} {error}; presets are in configs/", key=error.key) from None
+        problem = f"config file {file} {error}; `sdlora settings --presets` names examples"
+        raise ConfigError(problem, key=error.key) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read config file {file}: {error}", key="config.unreadable") from None
 

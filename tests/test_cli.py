@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -416,6 +418,8 @@ def test_evaluate_verb(sdlora, make_images, tmp_path):
     assert "style distance" in printed
     assert "without trigger" in printed
     assert RunFolder(tmp_path / "run").evaluation_file.is_file()
+    _, printed, _ = sdlora("evaluate", tmp_path / "run", "--json")
+    assert json.loads(printed)["images"] == 2
     seen: list[tuple[int, int]] = []
     evaluate(tmp_path / "run", progress=lambda *done: seen.append(done))
     # Two held-out images, with the trigger and without: by the base and by the style.
@@ -430,6 +434,42 @@ def test_version_and_help(sdlora):
         code, printed, _ = sdlora(verb, "--help")
         assert code == 0
         assert "Usage" in printed
+        assert sdlora(verb, "-h") == (0, printed, [])
+    assert sdlora("tree", "show", "-h")[0] == 0
+
+
+def test_json_for_programs(sdlora, small_run, make_images):
+    """`--json` prints one JSON value and nothing else: plan, doctor, info, evaluate and settings."""
+    images, bare = make_images("style", ((64, 64),) * 5), make_images("bare")
+    for caption in bare.glob("*.txt"):
+        caption.unlink()
+
+    def read(*arguments: object) -> Any:
+        code, printed, errors = sdlora(*arguments, "--json")
+        assert (code, errors) == (0, [])
+        return json.loads(printed)
+
+    plan = read("train", images, "--trigger", "ink", *QUICK)
+    assert (plan["steps"], plan["images"], plan["settings"]["data"]["trigger"]) == (2, 5, "ink")
+    assert plan["memory"]
+    assert not Path("runs").exists()
+    assert read("doctor", images)["ready"] is True
+    code, printed, _ = sdlora("doctor", bare, "--json")
+    report = json.loads(printed)
+    assert (code, report["ready"]) == (1, False)
+    assert [one["key"] for one in report["findings"] if one["severity"] == "error"] == [
+        "data.captions-missing"
+    ]
+    about = read("info", small_run.path)
+    assert (about["family"], about["ranks"]) == ("sd1", {"2": about["ranks"]["2"]})
+    assert "finished at step 2" in about["run"][0]
+    assert read("settings", "min_snr")["objective"]["min_snr_gamma"]["default"] == 0
+
+
+def test_quiet(sdlora, make_images):
+    """Nothing but errors."""
+    assert sdlora("train", make_images("style"), "--quiet", *QUICK) == (0, "", [])
+    assert RunFolder("runs/style").adapter.is_file()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ def evaluate(
     full_base: Annotated[
         bool, typer.Option("--full-base", help="Measure the loss on the full base too, after base.quantize.")
     ] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure a run: validation (held-out) loss, and the distance of its samples to the held-out images."""
     from sdlora.runs import RunFolder
@@ -24,9 +25,12 @@ def evaluate(
     from sdlora.evaluation.evaluate import evaluate as measure
     from sdlora.report.terminal import Terminal
 
-    with Terminal().progress("evaluating", 1) as meter:
+    with Terminal(quiet=as_json).progress("evaluating", 1) as meter:
         result = measure(run, full_base=full_base, progress=meter.show)
-    typer.echo("\n".join(result.lines()))
+    if as_json:
+        typer.echo(RunFolder(run).evaluation_file.read_text(encoding="utf-8"), nl=False)
+    else:
+        typer.echo("\n".join(result.lines()))
 
 
 @app.command()

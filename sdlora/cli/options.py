@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -26,7 +27,12 @@ Overrides = Annotated[
         metavar="[section.key=value]...", help="Settings, such as lora.rank=8; see `sdlora settings`."
     ),
 ]
-Config = Annotated[Path | None, typer.Option(help="A TOML file with settings; see configs/ for presets.")]
+Config = Annotated[Path | None, typer.Option(help="A TOML file with settings.")]
+Preset = Annotated[
+    str | None, typer.Option(help="A preset to start from, such as sd15; see `sdlora settings --presets`.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Out = Annotated[Path, typer.Option(help="Output file.")]
 ImagesOut = Annotated[Path | None, typer.Option(help="Output folder for grid.png and the single images.")]
 Dialect = Annotated[str, typer.Option(help="diffusers, or kohya (for A1111, Forge, ComfyUI).")]
@@ -50,6 +56,11 @@ def base_option(default: str) -> Any:
     """The option `--base`."""
     text = "builtin, a diffusers folder, a .safetensors file or a Hugging Face id."
     return typer.Option(help=text, show_default=default)
+
+
+def print_json(value: Any) -> None:
+    """Prints plain values; paths, and other objects, as texts."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
 def parse_numbers(text: str | None, kind: type[Number], option: str) -> list[Number] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,11 @@ class RunPlan:
     def exchange_bytes(self) -> int:
         """Bytes that a process reduces in a step: the gradients in fp32, and the loss."""
         return 4 * (self.num_trainable + 1) if self.num_processes > 1 else 0
+
+    def as_json(self) -> dict[str, Any]:
+        """The event, with the resolved settings and the findings of preflight."""
+        settings = self.config.model_dump(mode="json")
+        return {**self.as_event(), "settings": settings, "findings": [asdict(one) for one in self.findings]}
 
     def as_event(self) -> dict[str, Any]:
         """The numbers, for `events.jsonl`."""

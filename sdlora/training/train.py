@@ -97,6 +97,12 @@ def train(
         return _run(run, plan, accelerator, precision, terminal)
 
 
+def plan_run(settings: RunConfig) -> RunPlan:
+    """The plan of a run on this machine, before any weights are loaded."""
+    accelerator, precision = make_accelerator(settings)
+    return make_plan(settings, accelerator.num_processes, find_device(accelerator, precision))
+
+
 def resume(
     run_folder: str | Path | RunFolder,
     overrides: Iterable[str] | Mapping[str, Any] = (),
