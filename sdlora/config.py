@@ -163,9 +163,7 @@ class DataSection(Section):
     caption_prefix: str = _setting("", "words before each caption, such as 'drawing of'")
     caption_suffix: str = _setting("", "words behind each caption")
     shuffle_tags: bool = _setting(False, "shuffle the tags of captions, which commas separate")
-    tag_dropout: Probability = _off(
-        "probability of leaving out each tag; one stays", "about 0.1"
-    )
+    tag_dropout: Probability = _off("probability of leaving out each tag; one stays", "about 0.1")
     keep_tags: Interval = _setting(0, "first tags of a caption that stay in place", "use a number such as 1")
     caption_variants: int | None = _setting(
         None,
@@ -608,6 +606,7 @@ def load_config(
     *,
     images: str | Path = "",
     preset: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """Reads a TOML file, applies overrides, and validates the result.
 
@@ -617,6 +616,7 @@ def load_config(
             `section.key` to a value. Later ones win.
         images: The image folder; default: that of the configuration.
         preset: The name of a preset, such as `sd15`, to start from; the file's settings win.
+        arguments: From `section.key` to values that win over all others; None means not given.
 
     Raises:
         ConfigError: With one line per mistake.
@@ -630,7 +630,8 @@ def load_config(
     problems: list[str] = []
     overrides = [overrides] if isinstance(overrides, str) else overrides
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
-    for key, value in pairs:
+    given = {key: value for key, value in (arguments or {}).items() if value is not None}
+    for key, value in [*pairs, *given.items()]:
         if problem := _set_nested(values, key, value):
             problems.append(problem)
     if images or not isinstance(file, RunConfig):

@@ -335,3 +335,16 @@ def test_checked_before_anything_heavy():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stderr == "sdlora: lora.rnk is not a setting; did you mean lora.rank?\n"
+
+
+@pytest.mark.parametrize("overrides", [["sample.prompts={trigger}, a cat"], {}])
+def test_arguments_are_read_with_the_other_settings(tmp_path, overrides):
+    """R-16: a prompt with {trigger} is right whether the trigger is a setting or an argument."""
+    file = tmp_path / "x.toml"
+    file.write_text("[sample]\nprompts = ['{trigger}, a dog']", encoding="utf-8")
+    arguments = {"data.trigger": "zorp", "base.source": None}
+    config = load_config(file, overrides, images="x", arguments=arguments)
+    assert config.data.trigger == "zorp"
+    assert "{trigger}" in config.sample.prompts[0]
+    with raises(ConfigError, "sample.prompts"):
+        load_config(file, overrides, images="x")

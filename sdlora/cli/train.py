@@ -39,9 +39,8 @@ def train(
 
     heed_schedulers()
     # Settings, output folder, base and images are checked before torch is imported.
-    settings = load_config(config, overrides or [], images=images, preset=preset)
-    direct = {"base": {"source": base}, "data": {"trigger": trigger}, "lora": {"parent": parent}}
-    settings = settings.replace(**{name: part for name, part in direct.items() if None not in part.values()})
+    direct = {"base.source": base, "data.trigger": trigger, "lora.parent": parent}
+    settings = load_config(config, overrides or [], images=images, preset=preset, arguments=direct)
     if force:
         settings = settings.replace(lora={"force_parent": True})
     if out is not None:
