@@ -269,7 +269,7 @@ def test_dry_run(sdlora, make_images):
 
 
 def test_sample_verb(sdlora, small_run, tmp_path):
-    """prompts × strengths × seeds, base first; --step; never over an older grid; the base alone."""
+    """prompts × strengths × seeds, base first; each --step; never over an older grid; the base alone."""
     out = tmp_path / "grids"
     code, _, errors = sdlora(
         "sample",
@@ -297,6 +297,23 @@ def test_sample_verb(sdlora, small_run, tmp_path):
         assert "Seed: 3" in image.text["parameters"]
     code, _, errors = sdlora("sample", small_run.path, "--prompt", "x", "--out", out)
     assert (code, str(out) in errors[0]) == (2, True)
+    quick = ("--prompt", "a dog", "--strengths", "0.5,1", "--seeds", 3, "--steps", 2, "--size", "64x64")
+    both = tmp_path / "both"
+    code, _, errors = sdlora(
+        "sample", small_run.path, "--step", "2", "--step", "final", *quick, "--out", both
+    )
+    assert code == 0, errors
+    described = [json.loads(Image.open(both / f"{n:02d}.png").text["sdlora"]) for n in range(5)]
+    assert [(one["strength"], one["adapter"]) for one in described[1:]] == [
+        (0.5, "step 2"), (1.0, "step 2"), (0.5, "final"), (1.0, "final"),
+    ]  # fmt: skip
+    assert described[0]["strength"] == 0
+    assert sdlora("sample", small_run.path, "--step", "2,final", *quick, "--out", tmp_path / "list")[0] == 0
+    assert (tmp_path / "list" / "grid.png").read_bytes() == (both / "grid.png").read_bytes()
+    for wrong in (("2,soon",), ("2", "--step", "7")):
+        assert sdlora("sample", small_run.path, "--step", *wrong)[0] == 2
+    code, _, errors = sdlora("sample", "--step", 2, *quick)
+    assert (code, sdlora.keys) == (2, ("option--step",))
     code, _, errors = sdlora("sample", small_run.path, "--step", 7)
     assert code == 2
     assert {"7", "2"} <= set(re.findall(r"[0-9]+", errors[0]))
@@ -305,7 +322,7 @@ def test_sample_verb(sdlora, small_run, tmp_path):
     assert files_below(Path("samples/base")) == ["00.png", "grid.png"]
     code, _, errors = sdlora("sample", small_run.adapter, "--prompt", "a cat", "--steps", 2, "--seeds", 0)
     assert code == 0, errors
-    assert files_below(Path("samples/final")) == ["00.png", "01.png", "02.png", "grid.png"]
+    assert files_below(Path("samples/final")) == ["00.png", "01.png", "02.png", "03.png", "grid.png"]
 
 
 def test_sample_several(sdlora, small_run, tmp_path):

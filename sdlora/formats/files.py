@@ -198,12 +198,13 @@ class AdapterSource(NamedTuple):
     run: RunFolder | None = None
 
 
-def resolve_adapter(source: str | Path | RunFolder, step: int | None = None) -> AdapterSource:
+def resolve_adapter(source: str | Path | RunFolder, step: int | str | None = None) -> AdapterSource:
     """Finds the LoRA file of a path.
 
-    That is a file; a run folder, with its final adapter or that of a step; a folder that PEFT or diffusers
-    wrote; or a file without its ending, which is how a tree names its nodes. Raises an AdapterError without a
-    LoRA file, a RunError if a run has not saved it, and a ConfigError for a step of something else.
+    That is a file; a run folder, with its final adapter or that of a step ("final": never that of a step); a
+    folder that PEFT or diffusers wrote; or a file without its ending, which is how a tree names its nodes.
+    Raises an AdapterError without a LoRA file, a RunError if a run has not saved it, and a ConfigError for a
+    step of something else.
     """
     path = Path(source)
     candidates = [path, *(Path(f"{path}{ending}") for ending in (ENDING, KOHYA_ENDING))]
