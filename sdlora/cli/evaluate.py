@@ -1,7 +1,8 @@
-"""`sdlora evaluate` and `sdlora advise-rank`."""
+"""`sdlora evaluate`, `sdlora advise-rank` and `sdlora report`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -51,3 +52,15 @@ def advise_rank(
     with Terminal().progress("measuring", 1) as meter:
         advice = advise(run, keep=keep, ranks=tried, progress=meter.show)
     typer.echo("\n".join(advice.lines()))
+
+
+@app.command()
+def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]) -> None:
+    """Write report.html into a run: one file with its samples, losses, images, settings and usage."""
+    from sdlora.runs import RunFolder
+
+    folders = [RunFolder.open(run) for run in runs]
+    from sdlora.evaluation.page import write_report
+
+    for folder in folders:
+        typer.echo(f"report    {write_report(folder)}")
