@@ -34,7 +34,7 @@ def test_overrides_of_a_whole_configuration(make_images, tiny, tmp_path, capsys)
 
 
 def test_cut_prompts_and_variants_of_captions_are_in_the_plan(make_images, tiny):
-    """R-28, R-16: the end of a prompt that the base does not read, and the share of the cache for captions."""
+    """R-28, R-16: the end of a prompt that is not read, and what variants of captions take of the cache."""
     images = make_images()
     for file in images.rglob("*.txt"):
         file.write_text("a cat, red, blue, green, sky", encoding="utf-8")
