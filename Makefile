@@ -6,16 +6,21 @@ INSTALLED := $(VENV)/.installed
 # One thread each for two test processes: on a small machine that is quicker than two threads in one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow fuzz kill-test lint figures ranks bits clean
+.PHONY: demo test wheel test-slow fuzz kill-test lint figures ranks bits clean
 
 demo: $(INSTALLED)
-	$(BIN)/sdlora train datasets/openmoji --config configs/openmoji.toml
+	$(BIN)/sdlora train datasets/openmoji --preset openmoji
+	@echo "next      . $(VENV)/bin/activate, once in a shell; then: sdlora train my-images"
 
 test: lint
 	$(PYTEST)
 
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow
+
+# A wheel in dist/, which brings the presets and the built-in base.
+wheel: $(INSTALLED)
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 # Random inputs for the readers of files, new ones at every run: make fuzz SDLORA_FUZZ=100000
 fuzz: $(INSTALLED)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sdlora.errors import SdloraError as SdloraError
     from sdlora.evaluation.advise import advise_rank as advise_rank
     from sdlora.evaluation.evaluate import evaluate as evaluate
+    from sdlora.evaluation.page import write_report as write_report
     from sdlora.export.export import export_adapter as export_adapter
     from sdlora.export.extract import extract as extract
     from sdlora.export.merge_into_base import merge_into_base as merge_into_base
@@ -49,6 +50,7 @@ _PUBLIC = {
     "save_adapter": "sdlora.formats.files",
     "spectrum": "sdlora.rank.spectrum",
     "train": "sdlora.training.train",
+    "write_report": "sdlora.evaluation.page",
 }
 
 __all__ = sorted([*_PUBLIC, "__version__"])

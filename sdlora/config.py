@@ -23,9 +23,12 @@ from pydantic import (
 
 from sdlora.errors import MAX_PROBLEMS, ConfigError, shorten
 from sdlora.objectives import LOSSES, TIMESTEPS, Entry
+from sdlora.presets import find_preset
 from sdlora.problems import describe_error, drop_removed, guess_key
 from sdlora.reading import MAX_DEPTH, MAX_NAME, UnfitFileError, parse_toml, read_bytes, read_json
 
+PLACEHOLDERS = ("{trigger}", "[trigger]")
+"""What the trigger is substituted for; ai-toolkit has the second, and `data.rules = 1` only the first."""
 MAX_TOML_BYTES = 256 * 2**10
 MAX_JSON_BYTES = 16 * 2**20
 
@@ -157,6 +160,18 @@ class DataSection(Section):
     caption_dropout: Probability = _off(
         "probability of the empty prompt instead of a caption (zeros on SDXL)", "0.05", default=0.05
     )
+    caption_prefix: str = _setting("", "words before each caption, such as 'drawing of'")
+    caption_suffix: str = _setting("", "words behind each caption")
+    shuffle_tags: bool = _setting(False, "shuffle the tags of captions, which commas separate")
+    tag_dropout: Probability = _off("probability of leaving out each tag; one stays", "about 0.1")
+    keep_tags: Interval = _setting(0, "first tags of a caption that stay in place", "use a number such as 1")
+    caption_variants: int | None = _setting(
+        None,
+        "fixed variants of each caption with shuffled or left-out tags, each encoded once; default: 8",
+        "use 2 to 32",
+        ge=1,
+        le=1000,
+    )
     caption_encoding: str | None = _setting(
         None, "encoding of caption files that are not in UTF-8, such as cp932; default: as they seem to be"
     )
@@ -181,6 +196,13 @@ class DataSection(Section):
                 f"data.crop_variants = {self.crop_variants} requires data.crop = random "
                 "(there is only one center crop); set data.crop=random or remove data.crop_variants"
             )
+        if not self.varies_tags:
+            for name, value in (("keep_tags", self.keep_tags), ("caption_variants", self.caption_variants)):
+                if value:
+                    raise ValueError(
+                        f"data.{name} = {value} has no effect while tags stay as they are; set "
+                        "data.shuffle_tags=true or data.tag_dropout=0.1, or remove it"
+                    )
         if self.caption_encoding is not None and not _is_encoding(self.caption_encoding):
             raise ValueError(
                 f"data.caption_encoding = {shorten(self.caption_encoding)} is not an encoding of text; "
@@ -189,6 +211,17 @@ class DataSection(Section):
         if not isinstance(self.heldout, str) and not 0 <= self.heldout < 1:
             raise ValueError(f"data.heldout = {self.heldout:g} must be below 1; use 0.1, 0, or a folder")
         return self
+
+    @property
+    def varies_tags(self) -> bool:
+        return self.shuffle_tags or self.tag_dropout > 0
+
+    def fill_trigger(self, text: str, trigger: str | None = None) -> str:
+        """Substitutes a trigger, by default `data.trigger`, for its placeholders."""
+        if words := trigger or self.trigger:
+            for placeholder in PLACEHOLDERS[: self.rules]:
+                text = text.replace(placeholder, words)
+        return text
 
     @property
     def num_crops(self) -> int:
@@ -517,11 +550,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        prompt = next((prompt for prompt in self.sample.prompts if "{trigger}" in prompt), None)
+        marks = PLACEHOLDERS[: self.data.rules]
+        prompt = next((text for text in self.sample.prompts if any(mark in text for mark in marks)), None)
         if prompt is not None and self.data.trigger is None:
             raise ValueError(
-                f"sample.prompts uses {{trigger}} in {prompt!r} but data.trigger is not set; "
-                "set data.trigger or remove the placeholder"
+                f"sample.prompts has a placeholder for the trigger in {prompt!r} but data.trigger is not "
+                "set; set data.trigger or remove the placeholder"
             )
         if self.lora.kind == "dora" and self.base.quantize != "none":
             raise ValueError(
@@ -571,6 +605,8 @@ def load_config(
     overrides: Iterable[str] | Mapping[str, Any] = (),
     *,
     images: str | Path = "",
+    preset: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """Reads a TOML file, applies overrides, and validates the result.
 
@@ -579,6 +615,8 @@ def load_config(
         overrides: `section.key=value` strings (values are TOML, else plain text), or a mapping from
             `section.key` to a value. Later ones win.
         images: The image folder; default: that of the configuration.
+        preset: The name of a preset, such as `sd15`, to start from; the file's settings win.
+        arguments: From `section.key` to values that win over all others; None means not given.
 
     Raises:
         ConfigError: With one line per mistake.
@@ -587,15 +625,28 @@ def load_config(
         values = file.given()
     else:
         values = read_toml(Path(file)) if file is not None else {}
+    if preset is not None:
+        values = _merge(read_toml(find_preset(preset)), values)
     problems: list[str] = []
     overrides = [overrides] if isinstance(overrides, str) else overrides
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
-    for key, value in pairs:
+    given = {key: value for key, value in (arguments or {}).items() if value is not None}
+    for key, value in [*pairs, *given.items()]:
         if problem := _set_nested(values, key, value):
             problems.append(problem)
     if images or not isinstance(file, RunConfig):
         values["images"] = str(images)
     return validate_config(values, problems)
+
+
+def _merge(values: dict[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of settings, in which later ones win."""
+    for name, section in later.items():
+        first = values.get(name)
+        if isinstance(first, dict) and isinstance(section, dict):
+            section = {**first, **section}
+        values[name] = section
+    return values
 
 
 def _set_nested(values: dict[str, Any], key: str, value: Any) -> str:
@@ -632,10 +683,11 @@ def read_toml(file: Path) -> dict[str, Any]:
     try:
         return drop_removed(parse_toml(read_bytes(file, MAX_TOML_BYTES).decode("utf-8-sig")))
     except FileNotFoundError:
-        problem = f"config file {file} does not exist; presets are in configs/"
+        problem = f"config file {file} does not exist; `sdlora settings --presets` lists presets"
         raise ConfigError(problem, key="config.missing") from None
     except UnfitFileError as error:
-        raise ConfigError(f"config file {file} {error}; presets are in configs/", key=error.key) from None
+        problem = f"config file {file} {error}; `sdlora settings --presets` names examples"
+        raise ConfigError(problem, key=error.key) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read config file {file}: {error}", key="config.unreadable") from None
 

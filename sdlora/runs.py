@@ -121,10 +121,11 @@ class RunFolder:
     def step_adapter(self, step: int) -> Path:
         return self.adapters / f"step-{step:06d}.safetensors"
 
-    def saved_adapter(self, step: int) -> Path:
-        """An existing adapter of a step."""
-        file = self.step_adapter(step)
-        if not file.is_file():
+    def saved_adapter(self, step: int | str) -> Path:
+        """An existing adapter of a step, or the final one for "final"."""
+        is_final = step == "final"
+        file = self.adapter if is_final else self.step_adapter(int(step))
+        if not file.is_file() or (is_final and file.stem.startswith("step-")):
             steps = ", ".join(map(str, self.saved_steps())) or "none"
             problem = f"--step {step}: run {self.path} has no adapter of that step; saved steps: {steps}"
             raise RunError(problem, key="run.no-step")

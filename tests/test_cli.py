@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -267,7 +269,7 @@ def test_dry_run(sdlora, make_images):
 
 
 def test_sample_verb(sdlora, small_run, tmp_path):
-    """prompts × strengths × seeds, base first; --step; never over an older grid; the base alone."""
+    """prompts × strengths × seeds, base first; each --step; never over an older grid; the base alone."""
     out = tmp_path / "grids"
     code, _, errors = sdlora(
         "sample",
@@ -295,6 +297,23 @@ def test_sample_verb(sdlora, small_run, tmp_path):
         assert "Seed: 3" in image.text["parameters"]
     code, _, errors = sdlora("sample", small_run.path, "--prompt", "x", "--out", out)
     assert (code, str(out) in errors[0]) == (2, True)
+    quick = ("--prompt", "a dog", "--strengths", "0.5,1", "--seeds", 3, "--steps", 2, "--size", "64x64")
+    both = tmp_path / "both"
+    code, _, errors = sdlora(
+        "sample", small_run.path, "--step", "2", "--step", "final", *quick, "--out", both
+    )
+    assert code == 0, errors
+    described = [json.loads(Image.open(both / f"{n:02d}.png").text["sdlora"]) for n in range(5)]
+    assert [(one["strength"], one["adapter"]) for one in described[1:]] == [
+        (0.5, "step 2"), (1.0, "step 2"), (0.5, "final"), (1.0, "final"),
+    ]  # fmt: skip
+    assert described[0]["strength"] == 0
+    assert sdlora("sample", small_run.path, "--step", "2,final", *quick, "--out", tmp_path / "list")[0] == 0
+    assert (tmp_path / "list" / "grid.png").read_bytes() == (both / "grid.png").read_bytes()
+    for wrong in (("2,soon",), ("2", "--step", "7")):
+        assert sdlora("sample", small_run.path, "--step", *wrong)[0] == 2
+    code, _, errors = sdlora("sample", "--step", 2, *quick)
+    assert (code, sdlora.keys) == (2, ("option--step",))
     code, _, errors = sdlora("sample", small_run.path, "--step", 7)
     assert code == 2
     assert {"7", "2"} <= set(re.findall(r"[0-9]+", errors[0]))
@@ -303,7 +322,7 @@ def test_sample_verb(sdlora, small_run, tmp_path):
     assert files_below(Path("samples/base")) == ["00.png", "grid.png"]
     code, _, errors = sdlora("sample", small_run.adapter, "--prompt", "a cat", "--steps", 2, "--seeds", 0)
     assert code == 0, errors
-    assert files_below(Path("samples/final")) == ["00.png", "01.png", "02.png", "grid.png"]
+    assert files_below(Path("samples/final")) == ["00.png", "01.png", "02.png", "03.png", "grid.png"]
 
 
 def test_sample_several(sdlora, small_run, tmp_path):
@@ -416,10 +435,12 @@ def test_evaluate_verb(sdlora, make_images, tmp_path):
     assert "style distance" in printed
     assert "without trigger" in printed
     assert RunFolder(tmp_path / "run").evaluation_file.is_file()
+    _, printed, _ = sdlora("evaluate", tmp_path / "run", "--json")
+    assert json.loads(printed)["images"] == 2
     seen: list[tuple[int, int]] = []
     evaluate(tmp_path / "run", progress=lambda *done: seen.append(done))
-    # Two held-out images: by the base, by the style, and without the trigger.
-    assert seen == [(2, 6), (4, 6), (6, 6)]
+    # Two held-out images, with the trigger and without: by the base and by the style.
+    assert seen == [(2, 8), (4, 8), (6, 8), (8, 8)]
 
 
 def test_version_and_help(sdlora):
@@ -430,6 +451,42 @@ def test_version_and_help(sdlora):
         code, printed, _ = sdlora(verb, "--help")
         assert code == 0
         assert "Usage" in printed
+        assert sdlora(verb, "-h") == (0, printed, [])
+    assert sdlora("tree", "show", "-h")[0] == 0
+
+
+def test_json_for_programs(sdlora, small_run, make_images):
+    """`--json` prints one JSON value and nothing else: plan, doctor, info, evaluate and settings."""
+    images, bare = make_images("style", ((64, 64),) * 5), make_images("bare")
+    for caption in bare.glob("*.txt"):
+        caption.unlink()
+
+    def read(*arguments: object) -> Any:
+        code, printed, errors = sdlora(*arguments, "--json")
+        assert (code, errors) == (0, [])
+        return json.loads(printed)
+
+    plan = read("train", images, "--trigger", "ink", *QUICK)
+    assert (plan["steps"], plan["images"], plan["settings"]["data"]["trigger"]) == (2, 5, "ink")
+    assert plan["memory"]
+    assert not Path("runs").exists()
+    assert read("doctor", images)["ready"] is True
+    code, printed, _ = sdlora("doctor", bare, "--json")
+    report = json.loads(printed)
+    assert (code, report["ready"]) == (1, False)
+    assert [one["key"] for one in report["findings"] if one["severity"] == "error"] == [
+        "data.captions-missing"
+    ]
+    about = read("info", small_run.path)
+    assert (about["family"], about["ranks"]) == ("sd1", {"2": about["ranks"]["2"]})
+    assert "finished at step 2" in about["run"][0]
+    assert read("settings", "min_snr")["objective"]["min_snr_gamma"]["default"] == 0
+
+
+def test_quiet(sdlora, make_images):
+    """Nothing but errors."""
+    assert sdlora("train", make_images("style"), "--quiet", *QUICK) == (0, "", [])
+    assert RunFolder("runs/style").adapter.is_file()
 
 
 @pytest.mark.parametrize(

@@ -300,8 +300,9 @@ def test_the_keys_are_pinned():
     """One way in: a new setting is a decision, made here too."""
     keys = {
         "base": "dtype quantize revision source vae variant",
-        "data": "allow_missing_captions background cache caption_dropout caption_encoding crop crop_variants "
-        "flip follow_links heldout on_bad_image resolution rules trigger trigger_position",
+        "data": "allow_missing_captions background cache caption_dropout caption_encoding caption_prefix "
+        "caption_suffix caption_variants crop crop_variants flip follow_links heldout keep_tags on_bad_image "
+        "resolution rules shuffle_tags tag_dropout trigger trigger_position",
         "lora": "alpha alpha_pattern dropout force_parent init init_from kind max_norm parent rank "
         "rank_pattern rslora targets text_encoder",
         "objective": "debiased force_prediction_type huber_delta huber_schedule input_perturbation loss "
@@ -334,3 +335,16 @@ def test_checked_before_anything_heavy():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stderr == "sdlora: lora.rnk is not a setting; did you mean lora.rank?\n"
+
+
+@pytest.mark.parametrize("overrides", [["sample.prompts={trigger}, a cat"], {}])
+def test_arguments_are_read_with_the_other_settings(tmp_path, overrides):
+    """R-16: a prompt with {trigger} is right whether the trigger is a setting or an argument."""
+    file = tmp_path / "x.toml"
+    file.write_text("[sample]\nprompts = ['{trigger}, a dog']", encoding="utf-8")
+    arguments = {"data.trigger": "zorp", "base.source": None}
+    config = load_config(file, overrides, images="x", arguments=arguments)
+    assert config.data.trigger == "zorp"
+    assert "{trigger}" in config.sample.prompts[0]
+    with raises(ConfigError, "sample.prompts"):
+        load_config(file, overrides, images="x")

@@ -29,7 +29,7 @@ app = typer.Typer(
     help="Train style LoRAs for Stable Diffusion from an image folder.",
     epilog="Mistakes are reported in one line, with exit code 2; add --debug for the traceback.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 

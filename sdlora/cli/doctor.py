@@ -15,30 +15,36 @@ def doctor(
     images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images.")],
     overrides: options.Overrides = None,
     base: Annotated[str | None, options.base_option("builtin")] = None,
+    preset: options.Preset = None,
     config: options.Config = None,
     contact_sheet: Annotated[
         Path | None, typer.Option(help="Draw the crops that the model will see into this PNG file.")
     ] = None,
+    as_json: options.Json = False,
 ) -> None:
     """Check an image folder without training; exit code 1 if it has errors."""
     from sdlora.config import load_config
 
     options.check_png(contact_sheet, "--contact-sheet")
-    settings = load_config(config, overrides or [], images=images)
+    settings = load_config(config, overrides or [], images=images, preset=preset)
     if base is not None:
         settings = settings.replace(base={"source": base})
     from sdlora.training.preflight import check_folder
 
     checkup = check_folder(settings, contact_sheet)
-    typer.echo("\n".join(checkup.lines()))
+    if as_json:
+        options.print_json(checkup.as_json())
+    else:
+        typer.echo("\n".join(checkup.lines()))
     if checkup.has_errors:
         raise typer.Exit(1)
 
 
 @app.command()
-def info(file: options.Source) -> None:
+def info(file: options.Source, as_json: options.Json = False) -> None:
     """Describe a LoRA file (family, rank, alpha, targets, metadata) or the state of a run."""
     from contextlib import suppress
+    from dataclasses import asdict
 
     from sdlora.errors import AdapterError
     from sdlora.formats.files import inspect_adapter
@@ -46,13 +52,18 @@ def info(file: options.Source) -> None:
     from sdlora.runs import RunFolder
     from sdlora.tree.lineage import read_lineage
 
-    if (run := RunFolder(file)).exists:
-        typer.echo("\n".join(describe_state(run)))
-    found = inspect_adapter(file)
-    typer.echo("\n".join(found.lines()))
+    state = describe_state(run) if (run := RunFolder(file)).exists else []
+    if state and not as_json:
+        typer.echo("\n".join(state))
+    found, parents = inspect_adapter(file), []
     with suppress(AdapterError):
-        if above := read_lineage(found.metadata):
-            typer.echo(f"parents   {' > '.join(map(str, above))}")
+        parents = list(map(str, read_lineage(found.metadata)))
+    if as_json:
+        options.print_json({**asdict(found), "parents": parents, "run": state})
+        return
+    typer.echo("\n".join(found.lines()))
+    if parents:
+        typer.echo(f"parents   {' > '.join(parents)}")
 
 
 @app.command()

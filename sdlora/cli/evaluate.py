@@ -1,7 +1,8 @@
-"""`sdlora evaluate` and `sdlora advise-rank`."""
+"""`sdlora evaluate`, `sdlora advise-rank` and `sdlora report`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,7 @@ def evaluate(
     full_base: Annotated[
         bool, typer.Option("--full-base", help="Measure the loss on the full base too, after base.quantize.")
     ] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure a run: validation (held-out) loss, and the distance of its samples to the held-out images."""
     from sdlora.runs import RunFolder
@@ -24,9 +26,12 @@ def evaluate(
     from sdlora.evaluation.evaluate import evaluate as measure
     from sdlora.report.terminal import Terminal
 
-    with Terminal().progress("evaluating", 1) as meter:
+    with Terminal(quiet=as_json).progress("evaluating", 1) as meter:
         result = measure(run, full_base=full_base, progress=meter.show)
-    typer.echo("\n".join(result.lines()))
+    if as_json:
+        typer.echo(RunFolder(run).evaluation_file.read_text(encoding="utf-8"), nl=False)
+    else:
+        typer.echo("\n".join(result.lines()))
 
 
 @app.command()
@@ -47,3 +52,15 @@ def advise_rank(
     with Terminal().progress("measuring", 1) as meter:
         advice = advise(run, keep=keep, ranks=tried, progress=meter.show)
     typer.echo("\n".join(advice.lines()))
+
+
+@app.command()
+def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]) -> None:
+    """Write report.html into a run: one file with its samples, losses, images, settings and usage."""
+    from sdlora.runs import RunFolder
+
+    folders = [RunFolder.open(run) for run in runs]
+    from sdlora.evaluation.page import write_report
+
+    for folder in folders:
+        typer.echo(f"report    {write_report(folder)}")

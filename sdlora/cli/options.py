@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -26,7 +27,12 @@ Overrides = Annotated[
         metavar="[section.key=value]...", help="Settings, such as lora.rank=8; see `sdlora settings`."
     ),
 ]
-Config = Annotated[Path | None, typer.Option(help="A TOML file with settings; see configs/ for presets.")]
+Config = Annotated[Path | None, typer.Option(help="A TOML file with settings.")]
+Preset = Annotated[
+    str | None, typer.Option(help="A preset to start from, such as sd15; see `sdlora settings --presets`.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Out = Annotated[Path, typer.Option(help="Output file.")]
 ImagesOut = Annotated[Path | None, typer.Option(help="Output folder for grid.png and the single images.")]
 Dialect = Annotated[str, typer.Option(help="diffusers, or kohya (for A1111, Forge, ComfyUI).")]
@@ -52,6 +58,11 @@ def base_option(default: str) -> Any:
     return typer.Option(help=text, show_default=default)
 
 
+def print_json(value: Any) -> None:
+    """Prints plain values; paths, and other objects, as texts."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
 def parse_numbers(text: str | None, kind: type[Number], option: str) -> list[Number] | None:
     """Parses `0.5,1` to [0.5, 1.0]."""
     if text is None:
@@ -61,6 +72,16 @@ def parse_numbers(text: str | None, kind: type[Number], option: str) -> list[Num
     except ValueError:
         problem = f"{option} {shorten(text)} must be numbers separated by commas, such as 0,1"
         raise ConfigError(problem, key=f"option{option}") from None
+
+
+def parse_steps(texts: list[str] | None) -> list[int | str]:
+    """Parses `50,100` and `final`, of one option or several, to [50, 100, "final"]."""
+    parts = [part.strip() for text in texts or () for part in text.split(",")]
+    for part in parts:
+        if part != "final" and not (part.isdecimal() and len(part) < 10):
+            problem = f"--step {shorten(part)} must be a saved step or final, such as 50,100,final"
+            raise ConfigError(f"{problem}; --steps sets the sampling steps", key="option--step")
+    return [part if part == "final" else int(part) for part in dict.fromkeys(parts)]
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

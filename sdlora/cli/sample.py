@@ -22,7 +22,10 @@ def sample(
         typer.Argument(metavar="[RUN|LORA]...", help="Runs or LoRA files.", show_default="the base alone"),
     ] = None,
     base: Annotated[str | None, options.base_option("the run's, or builtin")] = None,
-    step: Annotated[int | None, typer.Option(help="Use the adapter that a run saved at this step.")] = None,
+    step: Annotated[
+        list[str] | None,
+        typer.Option(help="Saved steps of a run, beside each other: 50,100,final; repeatable."),
+    ] = None,
     prompt: options.Prompt = None,
     prompts: options.Prompts = None,
     strengths: Annotated[str | None, typer.Option(help="LoRA strengths, one column each: 0.5,1.")] = None,
@@ -54,10 +57,10 @@ def sample(
         scheduler=scheduler,
         safety_checker=safety_checker,
     )
-    pixels = options.parse_size(size)
+    pixels, saved = options.parse_size(size), options.parse_steps(step)
     if base is not None:
         options.check_base(load_config(None, {"base.source": base}).base)
-    if step is None:
+    if not saved:
         options.find_adapters(*(sources or []))
     from sdlora.report.terminal import Terminal
     from sdlora.sampling.session import plan_sample
@@ -67,7 +70,7 @@ def sample(
     # All sources are checked before the first image is drawn.
     plans = [
         plan_sample(
-            source, base=base, step=step, out=folder, size=pixels, force=force, warn=terminal.warn, **changes
+            source, base=base, step=saved, out=folder, size=pixels, force=force, warn=terminal.warn, **changes
         )
         for source, folder in zip(subjects, _folders(subjects, out), strict=True)
     ]

@@ -6,15 +6,15 @@ import json
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
-from typing import Annotated
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 
-from sdlora.cli import app
+from sdlora.cli import app, options
 from sdlora.errors import ConfigError
 
-COLUMN = 40
+COLUMN, PRESET_COLUMN = 40, 20
 
 
 @app.command()
@@ -26,43 +26,80 @@ def settings(
     schema: Annotated[
         bool, typer.Option("--schema", help="Print a JSON schema, for editors of config files.")
     ] = False,
+    presets: Annotated[bool, typer.Option("--presets", help="List the presets for --preset.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """List the settings with their defaults; also finds those of other trainers, such as network_dim."""
     from sdlora.aliases import ELSEWHERE
     from sdlora.config import json_schema
 
+    width = min(shutil.get_terminal_size().columns, 120)
     if schema:
         typer.echo(json.dumps(json_schema(), indent=2))
+        return
+    if presets:
+        typer.echo("\n".join(_describe_presets(width)))
         return
     wanted = [_plain(word.lstrip("-")) for word in words or []]
     lines = [f"{word} in sdlora: {ELSEWHERE[word]}" for word in wanted if word in ELSEWHERE]
     wanted += [ELSEWHERE[word].split(",")[0].split(":")[0] for word in wanted if word in ELSEWHERE]
-    lines += _describe(wanted, min(shutil.get_terminal_size().columns, 120))
+    found = {name: keys for name, keys in _list(wanted).items() if keys}
+    if as_json:
+        options.print_json(found)
+        return
+    lines += _describe(found, width)
     if not lines:
         problem = f"no setting contains {' or '.join(words or [])}; `sdlora settings` lists all"
         raise ConfigError(problem, key="no-setting")
     typer.echo("\n".join(lines))
 
 
-def _describe(words: Sequence[str], width: int) -> Iterator[str]:
-    """Settings by section, with their defaults as they are typed."""
+def _list(words: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Default and description of the settings that contain one of the words, by section and key."""
     from sdlora.config import RunConfig, Section
 
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for name, section in RunConfig():
         if not isinstance(section, Section):
             continue
         texts = {key: field.description or "" for key, field in type(section).model_fields.items()}
         lines = {key: f"{name}.{key} {_plain(text)}" for key, text in texts.items()}
-        found = [key for key, line in lines.items() if not words or any(word in line for word in words)]
-        if found:
-            yield f"[{name}] {section.__doc__}"
-        for key in found:
-            value = getattr(section, key)
+        found[name] = {
+            key: {"default": getattr(section, key), "description": texts[key]}
+            for key, line in lines.items()
+            if not words or any(word in line for word in words)
+        }
+    return found
+
+
+def _describe(found: Mapping[str, Mapping[str, Mapping[str, Any]]], width: int) -> Iterator[str]:
+    """Settings by section, with their defaults as they are typed."""
+    from sdlora.config import RunConfig
+
+    for name, keys in found.items():
+        yield f"[{name}] {getattr(RunConfig(), name).__doc__}"
+        for key, about in keys.items():
+            value = about["default"]
             default = "" if value is None else f"={value if isinstance(value, str) else json.dumps(value)}"
-            start = f"  {name}.{key}{default}"
-            lead = start.ljust(COLUMN) if len(start) < COLUMN else f"{start}\n{' ' * COLUMN}"
-            wrapped = textwrap.wrap(texts[key], max(width - COLUMN, 30), break_on_hyphens=False)
-            yield lead + f"\n{' ' * COLUMN}".join(wrapped)
+            yield _beside(f"  {name}.{key}{default}", about["description"], COLUMN, width)
+
+
+def _describe_presets(width: int) -> Iterator[str]:
+    """Presets with their first comment, and where their files are."""
+    from sdlora.presets import describe_preset, list_presets
+
+    presets = list_presets()
+    for name, file in presets.items():
+        yield _beside(f"  {name}", describe_preset(file), PRESET_COLUMN, width)
+    for folder in {file.parent for file in presets.values()}:
+        yield f"use one with --preset NAME; the files are in {folder}"
+
+
+def _beside(start: str, text: str, column: int, width: int) -> str:
+    """A text wrapped in a column beside its name, or below it if the name is long."""
+    lead = start.ljust(column) if len(start) < column else f"{start}\n{' ' * column}"
+    wrapped = textwrap.wrap(text, max(width - column, 30), break_on_hyphens=False)
+    return lead + f"\n{' ' * column}".join(wrapped)
 
 
 def _plain(text: str) -> str:

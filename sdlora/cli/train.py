@@ -19,6 +19,7 @@ def train(
     images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images with captions.")],
     overrides: options.Overrides = None,
     base: Annotated[str | None, options.base_option("builtin")] = None,
+    preset: options.Preset = None,
     config: options.Config = None,
     out: Annotated[
         Path | None, typer.Option(help="The run folder.", show_default="runs/ and the name of IMAGES")
@@ -29,6 +30,8 @@ def train(
     ] = None,
     force: options.Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit.")] = False,
+    quiet: options.Quiet = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON and exit.")] = False,
 ) -> None:
     """Train a style LoRA on an image folder."""
     from sdlora.config import load_config
@@ -36,18 +39,21 @@ def train(
 
     heed_schedulers()
     # Settings, output folder, base and images are checked before torch is imported.
-    settings = load_config(config, overrides or [], images=images)
-    direct = {"base": {"source": base}, "data": {"trigger": trigger}, "lora": {"parent": parent}}
-    settings = settings.replace(**{name: part for name, part in direct.items() if None not in part.values()})
+    direct = {"base.source": base, "data.trigger": trigger, "lora.parent": parent}
+    settings = load_config(config, overrides or [], images=images, preset=preset, arguments=direct)
     if force:
         settings = settings.replace(lora={"force_parent": True})
     if out is not None:
         RunFolder(out).check_free()
     options.check_folder(settings, options.check_base(settings.base, settings.objective))
+    from sdlora.training.train import plan_run
     from sdlora.training.train import train as start
 
-    run = start(images, base=base, out=out, config=settings, dry_run=dry_run)
-    if not dry_run:
+    if as_json:
+        options.print_json(plan_run(settings).as_json())
+        return
+    run = start(images, base=base, out=out, config=settings, dry_run=dry_run, quiet=quiet)
+    if not (dry_run or quiet):
         _print_result(run)
 
 
@@ -59,6 +65,7 @@ def resume(
         list[str] | None,
         typer.Option(metavar="FIELD", help="What may differ from the checkpoint, such as dataset."),
     ] = None,
+    quiet: options.Quiet = False,
 ) -> None:
     """Continue a stopped run, or extend a finished one (with a larger train.steps)."""
     from sdlora.config import load_config
@@ -69,7 +76,9 @@ def resume(
     load_config(None, overrides or [])
     from sdlora.training.train import resume as continue_run
 
-    _print_result(continue_run(run, overrides or [], allow_changed=allow_changed or ()))
+    finished = continue_run(run, overrides or [], allow_changed=allow_changed or (), quiet=quiet)
+    if not quiet:
+        _print_result(finished)
 
 
 def _print_result(run: RunFolder) -> None:

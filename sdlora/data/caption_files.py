@@ -23,6 +23,10 @@ from sdlora.reading import UnfitFileError, parse_json, read_bytes
 
 SIDECAR_SUFFIXES = (".txt", ".caption")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+# Files that may be such a table under another name.
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json1", ".ndjson", ".parquet", ".xlsx")
+TABLE_STEMS = ("metadata", "captions", "meta_cap", "meta_lat")
+DELIMITERS = ",;\t|"
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 # A base takes about a hundred words; a larger file is not a caption.
 MAX_CAPTION_BYTES = 100_000
@@ -133,6 +137,12 @@ def find_captions(
     names = sorted(files)
     search = _Search(root, settings, noticed, names)
     _read_sidecars(search, names, images)
+    for name in names:
+        path = PurePosixPath(name.lower())
+        is_table = path.suffix in TABLE_SUFFIXES or (path.suffix == ".json" and path.stem in TABLE_STEMS)
+        is_read = PurePosixPath(name).name in METADATA_FILES or path.stem.startswith(_DOCUMENTS)
+        if is_table and not is_read:
+            noticed["data.table-name"][name] = ""
     # Deeper folders first: the nearest metadata file wins.
     metadata = [name for name in names if PurePosixPath(name).name in METADATA_FILES]
     metadata.sort(key=lambda name: (-name.count("/"), METADATA_FILES.index(PurePosixPath(name).name), name))
@@ -213,7 +223,7 @@ def _read_metadata(search: _Search, name: str, known: Mapping[str, str]) -> None
     for row in _read_rows(search, name):
         has_rows = True
         if len(columns) < MAX_LISTED:
-            columns |= dict.fromkeys(map(str, row))
+            columns |= dict.fromkeys(key for key in row if isinstance(key, str))
         if not (target := _clean(row.get("file_name"))):
             continue
         column = next((key for key in CAPTION_COLUMNS if key in row), None)
@@ -240,8 +250,13 @@ def _read_rows(search: _Search, name: str) -> Iterator[dict[str, Any]]:
         search.noticed["data.table-lines"][name] = f"has {lines:,} lines, at most {MAX_LINES:,} are read"
         return
     if name.endswith(".csv"):
+        header = text.lstrip().split("\n", 1)[0].replace('"', "")
+        found = (mark for mark in DELIMITERS if "file_name" in map(str.strip, header.split(mark)))
+        delimiter = next(found, ",") if search.settings.rules > 1 else ","
         try:
-            yield from csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+            yield from csv.DictReader(
+                io.StringIO(text, newline=""), skipinitialspace=True, delimiter=delimiter
+            )
         except csv.Error as error:
             search.noticed["data.table-csv"][name] = f"is not a CSV table: {error}"
         return

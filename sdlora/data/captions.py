@@ -18,8 +18,7 @@ from sdlora.config import DataSection
 from sdlora.data.records import ImageRecord
 from sdlora.seeds import keyed_random
 
-PLACEHOLDER = "{trigger}"
-NUM_VARIANTS = 4
+NUM_VARIANTS = 8
 
 
 class Operation(Protocol):
@@ -31,14 +30,44 @@ class Operation(Protocol):
 
 
 @dataclass(frozen=True)
-class ReplacePlaceholder:
-    """Replaces `{trigger}` by the trigger."""
+class AddWords:
+    """Puts words before and behind a caption, each with a space, as kohya does."""
 
-    trigger: str
+    prefix: str
+    suffix: str
     is_random: ClassVar[bool] = False
 
     def __call__(self, caption: str, rng: random.Random) -> str:
-        return caption.replace(PLACEHOLDER, self.trigger)
+        return " ".join(filter(None, (self.prefix.strip(), caption, self.suffix.strip())))
+
+
+@dataclass(frozen=True)
+class VaryTags:
+    """Shuffles the tags of a caption behind the first ones, and leaves some out; at least one stays."""
+
+    shuffle: bool
+    dropout: float
+    num_kept: int
+    is_random: ClassVar[bool] = True
+
+    def __call__(self, caption: str, rng: random.Random) -> str:
+        tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
+        kept, others = tags[: self.num_kept], tags[self.num_kept :]
+        if self.shuffle:
+            rng.shuffle(others)
+        left = [tag for tag in others if rng.random() >= self.dropout]
+        return ", ".join(kept + left or others[:1])
+
+
+@dataclass(frozen=True)
+class ReplacePlaceholder:
+    """Substitutes the trigger for its placeholders."""
+
+    settings: DataSection
+    is_random: ClassVar[bool] = False
+
+    def __call__(self, caption: str, rng: random.Random) -> str:
+        return self.settings.fill_trigger(caption)
 
 
 @dataclass(frozen=True)
@@ -57,7 +86,15 @@ class AddTrigger:
 
 
 OPERATIONS: dict[str, Callable[[DataSection], Operation | None]] = {
-    "replace_placeholder": lambda data: ReplacePlaceholder(data.trigger) if data.trigger else None,
+    "add_words": lambda data: (
+        AddWords(data.caption_prefix, data.caption_suffix)
+        if (data.caption_prefix + data.caption_suffix).strip()
+        else None
+    ),
+    "vary_tags": lambda data: (
+        VaryTags(data.shuffle_tags, data.tag_dropout, data.keep_tags) if data.varies_tags else None
+    ),
+    "replace_placeholder": lambda data: ReplacePlaceholder(data) if data.trigger else None,
     "add_trigger": lambda data: AddTrigger(data.trigger, data.trigger_position) if data.trigger else None,
 }
 """Makes each operation from the settings, in the order in which they apply; None if it is off."""
@@ -65,10 +102,11 @@ OPERATIONS: dict[str, Callable[[DataSection], Operation | None]] = {
 
 @dataclass(frozen=True)
 class CaptionPipeline:
-    """The operations of a run, in order, and the share of samples with an empty caption."""
+    """The operations of a run, in order, the share of samples with an empty caption, and the variants."""
 
     operations: Sequence[Operation]
     dropout: float = 0.0
+    num_variants: int = NUM_VARIANTS
 
     def __call__(self, caption: str, rng: random.Random) -> str:
         for operation in self.operations:
@@ -82,7 +120,7 @@ class CaptionPipeline:
 
     def variants(self, caption: str, *, seed: int, digest: str) -> tuple[str, ...]:
         """Training captions of the image with this digest; equal ones are kept once."""
-        number = NUM_VARIANTS if any(operation.is_random for operation in self.operations) else 1
+        number = self.num_variants if any(operation.is_random for operation in self.operations) else 1
         draws = (keyed_random(seed, "caption", digest, variant) for variant in range(number))
         return tuple(dict.fromkeys(self(caption, draw) for draw in draws))
 
@@ -100,7 +138,8 @@ class CaptionPipeline:
 
 def caption_pipeline(settings: DataSection) -> CaptionPipeline:
     operations = (make(settings) for make in OPERATIONS.values())
-    return CaptionPipeline([step for step in operations if step is not None], settings.caption_dropout)
+    given = [step for step in operations if step is not None]
+    return CaptionPipeline(given, settings.caption_dropout, settings.caption_variants or NUM_VARIANTS)
 
 
 def trigger_pattern(trigger: str) -> re.Pattern[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -32,6 +33,18 @@ class Checkup:
     @property
     def has_errors(self) -> bool:
         return any(finding.severity == "error" for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        """The report for programs."""
+        return {
+            "ready": not self.has_errors,
+            "images": len(self.index.records),
+            "heldout_images": len(self.index.heldout),
+            "captions": self.index.num_captions,
+            "buckets": {str(size): images for size, images, _ in self.buckets.table()},
+            "findings": [asdict(finding) for finding in self.findings],
+            "contact_sheet": self.sheet,
+        }
 
     def lines(self) -> list[str]:
         """The report that `sdlora doctor` prints."""

@@ -36,7 +36,8 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "data.captions-missing": "no captions for {count:image}: {names}; write .txt files beside them, or "
         "set data.trigger",
         "data.captions-above": "{names} is outside the image folder; pass its folder to use it",
-        "data.placeholder": "{{trigger}} in {count:caption}, but data.trigger is not set: {names}; set it",
+        "data.placeholder": "a placeholder for the trigger in {count:caption}, but data.trigger is not set: "
+        "{names}; set it",
         "data.table-lines": "{names}; split the folder",
         "data.table-csv": "{names}; fix or remove it",
         "data.table-json": "{names}; write one JSON object per line",
@@ -52,6 +53,8 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "data.file-unreadable": "cannot read {count:file}: {names}",
         "data.folder-unreadable": "cannot open {count:folder}: {names}",
         "data.row-unmatched": "{count:metadata row} without a matching image: {names}",
+        "data.table-name": "{count:table} not read: {names}; rename one with the columns file_name and text "
+        "to metadata.csv, or one of JSON lines to metadata.jsonl",
         "data.stem-shared": "{count:image} sharing a caption file with another: {names}; rename one of each",
         "data.copies": "exact copies: {names}; keep one of each",
         "data.heldout-trained": "{count:held-out image} also trained on: {names}; remove one of each",
@@ -75,7 +78,9 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "data.repeats-zero": "ignored {count:image} in folders with zero repeats: {names}",
         "data.image-enlarged": "{count:image} enlarged: {names}",
         "data.heldout-unused": "ignored {count:image} in folders named heldout, never trained on: {names}",
-        "data.caption-encoding": "{count:file} not in UTF-8, read in the encoding that seems to fit: {names}; "
+        "data.placeholder-foreign": "placeholders of other tools in {count:caption}, taken as text: {names}; "
+        "write {{trigger}} or the words themselves",
+        "data.caption-encoding": "{count:file} not in UTF-8, read in an encoding that seems to fit: {names}; "
         "save as UTF-8 if characters look wrong, or set data.caption_encoding",
         "data.caption-unmatched": "{count:caption file} without a matching image: {names}",
         "data.captions-differ": "{count:image} with several captions: {names}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,10 +15,10 @@ from functools import cache
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
 
-from sdlora.config import DataSection, RunConfig
+from sdlora.config import PLACEHOLDERS, DataSection, RunConfig
 from sdlora.data.buckets import BucketPlan, plan_buckets
 from sdlora.data.caption_files import METADATA_FILES, Caption, find_captions
-from sdlora.data.captions import PLACEHOLDER, caption_pipeline
+from sdlora.data.captions import caption_pipeline
 from sdlora.data.folders import (
     HELDOUT,
     check_folder,
@@ -31,6 +32,8 @@ from sdlora.data.images import UnreadableImageError, measure_file, parse_colour
 from sdlora.data.records import DatasetIndex, ImageRecord, Noticed, Size
 from sdlora.errors import DataError, shorten
 
+# Placeholders of A1111, kohya and ai-toolkit for which there are no words here.
+FOREIGN = re.compile(r"\[(?:filewords|name|class|concept)\]|\{(?:caption|filename|name)\}|<trigger>")
 AUTO_SHARE, AUTO_FROM, AUTO_LEAST = 0.1, 12, 2
 
 
@@ -136,6 +139,7 @@ class _Scan:
     def _check_coverage(self, root: Path, names: Sequence[str], captions: Mapping[str, Caption]) -> None:
         """R-05: no captions without a trigger, and captions for some images only, are errors by default."""
         settings, noticed = self.settings, self.noticed
+        written = [name for name in names if name in captions]
         missing = dict.fromkeys((name for name in names if name not in captions), "")
         if missing and not settings.allow_missing_captions:
             if len(missing) < len(names):
@@ -145,8 +149,13 @@ class _Scan:
                 above = (root.absolute().parent / name for name in METADATA_FILES)
                 noticed["data.captions-above"] |= {str(file): "" for file in above if file.is_file()}
         if not settings.trigger:
-            unset = [name for name in names if name in captions and PLACEHOLDER in captions[name].text]
-            noticed["data.placeholder"] |= dict.fromkeys(unset, "")
+            marks = PLACEHOLDERS[: settings.rules]
+            unset = {name: mark for mark in marks for name in written if mark in captions[name].text}
+            noticed["data.placeholder"] |= unset
+        found = {name: FOREIGN.findall(captions[name].text) for name in written}
+        noticed["data.placeholder-foreign"] |= {
+            name: " ".join(marks) for name, marks in found.items() if marks
+        }
 
 
 def _measure_all(paths: Sequence[Path]) -> list[tuple[str, Size, bool] | str]:

@@ -12,11 +12,14 @@ from sdlora.dtypes import DTYPES
 from sdlora.errors import ConfigError, RunError
 from sdlora.evaluation.context import EvaluationContext, open_context
 from sdlora.evaluation.evaluate import image_distances, mean_distance
+from sdlora.evaluation.heldout import HeldoutLoss
+from sdlora.evaluation.intervals import Interval, ratio_interval
 from sdlora.export.export import export_adapter
 from sdlora.lora.adapter import Adapter
 from sdlora.rank.resize import resize
 from sdlora.rank.spectrum import spectrum
 from sdlora.report.plots import draw_rank_curve
+from sdlora.report.summary import MIN_IMAGES
 from sdlora.runs import RunFolder
 from sdlora.writing import write_json
 
@@ -34,6 +37,7 @@ class Candidate:
         loss: Held-out loss.
         kept: Share of what was learned: of the decrease of the loss by the whole adapter.
         distance: Distance of its samples from those of the whole adapter, over that of samples without it.
+        interval: `kept` with its interval over images; None for fewer than `MIN_IMAGES`.
     """
 
     rank: int
@@ -42,17 +46,22 @@ class Candidate:
     loss: float
     kept: float
     distance: float
+    interval: Interval | None = None
+
+    def keeps(self, share: float) -> bool:
+        """Whether the whole interval lies above a share."""
+        return self.interval is not None and self.interval.low >= share
 
 
 @dataclass(frozen=True)
 class Advice:
-    """The candidates, and the smallest rank that keeps enough.
+    """The candidates, and the smallest rank that surely keeps enough.
 
     Args:
         candidates: From the smallest rank to that of the run.
         loss_without: Held-out loss without the adapter, with its parents alone.
         keep: The share that is enough.
-        rank: The recommended rank.
+        rank: The recommended rank; None for fewer than `MIN_IMAGES` held-out images.
         images: Number of held-out images.
         files: Files of the recommended rank; none if it is that of the run.
         curve: Plot of the candidates.
@@ -61,30 +70,33 @@ class Advice:
     candidates: list[Candidate]
     loss_without: float
     keep: float
-    rank: int
+    rank: int | None
     images: int
     files: tuple[Path, ...]
     curve: Path
 
     def lines(self) -> list[str]:
-        whole = self.candidates[-1]
-        best = next(one for one in self.candidates if one.rank == self.rank)
-        lines = [f"validation loss on {self.images} images, {self.loss_without:.4f} without the adapter"]
+        lines = [f"validation loss on {self.images} images, {self.loss_without:.3g} without the adapter"]
         lines += [
-            f"rank {one.rank:>4}  {one.megabytes:>7.2f} MB  energy {one.energy:>6.1%}  loss {one.loss:.4f}  "
-            f"keeps {one.kept:>6.1%}  images {one.distance:.1%} away"
+            f"rank {one.rank:>4}  {one.megabytes:>7.2f} MB  energy {one.energy:>4.0%}  loss {one.loss:.3g}  "
+            f"keeps {one.interval or format(one.kept, '.0%')}  images {one.distance:.0%} away"
             for one in self.candidates
         ]
-        if best is whole:
-            lines.append(
-                f"advice    keep rank {whole.rank}: no smaller one keeps {self.keep:.0%} of what it learned"
-            )
-        else:
-            lines.append(
-                f"advice    rank {best.rank} keeps {min(best.kept, 1):.0%} of what rank {whole.rank} learned"
-                f": {_size(best.megabytes)} MB instead of {_size(whole.megabytes)}"
-            )
+        lines.append(f"advice    {self._advice()}")
         return [*lines, f"curve     {self.curve}", *(f"wrote     {file}" for file in self.files)]
+
+    def _advice(self) -> str:
+        whole = self.candidates[-1]
+        if self.rank is None:
+            return f"none: {self.images} held-out images are too few; hold out {MIN_IMAGES} (data.heldout)"
+        if self.rank == whole.rank:
+            return f"keep rank {whole.rank}: no smaller one surely keeps {self.keep:.0%} of what it learned"
+        best = next(one for one in self.candidates if one.rank == self.rank)
+        return (
+            f"rank {best.rank} keeps {self.keep:.0%} or more of what rank {whole.rank} learned: "
+            f"{_size(best.megabytes)} MB instead of {_size(whole.megabytes)}; its samples are "
+            f"{best.distance:.0%} of the way back to those without the LoRA, so compare them by eye"
+        )
 
 
 def _size(megabytes: float) -> str:
@@ -101,7 +113,8 @@ def advise_rank(
 ) -> Advice:
     """Truncates a run's adapter to smaller ranks, measures each, and writes the smallest that is enough.
 
-    The held-out loss decides. The spectrum cannot: small directions may matter, and large ones may be noise.
+    The held-out loss decides, if there are images enough and the whole interval over them lies above `keep`.
+    The spectrum cannot: small directions may matter, and large ones may be noise.
 
     Args:
         run: The run folder; the file, `rank.json` and the curve `rank.png` are written into it.
@@ -123,10 +136,11 @@ def advise_rank(
     whole = context.adapter.rank
     adapters = {rank: resize(context.adapter, rank=rank)[0] for rank in candidate_ranks(whole, ranks)}
     adapters[whole] = context.adapter
-    without = context.loss(context.ancestors).loss
+    without = context.loss(context.ancestors)
     candidates = _measure(context, adapters, without, seed, progress or (lambda finished, total: None))
-    best = next(one.rank for one in candidates if one.kept >= keep or one.rank == whole)
-    files = _write(context, adapters[best]) if best != whole else ()
+    best = next((one.rank for one in candidates if one.keeps(keep) or one.rank == whole), whole)
+    rank = best if len(context.records) >= MIN_IMAGES else None
+    files = _write(context, adapters[rank]) if rank not in (None, whole) else ()
     curve = draw_rank_curve(
         context.run.rank_curve,
         {one.rank: one.loss for one in candidates},
@@ -135,11 +149,11 @@ def advise_rank(
             "of the energy": [one.energy for one in candidates],
             "of the way to the images": [1 - one.distance for one in candidates],
         },
-        without=without,
-        best=best,
+        without=without.loss,
+        best=rank,
         title=context.run.name,
     )
-    advice = Advice(candidates, without, keep, best, len(context.records), files, curve)
+    advice = Advice(candidates, without.loss, keep, rank, len(context.records), files, curve)
     values = {**asdict(advice), "files": [file.name for file in advice.files], "curve": advice.curve.name}
     write_json(context.run.advice_file, {**values, "adapter": context.run.adapter.name, "seed": seed})
     return advice
@@ -154,23 +168,23 @@ def candidate_ranks(largest: int, asked: Sequence[int] = ()) -> list[int]:
 def _measure(
     context: EvaluationContext,
     adapters: Mapping[int, Adapter],
-    without: float,
+    without: HeldoutLoss,
     seed: int,
     progress: Callable[[int, int], object],
 ) -> list[Candidate]:
     """Measures adapters by rank, the whole one last; `without` is the loss without any."""
     stacks = {rank: (*context.ancestors, (adapter, 1.0)) for rank, adapter in adapters.items()}
-    captions = [record.caption for record in context.records[:MAX_SAMPLES]]
+    captions = {number: record.caption for number, record in enumerate(context.records[:MAX_SAMPLES])}
     total = len(stacks) + (len(stacks) + 1) * len(captions)
-    losses: list[float] = []
+    losses: list[HeldoutLoss] = []
     for number, stack in enumerate(stacks.values(), 1):
-        losses.append(context.loss(stack).loss)
+        losses.append(context.loss(stack))
         progress(number, total)
-    learned = without - losses[-1]
+    learned = without.loss - losses[-1].loss
     if learned <= 0:
         raise RunError(
-            f"run {context.run.path} has not lowered the held-out loss ({without:.4f} without its adapter, "
-            f"{losses[-1]:.4f} with it), so no rank can be recommended; see `sdlora spectrum`",
+            f"run {context.run.path} has not lowered the held-out loss ({without.loss:.4f} without its "
+            f"adapter, {losses[-1].loss:.4f} with it), so no rank can be recommended; see `sdlora spectrum`",
             key="rank.nothing-learned",
         )
     bare, *samples = context.samples(
@@ -190,12 +204,18 @@ def _measure(
             rank=rank,
             megabytes=adapter.num_parameters * itemsize / 1e6,
             energy=1 - found.error(dict.fromkeys(found.values, rank)) ** 2,
-            loss=loss,
-            kept=(without - loss) / learned,
+            loss=loss.loss,
+            kept=(without.loss - loss.loss) / learned,
             distance=distance(images) / far,
+            interval=ratio_interval(_decreases(without, loss), _decreases(without, losses[-1])),
         )
         for (rank, adapter), loss, images in zip(adapters.items(), losses, samples, strict=True)
     ]
+
+
+def _decreases(without: HeldoutLoss, loss: HeldoutLoss) -> list[float]:
+    """The decrease of the loss of each image."""
+    return [before - after for before, after in zip(without.by_image, loss.by_image, strict=True)]
 
 
 def _write(context: EvaluationContext, adapter: Adapter) -> tuple[Path, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,16 +74,16 @@ class EvaluationContext:
     def samples(
         self,
         stacks: Sequence[Stack],
-        captions: Sequence[str],
+        captions: Mapping[int, str],
         seed: int,
         progress: Callable[[int], object] = lambda finished: None,
     ) -> list[list[Tensor]]:
-        """Samples of captions, one for each of the first images and in its size, for each stack.
+        """Samples of captions, by the number of the image whose size they get, for each stack.
 
         `progress` gets the number of finished images.
         """
         groups: dict[Size, list[int]] = defaultdict(list)
-        for number in range(len(captions)):
+        for number in captions:
             groups[self.plan.bucket_of(self.records[number].name)].append(number)
         columns = [Column(stack, 1.0 if stack else 0.0) for stack in stacks]
         found: list[dict[int, Tensor]] = [{} for _ in stacks]
@@ -103,7 +103,7 @@ class EvaluationContext:
             for place, made in enumerate(found):
                 own = images[place :: len(columns)]
                 made |= {number: image_to_tensor(p.image) for number, p in zip(numbers, own, strict=True)}
-        return [[made[number] for number in range(len(captions))] for made in found]
+        return [[made[number] for number in captions] for made in found]
 
 
 def open_context(run: str | Path | RunFolder) -> EvaluationContext:

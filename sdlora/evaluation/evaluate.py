@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from sdlora.data.captions import trigger_pattern
 from sdlora.errors import ConfigError
 from sdlora.evaluation.context import open_context
 from sdlora.evaluation.heldout import HeldoutLoss
+from sdlora.evaluation.intervals import Interval, mean_text, ratio_interval
 from sdlora.models.base import Base
 from sdlora.models.load import full_base as use_full_base
+from sdlora.report.summary import MIN_IMAGES
 from sdlora.runs import RunFolder
 from sdlora.writing import write_json
 
@@ -82,6 +85,24 @@ class Gap:
 
 
 @dataclass(frozen=True)
+class Untriggered:
+    """Distances without the trigger in the captions, for images whose captions contain more than the trigger.
+
+    Args:
+        images: Number of these images.
+        base: Mean distances of the base's samples.
+        style: Mean distances with the adapter.
+        share: The decrease of the style distance without the trigger, over that with it (R-30); None for
+            fewer than `MIN_IMAGES` images, and if there is no clear decrease with it.
+    """
+
+    images: int
+    base: ImageDistance
+    style: ImageDistance
+    share: Interval | None = None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Measures of a run on its held-out images; `style` is with the adapter.
 
@@ -89,49 +110,99 @@ class Evaluation:
         images: Number of images.
         base_loss: Held-out loss of the base.
         style_loss: Held-out loss with the adapter.
-        base_distance: Mean distances between the base's samples of the captions and the images.
-        style_distance: Mean distances with the adapter.
-        style_wins: Number of images that the adapter's sample is closer to in style than the base's.
-        untriggered_distance: Mean distances with the adapter, without the trigger in the captions; None
-            if there is no trigger.
+        base_distances: Distances between the base's samples of the captions and the images.
+        style_distances: Distances with the adapter.
+        untriggered: Distances without the trigger; None if there is no trigger, or no caption has more.
         gap: Losses on the quantized and on the full base; None unless asked for.
     """
 
     images: int
     base_loss: HeldoutLoss
     style_loss: HeldoutLoss
-    base_distance: ImageDistance
-    style_distance: ImageDistance
-    style_wins: int
-    untriggered_distance: ImageDistance | None = None
+    base_distances: Sequence[ImageDistance]
+    style_distances: Sequence[ImageDistance]
+    untriggered: Untriggered | None = None
     gap: Gap | None = None
 
     @property
+    def base_distance(self) -> ImageDistance:
+        return mean_distance(self.base_distances)
+
+    @property
+    def style_distance(self) -> ImageDistance:
+        return mean_distance(self.style_distances)
+
+    @property
+    def style_wins(self) -> int:
+        """Number of images that the adapter's sample is closer to in style than the base's."""
+        pairs = zip(self.base_distances, self.style_distances, strict=True)
+        return sum(style.style < base.style for base, style in pairs)
+
+    @property
+    def untriggered_distance(self) -> ImageDistance | None:
+        return self.untriggered.style if self.untriggered else None
+
+    @property
     def bleed(self) -> float | None:
-        """The share of the gain in style that does not need the trigger (R-30)."""
-        gain = self.base_distance.style - self.style_distance.style
-        if self.untriggered_distance is None or gain <= 0:
-            return None
-        return (self.base_distance.style - self.untriggered_distance.style) / gain
+        """The share of the decrease of the style distance that does not need the trigger (R-30)."""
+        return self.untriggered.share.value if self.untriggered and self.untriggered.share else None
+
+    @property
+    def loss_change(self) -> Interval | None:
+        """Relative change of the held-out loss by the adapter; None for fewer than `MIN_IMAGES` images."""
+        pairs = zip(self.base_loss.by_image, self.style_loss.by_image, strict=True)
+        return ratio_interval([style - base for base, style in pairs], self.base_loss.by_image)
+
+    @property
+    def verdict(self) -> str:
+        """What the losses show, or what is missing to show it; distances in VAE latents have no say."""
+        change = self.loss_change
+        if change is None:
+            return f"none: {self.images} held-out images are too few; hold out {MIN_IMAGES} (data.heldout)"
+        if not change.is_clear:
+            return (
+                f"none: {self.images} images cannot tell the change of the held-out loss from 0: {change}; "
+                "hold out more images"
+            )
+        if change.value < 0:
+            return f"the LoRA lowers the loss on images that it has not seen: {change}; judge the grid by eye"
+        return f"the LoRA raises the held-out loss: {change}; try fewer train.steps or a lower learning rate"
+
+    def to_json(self) -> dict[str, Any]:
+        change, bare = self.loss_change, self.untriggered_distance
+        return {
+            **asdict(self),
+            "base_distance": asdict(self.base_distance),
+            "style_distance": asdict(self.style_distance),
+            "style_wins": self.style_wins,
+            "untriggered_distance": asdict(bare) if bare else None,
+            "bleed": self.bleed,
+            "loss_change": asdict(change) if change else None,
+            "verdict": self.verdict,
+        }
 
     def lines(self) -> list[str]:
-        base, style = self.base_distance, self.style_distance
+        base, style = self.base_distances, self.style_distances
         lines = [
-            _beside("held-out loss", self.base_loss.loss, self.style_loss.loss) + f" on {self.images} images",
-            _beside("style distance", base.style, style.style)
-            + f"; closer with the LoRA for {self.style_wins} of {self.images}",
-            _beside("content distance", base.content, style.content),
+            _beside("held-out loss", self.base_loss.by_image, self.style_loss.by_image)
+            + f" on {self.images} images",
+            _beside("style distance", [one.style for one in base], [one.style for one in style]),
+            _beside("content distance", [one.content for one in base], [one.content for one in style]),
             "                  (samples against held-out images, in VAE latents: mean and standard "
-            "deviation of the channels; every latent pixel)",
+            "deviation of the channels; every latent pixel; not a measure of quality)",
         ]
-        if self.untriggered_distance is not None:
-            share = "" if self.bleed is None else f": {self.bleed:.0%} of the style is there without it"
-            lines.append(f"without trigger   style distance {self.untriggered_distance.style:.3f}{share}")
-        return lines + ([f"gap               {self.gap}"] if self.gap else [])
+        if bare := self.untriggered:
+            share = f"; {bare.share} of the decrease is there without it" if bare.share else ""
+            lines.append(
+                f"without trigger   style distance base {bare.base.style:.2g}, style {bare.style.style:.2g} "
+                f"on {bare.images} images{share}"
+            )
+        lines += [f"gap               {self.gap}"] if self.gap else []
+        return [*lines, f"verdict           {self.verdict}"]
 
 
-def _beside(title: str, base: float, style: float) -> str:
-    return f"{title:<17} base {base:.4f}, style {style:.4f} ({style / base - 1:+.1%})"
+def _beside(title: str, base: Sequence[float], style: Sequence[float]) -> str:
+    return f"{title:<17} base {mean_text(base)}, style {mean_text(style)}"
 
 
 def evaluate(
@@ -159,38 +230,55 @@ def evaluate(
         raise ConfigError(problem, key="option--full-base")
     context = open_context(folder)
     base_loss, style_loss = context.loss(()), context.loss(context.style)
+    captions = {number: record.caption for number, record in enumerate(context.records)}
     trigger = context.config.data.trigger
-    captions = [record.caption for record in context.records]
-    count, total = len(captions), len(captions) * (3 if trigger else 2)
+    bare = remove_triggers(captions, trigger) if trigger else {}
+    count, total = len(captions), 2 * (len(captions) + len(bare))
     show = progress or (lambda finished, total: None)
-    samples = context.samples([(), context.style], captions, seed, lambda done: show(done, total))
-    plain, styled = (image_distances(context.base, made, context.drawings) for made in samples)
+
+    def measure(captions: Mapping[int, str], done: int) -> list[list[ImageDistance]]:
+        stacks = [(), context.style]
+        made = context.samples(stacks, captions, seed, lambda finished: show(done + finished, total))
+        drawings = [context.drawings[number] for number in captions]
+        return [image_distances(context.base, images, drawings) for images in made]
+
+    plain, styled = measure(captions, 0)
     untriggered = None
-    if trigger:
-        bare = [remove_trigger(caption, trigger) for caption in captions]
-        (without,) = context.samples([context.style], bare, seed, lambda done: show(2 * count + done, total))
-        untriggered = mean_distance(image_distances(context.base, without, context.drawings))
+    if bare:
+        paired = [[row[number] for number in bare] for row in (plain, styled)]
+        untriggered = compare_untriggered(*paired, *measure(bare, 2 * count))
     gap = None
     if full_base:
         with use_full_base(context.base) as full:
             used = replace(context, base=full).loss(context.style).loss
         gap = Gap(context.base.info.quantize, style_loss.loss, used, count)
-    result = Evaluation(
-        images=count,
-        base_loss=base_loss,
-        style_loss=style_loss,
-        base_distance=mean_distance(plain),
-        style_distance=mean_distance(styled),
-        style_wins=sum(style.style < base.style for base, style in zip(plain, styled, strict=True)),
-        untriggered_distance=untriggered,
-        gap=gap,
-    )
-    values = {**asdict(result), "bleed": result.bleed, "adapter": context.run.adapter.name, "seed": seed}
+    result = Evaluation(count, base_loss, style_loss, plain, styled, untriggered, gap)
+    values = {**result.to_json(), "adapter": context.run.adapter.name, "seed": seed}
     write_json(context.run.evaluation_file, values)
     return result
 
 
+def compare_untriggered(
+    base: Sequence[ImageDistance],
+    style: Sequence[ImageDistance],
+    bare_base: Sequence[ImageDistance],
+    bare_style: Sequence[ImageDistance],
+) -> Untriggered:
+    """Compares the distances of the same images with the trigger in their captions, and without it."""
+    gains = [before.style - after.style for before, after in zip(base, style, strict=True)]
+    bare_gains = [before.style - after.style for before, after in zip(bare_base, bare_style, strict=True)]
+    gain = ratio_interval(gains, [1.0] * len(gains))
+    share = ratio_interval(bare_gains, gains) if gain and gain.low > 0 else None
+    return Untriggered(len(gains), mean_distance(bare_base), mean_distance(bare_style), share)
+
+
+def remove_triggers(captions: Mapping[int, str], trigger: str) -> dict[int, str]:
+    """The captions without the trigger, of those that contain something else."""
+    bare = {number: remove_trigger(caption, trigger) for number, caption in captions.items()}
+    return {number: caption for number, caption in bare.items() if caption}
+
+
 def remove_trigger(caption: str, trigger: str) -> str:
-    """The caption without the trigger and the comma after it."""
+    """The caption without the trigger and the comma after it; "" if nothing is left."""
     bare = trigger_pattern(trigger).sub("", caption)
-    return re.sub(r"\s*,(?:\s*,)*\s*", ", ", bare).strip(" ,") or "a picture"
+    return re.sub(r"\s*,(?:\s*,)*\s*", ", ", bare).strip(" ,")

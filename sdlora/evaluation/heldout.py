@@ -37,11 +37,13 @@ class HeldoutItem:
 
 @dataclass(frozen=True)
 class HeldoutLoss:
-    """The mean squared error, over everything and by band of timesteps ("0-199", …), low noise first."""
+    """The mean squared error: over everything, by band of timesteps ("0-199", …), low noise first, and of
+    each image, over all bands, in the order of the items."""
 
     loss: float
     by_band: dict[str, float]
     num_images: int
+    by_image: tuple[float, ...] = ()
 
 
 class Share(NamedTuple):
@@ -76,9 +78,9 @@ def heldout_loss(
         share: Share of this process.
     """
     width = schedule.num_timesteps // NUM_BANDS
-    groups: dict[torch.Size, list[HeldoutItem]] = defaultdict(list)
-    for item in items:
-        groups[item.latents.shape].append(item)
+    groups: dict[torch.Size, list[int]] = defaultdict(list)
+    for number, item in enumerate(items):
+        groups[item.latents.shape].append(number)
     batches = [
         (band, group[start : start + batch_size])
         for band in range(NUM_BANDS)
@@ -86,20 +88,21 @@ def heldout_loss(
         for start in range(0, len(group), batch_size)
     ]
     # Batches of other processes stay 0, so that the sum over the shares does not depend on their number.
-    sums = torch.zeros(len(batches), dtype=torch.float64)
-    for number in range(share.first, len(batches), share.num_shares):
-        band, batch = batches[number]
-        timestep = band * width + width // 2
+    losses = torch.zeros(NUM_BANDS, len(items), dtype=torch.float64)
+    for band, numbers in batches[share.first :: share.num_shares]:
+        batch, timestep = [items[number] for number in numbers], band * width + width // 2
         seeds = [derive_seed("heldout", item.key, timestep) for item in batch]
         answer, *known = _denoise(denoise, schedule, batch, seeds, timestep, device)
-        losses = (answer - schedule.target(*known)).square().mean(dim=(1, 2, 3))
-        sums[number] = losses.cpu().double().sum()
+        errors = (answer - schedule.target(*known)).square().mean(dim=(1, 2, 3))
+        losses[band, numbers] = errors.cpu().double()
+    losses = share.add(losses)
     totals = [0.0] * NUM_BANDS
-    for (band, _), total in zip(batches, share.add(sums).tolist(), strict=True):
-        totals[band] += total
+    for band, numbers in batches:
+        totals[band] += float(losses[band, numbers].sum())
     means = [total / len(items) for total in totals]
     names = [f"{band * width}-{(band + 1) * width - 1}" for band in range(NUM_BANDS)]
-    return HeldoutLoss(sum(means) / NUM_BANDS, dict(zip(names, means, strict=True)), len(items))
+    by_image = tuple(losses.mean(dim=0).tolist())
+    return HeldoutLoss(sum(means) / NUM_BANDS, dict(zip(names, means, strict=True)), len(items), by_image)
 
 
 def _denoise(

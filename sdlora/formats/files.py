@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -13,18 +13,19 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from sdlora.errors import AdapterError, ConfigError, one_line, shorten
+from sdlora.errors import AdapterError, ConfigError, join_names, one_line, shorten
 from sdlora.formats.container import read_tensors, write_tensors
 from sdlora.formats.keys import Dialect, dialect_of
 from sdlora.formats.read import guess_family, read_modules, state_to_adapter
 from sdlora.formats.write import adapter_to_diffusers, adapter_to_kohya, fold, rank_notes
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.layers import TEXT_ENCODERS
-from sdlora.reading import MAX_HEADER_BYTES, Header, UnfitFileError, read_bytes
+from sdlora.reading import MAX_HEADER_BYTES, PICKLES, Header, UnfitFileError, read_bytes
 from sdlora.runs import RunFolder
 from sdlora.writing import write_file
 
 ENDING, KOHYA_ENDING = ".safetensors", ".kohya.safetensors"
+UNKNOWN_ALPHA = "PEFT keeps alpha in adapter_config.json, which is not beside the file"
 FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
 # Keys that describe the tensors as written; they never survive from one file to the next.
@@ -57,6 +58,8 @@ class AdapterInfo:
     num_parameters: int
     size_bytes: int
     metadata: dict[str, str]
+    alpha_is_unknown: bool = False
+    """Whether the file is PEFT's, away from the configuration that holds its alpha; the rank is assumed."""
 
     @property
     def num_modules(self) -> int:
@@ -70,6 +73,7 @@ class AdapterInfo:
     def lines(self) -> list[str]:
         """For people; the metadata comes last."""
         kinds = (f"{kind} ({count} modules)" for kind, count in self.kinds.items())
+        unknown = f"; assumed: {UNKNOWN_ALPHA}" if self.alpha_is_unknown else ""
         trained = f"; trained with alpha {self.trained_alpha}" if self.trained_alpha else ""
         targets = ", ".join(f"{kind} {count}" for kind, count in self.targets.items())
         about = {
@@ -78,7 +82,7 @@ class AdapterInfo:
             "family": self.family or "unknown",
             "kind": ", ".join(self.kinds if len(self.kinds) == 1 else kinds),
             "rank": ", ".join(f"{rank} ({count} modules)" for rank, count in self.ranks.items()),
-            "alpha": ", ".join(f"{alpha:g}" for alpha in self.alphas) + trained,
+            "alpha": ", ".join(f"{alpha:g}" for alpha in self.alphas) + trained + unknown,
             "targets": f"{targets} ({self.num_parameters:,} parameters)",
         }
         lines = [f"{key:<9} {value}" for key, value in about.items()]
@@ -145,7 +149,7 @@ def load_adapter(path: str | Path, dtype: torch.dtype | None = torch.float32) ->
     path = resolve_adapter(path).file
     state, header = read_tensors(path)
     try:
-        adapter = state_to_adapter(state, _metadata(path, header), dtype)
+        adapter = state_to_adapter(state, _metadata(path, header, state), dtype)
     except AdapterError as error:
         raise AdapterError(f"{path} {error}", key=error.keys[0]) from None
     if broken := _non_finite(adapter):
@@ -161,7 +165,7 @@ def inspect_adapter(path: str | Path) -> AdapterInfo:
     """Describes a LoRA file as its loader would see it; raises an AdapterError as `load_adapter` does."""
     path = resolve_adapter(path).file
     state, header = read_tensors(path)
-    metadata = _metadata(path, header)
+    metadata = _metadata(path, header, state)
     try:
         dialect = dialect_of(state)
         modules, alphas = read_modules(state, metadata)
@@ -183,6 +187,7 @@ def inspect_adapter(path: str | Path) -> AdapterInfo:
         num_parameters=sum(tensor.numel() for tensor in tensors),
         size_bytes=header.num_bytes,
         metadata=header.metadata,
+        alpha_is_unknown=dialect == "peft" and not any(alphas.values()),
     )
 
 
@@ -193,12 +198,13 @@ class AdapterSource(NamedTuple):
     run: RunFolder | None = None
 
 
-def resolve_adapter(source: str | Path | RunFolder, step: int | None = None) -> AdapterSource:
+def resolve_adapter(source: str | Path | RunFolder, step: int | str | None = None) -> AdapterSource:
     """Finds the LoRA file of a path.
 
-    That is a file; a run folder, with its final adapter or that of a step; a folder that PEFT or diffusers
-    wrote; or a file without its ending, which is how a tree names its nodes. Raises an AdapterError without a
-    LoRA file, a RunError if a run has not saved it, and a ConfigError for a step of something else.
+    That is a file; a run folder, with its final adapter or that of a step ("final": never that of a step); a
+    folder that PEFT or diffusers wrote; or a file without its ending, which is how a tree names its nodes.
+    Raises an AdapterError without a LoRA file, a RunError if a run has not saved it, and a ConfigError for a
+    step of something else.
     """
     path = Path(source)
     candidates = [path, *(Path(f"{path}{ending}") for ending in (ENDING, KOHYA_ENDING))]
@@ -215,15 +221,27 @@ def resolve_adapter(source: str | Path | RunFolder, step: int | None = None) -> 
         return AdapterSource(run.adapter if step is None else run.saved_adapter(step), run)
     if (path / "model_index.json").is_file():
         raise AdapterError(f"{path} is a base model, not a LoRA; pass it with --base", key="lora.is-a-base")
-    problem = "contains no LoRA file and is not a run folder" if path.is_dir() else "does not exist"
+    problem = _describe_folder(path) if path.is_dir() else "does not exist"
     raise AdapterError(f"{path} {problem}; use a LoRA file, a run folder or a tree node", key="lora.missing")
 
 
-def _metadata(path: Path, header: Header) -> dict[str, str]:
+def _describe_folder(folder: Path) -> str:
+    """What a folder without an adapter's file has in its place; raises an AdapterError about a pickle."""
+    others = [folder.glob(f"*{ENDING}"), *(folder.glob(f"*/{name}") for name in FOLDER_FILES)]
+    if found := sorted(str(file.relative_to(folder)) for files in others for file in files):
+        return f"is not a run folder, but contains LoRA files ({join_names(found, 3)})"
+    if pickle := next((file for file in sorted(folder.iterdir()) if file.suffix in PICKLES), None):
+        problem = f"{pickle} is a pickle, which can run code; use a .safetensors file"
+        raise AdapterError(problem, key="file.pickle")
+    return "contains no LoRA file and is not a run folder"
+
+
+def _metadata(path: Path, header: Header, keys: Iterable[str]) -> dict[str, str]:
     """The file's metadata, with PEFT's configuration, which may be in a file of its own."""
     metadata = dict(header.metadata)
     config = path.with_name("adapter_config.json")
-    if "lora_adapter_metadata" in metadata or path.name != FOLDER_FILES[1] or not config.is_file():
+    is_of_peft = path.name == FOLDER_FILES[1] or any(key.startswith("base_model.") for key in keys)
+    if "lora_adapter_metadata" in metadata or not is_of_peft or not config.is_file():
         return metadata
     try:
         metadata["lora_adapter_metadata"] = read_bytes(config, MAX_HEADER_BYTES).decode("utf-8")

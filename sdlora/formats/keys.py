@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
 from sdlora.errors import AdapterError
@@ -39,11 +39,27 @@ _KOHYA_PREFIXES = {
     "lora_te1_": "text_encoder.",
     "lora_te2_": "text_encoder_2.",
 }
-_COMFYUI_PREFIXES = {
+_TEXT_PREFIXES = {
     "text_encoders.clip_l.transformer.": "text_encoder.",
     "text_encoders.clip_h.transformer.": "text_encoder.",
     "text_encoders.clip_g.transformer.": "text_encoder_2.",
+    "clip_l.": "text_encoder.",
+    "clip_g.": "text_encoder_2.",
 }
+# A text encoder's module in a file that does not say which one: PEFT's folders have a file for each.
+_BARE_TEXT = ("text_model.", "encoder.layers.", "text_projection")
+_WIDTH_OF_SECOND = 1280
+_STABLE_DIFFUSION = re.compile(
+    r"(?:(?:down|up)_blocks\.\d+\.(?:resnets|attentions|(?:down|up)samplers)|mid_block\.(?:resnets|attentions))"
+    r"\.\d+\..+|conv_(?:in|out)|(?:time|add|class)_embedding(?:\..+)?|encoder_hid_proj(?:\..+)?"
+    r"|text_encoder(?:_2)?\.(?:text_model\.(?:encoder\.layers\.\d+|embeddings)\..+|text_projection)"
+)
+_TRANSFORMER = re.compile(
+    r"^(?:transformer\.|lora_transformer_|lora_unet_(?:double|single|joint)_blocks"
+    r"|(?:(?:base_model\.model|module|_orig_mod|unet|diffusion_model)\.)*"
+    r"(?:transformer\.|(?:double|single|joint)_blocks\.|(?:single_)?transformer_blocks\.).*lora)",
+    re.M,
+)
 _PATTERNS = (
     re.compile(r"(.+)\.(lora_[AB])(?:\.[^.]+)?\.weight"),
     re.compile(r"(.+)\.(lora_down|lora_up)\.weight"),
@@ -140,12 +156,24 @@ def _read_name(name: str, layers: int) -> str:
     """The module of a key without its part."""
     if is_kohya_key(name):
         return kohya_to_module(name, layers)
-    for prefix, component in _COMFYUI_PREFIXES.items():
+    for prefix, component in _TEXT_PREFIXES.items():
         if name.startswith(prefix):
             return with_text_model(component + name.removeprefix(prefix))
     name = re.sub(r"(\.attn[12])\.processor(\.to_(?:[qkv]|out))$", r"\1\2", clean_module(name))
     name = re.sub(r"(\.attn[12]\.to_out)$", r"\1.0", name)
     return with_text_model(name if name.startswith(_DIFFUSERS_BLOCKS) else sgm_to_module(name, layers))
+
+
+def with_component(module: str, sizes: Collection[int]) -> str:
+    """The module of a text encoder that is not named, by the sizes of its tensors; others are unchanged."""
+    if not module.startswith(_BARE_TEXT):
+        return module
+    return with_text_model(f"{TEXT_ENCODERS[_WIDTH_OF_SECOND in sizes]}{module}")
+
+
+def is_stable_diffusion(module: str) -> bool:
+    """Whether a Stable Diffusion can have the module; no loader finds another."""
+    return _STABLE_DIFFUSION.fullmatch(module) is not None
 
 
 def has_sgm_names(keys: Iterable[str]) -> bool:
@@ -169,9 +197,12 @@ def dialect_of(keys: Iterable[str]) -> str:
         if mark in joined:
             problem = f"is {kind}; sdlora supports LoRA and DoRA files only"
             raise AdapterError(problem, key="lora.other-kind")
-    if re.search(r"^(transformer\.|lora_transformer_|lora_unet_(double|single|joint)_blocks)", joined, re.M):
+    if _TRANSFORMER.search(joined):
         problem = "is a LoRA for a transformer such as Flux or SD 3; sdlora supports SD 1.x, 2.x and SDXL"
         raise AdapterError(problem, key="lora.transformer")
+    if re.search("motion_modules|temporal_transformer", joined):
+        problem = "is a motion LoRA for AnimateDiff; sdlora supports LoRAs of images, SD 1.x, 2.x and SDXL"
+        raise AdapterError(problem, key="lora.motion")
     if strange := [name for name in names if name.startswith("lora_") and not is_kohya_key(name)]:
         raise AdapterError(
             f"has keys of an unknown dialect, such as {strange[0]}; kohya keys for SD 1.x, 2.x and SDXL "

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sdlora.errors import AdapterError, join_names, shorten
-from sdlora.formats.keys import dialect_of, has_sgm_names, split_key
+from sdlora.formats.keys import dialect_of, has_sgm_names, is_stable_diffusion, split_key, with_component
 from sdlora.formats.sgm_keys import layers_per_block
 from sdlora.lora.adapter import KINDS, Adapter
 from sdlora.lora.kinds import AdapterModule
@@ -65,6 +65,10 @@ def state_to_adapter(
     if len(trained) == 1 and trained != {float(rank)}:
         notes.setdefault("sdlora.trained_alpha", f"{trained.pop():g}")
     family = guess_family(stored, notes, state)
+    if family and "sdlora.family" not in notes:
+        # Stock diffusers takes these factors only in the shape of its layer.
+        for name in (name for name in modules if name.endswith((".proj_in", ".proj_out"))):
+            modules[name] = modules[name].with_kernel(family == "sd1")
     return Adapter(modules, rank, float(rank), family, notes.get("sdlora.parent"), notes)
 
 
@@ -106,6 +110,15 @@ def read_modules(
     if foreign:
         problem = f"has unknown tensors, {len(foreign)} of {len(state)}: {join_names(foreign, 3)}"
         raise AdapterError(f"{problem}; export it as a plain LoRA", key="lora.unknown-tensors")
+    parts = {
+        with_component(name, [size for tensor in found.values() for size in tensor.shape]): found
+        for name, found in parts.items()
+    }
+    if strange := [name for name in parts if not is_stable_diffusion(name)]:
+        problem = f"has modules of another network, {len(strange)} of {len(parts)}: {join_names(strange, 3)}"
+        raise AdapterError(
+            f"{problem}; sdlora supports LoRAs for SD 1.x, 2.x and SDXL", key="lora.other-network"
+        )
     stored_alphas = {name: found.pop("alpha", None) for name, found in parts.items()}
     modules: dict[str, AdapterModule] = {}
     incomplete, unfit = [], []
@@ -142,12 +155,16 @@ def guess_family(modules: Mapping[str, AdapterModule], notes: Mapping[str, str],
         family for mark in marks for start, family in _FAMILY_OF_START.items() if mark.startswith(start)
     )
     widths = {module.features[0] for name, module in modules.items() if name.endswith("attn2.to_k")}
+    keys = list(keys)
     is_sdxl = has_sgm_names(keys)
+    # kohya numbers the first text encoder in files for SDXL only.
+    is_numbered = any(key.startswith("lora_te1_") for key in keys)
+    has_second = any(name.startswith("text_encoder_2.") for name in modules)
     family: str = (
         notes.get("sdlora.family")
         or next(starts, None)
         or (_FAMILY_OF_WIDTH.get(widths.pop()) if len(widths) == 1 else None)
-        or ("sdxl" if is_sdxl or any(name.startswith("text_encoder_2.") for name in modules) else "")
+        or ("sdxl" if is_sdxl or is_numbered or has_second else "")
     )
     if is_sdxl and family != "sdxl":
         raise AdapterError(

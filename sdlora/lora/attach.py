@@ -8,9 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 
+from torch import nn
+
 from sdlora.errors import MAX_PROBLEMS, AdapterError, ConfigError, join_names, shorten
 from sdlora.lora.adapter import KINDS, Adapter
-from sdlora.lora.kinds import Layer, Scale, features_of
+from sdlora.lora.kinds import AdapterModule, Layer, Scale, features_of
 from sdlora.lora.layers import (
     DENOISER,
     Dropout,
@@ -142,13 +144,18 @@ def mount(model: Model, adapters: Sequence[tuple[Adapter, Scale]], dropout: Drop
             if module.starting_at_zero.requires_grad:
                 entry = StackEntry(module, scale, dropout.of_module(name) if dropout else None)
             else:
-                entry = StackEntry(module.to(layers[name].weight.device), scale)
+                entry = StackEntry(for_layer(module, layers[name]).to(layers[name].weight.device), scale)
             stacks.setdefault(name, []).append(entry)
     if new := {name: LoraLayer(layers[name]) for name in stacks if places[name] is layers[name]}:
         replace_modules(model, new)
     for name, layer in (places | new).items():
         if isinstance(layer, LoraLayer):
             layer.stack = tuple(stacks.get(name, ()))
+
+
+def for_layer(module: AdapterModule, layer: Layer) -> AdapterModule:
+    """A module with the kernel of a layer: other programs write 1x1 convolutions for linear projections."""
+    return module.with_kernel(isinstance(layer, nn.Conv2d))
 
 
 def detach(model: Model) -> None:
@@ -213,7 +220,7 @@ def check_fit(adapter: Adapter, layers: Mapping[str, Layer], source: str = "the 
             key="lora.other-base",
         )
     for name, module in adapter.modules.items():
-        if not module.fits_layer(layers[name]):
+        if not for_layer(module, layers[name]).fits_layer(layers[name]):
             own, theirs = module.features, features_of(layers[name])
             raise AdapterError(
                 f"{source} does not fit this base: {name} maps {own[0]} to {own[1]} features in the LoRA, "

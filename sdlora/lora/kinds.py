@@ -69,6 +69,10 @@ class AdapterModule(ABC):
         shapes = self.shapes(layer, self.rank)
         return all(tuple(tensor.shape) == shapes[part] for part, tensor in self.tensors().items())
 
+    @abstractmethod
+    def with_kernel(self, is_convolution: bool) -> Self:
+        """The same change with the factors of a 1x1 convolution, or of a linear layer; else itself."""
+
     @property
     @abstractmethod
     def rank(self) -> int: ...
@@ -177,6 +181,13 @@ class LowRank(AdapterModule):
         down, up = tensors["down"].shape, tensors["up"].shape
         fits = len(down) == len(up) and len(down) in (2, 4) and up[1] == down[0] and set(up[2:]) <= {1}
         return cls(**tensors) if fits else None
+
+    def with_kernel(self, is_convolution: bool) -> Self:
+        if is_convolution == (self.down.ndim == 4) or set(self.down.shape[2:]) - {1}:
+            return self
+        kernel = (1, 1) if is_convolution else ()
+        down, up = (factor.reshape(*factor.shape[:2], *kernel) for factor in (self.down, self.up))
+        return replace(self, down=down, up=up)
 
     @property
     def rank(self) -> int:

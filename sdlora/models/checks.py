@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -45,6 +45,7 @@ class Family:
 
 
 SD1 = Family("sd1", "Stable Diffusion 1.x", "sd_v1", False, "stable-diffusion-v1", 512)
+SD1_V = replace(SD1, kohya_version="sd_v1_v")
 SD2 = Family("sd2", "Stable Diffusion 2.x", "sd_v2", True, "stable-diffusion-v2-512", 512)
 SD2_V = Family("sd2", "Stable Diffusion 2.x", "sd_v2_v", True, "stable-diffusion-v2-768-v", 768)
 SDXL = Family(
@@ -59,6 +60,7 @@ SDXL = Family(
 )
 
 FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}
+V_FAMILIES = {family.name: family for family in (SD1_V, SD2_V)}
 
 
 def family_of(denoiser_config: Mapping[str, Any]) -> str:

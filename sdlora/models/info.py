@@ -13,7 +13,7 @@ from typing import Any
 
 from sdlora.config import BaseSection, ObjectiveSection, Quantize, RunConfig
 from sdlora.errors import ConfigError, ModelError
-from sdlora.models.checks import FAMILIES, SD2_V, Family, check_base
+from sdlora.models.checks import FAMILIES, V_FAMILIES, Family, check_base
 from sdlora.models.components import BaseFiles, read_json
 from sdlora.models.folder import find_base, find_vae_folder, has_part, no_variant, read_component, read_folder
 from sdlora.models.single_file import read_known, read_single_file, read_vae_file
@@ -140,9 +140,9 @@ class BaseInfo(BaseFiles):
 
     @property
     def traits(self) -> Family:
-        """The family's row in the table; Stable Diffusion 2 has one for each prediction type."""
-        is_sd2_v = self.family == "sd2" and self.prediction_type == "v_prediction"
-        return SD2_V if is_sd2_v else FAMILIES[self.family]
+        """The family's row in the table; Stable Diffusion 1 and 2 have one for each prediction type."""
+        rows = V_FAMILIES if self.prediction_type == "v_prediction" else FAMILIES
+        return rows.get(self.family, FAMILIES[self.family])
 
     @property
     def prediction_type(self) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from transformers import CLIPTokenizer
 
+from sdlora.errors import join_names, shorten
 from sdlora.models.info import BaseInfo
 
 WORD_END = "</w>"
@@ -18,7 +20,7 @@ class TokenCount:
     Args:
         used: Number of its tokens, without the first and the last one of every prompt.
         limit: Number of tokens that the base reads.
-        pieces: The tokens that are read, as text.
+        pieces: The tokens that are read, as text; those of one letter together.
         lost: The words that are cut off, with a word cut in its middle; empty if all fit.
     """
 
@@ -37,15 +39,35 @@ def load_tokenizer(info: BaseInfo, number: int = 0) -> CLIPTokenizer:
 
 def count_tokens(tokenizer: CLIPTokenizer, text_length: int, caption: str) -> TokenCount:
     """Counts, splits and cuts a caption as the text encoder does (R-28), for a `BaseInfo.text_length`."""
+    limit = text_length - 2
     ids = tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False).input_ids
     pieces = tokenizer.convert_ids_to_tokens(ids)
-    limit = text_length - 2
+    shown: list[str] = []
+    start = 0
+    for end in range(1, min(limit, len(ids)) + 1):
+        # A letter beyond ASCII may need several tokens.
+        is_plain = start == end - 1 and pieces[start].isascii()
+        text = pieces[start].removesuffix(WORD_END) if is_plain else tokenizer.decode(ids[start:end])
+        if "\ufffd" not in text:
+            shown.append(text.strip())
+            start = end
     cut = min(limit, len(ids))
     while len(ids) > limit and cut > 0 and not pieces[cut - 1].endswith(WORD_END):
         cut -= 1
     return TokenCount(
         used=len(ids),
         limit=limit,
-        pieces=tuple(piece.removesuffix(WORD_END) for piece in pieces[:limit]),
+        pieces=tuple(shown),
         lost=tokenizer.decode(ids[cut:]).strip() if len(ids) > limit else "",
+    )
+
+
+def describe_cut_prompts(info: BaseInfo, prompts: Iterable[str]) -> str | None:
+    """A line about the words of prompts that the base does not read; None if it reads all (R-28)."""
+    tokenizer, lines = load_tokenizer(info), []
+    for prompt in dict.fromkeys(prompts):
+        if (count := count_tokens(tokenizer, info.text_length, prompt)).lost:
+            lines.append(f"{shorten(count.lost)!r} ({count.used} tokens, of which {count.limit} are read)")
+    return (
+        f"the base {info.name} does not read the end of some prompts: {join_names(lines)}" if lines else None
     )

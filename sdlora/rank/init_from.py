@@ -60,6 +60,7 @@ def init_from_adapter(adapter: Adapter, start: Adapter) -> InitReport:
     fresh_pairs = low_rank_modules(adapter, "lora.init_from")
     for name, pair in low_rank_modules(start, "lora.init_from").items():
         own, scale = fresh_pairs[name], start.scale_of(name)
+        pair = pair.with_kernel(own.down.ndim == 4)
         whole += scale**2 * pair.norm_squared()
         if pair.rank > own.rank:
             found = decompose(pair)

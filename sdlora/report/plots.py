@@ -69,7 +69,13 @@ def loss_figure(run: RunFolder) -> Figure:
 
 
 def draw_rank_curve(
-    path: Path, losses: Mapping[int, float], shares: Values, *, without: float, best: int, title: str = ""
+    path: Path,
+    losses: Mapping[int, float],
+    shares: Values,
+    *,
+    without: float,
+    best: int | None,
+    title: str = "",
 ) -> Path:
     """Plots the validation loss by rank, and the fractions of the full adapter that each rank keeps.
 
@@ -78,7 +84,7 @@ def draw_rank_curve(
         losses: Validation loss by rank, from the smallest to the adapter's own.
         shares: Fractions kept at each rank, by title.
         without: Validation loss without the adapter.
-        best: The recommended rank.
+        best: The recommended rank, if there is one.
         title: Title of the plot.
     """
     ranks = list(losses)
@@ -96,10 +102,12 @@ def draw_rank_curve(
         axes.set_xscale("log", base=2)
         axes.set_xticks(ranks, [str(rank) for rank in ranks])
         axes.set_xlabel("rank")
-        axes.axvline(best, color="tab:green", linewidth=1, linestyle=":")
+        if best is not None:
+            axes.axvline(best, color="tab:green", linewidth=1, linestyle=":")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    return _save(figure, path, f"{title}: rank {best} is enough" if title else f"rank {best} is enough")
+    advice = "rank by rank" if best is None else f"rank {best} is enough"
+    return _save(figure, path, f"{title}: {advice}" if title else advice)
 
 
 def draw_spectrum(path: Path, values: Values, blocks: Mapping[str, str], *, title: str = "") -> Path:

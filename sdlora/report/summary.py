@@ -10,6 +10,8 @@ from sdlora.runs import RunFolder
 SPLITS = {"train": "training images", "heldout": "held-out images"}
 # Relative changes of a loss: a smaller rise does not matter, a smaller fall does not count.
 RISE, FALL = 0.01, 0.002
+# From fewer held-out images, nothing is concluded.
+MIN_IMAGES = 8
 
 
 def losses_of(run: RunFolder, split: str) -> dict[int, float]:
@@ -41,8 +43,12 @@ def describe_losses(run: RunFolder) -> list[str]:
 
 
 def doubt_losses(run: RunFolder) -> str | None:
-    """What to change if the losses did not fall, or rose again; None if all is well."""
-    split = "heldout" if len(losses_of(run, "heldout")) > 1 else "train"
+    """What to change if the losses did not fall, or rose again; None if all is well.
+
+    Those on held-out images count if there are enough of them, else those on training images.
+    """
+    images = [event.get("images", 0) for event in run.events("heldout") if event.get("split") == "heldout"]
+    split = "heldout" if len(images) > 1 and min(images) >= MIN_IMAGES else "train"
     losses = losses_of(run, split)
     if len(losses) < 2:
         return None

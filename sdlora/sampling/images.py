@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ SAMPLERS = {
     "UniPCMultistepScheduler": "UniPC",
     "LCMScheduler": "LCM",
 }
-"""A1111's names of diffusers' schedulers."""
+"""A1111's names of diffusers' schedulers; ` Karras` behind one spaces its sigmas as 2206.00364."""
+KARRAS = " Karras"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,7 @@ def _parameters_text(image: SampledImage, metadata: Mapping[str, Any]) -> str:
     settings = image.settings
     fields = {
         "Steps": settings.steps,
-        "Sampler": SAMPLERS.get(settings.scheduler or "", settings.scheduler),
+        "Sampler": _sampler_of(settings.scheduler),
         "CFG scale": f"{settings.guidance:g}" if settings.guidance is not None else None,
         "Seed": image.seed,
         "Size": f"{image.image.width}x{image.image.height}",
@@ -154,6 +156,11 @@ def _parameters_text(image: SampledImage, metadata: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _sampler_of(scheduler: str | None) -> str | None:
+    name = (scheduler or "").removesuffix(KARRAS)
+    return SAMPLERS[name] + (scheduler or "").removeprefix(name) if name in SAMPLERS else scheduler
+
+
 SCHEDULERS = sorted(
     {member.name for member in KarrasDiffusionSchedulers} - {"EDMEulerScheduler"}
     | {"LCMScheduler", "TCDScheduler", "SASolverScheduler"}
@@ -165,11 +172,14 @@ PLACEHOLDER = re.compile(r"\{[^{}]*\}")
 def make_scheduler(info: BaseInfo, name: str | None = None) -> Any:
     """Creates a scheduler with the base's betas and prediction type.
 
-    `name` is a diffusers class, with or without the ending `Scheduler`; by default the base's own. Raises a
-    ConfigError if it is not known, or a package that it needs is not installed.
+    `name` is a diffusers class, with or without the ending `Scheduler`, or a name of `SAMPLERS`, also with
+    ` Karras` behind it; by default the base's own. Raises a ConfigError if it is not known, or a package that
+    it needs is not installed.
     """
     wanted = name or str(info.scheduler_config.get("_class_name", "DDIMScheduler"))
-    short = wanted.lower().removesuffix("scheduler")
+    plain = wanted.lower().removesuffix(KARRAS.lower())
+    short = next((known for known, title in SAMPLERS.items() if title.lower() == plain), plain).lower()
+    short = short.removesuffix("scheduler")
     entry = next((known for known in SCHEDULERS if known.lower().removesuffix("scheduler") == short), None)
     if entry is None and name is None:
         raise ConfigError(
@@ -177,13 +187,15 @@ def make_scheduler(info: BaseInfo, name: str | None = None) -> Any:
             f"of the base {info.name}; set sample.scheduler, for example to DDIMScheduler",
             key="base.scheduler",
         )
-    if entry is None:
+    takes_karras = entry and "use_karras_sigmas" in signature(getattr(schedulers, entry)).parameters
+    if entry is None or (plain != wanted.lower() and not takes_karras):
         guess = difflib.get_close_matches(wanted, SCHEDULERS, 1, 0.4)
         remedy = f"did you mean {guess[0]}?" if guess else "use DDIMScheduler or EulerDiscreteScheduler"
         raise ConfigError(f"sample.scheduler = {wanted!r} is not a scheduler for this base; {remedy}")
     try:
         with quiet():
-            return getattr(schedulers, entry).from_config(dict(info.scheduler_config))
+            karras = {"use_karras_sigmas": True} if plain != wanted.lower() else {}
+            return getattr(schedulers, entry).from_config({**info.scheduler_config, **karras})
     except ImportError as error:
         package = re.search(r"requires the (\S+) library", str(error))
         raise ConfigError(
@@ -210,10 +222,11 @@ def check_prompts(prompts: Sequence[str]) -> None:
 def resolve_settings(info: BaseInfo, settings: SampleSettings) -> SampleSettings:
     """Fills in the base's own choices; raises a ConfigError with a line for each setting that is wrong."""
     scheduler = make_scheduler(info, settings.scheduler)
+    is_karras = (settings.scheduler or "").lower().endswith(KARRAS.lower())
     resolved = replace(
         settings,
         guidance=info.defaults.guidance if settings.guidance is None else settings.guidance,
-        scheduler=type(scheduler).__name__,
+        scheduler=type(scheduler).__name__ + (KARRAS if is_karras else ""),
         width=settings.width or info.resolution,
         height=settings.height or info.resolution,
     )

@@ -20,6 +20,7 @@ from sdlora.lora.layers import carrier_layers
 from sdlora.models.info import BaseInfo, inspect_base, with_base_defaults
 from sdlora.models.load import load_base
 from sdlora.models.safety import missing_checker
+from sdlora.models.tokenizer import describe_cut_prompts
 from sdlora.models.weights import empty_components
 from sdlora.runs import RunFolder
 from sdlora.sampling.generate import Column, generate, make_columns
@@ -69,8 +70,7 @@ class SamplePlan:
         ]
         if config.sample.safety_checker and info.names_safety_checker:
             notes.append(missing_checker(info))
-        trigger = self.trigger or "{trigger}"
-        prompts = [prompt.replace("{trigger}", trigger) for prompt in config.sample.prompts]
+        prompts = [config.data.fill_trigger(prompt, self.trigger) for prompt in config.sample.prompts]
         check_prompts(prompts)
         targets = find_run_targets(config, prompts) if config.images else None
         for note in notes:
@@ -87,9 +87,11 @@ class SamplePlan:
         return replace(self, config=config, out=out, settings=settings, targets=targets)
 
     def notes(self) -> list[str]:
-        """Lines about words that the base does not know, and target images that are left out."""
-        unknown = self.info.describe_unknown_words(self.config.sample.prompts, self.trigger)
-        lines = [unknown] if unknown else []
+        """Lines about words that the base does not know or read, and target images that are left out."""
+        sample = self.config.sample
+        unknown = self.info.describe_unknown_words(sample.prompts, self.trigger)
+        cut = describe_cut_prompts(self.info, [*sample.prompts, sample.negative_prompt])
+        lines = [line for line in (unknown, cut) if line]
         if self.adapters and self.targets is None:
             folder = self.config.images
             reason = f"cannot read {folder}" if folder else "only a run knows its image folder"
@@ -156,7 +158,7 @@ def plan_sample(
     source: str | Path | RunFolder | None = None,
     *,
     base: str | Path | None = None,
-    step: int | None = None,
+    step: int | str | Sequence[int | str] | None = None,
     out: str | Path | None = None,
     size: tuple[int, int] | None = None,
     force: bool = False,
@@ -168,7 +170,8 @@ def plan_sample(
     Args:
         source: A run folder or a LoRA file; None for the base.
         base: The base; by default the run's, or the one that the file names.
-        step: Step of the saved adapter; by default the final one.
+        step: Step of the saved adapter, or "final"; several are drawn beside each other. By default the
+            final one, or the newest of an unfinished run.
         out: Output folder; by default `samples/NAME`.
         size: Width and height in pixels; by default those of the training.
         force: Accepts changed ancestors of a child, and ignores missing ones.
@@ -178,20 +181,52 @@ def plan_sample(
     Raises:
         SdloraError: If something does not exist or does not fit.
     """
-    plan = _plan_source(source, base, step, changes)
-    if plan.adapters:
-        ((file, adapter),) = plan.adapters
-        path = find_ancestors(file, adapter, force=force, warn=warn) if adapter.parent else []
-        names = (path[-1].ancestor.name, plan.name) if path else ("", "")
-        stack = path_to_stack(path) if path else ()
-        columns = make_columns(adapter, plan.config.sample.strengths, stack, names)
-        below = [(entry.file, entry.adapter) for entry in path]
-        plan = replace(plan, columns=columns, adapters=[*below, (file, adapter)])
+    steps: Sequence[int | str | None] = [step] if isinstance(step, int | str) else step or (None,)
+    if source is None and step is not None and steps[0] is not None:
+        raise ConfigError(f"--step {steps[0]} requires a run; pass its folder", key="option--step")
+    plans = [_plan_source(source, base, one, changes) for one in steps]
+    if plans[0].adapters:
+        plans = [_with_ancestors(plan, force, warn) for plan in plans]
+    plan = plans[0]
+    if len(plans) > 1:
+        plan = _beside(plans, list(map(_name_step, steps)))
     return plan.checked(size, out, warn)
 
 
+def _beside(plans: Sequence[SamplePlan], names: Sequence[str]) -> SamplePlan:
+    """One grid of several saved adapters of a run; the base, and a parent, are drawn once."""
+    columns: list[Column] = []
+    for plan, name in zip(plans, names, strict=True):
+        adapter = plan.adapters[-1][1]
+        for column in plan.columns:
+            if column.stack and column.stack[-1][0] is adapter:
+                columns.append(replace(column, adapter=name))
+            elif plan is plans[0]:
+                columns.append(column)
+    adapters = [entry for plan in plans for entry in plan.adapters]
+    return replace(plans[0], columns=columns, adapters=adapters, title=f"{plans[0].name}, {', '.join(names)}")
+
+
+def _with_ancestors(plan: SamplePlan, force: bool, warn: Callable[[str], None] | None) -> SamplePlan:
+    """The plan of one adapter, on top of its ancestors."""
+    ((file, adapter),) = plan.adapters
+    path = find_ancestors(file, adapter, force=force, warn=warn) if adapter.parent else []
+    names = (path[-1].ancestor.name, plan.name) if path else ("", "")
+    stack = path_to_stack(path) if path else ()
+    columns = make_columns(adapter, plan.config.sample.strengths, stack, names)
+    below = [(entry.file, entry.adapter) for entry in path]
+    return replace(plan, columns=columns, adapters=[*below, (file, adapter)])
+
+
+def _name_step(step: int | str | None) -> str:
+    return f"step {step}" if isinstance(step, int) else str(step)
+
+
 def _plan_source(
-    source: str | Path | RunFolder | None, base: str | Path | None, step: int | None, changes: dict[str, Any]
+    source: str | Path | RunFolder | None,
+    base: str | Path | None,
+    step: int | str | None,
+    changes: dict[str, Any],
 ) -> SamplePlan:
     """The plan for an adapter without its ancestors, or for the base alone."""
     chosen = {} if base is None else {"source": base, "revision": None, "variant": None}
@@ -203,7 +238,7 @@ def _plan_source(
     if found.run:
         config = found.run.read_config().replace(base=chosen, sample=changes)
         name, dtype = found.run.name, DTYPES[found.run.base_dtype]
-        title = name if step is None else f"{name}, step {step}"
+        title = name if step is None else f"{name}, {_name_step(step)}"
     else:
         config = _file_config(file, adapter.notes, base, changes)
         name, title, dtype = file.stem, file.name, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from sdlora.lora.layout import Layout, plan_layout
 from sdlora.memory.estimate import ANY_DEVICE, DeviceInfo, Memory, MemoryInputs, plan_memory
 from sdlora.models.info import BaseInfo, inspect_base, with_base_defaults
 from sdlora.models.safety import missing_checker
+from sdlora.models.tokenizer import describe_cut_prompts
 from sdlora.models.weights import empty_components
 from sdlora.training.adapter import check_init_from, check_parents, find_parents, with_parents
 from sdlora.training.optimizer import check_optimizer, find_optimizer, num_warmup_steps
@@ -160,6 +161,11 @@ class RunPlan:
         """Bytes that a process reduces in a step: the gradients in fp32, and the loss."""
         return 4 * (self.num_trainable + 1) if self.num_processes > 1 else 0
 
+    def as_json(self) -> dict[str, Any]:
+        """The event, with the resolved settings and the findings of preflight."""
+        settings = self.config.model_dump(mode="json")
+        return {**self.as_event(), "settings": settings, "findings": [asdict(one) for one in self.findings]}
+
     def as_event(self) -> dict[str, Any]:
         """The numbers, for `events.jsonl`."""
         return {
@@ -208,8 +214,14 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
     config = resolve_config(config, info, index, num_processes)
     raise_errors(findings)
     unknown = info.describe_unknown_words(config.sample.prompts, config.data.trigger)
+    # What captions lose is a finding already.
+    captions = {record.caption for record in (*index.records, *index.heldout)}
+    sample = config.sample
+    cut = describe_cut_prompts(
+        info, [text for text in (*sample.prompts, sample.negative_prompt) if text not in captions]
+    )
     unchecked = missing_checker(info) if config.sample.safety_checker and config.train.sample_every else None
-    findings += [Finding("notice", line) for line in (unknown, unchecked, about_rank) if line]
+    findings += [Finding("notice", line) for line in (unknown, cut, unchecked, about_rank) if line]
     parts = empty_components(info, text=config.lora.text_encoder)
     findings += [Finding("warning", line) for line in (*forced, *check_parents(parents, info, parts))]
     layout = plan_layout(config.lora, match_modules(parts, config.lora.targets))

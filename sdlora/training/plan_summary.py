@@ -59,7 +59,7 @@ def describe_plan(plan: RunPlan) -> list[str]:
         "objective": describe_objective(plan.objective),
         "cadence": f"save at {_points(plan.save_steps)}; sample at {_points(plan.sample_steps)}{cost}; "
         f"held-out loss at {_points(plan.evaluate_steps)}",
-        "disk": f"up to {plan.bytes_after(0) / 1e6:.0f} MB, without samples",
+        "disk": f"up to {plan.bytes_after(0) / 1e6:.0f} MB, without samples{_caption_cache(plan)}",
     }
     if not train.ema_decay:
         del rows["EMA"]
@@ -87,6 +87,13 @@ def _describe_steps(plan: RunPlan) -> str:
         f"{plan.order.steps_per_epoch} steps an epoch, {plan.steps / plan.order.steps_per_epoch:.1f} epochs, "
         f"{plan.images_seen} images seen"
     )
+
+
+def _caption_cache(plan: RunPlan) -> str:
+    if not any(record.variants for record in plan.index.records):
+        return ""
+    size = 4 * plan.index.num_captions * plan.info.text_length * plan.info.text_width
+    return f"; in the cache up to {size / 1e6:.0f} MB for {plan.index.num_captions} captions"
 
 
 def _text_modules(plan: RunPlan) -> str:

@@ -115,8 +115,7 @@ def choose_grids(config: RunConfig, index: DatasetIndex, images_seen: int) -> Ru
     train, sample = config.train, config.sample
     for (num_prompts, num_seeds), num_grids in (*product(GRID_SIZES, NUM_GRIDS), (GRID_SIZES[-1], 1)):
         prompts = sample.prompts or default_prompts(index, config.data, num_prompts)
-        if config.data.trigger:
-            prompts = [prompt.replace("{trigger}", config.data.trigger) for prompt in prompts]
+        prompts = [config.data.fill_trigger(prompt) for prompt in prompts]
         seeds = sample.seeds if "seeds" in sample.model_fields_set else sample.seeds[:num_seeds]
         spaced = math.ceil((train.steps or 0) / num_grids)
         every = spaced if train.sample_every is None else train.sample_every

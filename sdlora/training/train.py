@@ -69,13 +69,8 @@ def train(
     Raises:
         SdloraError: One line for each mistake, with the remedy.
     """
-    direct: dict[str, dict[str, Any]] = {
-        "base": {"source": base},
-        "data": {"trigger": trigger},
-        "lora": {"parent": parent},
-    }
-    given = {name: values for name, values in direct.items() if None not in values.values()}
-    settings = load_config(config, overrides, images=images).replace(**given)
+    direct = {"base.source": base, "data.trigger": trigger, "lora.parent": parent}
+    settings = load_config(config, overrides, images=images, arguments=direct)
     accelerator, precision, terminal = _start(settings, quiet)
     with propagate_failure(accelerator):
         run = _choose_folder(images, out, accelerator)
@@ -95,6 +90,12 @@ def train(
                     run.append("warning", 0, message=finding.message)
         barrier(accelerator)
         return _run(run, plan, accelerator, precision, terminal)
+
+
+def plan_run(settings: RunConfig) -> RunPlan:
+    """The plan of a run on this machine, before any weights are loaded."""
+    accelerator, precision = make_accelerator(settings)
+    return make_plan(settings, accelerator.num_processes, find_device(accelerator, precision))
 
 
 def resume(

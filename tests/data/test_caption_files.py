@@ -143,6 +143,31 @@ def test_metadata_of_the_nearest_folder_wins(tmp_path: Path, write_image) -> Non
     assert captions(scan(tmp_path)) == {"sub/a.png": ("near", "metadata.jsonl")}
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_tables_of_other_delimiters(tmp_path: Path, write_image, found, delimiter: str) -> None:
+    """R-05: a table as spreadsheets of other countries write it, with commas in its captions."""
+    write_image("a.png")
+    rows = [delimiter.join(row) for row in (("file_name", "text"), ("a.png", "a cat, number 1"))]
+    (tmp_path / "metadata.csv").write_text("\r\n".join(rows) + "\r\n", encoding="utf-8-sig")
+    index = scan(tmp_path)
+    assert captions(index) == {"a.png": ("a cat, number 1", "metadata.csv")}
+    assert found(index) == {}
+    assert captions(scan(tmp_path, rules=1)) == {"a.png": ("", "")}
+
+
+@pytest.mark.parametrize(
+    "name", ["captions.csv", "metadata.json1", "sub/Metadata.CSV", "x.tsv", "meta_cap.json"]
+)
+def test_a_table_of_another_name(tmp_path: Path, write_image, found, name: str) -> None:
+    """R-05: it is named, with the name that it must have; data of other kinds is not taken for one."""
+    write_image("sub/a.png", caption="x")
+    for other in (name, "sub/a.json", "readme.csv"):
+        (tmp_path / other).write_text("image,caption\na.png,x\n", encoding="utf-8")
+    warning = found(scan(tmp_path))["warning data.table-name"]
+    assert warning.names == (name,)
+    assert "metadata.csv" in warning.message
+
+
 def test_row_without_an_image_is_a_warning(tmp_path: Path, write_image, found) -> None:
     """R-05: a metadata row that points to nothing is named."""
     write_image("a.png")

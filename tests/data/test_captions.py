@@ -12,8 +12,17 @@ from typing import ClassVar
 import pytest
 
 from sdlora.config import DataSection, load_config
-from sdlora.data.captions import NUM_VARIANTS, OPERATIONS, CaptionPipeline, caption_pipeline, has_trigger
+from sdlora.data.captions import (
+    NUM_VARIANTS,
+    OPERATIONS,
+    CaptionPipeline,
+    VaryTags,
+    caption_pipeline,
+    has_trigger,
+)
 from sdlora.data.scan import scan_dataset
+from sdlora.errors import ConfigError
+from tests.checks import raises
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,20 @@ def test_trigger_placement(caption: str, trigger: str | None, expected: str) -> 
         assert has_trigger(expected, trigger)
 
 
+def test_placeholders_of_other_tools(tmp_path: Path, write_image: Callable, found: Callable) -> None:
+    """R-30: that of ai-toolkit is the trigger's, others are named; runs of earlier versions keep them."""
+    write_image("a.png", caption="[trigger] a drawing")
+    write_image("b.png", caption="a drawing, [filewords]")
+    index = scan_dataset(tmp_path, DataSection(trigger="ink", heldout=0))
+    assert [record.caption for record in index.records] == ["ink a drawing", "ink, a drawing, [filewords]"]
+    assert found(index)["notice data.placeholder-foreign"].names == ("b.png",)
+    errors = found(scan_dataset(tmp_path, DataSection(heldout=0)))
+    assert errors["error data.placeholder"].names == ("a.png",)
+    assert caption_pipeline(DataSection(trigger="ink", rules=1)).plain("[trigger] x") == "ink, [trigger] x"
+    with raises(ConfigError, "sample.prompts", shows=("[trigger] a cat", "data.trigger")):
+        load_config(None, {"sample.prompts": "[trigger] a cat"})
+
+
 @pytest.mark.parametrize("position", ["start", "end"])
 def test_trigger_position(position: str) -> None:
     """R-30: added at the start or at the end; other trainers' words for the two are understood."""
@@ -88,6 +111,56 @@ def test_variants_are_fixed_and_keyed_by_seed_and_image() -> None:
     assert pipeline.variants(text, seed=3, digest="bb") != variants
     assert pipeline.variants("alone", seed=3, digest="aa") == ("alone",)
     assert pipeline.plain(text) == text
+
+
+TAGS = "ink, a cat, red, blue, two houses, sky"
+
+
+def vary(text: str, number: int = 200, **settings: object) -> set[str]:
+    pipeline = caption_pipeline(DataSection(caption_variants=number, **settings))
+    return {*pipeline.variants(text, seed=0, digest="aa")}
+
+
+def test_words_around_captions() -> None:
+    """R-30: before and behind each caption, as kohya joins them; the trigger is not added twice."""
+    pipeline = caption_pipeline(DataSection(caption_prefix="drawing of ", caption_suffix=", {trigger}"))
+    assert pipeline.plain("a cat") == "drawing of a cat , {trigger}"
+    settings = DataSection(caption_prefix="{trigger} drawing of", caption_suffix="on paper", trigger="ink")
+    assert caption_pipeline(settings).plain("a cat") == "ink drawing of a cat on paper"
+    assert caption_pipeline(DataSection(caption_suffix="on paper")).plain("") == "on paper"
+
+
+def test_tags_are_shuffled_behind_those_that_are_kept() -> None:
+    """R-04: the same tags in many orders, the first ones in their place, the trigger in front."""
+    shuffled = vary(TAGS, shuffle_tags=True, keep_tags=2)
+    assert len(shuffled) == 24
+    assert all(sorted(text.split(", ")) == sorted(TAGS.split(", ")) for text in shuffled)
+    assert all(text.startswith("ink, a cat, ") for text in shuffled)
+    assert vary("a, b", shuffle_tags=True, keep_tags=5) == {"a, b"}
+    assert vary("a ,b,, ", shuffle_tags=True) == {"a, b", "b, a"}
+    assert all(text.startswith("sks, ") for text in vary("a, b, c", shuffle_tags=True, trigger="sks"))
+
+
+def test_tags_are_left_out() -> None:
+    """R-04: each with the same probability; kept ones never, the last one never, and not in plain text."""
+    drawn = [VaryTags(False, 0.25, 1)(TAGS, random.Random(number)).split(", ") for number in range(2000)]
+    counts = Counter(tag for tags in drawn for tag in tags)
+    assert counts.pop("ink") == 2000
+    assert all(1400 < count < 1600 for count in counts.values())
+    assert all(tags == [tag for tag in TAGS.split(", ") if tag in tags] for tags in drawn)
+    assert vary("a cat on a roof", tag_dropout=0.9) == {"a cat on a roof"}
+    assert "" not in vary("a, b", tag_dropout=0.9)
+    assert all("sks" in text for text in vary("sks, a, b", tag_dropout=0.5, trigger="sks"))
+    assert caption_pipeline(DataSection(shuffle_tags=True, tag_dropout=0.5)).plain(TAGS) == TAGS
+
+
+def test_settings_without_effect_are_refused() -> None:
+    """R-35: kept tags and variants, where tags stay as they are."""
+    for key in ("keep_tags", "caption_variants"):
+        with raises(ConfigError, f"data.{key}", shows="data.shuffle_tags"):
+            load_config(None, {f"data.{key}": 3})
+        assert load_config(None, {f"data.{key}": 3, "data.tag_dropout": 0.1})
+    assert len(caption_pipeline(DataSection(shuffle_tags=True)).variants(TAGS, seed=0, digest="a")) == 8
 
 
 def test_samples_draw_variants_beside_dropout(make_records: Callable) -> None:

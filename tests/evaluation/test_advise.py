@@ -39,7 +39,7 @@ def run(tmp_path_factory, draw_images):
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SDLORA_CACHE", str(folder / "cache"))
-        images = draw_images(folder / "circles", ((64, 64),) * 4)
+        images = draw_images(folder / "circles", ((64, 64),) * 16)
         return train(images, config=load_config(None, keys, images=images), out=folder / "run", quiet=True)
 
 
@@ -68,7 +68,7 @@ def test_each_rank_is_measured(run, advice):
 
 def test_the_smallest_that_keeps_enough(run, advice):
     """It is written in both dialects, loads, and is drawn; the run's own files stay."""
-    enough = [one.rank for one in advice.candidates if one.kept >= 0.9]
+    enough = [one.rank for one in advice.candidates if one.interval.low >= 0.9]
     assert advice.rank == enough[0] < 6
     assert [file.name for file in advice.files] == [
         f"rank-{advice.rank}.safetensors", f"rank-{advice.rank}.kohya.safetensors",
@@ -84,7 +84,8 @@ def test_the_smallest_that_keeps_enough(run, advice):
     assert len(values["candidates"]) == 4
     lines = advice.lines()
     best = next(one for one in advice.candidates if one.rank == advice.rank)
-    assert f"rank {best.rank} keeps {min(best.kept, 1):.0%} of what rank 6 learned" in "\n".join(lines)
+    assert f"rank {best.rank} keeps 90% or more of what rank 6 learned" in "\n".join(lines)
+    assert f"{best.distance:.0%} of the way" in "\n".join(lines)
     assert str(run.rank_curve) in "\n".join(lines)
 
 
@@ -100,7 +101,18 @@ def test_when_no_smaller_rank_is_enough(run):
     assert told == sorted((done, total) for done, _ in told)
     assert [one.rank for one in advice.candidates] == [1, 6]
     assert (advice.rank, advice.files) == (6, ())
-    assert "keep rank 6: no smaller one keeps 100% of what it learned" in "\n".join(advice.lines())
+    assert "keep rank 6: no smaller one surely keeps 100%" in "\n".join(advice.lines())
+
+
+def test_seven_images_are_too_few_for_advice(run, monkeypatch):
+    """R-13: the numbers are there, but no rank is recommended and no file is written."""
+    monkeypatch.setattr("sdlora.evaluation.context.MAX_IMAGES", 7)
+    before = sorted(run.adapters.iterdir())
+    few = advise_rank(run, keep=0.5, ranks=[3])
+    assert (few.rank, few.files, few.images) == (None, (), 7)
+    assert [one.interval for one in few.candidates] == [None, None]
+    assert any(line.startswith("advice    none: 7") for line in few.lines())
+    assert sorted(run.adapters.iterdir()) == before
 
 
 def test_mistakes(run, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -13,9 +15,11 @@ from sdlora.evaluation.evaluate import (
     Evaluation,
     Gap,
     ImageDistance,
+    compare_untriggered,
     image_distances,
     mean_distance,
     remove_trigger,
+    remove_triggers,
 )
 from sdlora.evaluation.heldout import HeldoutLoss
 from sdlora.models.info import inspect_base
@@ -75,7 +79,7 @@ def test_style_distance_by_hand(base):
         ("a cat, Woodcut, night", "woodcut", "a cat, night"),
         ("a woodcut", "woodcut", "a"),
         ("woodcutter", "woodcut", "woodcutter"),
-        ("woodcut", "woodcut", "a picture"),
+        ("woodcut", "woodcut", ""),
         ("<ink>, a cat", "<ink>", "a cat"),
         ("a cat in ink style!", "ink style!", "a cat in"),
         ("ink  wash, a cat", "ink wash", "a cat"),
@@ -88,14 +92,60 @@ def test_captions_without_the_trigger(caption, trigger, bare):
     assert remove_trigger(caption, trigger) == bare
 
 
+def loss_of(*losses: float) -> HeldoutLoss:
+    return HeldoutLoss(sum(losses) / len(losses), {}, len(losses), losses)
+
+
+def far(*styles: float) -> list[ImageDistance]:
+    return [ImageDistance(style, 1.0) for style in styles]
+
+
+def evaluation(count: int, loss: float, spread: float = 0.0) -> Evaluation:
+    """`count` images; the losses of the base are 1, those with the LoRA `loss` and `spread` to both sides."""
+    losses = [loss + spread * (-1) ** number for number in range(count)]
+    return Evaluation(
+        count, loss_of(*[1.0] * count), loss_of(*losses), far(*[0.8] * count), far(*[0.1] * count)
+    )
+
+
+def test_a_verdict_needs_eight_images_and_a_clear_interval():
+    """R-13: a loss that halves on seven images, or a style distance that falls by 88 %, is no verdict."""
+    seven, eight = evaluation(7, 0.5), evaluation(8, 0.5, spread=0.01)
+    assert seven.loss_change is None
+    assert seven.verdict.startswith("none")
+    assert "8" in seven.verdict
+    assert "%" not in "".join(seven.lines())
+    assert eight.loss_change.high < 0
+    assert "lowers" in eight.verdict
+    assert "raises" in evaluation(8, 1.5, spread=0.01).verdict
+    unclear = evaluation(8, 0.98, spread=0.5)
+    assert not unclear.loss_change.is_clear
+    assert unclear.verdict.startswith("none")
+    # Distances in VAE latents are printed, and take no part in it.
+    assert replace(unclear, style_distances=far(*[0.8] * 8)).verdict == unclear.verdict
+
+
 def test_bleed():
-    """R-30: the share of the style's gain that is there without the trigger."""
-    loss = HeldoutLoss(1.0, {}, 4)
-    base, style, bare = (ImageDistance(value, 1.0) for value in (0.8, 0.4, 0.5))
-    measured = Evaluation(4, loss, loss, base, style, 4, untriggered_distance=bare)
+    """R-30: what is there without the trigger is measured against the base's sample of the same caption."""
+    base, style = far(*[0.8] * 8), far(*[0.4] * 8)
+    found = compare_untriggered(base, style, far(*[0.7] * 8), far(*[0.4] * 8))
+    assert found.share.value == pytest.approx(0.75)
+    measured = replace(evaluation(8, 0.5), untriggered=found)
     assert measured.bleed == pytest.approx(0.75)
-    assert "75%" in measured.lines()[-1]
-    assert Evaluation(4, loss, loss, base, style, 4).bleed is None
+    assert any("75%" in line for line in measured.lines())
+    assert found.images == 8
+    # A LoRA that does nothing without its trigger, on a base that the trigger leads astray.
+    assert compare_untriggered(base, style, far(*[0.5] * 8), far(*[0.5] * 8)).share.value == 0
+    assert compare_untriggered(base[:7], style[:7], base[:7], style[:7]).share is None
+    assert compare_untriggered(style, base, style, base).share is None
+    assert evaluation(8, 0.5).bleed is None
+
+
+def test_captions_that_are_the_trigger_alone_say_nothing_about_bleed():
+    """R-30: the empty prompt, or words that nobody wrote, are not the prompt without the trigger."""
+    captions = {0: "woodcut", 1: "woodcut, a cat", 2: "Woodcut,"}
+    assert remove_triggers(captions, "woodcut") == {1: "a cat"}
+    assert remove_triggers({0: "woodcut"}, "woodcut") == {}
 
 
 def test_the_full_base_comes_and_goes(sd15_folder):

@@ -38,7 +38,11 @@ def test_tensors_that_no_lora_holds(tmp_path, tensors, key, shows):
     """R-25: other dtypes, empty and shapeless tensors are refused in one line before they cost anything."""
     header, end = {}, 0
     for part, (dtype, shape, size) in tensors.items():
-        header[f"unet.x.{part}.weight"] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        header[f"unet.conv_in.{part}.weight"] = {
+            "dtype": dtype,
+            "shape": shape,
+            "data_offsets": [end, end + size],
+        }
         end += size
     raw = json.dumps(header).encode()
     path = tmp_path / "x.safetensors"
@@ -71,7 +75,8 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "C:\\x", "..", "~/x"])
 def test_names_are_never_paths(tmp_path, name):
     """R-25: a module's name with path parts is a name; nothing is read or written there."""
-    state = {f"unet.{name}.lora_A.weight": torch.ones(2, 4), f"unet.{name}.lora_B.weight": torch.ones(4, 2)}
+    key = f"unet.mid_block.attentions.0.{name}"
+    state = {f"{key}.lora_A.weight": torch.ones(2, 4), f"{key}.lora_B.weight": torch.ones(4, 2)}
     save_file(state, tmp_path / "x.safetensors")
     adapter = load_adapter(tmp_path / "x.safetensors")
     assert len(adapter.modules) == 1

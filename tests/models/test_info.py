@@ -52,7 +52,7 @@ def test_builtin_is_read_from_its_own_files(info: BaseInfo, copy_base: CopyBase)
     assert same.defaults == BaseDefaults()
     assert info.defaults != same.defaults
     assert info.text_length == 32
-    assert info.traits.kohya_version == "sd_v1"
+    assert info.traits.kohya_version == "sd_v1_v"
 
 
 def test_inspection_needs_no_torch() -> None:

@@ -7,7 +7,7 @@ import sys
 
 from sdlora.models.info import BaseInfo
 from sdlora.models.stable_diffusion import StableDiffusion
-from sdlora.models.tokenizer import count_tokens, load_tokenizer
+from sdlora.models.tokenizer import count_tokens, describe_cut_prompts, load_tokenizer
 
 
 def test_a_short_caption_fits(info: BaseInfo) -> None:
@@ -15,6 +15,24 @@ def test_a_short_caption_fits(info: BaseInfo) -> None:
     count = count_tokens(load_tokenizer(info), info.text_length, "a red tractor")
     assert count.pieces == ("a", "red", "tractor")
     assert (count.used, count.limit, count.lost) == (3, info.text_length - 2, "")
+
+
+def test_letters_beyond_ascii_are_shown_as_they_are(info: BaseInfo) -> None:
+    """R-05: not as the bytes that the tokenizer works with."""
+    count = count_tokens(load_tokenizer(info), info.text_length, "a café, 水墨, 🐈")
+    assert "".join(count.pieces) == "acafé,水墨,🐈"
+    assert {"é", "水", "墨", "🐈"} <= {*count.pieces}
+    assert count.used > len(count.pieces)
+
+
+def test_prompts_that_are_cut(info: BaseInfo) -> None:
+    """R-28: what the base does not read of a prompt is named, as it is for captions."""
+    long = ", ".join(f"red cat {number}" for number in range(40))
+    line = describe_cut_prompts(info, ["a cat", long]) or ""
+    assert "red cat 3 9" in line or "…" in line
+    assert str(info.text_length - 2) in line
+    assert str(count_tokens(load_tokenizer(info), info.text_length, long).used) in line
+    assert describe_cut_prompts(info, ["a cat", ""]) is None
 
 
 def test_lost_words_are_whole(info: BaseInfo) -> None:

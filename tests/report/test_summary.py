@@ -19,7 +19,7 @@ def make_run(tmp_path):
         run = RunFolder.create(tmp_path / "run", config, {})
         for number, loss in enumerate(losses):
             run.append("step", 10 * number + 1)
-            run.append("heldout", 10 * number, split=split, loss=loss)
+            run.append("heldout", 10 * number, split=split, loss=loss, images=8)
             write_text(run.step_adapter(10 * number), "x") if number else None
         return run
 
@@ -35,6 +35,17 @@ def test_losses_on_the_way(make_run):
     assert describe_losses(run) == []
     run.append("heldout", 10, split="heldout", loss=0.4)
     assert describe_losses(run) == ["loss      held-out images: 0.5000 at step 0, 0.4000 at step 10 (-20.0%)"]
+
+
+def test_seven_images_say_nothing(make_run):
+    """R-12: a loss on a few held-out images may rise by chance; that on the training images counts then."""
+    run = make_run(0.5, 0.3, 0.4)
+    assert doubt_losses(run) is not None
+    run.append("heldout", 30, split="heldout", loss=0.5, images=7)
+    assert doubt_losses(run) is None
+    for step, loss in ((0, 0.5), (30, 0.6)):
+        run.append("heldout", step, split="train", loss=loss, images=7)
+    assert "training images did not fall" in (doubt_losses(run) or "")
 
 
 @pytest.mark.parametrize("split", ["heldout", "train"])

@@ -6,10 +6,18 @@ import importlib.util
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from sdlora.errors import ConfigError
 from sdlora.models.info import BaseInfo
-from sdlora.sampling.images import SCHEDULERS, make_scheduler
+from sdlora.sampling.images import (
+    SCHEDULERS,
+    SampledImage,
+    SampleSettings,
+    _parameters_text,
+    make_scheduler,
+    resolve_settings,
+)
 from tests.checks import raises
 
 # diffusers' schedulers speak to numpy in an old way.
@@ -34,6 +42,22 @@ def test_names_may_be_short(info: BaseInfo) -> None:
     """R-35: with or without the ending, in any case; the base's own if none is given."""
     assert type(make_scheduler(info, "ddim")).__name__ == "DDIMScheduler"
     assert type(make_scheduler(info)).__name__ == info.scheduler_config["_class_name"]
+
+
+def test_names_of_uis(info: BaseInfo) -> None:
+    """R-35: those of A1111 too; its spacing of the sigmas stays when the settings are resolved."""
+    for name in ("Euler a", "euler A"):
+        assert type(make_scheduler(info, name)).__name__ == "EulerAncestralDiscreteScheduler"
+    settings = resolve_settings(info, SampleSettings(scheduler="DPM++ 2M Karras"))
+    assert settings.scheduler == "DPMSolverMultistepScheduler Karras"
+    for name in ("DPM++ 2M Karras", settings.scheduler):
+        assert make_scheduler(info, name).config.use_karras_sigmas is True
+    assert make_scheduler(info, "DPM++ 2M").config.use_karras_sigmas is False
+    image = SampledImage(Image.new("RGB", (8, 8)), "a cat", 0, 1.0, settings=settings)
+    assert "Sampler: DPM++ 2M Karras" in _parameters_text(image, {})
+    for name in ("DDIM Karras", "Euler b"):
+        with raises(ConfigError, "sample.scheduler", shows=name):
+            make_scheduler(info, name)
 
 
 def test_a_base_with_a_scheduler_of_its_own(info: BaseInfo) -> None:
