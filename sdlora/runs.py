@@ -39,6 +39,7 @@ class RunFolder:
         self.config_file = self.path / "config.json"
         self.environment_file = self.path / "environment.json"
         self.events_file = self.path / "events.jsonl"
+        self.log_file = self.path / "train.log"  # what was printed
         self.trace_file = self.path / "trace.jsonl"  # with train.trace
         self.adapters = self.path / "adapters"  # to use
         self.checkpoints = self.path / "checkpoints"  # to continue from

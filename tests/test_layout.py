@@ -41,7 +41,7 @@ LIBRARIES = {
     "bitsandbytes": {"models"},
 }
 # A feature that needs more lines raises this in the commit that adds it.
-MAX_MODULES, MAX_LINES = 118, 19_800
+MAX_MODULES, MAX_LINES = 118, 19_900
 WITHOUT_TORCH = {
     "errors",
     "reading",

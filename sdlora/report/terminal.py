@@ -1,9 +1,12 @@
-"""Lines and progress bars on the terminal."""
+"""Lines and progress bars on the terminal, and the same lines in a log file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -16,21 +19,57 @@ from rich.progress import (
 )
 from rich.text import Text
 
+BEAT_SECONDS = 30.0
+
 
 class Terminal:
-    """Lines and progress bars; nothing if `quiet`."""
+    """Lines and progress bars; nothing if `quiet`.
+
+    Without a terminal, as in the log of a scheduler, a line every half minute takes the place of a bar.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._file: Path | None = None
+        self._early: list[str] = []  # printed before there was a log file
 
     def print(self, *lines: str) -> None:
         """Prints lines as they are, in one piece: a notebook gives each print a cell of its own."""
         if lines:
             self.console.print(Text("\n".join(lines)))
+            self._log(*lines)
 
     def warn(self, *lines: str) -> None:
         for line in lines:
             self.console.print(Text(f"warning: {line}", style="yellow"))
+            self._log(f"warning: {line}")
+
+    def beat(self, line: str) -> None:
+        """A sign of life: printed where no bar is seen, and in the log file."""
+        if not self.console.is_terminal:
+            self.console.print(Text(line))
+        self._log(line)
+
+    @contextmanager
+    def keep(self, file: Path | None) -> Iterator[None]:
+        """Appends all lines to a log file, with those so far, and what ended the block early."""
+        self._file = file
+        self._log(*self._early)
+        try:
+            yield
+        except BaseException as error:
+            self._log(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._file, self._early = None, []
+
+    def _log(self, *lines: str) -> None:
+        """Writes lines to the log file; a full disk does not stop a run (R-45)."""
+        if self._file is None:
+            self._early += lines
+        elif lines:
+            with suppress(OSError), self._file.open("a", encoding="utf-8", errors="replace") as log:
+                log.write("".join(f"{line}\n" for line in lines))
 
     @contextmanager
     def progress(self, title: str, total: int, done: int = 0) -> Iterator[Meter]:
@@ -38,7 +77,7 @@ class Terminal:
         times = (TimeElapsedColumn(), "ETA", TimeRemainingColumn())
         progress = Progress(*counts, *times, console=self.console, speed_estimate_period=60)
         try:
-            yield Meter(progress, progress.add_task(title, total=total, completed=done, note=""))
+            yield Meter(progress, progress.add_task(title, total=total, completed=done, note=""), self.beat)
         finally:
             if progress.live.is_started:
                 progress.stop()
@@ -47,13 +86,31 @@ class Terminal:
 class Meter:
     """One progress bar; it appears with the first finished item, so that an error leaves no empty bar."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
+    def __init__(self, progress: Progress, task: TaskID, print_beat: Callable[[str], None]) -> None:
+        self._progress, self._task, self._print_beat = progress, task, print_beat
+        self._first = progress.tasks[0].completed
+        self._started = self._last_beat = time.monotonic()
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self._progress.start()
         self._progress.update(self._task, advance=count, note=note)
+        self._beat_if_due()
 
     def show(self, done: int, total: int) -> None:
         self._progress.start()
         self._progress.update(self._task, completed=done, total=total)
+        self._beat_if_due()
+
+    def beat(self) -> None:
+        """Prints a line with what is done, its rate, and the time that the rest takes at this rate."""
+        self._last_beat = time.monotonic()
+        task, seconds = self._progress.tasks[0], max(self._last_beat - self._started, 1e-9)
+        rate = (task.completed - self._first) / seconds
+        rest = timedelta(seconds=round(((task.total or 0) - task.completed) / rate)) if rate else "unknown"
+        done = f"{task.description} {task.completed:.0f}/{task.total or 0:.0f}"
+        note = f"{task.fields['note']}, " if task.fields["note"] else ""
+        self._print_beat(f"{done}: {note}{rate:.3g} a second, ETA {rest}")
+
+    def _beat_if_due(self) -> None:
+        if time.monotonic() - self._last_beat >= BEAT_SECONDS:
+            self.beat()

@@ -95,6 +95,8 @@ class Trainer:
                 stopping = self.is_stopping()
                 self.evaluate_if_due()
                 self.save_if_due(stopping)
+                if self.step in self.plan.save_steps:
+                    meter.beat()
                 if not stopping and self.step in self.plan.sample_steps:
                     self.sample_if_due()
                     if stopping := self.is_stopping():

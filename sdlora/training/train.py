@@ -227,38 +227,39 @@ def _run(
     terminal: Terminal,
     resumption: Resumption | None = None,
 ) -> RunFolder:
-    set_seed(plan.config.train.seed)
-    with report_failed_start(plan, run):
-        kernels = resumption.kernels if resumption else None
-        prepared = prepare(plan, accelerator, precision, terminal, kernels)
-    attention, dtypes = prepared.base.attention_kernel, prepared.base.dtypes
-    autocast = "on" if precision.compute != precision.base else "off"
-    terminal.print(
-        f"attention {attention}; denoiser {dtypes[DENOISER]}, VAE {dtypes['vae']}, "
-        f"text encoder {dtypes['text_encoder']}, autocast {autocast}"
-    )
-    if plan.config.train.trackers:
-        start_trackers(accelerator, run.path, plan.config)
-    trainer = Trainer(run, plan, prepared, accelerator, precision, terminal)
-    if resumption is not None:
-        if resumption.step:
-            trainer.resume(resumption.step)
-        if accelerator.is_main_process:
-            resumption.rewind(run, plan)
-    trainer.event(
-        "prepared",
-        attention=attention,
-        kernels=list(prepared.kernels),
-        dtypes={**dtypes, "adapter": "float32"},
-        autocast=autocast,
-    )
-    if trainer.step == 0 and (warning := warn_if_prediction_differs(plan, prepared)):
-        trainer.warn(warning)
-    with report_failure(trainer):
-        if plan.config.train.batch_size == "auto":
-            trainer.fit_batch()
+    with terminal.keep(run.log_file if accelerator.is_main_process else None):
+        set_seed(plan.config.train.seed)
+        with report_failed_start(plan, run):
+            kernels = resumption.kernels if resumption else None
+            prepared = prepare(plan, accelerator, precision, terminal, kernels)
+        attention, dtypes = prepared.base.attention_kernel, prepared.base.dtypes
+        autocast = "on" if precision.compute != precision.base else "off"
+        terminal.print(
+            f"attention {attention}; denoiser {dtypes[DENOISER]}, VAE {dtypes['vae']}, "
+            f"text encoder {dtypes['text_encoder']}, autocast {autocast}"
+        )
+        if plan.config.train.trackers:
+            start_trackers(accelerator, run.path, plan.config)
+        trainer = Trainer(run, plan, prepared, accelerator, precision, terminal)
+        if resumption is not None:
+            if resumption.step:
+                trainer.resume(resumption.step)
             if accelerator.is_main_process:
-                run.write_config(with_absolute_paths(trainer.plan.config))
-        trainer.train()
-        finish(trainer)
-    return run
+                resumption.rewind(run, plan)
+        trainer.event(
+            "prepared",
+            attention=attention,
+            kernels=list(prepared.kernels),
+            dtypes={**dtypes, "adapter": "float32"},
+            autocast=autocast,
+        )
+        if trainer.step == 0 and (warning := warn_if_prediction_differs(plan, prepared)):
+            trainer.warn(warning)
+        with report_failure(trainer):
+            if plan.config.train.batch_size == "auto":
+                trainer.fit_batch()
+                if accelerator.is_main_process:
+                    run.write_config(with_absolute_paths(trainer.plan.config))
+            trainer.train()
+            finish(trainer)
+        return run

@@ -72,6 +72,7 @@ def test_a_whole_run(run, capsys):
             "adapters/step-000006.safetensors",
             "config.json",
             "environment.json",
+            "train.log",
             "events.jsonl",
             "loss.png",
             *states,

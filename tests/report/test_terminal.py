@@ -1,0 +1,50 @@
+"""What a run prints where there is no terminal, and `train.log` (R-16, R-45)."""
+
+from __future__ import annotations
+
+import pytest
+
+from sdlora.report import terminal as module
+from sdlora.report.terminal import Terminal
+
+
+def test_a_log_lives(capsys, monkeypatch):
+    """Without a terminal, a line with what is done, its rate and the rest comes in place of a bar."""
+    now = [0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with Terminal().progress("training", 100, done=10) as meter:
+        for now[0] in range(2, 62, 2):
+            meter.advance(note="loss 0.1234")
+    beats = [line for line in capsys.readouterr().out.splitlines() if "ETA" in line and "a second" in line]
+    assert beats == [
+        "training 25/100: loss 0.1234, 0.5 a second, ETA 0:02:30",
+        "training 40/100: loss 0.1234, 0.5 a second, ETA 0:02:00",
+    ]
+
+
+def fail(terminal: Terminal, how: str) -> None:
+    """A run that prints a name that is not text, and ends."""
+    terminal.warn("odd \udcff name")
+    terminal.beat("training 1/2")
+    raise RuntimeError(how)
+
+
+def test_a_log_file_has_all_lines(tmp_path, capsys):
+    """Those before the run had a folder too, also if quiet, and what ended the run."""
+    file, terminal = tmp_path / "train.log", Terminal(quiet=True)
+    terminal.print("device    cpu")
+    for last in ("first", "second"):
+        with pytest.raises(RuntimeError), terminal.keep(file):
+            fail(terminal, last)
+    expected = "device    cpu\nwarning: odd ? name\ntraining 1/2\nRuntimeError: first\n"
+    assert file.read_text("utf-8") == expected + expected.replace("first", "second").partition("\n")[2]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_log_that_cannot_be_written(tmp_path):
+    """R-45: no disk, no log, but a run."""
+    with Terminal(quiet=True).keep(tmp_path / "missing" / "train.log"):
+        pass
+    terminal = Terminal(quiet=True)
+    with terminal.keep(tmp_path):
+        terminal.print("a line")
