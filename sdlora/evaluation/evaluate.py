@@ -197,8 +197,8 @@ class Evaluation:
                 f"without trigger   style distance base {bare.base.style:.2g}, style {bare.style.style:.2g} "
                 f"on {bare.images} images{share}"
             )
-        lines += [f"gap               {self.gap}"] if self.gap else []
-        return [*lines, f"verdict           {self.verdict}"]
+        lines.append(f"verdict           {self.verdict}")
+        return lines + ([f"gap               {self.gap}"] if self.gap else [])
 
 
 def _beside(title: str, base: Sequence[float], style: Sequence[float]) -> str:
