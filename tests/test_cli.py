@@ -228,7 +228,7 @@ def test_a_run_is_never_overwritten(sdlora, small_run, make_images):
 
 
 def test_a_trigger_is_caption_enough(sdlora, make_images):
-    """R-30: with --trigger, a folder without captions is accepted, as the README says; without it, refused."""
+    """R-30: a folder without captions is accepted with --trigger, as the README says, and refused without."""
     images = make_images("bare")
     for caption in images.rglob("*.txt"):
         caption.unlink()

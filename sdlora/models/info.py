@@ -40,8 +40,8 @@ class BaseDefaults:
     guidance: float = 7.5
 
 
-# Eighty times smaller than SD 1.5, its adapters need a higher learning rate. It settles what an image shows above
-# timestep 500, and an adapter trained there forgets the things that are not in its set.
+# Eighty times smaller than SD 1.5, its adapters need a higher learning rate. It settles what an image shows
+# above timestep 500, and an adapter trained there forgets the things that are not in its set.
 BUILTIN_DEFAULTS = BaseDefaults(
     learning_rate=1e-3,
     batch_size=4,
