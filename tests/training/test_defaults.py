@@ -36,10 +36,10 @@ def make_index(count: int, heldout: int = 0, repeats: int = 1) -> DatasetIndex:
     ("count", "repeats", "overrides", "num_processes", "steps"),
     [
         (3, 1, {}, 1, 100),  # never under 100
-        (20, 1, {}, 1, 400),  # 80 × 20 / 4
-        (20, 10, {}, 1, 400),  # whatever the repeats
-        (20, 1, {"train.batch_size": 2, "train.accumulate": 2}, 2, 200),
-        (1000, 1, {}, 1, 400),  # never over the base's maximum
+        (8, 1, {}, 1, 160),  # 80 × 8 / 4
+        (8, 10, {}, 1, 160),  # whatever the repeats
+        (10, 1, {"train.batch_size": 2, "train.accumulate": 2}, 2, 100),
+        (1000, 1, {}, 1, 200),  # never over the base's maximum
         (20, 1, {"train.steps": 7}, 1, 7),
     ],
 )
