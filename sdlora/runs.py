@@ -135,6 +135,16 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:06d}"
 
+    def checkpoint_adapter(self, step: int) -> Path:
+        """The adapter's fp32 tensors in the checkpoint of a step; `average.` precedes those of an EMA."""
+        return self.checkpoint(step) / "adapter.safetensors"
+
+    def step_of(self, adapter: Path) -> int | None:
+        """The step of a saved adapter; that of the last `done` event for the final one."""
+        if adapter.stem.startswith("final"):
+            return max((event["step"] for event in self.events("done")), default=None)
+        return next(iter(_steps([adapter.stem])), None)
+
     def sample_folder(self, step: int) -> Path:
         return self.samples / f"step-{step:06d}"
 

@@ -24,6 +24,9 @@ def export(
         bool, typer.Option("--verify", help="Load the file into a fresh diffusers pipeline and compare.")
     ] = False,
     base: Annotated[str | None, options.base_option("the one named in the file")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="A saved step of the run.", show_default="the final one")
+    ] = None,
 ) -> None:
     """Convert a LoRA to another dialect or precision, or upload it to the Hugging Face Hub."""
     dialect, dtype = options.export_settings(format, precision)
@@ -32,16 +35,21 @@ def export(
         raise ConfigError(problem, key="option--out")
     if base is not None and not verify:
         raise ConfigError(f"--base {base} has no effect without --verify; remove it", key="option--base")
-    options.find_adapters(source)
+    if step is not None and out is None:
+        raise ConfigError(f"--step {step} requires --out FILE; pass both", key="option--step")
+    if step is None:
+        options.find_adapters(source)
     from sdlora.export.export import export as write
     from sdlora.export.export import push_run
+    from sdlora.formats.files import resolve_adapter
 
     if out is not None:
-        typer.echo("\n".join(write(source, out, dialect=dialect, precision=dtype).lines()))
+        typer.echo("\n".join(write(source, out, dialect=dialect, precision=dtype, step=step).lines()))
     if verify:
         from sdlora.export.postflight import verify_export
 
-        typer.echo(f"verified  {verify_export(source, out, base)}")
+        saved = source if step is None else resolve_adapter(source, step).file
+        typer.echo(f"verified  {verify_export(saved, out, base)}")
     if push_to_hub is not None:
         typer.echo(f"uploaded  {push_run(source, push_to_hub)}")
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 
 from sdlora.errors import AdapterError, first_line
+from sdlora.formats.container import read_tensors
 from sdlora.formats.files import load_adapter, resolve_adapter, save_adapter
 from sdlora.formats.keys import Dialect
-from sdlora.formats.write import Precision, Rounding, round_adapter
+from sdlora.formats.write import LARGEST_ERROR, Precision, Rounding, fold, relative_error, round_adapter
 from sdlora.lora.adapter import Adapter
+from sdlora.lora.layout import plan_layout
+from sdlora.runs import RunFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +73,46 @@ def export_adapter(
 
 
 def export(
-    source: str | Path, out: str | Path, *, dialect: Dialect = "diffusers", precision: Precision = "fp16"
+    source: str | Path,
+    out: str | Path,
+    *,
+    dialect: Dialect = "diffusers",
+    precision: Precision = "fp16",
+    step: int | None = None,
 ) -> ExportReport:
-    """Writes the adapter of a run or a LoRA file as another file, with its metadata.
+    """Writes the adapter of a run (the final one, or that of a step) or a LoRA file, with its metadata.
 
-    Raises an AdapterError if the source is not a LoRA or the output itself, or the file cannot be written,
+    A run's is rounded from the fp32 tensors of its checkpoint, if that is still there. Raises an
+    AdapterError if the source is not a LoRA or the output itself, or the file cannot be written,
     and a RunError if the run has no saved adapter yet.
     """
-    file = resolve_adapter(source).file
+    file, run = resolve_adapter(source, step)
     check_out(out, [file])
-    return export_adapter(load_adapter(file), out, dialect=dialect, precision=precision)
+    adapter = load_adapter(file)
+    if run is not None:
+        adapter = _trained_adapter(run, file, adapter)
+    return export_adapter(adapter, out, dialect=dialect, precision=precision)
+
+
+def _trained_adapter(run: RunFolder, file: Path, saved: Adapter) -> Adapter:
+    """The adapter of a run's file in fp32, as trained; as saved where the checkpoint is gone or differs."""
+    step = run.step_of(file)
+    if step is None or not run.checkpoint_adapter(step).is_file():
+        return saved
+    tensors, _ = read_tensors(run.checkpoint_adapter(step))
+    parts = {name: {part: f"{name}.{part}" for part in one.tensors()} for name, one in saved.modules.items()}
+    if not all(key in tensors for keys in parts.values() for key in keys.values()):
+        return saved
+    modules = dict(saved.modules)
+    for name, keys in parts.items():
+        kind: Any = type(modules[name])
+        modules[name] = kind(
+            **{part: tensors.get(f"average.{key}", tensors[key]) for part, key in keys.items()}
+        )
+    scales = plan_layout(run.read_config().lora, list(modules)).scales()
+    trained = fold(replace(saved, modules=modules, scales=scales))
+    is_same = relative_error(trained, saved) <= LARGEST_ERROR["bf16"]
+    return replace(trained, notes=saved.notes) if is_same else saved
 
 
 def check_out(out: str | Path, sources: Iterable[Path]) -> None:

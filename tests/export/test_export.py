@@ -8,14 +8,15 @@ import json
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from sdlora.config import RunConfig
+from sdlora.config import RunConfig, load_config
 from sdlora.errors import AdapterError, RunError
 from sdlora.export.export import export, export_adapter, push_run
 from sdlora.export.metadata import TrainingMetadata, run_metadata
 from sdlora.export.model_card import write_model_card
 from sdlora.formats.files import load_adapter, save_adapter
+from sdlora.formats.write import relative_error
 from sdlora.runs import RunFolder
 from tests.checks import raises
 from tests.lora_fixtures import metadata_of
@@ -171,6 +172,28 @@ def test_exporting_a_run(tmp_path, make_adapter):
     assert report.dialect == "kohya"
     assert report.precision == "fp32"
     assert set(load_adapter(report.path).modules) == set(make_adapter().modules)
+
+
+@pytest.mark.parametrize("prefix", ["", "average."])
+def test_exporting_a_run_starts_from_its_fp32_tensors(tmp_path, make_adapter, prefix):
+    """R-36: not from the rounded file; a checkpoint of other weights is not used."""
+    trained = make_adapter()
+    config = load_config(None, {"lora.rank": trained.rank, "lora.alpha": trained.alpha})
+    run = RunFolder.create(tmp_path / "run", config, {})
+    export_adapter(trained, run.step_adapter(10))
+    run.checkpoint(10).mkdir(parents=True)
+    tensors = {key: value.detach() for key, value in trained.named_tensors().items()}
+    averages = {prefix + key: value for key, value in tensors.items()}
+    noise = {key: value + 1 for key, value in tensors.items()}
+    save_file({**(noise if prefix else {}), **averages}, run.checkpoint_adapter(10))
+    file = tmp_path / "out.safetensors"
+    export(run.path, file, precision="fp32", step=10)
+    assert relative_error(trained, load_adapter(file)) < 1e-6
+    rounded = load_adapter(run.step_adapter(10))
+    assert relative_error(trained, rounded) > 1e-5
+    save_file(noise, run.checkpoint_adapter(10))
+    export(run.path, file, precision="fp32")
+    assert relative_error(rounded, load_adapter(file)) < 1e-6
 
 
 def test_bad_places_and_sources(tmp_path, make_adapter):
