@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -35,7 +36,9 @@ class Node:
 
     @property
     def images(self) -> str:
-        return shorten(self.notes.get("ss_num_train_images", ""))
+        """The number of images; that with repeats if the file does not list its folders."""
+        counts = re.findall(r'"img_count": ?([0-9]{1,9})\b', self.notes.get("ss_dataset_dirs", ""))
+        return str(sum(map(int, counts))) if counts else shorten(self.notes.get("ss_num_train_images", ""))
 
     @property
     def heldout_loss(self) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -93,6 +94,9 @@ def test_structure(small):
     assert tree.switch_plan("water", "water") == SwitchPlan((), ())
     assert tree.verify() == []
     assert tree.node("ink").images == "12"
+    folders = {"3_a": {"n_repeats": 3, "img_count": 2}, "b": {"n_repeats": 1, "img_count": 4}}
+    repeated = dataclasses.replace(tree.node("ink"), notes={"ss_dataset_dirs": json.dumps(folders)})
+    assert repeated.images == "6"
     with raises(AdapterError, "tree.no-node", shows=("sepia", "ink, ink/maps")):
         tree.node("sepia")
 
