@@ -223,6 +223,8 @@ class BaseInfo(BaseFiles):
 def with_base_defaults(config: RunConfig, info: BaseInfo) -> RunConfig:
     """The configuration with the base's own defaults for the settings that were not given."""
     own = info.defaults
+    # whoever chooses a distribution of timesteps wants all of it
+    is_chosen = "timesteps" in config.objective.model_fields_set
     return config.with_defaults(
         data={"trigger_position": own.trigger_position},
         train={
@@ -230,7 +232,7 @@ def with_base_defaults(config: RunConfig, info: BaseInfo) -> RunConfig:
             "batch_size": own.batch_size,
             "schedule": own.schedule,
         },
-        objective={"timestep_range": own.timestep_range},
+        objective={} if is_chosen else {"timestep_range": own.timestep_range},
         sample={"strengths": own.strengths, "guidance": own.guidance},
     )
 
