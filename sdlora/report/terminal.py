@@ -88,7 +88,7 @@ class Meter:
 
     def __init__(self, progress: Progress, task: TaskID, print_beat: Callable[[str], None]) -> None:
         self._progress, self._task, self._print_beat = progress, task, print_beat
-        self._first = progress.tasks[0].completed
+        self._first = self._told = progress.tasks[0].completed
         self._started = self._last_beat = time.monotonic()
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -103,8 +103,10 @@ class Meter:
 
     def beat(self) -> None:
         """Prints a line with what is done, its rate, and the time that the rest takes at this rate."""
-        self._last_beat = time.monotonic()
-        task, seconds = self._progress.tasks[0], max(self._last_beat - self._started, 1e-9)
+        self._last_beat, task = time.monotonic(), self._progress.tasks[0]
+        if task.completed == self._told:
+            return
+        self._told, seconds = task.completed, max(self._last_beat - self._started, 1e-9)
         rate = (task.completed - self._first) / seconds
         rest = timedelta(seconds=round(((task.total or 0) - task.completed) / rate)) if rate else "unknown"
         done = f"{task.description} {task.completed:.0f}/{task.total or 0:.0f}"
