@@ -7,11 +7,10 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, PackageLoader
 from PIL import Image
 
 from sdlora.config import RunConfig, load_config
@@ -54,8 +53,8 @@ def write_report(run: str | Path | RunFolder) -> Path:
         },
         "usage": _usage(folder, config),
     }
-    template = files("sdlora.report").joinpath("page.html").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, trim_blocks=True).from_string(template).render(values)
+    templates = Environment(loader=PackageLoader("sdlora", "report"), autoescape=True, trim_blocks=True)
+    page = templates.get_template("page.html").render(values)
     try:
         return write_text(folder.path / "report.html", page)
     except OSError as error:

@@ -80,8 +80,9 @@ def test_a_misfit_is_said_before_any_weight_is_loaded(
     weights.unlink()
     save_file({}, weights, {"format": "pt"})
     pair = LowRank(torch.ones(1, 16), torch.ones(16, 1))
-    file = save_adapter(tmp_path / "other.safetensors", Adapter({"down_blocks.9.to_q": pair}, 1, 1.0))
-    with raises(AdapterError, "lora.other-base", shows=(str(file), "down_blocks.9.to_q")):
+    name = "down_blocks.9.attentions.0.transformer_blocks.0.attn1.to_q"
+    file = save_adapter(tmp_path / "other.safetensors", Adapter({name: pair}, 1, 1.0))
+    with raises(AdapterError, "lora.other-base", shows=(str(file), name)):
         sample(file, base=str(base), prompts=["a cat"], out=tmp_path / "grid")
     with pytest.raises(ModelError, match=r"lacks .* weights of its text_encoder"):
         sample(base=str(base), prompts=["a cat"], out=tmp_path / "grid")
