@@ -249,7 +249,8 @@ def test_default_names(sdlora, make_images):
     assert f"learning rate {BUILTIN_DEFAULTS.learning_rate:g}" in printed
     for step in range(3):
         assert f"\nstep {step} " in printed
-    assert "runs/style/adapters/final.kohya.safetensors (A1111" in printed
+    assert "runs/style/webui/style.safetensors (A1111" in printed
+    assert "<lora:style:1>" in printed
     assert "pipe.load_lora_weights(" in printed
     code, printed, _ = sdlora("train", images, *QUICK, "train.learning_rate=2e-4")
     assert code == 0

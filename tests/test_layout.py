@@ -41,7 +41,7 @@ LIBRARIES = {
     "bitsandbytes": {"models"},
 }
 # A feature that needs more lines raises this in the commit that adds it.
-MAX_MODULES, MAX_LINES = 118, 19_900
+MAX_MODULES, MAX_LINES = 119, 19_980
 WITHOUT_TORCH = {
     "errors",
     "reading",

@@ -82,6 +82,8 @@ def resume(
 
 
 def _print_result(run: RunFolder) -> None:
+    from sdlora.export.webui import webui_prompt
+
     if not is_first():
         return
     grids = sorted(run.samples.glob("*/grid.png"))
@@ -96,6 +98,8 @@ def _print_result(run: RunFolder) -> None:
             "`sdlora tree flatten` merges them into one file"
         )
     else:
-        if (kohya := run.final_adapter("kohya")).is_file():
-            typer.echo(f"for UIs   {kohya} (A1111, Forge, ComfyUI)")
+        if (for_uis := run.path / "webui" / f"{run.name}.safetensors").is_file():
+            config = run.read_config()
+            prompt = webui_prompt(run.name, config.sample.strengths[0], config.data.trigger)
+            typer.echo(f"for UIs   {for_uis} (A1111, Forge, ComfyUI); prompt: {prompt}")
         typer.echo(f'load it   pipe.load_lora_weights("{run.adapter}")')

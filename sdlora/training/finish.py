@@ -14,6 +14,7 @@ from sdlora.export.export import export_adapter
 from sdlora.export.metadata import run_metadata
 from sdlora.export.model_card import write_model_card
 from sdlora.export.postflight import postflight
+from sdlora.export.webui import write_webui_files
 from sdlora.memory.estimate import as_size
 from sdlora.report.plots import draw_loss_curve
 from sdlora.report.summary import describe_losses, doubt_losses
@@ -65,6 +66,10 @@ def export_final(trainer: Trainer) -> None:
         write_file(run.adapters / "grid.png", lambda file: shutil.copyfile(grids[-1], file))
     grid, prompts = "grid.png" if grids else None, plan.config.sample.prompts
     write_model_card(run.model_card, facts, prompts=prompts, grid=grid, weights=run.adapter.name)
+    # alone, a child has another effect than in the run
+    if "kohya" in plan.config.export.formats and not plan.config.lora.parent:
+        version, strength = plan.info.traits.kohya_version, plan.config.sample.strengths[0]
+        write_webui_files(run, version, strength, plan.config.data.trigger)
 
 
 OUT_OF_MEMORY_REMEDIES = (

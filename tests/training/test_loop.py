@@ -77,6 +77,7 @@ def test_a_whole_run(run, capsys):
             "loss.png",
             *states,
             *pictures,
+            *(f"webui/{run.name}{ending}" for ending in (".json", ".png", ".safetensors")),
         ]
     )
     [plan] = run.events("plan")

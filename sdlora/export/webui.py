@@ -1,0 +1,57 @@
+"""The files of a run for A1111, Forge and ComfyUI: a LoRA under its own name, a thumbnail and notes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from sdlora.runs import RunFolder
+from sdlora.writing import write_file, write_json
+
+VERSIONS = {"sdxl": "SDXL", "sd_v2": "SD2", "sd_v1": "SD1"}
+
+
+def write_webui_files(run: RunFolder, kohya_version: str, strength: float, trigger: str | None) -> Path:
+    """Writes `webui/NAME.safetensors`, `NAME.png` and `NAME.json`, ready for `models/Lora`.
+
+    The adapter is a hard link to the run's kohya file where the disk has them, else a copy.
+
+    Args:
+        run: A finished run; NAME is its name.
+        kohya_version: `ss_base_model_version` of the base.
+        strength: Preferred strength, which is the thumbnail's too.
+        trigger: Words that invoke the style, if any.
+
+    Returns:
+        The adapter's path.
+    """
+    place = run.path / "webui" / f"{run.name}.safetensors"
+    place.unlink(missing_ok=True)  # a rename between two links to one file does nothing
+    write_file(place, lambda file: _link(run.final_adapter("kohya"), file))
+    # 00.png is the base, 01.png the first strength
+    thumbnails = sorted(run.samples.glob("step-*/01.png"))
+    if thumbnails:
+        write_file(place.with_suffix(".png"), lambda file: shutil.copyfile(thumbnails[-1], file))
+    version = next((name for start, name in VERSIONS.items() if kohya_version.startswith(start)), "Unknown")
+    notes = {
+        "description": "",
+        "sd version": version,
+        "activation text": trigger or "",
+        "preferred weight": strength,
+        "notes": "",
+    }
+    write_json(place.with_suffix(".json"), notes)
+    return place
+
+
+def webui_prompt(name: str, strength: float, trigger: str | None) -> str:
+    """What invokes a LoRA in these programs, ready to paste."""
+    return " ".join(filter(None, (f"<lora:{name}:{strength:g}>", trigger)))
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,58 @@
+"""The files for A1111, Forge and ComfyUI."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sdlora.export.webui import webui_prompt, write_webui_files
+from sdlora.runs import RunFolder
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A run folder with the files that these are made of."""
+    run = RunFolder(tmp_path / "ink")
+    run.adapters.mkdir(parents=True)
+    run.final_adapter("kohya").write_bytes(b"weights")
+    run.sample_folder(7).mkdir(parents=True)
+    (run.sample_folder(7) / "01.png").write_bytes(b"image")
+    return run
+
+
+def test_the_three_files(finished):
+    """R-42: they have the run's name; the notes are those that A1111 reads."""
+    file = write_webui_files(finished, "sd_v1_v", 0.8, "inkwash style")
+    assert file == finished.path / "webui" / "ink.safetensors"
+    assert file.read_bytes() == b"weights"
+    assert file.with_suffix(".png").read_bytes() == b"image"
+    notes = json.loads(file.with_suffix(".json").read_text())
+    assert (notes["sd version"], notes["activation text"], notes["preferred weight"]) == (
+        "SD1",
+        "inkwash style",
+        0.8,
+    )
+    assert webui_prompt("ink", 0.8, "inkwash style") == "<lora:ink:0.8> inkwash style"
+    assert webui_prompt("ink", 1.0, "") == "<lora:ink:1>"
+
+
+def test_they_are_written_again(finished):
+    """A resumed run replaces them, and leaves no temporary file."""
+    for _ in range(2):
+        write_webui_files(finished, "sdxl_base_v1-0", 1.0, "")
+    finished.final_adapter("kohya").unlink()
+    finished.final_adapter("kohya").write_bytes(b"other weights")
+    file = write_webui_files(finished, "sdxl_base_v1-0", 1.0, "")
+    assert file.read_bytes() == b"other weights"
+    assert sorted(path.name for path in file.parent.iterdir()) == ["ink.json", "ink.png", "ink.safetensors"]
+
+
+def test_without_hard_links(finished, monkeypatch):
+    """Where the disk has no links, the adapter is copied."""
+
+    def refuse(*_):
+        raise OSError
+
+    monkeypatch.setattr("os.link", refuse)
+    assert write_webui_files(finished, "sd_v2_768_v", 1.0, "").read_bytes() == b"weights"
