@@ -59,7 +59,8 @@ def test_everything_at_once(request, make_images, small, tmp_path, base):
     assert info.metadata["ss_network_dropout"] == "0.2"
     assert info.metadata["ss_scale_weight_norms"] == "0.01"
     steps = list(run.events("step"))
-    assert all(0 < event["norm_mean"] <= event["norm_max"] <= 0.01 * (1 + 1e-5) for event in steps)
+    limit = 0.01 * (1 + 1e-5)  # the mean of equal norms may round to more than the largest
+    assert all(0 < event["norm_mean"] <= limit and event["norm_max"] <= limit for event in steps)
     assert steps[-1]["norms_limited"] > 0
     kohya = inspect_adapter(run.final_adapter("kohya"))
     assert kohya.num_parameters == make_plan(config).num_padded > info.num_parameters
