@@ -43,14 +43,14 @@ def make_twist(images: Path, name: str, folder: Path) -> None:
         folder: Receives the images, and a folder `heldout`.
     """
     for part, count in (("", TRAINING), ("heldout", HELDOUT)):
-        pictures = sorted((images / part).glob("*.png"))
+        drawings = sorted((images / part).glob("*.png"))
         (folder / part).mkdir(parents=True, exist_ok=True)
         for number in range(count):
-            picture = pictures[number * len(pictures) // count]
-            with Image.open(picture) as image:
-                TWISTS[name](image.convert("RGB")).save(folder / part / picture.name)
-            caption = picture.with_suffix(".txt").read_text(encoding="utf-8")
-            (folder / part / picture.with_suffix(".txt").name).write_text(caption, encoding="utf-8")
+            drawing = drawings[number * len(drawings) // count]
+            with Image.open(drawing) as image:
+                TWISTS[name](image.convert("RGB")).save(folder / part / drawing.name)
+            caption = drawing.with_suffix(".txt").read_text(encoding="utf-8")
+            (folder / part / drawing.with_suffix(".txt").name).write_text(caption, encoding="utf-8")
 
 
 def main() -> None:
