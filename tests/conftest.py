@@ -28,8 +28,8 @@ torch.set_num_threads(1)
 settings.register_profile("sdlora", derandomize=True, database=None, deadline=None)
 settings.load_profile("sdlora")
 
-# Adapters on small networks, for lora, formats, rank, tree and export.
-pytest_plugins = ["tests.lora_fixtures"]
+# Adapters on small networks, for lora, formats, rank, tree and export; a browser for pages.
+pytest_plugins = ["tests.lora_fixtures", "tests.browser"]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
