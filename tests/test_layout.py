@@ -16,7 +16,10 @@ PACKAGE = REPOSITORY / "sdlora"
 GROUND = {"dtypes", "errors", "reading", "writing", "config", "objectives", "runs", "seeds"}
 COLUMNS = {"data", "lora", "models", "diffusion", "report"}
 # The stair: a unit may import what stands above it here, and columns never import each other.
-ABOVE_COLUMNS = ("formats", "rank", "tree", "memory", "sampling", "export", "evaluation", "training", "cli")
+ABOVE_COLUMNS = (
+    *("translate", "formats", "rank", "tree", "memory", "sampling", "export", "evaluation", "training"),
+    "cli",
+)
 ALLOWED = {
     "dtypes": set(),
     "errors": set(),
@@ -33,6 +36,7 @@ ALLOWED = {
     **{unit: GROUND | COLUMNS | set(ABOVE_COLUMNS[:number]) for number, unit in enumerate(ABOVE_COLUMNS)},
 }
 ALLOWED["cli"] |= {"problems", "presets", "aliases"}
+ALLOWED["translate"] |= {"aliases"}
 LIBRARIES = {
     "diffusers": {"models", "sampling"},
     "transformers": {"models", "evaluation"},
@@ -41,7 +45,7 @@ LIBRARIES = {
     "bitsandbytes": {"models"},
 }
 # A feature that needs more lines raises this in the commit that adds it.
-MAX_MODULES, MAX_LINES = 119, 19_980
+MAX_MODULES, MAX_LINES = 122, 20633
 WITHOUT_TORCH = {
     "errors",
     "reading",
@@ -175,7 +179,15 @@ def test_the_denoiser_has_one_home():
     """UNet and CLIP are words of models/ and the file dialects; everything else speaks to `Base`."""
     named = [path for path in source_files() if re.search("UNet|unet|CLIP", path.read_text(encoding="utf-8"))]
     assert len(named) <= 25
-    assert {unit_of(path) for path in named} <= {"models", "formats", "aliases", "lora", "export", "tree"}
+    assert {unit_of(path) for path in named} <= {
+        "models",
+        "formats",
+        "translate",
+        "aliases",
+        "lora",
+        "export",
+        "tree",
+    }
 
 
 def test_the_map_names_every_file():

@@ -7,6 +7,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +27,14 @@ def settings(
     schema: Annotated[
         bool, typer.Option("--schema", help="Print a JSON schema, for editors of config files.")
     ] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Translate a config of kohya, ai-toolkit or OneTrainer to TOML.",
+        ),
+    ] = None,
     presets: Annotated[bool, typer.Option("--presets", help="List the presets for --preset.")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -36,6 +45,11 @@ def settings(
     width = min(shutil.get_terminal_size().columns, 120)
     if schema:
         typer.echo(json.dumps(json_schema(), indent=2))
+        return
+    if source is not None:
+        from sdlora.translate.translate import translate
+
+        typer.echo(translate(source), nl=False)
         return
     if presets:
         typer.echo("\n".join(_describe_presets(width)))

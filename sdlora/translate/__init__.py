@@ -1,0 +1,1 @@
+"""Configs of other trainers, translated to settings of this one."""

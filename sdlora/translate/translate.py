@@ -1,0 +1,223 @@
+"""Translates a config of another trainer to TOML, with a comment for each key."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import tomllib
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sdlora.aliases import ELSEWHERE
+from sdlora.config import DataSection, RunConfig, validate_config
+from sdlora.data.folders import is_image, list_usable, read_repeats
+from sdlora.errors import ConfigError, one_line, shorten
+from sdlora.reading import UnfitFileError, parse_json, parse_toml, read_bytes
+from sdlora.translate.trainers import KOHYA, ONETRAINER, TOOLKIT, Trainer
+from sdlora.translate.values import CONVERTERS, Epochs
+
+TABLES = tomllib.loads((Path(__file__).parent / "keys.toml").read_text(encoding="utf-8"))
+IMAGES, OUT = "IMAGES", "--out"
+MAX_BYTES = 2**20
+MAX_KEYS = 2000
+EMPTY: tuple[Any, ...] = (None, False, "", [], {}, "NONE", "OFF")
+
+
+@dataclass
+class _Translation:
+    """Settings with the keys they come from, and notes on keys without a counterpart."""
+
+    rules: Mapping[str, str]
+    ignored: tuple[str, ...] = ()
+    settings: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, key: str, value: Any, comment: str = "") -> None:
+        """Translates one key of the config."""
+        rule = self.rules.get(key)
+        if not isinstance(rule, str):
+            if value not in EMPTY and not key.startswith(self.ignored):
+                reason = ELSEWHERE.get(key.rpartition(".")[2], "not known")
+                reason = reason if reason.startswith("not ") else f"in sdlora: {reason}"
+                self.notes.append(f"{_shown(key, value)}: {reason}")
+            return
+        setting, _, converter = rule.partition(" ")
+        try:
+            result = CONVERTERS[converter](value) if converter and value is not None else value
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            self.notes.append(f"{_shown(key, value)}: {error}")
+            return
+        if result not in (None, "", [], {}):
+            comment = comment or (key if result == value else _shown(key, value))
+            self.settings[setting] = (result, comment)
+
+    def add_defaults(self, defaults: Mapping[str, Any]) -> None:
+        for key, value in defaults.items():
+            if self.rules[key].partition(" ")[0] not in self.settings:
+                self.add(key, value, f"{key} is not given, which is {json.dumps(value)} there")
+
+    def count_steps(self, epoch: int | None) -> None:
+        """Converts epochs to steps, if the length of an epoch is known."""
+        for setting, (value, comment) in list(self.settings.items()):
+            if not isinstance(value, Epochs):
+                continue
+            if epoch:
+                steps = max(1, round(value.count * epoch))
+                self.settings[setting] = (steps, f"{comment}, of {epoch} steps each")
+            else:
+                del self.settings[setting]
+                sizes = f"{setting} = {value.count:g} x images x repeats / global batch"
+                self.notes.append(f"{comment}: the images are not here to count; {sizes}")
+
+    def validate(self) -> None:
+        """Moves what is refused to the notes, until the rest is valid."""
+        while True:
+            nested: dict[str, dict[str, Any]] = defaultdict(dict)
+            for setting, (value, _) in self.settings.items():
+                section, _, name = setting.partition(".")
+                nested[section][name] = value
+            try:
+                validate_config(nested)
+                return
+            except ConfigError as error:
+                wrong = {key for key in error.keys if key in self.settings}
+                if not wrong:
+                    raise
+                for key in sorted(wrong):
+                    reason = next(line for line in error.problems if key in line)
+                    self.notes.append(f"{self.settings.pop(key)[1]}: left out, since {reason}")
+
+    def write(self) -> list[str]:
+        """The lines of the sections, and the notes."""
+        lines: list[str] = []
+        for section in RunConfig.model_fields:
+            rows = [row for row in self.settings.items() if row[0].startswith(f"{section}.")]
+            lines += ["", f"[{section}]"] if rows else []
+            lines += [f"{key.partition('.')[2]} = {_toml(value)}  # {why}" for key, (value, why) in rows]
+        return [
+            *lines,
+            *(["", "# Not translated:"] if self.notes else []),
+            *(f"# {text}" for text in self.notes),
+        ]
+
+
+def translate(file: Path) -> str:
+    """A config of sd-scripts, kohya_ss, ai-toolkit or OneTrainer as TOML for `--config`.
+
+    Each setting has its key there as a comment; comments at the end name the keys without a counterpart.
+
+    Raises:
+        ConfigError: If it cannot be read, or is of no known trainer.
+    """
+    try:
+        values = _read(file)
+        trainer = _recognise(values)
+        values = _with_other_files(values, file.parent)
+    except FileNotFoundError:
+        raise ConfigError(f"--from {file} does not exist; check the path", key="option--from") from None
+    except (OSError, UnicodeDecodeError, UnfitFileError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or "nested too deeply"
+        raise ConfigError(f"--from {file} cannot be read: {shorten(reason)}", key="option--from") from None
+    try:
+        found = trainer.prepare(values)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError):
+        problem = f"--from {file} does not have the structure of a config of {trainer.name}; check it there"
+        raise ConfigError(problem, key="option--from.structure") from None
+    if len(found) > MAX_KEYS:
+        raise ConfigError(f"--from {file} has more than {MAX_KEYS} keys", key="option--from")
+    translation = _Translation(TABLES[trainer.table], trainer.ignored)
+    for key, value in found.items():
+        translation.add(key, value)
+    translation.add_defaults(TABLES[trainer.table]["defaults"])
+    if "lora.rank_pattern" in translation.settings:
+        translation.settings["lora.targets"] = (["all"], "convolutions have a rank")
+    folder, out = (str(translation.settings.pop(key, ("", ""))[0]) for key in (IMAGES, OUT))
+    epoch = _count_steps(file.parent / folder, found, translation.settings) if folder else None
+    translation.count_steps(epoch)
+    translation.validate()
+    folder = str(file.parent / folder) if (file.parent / folder).is_dir() and folder else folder
+    command = ["sdlora", "train", folder or IMAGES, "--config", "my.toml"]
+    command += ["--out", f"runs/{Path(out).stem}"] if out else []
+    heading = f"# From {file.name} of {trainer.name}, by `sdlora settings --from`. Save it as my.toml, then:"
+    return "\n".join(map(one_line, [heading, f"# {shlex.join(command)}", *translation.write()])) + "\n"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    text = read_bytes(file, MAX_BYTES).decode("utf-8-sig")
+    if file.suffix.lower() in (".yaml", ".yml"):
+        values = yaml.safe_load(text)
+    else:
+        values = parse_toml(text) if file.suffix.lower() == ".toml" else parse_json(text)
+    if not isinstance(values, dict):
+        raise UnfitFileError("it is not a table of keys")
+    return values
+
+
+def _inner(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of all sections together."""
+    sections = [value for value in values.values() if isinstance(value, dict)]
+    return {key: value for section in [*sections, values] for key, value in section.items()}
+
+
+def _recognise(values: Mapping[str, Any]) -> Trainer:
+    if "config" in values:
+        return TOOLKIT
+    if {"training_method", "base_model_name", "concept_file_name"} & values.keys():
+        return ONETRAINER
+    known = {*TABLES["kohya"], "datasets", "dataset_config"} & _inner(values).keys()
+    if known and not values.keys() <= RunConfig.model_fields.keys():
+        return KOHYA
+    raise UnfitFileError("it is not a config of sd-scripts, kohya_ss, ai-toolkit or OneTrainer")
+
+
+def _with_other_files(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """With the files that a config names, if they are there: sets of images, and prompts."""
+    inner, values = _inner(values), dict(values)
+    with suppress(OSError, UnicodeDecodeError, UnfitFileError):
+        if name := inner.get("dataset_config"):
+            values |= _read(folder / str(name))
+    if not values.get("concepts") and (name := inner.get("concept_file_name")):
+        # OneTrainer keeps its presets in a folder beside that of the concepts.
+        for above in (folder.parent, folder):
+            with suppress(OSError, UnfitFileError):
+                values["concepts"] = parse_json(read_bytes(above / str(name), MAX_BYTES))
+    if isinstance(name := inner.get("sample_prompts"), str):
+        with suppress(OSError, UnicodeDecodeError, UnfitFileError):
+            lines = read_bytes(folder / name, MAX_BYTES).decode("utf-8-sig").splitlines()
+            prompts = [re.split(r"\s--[a-z]{1,3}\s", line)[0].strip() for line in lines]
+            values["sample_prompts"] = [prompt for prompt in prompts if prompt and not prompt.startswith("#")]
+    return values
+
+
+def _count_steps(
+    folder: Path, found: Mapping[str, Any], settings: Mapping[str, tuple[Any, str]]
+) -> int | None:
+    """Steps per epoch; None if the images are not there."""
+    if not folder.is_dir():
+        return None
+    names = filter(is_image, list_usable(folder, defaultdict(dict), DataSection()))
+    samples = sum(read_repeats(folder, name) for name in names)
+    samples *= int(found.get("num_repeats") or found.get("datasets.num_repeats") or 1)
+    batch: int = math.prod(settings.get(key, (1, ""))[0] for key in ("train.batch_size", "train.accumulate"))
+    return math.ceil(samples / batch)
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML, whose escapes of text are those of JSON."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(key))} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return repr(value) if type(value) in (int, float) else json.dumps(value)
+
+
+def _shown(key: str, value: Any) -> str:
+    return f"{key} = {shorten(json.dumps(value, default=str, ensure_ascii=False))}"
