@@ -670,8 +670,9 @@ def parse_override(text: str) -> tuple[str, Any]:
     """Parses `lora.rank=8` to ("lora.rank", 8); a value that is not TOML is text."""
     key, separator, raw = text.partition("=")
     if not separator:
-        problem = f"{shorten(repr(text))} is not a setting; write section.key=value, such as lora.rank=8"
-        raise ConfigError(problem)
+        found = re.match(r"[a-z]+\.[a-z_0-9]+", text)
+        example = f"{found[0]}=VALUE" if found else "section.key=value, such as lora.rank=8"
+        raise ConfigError(f"{shorten(repr(text))} is not a setting; write {example}")
     try:
         return key.strip(), parse_toml(f"value = {raw}")["value"]
     except UnfitFileError:
@@ -687,6 +688,8 @@ def read_toml(file: Path) -> dict[str, Any]:
         raise ConfigError(problem, key="config.missing") from None
     except UnfitFileError as error:
         problem = f"config file {file} {error}; `sdlora settings --presets` names examples"
+        if file.suffix.lower() in (".json", ".yaml", ".yml"):
+            problem += ", and `sdlora settings network_dim` translates the settings of other trainers"
         raise ConfigError(problem, key=error.key) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read config file {file}: {error}", key="config.unreadable") from None

@@ -51,6 +51,11 @@ def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
     return {name: kind for name, kind in sections.items() if issubclass(kind, BaseModel)}
 
 
+def settings_of(model: type[BaseModel]) -> list[str]:
+    """All settings, as `section.key`."""
+    return [f"{section}.{name}" for section, kind in _sections(model).items() for name in kind.model_fields]
+
+
 def _reason(item: dict[str, Any]) -> str:
     context = {
         key: int(limit) if isinstance(limit, float) and limit.is_integer() else limit
@@ -99,7 +104,7 @@ def _nearest(path: list[str], model: type[BaseModel]) -> str:
         if guess := difflib.get_close_matches(path[0], list(sections), 1, 0.5):
             return f"did you mean the section [{guess[0]}]?"
         return f"the sections are {', '.join(sections)}"
-    keys = sorted(f"{section}.{name}" for section, kind in sections.items() for name in kind.model_fields)
+    keys = sorted(settings_of(model))
     own = [key for key in keys if key.startswith(f"{path[0]}.")]
     for choices in (own, keys):
         if guess := difflib.get_close_matches(".".join(path), choices, 1, 0.5):

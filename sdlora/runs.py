@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.config import MAX_JSON_BYTES, RunConfig, read_config
-from sdlora.errors import ConfigError, RunError
+from sdlora.errors import ConfigError, RunError, join_names
 from sdlora.reading import UnfitFileError, read_json
 from sdlora.writing import (
     append_lines,
@@ -74,16 +74,20 @@ class RunFolder:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
         """Opens an existing run; raises a RunError if it is none."""
-        run, remedy = cls(path), "use the folder that `sdlora train` printed"
+        run = cls(path)
+        if run.exists and not (run.path / "model_index.json").is_file():
+            return run
+        near = [cls(folder) for folder in [*run.path.parents[:3], *sorted(run.path.glob("*/"))[:100]]]
+        found = [str(one.path) for one in near if one.exists]
+        listed = join_names(found, 3, " or ")
+        remedy = f"use {listed}" if found else "use the folder that `sdlora train` printed"
         if run.path.is_file():
             raise RunError(f"{path} is a file, not a run folder; {remedy}", key="run.file")
         if not run.path.is_dir():
             raise RunError(f"run folder {path} does not exist; {remedy}", key="run.missing")
         if (run.path / "model_index.json").is_file():
             raise RunError(f"{path} is a base, not a run or a LoRA; pass it with --base", key="run.base")
-        if not run.exists:
-            raise RunError(f"{path} is not a run folder (no config.json); {remedy}", key="run.no-config")
-        return run
+        raise RunError(f"{path} is not a run folder (no config.json); {remedy}", key="run.no-config")
 
     def check_free(self) -> None:
         """Checks that no run would be overwritten."""

@@ -45,7 +45,7 @@ LIBRARIES = {
     "bitsandbytes": {"models"},
 }
 # A feature that needs more lines raises this in the commit that adds it.
-MAX_MODULES, MAX_LINES = 122, 20633
+MAX_MODULES, MAX_LINES = 122, 20_880
 WITHOUT_TORCH = {
     "errors",
     "reading",

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from sdlora.cli.mistakes import describe_usage
 from sdlora.cli.processes import STOP_SECONDS, speaks_for_host, wait_for_first
 from sdlora.errors import ProcessLost, RunStopped, SdloraError, shorten
 
@@ -59,19 +60,6 @@ for module in iter_modules(__path__):
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 
 
-def describe_usage(error: Any) -> str:
-    """One line for a command that cannot be parsed; empty if the help was printed instead."""
-    from sdlora.config import RunConfig
-    from sdlora.problems import guess_key
-
-    option = getattr(error, "option_name", "")
-    if guess := guess_key(option, RunConfig):
-        return f"{option} is not an option; {guess}"
-    text = " ".join(error.format_message().split())
-    command = error.ctx.command_path if error.ctx else "sdlora"
-    return f"{text.rstrip('.')}; see `{command} --help`" if text else ""
-
-
 def _call(arguments: list[str]) -> int | None:
     """Runs a command; a path that the system refuses counts as a mistake of the user."""
     try:
@@ -97,7 +85,7 @@ def main() -> None:
     except USAGE_ERROR as error:
         if debug:
             raise
-        if text := describe_usage(error):
+        if text := describe_usage(error, arguments):
             typer.echo(f"sdlora: {text}", err=True)
         raise SystemExit(2) from None
     except SdloraError as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from sdlora.errors import ConfigError, shorten
+from sdlora.errors import ConfigError, DataError, shorten
 
 if TYPE_CHECKING:
     from sdlora.config import BaseSection, FileDtype, ObjectiveSection, RunConfig
@@ -48,6 +48,12 @@ Steps = Annotated[int | None, typer.Option(help="Sampling steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale (CFG).")]
 Size = Annotated[str | None, typer.Option(help="Image size in pixels, as WIDTHxHEIGHT.")]
 
+# What to do with files that are given as image folders.
+FILES = {
+    ".toml": "write `sdlora train IMAGES --config {}`",
+    ".safetensors": "write `sdlora train IMAGES --base {0}` if it is a base, or `sdlora info {0}`",
+    ".zip": "unpack it, and write `sdlora train FOLDER`",
+}
 MAX_PROMPTS_BYTES = 2**20
 Number = TypeVar("Number", int, float)
 
@@ -164,7 +170,17 @@ def check_folder(settings: RunConfig, base: BaseInfo | None) -> None:
     from sdlora.data.doctor import check_images
     from sdlora.data.records import raise_errors
     from sdlora.models.info import with_base_defaults
+    from sdlora.runs import RunFolder
 
+    images = Path(settings.images)
+    if (run := RunFolder(images)).exists and run.environment_file.is_file():
+        problem = f"{images} is a run, not an image folder; write `sdlora resume {images}` to continue it"
+        raise DataError(problem, key="data.is-a-run")
+    if (images / "model_index.json").is_file():
+        problem = f"{images} is a base, not an image folder; write `sdlora train IMAGES --base {images}`"
+        raise DataError(problem, key="data.is-a-base")
+    if images.is_file() and (remedy := FILES.get(images.suffix.lower())):
+        raise DataError(f"{images} is not an image folder; {remedy.format(images)}", key="data.not-a-folder")
     # The size of a base on the hub matters for warnings only.
     resolution, step = (base.resolution, base.min_step) if base else (512, 8)
     settings = with_base_defaults(settings, base) if base else settings

@@ -68,6 +68,9 @@ def resize(
     dialect, dtype = options.export_settings(format, precision)
     if base is not None and score is None:
         raise ConfigError(f"--base {base} has no effect without --score; remove it", key="option--base")
+    if not any(value is not None for value in (rank, energy, ratio, score, size_mb)):
+        problem = "a rule is missing; write --rank 8, --energy 0.99, --ratio, --score or --size-mb"
+        raise ConfigError(problem, key="resize.one-rule")
     from sdlora.export.export import check_out, export_adapter
     from sdlora.export.rewrite import weight_norms
     from sdlora.formats.files import load_adapter

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from sdlora.cli import app, options
+from sdlora.cli.mistakes import nearest_setting
 from sdlora.errors import ConfigError
 
 COLUMN, PRESET_COLUMN = 40, 20
@@ -63,7 +64,9 @@ def settings(
         return
     lines += _describe(found, width)
     if not lines:
-        problem = f"no setting contains {' or '.join(words or [])}; `sdlora settings` lists all"
+        near = list(filter(None, map(nearest_setting, wanted)))
+        remedy = f"did you mean {' or '.join(near)}?" if near else "`sdlora settings` lists all"
+        problem = f"no setting contains {' or '.join(words or [])}; {remedy}"
         raise ConfigError(problem, key="no-setting")
     typer.echo("\n".join(lines))
 

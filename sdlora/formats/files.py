@@ -222,7 +222,12 @@ def resolve_adapter(source: str | Path | RunFolder, step: int | str | None = Non
     if (path / "model_index.json").is_file():
         raise AdapterError(f"{path} is a base model, not a LoRA; pass it with --base", key="lora.is-a-base")
     problem = _describe_folder(path) if path.is_dir() else "does not exist"
-    raise AdapterError(f"{path} {problem}; use a LoRA file, a run folder or a tree node", key="lora.missing")
+    remedy = "use a LoRA file, a run folder or a tree node"
+    if " " in path.name:
+        remedy += f', or write --prompt "{shorten(path.name)}" if it is a prompt'
+    elif (weight := re.fullmatch(r"(.+):([0-9.]+)", path.name)) and path.with_name(weight[1]).exists():
+        remedy = f"write {path.with_name(weight[1])}, and {weight[2]} in --strengths or --weights"
+    raise AdapterError(f"{path} {problem}; {remedy}", key="lora.missing")
 
 
 def _describe_folder(folder: Path) -> str:

@@ -189,7 +189,9 @@ def make_scheduler(info: BaseInfo, name: str | None = None) -> Any:
         )
     takes_karras = entry and "use_karras_sigmas" in signature(getattr(schedulers, entry)).parameters
     if entry is None or (plain != wanted.lower() and not takes_karras):
-        guess = difflib.get_close_matches(wanted, SCHEDULERS, 1, 0.4)
+        names = {title.lower(): known for known, title in SAMPLERS.items()} | {one: one for one in SCHEDULERS}
+        near = difflib.get_close_matches(plain.replace("_", " "), names, 1, 0.6)
+        guess = [names[near[0]]] if near else difflib.get_close_matches(wanted, SCHEDULERS, 1, 0.4)
         remedy = f"did you mean {guess[0]}?" if guess else "use DDIMScheduler or EulerDiscreteScheduler"
         raise ConfigError(f"sample.scheduler = {wanted!r} is not a scheduler for this base; {remedy}")
     try:
