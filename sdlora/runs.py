@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ class RunFolder:
         self.events_file = self.path / "events.jsonl"
         self.log_file = self.path / "train.log"  # what was printed
         self.trace_file = self.path / "trace.jsonl"  # with train.trace
+        self.process_file = self.path / "process.json"  # while a process writes the run
+        self.output_file = self.path / "output.log"  # of a process that the page started
+        self.ratings_file = self.path / "ratings.jsonl"
         self.adapters = self.path / "adapters"  # to use
         self.checkpoints = self.path / "checkpoints"  # to continue from
         self.samples = self.path / "samples"
@@ -220,6 +224,23 @@ class RunFolder:
         record = {"event": event, "step": step, "time": round(time.time(), 3), **values}
         append_lines(self.events_file, [record])
         return record
+
+    @contextmanager
+    def occupied(self, is_main: bool = True) -> Iterator[None]:
+        """Names the process that writes the run in `process.json` meanwhile, for those who look at it."""
+        if is_main:
+            self.name_process(os.getpid())
+        try:
+            yield
+        finally:
+            if is_main:
+                with suppress(OSError):
+                    self.process_file.unlink(missing_ok=True)
+
+    def name_process(self, pid: int) -> None:
+        """Writes `process.json`; a full disk does not stop a run (R-45)."""
+        with suppress(OSError):
+            write_json(self.process_file, {"pid": pid, "host": platform.node()})
 
     def append_trace(self, rows: Sequence[Mapping[str, Any]]) -> None:
         append_lines(self.trace_file, rows)

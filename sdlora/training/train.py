@@ -227,7 +227,8 @@ def _run(
     terminal: Terminal,
     resumption: Resumption | None = None,
 ) -> RunFolder:
-    with terminal.keep(run.log_file if accelerator.is_main_process else None):
+    is_main = accelerator.is_main_process
+    with run.occupied(is_main), terminal.keep(run.log_file if is_main else None):
         set_seed(plan.config.train.seed)
         with report_failed_start(plan, run):
             kernels = resumption.kernels if resumption else None
