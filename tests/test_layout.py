@@ -18,7 +18,7 @@ COLUMNS = {"data", "lora", "models", "diffusion", "report"}
 # The stair: a unit may import what stands above it here, and columns never import each other.
 ABOVE_COLUMNS = (
     *("translate", "formats", "rank", "tree", "memory", "sampling", "export", "evaluation", "training"),
-    "cli",
+    *("studio", "cli"),
 )
 ALLOWED = {
     "dtypes": set(),
@@ -37,15 +37,18 @@ ALLOWED = {
 }
 ALLOWED["cli"] |= {"problems", "presets", "aliases"}
 ALLOWED["translate"] |= {"aliases"}
+ALLOWED["studio"] |= {"presets"}
 LIBRARIES = {
     "diffusers": {"models", "sampling"},
     "transformers": {"models", "evaluation"},
     "accelerate": {"training"},
     "peft": set(),
     "bitsandbytes": {"models"},
+    "starlette": {"studio"},
+    "uvicorn": {"cli"},
 }
 # A feature that needs more lines raises this in the commit that adds it.
-MAX_MODULES, MAX_LINES = 122, 20_880
+MAX_MODULES, MAX_LINES = 133, 22_590
 WITHOUT_TORCH = {
     "errors",
     "reading",

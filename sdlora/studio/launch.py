@@ -1,0 +1,225 @@
+"""Starts, stops and continues runs, each a process of its own that outlives the page."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sdlora.config import MAX_JSON_BYTES, json_schema, read_toml
+from sdlora.errors import ConfigError, RunError
+from sdlora.presets import describe_preset, find_preset, list_presets
+from sdlora.reading import parse_json
+from sdlora.runs import RunFolder
+from sdlora.studio.library import Library, find_process, name_folder
+from sdlora.writing import next_free_folder
+
+PLAN_SECONDS = 600
+# fmt: off
+MAIN = (
+    "base.source", "data.trigger", "train.steps", "train.learning_rate", "train.batch_size", "lora.rank",
+    "lora.kind", "data.resolution", "data.crop", "data.flip", "data.caption_dropout", "base.quantize",
+    "train.sample_every", "train.seed", "sample.strengths", "sample.prompts",
+)
+# fmt: on
+SECTIONS = ("base", "data", "lora", "objective", "train", "sample", "export")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A field of the form, made from the schema of the settings."""
+
+    key: str
+    description: str
+    default: str
+    choices: tuple[str, ...]
+    is_number: bool
+    is_text: bool
+    section: str
+
+    def argument(self, value: str) -> str:
+        """`section.key=value` for the command line."""
+        if self.key == "sample.prompts":
+            return f"{self.key}={json.dumps(value.splitlines(), ensure_ascii=False)}"
+        return f"{self.key}={json.dumps(value, ensure_ascii=False) if self.is_text else value}"
+
+
+def list_settings() -> list[Setting]:
+    """All settings, those of `MAIN` first."""
+    schema = json_schema()
+    found = {}
+    for section in SECTIONS:
+        part = schema["$defs"][schema["properties"][section]["$ref"].rsplit("/", 1)[-1]]
+        for name, rules in part["properties"].items():
+            found[f"{section}.{name}"] = _setting(f"{section}.{name}", rules)
+    return [*(found.pop(key) for key in MAIN), *found.values()]
+
+
+def _setting(key: str, rules: Mapping[str, Any]) -> Setting:
+    options = [option for option in rules.get("anyOf", [rules]) if option.get("type") != "null"]
+    kinds, value = {option.get("type") for option in options}, rules.get("default")
+    choices = tuple(map(str, options[0].get("enum", ()))) if len(options) == 1 else ()
+    shown = "" if value in (None, [], {}) else value if isinstance(value, str) else json.dumps(value)
+    return Setting(
+        key=key,
+        description=rules.get("description", ""),
+        default=shown,
+        choices=("true", "false") if kinds == {"boolean"} else choices,
+        is_number=kinds <= {"integer", "number"},
+        is_text=kinds == {"string"},
+        section=key.partition(".")[0],
+    )
+
+
+def presets() -> dict[str, dict[str, Any]]:
+    """Descriptions and values of the presets, by name."""
+    return {
+        name: {"about": describe_preset(file), "values": _flatten(read_toml(file))}
+        for name, file in list_presets().items()
+    }
+
+
+def _flatten(values: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        f"{section}.{key}": value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for section, keys in values.items()
+        for key, value in keys.items()
+    }
+
+
+class Launcher:
+    """Commands of sdlora for the runs of a library."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self.settings = {setting.key: setting for setting in list_settings()}
+        self._children: list[subprocess.Popen[bytes]] = []
+        # One plan at a time: each loads torch. And no run is started twice.
+        self._planning, self._starting = threading.Lock(), threading.Lock()
+        self._stopping: dict[Path, int] = {}
+
+    def arguments(self, form: Mapping[str, str]) -> list[str]:
+        """The arguments of `sdlora train` for a form; raises a ConfigError for images that are not listed."""
+        folders = self.library.image_folders()
+        if (folder := folders.get(form.get("images", ""))) is None:
+            problem = "choose an image folder; `sdlora studio --images FOLDER` adds one to the list"
+            raise ConfigError(problem, key="images")
+        arguments = [str(folder)]
+        if preset := form.get("preset"):
+            arguments += ["--preset", find_preset(preset).stem]
+        for key, setting in self.settings.items():
+            if value := form.get(key, "").strip():
+                arguments.append(setting.argument(value))
+        return arguments
+
+    def plan(self, form: Mapping[str, str]) -> dict[str, Any]:
+        """The plan of a run; raises a ConfigError with what the command says is wrong."""
+        command = [sys.executable, "-m", "sdlora", "train", *self.arguments(form), "--json"]
+        with self._planning:
+            try:
+                done = subprocess.run(
+                    command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PLAN_SECONDS, check=False
+                )
+            except subprocess.TimeoutExpired:
+                raise ConfigError(f"no plan within {PLAN_SECONDS} s; try a smaller folder") from None
+        if done.returncode:
+            lines = done.stderr.decode("utf-8", "replace").splitlines() or ["the plan failed without a word"]
+            raise ConfigError(*(line.removeprefix("sdlora: ") for line in lines[-40:]))
+        plan: dict[str, Any] = parse_json(done.stdout[-MAX_JSON_BYTES:])
+        return plan
+
+    def start(self, form: Mapping[str, str]) -> RunFolder:
+        """Starts a run under the form's name, or that of its image folder."""
+        arguments = self.arguments(form)
+        name = re.sub(r"[^\w.-]+", "-", form.get("name") or Path(arguments[0]).name).strip(".-")[:80]
+        with self._starting:
+            run = RunFolder(next_free_folder(self.library.folder / (name or "run")))
+            run.path.mkdir(parents=True)
+            return self._launch(run, ["train", *arguments, "--out", str(run.path)])
+
+    def resume(self, run: RunFolder, steps: str = "") -> RunFolder:
+        """Continues a run, up to another step if one is given."""
+        more = [self.settings["train.steps"].argument(steps)] if steps.isdecimal() else []
+        with self._starting:
+            self._check_idle(run)
+            return self._launch(run, ["resume", str(run.path), *more])
+
+    def stop(self, run: RunFolder) -> None:
+        """Asks the process of a run to save and end; the second time, to end at once."""
+        process = find_process(run)
+        if process is None:
+            raise RunError(f"no process of this machine trains {run.name}", key="run.not-running")
+        with suppress(psutil.Error):
+            process.terminate()
+            self._stopping[run.path] = process.pid
+
+    def is_stopping(self, run: RunFolder) -> bool:
+        process = find_process(run)
+        return process is not None and self._stopping.get(run.path) == process.pid
+
+    def prune(self, run: RunFolder, keep: int = 1) -> None:
+        """Deletes all checkpoints but the newest."""
+        with self._starting:
+            self._check_idle(run)
+            run.remove_checkpoints(keep)
+
+    def reap(self) -> None:
+        """Lets ended processes go."""
+        self._children = [child for child in self._children if child.poll() is None]
+
+    def _check_idle(self, run: RunFolder) -> None:
+        self.reap()
+        if find_process(run):
+            raise RunError(f"{run.name} is running; stop it first", key="run.running")
+
+    def _launch(self, run: RunFolder, arguments: Sequence[str]) -> RunFolder:
+        command = [sys.executable, "-m", "sdlora", *arguments]
+        with run.output_file.open("ab") as output:
+            child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+        self._children.append(child)
+        run.name_process(child.pid)
+        return run
+
+
+def describe_plan(plan: Mapping[str, Any]) -> dict[str, str]:
+    """What a plan says, by subject."""
+    settings, memory = plan["settings"], plan["memory"]
+    train, lora = settings["train"], settings["lora"]
+    buckets = ", ".join(f"{size} ({images})" for size, images in list(plan["buckets"].items())[:8])
+    epochs = plan["steps"] / max(1, plan["steps_per_epoch"])
+    return {
+        "Base": settings["base"]["source"],
+        "Images": f"{plan['images']} to train on, {plan['heldout_images']} held out",
+        "Buckets": buckets + (" …" if len(plan["buckets"]) > 8 else ""),
+        "Adapter": f"{lora['kind']} of rank {lora['rank']}, alpha {lora['alpha']:g}; "
+        f"{plan['modules']} modules, {plan['adapter_bytes'] / 1e6:.1f} MB a file",
+        "Steps": f"{plan['steps']}, {plan['global_batch']} images each; {epochs:.1f} epochs",
+        "Learning rate": f"{train['learning_rate']:g}, {train['schedule']}, warm-up {plan['warmup_steps']}",
+        "Samples": f"at {_points(plan['sample_steps'])}; about {plan['sampling_share']:.0%} of the time",
+        "Saves": f"at {_points(plan['save_steps'])}",
+        "Memory": f"about {memory['peak'] / 1e9:.2f} GB at the peak",
+        "Disk": f"up to {plan['disk_bytes'] / 1e6:.0f} MB, without samples",
+    }
+
+
+def _points(steps: Sequence[int]) -> str:
+    """Steps in short."""
+    few = [str(step) for step in steps]
+    return ("step " if few else "no step") + ", ".join(few if len(few) < 4 else [*few[:2], f"… {few[-1]}"])
+
+
+def address_of(images: str) -> str:
+    """Name of an image folder in addresses; empty if it is gone."""
+    path = Path(images)
+    return name_folder(path.resolve()) if images and path.is_dir() else ""

@@ -1,0 +1,215 @@
+"use strict";
+// Pages work without this file, but for captions and the playground: it keeps them fresh and saves clicks.
+const $ = (selector, root = document) => root.querySelector(selector);
+const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+
+async function post(url, fields) {
+  const answer = await fetch(url, { method: "POST", body: new URLSearchParams(fields), headers: { accept: "application/json" } });
+  const type = answer.headers.get("content-type") || "";
+  const value = type.includes("json") ? await answer.json() : { error: (await answer.text()).slice(0, 300) };
+  if (!answer.ok) throw new Error(value.error);
+  return value;
+}
+
+// The parts of the page that the server renders now replace those here, where they differ.
+async function refresh(etag) {
+  const answer = await fetch(location.href, { headers: etag ? { "if-none-match": etag } : {}, cache: "no-store" });
+  if (!answer.ok) return etag;
+  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  for (const part of all("[data-part]")) {
+    const fresh = page.getElementById(part.id);
+    if (!fresh || fresh.outerHTML === part.outerHTML) continue;
+    const log = $("pre", part), top = log && log.scrollTop + log.clientHeight < log.scrollHeight - 8 ? log.scrollTop : 1e9;
+    const focused = part.contains(document.activeElement) ? all("a, button, pre", part).indexOf(document.activeElement) : -1;
+    part.replaceWith(document.adoptNode(fresh));
+    if (focused >= 0) all("a, button, pre", fresh)[focused]?.focus({ preventScroll: true });
+    if (log) $("pre", fresh).scrollTop = top;
+  }
+  const runs = $("#state .running") !== null;
+  if (ran && !runs) location.reload();  // A run that has ended has other parts.
+  ran = runs;
+  return answer.headers.get("etag");
+}
+let ran = $("#state .running") !== null;
+if ($("[data-live]")) {
+  const every = Number($("[data-live]").dataset.live);
+  if ($("#log pre")) $("#log pre").scrollTop = 1e9;
+  let etag = null;
+  const turn = async () => {
+    if (!document.hidden) { try { etag = await refresh(etag); } catch { /* the server is away: ask again */ } }
+    setTimeout(turn, every);
+  };
+  setTimeout(turn, every);
+}
+
+// Training: what a preset sets, and the plan below the form.
+const train = $("#train");
+if (train) {
+  const presets = JSON.parse(train.dataset.presets), about = $("#about-preset"), first = about.textContent;
+  const choose = () => {
+    const preset = presets[train.elements.preset.value];
+    about.textContent = preset ? preset.about : first;
+    for (const field of all("[data-default]", train)) {
+      const value = preset?.values[field.name] ?? field.dataset.default;
+      if (field.tagName === "SELECT") field.options[0].text = value ? `default: ${value}` : "default";
+      else field.placeholder = value;
+    }
+  };
+  train.elements.preset.addEventListener("change", choose);
+  choose();
+  const stale = () => { if ($("#plan form")) $("#plan").replaceChildren(); };
+  train.addEventListener("input", stale);
+  train.addEventListener("submit", async event => {
+    event.preventDefault();
+    const button = $("#show-plan"), said = $("#planning");
+    button.disabled = true; said.textContent = "Reading the images and the base …"; $("#plan").replaceChildren();
+    try {
+      const answer = await fetch("/plan", { method: "POST", body: new URLSearchParams(new FormData(train)) });
+      const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+      const plan = $("#plan", page) || $("main", page);
+      $("#plan").replaceChildren(...[...plan.childNodes].map(node => document.adoptNode(node)));
+      $("#plan").scrollIntoView({ block: "nearest" });
+      said.textContent = "";
+    } catch (error) { said.textContent = "The page's server does not answer."; }
+    button.disabled = false;
+  });
+}
+
+// Captions: saved when a field is left, or with Ctrl-Enter.
+function edit(set) {
+  const folder = set.dataset.folder, said = $("#said", set), fields = all(".card textarea", set);
+  const name = field => field.closest(".card").dataset.name;
+  const show = ({ captions, edits }) => {
+    for (const field of fields) if (name(field) in captions) {
+      field.value = field.dataset.seen = captions[name(field)];
+      field.classList.remove("unsaved"); field.classList.add("saved");
+    }
+    $("#edits", set).textContent = edits || ""; $("#undo", set).disabled = !edits;
+    count();
+  };
+  const send = async (url, values, done) => {
+    try { show(await post(url, values)); said.textContent = done; }
+    catch (error) { said.textContent = error.message; return false; }
+    return true;
+  };
+  const save = async changed => {
+    const changes = Object.fromEntries(changed.map(([field, text]) => [name(field), [field.dataset.seen, text]]));
+    const ok = await send(`/captions/${folder}`, { changes: JSON.stringify(changes) }, changed.length > 1 ? `${changed.length} captions saved` : "saved");
+    if (!ok) for (const [field] of changed) field.classList.add("unsaved");
+  };
+  const count = () => {
+    const counts = new Map();
+    for (const field of fields) for (const tag of new Set(field.value.split(",").map(part => part.trim()).filter(Boolean))) counts.set(tag, (counts.get(tag) || 0) + 1);
+    const pressed = $("#tags [aria-pressed=true]", set)?.dataset.tag;
+    $("#tags", set).replaceChildren(...[...counts].filter(([, number]) => number > 1).sort((one, two) => two[1] - one[1]).slice(0, 60).map(([tag, number]) => {
+      const button = document.createElement("button"), times = document.createElement("span");
+      button.type = "button"; button.dataset.tag = tag; button.setAttribute("aria-pressed", String(tag === pressed));
+      times.className = "soft"; times.textContent = number;
+      button.append(tag.length > 40 ? `${tag.slice(0, 39)}… ` : `${tag} `, times);
+      return button;
+    }));
+  };
+  const filter = () => {
+    const text = $("#find", set).value.toLowerCase(), tag = $("#tags [aria-pressed=true]", set)?.dataset.tag;
+    for (const field of fields) {
+      const has = `${name(field)}\n${field.value}`.toLowerCase().includes(text);
+      field.closest(".card").hidden = !has || (tag !== undefined && !field.value.split(",").some(part => part.trim() === tag));
+    }
+  };
+  $("#tags", set).addEventListener("click", event => {
+    const button = event.target.closest("button");
+    if (!button) return;
+    const on = button.getAttribute("aria-pressed") !== "true";
+    for (const other of all("button", $("#tags", set))) other.setAttribute("aria-pressed", String(on && other === button));
+    filter();
+  });
+  $("#find", set).addEventListener("input", filter);
+  for (const field of fields) {
+    field.addEventListener("change", () => { if (field.value !== field.dataset.seen) save([[field, field.value]]); });
+    field.addEventListener("keydown", event => { if (event.key === "Enter") { event.preventDefault(); field.blur(); } });
+  }
+  $("#replace-all", set).addEventListener("click", () => {
+    const text = $("#find", set).value, other = $("#replace", set).value;
+    const changed = text ? fields.filter(field => field.value.includes(text)).map(field => [field, field.value.replaceAll(text, other)]) : [];
+    if (changed.length) save(changed); else said.textContent = text ? `no caption contains “${text}”` : "write what to find";
+  });
+  const undo = () => send(`/undo/${folder}`, {}, "undone");
+  $("#undo", set).addEventListener("click", undo);
+  document.addEventListener("keydown", event => {
+    const writing = event.target.matches("input, textarea");
+    if ((event.ctrlKey || event.metaKey) && event.key === "z" && !writing && !$("#undo", set).disabled) { event.preventDefault(); undo(); }
+  });
+}
+const waiting = $("[data-load]");
+if (waiting) {
+  fetch(waiting.dataset.load).then(answer => answer.text()).then(text => {
+    const page = new DOMParser().parseFromString(text, "text/html"), set = $("#set", page) || $("main", page);
+    waiting.replaceWith(document.adoptNode(set));
+    if (set.dataset.folder) edit(set);
+  }).catch(() => { waiting.textContent = "The page's server does not answer; reload."; });
+} else if ($("#set[data-folder]")) edit($("#set"));
+
+// Side by side: one zoom for all panes.
+const panes = all(".pane");
+if (panes.length) {
+  let scale = 1, x = 0, y = 0, from = null;
+  const draw = () => {
+    scale = Math.min(16, Math.max(1, scale));
+    for (const pane of panes) {
+      const image = $("img", pane);
+      x = Math.min(0, Math.max(x, pane.clientWidth - image.clientWidth * scale));
+      y = Math.min(0, Math.max(y, Math.min(0, pane.clientHeight - image.clientHeight * scale)));
+    }
+    for (const pane of panes) $("img", pane).style.transform = `translate(${x}px, ${y}px) scale(${scale})`;
+  };
+  const zoom = (factor, atX, atY) => {
+    const next = Math.min(16, Math.max(1, scale * factor));
+    x = atX - (atX - x) * next / scale; y = atY - (atY - y) * next / scale; scale = next; draw();
+  };
+  for (const pane of panes) {
+    pane.addEventListener("wheel", event => { event.preventDefault(); const box = pane.getBoundingClientRect(); zoom(Math.exp(-event.deltaY / 400), event.clientX - box.left, event.clientY - box.top); }, { passive: false });
+    pane.addEventListener("pointerdown", event => { from = [event.clientX - x, event.clientY - y]; pane.setPointerCapture(event.pointerId); });
+    pane.addEventListener("pointermove", event => { if (from) { [x, y] = [event.clientX - from[0], event.clientY - from[1]]; draw(); } });
+    for (const end of ["pointerup", "pointercancel"]) pane.addEventListener(end, () => { from = null; });
+    pane.addEventListener("keydown", event => {
+      const moves = { ArrowLeft: [60, 0], ArrowRight: [-60, 0], ArrowUp: [0, 60], ArrowDown: [0, -60] };
+      if (event.key === "+" || event.key === "=") zoom(1.25, pane.clientWidth / 2, pane.clientHeight / 2);
+      else if (event.key === "-") zoom(0.8, pane.clientWidth / 2, pane.clientHeight / 2);
+      else if (event.key === "0") { scale = 1; x = y = 0; draw(); }
+      else if (moves[event.key]) { x += moves[event.key][0]; y += moves[event.key][1]; draw(); }
+      else return;
+      event.preventDefault();
+    });
+  }
+}
+
+// Rating by keys.
+if ($("[data-keys]")) document.addEventListener("keydown", event => {
+  if (!event.target.matches("input, select, textarea")) $(`[data-key=${CSS.escape(event.key)}]`)?.click();
+});
+
+// The playground.
+const paint = $("#paint");
+if (paint) {
+  const rows = all(".adapter", paint);
+  const update = () => rows.forEach((row, number) => {
+    $("output", row).textContent = Number($("input", row).value).toFixed(2);
+    if (number) row.hidden = !$("select", rows[number - 1]).value || rows[number - 1].hidden;
+  });
+  const draw = async () => {
+    if (paint.dataset.busy) { paint.dataset.again = "1"; return; }
+    paint.dataset.busy = "1"; $("#painted").classList.add("waiting");
+    $("#painting").textContent = "Drawing … the first image waits for the base to load.";
+    try {
+      const { images } = await post("/paint", new FormData(paint));
+      all("img", $("#painted")).forEach((image, number) => { image.src = images[number]; });
+      $("#painted").hidden = false; $("#painting").textContent = "";
+    } catch (error) { $("#painting").textContent = error.message; }
+    $("#painted").classList.remove("waiting"); delete paint.dataset.busy;
+    if (paint.dataset.again) { delete paint.dataset.again; draw(); }
+  };
+  paint.addEventListener("input", update);
+  paint.addEventListener("change", event => { if (event.target.type === "range" && !$("#painted").hidden) draw(); });
+  paint.addEventListener("submit", event => { event.preventDefault(); draw(); });
+  update();
+}

@@ -1,0 +1,95 @@
+"""Samples beside each other, blind choices, and the playground."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from sdlora.studio.ratings import choose_pair, count_wins, read_samples
+
+
+def test_run_page(client, make_run, make_images):
+    run = make_run(grid=10, images=make_images())
+    page = client()
+    text = page.get(f"/run/{run.name}").text
+    assert all(word in text for word in ("finished", "Training loss", "Samples, step 10", "pictures"))
+    grid = page.get(f"/grid/{run.name}?step=10")
+    assert grid.headers["content-type"] == "image/png"
+    assert page.get(f"/strip/{run.name}").headers["content-type"] == "image/webp"
+    etag = {"if-none-match": grid.headers["etag"]}
+    assert page.get(f"/grid/{run.name}?step=10", headers=etag).status_code == 304
+    assert page.get("/run/nothing").status_code == 404
+
+
+def test_an_unchanged_page_is_not_sent_again(client, make_run):
+    """Many tabs ask every second."""
+    run = make_run(done=4)
+    page = client()
+    etag = {"if-none-match": page.get(f"/run/{run.name}").headers["etag"]}
+    assert page.get(f"/run/{run.name}", headers=etag).status_code == 304
+    run.append("step", 5, loss=0.1, loss_ema=0.1)
+    assert page.get(f"/run/{run.name}", headers=etag).status_code == 200
+
+
+def test_compare(client, make_run):
+    make_run("one", grid=10)
+    make_run("two", grid=5)
+    page = client()
+    text = page.get("/compare?side=one&side=two@5").text
+    assert text.count('class="pane"') == 2
+    assert page.get("/compare?side=two@7").status_code == 404
+
+
+def test_pairs_are_of_one_prompt(make_run):
+    """Two strengths of one grid, or one strength of two; the base is not rated."""
+    one, two = make_run("one", grid=10), make_run("two", grid=10)
+    for _ in range(20):
+        first, second = choose_pair([(one, 10)])
+        assert first[2].prompt == second[2].prompt
+        assert {first[2].strength, second[2].strength} == {0.5, 1.0}
+        first, second = choose_pair([(one, 10), (two, 10)])
+        assert {first[0], second[0]} == {one, two}
+        assert (first[2].prompt, first[2].strength) == (second[2].prompt, second[2].strength)
+    assert choose_pair([(one, 5)]) is None
+
+
+def test_withheld_samples_are_not_rated(make_run):
+    """R-47: what a checker withheld says nothing about a style."""
+    run = make_run(grid=10)
+    from PIL import Image, PngImagePlugin
+
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("sdlora", json.dumps({"prompt": "a fox", "seed": 0, "strength": 1.0, "withheld": True}))
+    Image.new("RGB", (64, 64)).save(run.sample_folder(10) / "02.png", pnginfo=notes)
+    assert len(read_samples(run, 10)) == 5
+
+
+def test_ratings_stay_with_the_run(client, make_run):
+    """The page does not tell which is which; an answer counts once."""
+    run = make_run(grid=10)
+    page = client()
+    text = page.get("/rate?side=style").text
+    assert "strength" not in text.partition("Answers")[0].partition("<main>")[2]
+    pair = re.search(r'name="pair" value="(.+?)"', text)[1]
+    assert page.get(f"/pair/{pair}/0").status_code == 200
+    assert page.get(f"/pair/{pair}/2").status_code == 404
+    answer = page.post("/rate?side=style", data={"pair": pair, "choice": "first"}, follow_redirects=False)
+    assert answer.headers["location"] == "/rate?side=style"
+    page.post("/rate?side=style", data={"pair": pair, "choice": "first"})
+    [row] = [json.loads(line) for line in run.ratings_file.read_text().splitlines()]
+    assert (row["choice"], row["prompt"] in ("a fox", "a cat")) == ("first", True)
+    wins = {entry["strength"]: entry["wins"] for entry in count_wins(run)}
+    assert wins == {row["first"]["strength"]: 1.0, row["second"]["strength"]: 0.0}
+    run.ratings_file.write_text("damaged\n[]\n{}\n" + run.ratings_file.read_text())
+    assert len(count_wins(run)) == 2
+
+
+@pytest.mark.parametrize(
+    "form", [{"prompt": "x", "run0": "nothing@final"}, {"prompt": ""}, {"prompt": "x", "seed": "high"}]
+)
+def test_a_playground_without_a_run(client, form):
+    answer = client().post("/paint", data=form, headers={"accept": "application/json"})
+    assert answer.status_code in (404, 409)
+    assert answer.json()["error"]
