@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sdlora.rank.resize import resize as resize
     from sdlora.rank.spectrum import spectrum as spectrum
     from sdlora.runs import RunFolder as RunFolder
+    from sdlora.sampling.compare import compare as compare
     from sdlora.sampling.session import sample as sample
     from sdlora.training.train import resume as resume
     from sdlora.training.train import train as train
@@ -36,6 +37,7 @@ _PUBLIC = {
     "RunFolder": "sdlora.runs",
     "SdloraError": "sdlora.errors",
     "advise_rank": "sdlora.evaluation.advise",
+    "compare": "sdlora.sampling.compare",
     "evaluate": "sdlora.evaluation.evaluate",
     "export_adapter": "sdlora.export.export",
     "extract": "sdlora.export.extract",

@@ -327,20 +327,21 @@ def test_sample_verb(sdlora, small_run, tmp_path):
 
 
 def test_sample_several(sdlora, small_run, tmp_path):
-    """Each has a folder of its own, called as the run is, whatever the files are called."""
+    """R-13: side by side in one grid, called as the runs are, whatever the files are called."""
     other = tmp_path / "ink.v2" / "adapters" / small_run.adapter.name
     other.parent.mkdir(parents=True)
     shutil.copy(small_run.adapter, other)
     shutil.copy(small_run.config_file, other.parent.parent)
     out = tmp_path / "grids"
-    common = ("--prompt", "a cat", "--steps", 2, "--seeds", 0, "--size", "64x64", "--strengths", 0)
+    common = ("--prompt", "a cat", "--steps", 2, "--seeds", 0, "--size", "64x64", "--strengths", 1)
     code, _, errors = sdlora("sample", small_run.adapter, other, *common, "--out", out)
     assert code == 0, errors
-    assert sorted(path.name for path in out.iterdir()) == sorted([small_run.name, "ink.v2"])
+    described = [json.loads(Image.open(out / f"{n:02d}.png").text["sdlora"]) for n in range(3)]
+    assert [one.get("adapter") for one in described] == [None, small_run.name, "ink.v2"]
 
 
 def test_all_subjects_are_checked_before_the_first_image(sdlora, small_run, tmp_path):
-    """A mistake in the second leaves nothing of the first; two of one name have a folder each."""
+    """A mistake in the second leaves nothing of the first; two of one name have a number."""
     quick = ["--base", "builtin", "--prompt", "x", "--steps", 1, "--seeds", 0, "--size", "64x64"]
     blocked = tmp_path / "blocked"
     blocked.write_text("", encoding="utf-8")
@@ -357,7 +358,8 @@ def test_all_subjects_are_checked_before_the_first_image(sdlora, small_run, tmp_
     twice = [small_run.adapter, small_run.adapter]
     code, _, errors = sdlora("sample", *twice, *quick, "--out", tmp_path / "grids")
     assert code == 0, errors
-    assert sorted(path.name for path in (tmp_path / "grids").iterdir()) == ["run", "run-2"]
+    described = [json.loads(Image.open(tmp_path / "grids" / f"{n:02d}.png").text["sdlora"]) for n in (1, 4)]
+    assert [one["adapter"] for one in described] == ["run", "run (2)"]
 
 
 def test_a_run_that_is_not_finished(sdlora, small_run, tmp_path):

@@ -16,7 +16,7 @@ from sdlora.cli.processes import STOP_SECONDS, speaks_for_host, wait_for_first
 from sdlora.errors import ProcessLost, RunStopped, SdloraError, shorten
 
 # Listed first in the help, in this order; the others follow by name.
-FIRST = ("train", "resume", "sample", "evaluate", "doctor", "settings", "info", "export")
+FIRST = ("train", "resume", "sample", "compare", "evaluate", "doctor", "settings", "info", "export")
 
 
 class _Commands(TyperGroup):

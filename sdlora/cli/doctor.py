@@ -68,7 +68,7 @@ def info(file: options.Source, as_json: options.Json = False) -> None:
 
 @app.command()
 def cache(clear: Annotated[bool, typer.Option("--clear", help="Delete all cached files.")] = False) -> None:
-    """Show the location and size of the cache of latents and text embeddings."""
+    """Show the location and size of the cache: latents, text embeddings, images of the base."""
     from sdlora.data.cache import cache_folder, clear_cache, measure_cache
 
     folder = cache_folder()

@@ -44,6 +44,11 @@ StepStrengths = Annotated[
 Prompt = Annotated[list[str] | None, typer.Option(help="A prompt; repeatable.")]
 Prompts = Annotated[Path | None, typer.Option(help="A text file with one prompt per line.")]
 Seeds = Annotated[str | None, typer.Option(help="Seeds, such as 0,1.")]
+Strengths = Annotated[str | None, typer.Option(help="LoRA strengths, one column each: 0.5,1.")]
+SavedSteps = Annotated[
+    list[str] | None,
+    typer.Option("--step", help="Saved steps of a run, beside each other: 50,100,final; repeatable."),
+]
 Steps = Annotated[int | None, typer.Option(help="Sampling steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale (CFG).")]
 Size = Annotated[str | None, typer.Option(help="Image size in pixels, as WIDTHxHEIGHT.")]
@@ -54,6 +59,7 @@ FILES = {
     ".safetensors": "write `sdlora train IMAGES --base {0}` if it is a base, or `sdlora info {0}`",
     ".zip": "unpack it, and write `sdlora train FOLDER`",
 }
+SOURCES = "Runs, LoRA files or tree nodes, side by side; a sum of LoRAs: A:0.6+B:0.4."
 MAX_PROMPTS_BYTES = 2**20
 Number = TypeVar("Number", int, float)
 
@@ -193,7 +199,7 @@ def check_png(path: Path | None, option: str) -> None:
         raise ConfigError(f"{option} {shorten(str(path))} must end in .png", key=f"option{option}")
 
 
-def find_adapters(*sources: Path) -> list[Path]:
+def find_adapters(*sources: str | Path) -> list[Path]:
     """The LoRA files of runs, files or nodes; prints which adapter of an unfinished run is used."""
     from sdlora.formats.files import resolve_adapter
 
@@ -202,6 +208,17 @@ def find_adapters(*sources: Path) -> list[Path]:
         if one.run and one.file.stem.startswith("step-"):
             typer.echo(f"note: {one.run.path} is not finished; using its newest adapter, {one.file.name}")
     return [one.file for one in found]
+
+
+def check_sources(sources: list[str], *, base: str | None, has_steps: bool) -> None:
+    """Checks `--base` and that every LoRA of a grid exists, before the libraries for images are imported."""
+    from sdlora.config import load_config
+    from sdlora.formats.files import split_sum
+
+    if base is not None:
+        check_base(load_config(None, {"base.source": base}).base)
+    if not has_steps:
+        find_adapters(*(Path(part) for source in sources for part, _ in split_sum(source)))
 
 
 def _finite(number: Number) -> Number:

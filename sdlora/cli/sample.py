@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,17 +16,14 @@ if TYPE_CHECKING:
 @app.command()
 def sample(
     sources: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="[RUN|LORA]...", help="Runs or LoRA files.", show_default="the base alone"),
+        list[str] | None,
+        typer.Argument(metavar="[RUN|LORA]...", help=options.SOURCES, show_default="the base alone"),
     ] = None,
     base: Annotated[str | None, options.base_option("the run's, or builtin")] = None,
-    step: Annotated[
-        list[str] | None,
-        typer.Option(help="Saved steps of a run, beside each other: 50,100,final; repeatable."),
-    ] = None,
+    step: options.SavedSteps = None,
     prompt: options.Prompt = None,
     prompts: options.Prompts = None,
-    strengths: Annotated[str | None, typer.Option(help="LoRA strengths, one column each: 0.5,1.")] = None,
+    strengths: options.Strengths = None,
     seeds: options.Seeds = None,
     negative_prompt: Annotated[str | None, typer.Option(help="The negative prompt.")] = None,
     steps: options.Steps = None,
@@ -43,9 +38,7 @@ def sample(
     out: options.ImagesOut = None,
     force: options.Force = False,
 ) -> None:
-    """Draw a grid: one row per prompt and seed, one column for the base and for each strength."""
-    from sdlora.config import load_config
-
+    """Draw a grid: one row per prompt and seed, one column for the base and for each LoRA and strength."""
     changes = options.sample_settings(
         prompt,
         prompts,
@@ -58,40 +51,18 @@ def sample(
         safety_checker=safety_checker,
     )
     pixels, saved = options.parse_size(size), options.parse_steps(step)
-    if base is not None:
-        options.check_base(load_config(None, {"base.source": base}).base)
-    if not saved:
-        options.find_adapters(*(sources or []))
+    options.check_sources(sources or [], base=base, has_steps=bool(saved))
     from sdlora.report.terminal import Terminal
-    from sdlora.sampling.session import plan_sample
+    from sdlora.sampling.session import SampleRequest, plan_sample
 
     terminal = Terminal()
-    subjects: list[Path | None] = [*sources] if sources else [None]
-    # All sources are checked before the first image is drawn.
-    plans = [
-        plan_sample(
-            source, base=base, step=saved, out=folder, size=pixels, force=force, warn=terminal.warn, **changes
-        )
-        for source, folder in zip(subjects, _folders(subjects, out), strict=True)
-    ]
-    draw_grids(plans, terminal)
+    request = SampleRequest(base, saved, out, pixels, force, terminal.warn, changes)
+    draw_grid(plan_sample(sources, request).checked(request), terminal)
 
 
-def draw_grids(plans: Sequence[SamplePlan], terminal: Terminal) -> None:
-    for plan in plans:
-        for note in plan.notes():
-            typer.echo(f"note: {note}", err=True)
-        with terminal.progress("sampling", 1) as meter:
-            grid = plan.make(meter.show)
-        typer.echo(f"grid      {grid}")
-
-
-def _folders(subjects: Sequence[Path | None], out: Path | None) -> list[Path | None]:
-    """`--out`, or with several sources a subfolder for each, named after it; duplicates get -2, -3, ..."""
-    if out is None or len(subjects) < 2:
-        return [out] * len(subjects)
-    from sdlora.tree.lineage import adapter_name
-
-    names = [adapter_name(source) for source in subjects if source]
-    counts = [names[:place].count(name) for place, name in enumerate(names, 1)]
-    return [out / (f"{name}-{n}" if n > 1 else name) for name, n in zip(names, counts, strict=True)]
+def draw_grid(plan: SamplePlan, terminal: Terminal) -> None:
+    for note in plan.notes():
+        typer.echo(f"note: {note}", err=True)
+    with terminal.progress("sampling", 1) as meter:
+        grid = plan.make(meter.show)
+    typer.echo(f"grid      {grid}")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sdlora.cli import app, options
-from sdlora.cli.sample import draw_grids
+from sdlora.cli.sample import draw_grid
 from sdlora.errors import shorten
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of LoRA files, or of runs.")]
@@ -79,22 +79,13 @@ def sample(
     settings = options.sample_settings(prompt, prompts, seeds, steps=steps, guidance=guidance)
     changes, pixels = options.parse_strengths(strengths), options.parse_size(size)
     from sdlora.report.terminal import Terminal
-    from sdlora.sampling.session import plan_tree
+    from sdlora.sampling.session import SampleRequest, plan_tree
     from sdlora.tree.tree import AdapterTree
 
     terminal = Terminal()
-    plan = plan_tree(
-        AdapterTree.from_folder(folder),
-        nodes or (),
-        strengths=changes,
-        base=base,
-        out=out,
-        size=pixels,
-        force=force,
-        warn=terminal.warn,
-        **settings,
-    )
-    draw_grids([plan], terminal)
+    tree = AdapterTree.from_folder(folder)
+    request = SampleRequest(base, None, out, pixels, force, terminal.warn, settings)
+    draw_grid(plan_tree(tree, nodes or (), request, changes), terminal)
 
 
 @verbs.command()

@@ -26,7 +26,9 @@ MAX_BYTES = 2**28
 MAX_KEPT = 2**31
 DTYPES = {"F32", "F16", "BF16"}
 TensorShapes = dict[str, tuple[int, ...]]
-LATENTS, TEXT = "latents", "text"
+LATENTS, TEXT, IMAGES = "latents", "text", "images"
+ENDINGS = {LATENTS: ".safetensors", TEXT: ".safetensors", IMAGES: ".png"}
+"""Kinds of entries: tensors, which this module reads and writes, and the base's images (`sampling.store`)."""
 
 
 def cache_folder() -> Path:
@@ -154,15 +156,15 @@ def _read_tensors(file: Path, shapes: TensorShapes | None = None) -> dict[str, t
 
 def measure_cache(folder: Path) -> list[tuple[str, int, int]]:
     """Rows (kind, files, bytes)."""
-    files = {kind: _entries(folder / kind, "*.safetensors") for kind in (LATENTS, TEXT)}
+    files = {kind: _entries(folder / kind, f"*{ending}") for kind, ending in ENDINGS.items()}
     return [(kind, len(found), sum(file.stat().st_size for file in found)) for kind, found in files.items()]
 
 
 def clear_cache(folder: Path) -> int:
     """Deletes the files of the cache and nothing else; returns the bytes freed."""
     freed = 0
-    for kind in (LATENTS, TEXT):
-        for file in _entries(folder / kind, "*.safetensors", ".*.safetensors.*.tmp"):
+    for kind, ending in ENDINGS.items():
+        for file in _entries(folder / kind, f"*{ending}", f".*{ending}.*.tmp"):
             freed += file.stat().st_size
             file.unlink(missing_ok=True)
         for empty in (*(folder / kind).glob("*"), folder / kind):

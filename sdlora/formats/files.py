@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from sdlora.runs import RunFolder
 from sdlora.writing import write_file
 
 ENDING, KOHYA_ENDING = ".safetensors", ".kohya.safetensors"
+PathLike: TypeAlias = str | os.PathLike[str]
+WEIGHTED = re.compile(r"(.+):(-?\d+(?:\.\d*)?|-?\.\d+)", re.DOTALL)
 UNKNOWN_ALPHA = "PEFT keeps alpha in adapter_config.json, which is not beside the file"
 FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
@@ -198,7 +201,7 @@ class AdapterSource(NamedTuple):
     run: RunFolder | None = None
 
 
-def resolve_adapter(source: str | Path | RunFolder, step: int | str | None = None) -> AdapterSource:
+def resolve_adapter(source: PathLike, step: int | str | None = None) -> AdapterSource:
     """Finds the LoRA file of a path.
 
     That is a file; a run folder, with its final adapter or that of a step ("final": never that of a step); a
@@ -228,6 +231,26 @@ def resolve_adapter(source: str | Path | RunFolder, step: int | str | None = Non
     elif (weight := re.fullmatch(r"(.+):([0-9.]+)", path.name)) and path.with_name(weight[1]).exists():
         remedy = f"write {path.with_name(weight[1])}, and {weight[2]} in --strengths or --weights"
     raise AdapterError(f"{path} {problem}; {remedy}", key="lora.missing")
+
+
+def split_sum(source: PathLike) -> list[tuple[PathLike, float]]:
+    """Splits `a.safetensors:0.6+b.safetensors:0.4` into parts; what exists under the whole name is one."""
+    text = os.fspath(source)
+    if not re.search("[+:]", text):
+        return [(source, 1.0)]
+    try:
+        resolve_adapter(text)
+    except AdapterError as error:
+        parts: list[tuple[PathLike, float]] = []
+        for piece in map(str.strip, text.split("+")):
+            match = WEIGHTED.fullmatch(piece)
+            path, factor = (match[1], float(match[2])) if match else (piece, 1.0)
+            if not path:
+                problem = f"{shorten(text)} is not a sum of LoRAs; write A:0.6+B:0.4, with runs or files"
+                raise ConfigError(problem, key="lora.sum") from error
+            parts.append((path, factor))
+        return parts
+    return [(source, 1.0)]
 
 
 def _describe_folder(folder: Path) -> str:

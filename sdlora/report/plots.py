@@ -58,14 +58,48 @@ def loss_figure(run: RunFolder) -> Figure:
                 label += f", lowest {measured[best]:.4f} at {best}"
             right.plot(list(measured), values, style, color=colour, markersize=4, label=label)
     right.set(title="validation loss", xlabel="step")
-    for axes in (left, right):
+    _finish_axes(left, right)
+    figure.suptitle(run.name, fontsize=10)
+    return figure
+
+
+def _finish_axes(*panels: Axes) -> None:
+    """A grid, whole steps, and a legend below each panel, where it covers nothing."""
+    for axes in panels:
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axes.lines:
-            # Below the panel, where it covers nothing.
             axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    figure.suptitle(run.name, fontsize=10)
-    return figure
+
+
+def draw_loss_curves(path: Path, runs: Sequence[RunFolder]) -> Path:
+    """Plots the losses of several runs over the steps: of training as a running mean, and of validation.
+
+    The validation loss is that of the held-out images, or of the training images where none is held out.
+    """
+    figure, left, right = _panels(9, sharex=True)
+    names = [run.name for run in runs]
+    for number, run in enumerate(runs):
+        name = run.name if names.count(run.name) == 1 else str(run.path)
+        colour = colormaps["tab10"](number % 10)
+        steps = [event for event in run.events("step") if isinstance(event.get("loss_ema"), float | int)]
+        left.plot(
+            [event["step"] for event in steps],
+            [event["loss_ema"] for event in steps],
+            color=colour,
+            label=name,
+        )
+        for split in ("heldout", "train"):
+            if measured := losses_of(run, split):
+                label = f"{name}, {SPLITS[split]}"
+                right.plot(
+                    list(measured), list(measured.values()), "o-", markersize=4, color=colour, label=label
+                )
+                break
+    left.set(title="training loss (running mean)", xlabel="step", ylabel="loss")
+    right.set(title="validation loss", xlabel="step")
+    _finish_axes(left, right)
+    return _save(figure, path)
 
 
 def draw_rank_curve(

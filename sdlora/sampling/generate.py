@@ -9,8 +9,8 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -62,12 +62,14 @@ def preserve_state(*models: nn.Module) -> Iterator[None]:
 class Column:
     """A column of a grid: adapters to mount, or none for the base, with their strengths, the root first.
 
-    `strength` and `adapter`, a name in grids that compare several, are those of the adapter that is shown.
+    `strength` and `adapter`, a name in grids that compare several, are those of the adapter that is shown;
+    `trigger` is its own in prompts with `{trigger}`, if it is not the grid's.
     """
 
     stack: Stack = ()
     strength: float = 0.0
     adapter: str = ""
+    trigger: str | None = None
 
     @property
     def changes_text(self) -> bool:
@@ -94,7 +96,24 @@ def make_columns(
     return columns + [Column((*ancestors, (adapter, strength)), strength, name) for strength in shown]
 
 
-@torch.no_grad()
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One image to draw; in its prompt, `{trigger}` is already replaced."""
+
+    column: Column
+    prompt: str
+    seed: int
+    settings: SampleSettings
+
+
+class Store(Protocol):
+    """Images that were drawn before; settings of a cell are resolved."""
+
+    def get(self, base: Base, cell: Cell) -> SampledImage | None: ...
+
+    def put(self, base: Base, cell: Cell, image: SampledImage) -> None: ...
+
+
 def generate(
     base: Base,
     columns: Sequence[Column],
@@ -106,65 +125,93 @@ def generate(
     progress: Callable[[int, int], object] | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> list[SampledImage]:
-    """Makes a sample for each prompt, seed and column.
+    """Makes a sample for each prompt, seed and column, in this order; the rest is as for `draw`.
+
+    A seed gives the same noise with every prompt and column.
+    """
+    check_prompts(prompts)
+    rows = itertools.product(prompts, seeds)
+    cells = [Cell(column, prompt, seed, settings) for prompt, seed in rows for column in columns]
+    return draw(base, cells, text=text, progress=progress, share=share)
+
+
+@torch.no_grad()
+def draw(
+    base: Base,
+    cells: Sequence[Cell],
+    *,
+    text: Mapping[str, Condition] | None = None,
+    store: Store | None = None,
+    progress: Callable[[int, int], object] | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> list[SampledImage]:
+    """Makes the image of each cell, but for those that the store has.
 
     Adapters are mounted, never fused (R-38). Afterwards the base, what was mounted on it, gradients,
     train mode and all random states are as they were (R-10).
 
     Args:
         base: The base, whose mounted adapters are put aside meanwhile.
-        columns: Adapters to mount.
-        prompts: Prompts in which `{trigger}` is already replaced.
-        seeds: A seed gives the same noise with every prompt and column.
-        settings: Settings of the images.
+        cells: In the order of the result.
         text: Text states from `encode_prompts`, for the columns that do not change a text encoder.
+        store: Gets each new image as soon as it is finished.
         progress: Called with (finished, total) images.
         share: (k, n) makes every n-th batch, from the k-th on; samples of other batches are black, so that
             the sum of all shares is the whole.
 
-    Returns:
-        Row by row of the grid: prompt, then seed, then column.
-
     Raises:
         ConfigError: If a prompt, the size or the scheduler cannot be used.
     """
-    settings = resolve_settings(base.info, settings)
-    check_prompts(prompts)
-    rows = list(itertools.product(prompts, seeds))
-    batches = _make_batches(columns, len(rows), settings.batch_size)
-    samples: list[list[SampledImage]] = [[] for _ in columns]
+    resolved = {one: resolve_settings(base.info, one) for one in {cell.settings for cell in cells}}
+    cells = [replace(cell, settings=resolved[cell.settings]) for cell in cells]
+    check_prompts(list(dict.fromkeys(cell.prompt for cell in cells)))
+    known = {number: store.get(base, cell) for number, cell in enumerate(cells)} if store else {}
+    images = {number: image for number, image in known.items() if image is not None}
+    left = [number for number in range(len(cells)) if number not in images]
     with preserve_state(*base.components.values()), torch.autocast(base.device.type, enabled=False):
-        states = _encode_columns(base, columns, prompts, settings, text)
-        pipeline = base.make_pipeline(make_scheduler(base.info, settings.scheduler))
-        for turn, batch in enumerate(batches):
+        states = _encode_columns(base, [cells[number] for number in left], text)
+        for turn, batch in enumerate(_make_batches(cells, left)):
+            own = [cells[number] for number in batch]
             if turn % share[1] == share[0]:
-                stack = _stack_of([columns[column] for column, _ in batch], base.device)
-                own = [states[column] for column, _ in batch]
-                with mounted(base.components, stack):
-                    shown = _draw(base, pipeline, [rows[row] for _, row in batch], own, settings)
+                with mounted(base.components, _stack_of([cell.column for cell in own], base.device)):
+                    shown = _draw(base, own, [states[id(cell.column)] for cell in own])
             else:
-                shown = [(Image.new("RGB", (settings.width, settings.height)), "")] * len(batch)
-            for (number, row), (image, blank) in zip(batch, shown, strict=True):
-                column, made = columns[number], samples[number]
-                made.append(SampledImage(image, *rows[row], column.strength, blank, settings, column.adapter))
+                size = own[0].settings.width, own[0].settings.height
+                shown = [(Image.new("RGB", size), "")] * len(batch)
+            for number, cell, (pixels, blank) in zip(batch, own, shown, strict=True):
+                images[number] = made = make_sample(cell, pixels, blank)
+                if store is not None:
+                    store.put(base, cell, made)
             if progress is not None:
-                progress(sum(map(len, samples)), len(rows) * len(columns))
-    return [sample for row in zip(*samples, strict=True) for sample in row]
+                progress(len(images), len(cells))
+    return [images[number] for number in range(len(cells))]
 
 
-def _make_batches(columns: Sequence[Column], num_rows: int, size: int) -> list[list[tuple[int, int]]]:
-    """The cells of a grid, (column, row), that are drawn at once.
+def make_sample(cell: Cell, image: Image.Image, blank: str = "") -> SampledImage:
+    column = cell.column
+    strength, name = column.strength, column.adapter
+    return SampledImage(image, cell.prompt, cell.seed, strength, blank, cell.settings, name)
+
+
+def _make_batches(cells: Sequence[Cell], left: Sequence[int]) -> list[list[int]]:
+    """The numbers of the cells that are drawn at once, column by column.
 
     Columns with equally many adapters share batches: strengths of one adapter, or siblings in a tree. The
     base, and ancestors alone, do not: a run draws them once. A DoRA is not the base at strength 0.
     """
-    groups: dict[Any, list[tuple[int, int]]] = {}
-    for number, column in enumerate(columns):
+    order = {key: place for place, key in enumerate(dict.fromkeys(id(cell.column) for cell in cells))}
+    groups: dict[Any, list[int]] = {}
+    for number in sorted(left, key=lambda number: order[id(cells[number].column)]):
+        column, settings = cells[number].column, cells[number].settings
         adapters = [adapter for adapter, _ in column.stack]
         can_mix = all(module.is_additive for one in adapters for module in one.modules.values())
         key = len(adapters) if can_mix else tuple(map(id, adapters))
-        groups.setdefault(key, []).extend((number, row) for row in range(num_rows))
-    return [cells[at : at + size] for cells in groups.values() for at in range(0, len(cells), size)]
+        groups.setdefault((settings, key), []).append(number)
+    return [
+        numbers[at : at + settings.batch_size]
+        for (settings, _), numbers in groups.items()
+        for at in range(0, len(numbers), settings.batch_size)
+    ]
 
 
 def _stack_of(columns: Sequence[Column], device: torch.device) -> list[tuple[Adapter, Scale]]:
@@ -179,19 +226,17 @@ def _stack_of(columns: Sequence[Column], device: torch.device) -> list[tuple[Ada
 
 
 def _encode_columns(
-    base: Base,
-    columns: Sequence[Column],
-    prompts: Sequence[str],
-    settings: SampleSettings,
-    known: Mapping[str, Condition] | None,
-) -> list[Mapping[str, Condition]]:
-    """Text states for each column; `known` are the base's."""
-    states: list[Mapping[str, Condition]] = []
-    for column in columns:
+    base: Base, cells: Sequence[Cell], known: Mapping[str, Condition] | None
+) -> dict[int, Mapping[str, Condition]]:
+    """Text states by the id of a column; `known` are the base's."""
+    states: dict[int, Mapping[str, Condition]] = {}
+    for column in {id(cell.column): cell.column for cell in cells}.values():
+        own = [cell for cell in cells if cell.column is column]
+        prompts = [prompt for cell in own for prompt in (cell.prompt, cell.settings.negative_prompt)]
         with mounted(base.components, column.stack):
-            own = encode_prompts(base, prompts, settings, None if column.changes_text else known)
-        known = known if column.changes_text else own
-        states.append(own)
+            found = encode_prompts(base, prompts, own[0].settings, None if column.changes_text else known)
+        known = known if column.changes_text else found
+        states[id(column)] = found
     return states
 
 
@@ -208,27 +253,24 @@ def encode_prompts(
 
 
 def _denoise(
-    base: Base,
-    pipeline: Any,
-    batch: Sequence[tuple[str, int]],
-    states: Sequence[Mapping[str, Condition]],
-    settings: SampleSettings,
+    base: Base, pipeline: Any, cells: Sequence[Cell], states: Sequence[Mapping[str, Condition]]
 ) -> Tensor:
     """Latents (B, C, h, w) of one batch."""
+    settings = cells[0].settings
     assert settings.guidance is not None
     info, size = base.info, (settings.height, settings.width)
     height, width = (side // info.vae_factor for side in size)
-    generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
+    generators = [torch.Generator().manual_seed(cell.seed) for cell in cells]
     shape = (1, info.latent_channels, height, width)
     noise = torch.cat([torch.randn(shape, generator=generator, dtype=base.dtype) for generator in generators])
-    arguments = _text_arguments(base, [own[prompt] for own, (prompt, _) in zip(states, batch, strict=True)])
+    arguments = _text_arguments(base, [own[cell.prompt] for own, cell in zip(states, cells, strict=True)])
     if settings.guidance > 1:
         negative = [own[settings.negative_prompt] for own in states]
         arguments |= _text_arguments(base, negative, "negative_")
     if info.has_time_ids:
         arguments |= {"original_size": size, "target_size": size}
     # A few schedulers draw from the ambient generator.
-    torch.manual_seed(batch[0][1])
+    torch.manual_seed(cells[0].seed)
     with quiet():
         latents: Tensor = pipeline(
             **arguments,
@@ -252,14 +294,12 @@ def _text_arguments(base: Base, conditions: Sequence[Condition], prefix: str = "
 
 
 def _draw(
-    base: Base,
-    pipeline: Any,
-    batch: Sequence[tuple[str, int]],
-    states: Sequence[Mapping[str, Condition]],
-    settings: SampleSettings,
+    base: Base, cells: Sequence[Cell], states: Sequence[Mapping[str, Condition]]
 ) -> list[tuple[Image.Image, str]]:
     """Images of one batch, each with the reason if it is left blank."""
-    pixels = base.decode_latents(_denoise(base, pipeline, batch, states, settings))
+    settings = cells[0].settings
+    pipeline = base.make_pipeline(make_scheduler(base.info, settings.scheduler))
+    pixels = base.decode_latents(_denoise(base, pipeline, cells, states))
     images = pipeline.image_processor.postprocess(pixels.nan_to_num(), output_type="pil")
     check = base.safety_checker if settings.safety_checker else None
     flags = check(images) if check is not None else [False] * len(images)

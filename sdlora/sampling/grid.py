@@ -1,23 +1,31 @@
-"""The grid: a row for each prompt and seed, the base in the first column, strengths beside it."""
+"""The grid: a row for each prompt, seed and setting, the base in the first column, strengths beside it."""
 
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import ceil, inf, log
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from sdlora.sampling.images import SampledImage, save_images
+from sdlora.sampling.images import SampledImage, sampler_of, save_images
 from sdlora.sampling.targets import Targets
 
 PAPER, INK, SOFT, RULE, EMPTY = "#ffffff", "#1c1c1e", "#7c7c82", "#e3e3e6", "#f1f1f3"
 MAX_CELL_PX = 512
 MAX_PANELS, SCREEN = 4, 1.6
+MAX_PAGE_PX, MAX_COLUMNS = 4096, 12
 BASE, TARGET = ("", 0.0), ("", inf)
 EXAMPLE_SCALE = 0.6
+AXES: Mapping[str, Callable[[Any], str]] = {
+    "guidance": "guidance {:g}".format,
+    "scheduler": lambda name: sampler_of(name) or "",
+    "steps": "{} steps".format,
+}
+"""Settings that a grid can compare, with their labels."""
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -54,11 +62,11 @@ def make_grid(
         title: One line above the grid.
         targets: Images of the image folder, for a last column and a strip below the title.
     """
-    columns = sorted(dict.fromkeys(map(_column, samples)), key=lambda column: column != BASE)
-    cells = {(*_column(sample), sample.prompt, sample.seed): sample for sample in reversed(samples)}
-    seeds: dict[str, list[int]] = {}
-    for prompt, seed in dict.fromkeys((sample.prompt, sample.seed) for sample in samples):
-        seeds.setdefault(prompt, []).append(seed)
+    columns, row_of = _columns(samples), _row_labels(samples)
+    cells = {(*_column(sample), sample.prompt, row_of(sample)): sample for sample in reversed(samples)}
+    rows: dict[str, list[str]] = {}
+    for prompt, row in dict.fromkeys((sample.prompt, row_of(sample)) for sample in samples):
+        rows.setdefault(prompt, []).append(row)
     width = max(sample.image.width for sample in samples)
     height = max(sample.image.height for sample in samples)
     shrink = min(1.0, MAX_CELL_PX / max(width, height))
@@ -67,8 +75,8 @@ def make_grid(
         columns.append(TARGET)
     for prompt, image in targets.images.items() if targets else ():
         fitted = ImageOps.contain(image, (measures.width, measures.height), Image.Resampling.LANCZOS)
-        cells[*TARGET, prompt, seeds[prompt][0]] = SampledImage(fitted, prompt, seeds[prompt][0], 1.0)
-    panels = [_Panel(measures, columns, part, cells).draw() for part in _split(measures, len(columns), seeds)]
+        cells[*TARGET, prompt, rows[prompt][0]] = SampledImage(fitted, prompt, 0, 1.0)
+    panels = [_Panel(measures, columns, part, cells).draw() for part in _split(measures, len(columns), rows)]
 
     width = sum(panel.width for panel in panels)
     strip = _draw_strip(measures, targets.examples, width) if targets and targets.examples else None
@@ -127,63 +135,120 @@ def _column(sample: SampledImage) -> tuple[str, float]:
     return (sample.adapter, sample.strength) if sample.strength else BASE
 
 
+def _columns(samples: Sequence[SampledImage]) -> list[tuple[str, float]]:
+    """All columns, the base first."""
+    return sorted(dict.fromkeys(map(_column, samples)), key=lambda column: column != BASE)
+
+
+def _row_labels(samples: Sequence[SampledImage]) -> Callable[[SampledImage], str]:
+    """What tells the rows of a prompt apart: the seed, and the settings in which samples differ, in lines."""
+    axes = [name for name in AXES if len({getattr(sample.settings, name) for sample in samples}) > 1]
+
+    def label(sample: SampledImage) -> str:
+        values = ((AXES[name], getattr(sample.settings, name)) for name in axes)
+        return "\n".join([*(text(value) for text, value in values), f"seed {sample.seed}"])
+
+    return label
+
+
+def make_pages(
+    samples: Sequence[SampledImage], *, title: str = "", targets: Targets | None = None
+) -> list[Image.Image]:
+    """A grid, divided into several where it would be too large to look at; each has the base's column."""
+    width, height = (max(side) for side in zip(*(one.image.size for one in samples), strict=True))
+    measures, row_of = Measures(min(MAX_CELL_PX, width), min(MAX_CELL_PX, height)), _row_labels(samples)
+    columns = _columns(samples)
+    shown = [column for column in columns if column != BASE] or columns
+    wide = min(MAX_COLUMNS, max(1, (MAX_PAGE_PX - measures.left) // measures.column - 1))
+    rows = list(dict.fromkeys((sample.prompt, row_of(sample)) for sample in samples))
+    high = max(1, MAX_PAGE_PX**2 // 2 // ((min(len(shown), wide) + 1) * measures.column * measures.row))
+    parts = [shown[at : at + wide] for at in range(0, len(shown), wide)]
+    pages = [(set(rows[at : at + high]), part) for at in range(0, len(rows), high) for part in parts]
+    drawn = []
+    for number, (some, part) in enumerate(pages, 1):
+        own = [
+            sample
+            for sample in samples
+            if _column(sample) in (BASE, *part) and (sample.prompt, row_of(sample)) in some
+        ]
+        prompts = {sample.prompt for sample in own}
+        near = targets and replace(
+            targets, images={prompt: image for prompt, image in targets.images.items() if prompt in prompts}
+        )
+        name = f"{title} ({number} of {len(pages)})" if len(pages) > 1 else title
+        drawn.append(make_grid(own, title=name, targets=near))
+    return drawn
+
+
 def _split(
-    measures: Measures, num_columns: int, seeds: Mapping[str, Sequence[int]]
-) -> list[dict[str, Sequence[int]]]:
+    measures: Measures, num_columns: int, groups: Mapping[str, Sequence[str]]
+) -> list[dict[str, Sequence[str]]]:
     """Divides prompts into panels side by side, in the number that fits a screen best."""
     width = measures.left + measures.margin + num_columns * measures.column
-    height = sum(map(len, seeds.values())) * (measures.height + measures.gap)
+    height = sum(map(len, groups.values())) * (measures.height + measures.gap)
 
     def misfit(count: int) -> float:
         return abs(log(count * width / (ceil(height / count) * SCREEN)))
 
-    count = min(range(1, min(MAX_PANELS, len(seeds) // 2) + 1), key=misfit, default=1)
-    size, rows = ceil(len(seeds) / count), list(seeds.items())
+    count = min(range(1, min(MAX_PANELS, len(groups) // 2) + 1), key=misfit, default=1)
+    size, rows = ceil(len(groups) / count), list(groups.items())
     return [dict(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 @dataclass
 class _Panel:
-    """Some prompts of a grid with their seeds, in all columns."""
+    """Some prompts of a grid with their rows, in all columns."""
 
     measures: Measures
     columns: Sequence[tuple[str, float]]
-    seeds: Mapping[str, Sequence[int]]
-    cells: Mapping[tuple[str, float, str, int], SampledImage]
+    rows: Mapping[str, Sequence[str]]
+    cells: Mapping[tuple[str, float, str, str], SampledImage]
 
     def draw(self) -> Image.Image:
         measures = self.measures
-        has_names = any(adapter for adapter, _ in self.columns)
-        top = measures.margin + measures.line * (1 + has_names) + measures.gutter
-        heights = [len(seeds) * measures.row - measures.gutter for seeds in self.seeds.values()]
+        headings = self._headings()
+        top = measures.margin + measures.line * len(headings[0]) + measures.gutter
+        heights = [len(rows) * measures.row - measures.gutter for rows in self.rows.values()]
         width = measures.left + len(self.columns) * measures.column - measures.gutter + measures.margin
         height = top + sum(heights) + measures.gap * (len(heights) - 1) + measures.margin
         sheet = Image.new("RGB", (width, height), PAPER)
         pen = ImageDraw.Draw(sheet)
-        for number, (adapter, strength) in enumerate(self.columns):
-            lines = [adapter] * has_names + [_heading(adapter, strength)]
-            lines = [_shorten(line, measures.font, measures.width) for line in lines]
+        for number, lines in enumerate(headings):
             self._write(pen, lines, measures.left + number * measures.column, measures.margin)
         y = top
-        for (prompt, seeds), group_height in zip(self.seeds.items(), heights, strict=True):
+        for (prompt, rows), group_height in zip(self.rows.items(), heights, strict=True):
             if y > top:
                 middle = y - measures.gap // 2 - 1
                 pen.line((measures.margin, middle, width - measures.margin - 1, middle), RULE)
             # The seed is written at the foot of its row; the prompt ends above the first seed.
-            room = (measures.height if len(seeds) > 1 else group_height) - round(measures.small * 1.6)
+            foot = measures.small * (0.3 + 1.3 * len(rows[0].splitlines()))
+            room = (measures.height if len(rows) > 1 else group_height) - round(foot)
             lines = _wrap(prompt, measures.font, measures.prompts, max(1, room // measures.line))
             self._write(pen, lines, measures.margin, y - measures.text // 6)
-            for row, seed in enumerate(seeds):
-                self._draw_row(sheet, pen, prompt, seed, y + row * measures.row)
+            for number, row in enumerate(rows):
+                self._draw_row(sheet, pen, (prompt, row), y + number * measures.row)
             y += group_height + measures.gap
         return sheet
 
-    def _draw_row(self, sheet: Image.Image, pen: ImageDraw.ImageDraw, prompt: str, seed: int, y: int) -> None:
+    def _headings(self) -> list[list[str]]:
+        """The lines above each column, equally many: its name in up to two, and its strength."""
+        font, width = self.measures.font, self.measures.width
+        names = [_wrap(adapter, font, width, 2) for adapter, _ in self.columns]
+        most = max(map(len, names))
+        lines = [
+            [*name, _shorten(_heading(*column), font, width)]
+            for name, column in zip(names, self.columns, strict=True)
+        ]
+        return [[""] * (most + 1 - len(own)) + own for own in lines]
+
+    def _draw_row(self, sheet: Image.Image, pen: ImageDraw.ImageDraw, row: tuple[str, str], y: int) -> None:
         measures, right, foot = self.measures, self.measures.width - 1, y + self.measures.height
-        pen.text((measures.margin, foot), f"seed {seed}", SOFT, measures.small_font, anchor="ld")
+        for number, line in enumerate(reversed(row[1].splitlines())):
+            place = (measures.margin, foot - round(number * measures.small * 1.3))
+            pen.text(place, line, SOFT, measures.small_font, anchor="ld")
         for number, column in enumerate(self.columns):
             x = measures.left + number * measures.column
-            sample = self.cells.get((*column, prompt, seed))
+            sample = self.cells.get((*column, *row))
             if column == TARGET and sample is None:
                 continue
             # A hairline around each cell separates white images from the paper.

@@ -106,22 +106,31 @@ def save_images(
     metadata = dict(metadata or {})
     digits = max(2, len(str(len(images) - 1)))
     for number, image in enumerate(images):
-        values = {
-            **metadata,
-            "prompt": image.prompt,
-            "seed": image.seed,
-            "strength": image.strength,
-            "withheld": image.blank == FLAGGED,
-            **({"blank": image.blank} if image.blank else {}),
-            **({"adapter": image.adapter} if image.adapter else {}),
-            **asdict(image.settings),
-        }
-        parameters = _parameters_text(image, metadata)
-        _write_png(folder / f"{number:0{digits}d}.png", image.image, values, parameters)
-    return _write_png(folder / "grid.png", grid, metadata)
+        write_image(folder / f"{number:0{digits}d}.png", image, metadata)
+    return write_png(folder / "grid.png", grid, metadata)
 
 
-def _write_png(path: Path, image: Image.Image, values: Mapping[str, Any], parameters: str = "") -> Path:
+def slug(text: str) -> str:
+    """A text as part of a file name."""
+    return re.sub(r"[^\w.]+", "-", text).strip("-.")[:80]
+
+
+def write_image(path: Path, image: SampledImage, metadata: Mapping[str, Any]) -> Path:
+    """Writes one image with its settings, as `sdlora` and as A1111's `parameters`."""
+    values = {
+        **metadata,
+        "prompt": image.prompt,
+        "seed": image.seed,
+        "strength": image.strength,
+        "withheld": image.blank == FLAGGED,
+        **({"blank": image.blank} if image.blank else {}),
+        **({"adapter": image.adapter} if image.adapter else {}),
+        **asdict(image.settings),
+    }
+    return write_png(path, image.image, values, _parameters_text(image, metadata))
+
+
+def write_png(path: Path, image: Image.Image, values: Mapping[str, Any], parameters: str = "") -> Path:
     info = PngInfo()
     # Pillow writes Latin-1 as tEXt, which every reader knows, and the rest as iTXt.
     if parameters:
@@ -141,7 +150,7 @@ def _parameters_text(image: SampledImage, metadata: Mapping[str, Any]) -> str:
     settings = image.settings
     fields = {
         "Steps": settings.steps,
-        "Sampler": _sampler_of(settings.scheduler),
+        "Sampler": sampler_of(settings.scheduler),
         "CFG scale": f"{settings.guidance:g}" if settings.guidance is not None else None,
         "Seed": image.seed,
         "Size": f"{image.image.width}x{image.image.height}",
@@ -156,7 +165,8 @@ def _parameters_text(image: SampledImage, metadata: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _sampler_of(scheduler: str | None) -> str | None:
+def sampler_of(scheduler: str | None) -> str | None:
+    """A1111's name of a scheduler, or its own."""
     name = (scheduler or "").removesuffix(KARRAS)
     return SAMPLERS[name] + (scheduler or "").removeprefix(name) if name in SAMPLERS else scheduler
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from sdlora.config import RunConfig, load_config
 from sdlora.dtypes import DTYPES, has_bf16
 from sdlora.errors import ConfigError
-from sdlora.formats.files import load_adapter, resolve_adapter
 from sdlora.lora.adapter import Adapter, check_base
 from sdlora.lora.attach import check_fit
 from sdlora.lora.layers import carrier_layers
@@ -22,25 +22,71 @@ from sdlora.models.load import load_base
 from sdlora.models.safety import missing_checker
 from sdlora.models.tokenizer import describe_cut_prompts
 from sdlora.models.weights import empty_components
-from sdlora.runs import RunFolder
-from sdlora.sampling.generate import Column, generate, make_columns
-from sdlora.sampling.grid import save_grid
-from sdlora.sampling.images import SampleSettings, check_prompts, resolve_settings
+from sdlora.sampling.generate import Cell, Column, Store, draw
+from sdlora.sampling.grid import make_grid
+from sdlora.sampling.images import (
+    SampledImage,
+    SampleSettings,
+    check_prompts,
+    resolve_settings,
+    save_images,
+)
+from sdlora.sampling.sources import (
+    TRIGGER,
+    Source,
+    Step,
+    Subject,
+    describe_subjects,
+    find_subjects,
+    make_columns_of,
+)
+from sdlora.sampling.store import ImageStore
 from sdlora.sampling.targets import Targets, find_run_targets
-from sdlora.tree.lineage import find_ancestors, path_to_stack
 from sdlora.tree.tree import AdapterTree
 from sdlora.writing import check_writable, next_free_folder
 
-TRIGGER = "modelspec.trigger_phrase"
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What is asked for, beside the sources.
+
+    Args:
+        base: The base; by default the run's, or the one that the file names.
+        step: Step of the saved adapter, or "final"; several are drawn beside each other. By default the
+            final one, or the newest of an unfinished run.
+        out: Output folder; by default `samples/NAME`.
+        size: Width and height in pixels; by default those of the training.
+        force: Accepts changed ancestors of a child, and ignores missing ones.
+        warn: Called with a line if an adapter may not fit, such as to another base of the same family.
+        settings: Keys of the section `sample`; None stands for the run's, or the base's.
+        axes: Several values of guidance, scheduler or steps, which multiply the columns.
+    """
+
+    base: str | Path | None = None
+    step: Step | Sequence[Step] = None
+    out: str | Path | None = None
+    size: tuple[int, int] | None = None
+    force: bool = False
+    warn: Callable[[str], None] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    axes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> Sequence[Step]:
+        return [self.step] if self.step is None or isinstance(self.step, int | str) else self.step or [None]
+
+    @property
+    def given(self) -> dict[str, Any]:
+        return {name: value for name, value in self.settings.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """A grid to draw; `checked` fills in the last three fields.
+    """A grid to draw; `checked` fills in the last five fields.
 
     `adapters` are all that are mounted in a column, each with its file; `trigger` replaces `{trigger}` in
-    prompts; `name` is that of the output folder, `adapter` that in the metadata of the images. Without a
-    dtype, the base gets the one that suits the device.
+    prompts of columns without their own; `name` is that of the output folder, `adapter` that in the metadata
+    of the images. Without a dtype, the base gets the one that suits the device.
     """
 
     config: RunConfig
@@ -52,16 +98,20 @@ class SamplePlan:
     trigger: str | None = None
     adapter: str | None = None
     dtype: torch.dtype | None = None
+    subjects: Sequence[Subject] = ()
     out: str | Path | None = None
-    settings: SampleSettings | None = None
+    prompts: Sequence[str] = ()
+    settings: Sequence[SampleSettings] = ()
     targets: Targets | None = None
 
-    def checked(
-        self, size: tuple[int, int] | None, out: str | Path | None, warn: Callable[[str], None] | None
-    ) -> SamplePlan:
-        """Checks everything that can be checked before weights are loaded, and resolves the settings."""
-        choose_folder(out, self.name)
-        config, info = self.config, self.info
+    def checked(self, request: SampleRequest, *, resumes: bool = False) -> SamplePlan:
+        """Checks everything that can be checked before weights are loaded, and resolves the settings.
+
+        With `resumes`, the output folder may have a grid.
+        """
+        config, info, warn = self.config, self.info, request.warn
+        if not resumes:
+            choose_folder(request.out, self.name)
         if not config.sample.prompts:
             raise ConfigError("sample.prompts is empty; pass --prompt TEXT, or a run folder with prompts")
         notes = [
@@ -70,21 +120,34 @@ class SamplePlan:
         ]
         if config.sample.safety_checker and info.names_safety_checker:
             notes.append(missing_checker(info))
-        prompts = [config.data.fill_trigger(prompt, self.trigger) for prompt in config.sample.prompts]
-        check_prompts(prompts)
-        targets = find_run_targets(config, prompts) if config.images else None
-        for note in notes:
+        prompts = self._prompts()
+        filled = [config.data.fill_trigger(prompt, self.trigger) for prompt in prompts]
+        check_prompts(filled)
+        targets = find_run_targets(config, filled) if config.images else None
+        for note in dict.fromkeys(notes):
             if note and warn:
                 warn(note)
         side = config.data.resolution or info.resolution
-        settings = resolve_settings(info, SampleSettings.of(config.sample, size or (side, side)))
+        plain = SampleSettings.of(config.sample, request.size or (side, side))
+        points = [dict(zip(request.axes, values, strict=True)) for values in product(*request.axes.values())]
+        settings = [resolve_settings(info, replace(plain, **point)) for point in points]
         if self.adapters:
             text = any(adapter.changes_text for _, adapter in self.adapters)
             layers = carrier_layers(empty_components(info, text=text))
             for file, adapter in self.adapters:
                 check_fit(adapter.without(info.unread_layer), layers, str(file))
-        config = config.model_copy(update={"sample": config.sample.model_copy(update={"prompts": prompts})})
-        return replace(self, config=config, out=out, settings=settings, targets=targets)
+        config = config.model_copy(update={"sample": config.sample.model_copy(update={"prompts": filled})})
+        return replace(
+            self, config=config, out=request.out, prompts=prompts, settings=settings, targets=targets
+        )
+
+    def _prompts(self) -> list[str]:
+        """The prompts; where adapters differ in their triggers, it becomes `{trigger}` again."""
+        prompts = list(self.config.sample.prompts)
+        triggers = {column.trigger for column in self.columns if column.trigger}
+        if len(triggers) < 2 or not self.trigger:
+            return prompts
+        return [prompt.replace(self.trigger, "{trigger}") for prompt in prompts]
 
     def notes(self) -> list[str]:
         """Lines about words that the base does not know or read, and target images that are left out."""
@@ -98,21 +161,37 @@ class SamplePlan:
             lines.append(f"no target images beside the samples: {reason}")
         return lines
 
-    def make(self, progress: Callable[[int, int], None] | None = None) -> Path:
-        """Loads the base, draws the grid and returns its path; `progress` gets (finished, total) images."""
-        assert self.settings is not None
-        folder, device = choose_folder(self.out, self.name), choose_device()
+    def draw(
+        self, store: Store | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> list[SampledImage]:
+        """Loads the base and draws the images of all rows, columns and settings, in this order."""
+        device = choose_device()
         is_fast = device.type != "cpu" and has_bf16(device)
         dtype = self.dtype or (torch.bfloat16 if is_fast else torch.float32)
         base = load_base(self.info, dtype=dtype, device=device)
         # As a run has them (R-10).
         base.use_cpu_kernels()
-        sample = self.config.sample
-        images = generate(base, self.columns, sample.prompts, sample.seeds, self.settings, progress=progress)
-        base_name, title = base.info.name, self.title
-        return save_grid(
-            folder, images, base=base_name, adapter=self.adapter, title=title, targets=self.targets
-        )
+        fill, seeds = self.config.data.fill_trigger, self.config.sample.seeds
+        cells = [
+            Cell(column, fill(prompt, column.trigger or self.trigger), seed, settings)
+            for prompt, seed in product(self.prompts, seeds)
+            for settings, column in product(self.settings, self.columns)
+        ]
+        return draw(base, cells, store=store, progress=progress)
+
+    def in_rows(self, images: Sequence[SampledImage]) -> list[SampledImage]:
+        """The images for a grid: those of one row have one prompt, whatever their triggers."""
+        triggers = {column.trigger or self.trigger for column in self.columns}
+        labels = self.prompts if len(triggers) > 1 else self.config.sample.prompts
+        width = len(images) // len(labels)
+        return [replace(image, prompt=labels[place // width]) for place, image in enumerate(images)]
+
+    def make(self, progress: Callable[[int, int], None] | None = None) -> Path:
+        """Draws the grid and returns its path; `progress` gets (finished, total) images."""
+        folder = choose_folder(self.out, self.name)
+        images = self.draw(ImageStore(), progress)
+        grid = make_grid(self.in_rows(images), title=self.title, targets=self.targets)
+        return save_images(folder, images, grid, {"base": self.info.name, "adapter": self.adapter})
 
 
 def choose_folder(out: str | Path | None, name: str) -> Path:
@@ -132,18 +211,47 @@ def choose_device() -> torch.device:
 
 
 def sample(
-    source: str | Path | RunFolder | None = None,
+    sources: Source | Sequence[Source] | None = None,
     *,
+    base: str | Path | None = None,
+    step: Step | Sequence[Step] = None,
+    prompts: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    strengths: Sequence[float] | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    scheduler: str | None = None,
+    negative_prompt: str | None = None,
+    safety_checker: bool | None = None,
+    batch_size: int | None = None,
+    size: tuple[int, int] | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    warn: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
-    **options: Any,
 ) -> Path:
-    """Draws a grid of a run, a LoRA file, or the base alone; a child is drawn on top of its ancestors.
+    """Draws a grid of runs, LoRA files or the base alone; a child is drawn on top of its ancestors.
 
     Args:
-        source: A run folder or a LoRA file; None for the base.
+        sources: A run, a LoRA file, an adapter, a tree node, or several, side by side; a sum of LoRAs such as
+            `a.safetensors:0.6+b.safetensors:0.4`; None for the base.
+        base: The base; by default the first run's, or the one that the file names.
+        step: Saved step of a run, or "final"; several are drawn beside each other. By default the final one,
+            or the newest of an unfinished run.
+        prompts: By default the run's, as everything that follows; `{trigger}` is replaced.
+        seeds: One row for each prompt and seed.
+        strengths: One column each, beside the base.
+        steps: Sampling steps.
+        guidance: Guidance scale.
+        scheduler: A diffusers scheduler, such as `DDIMScheduler`.
+        negative_prompt: The negative prompt.
+        safety_checker: Whether to use the base's own, if it has one.
+        batch_size: Images at once.
+        size: Width and height in pixels; by default those of the training.
+        out: Output folder; by default `samples/NAME`.
+        force: Accepts changed ancestors of a child, and ignores missing ones.
+        warn: Called with a line if an adapter may not fit, such as to another base of the same family.
         progress: Called with (finished, total) images.
-        options: Arguments of `plan_sample` (base, step, out, size, force, warn) and keys of the section
-            `sample`, such as prompts, seeds, strengths, steps, guidance.
 
     Returns:
         Path of the grid.
@@ -151,100 +259,39 @@ def sample(
     Raises:
         SdloraError: If something does not exist or does not fit.
     """
-    return plan_sample(source, **options).make(progress)
+    settings = {
+        "prompts": prompts, "seeds": seeds, "strengths": strengths, "steps": steps, "guidance": guidance,
+        "scheduler": scheduler, "negative_prompt": negative_prompt, "safety_checker": safety_checker,
+        "batch_size": batch_size,
+    }  # fmt: skip
+    request = SampleRequest(base, step, out, size, force, warn, settings)
+    return plan_sample(sources, request).checked(request).make(progress)
 
 
-def plan_sample(
-    source: str | Path | RunFolder | None = None,
-    *,
-    base: str | Path | None = None,
-    step: int | str | Sequence[int | str] | None = None,
-    out: str | Path | None = None,
-    size: tuple[int, int] | None = None,
-    force: bool = False,
-    warn: Callable[[str], None] | None = None,
-    **changes: Any,
-) -> SamplePlan:
-    """Checks everything that `sample` needs, without loading the base.
-
-    Args:
-        source: A run folder or a LoRA file; None for the base.
-        base: The base; by default the run's, or the one that the file names.
-        step: Step of the saved adapter, or "final"; several are drawn beside each other. By default the
-            final one, or the newest of an unfinished run.
-        out: Output folder; by default `samples/NAME`.
-        size: Width and height in pixels; by default those of the training.
-        force: Accepts changed ancestors of a child, and ignores missing ones.
-        warn: Called with a line if the adapter may not fit, such as to another base of the same family.
-        changes: Keys of the section `sample`.
-
-    Raises:
-        SdloraError: If something does not exist or does not fit.
-    """
-    steps: Sequence[int | str | None] = [step] if isinstance(step, int | str) else step or (None,)
-    if source is None and step is not None and steps[0] is not None:
-        raise ConfigError(f"--step {steps[0]} requires a run; pass its folder", key="option--step")
-    plans = [_plan_source(source, base, one, changes) for one in steps]
-    if plans[0].adapters:
-        plans = [_with_ancestors(plan, force, warn) for plan in plans]
-    plan = plans[0]
-    if len(plans) > 1:
-        plan = _beside(plans, list(map(_name_step, steps)))
-    return plan.checked(size, out, warn)
-
-
-def _beside(plans: Sequence[SamplePlan], names: Sequence[str]) -> SamplePlan:
-    """One grid of several saved adapters of a run; the base, and a parent, are drawn once."""
-    columns: list[Column] = []
-    for plan, name in zip(plans, names, strict=True):
-        adapter = plan.adapters[-1][1]
-        for column in plan.columns:
-            if column.stack and column.stack[-1][0] is adapter:
-                columns.append(replace(column, adapter=name))
-            elif plan is plans[0]:
-                columns.append(column)
-    adapters = [entry for plan in plans for entry in plan.adapters]
-    return replace(plans[0], columns=columns, adapters=adapters, title=f"{plans[0].name}, {', '.join(names)}")
-
-
-def _with_ancestors(plan: SamplePlan, force: bool, warn: Callable[[str], None] | None) -> SamplePlan:
-    """The plan of one adapter, on top of its ancestors."""
-    ((file, adapter),) = plan.adapters
-    path = find_ancestors(file, adapter, force=force, warn=warn) if adapter.parent else []
-    names = (path[-1].ancestor.name, plan.name) if path else ("", "")
-    stack = path_to_stack(path) if path else ()
-    columns = make_columns(adapter, plan.config.sample.strengths, stack, names)
-    below = [(entry.file, entry.adapter) for entry in path]
-    return replace(plan, columns=columns, adapters=[*below, (file, adapter)])
-
-
-def _name_step(step: int | str | None) -> str:
-    return f"step {step}" if isinstance(step, int) else str(step)
-
-
-def _plan_source(
-    source: str | Path | RunFolder | None,
-    base: str | Path | None,
-    step: int | str | None,
-    changes: dict[str, Any],
-) -> SamplePlan:
-    """The plan for an adapter without its ancestors, or for the base alone."""
+def plan_sample(sources: Source | Sequence[Source] | None, request: SampleRequest) -> SamplePlan:
+    """The plan of a grid, unchecked; raises a SdloraError for sources that cannot be read."""
+    base, settings, steps = request.base, request.given, request.steps
     chosen = {} if base is None else {"source": base, "revision": None, "variant": None}
-    if source is None:
-        config, info = _inspect(load_config().replace(base=chosen, sample=changes))
+    if sources is None or (isinstance(sources, Sequence) and not sources):
+        if steps != [None]:
+            raise ConfigError(f"--step {steps[0]} requires a run; pass its folder", key="option--step")
+        config, info = _inspect(load_config().replace(base=chosen, sample=settings))
         return SamplePlan(config, info, [Column()], [], "base", "base")
-    found = resolve_adapter(source, step)
-    file, adapter = found.file, load_adapter(found.file)
-    if found.run:
-        config = found.run.read_config().replace(base=chosen, sample=changes)
-        name, dtype = found.run.name, DTYPES[found.run.base_dtype]
-        title = name if step is None else f"{name}, {_name_step(step)}"
+    subjects = find_subjects(sources, steps, force=request.force, warn=request.warn)
+    parts = [part for subject in subjects for part in subject.parts]
+    first = next((part for part in parts if part.run), parts[0])
+    if first.run:
+        config = first.run.read_config().replace(base=chosen, sample=settings)
+        dtype = DTYPES[first.run.base_dtype]
     else:
-        config = _file_config(file, adapter.notes, base, changes)
-        name, title, dtype = file.stem, file.name, None
+        config, dtype = _file_config(first.file, first.adapter.notes, base, settings), None
     config, info = _inspect(config)
-    trigger = config.data.trigger or adapter.notes.get(TRIGGER)
-    return SamplePlan(config, info, [], [(file, adapter)], name, title, trigger, name, dtype)
+    columns = make_columns_of(subjects, config.sample.strengths, own="strengths" not in settings)
+    adapters = [(entry.file, entry.adapter) for part in parts for entry in part.ancestors]
+    adapters += [(part.file, part.adapter) for part in parts]
+    title, name, adapter = describe_subjects(subjects)
+    trigger = config.data.trigger or first.trigger
+    return SamplePlan(config, info, columns, adapters, name, title, trigger, adapter, dtype, subjects)
 
 
 def _inspect(config: RunConfig) -> tuple[RunConfig, BaseInfo]:
@@ -254,34 +301,29 @@ def _inspect(config: RunConfig) -> tuple[RunConfig, BaseInfo]:
 
 def plan_tree(
     tree: AdapterTree,
-    names: Sequence[str] = (),
-    *,
+    names: Sequence[str],
+    request: SampleRequest,
     strengths: Mapping[str, float] | None = None,
-    base: str | None = None,
-    out: str | Path | None = None,
-    size: tuple[int, int] | None = None,
-    force: bool = False,
-    warn: Callable[[str], None] | None = None,
-    **changes: Any,
 ) -> SamplePlan:
     """Checks a grid that compares nodes of a tree (by default all), each on top of its ancestors.
 
-    `strengths`, by node name, replace those of the training. `base` is by default the one that the first node
-    names. The rest is as for `plan_sample`.
+    `strengths`, by node name, replace those of the training. The base is by default the one that the first
+    node names.
     """
     names = list(names or tree.nodes)
     nodes = [tree.node(name) for name in names]
     columns = [Column()]
-    for name, path in zip(names, tree.strengths(names, strengths, force=force), strict=True):
+    for name, path in zip(names, tree.strengths(names, strengths, force=request.force), strict=True):
         columns.append(Column(tree.load_stack(path), path[name], name))
     for error in dict.fromkeys(str(error) for name in names for error in tree.path_errors(name)):
-        if warn:
-            warn(error)
-    config, info = _inspect(_file_config(nodes[0].file, nodes[0].notes, base, changes))
+        if request.warn:
+            request.warn(error)
+    settings = _file_config(nodes[0].file, nodes[0].notes, request.base, request.given)
+    config, info = _inspect(settings)
     adapters = [(node.file, tree.load(node.name)) for node in nodes]
     trigger = next((node.notes[TRIGGER] for node in nodes if TRIGGER in node.notes), None)
     name, title = tree.folder.resolve().name, tree.folder.name
-    return SamplePlan(config, info, columns, adapters, name, title, trigger).checked(size, out, warn)
+    return SamplePlan(config, info, columns, adapters, name, title, trigger).checked(request)
 
 
 def _file_config(

@@ -1,0 +1,198 @@
+"""Comparisons: axes of one grid, sums of LoRAs, what is kept, and the losses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sdlora
+from sdlora.config import load_config
+from sdlora.data.cache import cache_folder, measure_cache
+from sdlora.errors import AdapterError, ConfigError, RunError
+from sdlora.export.export import export_adapter
+from sdlora.formats.files import split_sum
+from sdlora.lora.adapter import Adapter
+from sdlora.models.stable_diffusion import StableDiffusion
+from sdlora.runs import RunFolder
+from sdlora.sampling.grid import make_grid, make_pages
+from sdlora.sampling.images import SampledImage, SampleSettings
+from tests.checks import raises
+from tests.lora_fixtures import create_adapter
+
+QUICK: dict[str, Any] = {"base": "builtin", "seeds": [0], "steps": 1, "size": (64, 64)}
+LORA = {"sdlora.base_name": "builtin", "sdlora.family": "sd1"}
+
+
+@pytest.fixture(scope="module")
+def files(base: StableDiffusion, adapter: Adapter, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two LoRA files, ink and comic."""
+    folder, other = tmp_path_factory.mktemp("loras"), create_adapter(
+        base.denoiser, list(adapter.modules)[:4], 2, 2, seed=1, family="sd1"
+    )  # fmt: skip
+    for pair in other.modules.values():
+        pair.up = torch.full(pair.up.shape, 0.4)
+        pair.down = pair.down.detach()
+    named = {"ink": adapter, "comic": other}
+    return [
+        export_adapter(one, folder / f"{name}.safetensors", metadata=LORA).path for name, one in named.items()
+    ]
+
+
+def make_run(folder: Path, early: Path, final: Path, trigger: str, loss: float) -> RunFolder:
+    """A finished run as its files say: adapters at 10 and 20 steps, losses at 0, 10 and 20."""
+    keys = {"data.trigger": trigger, "sample.prompts": [f"{trigger}, a cat"], "sample.strengths": [1.0]}
+    run = RunFolder.create(folder, load_config(None, keys, images=folder), {"base_dtype": "fp32"})
+    run.adapters.mkdir()
+    for place, file in ((run.step_adapter(10), early), (run.final_adapter(), final)):
+        place.write_bytes(file.read_bytes())
+    run.append("plan", 0, dataset_digest=trigger)
+    for step in (0, 10, 20):
+        run.append("step", step, loss=1.0, loss_ema=1.0)
+        run.append("heldout", step, split="heldout", loss=1.0 - loss * step, images=2)
+    run.append("done", 20)
+    return run
+
+
+@pytest.fixture
+def runs(files: list[Path], tmp_path: Path) -> list[RunFolder]:
+    one, two = files
+    return [
+        make_run(tmp_path / "one", one, two, "onestyle", 0.01),
+        make_run(tmp_path / "two", two, one, "twostyle", 0.02),
+    ]
+
+
+def texts(folder: Path) -> list[dict[str, Any]]:
+    """What the images of a comparison say of themselves."""
+    return [json.loads(Image.open(file).text["sdlora"]) for file in (folder / "images").glob("*.png")]  # type: ignore[attr-defined]
+
+
+def test_axes_of_one_grid(files: list[Path], tmp_path: Path) -> None:
+    """R-13: LoRAs × strengths × guidance; one more strength draws only that, the base never again."""
+    out, counts = tmp_path / "out", []
+    ask = {**QUICK, "prompts": ["a cat"], "guidance": [2, 7.5], "out": out}
+    first = sdlora.compare(files, strengths=[0.5], **ask)
+    assert {(one["adapter"], one["strength"], one["guidance"]) for one in texts(out)} == {
+        (name, 0.5, guidance) for name in ("ink", "comic") for guidance in (2, 7.5)
+    }
+    assert {kind: count for kind, count, _ in measure_cache(cache_folder())}["images"] == 2
+    before = {file: file.stat().st_mtime_ns for file in (out / "images").iterdir()}
+    more = sdlora.compare(files, strengths=[0.5, 1], progress=lambda done, total: counts.append(done), **ask)
+    assert counts == [8, 10], "six were there; the others are two batches, for two guidance scales"
+    assert len(texts(out)) == 8
+    assert all(file.stat().st_mtime_ns == time for file, time in before.items())
+    assert first.grids == more.grids == [out / "grid.png"]
+    assert more.losses == []
+    assert more._repr_png_() == (out / "grid.png").read_bytes()
+
+
+def test_a_damaged_image_is_drawn_again(files: list[Path], tmp_path: Path) -> None:
+    """R-25: as is one of another size; the grid is the same."""
+    ask = {**QUICK, "prompts": ["a cat"], "strengths": [1], "out": tmp_path / "out"}
+    whole = sdlora.compare(files[0], **ask)._repr_png_()
+    [style] = (tmp_path / "out" / "images").iterdir()
+    [base] = cache_folder().rglob("*.png")
+    style.write_bytes(style.read_bytes()[:200])
+    Image.new("RGB", (8, 8)).save(base)
+    assert sdlora.compare(files[0], **ask)._repr_png_() == whole
+
+
+def test_runs_and_steps(runs: list[RunFolder], tmp_path: Path) -> None:
+    """R-13, R-30: each run with its own trigger; a table of losses that says what it cannot show; curves."""
+    out = tmp_path / "out"
+    ask = {**QUICK, "step": [10, "final"], "out": out}
+    result = sdlora.compare([runs[0], str(runs[1].path)], **ask)
+    assert sorted({(one["adapter"], one["prompt"]) for one in texts(out)}) == [
+        (f"{run}, {step}", f"{run}style, a cat") for run in ("one", "two") for step in ("final", "step 10")
+    ]
+    assert [(row.name, row.step, row.losses) for row in result.losses] == [
+        ("one, step 10", 10, {"heldout": pytest.approx(0.9)}),
+        ("one, final", 20, {"heldout": pytest.approx(0.8)}),
+        ("two, step 10", 10, {"heldout": pytest.approx(0.8)}),
+        ("two, final", 20, {"heldout": pytest.approx(0.6)}),
+    ]
+    lines = result.lines()
+    assert lines[1].split() == ["one,", "step", "10", "10", "0.9000", "(-10.0%)"]
+    assert [line.split()[0] for line in lines[5:]] == ["note:", "note:", "curves", "grid"]
+    assert result.curves
+    assert result.curves.is_file()
+    assert json.loads((out / "compare.json").read_text(encoding="utf-8"))["losses"][3]["step"] == 20
+    with raises(RunError, "run.no-step", shows="saved steps: 10"):
+        sdlora.compare(runs, **{**ask, "step": 15})
+
+
+def test_a_sum_is_what_its_parts_are_together(files: list[Path], tmp_path: Path) -> None:
+    """Each part at its factor; the grid's strength is that of the whole; the same as the merged file."""
+    ink, comic = files
+    merged, _ = sdlora.merge([(sdlora.load_adapter(ink), 0.6), (sdlora.load_adapter(comic), -0.4)])
+    ask = {**QUICK, "prompts": ["a cat"]}
+    sdlora.sample([f"{ink}:0.6+{comic}:-0.4", merged], strengths=[1], out=tmp_path / "out", **ask)
+    _, one, other = (np.asarray(Image.open(tmp_path / "out" / f"0{n}.png"), dtype=int) for n in range(3))
+    assert np.abs(one - other).max() <= 2
+    sdlora.sample(f"{ink}:0.6+{comic}:-0.4", out=tmp_path / "own", **ask)
+    assert len(list((tmp_path / "own").iterdir())) == 3, "a sum is shown as it is given"
+
+
+def test_sums_are_split(tmp_path: Path, files: list[Path]) -> None:
+    """A file may have such a name; what is no number belongs to the path."""
+    odd = tmp_path / "a+b:2.safetensors"
+    odd.write_bytes(files[0].read_bytes())
+    assert split_sum(odd) == [(odd, 1.0)]
+    assert split_sum(str(odd)[: -len(".safetensors")])[0][1] == 1.0
+    assert split_sum("x:.5 + y") == [("x", 0.5), ("y", 1.0)]
+    assert split_sum("c:/x.safetensors") == [("c:/x.safetensors", 1.0)]
+    with raises(ConfigError, "lora.sum", shows="x:1+"):
+        split_sum("x:1+")
+    with raises(AdapterError, "lora.missing", shows="nowhere"):
+        sdlora.sample(f"{files[0]}:1+nowhere:2", prompts=["a cat"], **QUICK)
+
+
+def test_compare_command(sdlora: Any, runs: list[RunFolder], tmp_path: Path) -> None:
+    """The options of the command; mistakes are one line."""
+    quick = ("--seeds", 0, "--steps", 1, "--size", "64x64", "--prompt", "{trigger}, a cat")
+    code, printed, errors = sdlora("compare", *(run.path for run in runs), *quick, "--json")
+    assert code == 0, errors
+    found = json.loads(printed)
+    assert found["folder"] == "samples/compare-one-two"
+    assert [row["name"] for row in found["losses"]] == ["one", "two"]
+    for wrong, key in (
+        (["--steps", "0"], "sample.steps"),
+        (["--step", "soon"], "option--step"),
+        (["--guidance", "a"], "option--guidance"),
+        (["--scheduler", "Eulr"], "sample.scheduler"),
+    ):
+        code, _, errors = sdlora("compare", runs[0].path, *quick[:2], "--prompt", "x", *wrong)
+        assert (code, len(errors)) == (2, 1)
+        assert key in sdlora.keys
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "grid.png").write_bytes(b"mine")
+    assert sdlora("compare", runs[0].path, *quick, "--out", mine)[0] == 2
+    assert (mine / "grid.png").read_bytes() == b"mine"
+
+
+def test_settings_are_rows_and_large_grids_have_pages() -> None:
+    """R-13: a row for each setting; every page has the base, and a sample is on one page alone."""
+    samples = [
+        SampledImage(
+            Image.new("RGB", (16, 16), (s, g, 9)), "a", 0, s, "", SampleSettings(guidance=g), f"n{s}"
+        )
+        for g in (3, 7)
+        for s in range(30)
+    ]
+    pages = make_pages(samples, title="t")
+    assert len(pages) == 3
+    seen = [
+        sum((np.asarray(page) == sample.image.getpixel((0, 0))).all(axis=2).sum() > 0 for page in pages)
+        for sample in samples
+    ]
+    assert seen == [3 if sample.strength == 0 else 1 for sample in samples]
+    two, one = make_grid(samples), make_grid(samples[:30])
+    assert two.height > one.height + 16
+    assert two.width == one.width
