@@ -1,7 +1,8 @@
-"""`sdlora sample`."""
+"""`sdlora sample` and `sdlora compare`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -66,3 +67,59 @@ def draw_grid(plan: SamplePlan, terminal: Terminal) -> None:
     with terminal.progress("sampling", 1) as meter:
         grid = plan.make(meter.show)
     typer.echo(f"grid      {grid}")
+
+
+@app.command()
+def compare(
+    sources: Annotated[list[str], typer.Argument(metavar="RUN|LORA...", help=options.SOURCES)],
+    base: Annotated[str | None, options.base_option("the first run's, or the one named in the file")] = None,
+    step: options.SavedSteps = None,
+    strengths: options.Strengths = None,
+    prompt: options.Prompt = None,
+    prompts: options.Prompts = None,
+    seeds: options.Seeds = None,
+    steps: Annotated[str | None, typer.Option(help="Sampling steps, such as 15,25.")] = None,
+    guidance: Annotated[str | None, typer.Option(help="Guidance scales (CFG), such as 5,7.5.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="diffusers schedulers, such as DDIMScheduler,EulerDiscreteScheduler.")
+    ] = None,
+    size: options.Size = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Output folder; images that it already has are not drawn again.",
+            show_default="samples/compare- and the names",
+        ),
+    ] = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
+) -> None:
+    """Draw runs, saved steps, LoRA files and settings in one grid, and list and plot their losses."""
+    weights = options.parse_numbers(strengths, float, "--strengths")
+    settings = options.sample_settings(prompt, prompts, seeds, strengths=weights)
+    given = {
+        "steps": options.parse_numbers(steps, int, "--steps"),
+        "guidance": options.parse_numbers(guidance, float, "--guidance"),
+        "scheduler": scheduler and [name.strip() for name in scheduler.split(",")],
+    }
+    axes = {name: list(dict.fromkeys(values)) for name, values in given.items() if values}
+    for name, values in axes.items():
+        for value in values:
+            options.sample_settings(None, None, None, **{name: value})
+    pixels, saved = options.parse_size(size), options.parse_steps(step)
+    options.check_sources(sources, base=base, has_steps=bool(saved))
+    from sdlora.report.terminal import Terminal
+    from sdlora.sampling.compare import draw_comparison, plan_comparison
+    from sdlora.sampling.session import SampleRequest
+
+    terminal = Terminal(quiet=as_json)
+    request = SampleRequest(base, saved, out, pixels, force, terminal.warn, settings, axes)
+    plan = plan_comparison(sources, request)
+    for note in plan.notes():
+        typer.echo(f"note: {note}", err=True)
+    with terminal.progress("sampling", 1) as meter:
+        result = draw_comparison(plan, meter.show)
+    if as_json:
+        options.print_json(result.to_json())
+    else:
+        typer.echo("\n".join(result.lines()))
