@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.checks import HANG_SECONDS
+
 PHONE = (390, 844)
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 LOCAL = {"127.0.0.1", "localhost", "::1", None, ""}
@@ -51,6 +53,8 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
         context = browser.new_context(
             viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, java_script_enabled=scripts
         )
+        # A guard against waiting forever on a busy machine.
+        context.set_default_timeout(HANG_SECONDS * 1000)
         page, problems = context.new_page(), []
 
         def check(route: Any) -> None:

@@ -23,9 +23,9 @@ from starlette.staticfiles import StaticFiles
 
 from sdlora.errors import ConfigError, DataError, SdloraError
 from sdlora.runs import RunFolder
-from sdlora.studio.captions import ImageFolder, count_tags
+from sdlora.studio.captions import ImageFolder
 from sdlora.studio.guard import Guard
-from sdlora.studio.launch import Launcher, address_of, describe_plan, presets
+from sdlora.studio.launch import Launcher, address_of, presets
 from sdlora.studio.library import Library, list_grids, read_end, read_object
 from sdlora.studio.looks import Looks
 from sdlora.studio.pages import (
@@ -145,7 +145,7 @@ class Studio:
             plan = self.launcher.plan(form)
         except ConfigError as error:
             return render(request, "plan.html", 200, problems=error.problems, form=form)
-        return render(request, "plan.html", rows=describe_plan(plan), findings=plan["findings"], form=form)
+        return render(request, "plan.html", plan=plan, form=form)
 
     def start(self, request: Request, form: Form) -> Response:
         return self._go_to(self.launcher.start(form))
@@ -189,7 +189,7 @@ class Studio:
         images, name = self._image_folder(request), request.path_params["folder"]
         if "all" not in request.query_params:
             return render(request, "images.html", folder=images.path, name=name)
-        captions, checkup, problem = images.captions(), None, ""
+        checkup, problem = None, ""
         try:
             checkup = images.check()
         except SdloraError as error:
@@ -199,18 +199,16 @@ class Studio:
             "image_set.html",
             folder=images.path,
             name=name,
-            captions=captions,
-            plan=checkup.buckets if checkup else None,
+            captions=images.captions(),
+            checkup=checkup,
+            problem=problem,
             heldout={record.name for record in checkup.index.heldout} if checkup else set(),
-            findings=checkup.findings if checkup else [],
-            summary=checkup.summary if checkup else [problem],
-            tags=count_tags(text for text, _ in captions.values()),
             edits=images.num_edits,
         )
 
     def thumb(self, request: Request) -> Response:
         image = self._image_folder(request).thumbnail(request.path_params["name"])
-        return send_image(request, encode_image(image))
+        return send_image(request, encode_image(image), seconds=600)
 
     def write_captions(self, request: Request, form: Form) -> Response:
         """Writes captions, given as JSON: by image, the one that was seen and the new one."""

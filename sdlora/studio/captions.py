@@ -11,8 +11,8 @@ import json
 import os
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -32,7 +32,6 @@ from sdlora.reading import read_bytes
 from sdlora.writing import append_lines, write_file
 
 THUMBNAIL_PX = 240
-MAX_TAGS = 60
 _lock = threading.Lock()
 
 
@@ -168,12 +167,6 @@ class ImageFolder:
                 elif edits:
                     edits.pop()
         return edits
-
-
-def count_tags(captions: Iterable[str]) -> list[tuple[str, int]]:
-    """The parts of captions between commas that occur twice or more, the most frequent first."""
-    tags = (tag for caption in captions for tag in {part.strip() for part in caption.split(",")} if tag)
-    return [(tag, count) for tag, count in Counter(tags).most_common(MAX_TAGS) if count > 1]
 
 
 def _read(file: Path) -> bytes | None:

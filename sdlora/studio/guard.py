@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_BODY_BYTES = 2**20
+MAX_BODY_BYTES = 2**23
 COOKIE = "sdlora-token"
 SAFE_METHODS = ("GET", "HEAD")
 HEADERS = {

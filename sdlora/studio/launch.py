@@ -192,33 +192,6 @@ class Launcher:
         return run
 
 
-def describe_plan(plan: Mapping[str, Any]) -> dict[str, str]:
-    """What a plan says, by subject."""
-    settings, memory = plan["settings"], plan["memory"]
-    train, lora = settings["train"], settings["lora"]
-    buckets = ", ".join(f"{size} ({images})" for size, images in list(plan["buckets"].items())[:8])
-    epochs = plan["steps"] / max(1, plan["steps_per_epoch"])
-    return {
-        "Base": settings["base"]["source"],
-        "Images": f"{plan['images']} to train on, {plan['heldout_images']} held out",
-        "Buckets": buckets + (" …" if len(plan["buckets"]) > 8 else ""),
-        "Adapter": f"{lora['kind']} of rank {lora['rank']}, alpha {lora['alpha']:g}; "
-        f"{plan['modules']} modules, {plan['adapter_bytes'] / 1e6:.1f} MB a file",
-        "Steps": f"{plan['steps']}, {plan['global_batch']} images each; {epochs:.1f} epochs",
-        "Learning rate": f"{train['learning_rate']:g}, {train['schedule']}, warm-up {plan['warmup_steps']}",
-        "Samples": f"at {_points(plan['sample_steps'])}; about {plan['sampling_share']:.0%} of the time",
-        "Saves": f"at {_points(plan['save_steps'])}",
-        "Memory": f"about {memory['peak'] / 1e9:.2f} GB at the peak",
-        "Disk": f"up to {plan['disk_bytes'] / 1e6:.0f} MB, without samples",
-    }
-
-
-def _points(steps: Sequence[int]) -> str:
-    """Steps in short."""
-    few = [str(step) for step in steps]
-    return ("step " if few else "no step") + ", ".join(few if len(few) < 4 else [*few[:2], f"… {few[-1]}"])
-
-
 def address_of(images: str) -> str:
     """Name of an image folder in addresses; empty if it is gone."""
     path = Path(images)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from sdlora.reading import UnfitFileError, read_json
 from sdlora.runs import RunFolder
 
 TAIL_BYTES = 2**12
+MAX_STEP = 10**9
 # The clock of the file system and that of processes differ a little.
 CLOCK_SECONDS = 2.0
 State = str  # running, finished, failed, stopped
@@ -112,8 +114,7 @@ class Library:
         steps = steps if isinstance(steps, int) else 0
         last = {event["event"]: event for event in tail}
         state, problem = _judge(run, tail, steps)
-        losses = [event["loss_ema"] for event in tail if isinstance(event.get("loss_ema"), float)]
-        times = [event["time"] for event in tail if isinstance(event.get("time"), float)]
+        losses, times = ([y for e in tail for y in numbers(e.get(key))] for key in ("loss_ema", "time"))
         begun = next(filter(None, (_stamp(file) for file in (run.output_file, run.config_file))), 0) / 1e9
         return Overview(
             name=self.name_of(run.path),
@@ -123,7 +124,7 @@ class Library:
             steps=steps,
             loss=losses[-1] if losses else None,
             changed=times[-1] if times else begun,
-            images=images if isinstance(images := config.get("images"), str) else "",
+            images=images if isinstance(images := config.get("images"), str) and "\0" not in images else "",
             grid=next(iter(list_grids(run).values()), None),
             problem=problem,
         )
@@ -182,9 +183,15 @@ def parse_events(lines: Sequence[bytes]) -> list[dict[str, Any]]:
     for line in lines:
         with suppress(ValueError, RecursionError):
             event = json.loads(line)
-            if isinstance(event, dict) and isinstance(event.get("step"), int) and "event" in event:
+            is_event = isinstance(event, dict) and isinstance(event.get("event"), str)
+            if is_event and isinstance(event.get("step"), int) and 0 <= event["step"] < MAX_STEP:
                 events.append(event)
     return events
+
+
+def numbers(value: Any) -> list[float]:
+    """A finite number as a list, else an empty one."""
+    return [value] if isinstance(value, float) and math.isfinite(value) else []
 
 
 def _judge(run: RunFolder, tail: Sequence[dict[str, Any]], steps: int) -> tuple[State, str]:

@@ -85,10 +85,10 @@ def go(place: str) -> Response:
     return RedirectResponse(place, 303)
 
 
-def send_image(request: Request, data: bytes, kind: str = "image/webp") -> Response:
-    """Bytes of an image, which the browser keeps until they change."""
+def send_image(request: Request, data: bytes, kind: str = "image/webp", seconds: int = 0) -> Response:
+    """Bytes of an image, which the browser keeps until they change; it does not ask for some seconds."""
     tag = f'"{hashlib.sha256(data).hexdigest()[:24]}"'
-    headers = {"etag": tag, "cache-control": "no-cache"}
+    headers = {"etag": tag, "cache-control": f"private, max-age={seconds}"}
     if request.headers.get("if-none-match") == tag:
         return Response(status_code=304, headers=headers)
     return Response(data, media_type=kind, headers=headers)

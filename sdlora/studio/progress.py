@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.report.summary import SPLITS
-from sdlora.studio.library import parse_events
+from sdlora.studio.library import numbers, parse_events
 
 # Steps over which the speed is measured, saving, validation and grids included.
 SPEED_STEPS = 200
@@ -65,7 +65,7 @@ class Progress:
             self.losses += _point(step, event.get("loss"))
             self.means += _point(step, event.get("loss_ema"))
             self._recent += _point(step, event.get("time"))
-            self.peak_mb = max([self.peak_mb, *(y for _, y in _point(step, event.get("memory_mb")))])
+            self.peak_mb = max(self.peak_mb, *numbers(event.get("memory_mb")), 0.0)
         elif name == "heldout":
             self.validation.setdefault(str(event.get("split")), []).extend(_point(step, event.get("loss")))
         elif name == "plan":
@@ -104,8 +104,7 @@ def _is_line(points: Sequence[Point]) -> bool:
 
 def _point(step: int, value: Any) -> list[Point]:
     """The point of a finite number, else none."""
-    is_number = isinstance(value, int | float) and math.isfinite(value)
-    return [(float(step), float(value))] if is_number else []
+    return [(float(step), number) for number in numbers(value)]
 
 
 def draw_curve(title: str, lines: dict[str, list[Point]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from sdlora.runs import RunFolder
 from sdlora.writing import append_lines
 
 MAX_BYTES = 2**24
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, Image.DecompressionBombError)
 CHOICES = ("first", "second", "equal")
 
 
@@ -36,7 +37,7 @@ def read_samples(run: RunFolder, step: int) -> list[Sample]:
     """The images of a grid, from the metadata in each; those without, or withheld, are left out."""
     found = []
     for file in sorted(run.sample_folder(step).glob("[0-9]*.png")):
-        with suppress(OSError, ValueError, KeyError, TypeError), Image.open(file, formats=("PNG",)) as image:
+        with suppress(*UNREADABLE), Image.open(file, formats=("PNG",)) as image:
             notes = json.loads(image.info["sdlora"])
             if not notes.get("withheld"):
                 found.append(Sample(file, str(notes["prompt"]), int(notes["seed"]), float(notes["strength"])))

@@ -162,7 +162,6 @@ def test_from_the_form_to_the_playground(filled, open_page):
     adapter draws: the base beside the style, and another strength changes the style alone.
     """
     page = open_page(f"{filled}/new")
-    page.set_default_timeout(240_000)
     few = {"train.steps": "2", "lora.rank": "2", "train.sample_every": "0", "train.learning_rate": "0.02"}
     for key, value in {**few, "name": "third"}.items():
         page.locator(f"[name='{key}']").fill(value)

@@ -9,7 +9,7 @@ import pytest
 from sdlora.config import DataSection
 from sdlora.data.scan import scan_dataset
 from sdlora.errors import DataError
-from sdlora.studio.captions import ImageFolder, count_tags
+from sdlora.studio.captions import ImageFolder
 from tests.checks import raises
 
 
@@ -108,7 +108,3 @@ def test_pages(client, make_images):
     assert "02.png" in refused.json()["error"]
     assert page.post(f"/undo/{name}").json() == {"captions": {"02.png": ""}, "edits": 0}
     assert page.post(f"/captions/{name}", data={"changes": "{"}).status_code == 409
-
-
-def test_tags():
-    assert count_tags(["a fox, red", "red, a cat", "a dog", "red, red"]) == [("red", 3)]

@@ -82,37 +82,41 @@ def test_a_later_process_of_the_same_number(make_run, sleeper):
     assert find_process(run) is None
 
 
-def test_damaged_runs_are_listed(make_run, runs):
+def test_damaged_runs_are_shown(make_run, runs, client):
+    """R-45: whatever a crash, or a stranger, left in them."""
     make_run("no-events", done=4).events_file.unlink()
     make_run("cut", done=4).events_file.write_bytes(b'{"event": "step", "st')
     make_run("odd", done=4).events_file.write_text('{"event": "step", "step": "x"}\n[1]\nnull\n\xff\n')
-    for name, text in (
-        ("empty", ""),
-        ("list", "[]"),
-        ("deep", "[" * 100_000),
-        ("types", '{"train": 3, "images": 1}'),
-    ):
+    odd = '{"event": {}, "step": 1}\n{"event": "step", "step": 1e400}\n{"event": "step", "step": %s}\n'
+    odd += '{"event": "step", "step": 2, "time": -Infinity, "loss_ema": %s, "loss": NaN}\n'
+    make_run("numbers", done=1).events_file.write_text(odd % ("9" * 400, "9" * 400))
+    damaged = {"empty": "", "list": "[]", "deep": "[" * 100_000, "types": '{"train": 3, "images": 1}'}
+    damaged["null"] = '{"images": "a\\u0000b"}'
+    for name, text in damaged.items():
         make_run(name, done=1).config_file.write_text(text)
     assert {run.state for run in Library(runs).list_runs()} == {"stopped"}
+    page = client()
+    for place in ("/", "/images", *(f"/run/{path.name}" for path in runs.iterdir())):
+        assert page.get(place).status_code == 200, place
 
 
-def test_a_thousand_runs(make_run, runs, client):
+def test_many_runs(make_run, runs, client):
     """Each is read once, from its end; an unchanged one is not read again."""
     first = make_run("run-0", done=4)
     config, events = first.config_file.read_bytes(), first.events_file.read_bytes()
-    for number in range(1, 1000):
+    for number in range(1, 200):
         run = RunFolder(runs / f"run-{number}")
         run.path.mkdir()
         run.config_file.write_bytes(config)
         run.events_file.write_bytes(events)
     library = Library(runs)
     with counted() as reading:
-        assert len(library.list_runs()) == 1000
+        assert len(library.list_runs()) == 200
     with counted() as again:
         library.list_runs()
-    assert reading.count < 1_000_000
+    assert reading.count < 200_000
     assert again.count < reading.count / 4, (reading.count, again.count)
-    assert client().get("/").text.count("<li>") == 1000
+    assert client().get("/").text.count("<li>") == 200
 
 
 def test_the_tail_is_short(make_run):

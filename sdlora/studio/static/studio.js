@@ -135,6 +135,7 @@ function edit(set) {
   });
   const undo = () => send(`/undo/${folder}`, {}, "undone");
   $("#undo", set).addEventListener("click", undo);
+  count();
   document.addEventListener("keydown", event => {
     const writing = event.target.matches("input, textarea");
     if ((event.ctrlKey || event.metaKey) && event.key === "z" && !writing && !$("#undo", set).disabled) { event.preventDefault(); undo(); }
