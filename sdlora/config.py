@@ -421,8 +421,16 @@ class TrainSection(Section):
     lora_plus_ratio: Positive = _setting(
         1.0, "LoRA+: learning rate of up (B) over that of down (A); 1: off", "use 2 to 16, or 1 to disable it"
     )
-    schedule: Annotated[Literal["constant", "linear", "cosine"], _also(constant_with_warmup="constant")] = (
-        _setting("constant", "learning-rate schedule after warm-up: constant, linear or cosine")
+    schedule: Annotated[
+        Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"],
+        _also(constant_with_warmup="constant"),
+    ] = _setting(
+        "constant",
+        "learning-rate schedule after warm-up: constant, linear, cosine, cosine_with_restarts or polynomial",
+    )
+    schedule_cycles: Count = _setting(1, "cycles of cosine_with_restarts; 1: as cosine", "use 2 to 5")
+    schedule_power: Positive = _setting(
+        1.0, "exponent of polynomial; 1: as linear", "use 2 to fall more slowly at the end"
     )
     warmup: NotNegative = _setting(
         0.05,
@@ -467,6 +475,17 @@ class TrainSection(Section):
     def micro_batch(self) -> int:
         """Samples in one forward and backward pass; 1 until the size that `auto` finds is known."""
         return self.batch_size if isinstance(self.batch_size, int) else 1
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> TrainSection:
+        for key, schedule in (("cycles", "cosine_with_restarts"), ("power", "polynomial")):
+            value = getattr(self, f"schedule_{key}")
+            if value != 1 and self.schedule != schedule:
+                raise ValueError(
+                    f"train.schedule_{key} = {value:g} has no effect while train.schedule = {self.schedule}; "
+                    f"set train.schedule={schedule} or remove it"
+                )
+        return self
 
     @property
     def text_encoder_rate(self) -> float:
@@ -689,7 +708,7 @@ def read_toml(file: Path) -> dict[str, Any]:
     except UnfitFileError as error:
         problem = f"config file {file} {error}; `sdlora settings --presets` names examples"
         if file.suffix.lower() in (".json", ".yaml", ".yml"):
-            problem += ", and `sdlora settings network_dim` translates the settings of other trainers"
+            problem += f"; `sdlora settings --from {file}` translates a config of another trainer"
         raise ConfigError(problem, key=error.key) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read config file {file}: {error}", key="config.unreadable") from None

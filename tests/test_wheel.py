@@ -84,3 +84,15 @@ def test_a_wheel_trains_away_from_the_clone(repository, make_images, tmp_path):
     )
     assert "runs/style/adapters/final.safetensors" in printed
     assert (place / "runs/style/adapters/final.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_what_is_published(repository, tmp_path):
+    """R-27: `python -m build` makes a source archive and a wheel that twine accepts, without a network."""
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(repository)]
+    subprocess.run(build, check=True, capture_output=True)
+    files = sorted(str(file) for file in tmp_path.iterdir())
+    assert [Path(file).suffix for file in files] == [".whl", ".gz"]
+    checked = [sys.executable, "-m", "twine", "check", "--strict", *files]
+    done = subprocess.run(checked, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

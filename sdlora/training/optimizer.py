@@ -20,6 +20,7 @@ from sdlora.lora.attach import match_names
 from sdlora.lora.layers import DENOISER, component_of
 
 TEXT = "text encoders"
+POLYNOMIAL_END = 1e-7
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def num_warmup_steps(warmup: float, steps: int) -> int:
 def learning_rate(step: int, settings: TrainSection, steps: int) -> float:
     """The learning rate after `step` of `steps` updates, from 0.
 
-    It rises linearly over the warm-up, whose last step has the peak, then follows the schedule.
+    It rises linearly over the warm-up, whose last step has the peak, then follows the schedule, by the
+    formulas of `diffusers.optimization.get_scheduler`.
     """
     warmup = num_warmup_steps(settings.warmup, steps)
     if step < warmup:
@@ -118,6 +120,12 @@ def learning_rate(step: int, settings: TrainSection, steps: int) -> float:
         return settings.learning_rate * (1 - progress)
     if settings.schedule == "cosine":
         return settings.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+    if settings.schedule == "cosine_with_restarts":
+        part = settings.schedule_cycles * progress % 1
+        return settings.learning_rate * (1 + math.cos(math.pi * part)) / 2
+    if settings.schedule == "polynomial":
+        end = min(POLYNOMIAL_END, settings.learning_rate)
+        return (settings.learning_rate - end) * math.pow(1 - progress, settings.schedule_power) + end
     return settings.learning_rate
 
 

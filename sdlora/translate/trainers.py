@@ -69,8 +69,13 @@ def _prepare_kohya(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resolve_kohya(found: dict[str, Any]) -> None:
-    if str(found.get("lr_scheduler", "constant")) == "constant":
+    schedule = str(found.get("lr_scheduler", "constant"))
+    if schedule == "constant":
         found.pop("lr_warmup_steps", None)
+    if "restarts" not in schedule:
+        found.pop("lr_scheduler_num_cycles", None)
+    if schedule != "polynomial":
+        found.pop("lr_scheduler_power", None)
     if found.get("max_train_epochs"):
         found.pop("max_train_steps", None)
     if found.pop("use_8bit_adam", False):

@@ -17,12 +17,9 @@ Converter = Callable[[Any], Any]
 RESOLUTION_STEP = 64
 _PRECISIONS = {"no": "fp32", "float": "fp32", "tfloat32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _PRECISIONS |= {"float32": "fp32", "fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}
-# The nearest; how many cycles, and the power, are keys of their own.
-_SCHEDULES = {"constantwithwarmup": "constant", "polynomial": "linear", "cosinewithrestarts": "cosine"}
-_SCHEDULES |= {
-    "cosinewithhardrestarts": "cosine",
-    **{name: name for name in ("constant", "linear", "cosine")},
-}
+_SCHEDULES = {name: name for name in ("constant", "linear", "cosine", "polynomial")}
+_SCHEDULES |= {"constantwithwarmup": "constant"}
+_SCHEDULES |= dict.fromkeys(("cosinewithrestarts", "cosinewithhardrestarts"), "cosine_with_restarts")
 # sd-scripts' huber is the smooth one.
 _LOSSES = {"l2": "mse", "mse": "mse", "l1": "l1", "mae": "l1", "smoothl1": "smooth_l1"}
 _LOSSES |= {"huber": "pseudo_huber", "pseudohuber": "pseudo_huber"}
@@ -182,7 +179,7 @@ CONVERTERS: dict[str, Converter] = {
     "convolutions_alpha": lambda value: {"convolutions": number(value)},
     "quantized": lambda value: {"NFLOAT_4": "nf4", "INT_8": "int8", "FLOAT_8": "int8"}.get(str(value)),
     "precision": choose(_PRECISIONS, "use fp32, bf16 or fp16"),
-    "schedule": choose(_SCHEDULES, "schedules are constant, linear or cosine"),
+    "schedule": choose(_SCHEDULES, "see train.schedule"),
     "loss": choose(_LOSSES, "see objective.loss"),
     "timesteps": choose(_TIMESTEPS, "see objective.timesteps"),
     "scheduler": choose(_SCHEDULERS, "name a diffusers scheduler class"),

@@ -67,7 +67,7 @@ SETTINGS = {
     "train drawings train.precision=int4": "'bf16'",
     "train drawings --preset sd-15": "sd15",
     "train drawings --config kohya.toml": "lora.rank",
-    "train drawings --config kohya.json": "`sdlora settings network_dim`",
+    "train drawings --config kohya.json": "`sdlora settings --from kohya.json`",
     "settings ntwork_dim": "lora.rank",
     "settings lora.rnak": "lora.rank",
 }

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from diffusers.optimization import get_scheduler
 
-from sdlora.config import TrainSection
+from sdlora.config import TrainSection, load_config
 from sdlora.data.batches import split_micro_batches
 from sdlora.errors import ConfigError
 from sdlora.training.optimizer import (
@@ -44,6 +45,44 @@ def test_schedules_by_hand(schedule, expected):
     for step in range(5, steps):
         assert rates[step] == pytest.approx(0.1 * expected((step - 5) / 45))
     assert all(rate > 0 for rate in rates)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [
+        ("constant", {}),
+        ("linear", {}),
+        ("cosine", {}),
+        ("cosine_with_restarts", {"cycles": 3}),
+        ("polynomial", {"power": 2.0}),
+        ("polynomial", {}),
+    ],
+)
+def test_schedules_are_those_of_diffusers(schedule, options):
+    """R-08: the formulas of `get_scheduler`, but for the warm-up, whose first step is not without effect."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    theirs = {"num_cycles" if name == "cycles" else name: value for name, value in options.items()}
+    scheduler = get_scheduler(
+        schedule,
+        optimizer,
+        num_warmup_steps=0,
+        num_training_steps=40,
+        **{"num_cycles": 1, "power": 1.0, **theirs},
+    )
+    own = settings(
+        schedule=schedule, warmup=0, **{f"schedule_{name}": value for name, value in options.items()}
+    )
+    for step in range(40):
+        assert learning_rate(step, own, 40) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
+        optimizer.step()
+        scheduler.step()
+
+
+def test_options_of_schedules_have_an_effect():
+    """R-25: a number of cycles without restarts is a mistake."""
+    for key, other in (("cycles", "cosine"), ("power", "linear")):
+        with raises(ConfigError, f"train.schedule_{key}", shows=other):
+            load_config(None, {f"train.schedule_{key}": 2, "train.schedule": other})
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 4])

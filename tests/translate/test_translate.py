@@ -54,6 +54,7 @@ optimizer_args = ["weight_decay=0.1", "betas=0.9,0.99", "eps=1e-8"]
 learning_rate = 2e-4
 unet_lr = 1e-4
 lr_scheduler = "cosine_with_restarts"
+lr_scheduler_num_cycles = 3
 lr_warmup_steps = 100
 network_module = "networks.lora"
 network_dim = 32
@@ -98,7 +99,8 @@ KOHYA_TABLE = {
     "train.learning_rate": (1e-4, "unet_lr"),
     "train.text_encoder_learning_rate": (2e-4, "text_encoder_lr"),
     "train.lora_plus_ratio": (4.0, "loraplus_lr_ratio"),
-    "train.schedule": ("cosine", "lr_scheduler"),
+    "train.schedule": ("cosine_with_restarts", "lr_scheduler"),
+    "train.schedule_cycles": (3, "lr_scheduler_num_cycles"),
     "train.warmup": (100.0, "lr_warmup_steps"),
     "sample.prompts": (["a house", "a hill"], "sample_prompts"),
     "sample.scheduler": ("EulerAncestralDiscreteScheduler", "sample_sampler"),

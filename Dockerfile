@@ -1,0 +1,11 @@
+# docker build -t sdlora .    with CUDA: docker build -t sdlora --build-arg TORCH=cu128 .
+FROM python:3.12-slim
+ARG TORCH=cpu
+WORKDIR /sdlora
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY configs configs
+COPY sdlora sdlora
+RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/${TORCH} -c constraints.txt .
+ENV SDLORA_CACHE=/work/.cache/sdlora HF_HOME=/work/.cache/huggingface
+WORKDIR /work
+ENTRYPOINT ["sdlora"]
