@@ -44,9 +44,10 @@ def cache_folder() -> Path:
 
 
 def latent_key(record: ImageRecord, crop: Crop, *, vae_digest: str, background: str, dtype: str) -> str:
-    """Key of the latents of a crop; contains everything that changes them (R-21)."""
+    """Key of the latents of a crop, and of its mask; contains everything that changes them (R-21)."""
     box = [crop.resized.width, crop.resized.height, crop.left, crop.top, crop.size.width, crop.size.height]
-    return _make_key(LATENTS, record.digest, vae_digest, box, crop.flipped, parse_colour(background), dtype)
+    parts = [record.digest, vae_digest, box, crop.flipped, parse_colour(background), dtype]
+    return _make_key(LATENTS, *parts, *([record.mask.digest] if record.mask else []))
 
 
 def text_key(caption: str, *, encoder_digest: str, dtype: str) -> str:

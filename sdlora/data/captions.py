@@ -151,6 +151,12 @@ def trigger_pattern(trigger: str) -> re.Pattern[str]:
     return re.compile(before + words + after, re.IGNORECASE)
 
 
+def without_trigger(caption: str, trigger: str) -> str:
+    """The caption without the trigger, and without the commas around it."""
+    parts = trigger_pattern(trigger).sub("", caption).split(",")
+    return ", ".join(" ".join(part.split()) for part in parts if part.strip())
+
+
 def has_trigger(caption: str, trigger: str) -> bool:
     return trigger_pattern(trigger).search(caption) is not None
 

@@ -14,8 +14,10 @@ from sdlora.config import DataSection, RunConfig
 from sdlora.data.buckets import BucketPlan
 from sdlora.data.findings import CountTokens, examine, largest_first
 from sdlora.data.images import crop_image, load_image
+from sdlora.data.masks import shade_outside
 from sdlora.data.records import DatasetIndex, Finding, count_of
 from sdlora.data.scan import read_dataset
+from sdlora.data.sets import describe_sets
 from sdlora.errors import ConfigError
 from sdlora.writing import write_file
 
@@ -96,7 +98,9 @@ def contact_sheet(index: DatasetIndex, plan: BucketPlan, settings: DataSection) 
     sheet = Image.new("RGB", (columns * width, max(1, -(-len(records) // columns)) * height), "white")
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for number, record in enumerate(records):
-        cell = crop_image(load_image(record.path, settings.background), plan.crops[record.name][0])
+        crop = plan.crops[record.name][0]
+        cell = crop_image(load_image(record.path, settings.background), crop)
+        cell = shade_outside(cell, record, crop) if record.mask else cell
         cell.thumbnail((SHEET_CELL, SHEET_CELL))
         left, top = number % columns * width + 3, number // columns * height + 3
         sheet.paste(cell, (left + (SHEET_CELL - cell.width) // 2, top + (SHEET_CELL - cell.height) // 2))
@@ -111,7 +115,7 @@ def contact_sheet(index: DatasetIndex, plan: BucketPlan, settings: DataSection) 
 def _summarise_images(index: DatasetIndex) -> list[str]:
     everything = [*index.records, *index.heldout]
     sources = Counter(record.caption_source for record in everything if record.caption_source)
-    captioned = sum(number for source, number in sources.items() if source != "trigger")
+    captioned = sum(number for source, number in sources.items() if source not in ("trigger", "default"))
     places = ", ".join(f"{number} from {source}" for source, number in sources.most_common())
     lines = [
         f"{count_of(len(index.records), 'image')} to train on, {len(index.heldout)} held out: {index.root}",
@@ -122,6 +126,10 @@ def _summarise_images(index: DatasetIndex) -> list[str]:
         parts = ", ".join(f"{images} x {times}" for times, images in sorted(repeats.items()))
         samples = sum(record.repeats for record in index.records)
         lines.append(f"repeats: {parts} = {samples} samples per epoch")
+    if masked := sum(record.mask is not None for record in index.records):
+        lines.append(f"masks: of {count_of(masked, 'image')}")
+    if about_sets := describe_sets(index.records):
+        lines.append(about_sets)
     if any(record.variants for record in index.records):
         lines.append(f"caption variants: {index.num_captions}, each encoded once")
     return lines

@@ -14,6 +14,8 @@ from sdlora.data.captions import has_trigger
 from sdlora.data.records import DatasetIndex, Finding, ImageRecord, Noticed, Severity, count_of
 from sdlora.errors import join_names
 
+# A mask of half the size may round a side to the next pixel.
+MASK_TOLERANCE = 0.03
 MANY_REPEATS = 100
 MAX_REPEATS = 10_000
 LARGE_LOSS = 0.15
@@ -27,6 +29,9 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "data.follow_links=true",
         "data.image-unreadable": "cannot use {count:image}: {names}; replace or remove them, or set "
         "data.on_bad_image=skip",
+        "data.mask-unreadable": "cannot use {count:mask}: {names}; replace or remove them",
+        "data.mask-shape": "{count:mask} of another shape than the image: {names}; save them with its width "
+        "and height, or half of both",
         "data.caption-unreadable": "cannot read {count:caption file}: {names}; fix or remove them",
         "data.caption-undecodable": "{count:caption file} in an unknown encoding: {names}; save as UTF-8, or "
         "set data.caption_encoding, for example to cp932 (Japanese), gb18030 (Chinese) or cp1251 (Cyrillic)",
@@ -73,8 +78,9 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "data.image-system": "ignored {count:image} in folders of the system or of network storage: {names}",
         "data.image-project": "ignored {count:image} outside img/, which has the images of a kohya project: "
         "{names}; pass another folder to use them",
-        "data.regularization": "ignored {count:regularization image} in reg/, which cannot be used: {names}",
-        "data.image-mask": "ignored {count:mask} of other tools: {names}",
+        "data.regularization": "ignored {count:regularization image} in reg/: {names}; to train on them as "
+        "class images, set data.sets=[{{folder='reg'}}]",
+        "data.image-mask": "ignored {count:mask}: {names}; data.masks=files uses those beside an image",
         "data.repeats-zero": "ignored {count:image} in folders with zero repeats: {names}",
         "data.image-enlarged": "{count:image} enlarged: {names}",
         "data.heldout-unused": "ignored {count:image} in folders named heldout, never trained on: {names}",
@@ -139,7 +145,7 @@ def _word(severity: Severity, key: str, message: str, details: Mapping[str, str]
 
 
 def _examine_records(
-    training: Iterable[ImageRecord], heldout: Iterable[ImageRecord], noticed: Noticed
+    training: Sequence[ImageRecord], heldout: Iterable[ImageRecord], noticed: Noticed
 ) -> None:
     """Shared stems (R-21), exact copies, held-out images that are trained on, unlikely repeats."""
     stems: dict[PurePosixPath, list[str]] = defaultdict(list)
@@ -152,6 +158,10 @@ def _examine_records(
     for first, *others in copies.values():
         if others:
             noticed["data.copies"][first] = f"= {join_names(others, separator=' = ')}"
+    for record in training:
+        size = record.mask.size if record.mask else None
+        if size and abs(size.aspect / record.size.aspect - 1) > MASK_TOLERANCE:
+            noticed["data.mask-shape"][record.name] = f"({size}; the image is {record.size})"
     leaked = [record.name for record in heldout if record.digest in copies]
     noticed["data.heldout-trained"] |= dict.fromkeys(leaked, "")
     if (most := max((record.repeats for record in training), default=0)) > MANY_REPEATS:

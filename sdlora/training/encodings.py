@@ -15,8 +15,9 @@ from torch import Tensor
 from sdlora.data.buckets import Crop
 from sdlora.data.cache import TensorCache, TensorShapes, cache_folder, latent_key, text_key
 from sdlora.data.images import crop_image, load_record
+from sdlora.data.masks import crop_mask
 from sdlora.data.records import ImageRecord, count_of
-from sdlora.data.tensors import crop_to_time_ids, image_to_tensor
+from sdlora.data.tensors import crop_to_time_ids, image_to_tensor, mask_to_tensor
 from sdlora.errors import DataError, ModelError
 from sdlora.models.base import Base, Condition
 from sdlora.report.terminal import Terminal
@@ -96,7 +97,14 @@ class Encodings:
     def posterior(
         self, record: ImageRecord, crop: Crop, pixels: Callable[[], Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the VAE's posterior, each (C, H, W) on the CPU.
+        """Mean and standard deviation of the VAE's posterior, each (C, H, W) on the CPU; see `image`."""
+        known = self.image(record, crop, pixels)
+        return known["mean"], known["std"]
+
+    def image(
+        self, record: ImageRecord, crop: Crop, pixels: Callable[[], Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Mean and standard deviation of the VAE's posterior, each (C, H, W), and `mask` (1, H, W) if any.
 
         `pixels` returns the image if it is decoded elsewhere.
 
@@ -110,10 +118,12 @@ class Encodings:
                 mean, std = self.base.encode_images(image[None])
             except ModelError as error:
                 raise ModelError(f"{record.name}: {error}", key="".join(error.keys)) from None
-            return {"mean": mean[0].cpu(), "std": std[0].cpu()}
+            found = {"mean": mean[0].cpu(), "std": std[0].cpu()}
+            if record.mask is not None:
+                found["mask"] = mask_to_tensor(crop_mask(record, crop), self.base.info.vae_factor)
+            return found
 
-        known = self._cached((record, crop), encode)
-        return known["mean"], known["std"]
+        return self._cached((record, crop), encode)
 
     def condition(self, caption: str) -> Condition:
         """A caption's text states, on the CPU."""
@@ -158,4 +168,12 @@ class Encodings:
         shape = (info.latent_channels, size.height // info.vae_factor, size.width // info.vae_factor)
         dtype, background = str(self.base.vae.dtype), self.settings.background
         key = latent_key(*item, vae_digest=info.vae_digest, background=background, dtype=dtype)
-        return key, {"mean": shape, "std": shape}
+        mask: TensorShapes = {} if item[0].mask is None else {"mask": (1, *shape[1:])}
+        return key, {"mean": shape, "std": shape, **mask}
+
+
+def stack_masks(images: Sequence[dict[str, Tensor]]) -> Tensor | None:
+    """What counts of each of `Encodings.image`, (B, 1, H, W) in [0, 1]; None if all of every image does."""
+    if all("mask" not in one for one in images):
+        return None
+    return torch.stack([one.get("mask", torch.ones_like(one["mean"][:1])) for one in images])

@@ -152,10 +152,10 @@ def default_prompts(index: DatasetIndex, settings: DataSection, count: int) -> l
 
     Without captions, the trigger with things that any base can draw.
     """
-    if all(record.caption == settings.trigger for record in index.records):
+    if all(record.caption == settings.trigger for record in index.styled):
         return [caption_pipeline(settings).plain(subject) for subject in SUBJECTS[: 2 * count]]
     prompts: list[str] = []
-    for records in (index.records, index.heldout):
+    for records in (index.styled, index.heldout):
         captions = list(dict.fromkeys(record.caption for record in records if record.caption))
         prompts += spread(captions, count)
     return list(dict.fromkeys(prompts))
