@@ -307,7 +307,8 @@ def test_the_keys_are_pinned():
         "rank_pattern rslora targets text_encoder",
         "objective": "debiased force_prediction_type huber_delta huber_schedule input_perturbation loss "
         "min_snr_gamma noise_offset prediction_type prior_weight pyramid_discount pyramid_noise timestep_bias "
-        "timestep_mean timestep_range timestep_std timestep_weight timesteps unmasked_prior unmasked_weight",
+        "timestep_mean timestep_range timestep_std timestep_weight timesteps unmasked_prior "
+        "unmasked_weight",
         "train": "accumulate batch_size ema_decay evaluate_every grad_clip gradient_checkpointing "
         "keep_checkpoints learning_rate learning_rates lora_plus_ratio max_skipped_steps "
         "optimizer optimizer_args precision sample_every save_every schedule seed steps "
