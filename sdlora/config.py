@@ -29,6 +29,8 @@ from sdlora.reading import MAX_DEPTH, MAX_NAME, UnfitFileError, parse_toml, read
 
 PLACEHOLDERS = ("{trigger}", "[trigger]")
 """What the trigger is substituted for; ai-toolkit has the second, and `data.rules = 1` only the first."""
+WEIGHT = re.compile(r"\([^()]+:\s*[0-9.]+\s*\)")
+"""Words with a weight in brackets."""
 MAX_TOML_BYTES = 256 * 2**10
 MAX_JSON_BYTES = 16 * 2**20
 
@@ -198,12 +200,46 @@ class DataSection(Section):
     shuffle_tags: bool = _setting(False, "shuffle the tags of captions, which commas separate")
     tag_dropout: Probability = _off("probability of leaving out each tag; one stays", "about 0.1")
     keep_tags: Interval = _setting(0, "first tags of a caption that stay in place", "use a number such as 1")
+    keep_separator: str = _setting(
+        "", "text such as ||| in captions: the tags before it stay in place, and those behind a second one"
+    )
+    wildcards: bool = _setting(
+        False, "choose one of {a|b} in captions; prompts and validation images take the first"
+    )
+    several_captions: bool = _setting(
+        False, "each line of a caption file, or item of a list in metadata, is a caption of its own"
+    )
+    placeholders: Texts = _setting(
+        [], "further placeholders of the trigger in captions, such as [name] or <trigger>"
+    )
     caption_variants: int | None = _setting(
         None,
-        "fixed variants of each caption with shuffled or left-out tags, each encoded once; default: 8",
+        "fixed variants of each caption with shuffled or left-out tags, or wildcards, each encoded once; "
+        "default: 8",
         "use 2 to 32",
         ge=1,
         le=1000,
+    )
+    clip_skip: int = _setting(
+        1,
+        "text encoder layer that is read, from the end, as users of SD 1.x count: 1 (the last) or 2 (the one "
+        "before, as anime bases need); not for SDXL",
+        "use 1 or 2",
+        ge=1,
+        le=12,
+    )
+    prompt_chunks: int = _setting(
+        1,
+        "parts of the text encoder's length (75 tokens) in which captions and prompts are read, as UIs do; "
+        "1: what is longer is cut",
+        "use 1 to 3",
+        ge=1,
+        le=8,
+    )
+    prompt_weights: bool = _setting(
+        False,
+        "read (word:1.2), (word) and [word] in captions and prompts as weights, as A1111 does with the "
+        "emphasis 'No norm'",
     )
     caption_encoding: str | None = _setting(
         None, "encoding of caption files that are not in UTF-8, such as cp932; default: as they seem to be"
@@ -236,18 +272,21 @@ class DataSection(Section):
                 f"data.crop_variants = {self.crop_variants} requires data.crop = random "
                 "(there is only one center crop); set data.crop=random or remove data.crop_variants"
             )
+        idle: dict[str, Any] = {}
         if not self.varies_tags:
-            for name, value in (("keep_tags", self.keep_tags), ("caption_variants", self.caption_variants)):
-                if value:
-                    raise ValueError(
-                        f"data.{name} = {value} has no effect while tags stay as they are; set "
-                        "data.shuffle_tags=true or data.tag_dropout=0.1, or remove it"
-                    )
-        if idle := next(
+            idle = {"keep_tags": self.keep_tags, "keep_separator": self.keep_separator}
+        idle |= {} if self.varies_tags or self.wildcards else {"caption_variants": self.caption_variants}
+        for name, value in idle.items():
+            if value:
+                raise ValueError(
+                    f"data.{name} = {value} has no effect while tags stay as they are; set "
+                    "data.shuffle_tags=true or data.tag_dropout=0.1, or remove it"
+                )
+        if one := next(
             (one for one in self.sets if one.keep_tags and not self.of_set(one).varies_tags), None
         ):
             raise ValueError(
-                f"data.sets has keep_tags = {idle.keep_tags} for {shorten(idle.folder)}, which has no effect "
+                f"data.sets has keep_tags = {one.keep_tags} for {shorten(one.folder)}, which has no effect "
                 "while its tags stay as they are; set shuffle_tags or tag_dropout there, or remove it"
             )
         if self.caption_encoding is not None and not _is_encoding(self.caption_encoding):
@@ -278,7 +317,7 @@ class DataSection(Section):
     def fill_trigger(self, text: str, trigger: str | None = None) -> str:
         """Substitutes a trigger, by default `data.trigger`, for its placeholders."""
         if words := trigger or self.trigger:
-            for placeholder in PLACEHOLDERS[: self.rules]:
+            for placeholder in (*PLACEHOLDERS[: self.rules], *filter(None, self.placeholders)):
                 text = text.replace(placeholder, words)
         return text
 
@@ -660,6 +699,11 @@ class RunConfig(Section):
             raise ValueError(
                 "data.cache = true conflicts with lora.text_encoder = true: text embeddings change while "
                 "their encoder trains; set data.cache=auto (latents stay cached) or lora.text_encoder=false"
+            )
+        if self.lora.text_encoder and self.data.clip_skip > 2:
+            raise ValueError(
+                f"data.clip_skip = {self.data.clip_skip} does not go with lora.text_encoder = true: several "
+                "layers would not learn; set data.clip_skip=2 or lora.text_encoder=false"
             )
         objective = self.objective
         for name in ("unmasked_weight", "unmasked_prior"):

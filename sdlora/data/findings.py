@@ -85,7 +85,9 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "data.image-enlarged": "{count:image} enlarged: {names}",
         "data.heldout-unused": "ignored {count:image} in folders named heldout, never trained on: {names}",
         "data.placeholder-foreign": "placeholders of other tools in {count:caption}, taken as text: {names}; "
-        "write {{trigger}} or the words themselves",
+        "write {{trigger}} or the words themselves, or list those of the trigger in data.placeholders",
+        "data.caption-weights": "weights in {count:caption}, taken as text: {names}; set "
+        "data.prompt_weights=true to read them",
         "data.caption-encoding": "{count:file} not in UTF-8, read in an encoding that seems to fit: {names}; "
         "save as UTF-8 if characters look wrong, or set data.caption_encoding",
         "data.caption-unmatched": "{count:caption file} without a matching image: {names}",

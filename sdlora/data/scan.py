@@ -15,7 +15,7 @@ from functools import cache
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
 
-from sdlora.config import PLACEHOLDERS, DataSection, RunConfig
+from sdlora.config import PLACEHOLDERS, WEIGHT, DataSection, RunConfig
 from sdlora.data.buckets import BucketPlan, plan_buckets
 from sdlora.data.caption_files import METADATA_FILES, Caption, find_captions
 from sdlora.data.captions import caption_pipeline
@@ -156,11 +156,11 @@ class _Scan:
         one, settings = sets.find(record.name), sets.settings_of(record.name)
         pipeline = caption_pipeline(settings)
         words = sets.default_caption(record.name)
-        text, source = found or (words, "default" if words else "trigger" if settings.trigger else "")
-        caption, variants = (
-            pipeline.plain(text),
-            pipeline.variants(text, seed=self.seed, digest=record.digest),
-        )
+        source = "default" if words else "trigger" if settings.trigger else ""
+        text, source, others = found or Caption(words, source)
+        caption, key = pipeline.plain(text), (self.seed, record.digest)
+        made = (variant for words in (text, *others) for variant in pipeline.variants(words, *key))
+        variants = tuple(dict.fromkeys(made))
         return replace(
             record,
             caption=caption,
@@ -195,10 +195,12 @@ class _Scan:
             marks = PLACEHOLDERS[: settings.rules]
             unset = {name: mark for mark in marks for name in written if mark in captions[name].text}
             noticed["data.placeholder"] |= unset
-        found = {name: FOREIGN.findall(captions[name].text) for name in written}
-        noticed["data.placeholder-foreign"] |= {
-            name: " ".join(marks) for name, marks in found.items() if marks
-        }
+        patterns = {"data.placeholder-foreign": FOREIGN}
+        if not settings.prompt_weights:
+            patterns["data.caption-weights"] = WEIGHT
+        for key, pattern in patterns.items():
+            found = {name: pattern.findall(captions[name].text) for name in written}
+            noticed[key] |= {name: " ".join(marks) for name, marks in found.items() if marks}
 
 
 def _measure_all(paths: Sequence[Path]) -> list[tuple[str, Size, bool] | str]:

@@ -97,20 +97,34 @@ class Encodings:
     def posterior(
         self, record: ImageRecord, crop: Crop, pixels: Callable[[], Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the VAE's posterior, each (C, H, W) on the CPU; see `image`."""
-        known = self.image(record, crop, pixels)
-        return known["mean"], known["std"]
-
-    def image(
-        self, record: ImageRecord, crop: Crop, pixels: Callable[[], Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        """Mean and standard deviation of the VAE's posterior, each (C, H, W), and `mask` (1, H, W) if any.
+        """Mean and standard deviation of the VAE's posterior, each (C, H, W) on the CPU.
 
         `pixels` returns the image if it is decoded elsewhere.
 
         Raises a DataError if the image is missing or has changed since it was scanned, and a ModelError with
         its name if the latents are not finite.
         """
+        known = self._image(record, crop, pixels)
+        return known["mean"], known["std"]
+
+    def masks(self, views: Sequence[View]) -> Tensor | None:
+        """What counts of each image, (B, 1, H, W) in [0, 1] on the CPU; None if all of every image does."""
+        if all(record.mask is None for record, _ in views):
+            return None
+        return torch.stack([self._mask(*view) for view in views])
+
+    def _mask(self, record: ImageRecord, crop: Crop) -> Tensor:
+        factor = self.base.info.vae_factor
+        if record.mask is None:
+            return torch.ones(1, crop.size.height // factor, crop.size.width // factor)
+        if self.cache is not None:
+            return self._image(record, crop)["mask"]
+        return mask_to_tensor(crop_mask(record, crop), factor)
+
+    def _image(
+        self, record: ImageRecord, crop: Crop, pixels: Callable[[], Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """`mean` and `std` of an image, and `mask` if it has one; with a cache, all of them are in it."""
 
         def encode() -> dict[str, Tensor]:
             image = pixels() if pixels else self._pixels(record, crop)
@@ -119,7 +133,7 @@ class Encodings:
             except ModelError as error:
                 raise ModelError(f"{record.name}: {error}", key="".join(error.keys)) from None
             found = {"mean": mean[0].cpu(), "std": std[0].cpu()}
-            if record.mask is not None:
+            if record.mask is not None and self.cache is not None:
                 found["mask"] = mask_to_tensor(crop_mask(record, crop), self.base.info.vae_factor)
             return found
 
@@ -163,17 +177,10 @@ class Encodings:
         if isinstance(item, str):
             key = text_key(item, encoder_digest=self.text_digest, dtype=str(self.base.text_dtype))
             pooled: TensorShapes = {"pooled": (info.pooled_width,)} if info.has_time_ids else {}
-            return key, {"hidden": (info.text_length, info.text_width), **pooled}
+            return key, {"hidden": (info.num_text_states, info.text_width), **pooled}
         size = item[1].size
         shape = (info.latent_channels, size.height // info.vae_factor, size.width // info.vae_factor)
         dtype, background = str(self.base.vae.dtype), self.settings.background
         key = latent_key(*item, vae_digest=info.vae_digest, background=background, dtype=dtype)
         mask: TensorShapes = {} if item[0].mask is None else {"mask": (1, *shape[1:])}
         return key, {"mean": shape, "std": shape, **mask}
-
-
-def stack_masks(images: Sequence[dict[str, Tensor]]) -> Tensor | None:
-    """What counts of each of `Encodings.image`, (B, 1, H, W) in [0, 1]; None if all of every image does."""
-    if all("mask" not in one for one in images):
-        return None
-    return torch.stack([one.get("mask", torch.ones_like(one["mean"][:1])) for one in images])

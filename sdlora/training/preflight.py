@@ -35,7 +35,7 @@ TRAINING_PASSES, DECODING_PASSES = 2, 3
 
 def check_folder(config: RunConfig, sheet: Path | None = None) -> Checkup:
     """Examines the image folder as `train` would; `sheet` is the path of a contact sheet to draw."""
-    info = inspect_base(config.base, config.objective)
+    info = inspect_base(config.base, config.objective, config.data)
     return check_for_base(with_base_defaults(config, info), info, sheet)
 
 
@@ -45,7 +45,7 @@ def check_for_base(config: RunConfig, info: BaseInfo, sheet: Path | None = None)
         config,
         resolution=info.resolution,
         min_step=info.min_step,
-        count_tokens=partial(count_tokens, load_tokenizer(info), info.text_length),
+        count_tokens=partial(count_tokens, load_tokenizer(info), info),
         sheet=sheet,
     )
     return replace(checkup, findings=[*(Finding("notice", text) for text in info.notices), *checkup.findings])

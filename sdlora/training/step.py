@@ -17,7 +17,7 @@ from torch import Tensor
 from sdlora.config import TrainSection
 from sdlora.data.batches import Sample, split_micro_batches
 from sdlora.data.captions import without_trigger
-from sdlora.diffusion.objective import Denoiser, denoising_loss, draw, prior_loss
+from sdlora.diffusion.objective import Denoiser, Draws, denoising_loss, draw, prior_loss
 from sdlora.dtypes import Precision
 from sdlora.lora.adapter import NormReport, limit_norms
 from sdlora.lora.attach import unmounted
@@ -25,7 +25,6 @@ from sdlora.lora.layers import lora_layers
 from sdlora.models.base import Condition
 from sdlora.seeds import derive_seed
 from sdlora.training.distributed import all_reduce_sum
-from sdlora.training.encodings import stack_masks
 from sdlora.training.optimizer import build_optimizer, group_parameters
 from sdlora.training.prepare import Prepared
 
@@ -172,9 +171,8 @@ class StepRunner:
     def _losses(self, step: int, samples: Sequence[Sample]) -> tuple[Tensor, list[Draw]]:
         """The loss of each sample, (B,), and its draws."""
         objective, device = self.prepared.objective, self.accelerator.device
-        seeds, images = self._seeds("sample", step, samples), self._images(samples)
-        drawn = draw(objective, [(image["mean"], image["std"]) for image in images], seeds)
-        masks = stack_masks(images)
+        drawn = self._draw(step, samples)
+        masks = self.prepared.encodings.masks([(sample.record, sample.crop) for sample in samples])
         captions = [sample.caption for sample in samples]
         losses = denoising_loss(
             self._denoiser(captions, samples),
@@ -188,7 +186,9 @@ class StepRunner:
             losses = losses * torch.tensor(weights, device=device)
         return losses, [
             Draw(sample.index, sample.record.name, sample.caption, seed, timestep)
-            for sample, seed, timestep in zip(samples, seeds, drawn.timesteps.tolist(), strict=True)
+            for sample, seed, timestep in zip(
+                samples, self._seeds("sample", step, samples), drawn.timesteps.tolist(), strict=True
+            )
         ]
 
     def _weight(self, sample: Sample) -> float:
@@ -201,21 +201,22 @@ class StepRunner:
         samples = [sample for sample in micro_batch if sample.record.trigger]
         if not samples:
             return torch.zeros((), device=self.accelerator.device)
-        objective, seeds = self.prepared.objective, self._seeds("sample", step, samples)
-        posteriors = [(image["mean"], image["std"]) for image in self._images(samples)]
+        objective = self.prepared.objective
         captions = [without_trigger(sample.caption, sample.record.trigger) for sample in samples]
         losses = prior_loss(
             self._denoiser(captions, samples),
             self._denoiser_alone(captions, samples),
             objective,
-            draw(objective, posteriors, seeds).to(self.accelerator.device),
+            self._draw(step, samples).to(self.accelerator.device),
         )
         loss = objective.settings.prior_weight * losses.sum() / count
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def _images(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
-        return [self.prepared.encodings.image(sample.record, sample.crop) for sample in samples]
+    def _draw(self, step: int, samples: Sequence[Sample]) -> Draws:
+        encodings = self.prepared.encodings
+        posteriors = [encodings.posterior(sample.record, sample.crop) for sample in samples]
+        return draw(self.prepared.objective, posteriors, self._seeds("sample", step, samples))
 
     def _denoiser(self, captions: Sequence[str], samples: Sequence[Sample]) -> Denoiser:
         views = [(sample.record, sample.crop) for sample in samples]

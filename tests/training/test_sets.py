@@ -10,7 +10,6 @@ from sdlora.diffusion.objective import draw
 from sdlora.errors import RunStopped
 from sdlora.formats.files import load_adapter
 from sdlora.runs import RunFolder
-from sdlora.training.encodings import stack_masks
 from sdlora.training.train import train
 
 SETTINGS = {
@@ -89,8 +88,8 @@ def test_a_step_by_hand(images, quick, make_trainer, tmp_path):
     expected = 0.0
     for sample, drawn in zip(samples, draws, strict=True):
         view = (sample.record, sample.crop)
-        image = encodings.image(*view)
-        values = draw(objective, [(image["mean"], image["std"])], [drawn.noise_seed])
+        values = draw(objective, [encodings.posterior(*view)], [drawn.noise_seed])
+        masks = encodings.masks([view])
         noisy = objective.schedule.add_noise(values.latents, values.noise, values.timesteps)
 
         def predict(caption, alone=False, noisy=noisy, values=values, view=view):
@@ -107,7 +106,7 @@ def test_a_step_by_hand(images, quick, make_trainer, tmp_path):
         with torch.no_grad():
             own, base = predict(sample.caption), predict(sample.caption, alone=True)
             target = objective.schedule.target(values.latents, values.noise, values.timesteps)
-            mask = image.get("mask", torch.ones(1, 8, 8)[:, : own.shape[2], : own.shape[3]]).double()
+            mask = torch.ones(1, 1, 1, 1).double() if masks is None else masks.double()
             weights = mask.clamp(min=0.05) / mask.clamp(min=0.05).mean()
             loss = ((own - target).square() * weights + 0.5 * (1 - mask) * (own - base).square()).mean()
             if sample.record.is_class:
@@ -130,13 +129,12 @@ def test_before_the_first_step_the_prior_is_met(images, quick, make_trainer, tmp
     losses = [trainer.runner.compute_gradients(0, samples)[0] for trainer in (plain, prior)]
     assert losses[0] == losses[1]
     encodings = plain.prepared.encodings
-    views = {
-        record.name: (record, plan[0])
-        for record in plain.plan.index.records
-        for plan in [plain.plan.buckets.crops[record.name]]
-    }
-    assert stack_masks([encodings.image(*views["02.png"])]) is None
-    masks = stack_masks([encodings.image(*views[name]) for name in ("00.png", "02.png")])
+    crops = plain.plan.buckets.crops
+    views = {record.name: (record, crops[record.name][0]) for record in plain.plan.index.records}
+    assert encodings.masks([views["02.png"]]) is None
+    masks = encodings.masks([views["00.png"], views["02.png"]])
     assert masks is not None
     assert masks[1].min() == 1
     assert (masks[0].min(), masks[0].max()) == (0, 1)
+    encodings.cache = None
+    assert torch.equal(encodings.masks([views["00.png"], views["02.png"]]), masks)
