@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-_AS_WRITTEN = "not supported: captions are used as written"
 _ALWAYS = "not needed: always on"
 _IN_STEPS = "counted in steps; the plan shows the steps per epoch"
 

@@ -47,7 +47,7 @@ class ImageFolder:
     def __init__(self, path: Path, journal: Path, config: RunConfig | None = None) -> None:
         self.path, self.journal = path, journal
         config = config or load_config(images=path)
-        self.info = inspect_base(config.base, config.objective)
+        self.info = inspect_base(config.base, config.objective, config.data)
         self.config = with_base_defaults(config, self.info).model_copy(update={"images": str(path)})
 
     def check(self) -> Checkup:
@@ -60,7 +60,7 @@ class ImageFolder:
         files = list_usable(self.path, noticed, self.config.data)
         images = sorted(name for name in files if is_image(name))
         found = find_captions(self.path, files, images, self.config.data, noticed)
-        return {name: tuple(found.get(name, ("", ""))) for name in images}
+        return {name: found[name][:2] if name in found else ("", "") for name in images}
 
     def thumbnail(self, name: str) -> Image.Image:
         """An image at the size of a thumbnail, with what its crop removes dimmed."""
