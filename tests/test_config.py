@@ -302,8 +302,8 @@ def test_the_keys_are_pinned():
         "base": "dtype quantize revision source vae variant",
         "data": "allow_missing_captions background cache caption_dropout caption_encoding caption_prefix "
         "caption_suffix caption_variants clip_skip crop crop_variants flip follow_links heldout "
-        "keep_separator keep_tags masks on_bad_image placeholders prompt_chunks prompt_weights resolution rules sets "
-        "several_captions shuffle_tags tag_dropout trigger trigger_position wildcards",
+        "keep_separator keep_tags masks on_bad_image placeholders prompt_chunks prompt_weights resolution "
+        "rules sets several_captions shuffle_tags tag_dropout trigger trigger_position wildcards",
         "lora": "alpha alpha_pattern dropout force_parent init init_from kind max_norm parent rank "
         "rank_pattern rslora targets text_encoder",
         "objective": "debiased force_prediction_type huber_delta huber_schedule input_perturbation loss "
