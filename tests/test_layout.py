@@ -48,7 +48,7 @@ LIBRARIES = {
     "uvicorn": {"cli"},
 }
 # A feature that needs more lines raises this in the commit that adds it.
-MAX_MODULES, MAX_LINES = 136, 24_180
+MAX_MODULES, MAX_LINES = 138, 25056
 WITHOUT_TORCH = {
     "errors",
     "reading",

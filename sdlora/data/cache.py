@@ -26,9 +26,10 @@ MAX_BYTES = 2**28
 MAX_KEPT = 2**31
 DTYPES = {"F32", "F16", "BF16"}
 TensorShapes = dict[str, tuple[int, ...]]
-LATENTS, TEXT, IMAGES = "latents", "text", "images"
-ENDINGS = {LATENTS: ".safetensors", TEXT: ".safetensors", IMAGES: ".png"}
-"""Kinds of entries: tensors, which this module reads and writes, and the base's images (`sampling.store`)."""
+LATENTS, TEXT, IMAGES, LOOKS = "latents", "text", "images", "looks"
+ENDINGS = {LATENTS: ".safetensors", TEXT: ".safetensors", IMAGES: ".png", LOOKS: ".npz"}
+"""Kinds of entries: tensors, which this module reads and writes, the base's
+images (`sampling.store`), and measures of training images (`data.looks`)."""
 
 
 def cache_folder() -> Path:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -43,8 +44,10 @@ NUDGES = (0.025, 0.025, 0.01, 0.004)
 MAX_CANDIDATES = 3
 DARK_LEVEL = 90
 MAX_BLUR, BLUR_MARGIN = 0.5, 0.15
-BORDER_SHARE, BORDER_EDGE, BORDER_LEVELS, MAX_FRAME = 0.03, 0.9, 20, 0.12
-MARK_LEVELS, MARK_LIKENESS, MARK_IMAGES = 3.0, 0.8, 3
+BORDER_SHARE, BORDER_EDGE, BORDER_LEVELS, MAX_FRAME = 0.03, 0.85, 20, 0.12
+GROUND_SHARE = 0.25
+# Fine structure beyond a limit is of the drawing, which must not outweigh a mark.
+MARK_LIMIT, MARK_LEVELS, MARK_STROKES, MARK_LIKENESS, MARK_IMAGES = 24, 4, 12, 0.5, 3
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,9 @@ class Looks:
 
     Attributes:
         thumbnails: (N, 32, 32, 3), 8 bits, stretched to a square.
-        corners: (N, 4, 16, 48), the fine structure of the corners, 8 bits with sign.
-        figures: (N, 3): the brightness of the lightest parts (0 to 255), blur (0 to 1), and the share of the
-            shorter side that borders take.
+        corners: (N, 4, 16, 48), the fine structure of the corners, from -24 to 24.
+        figures: (N, 4): the brightness of the lightest parts (0 to 255), blur (0 to 1), the share that
+            borders take, and the level of the ground in all corners, or -1 if they differ.
     """
 
     digests: NDArray[np.str_]
@@ -70,12 +73,16 @@ def measure(image: Image.Image) -> tuple[NDArray[np.uint8], NDArray[np.int8], Ar
     thumbnail = np.asarray(image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
     grey = image.convert("L")
     levels = np.asarray(grey, np.float32)
-    figures = np.array([np.percentile(levels, 98), measure_blur(levels), measure_border(levels)], np.float32)
+    ends = levels[[0, 0, -1, -1], [0, -1, 0, -1]]
+    ground = float(np.median(ends)) if np.ptp(ends) <= BORDER_LEVELS else -1.0
+    border = measure_border(np.asarray(image, np.float32))
+    measured = (np.percentile(levels, 98), measure_blur(levels), border, ground)
+    figures = np.array(measured, np.float32)
     fine = levels - np.asarray(grey.filter(ImageFilter.BoxBlur(6)), np.float32)
     width, height = max(1, grey.width * 3 // 8), max(1, grey.height // 8)
     parts = (fine[:height, :width], fine[:height, -width:], fine[-height:, :width], fine[-height:, -width:])
     corners = [np.asarray(Image.fromarray(part).resize(CORNER, Image.Resampling.BOX)) for part in parts]
-    return thumbnail, np.clip(np.rint(corners), -127, 127).astype(np.int8), figures
+    return thumbnail, np.clip(np.rint(corners), -MARK_LIMIT, MARK_LIMIT).astype(np.int8), figures
 
 
 def measure_blur(levels: Array) -> float:
@@ -90,13 +97,13 @@ def measure_blur(levels: Array) -> float:
     return max(found)
 
 
-def measure_border(levels: Array) -> float:
+def measure_border(pixels: Array) -> float:
     """Share of an image that uniform bars on opposite sides take; 0 for none.
 
     Bars that span the image are of a letterbox; with others around them, of a frame, which is narrow: wide
     ones are the ground around a thing with straight sides.
     """
-    found = [(_bar(grey), _bar(grey[::-1]), len(grey)) for grey in (levels, levels.T)]
+    found = [(_bar(side), _bar(side[::-1]), len(side)) for side in (pixels, pixels.swapaxes(0, 1))]
     bars = [min(first[0], last[0]) / length for first, last, length in found]
     if min(bars) >= BORDER_SHARE and max(bars) <= MAX_FRAME:
         return 2 * max(bars)
@@ -104,15 +111,15 @@ def measure_border(levels: Array) -> float:
     return max((2 * bar for bar in spans if bar >= BORDER_SHARE), default=0.0)
 
 
-def _bar(grey: Array) -> tuple[int, float]:
+def _bar(pixels: Array) -> tuple[int, float]:
     """Rows of a uniform bar at the top, 0 without a straight edge below, and the share of the width."""
-    differs = np.abs(grey - np.median(grey[0])) > BORDER_LEVELS
+    differs = np.abs(pixels - np.median(pixels[0], axis=0)).max(axis=-1) > BORDER_LEVELS
     rows = differs.mean(axis=1) > 0.02
     first = int(rows.argmax())
-    if not 0 < first < len(grey) // 2:
+    if not 0 < first < len(pixels) // 2:
         return 0, 0.0
     # The edge may take a few rows; bars at the sides are no part of it.
-    edge = differs[first : first + max(3, len(grey) // 64)].any(axis=0)
+    edge = differs[first : first + max(3, len(pixels) // 64)].any(axis=0)
     columns = np.flatnonzero(differs[first:-first].any(axis=0))
     span = int(columns[-1] - columns[0] + 1) if len(columns) else 0
     is_straight = edge.sum() >= BORDER_EDGE * span and span >= 0.5 * len(edge)
@@ -134,7 +141,7 @@ def measure_records(records: Sequence[ImageRecord], background: str, cache: Path
         known |= {digest: looks for digest, looks in found if looks is not None}
     digests = [digest for digest in dict.fromkeys(record.digest for record in records) if digest in known]
     parts = [known[digest] for digest in digests] or [measure(Image.new("RGB", (8, 8)))]
-    columns = (np.stack([part[number] for part in parts])[: len(digests)] for number in range(3))
+    columns: list[Any] = [np.stack([part[number] for part in parts])[: len(digests)] for number in range(3)]
     looks = Looks(np.array(digests), *columns)
     if cache and missing:
         with suppress(OSError):
@@ -170,27 +177,34 @@ def examine_looks(index: DatasetIndex, looks: Looks) -> None:
         names.setdefault(record.digest, record.name)
     shown = [names[digest] for digest in looks.digests]
     noticed = index.noticed
-    light, blur, border = looks.figures.T
+    light, blur, border, ground = looks.figures.T
     usual = float(np.median(blur)) if len(blur) else 0.0
+    is_like = np.abs(ground[:, None] - ground[border == 0]) <= BORDER_LEVELS
     for number, name in enumerate(shown):
         if light[number] < DARK_LEVEL:
-            noticed["data.look-dark"][name] = f"{light[number] / 255:.0%}"
+            noticed["data.image-dark"][name] = f"{light[number] / 255:.0%}"
         # A soft style is blurred throughout.
         if blur[number] > max(MAX_BLUR, usual + BLUR_MARGIN):
-            noticed["data.look-blurred"][name] = ""
-        if border[number]:
-            noticed["data.look-bordered"][name] = f"{border[number]:.0%}"
+            noticed["data.image-soft"][name] = ""
+        # What other images have as their ground is no border.
+        if border[number] and is_like[number].mean() < GROUND_SHARE:
+            noticed["data.image-bordered"][name] = f"{border[number]:.0%}"
     for one, other, how in find_near_copies(looks.thumbnails):
-        noticed["data.near-copies"][shown[one]] = f"= {shown[other]}{how}"
+        noticed["data.near-copies"][shown[other]] = f"= {shown[one]}{how}"
     for number in find_marks(looks.corners):
-        noticed["data.look-watermark"][shown[number]] = ""
+        if border[number]:
+            continue  # Frames are alike in their corners.
+        noticed["data.image-marked"][shown[number]] = ""
 
 
 def find_marks(corners: NDArray[np.int8]) -> list[int]:
-    """Images whose fine structure in a corner is that of two others at least."""
+    """Images with strokes in a corner, as letters have them, that are those of two others at least."""
     found: set[int] = set()
-    for corner in np.moveaxis(corners.reshape(len(corners), 4, -1).astype(np.float32), 1, 0):
-        active = np.flatnonzero(np.abs(corner).mean(axis=1) > MARK_LEVELS)
+    strokes = np.where(np.abs(corners.astype(np.int16)) > MARK_LEVELS, np.sign(corners), 0)
+    changes = (np.abs(np.diff(strokes, axis=-1)) > 0).sum(axis=-1).max(axis=-1)
+    for place in range(4):
+        active = np.flatnonzero(changes[:, place] >= MARK_STROKES)
+        corner = corners[:, place].reshape(len(corners), -1).astype(np.float32)
         vectors = corner[active] - corner[active].mean(axis=1, keepdims=True)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         for start in range(0, len(active), BLOCK):
@@ -243,7 +257,8 @@ def _shrink(pixels: Array, window: Window) -> Array:
     """A window of thumbnails (N, 32, 32, 3) at 8 px, as vectors (N, 192)."""
     left, top, right, bottom = window
     rows, columns = _weights(top, bottom, COARSE), _weights(left, right, COARSE)
-    return np.einsum("ay,nyxc,bx->nabc", rows, pixels, columns, optimize=True).reshape(len(pixels), -1)
+    shrunk: Array = np.einsum("ay,nyxc,bx->nabc", rows, pixels, columns, optimize=True)
+    return shrunk.reshape(len(pixels), -1)
 
 
 def _weights(start: float, end: float, count: int) -> Array:
@@ -251,7 +266,8 @@ def _weights(start: float, end: float, count: int) -> Array:
     edges = np.linspace(start, end, count + 1, dtype=np.float32) * THUMBNAIL
     pixels = np.arange(THUMBNAIL, dtype=np.float32)
     covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return np.clip(covered, 0, None) / (edges[1] - edges[0])
+    weights: Array = np.clip(covered, 0, None) / (edges[1] - edges[0])
+    return weights
 
 
 def _near_pairs(whole: Array, parts: Array, contrast: Array) -> Iterator[tuple[float, int, int]]:

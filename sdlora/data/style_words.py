@@ -13,24 +13,27 @@ from sdlora.data.captions import trigger_pattern
 from sdlora.data.records import ImageRecord, Noticed
 from sdlora.errors import shorten
 
+_KINDS = r"(?:oil|digital|ink|acrylic|watercolou?r|gouache|pencil|charcoal|crayon|pastel|pen|line|chalk)"
+_WORKS = r"(?:painting|drawing|sketch|illustration|doodle|cartoon|comic|engraving|etching|woodcut|linocut)"
 _MEDIA = (
-    "watercolou?rs?|gouache|acrylic|(?:oil|digital|ink|acrylic|watercolou?r) painting|painting|sketch|doodle|drawing|"
-    "illustration|line ?art|lineart|cartoon|comic|manga|anime|artwork|clip ?art|pixel art|vector art|concept art|"
-    "digital art|fan ?art|render(?:ing)?|engraving|etching|woodcut|lithograph|linocut|pastel|charcoal|crayon|"
-    "impasto|icon|emoji|sticker|logo"
+    rf"(?:{_KINDS} )?{_WORKS}|(?:line|pixel|vector|clip|concept|digital|fan) ?art|artwork|rendering|render|"
+    r"photograph|photo|emoji|icon|sticker|watercolou?r|anime|manga"
 )
-# As a medium: `a watercolor painting of`, `in the style of`, `flat design`; `a pencil` is a thing.
+# As a medium: `a watercolor painting of`, `in the style of`, `flat design`. A pencil is a thing.
 STYLE = re.compile(
-    rf"\b(?:(?:{_MEDIA}) of\b|in (?:the |an? )?(?:\w+ )?style of\b|(?:\w+[ -])?style\b|(?:{_MEDIA}) style\b|"
-    r"line ?art\b|lineart\b|(?:oil|digital|watercolou?r|acrylic|ink|gouache) (?:painting|drawing|illustration|sketch)\b|"
-    r"(?:pixel|vector|clip|concept|digital|fan) art\b|flat (?:design|colou?rs?|vector)\b|(?:black|white) ink\b|"
-    r"(?:watercolou?r|gouache|cel[ -]shad(?:ed|ing)|monochrome|grayscale|greyscale|sepia)\b|"
-    r"(?:simple|white|black) background\b|(?:pencil|charcoal|crayon|pastel) (?:drawing|sketch)\b)",
+    rf"\b(?:(?:an? )?(?:{_MEDIA}) of\b|{_KINDS} {_WORKS}\b|"
+    r"(?:line|pixel|vector|clip|concept|digital|fan) ?art\b|flat (?:design|colou?rs?|vector)\b|"
+    r"in (?:the |an? )?(?:[\w-]+ )?style(?: of [\w ]+)?\b|(?:[\w-]+ )?style\b|"
+    r"(?:watercolou?r|gouache|impasto|cel[ -]shad(?:ed|ing)|monochrome|gr[ae]yscale|sepia)\b|"
+    r"(?:simple|plain|white|black) background\b)",
     re.IGNORECASE,
 )
 _STOP = frozenset(
-    "a an the of in on at with and or to by for from is are as it its his her their this that two three one "
-    "up over under near front side view small large big".split()
+    re.findall(
+        r"\w+",
+        "the an of in on at with and or to by for from is are as it its his her their this that two three "
+        "one up over under near front side view small large big",
+    )
 )
 WORD = re.compile(r"[^\W\d_]{2,}")
 FEW, SAME_SHARE, SUBJECT_SHARE, CONSTANT_SHARE = 8, 0.1, 0.4, 0.9
@@ -39,7 +42,8 @@ FEW, SAME_SHARE, SUBJECT_SHARE, CONSTANT_SHARE = 8, 0.1, 0.4, 0.9
 def examine_words(records: Sequence[ImageRecord], trigger: str | None, noticed: Noticed) -> None:
     """Captions that are the same, that name the style, or of which most have a word."""
     pattern = trigger_pattern(trigger) if trigger else None
-    texts = {record.name: pattern.sub(" ", record.caption) if pattern else record.caption for record in records}
+    written = [record for record in records if record.caption_source != "trigger"]
+    texts = {one.name: pattern.sub(" ", one.caption) if pattern else one.caption for one in written}
     texts = {name: " ".join(text.split()).strip(" ,") for name, text in texts.items()}
     texts = {name: text for name, text in texts.items() if text}
     for name, text in texts.items():
@@ -50,13 +54,15 @@ def examine_words(records: Sequence[ImageRecord], trigger: str | None, noticed: 
     groups: dict[str, list[str]] = defaultdict(list)
     for name, text in texts.items():
         groups[text.lower()].append(name)
+    same: set[str] = set()
     for text, names in groups.items():
         if len(names) >= max(3, SAME_SHARE * len(texts)):
+            same |= set(WORD.findall(text))
             noticed["data.caption-same"] |= dict.fromkeys(names, shorten(repr(text[:40])))
     styled = {name: STYLE.sub(" ", text).lower() for name, text in texts.items()}
     counts = Counter(word for text in styled.values() for word in set(WORD.findall(text)) - _STOP)
     for word, count in counts.most_common(5):
         share = count / len(texts)
-        if share >= SUBJECT_SHARE and len(groups) > 1:
+        if share >= SUBJECT_SHARE and word not in same:
             key = "data.caption-constant" if share >= CONSTANT_SHARE else "data.caption-subject"
             noticed[key][repr(word)] = f"in {count} of {len(texts)}"

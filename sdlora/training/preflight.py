@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sdlora.config import DataSection, RunConfig
+from sdlora.data.cache import cache_folder
 from sdlora.data.captions import caption_pipeline
 from sdlora.data.doctor import Checkup, check_images
 from sdlora.data.records import DatasetIndex, Finding
@@ -34,19 +35,28 @@ TRAINING_PASSES, DECODING_PASSES = 2, 3
 
 
 def check_folder(config: RunConfig, sheet: Path | None = None) -> Checkup:
-    """Examines the image folder as `train` would; `sheet` is the path of a contact sheet to draw."""
+    """Examines the image folder as `train` would, and the images themselves.
+
+    `sheet` is the path of a contact sheet to draw.
+    """
     info = inspect_base(config.base, config.objective, config.data)
-    return check_for_base(with_base_defaults(config, info), info, sheet)
+    return check_for_base(with_base_defaults(config, info), info, sheet, cache_folder())
 
 
-def check_for_base(config: RunConfig, info: BaseInfo, sheet: Path | None = None) -> Checkup:
-    """Examines the image folder with the tokenizer and size of an inspected base."""
+def check_for_base(
+    config: RunConfig, info: BaseInfo, sheet: Path | None = None, cache: Path | None = None
+) -> Checkup:
+    """Examines the image folder with the tokenizer and size of an inspected base.
+
+    With a cache folder, it looks at the images themselves too, which takes a while.
+    """
     checkup = check_images(
         config,
         resolution=info.resolution,
         min_step=info.min_step,
         count_tokens=partial(count_tokens, load_tokenizer(info), info),
         sheet=sheet,
+        cache=cache,
     )
     return replace(checkup, findings=[*(Finding("notice", text) for text in info.notices), *checkup.findings])
 
