@@ -69,8 +69,8 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "heart, so keep one of each: --fix moves the others aside",
         "data.image-dark": "{count:image} almost black, lightest parts: {names}; new ones become "
         "as dark, so replace or brighten them",
-        "data.image-soft": "{count:image} out of focus, or enlarged from a smaller one: {names}; blur becomes "
-        "part of the style, so use sharper files",
+        "data.image-soft": "{count:image} out of focus, or enlarged from a smaller one: {names}; its blur is "
+        "learned too, so use sharper files",
         "data.image-bordered": "{count:image} with a border or bars: {names} of a side; they are drawn into "
         "new images, so crop them off",
         "data.image-marked": "{count:image} with the same mark in a corner, such as a watermark: {names}; it "
