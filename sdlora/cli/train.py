@@ -30,13 +30,22 @@ def train(
     ] = None,
     force: options.Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit.")] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help='With --dry-run: plan for a GPU such as "RTX 3060 12GB", cuda:12GB.'
+        ),
+    ] = None,
     quiet: options.Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON and exit.")] = False,
 ) -> None:
     """Train a style LoRA on an image folder."""
     from sdlora.config import load_config
+    from sdlora.memory.cards import check_device
     from sdlora.runs import RunFolder
 
+    if device is not None:
+        check_device(device, dry_run=dry_run or as_json)
     heed_schedulers()
     # Settings, output folder, base and images are checked before torch is imported.
     direct = {"base.source": base, "data.trigger": trigger, "lora.parent": parent}
@@ -45,14 +54,14 @@ def train(
         settings = settings.replace(lora={"force_parent": True})
     if out is not None:
         RunFolder(out).check_free()
-    options.check_folder(settings, options.check_base(settings.base, settings.objective, settings.data))
+    options.check_folder(settings, options.check_base(settings.base, settings.objective))
     from sdlora.training.train import plan_run
     from sdlora.training.train import train as start
 
     if as_json:
-        options.print_json(plan_run(settings).as_json())
+        options.print_json(plan_run(settings, device).as_json())
         return
-    run = start(images, base=base, out=out, config=settings, dry_run=dry_run, quiet=quiet)
+    run = start(images, base=base, out=out, config=settings, dry_run=dry_run, device=device, quiet=quiet)
     if not (dry_run or quiet):
         _print_result(run)
 

@@ -26,10 +26,9 @@ MAX_BYTES = 2**28
 MAX_KEPT = 2**31
 DTYPES = {"F32", "F16", "BF16"}
 TensorShapes = dict[str, tuple[int, ...]]
-LATENTS, TEXT, IMAGES, LOOKS = "latents", "text", "images", "looks"
-ENDINGS = {LATENTS: ".safetensors", TEXT: ".safetensors", IMAGES: ".png", LOOKS: ".npz"}
-"""Kinds of entries: tensors, which this module reads and writes, the base's
-images (`sampling.store`), and measures of training images (`data.looks`)."""
+LATENTS, TEXT, IMAGES = "latents", "text", "images"
+ENDINGS = {LATENTS: ".safetensors", TEXT: ".safetensors", IMAGES: ".png"}
+"""Kinds of entries: tensors, which this module reads and writes, and the base's images (`sampling.store`)."""
 
 
 def cache_folder() -> Path:
@@ -45,10 +44,9 @@ def cache_folder() -> Path:
 
 
 def latent_key(record: ImageRecord, crop: Crop, *, vae_digest: str, background: str, dtype: str) -> str:
-    """Key of the latents of a crop, and of its mask; contains everything that changes them (R-21)."""
+    """Key of the latents of a crop; contains everything that changes them (R-21)."""
     box = [crop.resized.width, crop.resized.height, crop.left, crop.top, crop.size.width, crop.size.height]
-    parts = [record.digest, vae_digest, box, crop.flipped, parse_colour(background), dtype]
-    return _make_key(LATENTS, *parts, *([record.mask.digest] if record.mask else []))
+    return _make_key(LATENTS, record.digest, vae_digest, box, crop.flipped, parse_colour(background), dtype)
 
 
 def text_key(caption: str, *, encoder_digest: str, dtype: str) -> str:
@@ -119,6 +117,10 @@ class TensorCache:
 
     def contains(self, key: str, shapes: TensorShapes | None = None) -> bool:
         return self.get(key, shapes) is not None
+
+    def has_file(self, key: str) -> bool:
+        """Whether the folder has a file for a key, whatever is in it."""
+        return self.folder is not None and self._file(key).is_file()
 
     def _file(self, key: str) -> Path:
         kind, _, name = key.partition("/")

@@ -1,1 +1,1 @@
-"""How much memory a run needs, before a weight is loaded."""
+"""What a run needs in memory and time, before a weight is loaded, and what it really takes."""

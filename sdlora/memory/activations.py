@@ -1,4 +1,4 @@
-"""Peak memory of a run's networks beside their weights, measured on the meta device without numbers.
+"""Peak memory of a run's networks beside their weights, and their arithmetic, on the meta device.
 
 B batch, C channels, H W image size, h w latent size, L tokens.
 """
@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from sdlora.data.records import Size
 from sdlora.lora.adapter import KINDS, Adapter
@@ -27,32 +28,54 @@ from sdlora.models.info import BaseInfo
 from sdlora.models.weights import empty_base, empty_model
 
 META = torch.device("meta")
+# Torch counts attention on GPUs only. Its backward pass needs twice the products of the forward pass.
+_ATTEND = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+CPU_ATTENTION: dict[Any, Callable[..., int]] = {
+    _ATTEND: lambda query, key, value, *rest, **more: sdpa_flop_count(query.shape, key.shape, value.shape),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda gradient, query, key, value, *rest, **more: (
+            2 * sdpa_flop_count(query.shape, key.shape, value.shape)
+        )
+    ),
+}
 
 
-def peak_bytes(compute: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
-    """Peak size in bytes of the tensors that a computation makes and that are alive at the same time.
+class Cost(NamedTuple):
+    """Of a computation: the peak size in bytes of the tensors that it makes, and its arithmetic in FLOP.
+
+    Products, convolutions and attention are counted, as torch's own counter does.
+    """
+
+    num_bytes: int
+    flop: int
+
+
+def measure_cost(compute: Callable[[], object], known: Iterable[Tensor] = ()) -> Cost:
+    """Measures a computation; on the meta device that needs no memory and hardly any time.
 
     Tensors that autograd keeps for a backward pass count, and so do those that gradient checkpointing makes
-    again; `known` tensors, such as weights, do not. The meta device needs no memory and hardly any time.
+    again; `known` tensors, such as weights, do not.
     """
-    with _fused_attention(), _LiveBytes(known) as live:
+    with _fused_attention(), _Followed(known) as followed:
         compute()
-    peak: int = live.peak
-    return peak
+    return Cost(followed.peak, followed.flop)
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Follows every storage from the operation that makes it to its end."""
+class _Followed(TorchDispatchMode):
+    """Follows every storage from the operation that makes it to its end, and counts the arithmetic."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flop = 0
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         made = func(*args, **(kwargs or {}))
+        known: Mapping[Any, Any] = CPU_ATTENTION if func._overloadpacket in CPU_ATTENTION else flop_registry
+        if count := known.get(func._overloadpacket):
+            self.flop += count(*args, **(kwargs or {}), out_val=made)
         for tensor in made if isinstance(made, tuple | list) else (made,):
             if isinstance(tensor, Tensor):
                 self._follow(tensor.untyped_storage())
@@ -82,7 +105,7 @@ def _fused_attention() -> Iterator[None]:
     def attend(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
         if query.device != META:
             return attention(query, key, value, *rest, **options)
-        answer: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+        answer: Tensor = _ATTEND(query, key, value)[0]
         return answer
 
     F.scaled_dot_product_attention = attend
@@ -110,8 +133,8 @@ class DenoiserPass:
 
 
 @lru_cache(maxsize=64)
-def denoiser_peak(task: DenoiserPass) -> int:
-    """Peak bytes of a pass without weights, with gradients of the adapter."""
+def denoiser_cost(task: DenoiserPass) -> Cost:
+    """Cost of a pass without weights, with gradients of the adapter."""
     base = _build(task.info, task.dtype, task.checkpointing)
     adapter = _empty_adapter(base.denoiser, task.kind, dict(task.ranks), learns=task.learns)
     mount(base.denoiser, [(adapter, 1.0)] if adapter else [])
@@ -123,7 +146,7 @@ def denoiser_peak(task: DenoiserPass) -> int:
             if task.learns:
                 prediction.square().mean().backward()
 
-    return peak_bytes(compute, [*_weights(base.denoiser), *(adapter.parameters() if adapter else [])])
+    return measure_cost(compute, [*_weights(base.denoiser), *(adapter.parameters() if adapter else [])])
 
 
 @lru_cache(maxsize=3)
@@ -135,8 +158,8 @@ def _build(info: BaseInfo, dtype: torch.dtype, checkpointing: bool) -> Base:
 
 
 @lru_cache(maxsize=64)
-def vae_peaks(info: BaseInfo, size: Size, dtype: torch.dtype) -> tuple[int, int]:
-    """Peak bytes of encoding, and of decoding, one image of a size in pixels with a VAE of a dtype."""
+def vae_costs(info: BaseInfo, size: Size, dtype: torch.dtype) -> tuple[Cost, Cost]:
+    """Cost of encoding, and of decoding, one image of a size in pixels with a VAE of a dtype."""
     vae = empty_model("vae", info.vae_config)
     nn.Module.to(vae, dtype)
     latents = (1, info.latent_channels, size.height // info.vae_factor, size.width // info.vae_factor)
@@ -144,7 +167,9 @@ def vae_peaks(info: BaseInfo, size: Size, dtype: torch.dtype) -> tuple[int, int]
     noise = torch.empty(latents, dtype=dtype, device=META)
     weights = _weights(vae)
     with torch.no_grad():
-        return peak_bytes(lambda: vae.encode(pixels), weights), peak_bytes(lambda: vae.decode(noise), weights)
+        return measure_cost(lambda: vae.encode(pixels), weights), measure_cost(
+            lambda: vae.decode(noise), weights
+        )
 
 
 def text_peak(
@@ -168,7 +193,7 @@ def text_peak(
         answers: list[Any] = [encoder(ids)[0] for encoder in encoders.values()]
         torch.cat([answer.flatten() for answer in answers]).square().mean().backward()
 
-    return peak_bytes(compute, [*_weights(*encoders.values()), *adapter.parameters()])
+    return measure_cost(compute, [*_weights(*encoders.values()), *adapter.parameters()]).num_bytes
 
 
 def _weights(*networks: nn.Module) -> list[Tensor]:

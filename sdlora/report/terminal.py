@@ -13,6 +13,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -74,13 +75,27 @@ class Terminal:
     @contextmanager
     def progress(self, title: str, total: int, done: int = 0) -> Iterator[Meter]:
         counts = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[note]}")
-        times = (TimeElapsedColumn(), "ETA", TimeRemainingColumn())
+        times = (TimeElapsedColumn(), "ETA", _Rest())
         progress = Progress(*counts, *times, console=self.console, speed_estimate_period=60)
         try:
-            yield Meter(progress, progress.add_task(title, total=total, completed=done, note=""), self.beat)
+            yield Meter(
+                progress, progress.add_task(title, total=total, completed=done, note="", rest=None), self.beat
+            )
         finally:
             if progress.live.is_started:
                 progress.stop()
+
+
+class _Rest(TimeRemainingColumn):
+    """The time left as the run knows it, else what the rate of this bar gives."""
+
+    max_refresh = 0
+
+    def render(self, task: Task) -> Text:
+        rest = task.fields["rest"]
+        if rest is None or task.finished:
+            return super().render(task)
+        return Text(str(timedelta(seconds=round(rest))), style="progress.remaining")
 
 
 class Meter:
@@ -91,9 +106,10 @@ class Meter:
         self._first = self._told = progress.tasks[0].completed
         self._started = self._last_beat = time.monotonic()
 
-    def advance(self, count: int = 1, note: str = "") -> None:
+    def advance(self, count: int = 1, note: str = "", rest: float | None = None) -> None:
+        """Adds finished items; `rest` are the seconds left, if they are known better than by their rate."""
         self._progress.start()
-        self._progress.update(self._task, advance=count, note=note)
+        self._progress.update(self._task, advance=count, note=note, rest=rest)
         self._beat_if_due()
 
     def show(self, done: int, total: int) -> None:
@@ -108,7 +124,10 @@ class Meter:
             return
         self._told, seconds = task.completed, max(self._last_beat - self._started, 1e-9)
         rate = (task.completed - self._first) / seconds
-        rest = timedelta(seconds=round(((task.total or 0) - task.completed) / rate)) if rate else "unknown"
+        known = task.fields["rest"]
+        if known is None and rate:
+            known = ((task.total or 0) - task.completed) / rate
+        rest = "unknown" if known is None else timedelta(seconds=round(known))
         done = f"{task.description} {task.completed:.0f}/{task.total or 0:.0f}"
         note = f"{task.fields['note']}, " if task.fields["note"] else ""
         self._print_beat(f"{done}: {note}{rate:.3g} a second, ETA {rest}")

@@ -20,7 +20,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 from sdlora.config import RunConfig
 from sdlora.dtypes import DTYPES, Precision, has_bf16
 from sdlora.errors import ConfigError, first_line
-from sdlora.memory.estimate import DeviceInfo, free_bytes
+from sdlora.memory.cards import find_card
+from sdlora.memory.estimate import DeviceInfo, baseline_bytes, device_of_card, free_bytes
 from sdlora.training.distributed import (
     all_gather,
     check_launcher,
@@ -45,11 +46,14 @@ PACKAGES = (
 )
 
 
-def choose_precision(config: RunConfig, device: torch.device, environment: Mapping[str, str]) -> Precision:
+def choose_precision(
+    config: RunConfig, device: torch.device, environment: Mapping[str, str], is_fast: bool | None = None
+) -> Precision:
     """Resolves the precision from `train.precision`, `base.dtype`, the launcher and the device.
 
-    `accelerate launch` exports its precision as an environment variable, `no` if unset. Raises a ConfigError
-    if the launcher disagrees, the device does not support it, or the base is stored in less than it.
+    `accelerate launch` exports its precision as an environment variable, `no` if unset. `is_fast` tells
+    whether a device that is not here has bf16. Raises a ConfigError if the launcher disagrees, the device
+    does not support it, or the base is stored in less than it.
     """
     asked, base = str(config.train.precision), config.base.dtype
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
@@ -59,7 +63,8 @@ def choose_precision(config: RunConfig, device: torch.device, environment: Mappi
             raise ConfigError(f"{problem} (ACCELERATE_MIXED_PRECISION); set only one, or both alike")
         asked = launched
     if asked == "auto":
-        asked = "bf16" if has_bf16(device) else "fp32" if base == "auto" else base
+        is_fast = has_bf16(device) if is_fast is None else is_fast
+        asked = "bf16" if is_fast else "fp32" if base == "auto" else base
     if asked not in DTYPES:
         problem = f"train.precision = {asked} (from the launcher) is not supported"
         raise ConfigError(f"{problem}; use bf16, fp16 or fp32")
@@ -126,12 +131,9 @@ def check_trackers(trackers: list[str]) -> None:
 def describe_environment(accelerator: Accelerator, precision: Precision, **values: Any) -> dict[str, Any]:
     """Versions, device and dtypes, for `environment.json`."""
     device = accelerator.device
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
     return {
         "device": str(device),
-        "device_name": name,
+        "device_name": name_device(device),
         "num_processes": accelerator.num_processes,
         "num_threads": torch.get_num_threads(),
         "compute_dtype": precision.compute,
@@ -143,6 +145,13 @@ def describe_environment(accelerator: Accelerator, precision: Precision, **value
         "versions": dict(package_versions()),
         **values,
     }
+
+
+def name_device(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return platform.processor() or platform.machine()
 
 
 @cache
@@ -162,4 +171,18 @@ def find_device(accelerator: Accelerator, precision: Precision) -> DeviceInfo:
     own = free_bytes(accelerator.device)
     least = min(all_gather(accelerator, -1 if own is None else own))
     share = accelerator.num_processes if accelerator.device.type == "cpu" else 1
-    return DeviceInfo(precision, accelerator.device, None if least < 0 else least // share)
+    device = accelerator.device
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return DeviceInfo(
+        precision,
+        device,
+        free_bytes=None if least < 0 else least // share,
+        baseline_bytes=baseline_bytes(device),
+        name=f"{name_device(device)}{threads}",
+    )
+
+
+def imagine_device(name: str, config: RunConfig) -> DeviceInfo:
+    """A GPU that is not here, by the name of `--device`, with the precision that it would have."""
+    card = find_card(name)
+    return device_of_card(card, choose_precision(config, torch.device("cuda"), {}, card.has_bf16))

@@ -16,6 +16,7 @@ from sdlora.export.model_card import write_model_card
 from sdlora.export.postflight import postflight
 from sdlora.export.webui import write_webui_files
 from sdlora.memory.estimate import as_size
+from sdlora.memory.work import as_time, describe_times
 from sdlora.report.plots import draw_loss_curve
 from sdlora.report.summary import describe_losses, doubt_losses
 from sdlora.runs import RunFolder
@@ -34,7 +35,7 @@ def finish(trainer: Trainer) -> None:
     """
     if trainer.accelerator.is_main_process:
         run, terminal, counters = trainer.run, trainer.terminal, trainer.counters
-        with trainer.runner.inference_weights():
+        with trainer.prepared.watch.stage("postflight"), trainer.runner.inference_weights():
             export_final(trainer)
         draw_loss_curve(run)
         terminal.print(*describe_losses(run))
@@ -42,8 +43,37 @@ def finish(trainer: Trainer) -> None:
             terminal.print(f"skipped   {counters.skipped} of {trainer.plan.steps} steps were not finite")
         if doubt := doubt_losses(run):
             terminal.warn(doubt)
+        tell_usage(trainer)
         trainer.event("done", loss_ema=counters.loss_ema, skipped=counters.skipped, doubt=doubt)
     barrier(trainer.accelerator)
+
+
+def tell_usage(trainer: Trainer) -> None:
+    """Prints memory and time of the run beside what was planned, and keeps its speed for the next plan."""
+    plan, watch = trainer.plan, trainer.prepared.watch
+    peaks = {stage: watch.of(stage) for stage in watch.stages}
+    peaks["training"] = max(peaks.get("training", 0), peaks.pop("validation", 0))
+    peak, highest = max((size, stage) for stage, size in peaks.items())
+    # On a GPU, what libraries take is not among the tensors that are measured.
+    beside = 0 if plan.device_info.device.type == "cuda" else plan.memory.baseline
+    planned = {stage: size + beside for stage, size in plan.memory.stages.items()}
+    seconds = {stage: round(usage.seconds, 1) for stage, usage in watch.stages.items()}
+    whole = watch.total_seconds
+    ahead = f"; planned {as_time(sum(plan.seconds.values()))}" if plan.seconds else ""
+    trainer.terminal.print(
+        f"memory    at most {as_size(peak)}, in {highest}; planned {as_size(max(planned.values()))}",
+        f"time      {as_time(whole)}: {describe_times(seconds)}{ahead}",
+    )
+    resident = {stage: usage.resident for stage, usage in watch.stages.items()}
+    trainer.event(
+        "usage",
+        peak=peak,
+        stages=peaks,
+        planned=planned,
+        resident=resident,
+        seconds={**seconds, "whole": round(whole, 1)},
+    )
+    trainer.pace.keep(plan.speed_key, plan.work_left(plan.steps, plan.steps + 1))
 
 
 def export_final(trainer: Trainer) -> None:
@@ -69,9 +99,7 @@ def export_final(trainer: Trainer) -> None:
     # alone, a child has another effect than in the run
     if "kohya" in plan.config.export.formats and not plan.config.lora.parent:
         version, strength = plan.info.traits.kohya_version, plan.config.sample.strengths[0]
-        skip = plan.config.data.clip_skip
-        about = f"trained with Clip skip {skip}; set it in the settings" if skip > 1 else ""
-        write_webui_files(run, version, strength, plan.config.data.trigger, about)
+        write_webui_files(run, version, strength, plan.config.data.trigger)
 
 
 OUT_OF_MEMORY_REMEDIES = (

@@ -20,8 +20,9 @@ from sdlora.errors import AdapterError, RunStopped
 from sdlora.evaluation.heldout import HeldoutLoss, Share, heldout_loss
 from sdlora.export.export import export_adapter
 from sdlora.export.metadata import run_metadata
+from sdlora.memory.work import Pace, as_time, describe_times
 from sdlora.report.summary import describe_step
-from sdlora.report.terminal import Terminal
+from sdlora.report.terminal import Meter, Terminal
 from sdlora.runs import RunFolder
 from sdlora.training.checkpoint import load_state, newest_complete_step, save_state
 from sdlora.training.device import as_out_of_memory
@@ -58,6 +59,7 @@ class Trainer:
         self.logger = MetricLogger(run, plan.config, accelerator, terminal)
         self.health = Health(run, plan, prepared.adapter, self.warn)
         self.signals = StopSignals()
+        self.pace = Pace(plan.speed, prepared.watch, plan.work_left())
 
     @property
     def counters(self) -> Counters:
@@ -85,13 +87,15 @@ class Trainer:
 
     def train(self) -> None:
         """Runs the remaining steps; a signal ends the run after the step in which it came."""
-        with self.signals, self.terminal.progress("training", self.plan.steps, self.step) as meter:
+        watch, progress = self.prepared.watch, self.terminal.progress("training", self.plan.steps, self.step)
+        with self.signals, watch.stage("training"), progress as meter:
+            first = self.step + 1
             self.begin()
             while self.step < self.plan.steps:
                 started = time.monotonic()
                 result = self.train_step()
                 self.record(result, time.monotonic() - started)
-                meter.advance(note=f"loss {self.counters.loss_ema or math.nan:.4f}")
+                self.show_progress(meter, self.step - first)
                 stopping = self.is_stopping()
                 self.evaluate_if_due()
                 self.save_if_due(stopping)
@@ -106,6 +110,18 @@ class Trainer:
                     barrier(self.accelerator)
                     message = f"stopped at step {self.step} of {self.plan.steps}; {self.resume_hint()}"
                     raise RunStopped(message, self.signals.exit_signal)
+
+    def show_progress(self, meter: Meter, num_before: int) -> None:
+        """Advances the bar by a step; the time left is that of all stages, and told after the third step."""
+        left = self.plan.work_left(self.step)
+        if num_before == 0:
+            self.pace.warm_up(left)
+        speed = self.pace.speed(left)
+        seconds = speed.seconds(left) if speed else {}
+        rest = sum(seconds.values()) + speed.rest if speed and num_before else None
+        meter.advance(note=f"loss {self.counters.loss_ema or math.nan:.4f}", rest=rest)
+        if num_before == 2 and rest is not None:
+            self.terminal.print(f"time left about {as_time(rest)}: {describe_times(seconds)}")
 
     def begin(self) -> None:
         """Evaluates the base; or makes the grid that a signal after the checkpoint prevented."""
@@ -152,7 +168,8 @@ class Trainer:
             return
         losses = {}
         for split in self.prepared.splits:
-            measured = self.evaluate(split)
+            with self.prepared.watch.stage("validation"):
+                measured = self.evaluate(split)
             losses[split] = loss = measured.loss
             count, bands = measured.num_images, measured.by_band
             self.event("heldout", split=split, loss=loss, by_band=bands, images=count)
@@ -224,7 +241,8 @@ class Trainer:
             self.warn(f"no samples at step {self.step}: its adapter could not be saved")
             return
         try:
-            with self.terminal.progress(f"samples of step {self.step}", 1) as meter:
+            title, watch = f"samples of step {self.step}", self.prepared.watch
+            with watch.stage("sampling"), self.terminal.progress(title, 1) as meter:
 
                 def advance(done: int, total: int) -> None:
                     meter.show(done, total)

@@ -11,25 +11,31 @@ from typing import Any
 from sdlora.config import RunConfig
 from sdlora.data.batches import BatchOrder
 from sdlora.data.buckets import BucketPlan
+from sdlora.data.cache import TensorCache, cache_folder, latent_key
 from sdlora.data.records import DatasetIndex, Finding, raise_errors
 from sdlora.diffusion.objective import Objective
 from sdlora.diffusion.schedule import schedule_from_config
-from sdlora.errors import RunError
+from sdlora.errors import ConfigError, RunError
+from sdlora.evaluation.heldout import NUM_BANDS
 from sdlora.lora.adapter import KINDS
 from sdlora.lora.attach import count_parameters, match_modules
 from sdlora.lora.layers import DENOISER
 from sdlora.lora.layout import Layout, plan_layout
+from sdlora.memory.cards import find_card
 from sdlora.memory.estimate import ANY_DEVICE, DeviceInfo, Memory, MemoryInputs, plan_memory
+from sdlora.memory.work import ImageFlop, Speed, Work, flop_of, read_speed, speed_of_card
 from sdlora.models.info import BaseInfo, inspect_base, with_base_defaults
 from sdlora.models.safety import missing_checker
-from sdlora.models.tokenizer import describe_bracketed_prompts, describe_cut_prompts
+from sdlora.models.tokenizer import describe_cut_prompts
 from sdlora.models.weights import empty_components
 from sdlora.training.adapter import check_init_from, check_parents, find_parents, with_parents
 from sdlora.training.optimizer import check_optimizer, find_optimizer, num_warmup_steps
 from sdlora.training.preflight import (
+    TRAINING_PASSES,
     check_for_base,
     check_objective,
     global_batch,
+    num_validated,
     resolve_config,
     sampling_share,
 )
@@ -52,6 +58,8 @@ class RunPlan:
     device_info: DeviceInfo
     findings: list[Finding]  # warnings and notices of preflight; errors have stopped the run already
     data_lines: list[str]  # summary of the images
+    flop: ImageFlop
+    num_missing: int  # crops whose latents are not in the cache
     parents: tuple[PathEntry, ...] = ()  # ancestors of the new adapter, the root first
 
     @property
@@ -128,7 +136,7 @@ class RunPlan:
         """Parameters of the denoiser."""
         return sum(parameter.numel() for parameter in self.memory_inputs.parts[DENOISER].parameters())
 
-    @property
+    @cached_property
     def images_seen(self) -> int:
         """Samples of the whole run, with its short steps."""
         epochs = self.steps // self.order.steps_per_epoch
@@ -155,6 +163,60 @@ class RunPlan:
         states += step == 0
         state_bytes = (16 if self.config.train.ema_decay else 12) * self.num_trainable
         return adapters * self.adapter_bytes + exports + states * state_bytes
+
+    @property
+    def speed_key(self) -> str:
+        """Names device and base, for the speed that is measured; empty if the device is not known."""
+        train, device = self.config.train, self.device_info
+        how = f"{device.precision.compute} on {device.precision.base}, {self.info.quantize}"
+        again = ", checkpointing" if train.gradient_checkpointing is True else ""
+        where = f"{device.name}, {self.num_processes} processes"
+        return f"{where}, {how}{again}, {self.info.digest[:16]}" if device.name else ""
+
+    @cached_property
+    def speed(self) -> Speed | None:
+        """Measured on this device with this base, else estimated from what is published of the GPU."""
+        device = self.device_info
+        if device.card:
+            return speed_of_card(device.card)
+        if known := read_speed(self.speed_key):
+            return known
+        try:
+            return speed_of_card(find_card(device.name)) if device.device.type == "cuda" else None
+        except ConfigError:
+            return None
+
+    def work_left(self, step: int = 0, due: int | None = None) -> dict[str, Work]:
+        """What a process has still to compute, by stage, once a step is done.
+
+        Evaluations and grids of steps from `due` on are to come, by default that of this step too.
+        """
+        train, sample, share = self.config.train, self.config.sample, self.num_processes
+        due, flop, left = step if due is None else due, self.flop, max(0, self.steps - step)
+        images = self.images_seen * left / self.steps / share
+        predicted = num_validated(self.index) * NUM_BANDS / share
+        predicted *= sum(one >= due for one in self.evaluate_steps)
+        grids = sum(one >= due for one in self.sample_steps)
+        columns = grids * len({*sample.strengths} - {0.0})
+        if grids == len(self.sample_steps) > 0:
+            columns += 2 if self.parents else 1  # the base, and the parents, are drawn once
+        drawn = len(sample.prompts) * len(sample.seeds) * columns / share
+        guided = sample.steps * (2 if (sample.guidance or 0) > 1 else 1)
+        missing = 0 if step else self.num_missing / share
+        batch = train.micro_batch
+        return {
+            "encoding": Work(missing * flop.encode, missing),
+            "training": Work(images * flop.learn, (TRAINING_PASSES + 1) * images / batch),
+            "validation": Work(predicted * flop.denoise, predicted / max(4, batch)),
+            "sampling": Work(
+                drawn * (guided * flop.denoise + flop.decode), drawn * sample.steps / sample.batch_size
+            ),
+        }
+
+    @property
+    def seconds(self) -> dict[str, float] | None:
+        """Time by stage, `rest` for all else; None if the speed is not known."""
+        return {**self.speed.seconds(self.work_left()), "rest": self.speed.rest} if self.speed else None
 
     @property
     def exchange_bytes(self) -> int:
@@ -189,6 +251,8 @@ class RunPlan:
             "adapter_bytes": self.adapter_bytes,
             "disk_bytes": self.bytes_after(0),
             "memory": self.memory.as_event(),
+            "seconds": {name: round(size, 1) for name, size in (self.seconds or {}).items()},
+            "seconds_from": self.speed.source if self.speed else None,
             "num_processes": self.num_processes,
             "exchange_bytes": self.exchange_bytes,
             "dataset_digest": self.index.digest,
@@ -203,7 +267,7 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
     Raises an SdloraError if the images, the base or the settings cannot be used.
     """
     find_optimizer(config.train)
-    info = inspect_base(config.base, config.objective, config.data)
+    info = inspect_base(config.base, config.objective)
     config = with_base_defaults(config, info)
     check_objective(config, info)
     checkup = check_for_base(config, info)
@@ -217,10 +281,11 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
     # What captions lose is a finding already.
     captions = {record.caption for record in (*index.records, *index.heldout)}
     sample = config.sample
-    prompts = [text for text in (*sample.prompts, sample.negative_prompt) if text not in captions]
-    cut, bracketed = describe_cut_prompts(info, prompts), describe_bracketed_prompts(info, prompts)
+    cut = describe_cut_prompts(
+        info, [text for text in (*sample.prompts, sample.negative_prompt) if text not in captions]
+    )
     unchecked = missing_checker(info) if config.sample.safety_checker and config.train.sample_every else None
-    findings += [Finding("notice", line) for line in (unknown, cut, bracketed, unchecked, about_rank) if line]
+    findings += [Finding("notice", line) for line in (unknown, cut, unchecked, about_rank) if line]
     parts = empty_components(info, text=config.lora.text_encoder)
     findings += [Finding("warning", line) for line in (*forced, *check_parents(parents, info, parts))]
     layout = plan_layout(config.lora, match_modules(parts, config.lora.targets))
@@ -228,8 +293,10 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
     largest = max((crops[0].size for crops in buckets.crops.values()), key=lambda size: size.area)
     num_frozen = sum(step.adapter.num_parameters for step in parents)
     memory_inputs = MemoryInputs(config, info, parts, layout.ranks, num_frozen, largest)
-    memory, problem = plan_memory(memory_inputs, device_info)
+    memory = plan_memory(memory_inputs, device_info)
+    problem = None if memory.fits or device_info.card else f"the run {memory.verdict}"
     config = config.replace(train={"gradient_checkpointing": memory.checkpointing})
+    memory_inputs = replace(memory_inputs, config=config)
     other_base = check_init_from(config, info, parts, layout)
     findings += [Finding("warning", line) for line in (problem, other_base) if line]
     batch, seed = global_batch(config, num_processes), config.train.seed
@@ -242,12 +309,30 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
         layout=layout,
         num_processes=num_processes,
         memory=memory,
-        memory_inputs=replace(memory_inputs, config=config),
+        memory_inputs=memory_inputs,
         device_info=device_info,
         findings=findings,
         data_lines=checkup.summary,
+        flop=flop_of(memory_inputs, device_info.precision),
+        num_missing=_count_missing(index, buckets, info, config, device_info),
         parents=parents,
     )
+
+
+def _count_missing(
+    index: DatasetIndex, buckets: BucketPlan, info: BaseInfo, config: RunConfig, device_info: DeviceInfo
+) -> int:
+    """Crops whose latents are not in the cache; a damaged entry counts as known."""
+    if config.data.cache is False:
+        return 0
+    cache, dtype = TensorCache(cache_folder()), str(device_info.precision.vae_dtype)
+    crops = [(record, crop) for record in index.records for crop in buckets.crops[record.name]]
+    crops += [(record, buckets.crops[record.name][0]) for record in index.heldout]
+    keys = (
+        latent_key(*view, vae_digest=info.vae_digest, background=config.data.background, dtype=dtype)
+        for view in crops
+    )
+    return sum(not cache.has_file(key) for key in keys)
 
 
 def check_disk(plan: RunPlan, folder: Path, step: int = 0) -> None:

@@ -13,6 +13,7 @@ from sdlora.data.records import count_of
 from sdlora.diffusion.objective import describe_objective
 from sdlora.export.metadata import TrainingMetadata
 from sdlora.lora.layers import DENOISER, component_of
+from sdlora.memory.work import as_time, describe_times
 from sdlora.models.components import kohya_hashes
 from sdlora.report.summary import losses_of
 from sdlora.report.terminal import Terminal
@@ -66,7 +67,7 @@ def describe_plan(plan: RunPlan) -> list[str]:
     if plan.num_processes == 1:
         del rows["network"]
     lines = [f"{label:<{LABEL_WIDTH}}{text}" for label, text in rows.items()]
-    memory = plan.memory.lines(plan.info.quantize)
+    memory = [*plan.memory.lines(plan.info.quantize), f"{'time':<{LABEL_WIDTH}}{_describe_time(plan)}"]
     path = " > ".join(f"{step.ancestor} rank {step.adapter.rank}" for step in plan.parents)
     parents = [f"{'parent':<{LABEL_WIDTH}}{path}; frozen below the new adapter"] if path else []
     at = list(rows).index("optimizer")
@@ -89,10 +90,21 @@ def _describe_steps(plan: RunPlan) -> str:
     )
 
 
+def _describe_time(plan: RunPlan) -> str:
+    """The time of the run, and where it is known from."""
+    card = plan.device_info.card
+    if plan.speed and plan.seconds:
+        whole, stages = as_time(sum(plan.seconds.values())), describe_times(plan.seconds)
+        return f"about {whole}: {stages}; {plan.speed.source}"
+    if card:
+        return 'not known without the name of the card, such as --device "RTX 3060 12GB"'
+    return "not known yet: no run with this base was timed on this machine; the third step will tell"
+
+
 def _caption_cache(plan: RunPlan) -> str:
     if not any(record.variants for record in plan.index.records):
         return ""
-    size = 4 * plan.index.num_captions * plan.info.num_text_states * plan.info.text_width
+    size = 4 * plan.index.num_captions * plan.info.text_length * plan.info.text_width
     return f"; in the cache up to {size / 1e6:.0f} MB for {plan.index.num_captions} captions"
 
 
@@ -157,10 +169,7 @@ def _base_hashes(path: Path) -> tuple[str, str] | None:
 
 
 def _options(config: RunConfig) -> dict[str, Any]:
-    """Settings of adapter, text and objective that differ from the defaults and have no own field."""
+    """Settings of adapter and objective that differ from the defaults and have no field of their own."""
     elsewhere = {"rank", "alpha", "targets", "init_from", "parent", "force_parent"}
     lora = config.lora.model_dump(exclude_defaults=True, exclude=elsewhere)
-    text = config.data.model_dump(
-        exclude_defaults=True, include={"clip_skip", "prompt_chunks", "prompt_weights"}
-    )
-    return lora | text | config.objective.model_dump(exclude_defaults=True, exclude={"prediction_type"})
+    return lora | config.objective.model_dump(exclude_defaults=True, exclude={"prediction_type"})

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from sdlora.config import DataSection, RunConfig
-from sdlora.data.cache import cache_folder
 from sdlora.data.captions import caption_pipeline
 from sdlora.data.doctor import Checkup, check_images
 from sdlora.data.records import DatasetIndex, Finding
@@ -25,6 +24,7 @@ T = TypeVar("T")
 SUBJECTS = ("a house", "a fish", "a sailboat", "a rocket")
 MIN_STEPS = 100
 NUM_SAVES = 10
+NUM_HELDOUT = 64
 SAMPLING_SHARE = 0.2
 # Grids of a run, and their sizes: prompts of each split, and seeds.
 NUM_GRIDS = (NUM_SAVES, 5, 2)
@@ -35,28 +35,19 @@ TRAINING_PASSES, DECODING_PASSES = 2, 3
 
 
 def check_folder(config: RunConfig, sheet: Path | None = None) -> Checkup:
-    """Examines the image folder as `train` would, and the images themselves.
-
-    `sheet` is the path of a contact sheet to draw.
-    """
-    info = inspect_base(config.base, config.objective, config.data)
-    return check_for_base(with_base_defaults(config, info), info, sheet, cache_folder())
+    """Examines the image folder as `train` would; `sheet` is the path of a contact sheet to draw."""
+    info = inspect_base(config.base, config.objective)
+    return check_for_base(with_base_defaults(config, info), info, sheet)
 
 
-def check_for_base(
-    config: RunConfig, info: BaseInfo, sheet: Path | None = None, cache: Path | None = None
-) -> Checkup:
-    """Examines the image folder with the tokenizer and size of an inspected base.
-
-    With a cache folder, it looks at the images themselves too, which takes a while.
-    """
+def check_for_base(config: RunConfig, info: BaseInfo, sheet: Path | None = None) -> Checkup:
+    """Examines the image folder with the tokenizer and size of an inspected base."""
     checkup = check_images(
         config,
         resolution=info.resolution,
         min_step=info.min_step,
-        count_tokens=partial(count_tokens, load_tokenizer(info), info),
+        count_tokens=partial(count_tokens, load_tokenizer(info), info.text_length),
         sheet=sheet,
-        cache=cache,
     )
     return replace(checkup, findings=[*(Finding("notice", text) for text in info.notices), *checkup.findings])
 
@@ -152,6 +143,12 @@ def sampling_share(config: RunConfig, images_seen: int) -> float:
     return sampling / (sampling + training)
 
 
+def num_validated(index: DatasetIndex) -> int:
+    """Images of both splits of the held-out loss."""
+    heldout, records = min(len(index.heldout), NUM_HELDOUT), len(index.records)
+    return heldout + min(records, heldout or min(NUM_HELDOUT, max(2, records // 10)))
+
+
 def global_batch(config: RunConfig, num_processes: int) -> int:
     """batch_size × accumulate × num_processes."""
     return config.train.micro_batch * config.train.accumulate * num_processes
@@ -162,10 +159,10 @@ def default_prompts(index: DatasetIndex, settings: DataSection, count: int) -> l
 
     Without captions, the trigger with things that any base can draw.
     """
-    if all(record.caption == settings.trigger for record in index.styled):
+    if all(record.caption == settings.trigger for record in index.records):
         return [caption_pipeline(settings).plain(subject) for subject in SUBJECTS[: 2 * count]]
     prompts: list[str] = []
-    for records in (index.styled, index.heldout):
+    for records in (index.records, index.heldout):
         captions = list(dict.fromkeys(record.caption for record in records if record.caption))
         prompts += spread(captions, count)
     return list(dict.fromkeys(prompts))

@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sdlora.data.buckets import Crop
-from sdlora.data.captions import without_trigger
 from sdlora.data.records import ImageRecord
 from sdlora.diffusion.objective import Objective
 from sdlora.dtypes import Precision
@@ -20,6 +19,7 @@ from sdlora.evaluation.heldout import HeldoutItem, recognise_prediction
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mount
 from sdlora.lora.layers import Dropout, lora_layers
+from sdlora.memory.watch import Watch, give_back
 from sdlora.models.base import Base, Condition
 from sdlora.models.load import load_base
 from sdlora.report.terminal import Terminal
@@ -27,10 +27,9 @@ from sdlora.sampling.images import SampledImage
 from sdlora.training.adapter import make_adapter
 from sdlora.training.encodings import Encodings, View
 from sdlora.training.plan import RunPlan
-from sdlora.training.preflight import spread
+from sdlora.training.preflight import NUM_HELDOUT, spread
 from sdlora.tree.lineage import Stack, path_to_stack
 
-NUM_HELDOUT = 64
 NUM_CHECKED = 2
 CPU_KERNELS = "cpu_kernels"
 FUSED_LORA = "fused_lora"
@@ -59,6 +58,7 @@ class Prepared:
     parents: Stack = ()  # frozen adapters below the trained one: (adapter, strength), the root first
     fixed_images: list[SampledImage] = field(default_factory=list)  # of columns without the trained adapter
     kernels: Sequence[str] = ()  # the faster ones that compute a step
+    watch: Watch = field(default_factory=Watch)
 
     @torch.no_grad()
     def heldout_items(self, split: str, most: int | None = None) -> list[HeldoutItem]:
@@ -79,12 +79,13 @@ def prepare(
     precision: Precision,
     terminal: Terminal,
     kernels: Sequence[str] | None = None,
+    watch: Watch | None = None,
 ) -> Prepared:
     """Loads the base, encodes, frees the encoders' memory, and mounts a fresh adapter.
 
-    `kernels` are those of a run that is resumed.
+    `kernels` are those of a run that is resumed; `watch` notes what encoding takes.
     """
-    config = plan.config
+    config, watch = plan.config, watch or Watch(accelerator.device)
     text_learns, device = config.lora.text_encoder, accelerator.device
     waits = config.data.cache is not False
     base = load_base(
@@ -98,10 +99,11 @@ def prepare(
         base.text_encoders_to(device)
         mount(base.components, parents)
     if waits:
-        _encode(plan, encodings, accelerator, terminal, text_stays=text_differs)
+        with watch.stage("encoding"):
+            _encode(plan, encodings, accelerator, terminal, text_stays=text_differs)
     prompts = dict.fromkeys([*config.sample.prompts, config.sample.negative_prompt])
     prompt_states = {} if text_differs else {prompt: encodings.condition(prompt) for prompt in prompts}
-    records, heldout = plan.index.styled, spread(plan.index.heldout, NUM_HELDOUT)
+    records, heldout = plan.index.records, spread(plan.index.heldout, NUM_HELDOUT)
     train = spread(records, len(heldout) or min(NUM_HELDOUT, max(2, len(records) // 10)))
     splits = {
         split: [HeldoutView(*view, encodings.posterior(*view)[0]) for view in _first_views(plan, chosen)]
@@ -127,6 +129,7 @@ def prepare(
         max_norm=config.lora.max_norm,
         parents=parents,
         kernels=use_kernels(base, precision, kernels),
+        watch=watch,
     )
 
 
@@ -177,18 +180,12 @@ def _encode(
     heldout = plan.index.heldout
     captions = [text for record in (*records, *heldout) for text in (record.caption, *record.variants)]
     captions += ["", *sample.prompts, sample.negative_prompt]
-    if plan.config.objective.prior_weight:
-        captions += [
-            without_trigger(text, record.trigger)
-            for record in records
-            if record.trigger
-            for text in record.captions
-        ]
     views = [(record, crop) for record in records for crop in plan.buckets.crops[record.name]]
     # One at a time, to save memory: text encoders, then the VAE, then the denoiser.
     if not encodings.text_learns:
         encodings.prepare(captions, accelerator, terminal)
         base.text_encoders_to("cpu" if text_stays else "meta")
+        give_back()
     encodings.prepare([*views, *_first_views(plan, heldout)], accelerator, terminal)
     base.vae.to("meta")
     encodings.check_cache(terminal)

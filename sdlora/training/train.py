@@ -15,10 +15,12 @@ from sdlora.config import RunConfig, load_config
 from sdlora.dtypes import Precision
 from sdlora.errors import ConfigError
 from sdlora.lora.layers import DENOISER
+from sdlora.memory.cards import check_device
+from sdlora.memory.watch import Watch
 from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder
 from sdlora.training.checkpoint import newest_complete_step, read_state
-from sdlora.training.device import describe_environment, find_device, make_accelerator
+from sdlora.training.device import describe_environment, find_device, imagine_device, make_accelerator
 from sdlora.training.distributed import barrier, broadcast, num_launched, propagate_failure
 from sdlora.training.finish import finish, report_failed_start, report_failure
 from sdlora.training.logger import start_trackers
@@ -48,6 +50,7 @@ def train(
     config: str | Path | RunConfig | None = None,
     overrides: Iterable[str] | Mapping[str, Any] = (),
     dry_run: bool = False,
+    device: str | None = None,
     quiet: bool = False,
 ) -> RunFolder:
     """Trains a style LoRA on an image folder.
@@ -61,6 +64,7 @@ def train(
         config: A TOML file with the settings that differ from the defaults, or a whole configuration.
         overrides: `section.key=value` texts, or a mapping from `section.key` to values.
         dry_run: Print the plan, load no weights and write nothing.
+        device: Plan for this GPU instead, such as `RTX 3060 12GB` or `cuda:12GB`; for a dry run.
         quiet: Print nothing.
 
     Returns:
@@ -71,11 +75,16 @@ def train(
     """
     direct = {"base.source": base, "data.trigger": trigger, "lora.parent": parent}
     settings = load_config(config, overrides, images=images, arguments=direct)
+    is_default_base = base is None and settings.base.source == "builtin"
+    if device is not None:
+        check_device(device, dry_run=dry_run)
+        _plan_elsewhere(settings, device, Terminal(quiet), is_default_base)
+        return RunFolder(_default_folder(images) if out is None else out)
     accelerator, precision, terminal = _start(settings, quiet)
     with propagate_failure(accelerator):
         run = _choose_folder(images, out, accelerator)
         plan = make_plan(settings, accelerator.num_processes, find_device(accelerator, precision))
-        print_plan(plan, terminal, is_default_base=base is None and settings.base.source == "builtin")
+        print_plan(plan, terminal, is_default_base=is_default_base)
         check_same_plan(accelerator, plan)
         check_disk(plan, run.path)
         if dry_run:
@@ -92,8 +101,10 @@ def train(
         return _run(run, plan, accelerator, precision, terminal)
 
 
-def plan_run(settings: RunConfig) -> RunPlan:
-    """The plan of a run on this machine, before any weights are loaded."""
+def plan_run(settings: RunConfig, device: str | None = None) -> RunPlan:
+    """The plan of a run on this machine, or on a GPU by its name, before any weights are loaded."""
+    if device is not None:
+        return make_plan(settings, 1, imagine_device(device, settings))
     accelerator, precision = make_accelerator(settings)
     return make_plan(settings, accelerator.num_processes, find_device(accelerator, precision))
 
@@ -197,10 +208,22 @@ def with_absolute_paths(settings: RunConfig) -> RunConfig:
     ).model_copy(update={"images": resolve(settings.images)})
 
 
+def _plan_elsewhere(settings: RunConfig, device: str, terminal: Terminal, is_default_base: bool) -> None:
+    """Prints the plan of a run on a GPU that is not here."""
+    plan = plan_run(settings, device)
+    assert plan.device_info.card
+    terminal.print(_describe_device(plan.device_info.card.name, plan.device_info.precision, settings))
+    print_plan(plan, terminal, is_default_base=is_default_base)
+    terminal.print("dry run for another machine: no weights loaded, nothing written")
+
+
+def _default_folder(images: str | Path) -> Path:
+    return next_free_folder(Path("runs") / Path(os.path.realpath(images)).name)
+
+
 def _choose_folder(images: str | Path, out: str | Path | None, accelerator: Accelerator) -> RunFolder:
     """The run folder, chosen and checked by the main process."""
-    name = Path(os.path.realpath(images)).name
-    run = RunFolder(next_free_folder(Path("runs") / name) if out is None else out)
+    run = RunFolder(_default_folder(images) if out is None else out)
     if accelerator.is_main_process:
         run.check_free()
         check_writable(run.path)
@@ -210,13 +233,15 @@ def _choose_folder(images: str | Path, out: str | Path | None, accelerator: Acce
 def _start(settings: RunConfig, quiet: bool) -> tuple[Accelerator, Precision, Terminal]:
     accelerator, precision = make_accelerator(settings)
     terminal = Terminal(quiet=quiet or not accelerator.is_main_process)
-    quantized = "" if settings.base.quantize == "none" else f" with {settings.base.quantize} layers"
     processes = f" in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
-    terminal.print(
-        f"device    {accelerator.device.type}{processes}, compute {precision.compute}, "
-        f"base stored in {precision.base}{quantized}, adapter fp32"
-    )
+    terminal.print(_describe_device(f"{accelerator.device.type}{processes}", precision, settings))
     return accelerator, precision, terminal
+
+
+def _describe_device(name: str, precision: Precision, settings: RunConfig) -> str:
+    quantized = "" if settings.base.quantize == "none" else f" with {settings.base.quantize} layers"
+    dtypes = f"compute {precision.compute}, base stored in {precision.base}{quantized}, adapter fp32"
+    return f"device    {name}, {dtypes}"
 
 
 def _run(
@@ -230,9 +255,9 @@ def _run(
     is_main = accelerator.is_main_process
     with run.occupied(is_main), terminal.keep(run.log_file if is_main else None):
         set_seed(plan.config.train.seed)
-        with report_failed_start(plan, run):
-            kernels = resumption.kernels if resumption else None
-            prepared = prepare(plan, accelerator, precision, terminal, kernels)
+        kernels, watch = resumption.kernels if resumption else None, Watch(accelerator.device)
+        with report_failed_start(plan, run), watch.stage("loading"):
+            prepared = prepare(plan, accelerator, precision, terminal, kernels, watch)
         attention, dtypes = prepared.base.attention_kernel, prepared.base.dtypes
         autocast = "on" if precision.compute != precision.base else "off"
         terminal.print(

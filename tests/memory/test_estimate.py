@@ -18,8 +18,16 @@ from sdlora.config import BaseSection, load_config
 from sdlora.data.records import Size
 from sdlora.dtypes import Precision
 from sdlora.lora.attach import match_modules, match_targets, mount
-from sdlora.memory.activations import META, DenoiserPass, denoiser_peak, peak_bytes, vae_peaks
-from sdlora.memory.estimate import DeviceInfo, MemoryInputs, as_size, estimate_memory, plan_memory
+from sdlora.memory.activations import META, DenoiserPass, denoiser_cost, measure_cost, vae_costs
+from sdlora.memory.cards import find_card
+from sdlora.memory.estimate import (
+    DeviceInfo,
+    MemoryInputs,
+    as_size,
+    device_of_card,
+    estimate_memory,
+    plan_memory,
+)
 from sdlora.models.components import Component
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
@@ -41,9 +49,9 @@ def test_the_peak_of_a_chain_by_hand():
         del second
         return third.view(2, 512).t()[0].sum()
 
-    assert peak_bytes(chain) == 1024 + 4096
+    assert measure_cost(chain).num_bytes == 1024 + 4096
     weight = torch.zeros(256, device=META)
-    assert peak_bytes(lambda: weight.view(16, 16).t(), [weight]) == 0
+    assert measure_cost(lambda: weight.view(16, 16).t(), [weight]).num_bytes == 0
 
 
 def test_what_a_backward_pass_waits_for_is_counted():
@@ -55,7 +63,8 @@ def test_what_a_backward_pass_waits_for_is_counted():
     def learn():
         layers(x).sum().backward()
 
-    peak = peak_bytes(learn, [x, *layers.parameters()])
+    peak, flop = measure_cost(learn, [x, *layers.parameters()])
+    assert flop == (3 + 3 + 2) * 2 * 1024 * 64 * 64
     assert 3 * one < peak < 4 * one + 3 * weight + 64
 
 
@@ -88,7 +97,7 @@ def test_a_pass_without_numbers_is_as_large_as_a_real_one(changes):
     mount(base.denoiser, [(adapter, 1.0)])
     if task.checkpointing:
         base.enable_gradient_checkpointing(text=False)
-    planned = denoiser_peak(replace(task, ranks=tuple((name, 8) for name in names)))
+    planned = denoiser_cost(replace(task, ranks=tuple((name, 8) for name in names))).num_bytes
     inputs = base.example_inputs((task.latents.height, task.latents.width), task.batch_size)
 
     def compute():
@@ -98,7 +107,7 @@ def test_a_pass_without_numbers_is_as_large_as_a_real_one(changes):
                 prediction.square().mean().backward()
 
     known = [*base.denoiser.parameters(), *base.denoiser.buffers(), *adapter.parameters()]
-    assert planned == pytest.approx(peak_bytes(compute, known), rel=0.05)
+    assert planned == pytest.approx(measure_cost(compute, known).num_bytes, rel=0.05)
 
 
 def work(side=64, **settings):
@@ -117,6 +126,8 @@ def test_stages_add_up():
     kept = estimate_memory(work(data__cache=False), DeviceInfo(FP32, CUDA), checkpointing=False)
     encoders = gpu.vae + gpu.text_encoders
     assert gpu.stages["encoding"] == max(gpu.text_encoders, gpu.vae + gpu.encode)
+    cpu = estimate_memory(work(), DeviceInfo(FP32, CPU), checkpointing=False)
+    assert cpu.stages["encoding"] == max(cpu.text_encoders + cpu.read, cpu.vae + cpu.encode)
     assert gpu.stages["training"] == gpu.denoiser_bytes + gpu.adapter + gpu.learn
     assert kept.stages["training"] == gpu.stages["training"] + encoders
     assert gpu.stages["sampling"] == gpu.denoiser_bytes + gpu.adapter + max(gpu.sample, gpu.vae + gpu.decode)
@@ -162,26 +173,45 @@ def test_checkpointing_comes_when_memory_asks():
         asked = work(train__sample_every=0, **settings)
         return plan_memory(asked, DeviceInfo(FP32, CUDA, free))
 
-    assert plan(None)[0].checkpointing is False
-    assert plan(10**10) == (plan(None)[0], None)
-    memory, problem = plan(tight)
-    assert memory.checkpointing is True
-    memory, problem = plan(tight, train__gradient_checkpointing=False)
-    assert memory.checkpointing is False
-    assert problem
-    assert as_size(memory.peak) in problem
-    assert "train.gradient_checkpointing=true, base.quantize=int8, train.batch_size=1" in problem
-    memory, problem = plan(10**6, base__quantize="int8", train__batch_size=1)
-    assert problem.endswith(" base.quantize=nf4, a smaller data.resolution")
-    assert plan(10**10, train__gradient_checkpointing=True)[0].checkpointing is True
+    assert plan(None).checkpointing is False
+    assert plan(None).fits
+    assert plan(10**10).peak == plan(None).peak
+    assert plan(tight).checkpointing is True
+    assert plan(tight, train__gradient_checkpointing=False).checkpointing is False
+    assert plan(10**10, train__gradient_checkpointing=True).checkpointing is True
+
+
+def test_what_to_change_makes_the_run_fit():
+    """R-18: the cheapest single setting if one is enough, else several that really do."""
+
+    def plan(free, **settings):
+        asked = work(train__sample_every=0, train__gradient_checkpointing=False, **settings)
+        return plan_memory(asked, DeviceInfo(FP32, CUDA, free, baseline_bytes=10**7))
+
+    whole = plan(None).peak
+    memory = plan(int(whole / 0.95))
+    assert memory.changes == ("train.batch_size=1", "train.accumulate=2")
+    assert "does not fit, first change: train.batch_size=1 train.accumulate=2" in memory.verdict
+    assert f"needs {as_size(whole + 10**7)} of {as_size(memory.free + 10**7)}" in memory.verdict
+    assert plan(10**10).verdict.endswith(": fits")
+    # One change is not enough, so that each is named, and the run with all of them does fit.
+    memory = plan(30 * 10**6, train__batch_size=16)
+    settings = dict(text.split("=") for text in memory.changes)
+    assert {"train.batch_size", "base.quantize"} < settings.keys()
+    changed = {name.replace(".", "__"): value for name, value in settings.items()}
+    changed["train__gradient_checkpointing"] = "train.gradient_checkpointing" in settings
+    asked = work(**{"train__sample_every": 0, **changed})
+    assert plan_memory(asked, DeviceInfo(FP32, CUDA, memory.free)).fits
+    assert plan(10**6).verdict.endswith("does not fit, first change: data.resolution")
 
 
 def test_the_plan_says_what_is_really_saved():
     """R-48: by kind of layer: NF4 is for linear layers alone, convolutions get eight bits."""
     memory = estimate_memory(work(base__quantize="nf4"), DeviceInfo(FP32, CUDA), checkpointing=False)
-    first, second, third = memory.lines("nf4")
-    assert first.startswith(f"memory    about {as_size(memory.peak)}: encoding ")
-    assert second.endswith("without gradient checkpointing")
+    verdict, stages, training, third = memory.lines("nf4")
+    assert verdict == f"memory    needs {as_size(memory.peak)}"
+    assert stages.split()[0] == "encoding"
+    assert training.endswith("without gradient checkpointing")
     assert third.startswith("nf4       linear 17 MB to 2 MB, convolution 23 MB to 6 MB, rest 0 MB")
     assert "80%" in third
     assert json.loads(json.dumps(memory.as_event()))["peak"] == memory.peak
@@ -216,7 +246,7 @@ def describe_real_base(family, unet, settings):
     "preset", ["sd15", "sd15-8gb", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
 )
 def test_presets_say_what_the_plan_estimates(repository, full_size, preset):
-    """R-18: in their first line, for a GPU in bf16; the card has a tenth and the driver's to spare."""
+    """R-18: in their first line, for a GPU in bf16, as `--device` prints it, with a tenth to spare."""
     file = repository / "configs" / f"{preset}.toml"
     first = file.read_text(encoding="utf-8").splitlines()[0]
     card, stated = re.search(r"(?:with (\d+) GB)?: about ([\d.]+ GB) by the plan's estimate", first).groups()
@@ -226,10 +256,10 @@ def test_presets_say_what_the_plan_estimates(repository, full_size, preset):
     parts = empty_components(info, text=False)
     ranks = dict.fromkeys(match_modules(parts, config.lora.targets), config.lora.rank)
     asked = MemoryInputs(config, info, parts, ranks, 0, Size(info.resolution, info.resolution))
-    free = int(int(card) * 1e9 - 0.6e9) if card else None
-    memory, problem = plan_memory(asked, DeviceInfo(Precision("bf16", "bf16"), CUDA, free))
-    assert as_size(memory.peak) == stated
-    assert problem is None
+    device_info = device_of_card(find_card(f"cuda:{card or 80}GB"), Precision("bf16", "bf16"))
+    memory = plan_memory(asked, device_info)
+    assert as_size(memory.needs) == stated
+    assert memory.fits
     assert memory.checkpointing == (config.train.gradient_checkpointing is True)
 
 
@@ -243,7 +273,7 @@ from sdlora.config import BaseSection
 from sdlora.data.records import Size
 from tests.lora_fixtures import create_adapter
 from sdlora.lora.attach import match_targets, mount
-from sdlora.memory.activations import DenoiserPass, denoiser_peak
+from sdlora.memory.activations import DenoiserPass, denoiser_cost
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
 config = {"block_out_channels": (64, 128), "down_block_types": ("CrossAttnDownBlock2D",) * 2,
@@ -265,7 +295,7 @@ learn(64)
 peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 ranks = tuple((name, 4) for name in names)
 task = DenoiserPass(base.info, ranks, Size(64, 64), torch.float32, 1, True)
-print(json.dumps([denoiser_peak(task), peak - before]))
+print(json.dumps([denoiser_cost(task).num_bytes, peak - before]))
 """
 
 
@@ -306,13 +336,14 @@ def test_device_memory_is_what_was_planned(checkpointing):
     torch.cuda.reset_peak_memory_stats()
     base.denoise(*inputs).square().mean().backward()
     measured = torch.cuda.max_memory_allocated() - before
-    planned = denoiser_peak(replace(task, ranks=tuple((name, 8) for name in names)))
+    planned = denoiser_cost(replace(task, ranks=tuple((name, 8) for name in names))).num_bytes
     assert measured == pytest.approx(planned, rel=0.2)
 
 
 def test_decoding_a_picture_needs_more_than_encoding_it():
     """R-18: both grow with the picture's area."""
     info = inspect_base(BaseSection())
-    small, large = (vae_peaks(info, Size(side, side), torch.float32) for side in (64, 128))
-    assert large[1] > large[0]
-    assert large[0] == pytest.approx(4 * small[0], rel=0.1)
+    small, large = (vae_costs(info, Size(side, side), torch.float32) for side in (64, 128))
+    assert large[1].num_bytes > large[0].num_bytes
+    assert large[0].num_bytes == pytest.approx(4 * small[0].num_bytes, rel=0.1)
+    assert large[0].flop == pytest.approx(4 * small[0].flop, rel=0.1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import socket
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 import sdlora
+from sdlora.data.cache import cache_folder
 from sdlora.data.images import load_image
 from sdlora.data.tensors import image_to_tensor
 from sdlora.errors import TrainingDiverged
@@ -108,6 +110,20 @@ def test_a_whole_run(run, capsys):
     assert environment["compute_dtype"] == environment["base_dtype"] == environment["adapter_dtype"] == "fp32"
     with Image.open(run.loss_curve) as curve:
         assert min(curve.size) > 200
+    # memory and time of each stage, beside the plan; the speed is kept for the next one.
+    [usage] = run.events("usage")
+    assert usage["stages"].keys() - {"loading"} == plan["memory"]["stages"].keys() == usage["planned"].keys()
+    assert usage["peak"] == max(usage["stages"].values())
+    assert {"encoding", "training", "validation", "sampling", "whole"} < usage["seconds"].keys()
+    [speed] = json.loads((cache_folder() / "speed.json").read_text(encoding="utf-8")).values()
+    assert speed["rates"].keys() == {"encoding", "training", "validation", "sampling"}
+    assert not plan["seconds"]
+    text = run.log_file.read_text(encoding="utf-8")
+    assert [len(re.findall(f"^{line} ", text, re.MULTILINE)) for line in ("memory", "time", "time left")] == [
+        2,
+        3,
+        1,
+    ]
 
 
 def test_samples_equal_the_verb(run, tmp_path):

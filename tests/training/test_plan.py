@@ -7,6 +7,8 @@ import re
 import shutil
 from dataclasses import replace
 
+import pytest
+
 from sdlora.errors import ConfigError, RunError
 from sdlora.training.plan import make_plan
 from sdlora.training.plan_summary import describe_plan
@@ -62,3 +64,35 @@ def test_a_run_of_an_earlier_version_is_resumed(make_images, tiny, tmp_path):
     assert not any(again.events("changed"))
     with raises(RunError, "checkpoint-changed", shows="the images or captions"):
         resume(run, ["train.steps=4", "data.rules=2"], allow_changed=["data.rules"], quiet=True)
+
+
+def test_what_is_left_to_compute(make_images, tiny):
+    """R-16: each stage's work shrinks to nothing with its steps; a grid draws the base once."""
+    config = tiny(make_images(), train__steps=4, train__sample_every=2, train__evaluate_every=2)
+    plan = make_plan(config)
+    start, half = plan.work_left(), plan.work_left(2)
+    assert start["encoding"].passes == len(plan.index.records) + len(plan.index.heldout)
+    assert half["encoding"].flop == 0
+    assert half["training"].flop == start["training"].flop / 2
+    # Evaluations at 0, 2 and 4, of which the first is done; grids at 2 and 4, both to come.
+    assert half["validation"].flop == pytest.approx(start["validation"].flop * 2 / 3)
+    assert half["sampling"] == start["sampling"]
+    assert plan.work_left(2, 3)["sampling"].flop == pytest.approx(start["sampling"].flop / 3)
+    assert not any(work.flop for work in plan.work_left(4, 5).values())
+
+
+def test_a_plan_for_a_card_that_is_not_here(make_images, sdlora):
+    """R-11, R-18: precision, memory and time are that card's; nothing trains on it."""
+    images = make_images()
+    code, out, _ = sdlora("train", images, "--dry-run", "--device", "RTX 3060 12GB")
+    assert code == 0
+    assert out.startswith("device    RTX 3060 12GB, compute bf16, base stored in bf16")
+    assert re.search(r"^memory +needs 6\d\d MB of 12\.0 GB: fits$", out, re.MULTILINE)
+    assert re.search(r"^time .* estimate from the published speed of the RTX 3060$", out, re.MULTILINE)
+    code, out, _ = sdlora("train", images, "--json", "--device", "cuda:1GB", "train.batch_size=256")
+    plan = json.loads(out)
+    assert (code, plan["memory"]["fits"], plan["seconds"]) == (0, False, {})
+    assert plan["memory"]["changes"] == ["train.batch_size=1", "train.accumulate=256"]
+    code, _, [line] = sdlora("train", images, "--device", "RTX 3060")
+    assert code == 2
+    assert "add --dry-run" in line
