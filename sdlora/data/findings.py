@@ -57,6 +57,31 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "to metadata.csv, or one of JSON lines to metadata.jsonl",
         "data.stem-shared": "{count:image} sharing a caption file with another: {names}; rename one of each",
         "data.copies": "exact copies: {names}; keep one of each",
+<<<<<<< HEAD
+=======
+        "data.near-copies": "{count:near-copy|near-copies}: {names}; they count twice and are learned by "
+        "heart, so keep one of each: --fix moves the others aside",
+        "data.image-dark": "{count:image} almost black, lightest parts: {names}; new ones become "
+        "as dark, so replace or brighten them",
+        "data.image-soft": "{count:image} out of focus, or enlarged from a smaller one: {names}; its blur is "
+        "learned too, so use sharper files",
+        "data.image-bordered": "{count:image} with a border or bars: {names} of a side; they are drawn into "
+        "new images, so crop them off",
+        "data.image-marked": "{count:image} with the same mark in a corner, such as a watermark: {names}; it "
+        "is drawn into new images, so remove or crop it",
+        "data.caption-empty": "{count:caption file} empty: {names}; these images have no caption for now, so "
+        "fill them in",
+        "data.caption-style": "{count:caption} naming a style or medium: {names}; the style is learned with "
+        "those words then, not with the trigger, so describe the content alone: --fix removes them",
+        "data.caption-constant": "{count:word} in nearly every caption: {names}; the style is learned with "
+        "them, so prompts need them too; remove them, or use them as the trigger",
+        "data.caption-same": "{count:caption} the same as others: {names}; what images have in common cannot "
+        "be told from the style, so describe each image",
+        "data.trigger-common": "data.trigger = {names} is a word that the base knows, and mixes the style "
+        "with its meaning; use a made-up word, or two",
+        "data.trigger-split": "data.trigger is read letter by letter: {names}; a plainer word is easier to "
+        "learn",
+>>>>>>> 41c1c94 (feat(caption): sdlora caption writes captions with a model, or empty files to fill in)
         "data.heldout-trained": "{count:held-out image} also trained on: {names}; remove one of each",
         "data.repeats": "a folder name asks for {names} repeats of each image; if it is a date, rename the "
         "folder",

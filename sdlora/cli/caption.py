@@ -1,0 +1,61 @@
+"""`sdlora caption`."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdlora.cli import app
+
+SHOWN, EVERY_SECONDS = 5, 10.0
+
+
+@app.command()
+def caption(
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="A folder or hub id: BLIP, Florence-2 or Qwen2.5-VL. Default: BLIP, from the hub."),
+    ] = None,
+    skeleton: Annotated[
+        bool, typer.Option("--skeleton", help="Make empty .txt files to fill in, without a model.")
+    ] = False,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to ask; by default for the content, without the style.")
+    ] = None,
+    trigger: Annotated[
+        str | None, typer.Option(help="Words to begin with; `sdlora train --trigger` adds them anyway.")
+    ] = None,
+) -> None:
+    """Write captions for images that have none; those that exist stay. Can be stopped and continued."""
+    from sdlora.config import load_config
+    from sdlora.data.captioning import find_uncaptioned, write_captions, write_skeletons
+
+    settings = load_config(None, {}, arguments={"data.trigger": trigger}).data
+    missing, total = find_uncaptioned(images, settings)
+    typer.echo(f"{total - len(missing)} of {total} images have a caption")
+    if skeleton:
+        typer.echo(f"empty caption files made: {write_skeletons(images, missing)}; fill them in")
+        return
+    if not missing:
+        return
+    import torch
+
+    from sdlora.models.captioner import DEFAULT, Captioner
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    describe = Captioner(model or DEFAULT, prompt, device)
+    started = shown = time.monotonic()
+    written = 0
+    for number, (name, text) in enumerate(write_captions(images, missing, describe, settings), 1):
+        written += bool(text)
+        now = time.monotonic()
+        if number <= SHOWN or now - shown > EVERY_SECONDS or number == len(missing):
+            shown = now
+            left = timedelta(seconds=round((now - started) / number * (len(missing) - number)))
+            typer.echo(f"{number}/{len(missing)}  ETA {left}  {name}: {text or '(none)'}")
+    typer.echo(f"captions written: {written}; read them, and say what images show, not their style")
