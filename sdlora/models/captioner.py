@@ -25,8 +25,8 @@ class Captioner:
     """Describes images; greedy, so that an image has the same caption again.
 
     Args:
-        source: A folder, or a hub id: BLIP, Florence-2 (`florence-community/Florence-2-base`), or
-            Qwen2-VL and Qwen2.5-VL. Only safetensors are loaded, and no code of the model's repository is run.
+        source: A folder, or a hub id: BLIP, Florence-2 (`florence-community/...`), or
+            Qwen2-VL and Qwen2.5-VL. Only safetensors are loaded, and no code of its repository is run.
         prompt: Instead of the usual one of its kind.
         device: Where it runs.
 

@@ -168,6 +168,11 @@ def _prepare_onetrainer(values: dict[str, Any]) -> dict[str, Any]:
             found[key] = (found[key], found.get(f"{key}_unit", "EPOCH"))
     if not found.get("validation"):
         found.pop("validate_after", None)
+    if not found.get("masked_training"):
+        for key in ("unmasked_weight", "masked_prior_preservation_weight"):
+            found.pop(key, None)
+    if "RESTARTS" not in str(found.get("learning_rate_scheduler")):
+        found.pop("learning_rate_cycles", None)
     _resolve_noise(found)
     return found
 

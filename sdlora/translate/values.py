@@ -168,9 +168,11 @@ def texts(value: Any) -> list[str]:
 CONVERTERS: dict[str, Converter] = {
     **{one.__name__: one for one in (number, whole, rate, epochs, steps_or_epochs, flag, area_side)},
     **{one.__name__: one for one in (largest_side, single, arguments, texts, optimizer)},
-    **{name: when(name) for name in ("int8", "random", "dora")},
+    **{name: when(name) for name in ("int8", "random", "dora", "files", "alpha")},
     **{name: when([name]) for name in ("wandb", "tensorboard")},
     "count": lambda value: whole(value) or None,  # 0 is not given
+    "chunks": lambda value: round(whole(value) / 75) or None,
+    "skip": lambda value: whole(value) + 1 if value else None,
     "negated": lambda value: not flag(value),
     "text": lambda value: str(value) if value else None,
     "seeds": lambda value: [whole(value)],

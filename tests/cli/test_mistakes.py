@@ -41,7 +41,7 @@ OPTIONS = {
     "train --train_data_dir drawings": "write drawings alone",
     "train drawings --gpu 0": "CUDA_VISIBLE_DEVICES=0",
     "train drawings --resume latest": "`sdlora resume RUN`",
-    "train drawings --clip_skip 2": "as in the base's own pipeline",
+    "train drawings --clip_skip 2": "write data.clip_skip=2",
     "resume run --steps 400": "train.steps=400",
     "sample run --prompt x --seed -1": "--seeds -1",
     "sample run --prompt x --strength 0.5": "--strengths 0.5",

@@ -56,6 +56,8 @@ unet_lr = 1e-4
 lr_scheduler = "cosine_with_restarts"
 lr_scheduler_num_cycles = 3
 lr_warmup_steps = 100
+max_token_length = 225
+weighted_captions = true
 network_module = "networks.lora"
 network_dim = 32
 network_dropout = 0.1
@@ -71,6 +73,8 @@ KOHYA_TABLE = {
     "data.tag_dropout": (0.1, "caption_tag_dropout_rate"),
     "data.crop": ("random", "random_crop"),
     "data.caption_dropout": (0.0, "caption_dropout_rate"),  # not given: none
+    "data.prompt_chunks": (3, "max_token_length"),
+    "data.prompt_weights": (True, "weighted_captions"),
     "lora.targets": (["all"], "convolutions"),
     "lora.rank": (32, "network_dim"),
     "lora.alpha": (1.0, "network_alpha"),  # not given: 1, not the rank
@@ -99,6 +103,7 @@ KOHYA_TABLE = {
     "train.learning_rate": (1e-4, "unet_lr"),
     "train.text_encoder_learning_rate": (2e-4, "text_encoder_lr"),
     "train.lora_plus_ratio": (4.0, "loraplus_lr_ratio"),
+    "data.clip_skip": (2, "clip_skip"),
     "train.schedule": ("cosine_with_restarts", "lr_scheduler"),
     "train.schedule_cycles": (3, "lr_scheduler_num_cycles"),
     "train.warmup": (100.0, "lr_warmup_steps"),
@@ -300,6 +305,9 @@ ONETRAINER: dict[str, Any] = {
     "sample_after": 30,
     "sample_after_unit": "STEP",
     "masked_training": True,
+    "unmasked_weight": 0.1,
+    "text_encoder_layer_skip": 1,
+    "device_count": 2,
     "tensorboard": True,
 }
 CONCEPTS = [
@@ -313,6 +321,9 @@ ONETRAINER_TABLE = {
     "data.flip": (True, "concept.image.enable_random_flip"),
     "data.shuffle_tags": (True, "concept.text.enable_tag_shuffling"),
     "data.caption_dropout": (0.1, "text_encoder.dropout_probability"),
+    "data.masks": ("files", "masked_training"),
+    "data.clip_skip": (2, "text_encoder_layer_skip"),
+    "objective.unmasked_weight": (0.1, "unmasked_weight"),
     "lora.targets": (["all-linear"], "layer_filter"),
     "lora.rank": (24, "lora_rank"),
     "lora.alpha": (1.0, "lora_alpha"),
@@ -344,11 +355,11 @@ ONETRAINER_TABLE = {
     "export.precision": ("bf16", "output_dtype"),
 }
 CASES = {
-    "kohya.toml": (KOHYA, KOHYA_TABLE, ("clip_skip",)),
+    "kohya.toml": (KOHYA, KOHYA_TABLE, ("caption_extension",)),
     "gui.json": (json.dumps(GUI), GUI_TABLE, ("color_aug", "max_train_epochs = 4")),
     "dataset.toml": (DATASET, DATASET_TABLE, ("other image_dir", "num_repeats")),
     "toolkit.yaml": (TOOLKIT, TOOLKIT_TABLE, ("save.max_step_saves_to_keep", "other datasets.folder_path")),
-    "onetrainer.json": (json.dumps(ONETRAINER), ONETRAINER_TABLE, ("masked_training",)),
+    "onetrainer.json": (json.dumps(ONETRAINER), ONETRAINER_TABLE, ("device_count",)),
 }
 
 
