@@ -48,7 +48,7 @@ LIBRARIES = {
     "uvicorn": {"cli"},
 }
 # A feature that needs more lines raises this in the commit that adds it.
-MAX_MODULES, MAX_LINES = 142, 25394
+MAX_MODULES, MAX_LINES = 139, 24773
 WITHOUT_TORCH = {
     "errors",
     "reading",
