@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # One thread each for two test processes: on a small machine that is quicker than two threads in one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test wheel test-slow fuzz kill-test lint figures ranks bits clean
+.PHONY: demo test docs wheel test-slow fuzz kill-test lint figures ranks bits clean
 
 demo: $(INSTALLED)
 	$(BIN)/sdlora train datasets/openmoji --preset openmoji
@@ -21,6 +21,11 @@ test-slow: $(INSTALLED)
 # A wheel in dist/, which brings the presets and the built-in base.
 wheel: $(INSTALLED)
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+# The site, in build/site; broken links and pages without a place in the menu are errors.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file docs/mkdocs.yml
+	@echo "open build/site/index.html"
 
 # Random inputs for the readers of files, new ones at every run: make fuzz SDLORA_FUZZ=100000
 fuzz: $(INSTALLED)

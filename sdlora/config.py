@@ -29,6 +29,8 @@ from sdlora.reading import MAX_DEPTH, MAX_NAME, UnfitFileError, parse_toml, read
 
 PLACEHOLDERS = ("{trigger}", "[trigger]")
 """What the trigger is substituted for; ai-toolkit has the second, and `data.rules = 1` only the first."""
+WEIGHT = re.compile(r"\([^()]+:\s*[0-9.]+\s*\)")
+"""Words with a weight in brackets."""
 MAX_TOML_BYTES = 256 * 2**10
 MAX_JSON_BYTES = 16 * 2**20
 
@@ -131,6 +133,36 @@ class BaseSection(Section):
     quantize: Quantize = _setting("none", "quantize the frozen denoiser: none, int8 or nf4")
 
 
+Position = Annotated[Literal["start", "end"], _also(**_POSITIONS)]
+
+
+class SetSection(Section):
+    """A set of images with settings of its own: a table of `[[data.sets]]`."""
+
+    folder: Name = _setting(..., "folder inside IMAGES, whose other settings it has, or one elsewhere")
+    class_images: bool | None = _setting(
+        None,
+        "class (regularization) images, which show what the base knows and get no trigger; default: true for "
+        "kohya's folder reg, else false",
+    )
+    weight: Positive = _setting(1.0, "weight of its images in the loss")
+    repeats: Count = _setting(1, "times each image is seen in an epoch, times N of its N_name folder")
+    default_caption: str = _setting(
+        "", "caption of images without one; default of class images: their N_NAME"
+    )
+    trigger: Name | None = _setting(None, "as data.trigger")
+    trigger_position: Position = _setting("start", "as data.trigger_position")
+    caption_prefix: str = _setting("", "as data.caption_prefix")
+    caption_suffix: str = _setting("", "as data.caption_suffix")
+    shuffle_tags: bool = _setting(False, "as data.shuffle_tags")
+    tag_dropout: Probability = _setting(0.0, "as data.tag_dropout")
+    keep_tags: Interval = _setting(0, "as data.keep_tags")
+
+    @property
+    def is_class(self) -> bool:
+        return Path(self.folder).name == "reg" if self.class_images is None else self.class_images
+
+
 class DataSection(Section):
     """The image folder, and how images become training samples."""
 
@@ -139,9 +171,7 @@ class DataSection(Section):
         "trigger words; added to captions that lack them, and substituted for {trigger}",
         "use a word or phrase, or omit it",
     )
-    trigger_position: Annotated[Literal["start", "end"], _also(**_POSITIONS)] = _setting(
-        "start", "where the trigger is added to a caption: start or end"
-    )
+    trigger_position: Position = _setting("start", "where the trigger is added to a caption: start or end")
     resolution: int | None = _setting(
         None,
         "training resolution in pixels (side of a square with the area of a bucket); default: the base's",
@@ -150,6 +180,11 @@ class DataSection(Section):
         le=8192,
     )
     background: str = _setting("white", "color behind transparency", "use a color name or #rrggbb")
+    masks: Literal["none", "files", "alpha", "both"] = _setting(
+        "none",
+        "masks of what to learn: none, files (a.mask.png or a-masklabel.png beside a.jpg; white counts), "
+        "alpha (the images' transparency) or both (files where there are some)",
+    )
     crop: Annotated[Literal["center", "random"], _also(centre="center")] = _setting(
         "center", "part to keep of an image that does not fit its bucket: center or random"
     )
@@ -165,15 +200,56 @@ class DataSection(Section):
     shuffle_tags: bool = _setting(False, "shuffle the tags of captions, which commas separate")
     tag_dropout: Probability = _off("probability of leaving out each tag; one stays", "about 0.1")
     keep_tags: Interval = _setting(0, "first tags of a caption that stay in place", "use a number such as 1")
+    keep_separator: str = _setting(
+        "", "text such as ||| in captions: the tags before it stay in place, and those behind a second one"
+    )
+    wildcards: bool = _setting(
+        False, "choose one of {a|b} in captions; prompts and validation images take the first"
+    )
+    several_captions: bool = _setting(
+        False, "each line of a caption file, or item of a list in metadata, is a caption of its own"
+    )
+    placeholders: Texts = _setting(
+        [], "further placeholders of the trigger in captions, such as [name] or <trigger>"
+    )
     caption_variants: int | None = _setting(
         None,
-        "fixed variants of each caption with shuffled or left-out tags, each encoded once; default: 8",
+        "fixed variants of each caption with shuffled or left-out tags, or wildcards, each encoded once; "
+        "default: 8",
         "use 2 to 32",
         ge=1,
         le=1000,
     )
+    clip_skip: int = _setting(
+        1,
+        "text encoder layer that is read, from the end, as users of SD 1.x count: 1 (the last) or 2 (the one "
+        "before, as anime bases need); not for SDXL",
+        "use 1 or 2",
+        ge=1,
+        le=12,
+    )
+    prompt_chunks: int = _setting(
+        1,
+        "parts of the text encoder's length (75 tokens) in which captions and prompts are read, as UIs do; "
+        "1: what is longer is cut",
+        "use 1 to 3",
+        ge=1,
+        le=8,
+    )
+    prompt_weights: bool = _setting(
+        False,
+        "read (word:1.2), (word) and [word] in captions and prompts as weights, as A1111 does with the "
+        "emphasis 'No norm'",
+    )
     caption_encoding: str | None = _setting(
         None, "encoding of caption files that are not in UTF-8, such as cp932; default: as they seem to be"
+    )
+    sets: list[SetSection] = _setting(
+        [],
+        "subfolders or further folders with settings of their own, such as [{folder = 'reg'}]; in a file, a "
+        "table [[data.sets]] each, with folder, "
+        + ", ".join(name for name in SetSection.model_fields if name != "folder"),
+        "use a list of tables such as {folder = 'more', repeats = 2}",
     )
     heldout: float | str = _setting(
         "auto",
@@ -196,13 +272,23 @@ class DataSection(Section):
                 f"data.crop_variants = {self.crop_variants} requires data.crop = random "
                 "(there is only one center crop); set data.crop=random or remove data.crop_variants"
             )
+        idle: dict[str, Any] = {}
         if not self.varies_tags:
-            for name, value in (("keep_tags", self.keep_tags), ("caption_variants", self.caption_variants)):
-                if value:
-                    raise ValueError(
-                        f"data.{name} = {value} has no effect while tags stay as they are; set "
-                        "data.shuffle_tags=true or data.tag_dropout=0.1, or remove it"
-                    )
+            idle = {"keep_tags": self.keep_tags, "keep_separator": self.keep_separator}
+        idle |= {} if self.varies_tags or self.wildcards else {"caption_variants": self.caption_variants}
+        for name, value in idle.items():
+            if value:
+                raise ValueError(
+                    f"data.{name} = {value} has no effect while tags stay as they are; set "
+                    "data.shuffle_tags=true or data.tag_dropout=0.1, or remove it"
+                )
+        if one := next(
+            (one for one in self.sets if one.keep_tags and not self.of_set(one).varies_tags), None
+        ):
+            raise ValueError(
+                f"data.sets has keep_tags = {one.keep_tags} for {shorten(one.folder)}, which has no effect "
+                "while its tags stay as they are; set shuffle_tags or tag_dropout there, or remove it"
+            )
         if self.caption_encoding is not None and not _is_encoding(self.caption_encoding):
             raise ValueError(
                 f"data.caption_encoding = {shorten(self.caption_encoding)} is not an encoding of text; "
@@ -212,6 +298,18 @@ class DataSection(Section):
             raise ValueError(f"data.heldout = {self.heldout:g} must be below 1; use 0.1, 0, or a folder")
         return self
 
+    def of_set(self, one: SetSection | None) -> DataSection:
+        """The settings of the images of a set; its own ones win, and class images have no trigger."""
+        if one is None:
+            return self
+        given = one.model_dump(exclude_unset=True, include=set(type(self).model_fields))
+        return self.model_copy(update={"sets": [], **({"trigger": None} if one.is_class else {}), **given})
+
+    @property
+    def triggers(self) -> set[str]:
+        """The trigger of each set that has one."""
+        return {data.trigger for data in (self, *map(self.of_set, self.sets)) if data.trigger}
+
     @property
     def varies_tags(self) -> bool:
         return self.shuffle_tags or self.tag_dropout > 0
@@ -219,7 +317,7 @@ class DataSection(Section):
     def fill_trigger(self, text: str, trigger: str | None = None) -> str:
         """Substitutes a trigger, by default `data.trigger`, for its placeholders."""
         if words := trigger or self.trigger:
-            for placeholder in PLACEHOLDERS[: self.rules]:
+            for placeholder in (*PLACEHOLDERS[: self.rules], *filter(None, self.placeholders)):
                 text = text.replace(placeholder, words)
         return text
 
@@ -336,6 +434,17 @@ class ObjectiveSection(_Tables):
     )
     input_perturbation: Fraction = _off(
         "extra noise on the denoiser's input only (ip_noise_gamma), such as 0.1", "about 0.1"
+    )
+    unmasked_weight: float = _setting(
+        0.05, "weight in the loss outside a mask, relative to the inside", "use about 0.05", gt=0, le=1
+    )
+    unmasked_prior: NotNegative = _off(
+        "outside a mask, weight of keeping to the base's own prediction, a pass more", "about 1"
+    )
+    prior_weight: NotNegative = _off(
+        "weight of prior prediction: captions without the trigger keep the base's own prediction; each step "
+        "takes about 2.5 times as long",
+        "about 1",
     )
     timestep_range: tuple[int, int] = _setting(
         (0, 1000),
@@ -590,6 +699,24 @@ class RunConfig(Section):
             raise ValueError(
                 "data.cache = true conflicts with lora.text_encoder = true: text embeddings change while "
                 "their encoder trains; set data.cache=auto (latents stay cached) or lora.text_encoder=false"
+            )
+        if self.lora.text_encoder and self.data.clip_skip > 2:
+            raise ValueError(
+                f"data.clip_skip = {self.data.clip_skip} does not go with lora.text_encoder = true: several "
+                "layers would not learn; set data.clip_skip=2 or lora.text_encoder=false"
+            )
+        objective = self.objective
+        for name in ("unmasked_weight", "unmasked_prior"):
+            value = getattr(objective, name)
+            if self.data.masks == "none" and value != type(objective).model_fields[name].default:
+                raise ValueError(
+                    f"objective.{name} = {value:g} has no effect without masks; set data.masks=files, or "
+                    "remove it"
+                )
+        if objective.prior_weight and not self.data.triggers:
+            raise ValueError(
+                f"objective.prior_weight = {objective.prior_weight:g} keeps captions without the trigger as "
+                "the base has them, but data.trigger is not set; set it"
             )
         rate = self.train.text_encoder_learning_rate
         if rate is not None and not self.lora.text_encoder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -95,9 +95,17 @@ def guess_key(name: str, model: type[BaseModel]) -> str:
     return f"did you mean {' or '.join(same)}?" if same else ""
 
 
+def _inner_model(section: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The model of a setting that is a list of tables."""
+    kinds = get_args(section.model_fields[key].annotation)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
 def _nearest(path: list[str], model: type[BaseModel]) -> str:
     """A hint for a misspelled setting."""
     sections = _sections(model)
+    if len(path) > 3 and (inner := _inner_model(sections[path[0]], path[1])):
+        return f"each table of [[{path[0]}.{path[1]}]] has {', '.join(inner.model_fields)}"
     if known := guess_key(path[-1], model):
         return known
     if len(path) == 1:

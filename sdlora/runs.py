@@ -12,8 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from sdlora.config import MAX_JSON_BYTES, RunConfig, read_config
 from sdlora.errors import ConfigError, RunError, join_names
+from sdlora.notebook import show_html
 from sdlora.reading import UnfitFileError, read_json
 from sdlora.writing import (
     append_lines,
@@ -59,6 +62,16 @@ class RunFolder:
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
+
+    def _repr_html_(self) -> str:
+        """Its state, the curve of its losses and its last grid."""
+        steps, done = self.losses, any(self.events("done"))
+        lines = [f"{'finished' if done else 'not finished'} at step {steps[-1][0]}"] if steps else []
+        for event in list(self.events("heldout"))[-2:]:
+            split, loss = str(event.get("split")), event.get("loss")
+            lines.append(f"loss, {split}: {loss:.4f} at step {event['step']}" if loss else split)
+        grids = sorted(self.samples.glob("step-*/grid.png"))[-1:]
+        return show_html(f"run {self.path}", lines, [self.loss_curve, *grids])
 
     @classmethod
     def create(cls, path: str | Path, config: RunConfig, environment: Mapping[str, Any]) -> RunFolder:
@@ -250,6 +263,38 @@ class RunFolder:
         for record in read_lines(self.events_file):
             if isinstance(name := record.get("event"), str) and (not names or name in names):
                 yield record
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """Step and loss of each training step, in order; `events("heldout")` has the validation losses."""
+        return [(event["step"], event["loss"]) for event in self.events("step")]
+
+    @property
+    def is_written(self) -> bool:
+        """Whether a process writes the run: one of this machine that exists, or one of another."""
+        try:
+            named = read_json(self.process_file, MAX_JSON_BYTES)
+        except (OSError, UnfitFileError):
+            return False
+        pid = named.get("pid") if isinstance(named, dict) else None
+        return isinstance(pid, int) and (named.get("host") != platform.node() or psutil.pid_exists(pid))
+
+    def follow(self, *names: str, seconds: float = 1.0) -> Iterator[dict[str, Any]]:
+        """Events from the first on, and new ones as they are written, until no process writes the run.
+
+        Args:
+            names: Only these events.
+            seconds: Time between two looks at the file.
+        """
+        seen = 0
+        while True:
+            is_over = not self.is_written  # asked first, so that the last event is not missed
+            found = list(self.events())
+            yield from (event for event in found[seen:] if not names or event["event"] in names)
+            seen = len(found)
+            if is_over:
+                return
+            time.sleep(seconds)
 
     def cut_events(self, step: int) -> None:
         """Removes events and trace after a step; a resumed run writes them again."""

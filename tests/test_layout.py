@@ -13,7 +13,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "sdlora"
-GROUND = {"dtypes", "errors", "reading", "writing", "config", "objectives", "runs", "seeds"}
+GROUND = {"dtypes", "errors", "reading", "writing", "config", "notebook", "objectives", "runs", "seeds"}
 COLUMNS = {"data", "lora", "models", "diffusion", "report"}
 # The stair: a unit may import what stands above it here, and columns never import each other.
 ABOVE_COLUMNS = (
@@ -25,12 +25,13 @@ ALLOWED = {
     "errors": set(),
     "reading": set(),
     "writing": {"errors"},
+    "notebook": {"errors"},
     "aliases": set(),
     "objectives": set(),
     "problems": {"errors", "aliases"},
     "presets": {"errors"},
     "config": {"errors", "reading", "aliases", "objectives", "presets", "problems"},
-    "runs": {"errors", "reading", "writing", "config"},
+    "runs": {"errors", "reading", "writing", "config", "notebook"},
     "seeds": set(),
     **dict.fromkeys(COLUMNS, GROUND),
     **{unit: GROUND | COLUMNS | set(ABOVE_COLUMNS[:number]) for number, unit in enumerate(ABOVE_COLUMNS)},
@@ -48,11 +49,12 @@ LIBRARIES = {
     "uvicorn": {"cli"},
 }
 # A feature that needs more lines raises this in the commit that adds it.
-MAX_MODULES, MAX_LINES = 139, 24773
+MAX_MODULES, MAX_LINES = 142, 26_000
 WITHOUT_TORCH = {
     "errors",
     "reading",
     "writing",
+    "notebook",
     "aliases",
     "objectives",
     "problems",

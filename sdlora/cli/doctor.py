@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sdlora.cli import app, options
+
+if TYPE_CHECKING:
+    from sdlora.data.doctor import Checkup
 
 
 @app.command()
@@ -17,20 +20,21 @@ def doctor(
     base: Annotated[str | None, options.base_option("builtin")] = None,
     preset: options.Preset = None,
     config: options.Config = None,
+    trigger: Annotated[str | None, typer.Option(help="Trigger words, as for `sdlora train`.")] = None,
     contact_sheet: Annotated[
         Path | None, typer.Option(help="Draw the crops that the model will see into this PNG file.")
     ] = None,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Move copies aside and remove style words from captions.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --fix, do not ask.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Undo the last --fix.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Check an image folder without training; exit code 1 if it has errors."""
     from sdlora.config import load_config
 
     options.check_png(contact_sheet, "--contact-sheet")
-<<<<<<< HEAD
-    settings = load_config(config, overrides or [], images=images, preset=preset)
-    if base is not None:
-        settings = settings.replace(base={"source": base})
-=======
     arguments = {"base.source": base, "data.trigger": trigger}
     settings = load_config(config, overrides or [], images=images, preset=preset, arguments=arguments)
     if undo:
@@ -38,7 +42,6 @@ def doctor(
 
         typer.echo(f"files restored: {undo_repairs(images)}")
         return
->>>>>>> 41c1c94 (feat(caption): sdlora caption writes captions with a model, or empty files to fill in)
     from sdlora.training.preflight import check_folder
 
     checkup = check_folder(settings, contact_sheet)
@@ -46,8 +49,23 @@ def doctor(
         options.print_json(checkup.as_json())
     else:
         typer.echo("\n".join(checkup.lines()))
+    if fix:
+        _fix(checkup, yes)
     if checkup.has_errors:
         raise typer.Exit(1)
+
+
+def _fix(checkup: Checkup, is_agreed: bool) -> None:
+    """Shows what would be done, and does it once that is agreed."""
+    from sdlora.data.repairs import plan_repairs
+
+    repairs = plan_repairs(checkup.index, checkup.findings)
+    if not (lines := repairs.lines()):
+        typer.echo("nothing to fix")
+        return
+    typer.echo("\n".join(lines))
+    if is_agreed or typer.confirm(f"{len(lines)} changes, which --undo takes back. Go on?"):
+        typer.echo(f"done; moved files and the old captions are in {repairs.apply()}")
 
 
 @app.command()

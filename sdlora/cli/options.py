@@ -13,7 +13,7 @@ import typer
 from sdlora.errors import ConfigError, DataError, shorten
 
 if TYPE_CHECKING:
-    from sdlora.config import BaseSection, FileDtype, ObjectiveSection, RunConfig
+    from sdlora.config import BaseSection, DataSection, FileDtype, ObjectiveSection, RunConfig
     from sdlora.formats.keys import Dialect as DialectName
     from sdlora.models.info import BaseInfo
 
@@ -161,13 +161,15 @@ def read_prompts(file: Path) -> list[str]:
     return prompts
 
 
-def check_base(settings: BaseSection, objective: ObjectiveSection | None = None) -> BaseInfo | None:
+def check_base(
+    settings: BaseSection, objective: ObjectiveSection | None = None, data: DataSection | None = None
+) -> BaseInfo | None:
     """Inspects a local base before torch is imported, which takes seconds; None for a base on the hub."""
     from sdlora.models.folder import is_on_hub
     from sdlora.models.info import inspect_base
 
     if not any(is_on_hub(source) for source in (settings.source, settings.vae) if source):
-        return inspect_base(settings, objective)
+        return inspect_base(settings, objective, data)
     return None
 
 

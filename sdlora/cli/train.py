@@ -54,7 +54,7 @@ def train(
         settings = settings.replace(lora={"force_parent": True})
     if out is not None:
         RunFolder(out).check_free()
-    options.check_folder(settings, options.check_base(settings.base, settings.objective))
+    options.check_folder(settings, options.check_base(settings.base, settings.objective, settings.data))
     from sdlora.training.train import plan_run
     from sdlora.training.train import train as start
 

@@ -26,9 +26,10 @@ MAX_BYTES = 2**28
 MAX_KEPT = 2**31
 DTYPES = {"F32", "F16", "BF16"}
 TensorShapes = dict[str, tuple[int, ...]]
-LATENTS, TEXT, IMAGES = "latents", "text", "images"
-ENDINGS = {LATENTS: ".safetensors", TEXT: ".safetensors", IMAGES: ".png"}
-"""Kinds of entries: tensors, which this module reads and writes, and the base's images (`sampling.store`)."""
+LATENTS, TEXT, IMAGES, LOOKS = "latents", "text", "images", "looks"
+ENDINGS = {LATENTS: ".safetensors", TEXT: ".safetensors", IMAGES: ".png", LOOKS: ".npz"}
+"""Kinds of entries: tensors, which this module reads and writes, the base's
+images (`sampling.store`), and measures of training images (`data.looks`)."""
 
 
 def cache_folder() -> Path:
@@ -44,9 +45,10 @@ def cache_folder() -> Path:
 
 
 def latent_key(record: ImageRecord, crop: Crop, *, vae_digest: str, background: str, dtype: str) -> str:
-    """Key of the latents of a crop; contains everything that changes them (R-21)."""
+    """Key of the latents of a crop, and of its mask; contains everything that changes them (R-21)."""
     box = [crop.resized.width, crop.resized.height, crop.left, crop.top, crop.size.width, crop.size.height]
-    return _make_key(LATENTS, record.digest, vae_digest, box, crop.flipped, parse_colour(background), dtype)
+    parts = [record.digest, vae_digest, box, crop.flipped, parse_colour(background), dtype]
+    return _make_key(LATENTS, *parts, *([record.mask.digest] if record.mask else []))
 
 
 def text_key(caption: str, *, encoder_digest: str, dtype: str) -> str:

@@ -54,10 +54,11 @@ _DOCUMENTS = ("readme", "license", "licence", "attribution", "notice", "credits"
 
 
 class Caption(NamedTuple):
-    """A caption as written, and the kind of file it comes from."""
+    """A caption as written, the kind of file it comes from, and further captions of the same image."""
 
     text: str
     source: str
+    others: tuple[str, ...] = ()
 
 
 @dataclass
@@ -171,6 +172,17 @@ def _clean(value: Any) -> str:
     return " ".join("".join(c for c in words if c not in unfit).split()) if unfit else words
 
 
+def _clean_all(values: Sequence[Any]) -> list[str]:
+    return list(dict.fromkeys(text for text in map(_clean, values) if text))
+
+
+def _listed(value: Any, settings: DataSection) -> Sequence[Any]:
+    """The captions of a metadata row, with `data.several_captions` those of a list or of the lines."""
+    if settings.several_captions and isinstance(value, list):
+        return value[:MAX_LISTED]
+    return value.splitlines() if settings.several_captions and isinstance(value, str) else [value]
+
+
 def _read_text(search: _Search, name: str, max_bytes: int) -> str:
     try:
         data = read_bytes(search.root / name, max_bytes)
@@ -207,18 +219,14 @@ def _read_sidecars(search: _Search, names: Sequence[str], images: Sequence[str])
             if path.suffix.lower() != suffix:
                 continue
             owned = owners.get(_normalise(name[: -len(suffix)]), [])
-<<<<<<< HEAD
-            text = _clean(_read_text(search, name, MAX_CAPTION_BYTES)) if owned else ""
-=======
             text = _read_text(search, name, MAX_CAPTION_BYTES) if owned else ""
             found = _clean_all(text.splitlines() if search.settings.several_captions else [text])
             refused = search.noticed["data.caption-unreadable"], search.noticed["data.caption-undecodable"]
             if owned and not found and not any(name in names for names in refused):
                 search.noticed["data.caption-empty"][name] = ""
->>>>>>> 41c1c94 (feat(caption): sdlora caption writes captions with a model, or empty files to fill in)
             for image in owned:
-                if text:
-                    search.candidates[image].append(Caption(text, suffix))
+                if found:
+                    search.candidates[image].append(Caption(found[0], suffix, tuple(found[1:])))
             if not owned and path.parent in folders and not path.stem.lower().startswith(_DOCUMENTS):
                 search.noticed["data.caption-unmatched"][name] = ""
 
@@ -239,16 +247,16 @@ def _read_metadata(search: _Search, name: str, known: Mapping[str, str]) -> None
         image = _find_image(str(path.parent), str(row["file_name"]).strip(), known)
         if image is None:
             noticed["data.row-unmatched"][shorten(target)] = f"({name})"
-        elif column is not None and (text := _clean(row[column])):
-            if len(text) > MAX_CAPTION_BYTES:
-                length = f"{len(text):,} characters, at most {MAX_CAPTION_BYTES:,}"
+        elif column is not None and (found := _clean_all(_listed(row[column], search.settings))):
+            if (longest := max(map(len, found))) > MAX_CAPTION_BYTES:
+                length = f"{longest:,} characters, at most {MAX_CAPTION_BYTES:,}"
                 noticed["data.caption-long"][image] = f"({length}; {name})"
             else:
-                search.candidates[image].append(Caption(text, path.name))
+                search.candidates[image].append(Caption(found[0], path.name, tuple(found[1:])))
     if has_rows and ("file_name" not in columns or not has_captions):
         wanted = "file_name" if "file_name" not in columns else "text, caption or prompt"
-        found = join_names(map(shorten, columns))
-        noticed["data.table-columns"][name] = f"has no column {wanted} (found: {found})"
+        listed = join_names(map(shorten, columns))
+        noticed["data.table-columns"][name] = f"has no column {wanted} (found: {listed})"
 
 
 def _read_rows(search: _Search, name: str) -> Iterator[dict[str, Any]]:

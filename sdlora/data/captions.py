@@ -19,6 +19,7 @@ from sdlora.data.records import ImageRecord
 from sdlora.seeds import keyed_random
 
 NUM_VARIANTS = 8
+WILDCARD = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
 
 
 class Operation(Protocol):
@@ -42,21 +43,74 @@ class AddWords:
 
 
 @dataclass(frozen=True)
+class ChooseWildcards:
+    """Replaces each `{a|b}` by one of its parts, inner ones first."""
+
+    is_random: ClassVar[bool] = True
+
+    def __call__(self, caption: str, rng: random.Random) -> str:
+        return _replace_wildcards(caption, rng.choice)
+
+
+@dataclass(frozen=True)
+class TakeFirst:
+    """Replaces each `{a|b}` that is left, as in the plain caption, by its first part."""
+
+    is_random: ClassVar[bool] = False
+
+    def __call__(self, caption: str, rng: random.Random) -> str:
+        return _replace_wildcards(caption, lambda parts: parts[0])
+
+
+def _replace_wildcards(caption: str, choose: Callable[[list[str]], str]) -> str:
+    while (changed := WILDCARD.sub(lambda match: choose(match[1].split("|")), caption)) != caption:
+        caption = changed
+    return caption
+
+
+@dataclass(frozen=True)
+class RemoveSeparator:
+    """Puts a comma in the place of the separator of kept tags."""
+
+    separator: str
+    is_random: ClassVar[bool] = False
+
+    def __call__(self, caption: str, rng: random.Random) -> str:
+        parts = (part.strip(" ,") for part in caption.split(self.separator))
+        return ", ".join(filter(None, parts))
+
+
+@dataclass(frozen=True)
 class VaryTags:
-    """Shuffles the tags of a caption behind the first ones, and leaves some out; at least one stays."""
+    """Shuffles the tags of a caption behind the first ones, and leaves some out; at least one stays.
+
+    With a separator, the tags before it are the first ones, and those behind a second one stay at the end.
+    """
 
     shuffle: bool
     dropout: float
     num_kept: int
+    separator: str = ""
     is_random: ClassVar[bool] = True
 
     def __call__(self, caption: str, rng: random.Random) -> str:
-        tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
-        kept, others = tags[: self.num_kept], tags[self.num_kept :]
+        kept, others, last = self._split(caption)
         if self.shuffle:
             rng.shuffle(others)
         left = [tag for tag in others if rng.random() >= self.dropout]
-        return ", ".join(kept + left or others[:1])
+        return ", ".join(kept + left + last or others[:1])
+
+    def _split(self, caption: str) -> tuple[list[str], list[str], list[str]]:
+        if self.separator and self.separator in caption:
+            first, _, rest = caption.partition(self.separator)
+            middle, _, last = rest.partition(self.separator)
+            return _tags(first), _tags(middle), _tags(last.replace(self.separator, ","))
+        tags = _tags(caption)
+        return tags[: self.num_kept], tags[self.num_kept :], []
+
+
+def _tags(text: str) -> list[str]:
+    return [tag.strip() for tag in text.split(",") if tag.strip()]
 
 
 @dataclass(frozen=True)
@@ -86,14 +140,19 @@ class AddTrigger:
 
 
 OPERATIONS: dict[str, Callable[[DataSection], Operation | None]] = {
+    "choose_wildcards": lambda data: ChooseWildcards() if data.wildcards else None,
+    "take_first": lambda data: TakeFirst() if data.wildcards else None,
     "add_words": lambda data: (
         AddWords(data.caption_prefix, data.caption_suffix)
         if (data.caption_prefix + data.caption_suffix).strip()
         else None
     ),
     "vary_tags": lambda data: (
-        VaryTags(data.shuffle_tags, data.tag_dropout, data.keep_tags) if data.varies_tags else None
+        VaryTags(data.shuffle_tags, data.tag_dropout, data.keep_tags, data.keep_separator)
+        if data.varies_tags
+        else None
     ),
+    "remove_separator": lambda data: RemoveSeparator(data.keep_separator) if data.keep_separator else None,
     "replace_placeholder": lambda data: ReplacePlaceholder(data) if data.trigger else None,
     "add_trigger": lambda data: AddTrigger(data.trigger, data.trigger_position) if data.trigger else None,
 }
@@ -118,7 +177,7 @@ class CaptionPipeline:
         fixed = [operation for operation in self.operations if not operation.is_random]
         return CaptionPipeline(fixed)(caption, random.Random(0))
 
-    def variants(self, caption: str, *, seed: int, digest: str) -> tuple[str, ...]:
+    def variants(self, caption: str, seed: int, digest: str) -> tuple[str, ...]:
         """Training captions of the image with this digest; equal ones are kept once."""
         number = self.num_variants if any(operation.is_random for operation in self.operations) else 1
         draws = (keyed_random(seed, "caption", digest, variant) for variant in range(number))
@@ -149,6 +208,12 @@ def trigger_pattern(trigger: str) -> re.Pattern[str]:
     after = "" if _is_wide(trigger[-1]) else r"(?!\w)"
     words = r"\s+".join(map(re.escape, trigger.split()))
     return re.compile(before + words + after, re.IGNORECASE)
+
+
+def without_trigger(caption: str, trigger: str) -> str:
+    """The caption without the trigger, and without the commas around it."""
+    parts = trigger_pattern(trigger).sub("", caption).split(",")
+    return ", ".join(" ".join(part.split()) for part in parts if part.strip())
 
 
 def has_trigger(caption: str, trigger: str) -> bool:

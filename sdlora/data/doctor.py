@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -14,12 +15,16 @@ from sdlora.config import DataSection, RunConfig
 from sdlora.data.buckets import BucketPlan
 from sdlora.data.findings import CountTokens, examine, largest_first
 from sdlora.data.images import crop_image, load_image
-from sdlora.data.records import DatasetIndex, Finding, count_of
+from sdlora.data.looks import cache_file, examine_looks, measure_records
+from sdlora.data.masks import shade_outside
+from sdlora.data.records import DatasetIndex, Finding, ImageRecord, count_of
 from sdlora.data.scan import read_dataset
+from sdlora.data.sets import describe_sets
 from sdlora.errors import ConfigError
 from sdlora.writing import write_file
 
-SHEET_IMAGES, SHEET_COLUMNS, SHEET_CELL = 60, 10, 128
+SHEET_IMAGES, SHEET_COLUMNS, SHEET_CELL = 60, 10, 144
+SHEET_LINE, SHEET_LETTERS, CAPTION_LINES = 14, 22, 3
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,11 @@ def check_images(
     min_step: int,
     count_tokens: CountTokens | None = None,
     sheet: Path | None = None,
+    cache: Path | None = None,
 ) -> Checkup:
     """Examines the image folder of a run, and draws a contact sheet if a path is given.
+
+    Given a cache folder, it looks at the images themselves too, which takes a while (`data.looks`).
 
     Raises:
         DataError: If the folder is missing or has no image to train on.
@@ -74,6 +82,10 @@ def check_images(
             key="option--contact-sheet",
         )
     index, buckets = read_dataset(config, resolution=resolution, min_step=min_step)
+    if cache is not None:
+        file = cache_file(cache, index.root, config.data.background)
+        records = [*index.records, *index.heldout]
+        examine_looks(index, measure_records(records, config.data.background, file))
     findings = examine(index, buckets, config.data, count_tokens)
     if sheet is not None:
         drawing = contact_sheet(index, buckets, config.data)
@@ -87,31 +99,50 @@ def summarise(index: DatasetIndex, plan: BucketPlan, count_tokens: CountTokens |
 
 
 def contact_sheet(index: DatasetIndex, plan: BucketPlan, settings: DataSection) -> Image.Image:
-    """Draws what the model will see: crops with the share of area that each lost, the worst first."""
-    records = sorted(index.records, key=lambda record: (-round(plan.lost_share(record.name), 3), record.name))
-    records = records[:SHEET_IMAGES]
+    """Draws what the model will see, with captions: crops and the share of area that each lost.
+
+    Training images come first, the worst crops before others, and held-out images after them.
+    """
+    training = sorted(
+        index.records, key=lambda record: (-round(plan.lost_share(record.name), 3), record.name)
+    )
+    spare = max(SHEET_IMAGES // 6, SHEET_IMAGES - len(training))
+    heldout = index.heldout[:spare]
+    records = [*training[: SHEET_IMAGES - len(heldout)], *heldout]
     columns = max(1, min(SHEET_COLUMNS, len(records)))
-    line = 14
-    width, height = SHEET_CELL + 6, SHEET_CELL + 6 + 2 * line
+    width, height = SHEET_CELL + 8, SHEET_CELL + 10 + SHEET_LINE * (2 + CAPTION_LINES)
     sheet = Image.new("RGB", (columns * width, max(1, -(-len(records) // columns)) * height), "white")
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for number, record in enumerate(records):
-        cell = crop_image(load_image(record.path, settings.background), plan.crops[record.name][0])
+        crop = plan.crops[record.name][0]
+        cell = crop_image(load_image(record.path, settings.background), crop)
+        cell = shade_outside(cell, record, crop) if record.mask else cell
         cell.thumbnail((SHEET_CELL, SHEET_CELL))
-        left, top = number % columns * width + 3, number // columns * height + 3
+        left, top = number % columns * width + 4, number // columns * height + 4
         sheet.paste(cell, (left + (SHEET_CELL - cell.width) // 2, top + (SHEET_CELL - cell.height) // 2))
-        label, lost = PurePosixPath(record.name).name, plan.lost_share(record.name)
-        label = label if len(label) <= 20 else f"{label[:12]}...{label[-5:]}"
-        figures = f"{plan.bucket_of(record.name)}" + (f"  -{lost:.0%}" if lost > 0.005 else "")
-        canvas.text((left, top + SHEET_CELL), label, "black", font)
-        canvas.text((left, top + SHEET_CELL + line), figures, "dimgrey", font)
+        is_heldout = number >= len(records) - len(heldout)
+        for row, (text, colour) in enumerate(_cell_lines(record, plan, is_heldout)):
+            canvas.text((left, top + SHEET_CELL + 1 + row * SHEET_LINE), text, colour, font)
     return sheet
+
+
+def _cell_lines(record: ImageRecord, plan: BucketPlan, is_heldout: bool) -> list[tuple[str, str]]:
+    """Name, figures and caption below an image of the contact sheet, with their colours."""
+    label, lost = PurePosixPath(record.name).name, plan.lost_share(record.name)
+    label = label if len(label) <= SHEET_LETTERS else f"{label[: SHEET_LETTERS - 8]}...{label[-5:]}"
+    figures = f"{plan.bucket_of(record.name)}" + (f"  -{lost:.0%}" if lost > 0.005 else "")
+    figures += "  held out" if is_heldout else ""
+    caption = textwrap.wrap(record.caption or "(no caption)", SHEET_LETTERS)
+    if len(caption) > CAPTION_LINES:
+        caption[CAPTION_LINES - 1] = f"{caption[CAPTION_LINES - 1][: SHEET_LETTERS - 3]}..."
+    colour = "teal" if is_heldout else "dimgrey"
+    return [(label, "black"), (figures, colour), *((line, "#444466") for line in caption[:CAPTION_LINES])]
 
 
 def _summarise_images(index: DatasetIndex) -> list[str]:
     everything = [*index.records, *index.heldout]
     sources = Counter(record.caption_source for record in everything if record.caption_source)
-    captioned = sum(number for source, number in sources.items() if source != "trigger")
+    captioned = sum(number for source, number in sources.items() if source not in ("trigger", "default"))
     places = ", ".join(f"{number} from {source}" for source, number in sources.most_common())
     lines = [
         f"{count_of(len(index.records), 'image')} to train on, {len(index.heldout)} held out: {index.root}",
@@ -122,6 +153,10 @@ def _summarise_images(index: DatasetIndex) -> list[str]:
         parts = ", ".join(f"{images} x {times}" for times, images in sorted(repeats.items()))
         samples = sum(record.repeats for record in index.records)
         lines.append(f"repeats: {parts} = {samples} samples per epoch")
+    if masked := sum(record.mask is not None for record in index.records):
+        lines.append(f"masks: of {count_of(masked, 'image')}")
+    if about_sets := describe_sets(index.records):
+        lines.append(about_sets)
     if any(record.variants for record in index.records):
         lines.append(f"caption variants: {index.num_captions}, each encoded once")
     return lines

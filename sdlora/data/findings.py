@@ -12,12 +12,17 @@ from sdlora.config import DataSection
 from sdlora.data.buckets import MAX_LOSS, BucketPlan, worst_loss
 from sdlora.data.captions import has_trigger
 from sdlora.data.records import DatasetIndex, Finding, ImageRecord, Noticed, Severity, count_of
+from sdlora.data.style_words import examine_words
 from sdlora.errors import join_names
 
+# A mask of half the size may round a side to the next pixel.
+MASK_TOLERANCE = 0.03
 MANY_REPEATS = 100
 MAX_REPEATS = 10_000
 LARGE_LOSS = 0.15
 LARGE_UPSCALE = 2.0
+# Letters per token, on average, of a word that a tokenizer reads in fragments.
+FRAGMENT = 1.6
 
 # Messages by key. {names} lists the first five names, each with its detail; {count:image} counts all.
 MESSAGES: dict[Severity, dict[str, str]] = {
@@ -27,6 +32,9 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "data.follow_links=true",
         "data.image-unreadable": "cannot use {count:image}: {names}; replace or remove them, or set "
         "data.on_bad_image=skip",
+        "data.mask-unreadable": "cannot use {count:mask}: {names}; replace or remove them",
+        "data.mask-shape": "{count:mask} of another shape than the image: {names}; save them with its width "
+        "and height, or half of both",
         "data.caption-unreadable": "cannot read {count:caption file}: {names}; fix or remove them",
         "data.caption-undecodable": "{count:caption file} in an unknown encoding: {names}; save as UTF-8, or "
         "set data.caption_encoding, for example to cp932 (Japanese), gb18030 (Chinese) or cp1251 (Cyrillic)",
@@ -57,8 +65,6 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "to metadata.csv, or one of JSON lines to metadata.jsonl",
         "data.stem-shared": "{count:image} sharing a caption file with another: {names}; rename one of each",
         "data.copies": "exact copies: {names}; keep one of each",
-<<<<<<< HEAD
-=======
         "data.near-copies": "{count:near-copy|near-copies}: {names}; they count twice and are learned by "
         "heart, so keep one of each: --fix moves the others aside",
         "data.image-dark": "{count:image} almost black, lightest parts: {names}; new ones become "
@@ -81,7 +87,6 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "with its meaning; use a made-up word, or two",
         "data.trigger-split": "data.trigger is read letter by letter: {names}; a plainer word is easier to "
         "learn",
->>>>>>> 41c1c94 (feat(caption): sdlora caption writes captions with a model, or empty files to fill in)
         "data.heldout-trained": "{count:held-out image} also trained on: {names}; remove one of each",
         "data.repeats": "a folder name asks for {names} repeats of each image; if it is a date, rename the "
         "folder",
@@ -93,18 +98,22 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "data.caption-truncated": "{count:caption} over the token limit: {names}; shorten them",
     },
     "notice": {
+        "data.caption-subject": "one subject dominates: {names}; new images lean towards it, so add others",
         "data.image-frames": "{count:image} with several frames, using the first: {names}",
         "data.image-hidden": "ignored {count:image} in hidden files or folders: {names}",
         "data.image-system": "ignored {count:image} in folders of the system or of network storage: {names}",
         "data.image-project": "ignored {count:image} outside img/, which has the images of a kohya project: "
         "{names}; pass another folder to use them",
-        "data.regularization": "ignored {count:regularization image} in reg/, which cannot be used: {names}",
-        "data.image-mask": "ignored {count:mask} of other tools: {names}",
+        "data.regularization": "ignored {count:regularization image} in reg/: {names}; to train on them as "
+        "class images, set data.sets=[{{folder='reg'}}]",
+        "data.image-mask": "ignored {count:mask}: {names}; data.masks=files uses those beside an image",
         "data.repeats-zero": "ignored {count:image} in folders with zero repeats: {names}",
         "data.image-enlarged": "{count:image} enlarged: {names}",
         "data.heldout-unused": "ignored {count:image} in folders named heldout, never trained on: {names}",
         "data.placeholder-foreign": "placeholders of other tools in {count:caption}, taken as text: {names}; "
-        "write {{trigger}} or the words themselves",
+        "write {{trigger}} or the words themselves, or list those of the trigger in data.placeholders",
+        "data.caption-weights": "weights in {count:caption}, taken as text: {names}; set "
+        "data.prompt_weights=true to read them",
         "data.caption-encoding": "{count:file} not in UTF-8, read in an encoding that seems to fit: {names}; "
         "save as UTF-8 if characters look wrong, or set data.caption_encoding",
         "data.caption-unmatched": "{count:caption file} without a matching image: {names}",
@@ -140,7 +149,10 @@ def examine(
         noticed["data.image-skipped"] = noticed.pop("data.image-unreadable")
     _examine_records(index.records, index.heldout, noticed)
     _examine_sizes(plan, noticed)
+    examine_words(index.records, settings.trigger, noticed)
     if count_tokens is not None:
+        if settings.trigger:
+            _examine_trigger(settings.trigger, count_tokens, noticed)
         _examine_tokens([*index.records, *index.heldout], settings.trigger, count_tokens, noticed)
     assert noticed.keys() <= {key for messages in MESSAGES.values() for key in messages}
     return [
@@ -155,7 +167,8 @@ class _Count(int):
     """`{count:image}` prints the number with its noun."""
 
     def __format__(self, noun: str) -> str:
-        return count_of(int(self), noun)
+        one, _, many = noun.partition("|")
+        return f"{int(self)} {many}" if many and self != 1 else count_of(int(self), one)
 
 
 def _word(severity: Severity, key: str, message: str, details: Mapping[str, str]) -> Finding:
@@ -164,7 +177,7 @@ def _word(severity: Severity, key: str, message: str, details: Mapping[str, str]
 
 
 def _examine_records(
-    training: Iterable[ImageRecord], heldout: Iterable[ImageRecord], noticed: Noticed
+    training: Sequence[ImageRecord], heldout: Iterable[ImageRecord], noticed: Noticed
 ) -> None:
     """Shared stems (R-21), exact copies, held-out images that are trained on, unlikely repeats."""
     stems: dict[PurePosixPath, list[str]] = defaultdict(list)
@@ -177,6 +190,10 @@ def _examine_records(
     for first, *others in copies.values():
         if others:
             noticed["data.copies"][first] = f"= {join_names(others, separator=' = ')}"
+    for record in training:
+        size = record.mask.size if record.mask else None
+        if size and abs(size.aspect / record.size.aspect - 1) > MASK_TOLERANCE:
+            noticed["data.mask-shape"][record.name] = f"({size}; the image is {record.size})"
     leaked = [record.name for record in heldout if record.digest in copies]
     noticed["data.heldout-trained"] |= dict.fromkeys(leaked, "")
     if (most := max((record.repeats for record in training), default=0)) > MANY_REPEATS:
@@ -215,6 +232,17 @@ def _examine_tokens(
             noticed["data.caption-truncated"][record.name] = f"loses {lost!r} (limit {count.limit} tokens)"
             if trigger and not has_trigger(_kept(caption, count.lost), trigger):
                 noticed["data.trigger-truncated"][record.name] = ""
+
+
+def _examine_trigger(trigger: str, count_tokens: CountTokens, noticed: Noticed) -> None:
+    """A trigger of one word that the tokenizer knows whole, and words that it reads in fragments."""
+    words = [word for word in trigger.split() if word.lower() != "style"]
+    pieces = {word: count_tokens(word).pieces for word in words}
+    if len(words) == 1 and len(pieces[words[0]]) == 1 and words[0].isalpha():
+        noticed["data.trigger-common"][words[0]] = ""
+    for word, parts in pieces.items():
+        if len(parts) > max(3, len(word) / FRAGMENT):
+            noticed["data.trigger-split"][word] = f"= {' + '.join(parts)}"
 
 
 def _kept(caption: str, lost: str) -> str:

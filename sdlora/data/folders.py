@@ -94,15 +94,17 @@ def list_usable(root: Path, noticed: Noticed, settings: DataSection) -> list[str
     is_project = "img" in numbered and any(
         name.startswith(f"{part}/") for name in files for part in PROJECT_FOLDERS
     )
+    # Folders that the user named are never another tool's.
+    asked = tuple(f"{PurePosixPath(one.folder)}/" for one in settings.sets)
     usable = []
     for name in files:
         top, folders = name.partition("/")[0], PurePosixPath(name).parts[:-1]
         mask = MASK.fullmatch(str(PurePosixPath(name).with_suffix("")))
         if any(folder.lower() in SYSTEM_FOLDERS for folder in folders):
             key = "data.image-system"
-        elif top == "reg" and "reg" in numbered and len(numbered) > 1:
+        elif top == "reg" and "reg" in numbered and len(numbered) > 1 and not name.startswith(asked):
             key = "data.regularization"
-        elif is_project and top not in ("img", HELDOUT):
+        elif is_project and top not in ("img", HELDOUT) and not name.startswith(asked):
             key = "data.image-project"
         elif mask and is_image(name) and (mask[2] != ".mask" or mask[1] in stems):
             key = "data.image-mask"

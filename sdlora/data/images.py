@@ -69,6 +69,16 @@ def load_image(path: Path, background: str = "white") -> Image.Image:
     return _load(path, _read(path), colour)
 
 
+def load_alpha(path: Path) -> Image.Image:
+    """The alpha channel of an image, 8-bit grey; white without transparency."""
+    with _decoding(path), _open(path, _read(path)) as image:
+        image.load()
+        image = _transpose(image)
+        if not image.has_transparency_data:
+            return Image.new("L", image.size, 255)
+        return image.convert("RGBA").getchannel("A")
+
+
 def load_record(record: ImageRecord, background: str = "white", target: Size | None = None) -> Image.Image:
     """Reads the image of a record, unchanged since it was scanned.
 
@@ -114,11 +124,13 @@ def measure_image(path: Path, data: bytes) -> tuple[Size, bool]:
         return Size(*_transpose(image).size), is_animated
 
 
-def crop_image(image: Image.Image, crop: Crop) -> Image.Image:
+def crop_image(
+    image: Image.Image, crop: Crop, resampling: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
     """Scales an image to cover its bucket, crops it, and mirrors it if the crop is flipped."""
     resized = (crop.resized.width, crop.resized.height)
     if image.size != resized:
-        image = image.resize(resized, Image.Resampling.LANCZOS, reducing_gap=3.0)
+        image = image.resize(resized, resampling, reducing_gap=3.0)
     image = image.crop((crop.left, crop.top, crop.left + crop.size.width, crop.top + crop.size.height))
     return ImageOps.mirror(image) if crop.flipped else image
 

@@ -15,6 +15,7 @@ from sdlora.errors import DataError, one_line
 Severity = Literal["error", "warning", "notice"]
 # For each kind of finding, the names it is about, with a detail each; `data.findings` words them.
 Noticed = defaultdict[str, dict[str, str]]
+ALPHA = "alpha"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -37,6 +38,19 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
+class Mask:
+    """What to learn of an image: a file beside it, white where it counts, or its own alpha channel."""
+
+    path: Path
+    digest: str  # sha256 of the file, or `ALPHA`
+    size: Size | None = None  # of a file
+
+    @property
+    def is_alpha(self) -> bool:
+        return self.digest == ALPHA
+
+
+@dataclass(frozen=True, slots=True)
 class ImageRecord:
     """One image and its captions.
 
@@ -48,6 +62,10 @@ class ImageRecord:
         caption_source: `.txt`, `.caption`, `metadata.jsonl`, `metadata.csv`, `trigger`, or empty.
         repeats: Samples per epoch.
         variants: Captions for training, unless there is only `caption`.
+        mask: What of it to learn, with `data.masks`.
+        trigger: That of its set; empty for class images.
+        weight: Of its samples in the loss.
+        is_class: A class (regularization) image: what the base knows, not the style.
     """
 
     path: Path
@@ -58,10 +76,21 @@ class ImageRecord:
     caption_source: str
     repeats: int = 1
     variants: tuple[str, ...] = ()
+    mask: Mask | None = None
+    trigger: str = ""
+    weight: float = 1.0
+    is_class: bool = False
 
     @property
     def captions(self) -> tuple[str, ...]:
         return self.variants or (self.caption,)
+
+    @property
+    def identity(self) -> tuple[str | int, ...]:
+        """What training sees of it: digest, caption, repeats, and what differs from an image without sets."""
+        mask = () if self.mask is None else (self.mask.digest,)
+        weight = () if self.weight == 1 else (str(self.weight),)
+        return (self.digest, self.caption, self.repeats, *mask, *weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +116,18 @@ class DatasetIndex:
     noticed: Noticed
 
     @property
+    def styled(self) -> tuple[ImageRecord, ...]:
+        """The training images that show the style, without class images."""
+        return tuple(record for record in self.records if not record.is_class)
+
+    @property
     def num_captions(self) -> int:
         return len({caption for record in self.records for caption in record.captions})
 
     @property
     def digest(self) -> str:
-        """sha256 of the training data: (image digest, caption, repeats), independent of file names."""
-        rows = sorted((record.digest, record.caption, record.repeats) for record in self.records)
+        """sha256 of the training data, independent of file names."""
+        rows = sorted(record.identity for record in self.records)
         return hashlib.sha256(json.dumps(rows, ensure_ascii=True).encode("ascii")).hexdigest()
 
 

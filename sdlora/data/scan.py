@@ -15,7 +15,7 @@ from functools import cache
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
 
-from sdlora.config import PLACEHOLDERS, DataSection, RunConfig
+from sdlora.config import PLACEHOLDERS, WEIGHT, DataSection, RunConfig
 from sdlora.data.buckets import BucketPlan, plan_buckets
 from sdlora.data.caption_files import METADATA_FILES, Caption, find_captions
 from sdlora.data.captions import caption_pipeline
@@ -29,7 +29,9 @@ from sdlora.data.folders import (
     read_repeats,
 )
 from sdlora.data.images import UnreadableImageError, measure_file, parse_colour
+from sdlora.data.masks import find_masks
 from sdlora.data.records import DatasetIndex, ImageRecord, Noticed, Size
+from sdlora.data.sets import Sets, locate_sets
 from sdlora.errors import DataError, shorten
 
 # Placeholders of A1111, kohya and ai-toolkit for which there are no words here.
@@ -58,6 +60,7 @@ def scan_dataset(root: str | Path, settings: DataSection, seed: int = 0) -> Data
     root = Path(root).expanduser()
     check_folder(root)
     parse_colour(settings.background)
+    sets, further = locate_sets(root, settings)
     scan = _Scan(settings, seed)
     files = list_usable(root, scan.noticed, settings)
     images = [name for name in files if is_image(name)]
@@ -69,13 +72,18 @@ def scan_dataset(root: str | Path, settings: DataSection, seed: int = 0) -> Data
     if not training_names:
         raise no_images_error(root, files, scan.noticed)
 
-    records = scan.read(root, files, [*training_names, *heldout_names])
+    records = scan.read(root, files, [*training_names, *heldout_names], sets)
     training = [record for record in records if not _is_below(record.name, inside)]
     heldout = [record for record in records if _is_below(record.name, inside)]
+    for folder, its_sets in further:
+        training += _read_outside(scan, folder, {record.name for record in training}, its_sets)
     if outside is not None:
-        heldout = _read_outside(scan, outside, {record.name for record in training})
+        heldout = _read_outside(scan, outside, {record.name for record in training}, sets)
     elif inside is None:
-        training, heldout = hold_out_share(training, settings.heldout, seed)
+        classes = [record for record in training if record.is_class]
+        styled = [record for record in training if not record.is_class]
+        training, heldout = hold_out_share(styled, settings.heldout, seed)
+        training += classes
     # Once and with one caption each: the held-out loss must not depend on chance.
     heldout = [replace(record, repeats=1, variants=()) for record in heldout]
     by_name = attrgetter("name")
@@ -92,16 +100,21 @@ def read_captions(root: str | Path, settings: DataSection) -> list[tuple[Path, s
     root = Path(root).expanduser()
     check_folder(root)
     noticed: Noticed = defaultdict(dict)
-    files = {root: list_usable(root, noticed, settings)}
-    inside, outside = locate_heldout(root, filter(is_image, files[root]), settings.heldout)
+    sets, further = locate_sets(root, settings)
+    folders = [(root, sets), *further]
+    files = list_usable(root, noticed, settings)
+    inside, outside = locate_heldout(root, filter(is_image, files), settings.heldout)
     if outside:
-        files = {outside: list_usable(outside, noticed, settings), **files}
-    pipeline, captions = caption_pipeline(settings), []
-    for folder, names in files.items():
-        images = sorted(filter(is_image, names), key=lambda name: not _is_below(name, inside))
+        folders.insert(0, (outside, Sets(settings, {})))
+    captions = []
+    for folder, its_sets in folders:
+        names = files if folder is root else list_usable(folder, noticed, settings)
+        images = [name for name in names if is_image(name) and not its_sets.is_class(name)]
+        images.sort(key=lambda name: not _is_below(name, inside))
         found = find_captions(folder, names, images, settings, noticed)
-        texts = (found[name].text if name in found else "" for name in images)
-        captions += [(folder / name, pipeline.plain(text)) for name, text in zip(images, texts, strict=True)]
+        for name in images:
+            text = found[name].text if name in found else its_sets.default_caption(name)
+            captions.append((folder / name, caption_pipeline(its_sets.settings_of(name)).plain(text)))
     return captions
 
 
@@ -112,10 +125,11 @@ class _Scan:
         self.settings, self.seed = settings, seed
         self.noticed: Noticed = defaultdict(dict)
 
-    def read(self, root: Path, files: Sequence[str], names: Sequence[str]) -> list[ImageRecord]:
+    def read(self, root: Path, files: Sequence[str], names: Sequence[str], sets: Sets) -> list[ImageRecord]:
         """Decodes the named images and finds their captions among the files."""
         images = [name for name in files if is_image(name)]
         captions = find_captions(root, files, images, self.settings, self.noticed)
+        masks = find_masks(root, names, self.settings.masks, self.noticed, _measure_all)
         records = []
         for name, measured in zip(names, _measure_all([root / name for name in names]), strict=True):
             if isinstance(measured, str):
@@ -124,24 +138,53 @@ class _Scan:
             digest, size, is_animated = measured
             if is_animated:
                 self.noticed["data.image-frames"][name] = ""
-            records.append(self._record(root, name, digest, size, captions.get(name)))
-        self._check_coverage(root, [record.name for record in records], captions)
+            record = self._record(
+                ImageRecord(root / name, name, digest, size, "", ""), captions.get(name), sets
+            )
+            records.append(
+                replace(record, repeats=record.repeats * read_repeats(root, name), mask=masks.get(name))
+            )
+        by_set: dict[int, list[str]] = defaultdict(list)
+        for record in records:
+            by_set[id(sets.find(record.name))].append(record.name)
+        for members in by_set.values():
+            self._check_coverage(root, members, captions, sets)
         return records
 
-    def _record(self, root: Path, name: str, digest: str, size: Size, found: Caption | None) -> ImageRecord:
-        pipeline = caption_pipeline(self.settings)
-        text, source = found or ("", "trigger" if self.settings.trigger else "")
-        caption, variants = pipeline.plain(text), pipeline.variants(text, seed=self.seed, digest=digest)
-        variants = () if variants == (caption,) else variants
-        repeats = read_repeats(root, name)
-        return ImageRecord(root / name, name, digest, size, caption, source, repeats, variants)
+    def _record(self, record: ImageRecord, found: Caption | None, sets: Sets) -> ImageRecord:
+        """The record with the captions, the repeats and the weight that its set gives it."""
+        one, settings = sets.find(record.name), sets.settings_of(record.name)
+        pipeline = caption_pipeline(settings)
+        words = sets.default_caption(record.name)
+        source = "default" if words else "trigger" if settings.trigger else ""
+        text, source, others = found or Caption(words, source)
+        caption, key = pipeline.plain(text), (self.seed, record.digest)
+        made = (variant for words in (text, *others) for variant in pipeline.variants(words, *key))
+        variants = tuple(dict.fromkeys(made))
+        return replace(
+            record,
+            caption=caption,
+            caption_source=source,
+            variants=() if variants == (caption,) else variants,
+            trigger=settings.trigger or "",
+            repeats=one.repeats if one else 1,
+            weight=one.weight if one else 1.0,
+            is_class=one is not None and one.is_class,
+        )
 
-    def _check_coverage(self, root: Path, names: Sequence[str], captions: Mapping[str, Caption]) -> None:
-        """R-05: no captions without a trigger, and captions for some images only, are errors by default."""
-        settings, noticed = self.settings, self.noticed
+    def _check_coverage(
+        self, root: Path, names: Sequence[str], captions: Mapping[str, Caption], sets: Sets
+    ) -> None:
+        """R-05: no captions without a trigger, and captions for some images only, are errors by default.
+
+        The images are those of one set; class images need no captions.
+        """
+        settings, noticed = sets.settings_of(names[0]), self.noticed
         written = [name for name in names if name in captions]
         missing = dict.fromkeys((name for name in names if name not in captions), "")
-        if missing and not settings.allow_missing_captions:
+        one = sets.find(names[0])
+        needs_none = one is not None and (one.is_class or bool(one.default_caption))
+        if missing and not settings.allow_missing_captions and not needs_none:
             if len(missing) < len(names):
                 noticed["data.captions-partial"] |= missing
             elif not settings.trigger:
@@ -152,10 +195,12 @@ class _Scan:
             marks = PLACEHOLDERS[: settings.rules]
             unset = {name: mark for mark in marks for name in written if mark in captions[name].text}
             noticed["data.placeholder"] |= unset
-        found = {name: FOREIGN.findall(captions[name].text) for name in written}
-        noticed["data.placeholder-foreign"] |= {
-            name: " ".join(marks) for name, marks in found.items() if marks
-        }
+        patterns = {"data.placeholder-foreign": FOREIGN}
+        if not settings.prompt_weights:
+            patterns["data.caption-weights"] = WEIGHT
+        for key, pattern in patterns.items():
+            found = {name: pattern.findall(captions[name].text) for name in written}
+            noticed[key] |= {name: " ".join(marks) for name, marks in found.items() if marks}
 
 
 def _measure_all(paths: Sequence[Path]) -> list[tuple[str, Size, bool] | str]:
@@ -214,15 +259,18 @@ def _is_below(name: str, folder: str | None) -> bool:
     return is_heldout(name) if folder == HELDOUT else name.startswith(f"{folder}/")
 
 
-def _read_outside(scan: _Scan, folder: Path, taken: set[str]) -> list[ImageRecord]:
-    """Held-out images from a folder elsewhere; their names start with that folder's."""
+def _read_outside(scan: _Scan, folder: Path, taken: set[str], sets: Sets) -> list[ImageRecord]:
+    """Images of a set, or held-out ones, from a folder elsewhere; their names start with that folder's."""
     files = list_usable(folder, scan.noticed, scan.settings)
     images = [name for name in files if is_image(name)]
     if not images:
-        message = f"data.heldout = {scan.settings.heldout} has no images; set another folder, a share, or 0"
-        raise DataError(message, key="data.heldout")
+        is_set = "" in sets.inside
+        setting = "data.sets" if is_set else f"data.heldout = {scan.settings.heldout}"
+        remedy = "name another folder, or remove it" if is_set else "set another folder, a share, or 0"
+        message = f"{setting}: no images in {folder}; {remedy}"
+        raise DataError(message, key="data.sets" if is_set else "data.heldout")
     prefix = f"{folder.resolve().name}/"
-    records = scan.read(folder, files, images)
+    records = scan.read(folder, files, images, sets)
     while any(prefix + record.name in taken for record in records):
         prefix = f"_{prefix}"
     return [replace(record, name=prefix + record.name) for record in records]

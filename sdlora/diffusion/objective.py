@@ -19,6 +19,8 @@ from sdlora.diffusion.timesteps import TimestepSampler, describe_parameters, mak
 from sdlora.objectives import LOSSES, TIMESTEPS
 
 SNR_RANGE = (1e-3, 1e3)
+# A pass forward and backward, and one forward, more; backward costs a little more than forward.
+PRIOR_COST = "each step takes about 2.5 times as long"
 
 
 def draw_noise(shape: torch.Size, settings: ObjectiveSection, generator: Generator) -> Tensor:
@@ -158,7 +160,23 @@ def draw(objective: Objective, posteriors: Sequence[tuple[Tensor, Tensor]], seed
     return Draws(torch.stack(latents), torch.stack(noise), torch.cat(timesteps), torch.stack(input_noise))
 
 
-def denoising_loss(denoise: Denoiser, objective: Objective, draws: Draws) -> Tensor:
+def mask_weights(masks: Tensor, least: float) -> Tensor:
+    """Weights of positions, (B, 1, H, W), from masks in [0, 1] of that shape.
+
+    At least `least` everywhere, then divided by their mean over the sample: however small the inside of a
+    mask, the sample counts as much as one without a mask.
+    """
+    weights = masks.clamp(min=least)
+    return weights / weights.mean(dim=(1, 2, 3), keepdim=True)
+
+
+def denoising_loss(
+    denoise: Denoiser,
+    objective: Objective,
+    draws: Draws,
+    masks: Tensor | None = None,
+    denoise_alone: Denoiser | None = None,
+) -> Tensor:
     """The weighted error of the denoiser's prediction, one value per sample, shape (B,).
 
     Rombach et al. 2022 (2112.10752), equation 2, for the base's own prediction type.
@@ -167,15 +185,45 @@ def denoising_loss(denoise: Denoiser, objective: Objective, draws: Draws) -> Ten
         denoise: Predicts (B, C, H, W) from noisy latents (B, C, H, W) and timesteps (B,).
         objective: Schedule, loss and weights.
         draws: The random draws of the batch.
+        masks: What counts, (B, 1, H, W) in [0, 1].
+        denoise_alone: `denoise` without the adapter, for `objective.unmasked_prior`.
     """
     schedule, settings = objective.schedule, objective.settings
     noisy = schedule.add_noise(draws.latents, draws.input_noise, draws.timesteps)
     target = schedule.target(draws.latents, draws.noise, draws.timesteps)
-    error = denoise(noisy, draws.timesteps).float() - target
+    answer = denoise(noisy, draws.timesteps).float()
+    losses = _losses(answer - target, objective, draws)
+    if masks is not None:
+        losses = losses * mask_weights(masks, settings.unmasked_weight)
+        if settings.unmasked_prior and denoise_alone is not None:
+            prior = _losses(answer - denoise_alone(noisy, draws.timesteps).float(), objective, draws)
+            losses = losses + settings.unmasked_prior * (1 - masks) * prior
+    return _mean_of_samples(losses, objective, draws)
+
+
+def prior_loss(denoise: Denoiser, denoise_alone: Denoiser, objective: Objective, draws: Draws) -> Tensor:
+    """The weighted distance of the prediction from that without the adapter, shape (B,).
+
+    Prior prediction, as OneTrainer has it, and ai-toolkit's differential output preservation: what the base
+    knows of captions without the trigger is kept without images that show it.
+    """
+    noisy = objective.schedule.add_noise(draws.latents, draws.input_noise, draws.timesteps)
+    error = denoise(noisy, draws.timesteps).float() - denoise_alone(noisy, draws.timesteps).float()
+    return _mean_of_samples(_losses(error, objective, draws), objective, draws)
+
+
+def _losses(error: Tensor, objective: Objective, draws: Draws) -> Tensor:
+    """The loss function of an error (B, C, H, W), in each place."""
+    settings = objective.settings
     entry = LOSSES[settings.loss]
-    loss = entry.function(error, schedule, draws.timesteps, **settings.parameters(entry)).mean(dim=(1, 2, 3))
-    weight = timestep_weight(schedule, draws.timesteps, settings)
-    return loss if weight is None else loss * weight
+    return entry.function(error, objective.schedule, draws.timesteps, **settings.parameters(entry))
+
+
+def _mean_of_samples(losses: Tensor, objective: Objective, draws: Draws) -> Tensor:
+    """The mean over each sample (B,), weighted by its timestep."""
+    weight = timestep_weight(objective.schedule, draws.timesteps, objective.settings)
+    means = losses.mean(dim=(1, 2, 3))
+    return means if weight is None else means * weight
 
 
 def describe_objective(objective: Objective) -> str:
@@ -196,5 +244,7 @@ def describe_objective(objective: Objective) -> str:
         f"noise offset {settings.noise_offset:g}": settings.noise_offset,
         f"pyramid noise {settings.pyramid_noise} x {settings.pyramid_discount:g}": settings.pyramid_noise,
         f"input perturbation {settings.input_perturbation:g}": settings.input_perturbation,
+        f"outside masks the base's prediction x {settings.unmasked_prior:g}": settings.unmasked_prior,
+        f"prior prediction x {settings.prior_weight:g} ({PRIOR_COST})": settings.prior_weight,
     }
     return ", ".join([loss, timesteps, *(text for text, is_on in others.items() if is_on)])

@@ -118,7 +118,7 @@ def open_context(run: str | Path | RunFolder) -> EvaluationContext:
         problem = f"run {folder.path} is read-only, but results are written into it; copy it elsewhere"
         raise RunError(problem, key="run.not-writable")
     config = folder.read_config()
-    info = inspect_base(config.base, config.objective)
+    info = inspect_base(config.base, config.objective, config.data)
     index, plan = read_dataset(config, resolution=info.resolution, min_step=info.min_step)
     records = index.heldout[:MAX_IMAGES]
     if not records:

@@ -18,6 +18,7 @@ from sdlora.evaluation.heldout import HeldoutLoss
 from sdlora.evaluation.intervals import Interval, mean_text, ratio_interval
 from sdlora.models.base import Base
 from sdlora.models.load import full_base as use_full_base
+from sdlora.notebook import show_html
 from sdlora.report.summary import MIN_IMAGES
 from sdlora.runs import RunFolder
 from sdlora.writing import write_json
@@ -180,6 +181,9 @@ class Evaluation:
             "loss_change": asdict(change) if change else None,
             "verdict": self.verdict,
         }
+
+    def _repr_html_(self) -> str:
+        return show_html("evaluation", self.lines())
 
     def lines(self) -> list[str]:
         base, style = self.base_distances, self.style_distances

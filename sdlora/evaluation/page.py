@@ -88,7 +88,7 @@ def _embed(source: Path | Image.Image) -> str | None:
 def _describe_images(config: RunConfig) -> tuple[list[str], str | None, list[tuple[str, str]]]:
     """Lines about the image folder as it is now, its contact sheet, and captions by image."""
     try:
-        info = inspect_base(config.base, config.objective)
+        info = inspect_base(config.base, config.objective, config.data)
         checkup = check_images(config, resolution=info.resolution, min_step=info.min_step)
         sheet = _embed(contact_sheet(checkup.index, checkup.buckets, config.data))
     except (SdloraError, OSError) as error:

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 
 from sdlora.errors import AdapterError, first_line
 from sdlora.formats.container import read_tensors
-from sdlora.formats.files import load_adapter, resolve_adapter, save_adapter
+from sdlora.formats.files import AnyAdapter, PathLike, load_adapter, resolve_adapter, save_adapter
 from sdlora.formats.keys import Dialect
 from sdlora.formats.write import LARGEST_ERROR, Precision, Rounding, fold, relative_error, round_adapter
 from sdlora.lora.adapter import Adapter
@@ -47,7 +47,7 @@ class ExportReport:
 
 
 def export_adapter(
-    adapter: Adapter,
+    adapter: AnyAdapter,
     path: str | Path,
     *,
     dialect: Dialect = "diffusers",
@@ -57,7 +57,7 @@ def export_adapter(
     """Writes an adapter for other programs: scale folded, rounded where that loses nothing (R-02, R-36).
 
     Args:
-        adapter: As trained, or as read from any file.
+        adapter: As trained, or as read from any file; or a run, a LoRA file or a tree node.
         path: The `.safetensors` file.
         dialect: `diffusers`, or `kohya` for A1111, Forge, ComfyUI and kohya's tools.
         precision: A file that would lose too much stays fp32.
@@ -66,6 +66,8 @@ def export_adapter(
     Raises:
         AdapterError: If the adapter is not finite or changes nothing (R-06), or the file is not writable.
     """
+    if not isinstance(adapter, Adapter):
+        adapter = _open(adapter, path)
     rounded, rounding = round_adapter(adapter, precision)
     file = save_adapter(path, rounded, dialect=dialect, metadata=metadata)
     notes = {module.dialect_notes.get(dialect, "") for module in adapter.modules.values()}
@@ -86,12 +88,15 @@ def export(
     AdapterError if the source is not a LoRA or the output itself, or the file cannot be written,
     and a RunError if the run has no saved adapter yet.
     """
+    return export_adapter(_open(source, out, step), out, dialect=dialect, precision=precision)
+
+
+def _open(source: PathLike, out: PathLike, step: int | None = None) -> Adapter:
+    """The adapter of a file or a run; of a run as trained, in fp32."""
     file, run = resolve_adapter(source, step)
     check_out(out, [file])
     adapter = load_adapter(file)
-    if run is not None:
-        adapter = _trained_adapter(run, file, adapter)
-    return export_adapter(adapter, out, dialect=dialect, precision=precision)
+    return adapter if run is None else _trained_adapter(run, file, adapter)
 
 
 def _trained_adapter(run: RunFolder, file: Path, saved: Adapter) -> Adapter:
@@ -115,7 +120,7 @@ def _trained_adapter(run: RunFolder, file: Path, saved: Adapter) -> Adapter:
     return replace(trained, notes=saved.notes) if is_same else saved
 
 
-def check_out(out: str | Path, sources: Iterable[Path]) -> None:
+def check_out(out: PathLike, sources: Iterable[Path]) -> None:
     """Raises an AdapterError if the output is one of the input files, under any name."""
     place = Path(out)
     if place.exists() and any(file.exists() and place.samefile(file) for file in sources):

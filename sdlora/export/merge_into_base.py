@@ -16,6 +16,7 @@ from torch import Tensor
 from sdlora.config import BaseSection
 from sdlora.errors import AdapterError, ModelError
 from sdlora.export.rewrite import module_of, rewrite, stored_weights
+from sdlora.formats.files import AnyAdapter, open_adapter
 from sdlora.lora.adapter import Adapter, check_base
 from sdlora.lora.attach import check_fit
 from sdlora.lora.layers import carrier_layers, component_of
@@ -28,7 +29,7 @@ Change: TypeAlias = Callable[[str, str, Tensor], Tensor]
 
 
 def merge_into_base(
-    adapters: Sequence[tuple[Adapter, float]],
+    adapters: Sequence[tuple[AnyAdapter, float]],
     base: str | Path,
     out: str | Path,
     *,
@@ -38,7 +39,7 @@ def merge_into_base(
     """Writes a copy of a base with adapters added to its weights: a diffusers folder, or a file if it is one.
 
     Args:
-        adapters: (adapter, strength); a child after its ancestors.
+        adapters: (adapter, file or run, strength); a child after its ancestors.
         base: A diffusers folder, a hub id or one file.
         out: A new folder or `.safetensors` file.
         dtype: Of all weights; None keeps that of each.
@@ -50,14 +51,15 @@ def merge_into_base(
     """
     info, place = inspect_base(BaseSection(source=str(base))), Path(out)
     _check_place(info, place)
-    text = any(adapter.changes_text for adapter, _ in adapters)
+    opened = [(open_adapter(source), strength) for source, strength in adapters]
+    text = any(adapter.changes_text for adapter, _ in opened)
     layers = carrier_layers(empty_components(info, text=text))
-    for adapter, _ in adapters:
+    for adapter, _ in opened:
         check_fit(adapter.without(info.unread_layer), layers)
         line = check_base(adapter, family=info.family, name=info.name, digest=info.digest)
         if line and warn:
             warn(line)
-    change = _make_change(info, adapters)
+    change = _make_change(info, opened)
     if info.path.is_file():
         return rewrite([info.path], place, partial(change, ""), dtype)
     temporary = temporary_name(place)

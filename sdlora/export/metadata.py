@@ -24,6 +24,7 @@ _OPTIONS = {
     "pyramid_noise": "ss_multires_noise_iterations",
     "pyramid_discount": "ss_multires_noise_discount",
     "input_perturbation": "ss_ip_noise_gamma",
+    "clip_skip": "ss_clip_skip",
 }
 
 

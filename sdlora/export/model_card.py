@@ -10,6 +10,22 @@ from pathlib import Path
 from sdlora.export.metadata import TrainingMetadata
 from sdlora.writing import write_text
 
+# The pipeline's own argument, which counts from 0, fails where transformers has no `text_model`.
+_ENCODE = """
+
+def encode(prompt):  # clip skip {skip}
+    tokens = pipe.tokenizer(
+        prompt,
+        padding="max_length",
+        max_length=pipe.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    states = pipe.text_encoder(tokens.input_ids.to(pipe.device), output_hidden_states=True).hidden_states
+    text_model = getattr(pipe.text_encoder, "text_model", pipe.text_encoder)
+    return text_model.final_layer_norm(states[-{skip}])
+
+"""
 TAGS = ("lora", "diffusers", "stable-diffusion", "text-to-image", "sdlora")
 
 
@@ -69,13 +85,18 @@ def _usage(facts: TrainingMetadata, prompts: Sequence[str], weights: str) -> str
     if facts.base_name == "builtin":
         base = 'Path(sdlora.__file__).parent / "builtin" / "base"'
         imports = ["from pathlib import Path", "", "import sdlora"]
+    skip = facts.options.get("clip_skip", 1)
+    call = f"pipe({_quote(prompt)})"
+    if skip > 1:
+        call = f'pipe(prompt_embeds=encode({_quote(prompt)}), negative_prompt_embeds=encode(""))'
     code = [
         *imports,
         "from diffusers import StableDiffusionPipeline",
         "",
         f"pipe = StableDiffusionPipeline.from_pretrained({base})",
         f'pipe.load_lora_weights(".", weight_name={_quote(weights)})  # or this repository\'s name',
-        f"image = pipe({_quote(prompt)}).images[0]",
+        *(_ENCODE.format(skip=skip).splitlines() if skip > 1 else ()),
+        f"image = {call}.images[0]",
     ]
     return "\n".join(["```python", *code, "```"])
 
@@ -95,9 +116,11 @@ def _settings(facts: TrainingMetadata) -> str:
         "optimizer": facts.optimizer,
         "precision": facts.precision,
         "resolution": f"{facts.resolution} px",
+        "clip skip": facts.options.get("clip_skip"),
         "seed": facts.seed,
         "date": facts.date[:10],
     }
+    rows = {key: value for key, value in rows.items() if value is not None}
     lines = [f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items()]
     return "\n".join(["| setting | value |", "|---|---|", *lines])
 

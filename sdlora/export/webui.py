@@ -12,7 +12,9 @@ from sdlora.writing import write_file, write_json
 VERSIONS = {"sdxl": "SDXL", "sd_v2": "SD2", "sd_v1": "SD1"}
 
 
-def write_webui_files(run: RunFolder, kohya_version: str, strength: float, trigger: str | None) -> Path:
+def write_webui_files(
+    run: RunFolder, kohya_version: str, strength: float, trigger: str | None, about: str = ""
+) -> Path:
     """Writes `webui/NAME.safetensors`, `NAME.png` and `NAME.json`, ready for `models/Lora`.
 
     The adapter is a hard link to the run's kohya file where the disk has them, else a copy.
@@ -22,6 +24,7 @@ def write_webui_files(run: RunFolder, kohya_version: str, strength: float, trigg
         kohya_version: `ss_base_model_version` of the base.
         strength: Preferred strength, which is the thumbnail's too.
         trigger: Words that invoke the style, if any.
+        about: Notes for whoever uses it.
 
     Returns:
         The adapter's path.
@@ -39,7 +42,7 @@ def write_webui_files(run: RunFolder, kohya_version: str, strength: float, trigg
         "sd version": version,
         "activation text": trigger or "",
         "preferred weight": strength,
-        "notes": "",
+        "notes": about,
     }
     write_json(place.with_suffix(".json"), notes)
     return place

@@ -27,6 +27,8 @@ from sdlora.writing import write_file
 
 ENDING, KOHYA_ENDING = ".safetensors", ".kohya.safetensors"
 PathLike: TypeAlias = str | os.PathLike[str]
+AnyAdapter: TypeAlias = Adapter | str | os.PathLike[str]
+"""An adapter, a LoRA file of any dialect, a run or a tree node."""
 WEIGHTED = re.compile(r"(.+):(-?\d+(?:\.\d*)?|-?\.\d+)", re.DOTALL)
 UNKNOWN_ALPHA = "PEFT keeps alpha in adapter_config.json, which is not beside the file"
 FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -139,7 +141,7 @@ def save_adapter(
         ) from error
 
 
-def load_adapter(path: str | Path, dtype: torch.dtype | None = torch.float32) -> Adapter:
+def load_adapter(path: PathLike, dtype: torch.dtype | None = torch.float32) -> Adapter:
     """Reads a LoRA file of any dialect, scale folded.
 
     Args:
@@ -164,7 +166,12 @@ def load_adapter(path: str | Path, dtype: torch.dtype | None = torch.float32) ->
     return adapter
 
 
-def inspect_adapter(path: str | Path) -> AdapterInfo:
+def open_adapter(source: AnyAdapter, dtype: torch.dtype | None = None) -> Adapter:
+    """An adapter as it is, or that of a LoRA file, run or tree node; raises as `load_adapter` does."""
+    return source if isinstance(source, Adapter) else load_adapter(source, dtype)
+
+
+def inspect_adapter(path: PathLike) -> AdapterInfo:
     """Describes a LoRA file as its loader would see it; raises an AdapterError as `load_adapter` does."""
     path = resolve_adapter(path).file
     state, header = read_tensors(path)

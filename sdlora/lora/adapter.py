@@ -16,6 +16,7 @@ from sdlora.errors import AdapterError
 from sdlora.lora.dora import Dora
 from sdlora.lora.kinds import AdapterModule, LowRank
 from sdlora.lora.layers import DENOISER, LAYERS_PER_BLOCK, Model, carrier_layers, component_of, components
+from sdlora.notebook import show_html
 from sdlora.seeds import name_seed
 
 Init = Literal["gaussian", "kaiming", "orthogonal"]
@@ -46,6 +47,10 @@ class Adapter:
     def __repr__(self) -> str:
         sizes = f"{len(self.modules)} modules, rank {self.rank}, alpha {self.alpha:g}"
         return f"Adapter({sizes}, family {self.family!r})"
+
+    def _repr_html_(self) -> str:
+        notes = (f"{key} {value}" for key, value in sorted(self.notes.items()) if len(value) < 80)
+        return show_html(repr(self), [f"{self.num_parameters:,} parameters", *notes])
 
     @property
     def components(self) -> list[str]:

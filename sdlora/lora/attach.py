@@ -175,6 +175,19 @@ def unwrapped(model: Model) -> Iterator[None]:
 
 
 @contextmanager
+def unmounted(layers: Mapping[str, LoraLayer], adapter: Adapter) -> Iterator[None]:
+    """Takes one adapter off its layers for a while; what else is mounted stays."""
+    before = {name: layers[name].stack for name in adapter.modules}
+    try:
+        for name, module in adapter.modules.items():
+            layers[name].stack = tuple(entry for entry in before[name] if entry.module is not module)
+        yield
+    finally:
+        for name, stack in before.items():
+            layers[name].stack = stack
+
+
+@contextmanager
 def mounted(model: Model, adapters: Sequence[tuple[Adapter, Scale]]) -> Iterator[None]:
     """Mounts adapters for a while; afterwards wrapped layers and stacks are as they were.
 

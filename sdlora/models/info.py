@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sdlora.config import BaseSection, ObjectiveSection, Quantize, RunConfig
+from sdlora.config import BaseSection, DataSection, ObjectiveSection, Quantize, RunConfig
 from sdlora.errors import ConfigError, ModelError
 from sdlora.models.checks import FAMILIES, V_FAMILIES, Family, check_base
 from sdlora.models.components import BaseFiles, read_json
@@ -61,11 +61,17 @@ class BaseInfo(BaseFiles):
         source: The source as the user spells it.
         name: For people and metadata: `builtin`, the hub id, or the name of the folder or the file.
         quantize: Quantization of the UNet when it is loaded.
+        clip_skip: Text encoder layer that is read: 1 is the last, 2 the one before.
+        prompt_chunks: Parts of `text_length` tokens in which text is read.
+        prompt_weights: Whether brackets in text are weights.
     """
 
     source: str
     name: str
     quantize: Quantize
+    clip_skip: int = 1
+    prompt_chunks: int = 1
+    prompt_weights: bool = False
 
     def __eq__(self, other: object) -> bool:
         """By digests, so that memory estimates, which are cached, are made once for a base."""
@@ -99,10 +105,13 @@ class BaseInfo(BaseFiles):
 
     @property
     def text_digest(self) -> str:
-        """Fingerprint of the text encoders, their tokenizers and the treatment of an empty prompt."""
+        """Fingerprint of the text encoders, their tokenizers and how they are used."""
         digests = [self.components[name].digest for name in self.traits.text_encoders]
         digests += [tokenizer.digest for tokenizer in self.tokenizers]
-        return hashlib.sha256(" ".join([*digests, str(self.zeroes_empty_prompt)]).encode()).hexdigest()
+        digests.append(str(self.zeroes_empty_prompt))
+        reading = (self.clip_skip, self.prompt_chunks, self.prompt_weights)
+        digests += [] if reading == (1, 1, False) else [str(reading)]
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
     @property
     def num_parameters(self) -> int:
@@ -117,6 +126,16 @@ class BaseInfo(BaseFiles):
             for name in self.traits.text_encoders
         ]
         return min(positions + [tokenizer.length for tokenizer in self.tokenizers if tokenizer.length])
+
+    @property
+    def token_limit(self) -> int:
+        """Tokens of a text that are read, without the first and the last one of each chunk."""
+        return self.prompt_chunks * (self.text_length - 2)
+
+    @property
+    def num_text_states(self) -> int:
+        """L of the text states that the UNet reads."""
+        return self.prompt_chunks * self.text_length
 
     @property
     def text_width(self) -> int:
@@ -180,7 +199,7 @@ class BaseInfo(BaseFiles):
 
         SDXL reads the last layer but one of both text encoders, and pooled states of the second.
         """
-        if len(self.traits.text_encoders) == 1:
+        if len(self.traits.text_encoders) == 1 and self.clip_skip == 1:
             return None
         last = int(self.components["text_encoder"].config["num_hidden_layers"]) - 1
         return f"text_encoder.text_model.encoder.layers.{last}."
@@ -237,7 +256,9 @@ def with_base_defaults(config: RunConfig, info: BaseInfo) -> RunConfig:
     )
 
 
-def inspect_base(settings: BaseSection, objective: ObjectiveSection | None = None) -> BaseInfo:
+def inspect_base(
+    settings: BaseSection, objective: ObjectiveSection | None = None, data: DataSection | None = None
+) -> BaseInfo:
     """Finds a base, and checks that it is complete and of a kind that can be trained.
 
     A hub id is downloaded into the hub's cache first. Only JSON and the headers of weights are read.
@@ -245,10 +266,12 @@ def inspect_base(settings: BaseSection, objective: ObjectiveSection | None = Non
     Args:
         settings: The section `base`.
         objective: May force a prediction type, for training and for sampling.
+        data: How text is read.
 
     Raises:
         ModelError: If it is missing, incomplete, truncated, or of another kind (R-25, R-40, R-44).
-        ConfigError: If `base.quantize` needs a package that is not installed.
+        ConfigError: If `base.quantize` needs a package that is not installed, or the text encoder does not
+            have the layer of `data.clip_skip`.
     """
     # Looked up without importing it, which takes a second.
     if settings.quantize == "nf4" and find_spec("bitsandbytes") is None:
@@ -273,11 +296,34 @@ def inspect_base(settings: BaseSection, objective: ObjectiveSection | None = Non
     check_base(files.components, files.scheduler_config, key, vae_key)
     is_local = settings.source != "builtin" and Path(settings.source).expanduser().exists()
     own_name = path.stem if is_file else path.resolve().name
-    return BaseInfo(
+    info = BaseInfo(
         source=settings.source,
         name=own_name if is_local else settings.source,
         quantize=settings.quantize,
         **vars(files),
+    )
+    return info if data is None else _with_text_settings(info, data)
+
+
+def _with_text_settings(info: BaseInfo, data: DataSection) -> BaseInfo:
+    """The base with the settings of how text is read, which are checked."""
+    if data.clip_skip > 1:
+        if len(info.traits.text_encoders) > 1:
+            raise ConfigError(
+                f"data.clip_skip = {data.clip_skip} does not go with the base {info.name}: SDXL always reads "
+                "the layer before the last; remove it"
+            )
+        layers = int(info.components["text_encoder"].config.get("num_hidden_layers", 12))
+        if data.clip_skip > layers:
+            raise ConfigError(
+                f"data.clip_skip = {data.clip_skip} is more than the {layers} layers of the base "
+                f"{info.name}'s text encoder; use 1 or 2"
+            )
+    return replace(
+        info,
+        clip_skip=data.clip_skip,
+        prompt_chunks=data.prompt_chunks,
+        prompt_weights=data.prompt_weights,
     )
 
 

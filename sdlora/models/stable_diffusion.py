@@ -25,6 +25,7 @@ from sdlora.errors import ModelError
 from sdlora.models.base import Condition, quiet
 from sdlora.models.info import BaseInfo
 from sdlora.models.kernels import use_cpu_kernels
+from sdlora.models.prompts import tokenize_chunks
 
 TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
@@ -212,20 +213,42 @@ class StableDiffusion:
     ) -> tuple[Tensor, Tensor | None]:
         """One text encoder's hidden states (B, L, D), and pooled states (B, P) if it has a projection.
 
-        SD 1 and 2 read the last layer; SDXL the last but one of both encoders, before the final norm.
+        SD 1 and 2 read the last layer, or that of `clip_skip`, after the final norm; SDXL the last but one of
+        both encoders, before it. Of several chunks, the states follow each other, and the first is pooled.
         """
-        length = self.info.text_length
-        tokens = tokenizer(
-            captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        info = self.info
+        if info.prompt_chunks == 1 and not info.prompt_weights:
+            tokens = tokenizer(
+                captions,
+                padding="max_length",
+                max_length=info.text_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            return self._read_text(encoder, tokens.input_ids, tokens.attention_mask)
+        ids, mask, weights = tokenize_chunks(
+            tokenizer, captions, info.text_length, info.prompt_chunks, weighted=info.prompt_weights
         )
-        ids = tokens.input_ids.to(encoder.device)
+        hidden, pooled = self._read_text(encoder, torch.tensor(ids), torch.tensor(mask))
+        hidden = hidden * torch.tensor(weights, device=hidden.device)[..., None]
+        hidden = hidden.reshape(len(captions), info.num_text_states, -1)
+        return hidden, None if pooled is None else pooled[:: info.prompt_chunks]
+
+    def _read_text(self, encoder: TextEncoder, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (B, L, D) of token ids (B, L), and pooled states (B, P) if there is a projection."""
+        ids = ids.to(encoder.device)
         with torch.autocast(encoder.device.type, enabled=False):
             if len(self.text_encoders) > 1:
                 answer = encoder(ids, output_hidden_states=True)
                 return answer.hidden_states[-2], answer.get("text_embeds")
             masked = getattr(encoder.config, "use_attention_mask", None)
-            mask = tokens.attention_mask.to(encoder.device) if masked else None
-            return encoder(ids, attention_mask=mask)[0], None
+            used = mask.to(encoder.device) if masked else None
+            if self.info.clip_skip == 1:
+                return encoder(ids, attention_mask=used)[0], None
+            answer = encoder(ids, attention_mask=used, output_hidden_states=True)
+            # newer transformers have no level text_model
+            norm = getattr(encoder, "text_model", encoder).final_layer_norm
+            return norm(answer.hidden_states[-self.info.clip_skip]), None
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         condition = condition.to(noisy.device, self.dtype)
@@ -249,7 +272,7 @@ class StableDiffusion:
 
         noisy = draw(info.latent_channels, height, width)
         timesteps = torch.full((batch_size,), info.num_train_timesteps // 2, device=self.device)
-        condition = Condition(draw(info.text_length, info.text_width))
+        condition = Condition(draw(info.num_text_states, info.text_width))
         if info.has_time_ids:
             size = (height * info.vae_factor, width * info.vae_factor)
             time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=self.device)

@@ -1,4 +1,4 @@
-"""Captions as the base's tokenizer sees them; needs no weights and no torch."""
+"""Captions as the base's tokenizer sees them; needs no weights."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from transformers import CLIPTokenizer
 
+from sdlora.config import WEIGHT
 from sdlora.errors import join_names, shorten
 from sdlora.models.info import BaseInfo
+from sdlora.models.prompts import without_weights
 
 WORD_END = "</w>"
 
@@ -37,9 +39,10 @@ def load_tokenizer(info: BaseInfo, number: int = 0) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(spec.folder, local_files_only=True, **spec.settings, **length)
 
 
-def count_tokens(tokenizer: CLIPTokenizer, text_length: int, caption: str) -> TokenCount:
-    """Counts, splits and cuts a caption as the text encoder does (R-28), for a `BaseInfo.text_length`."""
-    limit = text_length - 2
+def count_tokens(tokenizer: CLIPTokenizer, info: BaseInfo, caption: str) -> TokenCount:
+    """Counts, splits and cuts a caption as the text encoder does (R-28)."""
+    limit = info.token_limit
+    caption = without_weights(caption) if info.prompt_weights else caption
     ids = tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False).input_ids
     pieces = tokenizer.convert_ids_to_tokens(ids)
     shown: list[str] = []
@@ -66,8 +69,17 @@ def describe_cut_prompts(info: BaseInfo, prompts: Iterable[str]) -> str | None:
     """A line about the words of prompts that the base does not read; None if it reads all (R-28)."""
     tokenizer, lines = load_tokenizer(info), []
     for prompt in dict.fromkeys(prompts):
-        if (count := count_tokens(tokenizer, info.text_length, prompt)).lost:
+        if (count := count_tokens(tokenizer, info, prompt)).lost:
             lines.append(f"{shorten(count.lost)!r} ({count.used} tokens, of which {count.limit} are read)")
     return (
         f"the base {info.name} does not read the end of some prompts: {join_names(lines)}" if lines else None
     )
+
+
+def describe_bracketed_prompts(info: BaseInfo, prompts: Iterable[str]) -> str | None:
+    """A line about weights in prompts that are taken as text; None if there are none, or they are read."""
+    found = [match[0] for prompt in prompts for match in WEIGHT.finditer(prompt)]
+    if info.prompt_weights or not found:
+        return None
+    names = join_names(map(shorten, dict.fromkeys(found)))
+    return f"weights in prompts are taken as text: {names}; data.prompt_weights=true reads them"

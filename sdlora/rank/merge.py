@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sdlora.errors import AdapterError, ConfigError
+from sdlora.formats.files import AnyAdapter, open_adapter
 from sdlora.lora.adapter import Adapter, low_rank_modules
 from sdlora.lora.kinds import LowRank
 from sdlora.rank.resize import describe_error
@@ -51,7 +52,7 @@ class MergeReport(NamedTuple):
 
 
 def merge(
-    adapters: Sequence[tuple[Adapter, float]],
+    adapters: Sequence[AnyAdapter | tuple[AnyAdapter, float]],
     method: Method = "concatenate",
     *,
     rank: int | None = None,
@@ -61,7 +62,7 @@ def merge(
     """Merges adapters of one family, module by module; they may have different modules.
 
     Args:
-        adapters: (adapter, weight).
+        adapters: Adapters, LoRA files, runs or tree nodes; each alone, or with its weight: (adapter, weight).
         method: `concatenate` is the exact weighted sum, whose rank is the sum of the ranks; `svd` truncates
             it. `ties` keeps the largest elements of each change, elects a sign for each element, and
             averages those that agree (TIES-Merging, arXiv 2306.01708). `dare` drops elements at random and
@@ -77,15 +78,17 @@ def merge(
         ConfigError: If the settings contradict each other.
         AdapterError: If the adapters do not fit each other, or modules are not low-rank pairs.
     """
-    _check(adapters, method, rank=rank, density=density, seed=seed)
+    weighted = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
+    opened = [(open_adapter(source), weight) for source, weight in weighted]
+    _check(opened, method, rank=rank, density=density, seed=seed)
     density = DENSITY if density is None else density
-    rank = rank or max(adapter.rank for adapter, _ in adapters)
-    own = [low_rank_modules(adapter, "merge") for adapter, _ in adapters]
+    rank = rank or max(adapter.rank for adapter, _ in opened)
+    own = [low_rank_modules(adapter, "merge") for adapter, _ in opened]
     modules: dict[str, _Joined] = {}
     for name in dict.fromkeys(name for pairs in own for name in pairs):
         parts = {
             number: _weighted(own[number][name], weight * adapter.scale_of(name))
-            for number, (adapter, weight) in enumerate(adapters)
+            for number, (adapter, weight) in enumerate(opened)
             if name in own[number]
         }
         shapes = {(pair.down.shape[1:], pair.up.shape[0]) for pair in parts.values()}
@@ -93,11 +96,11 @@ def merge(
             raise AdapterError(f"the sizes of {name} differ between the LoRAs", key="merge.sizes")
         keys = {number: f"{seed or 0}/dare/{number}/{name}" for number in parts}
         modules[name] = _join(method, parts, rank, density, keys)
-    first = adapters[0][0]
-    family = next((adapter.family for adapter, _ in adapters if adapter.family), "")
+    first = opened[0][0]
+    family = next((adapter.family for adapter, _ in opened if adapter.family), "")
     notes = {key: first.notes[key] for key in _KEPT_NOTES if key in first.notes}
     report = None if method == "concatenate" else _report(modules)
-    notes["sdlora.merged"] = json.dumps(_describe(adapters, method, density, report), ensure_ascii=False)
+    notes["sdlora.merged"] = json.dumps(_describe(opened, method, density, report), ensure_ascii=False)
     pairs = {name: joined.pair for name, joined in modules.items()}
     total = max(pair.rank for pair in pairs.values())
     return Adapter(pairs, total, float(total), family, first.parent, notes), report

@@ -10,6 +10,7 @@ from operator import itemgetter
 
 from sdlora.dtypes import DTYPES
 from sdlora.errors import AdapterError, ConfigError
+from sdlora.formats.files import AnyAdapter, open_adapter
 from sdlora.formats.keys import Dialect
 from sdlora.lora.adapter import Adapter, low_rank_modules
 from sdlora.rank.spectrum import Spectrum, spectrum
@@ -63,7 +64,7 @@ RULES = {
 
 
 def resize(
-    adapter: Adapter,
+    adapter: AnyAdapter,
     *,
     base_norms: Mapping[str, float] | None = None,
     precision: str = "fp16",
@@ -73,7 +74,7 @@ def resize(
     """Truncates each module to a rank of its own, chosen by exactly one rule.
 
     Args:
-        adapter: The adapter, which is not changed.
+        adapter: The adapter, which is not changed; or a LoRA file, a run or a tree node.
         base_norms: Frobenius norm of each module's base weight, for `score`.
         precision: Precision of the file, for `size_mb`.
         dialect: Dialect of the file, for `size_mb`: kohya files have one rank for all modules.
@@ -90,6 +91,7 @@ def resize(
         AdapterError: If no module would be left, or modules are not low-rank pairs.
     """
     rule, value = _find_rule(rules)
+    adapter = open_adapter(adapter)
     values = spectrum(adapter)
     if rule == "size_mb":
         budget = value * 1e6 - _header_bytes(adapter)

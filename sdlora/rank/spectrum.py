@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sdlora.lora.adapter import Adapter, low_rank_modules
+from sdlora.formats.files import AnyAdapter, open_adapter
+from sdlora.lora.adapter import low_rank_modules
 from sdlora.lora.layers import TEXT_ENCODERS
 from sdlora.rank.svd import singular_values
 
@@ -108,7 +109,8 @@ def _block_order(block: str) -> tuple[int, str]:
     return next((n for n, start in enumerate(order) if block.startswith(start)), len(order)), block
 
 
-def spectrum(adapter: Adapter) -> Spectrum:
-    """The singular values of every module's change, scale included."""
+def spectrum(adapter: AnyAdapter) -> Spectrum:
+    """The singular values of every module's change, scale included; of an adapter, a file or a run."""
+    adapter = open_adapter(adapter)
     pairs = low_rank_modules(adapter, "spectrum")
     return Spectrum({name: singular_values(pair, adapter.scale_of(name)) for name, pair in pairs.items()})

@@ -20,7 +20,7 @@ from sdlora.lora.layers import carrier_layers
 from sdlora.models.info import BaseInfo, inspect_base, with_base_defaults
 from sdlora.models.load import load_base
 from sdlora.models.safety import missing_checker
-from sdlora.models.tokenizer import describe_cut_prompts
+from sdlora.models.tokenizer import describe_bracketed_prompts, describe_cut_prompts
 from sdlora.models.weights import empty_components
 from sdlora.sampling.generate import Cell, Column, Store, draw
 from sdlora.sampling.grid import make_grid
@@ -153,8 +153,9 @@ class SamplePlan:
         """Lines about words that the base does not know or read, and target images that are left out."""
         sample = self.config.sample
         unknown = self.info.describe_unknown_words(sample.prompts, self.trigger)
-        cut = describe_cut_prompts(self.info, [*sample.prompts, sample.negative_prompt])
-        lines = [line for line in (unknown, cut) if line]
+        texts = [*sample.prompts, sample.negative_prompt]
+        cut, bracketed = describe_cut_prompts(self.info, texts), describe_bracketed_prompts(self.info, texts)
+        lines = [line for line in (unknown, cut, bracketed) if line]
         if self.adapters and self.targets is None:
             folder = self.config.images
             reason = f"cannot read {folder}" if folder else "only a run knows its image folder"
@@ -295,7 +296,7 @@ def plan_sample(sources: Source | Sequence[Source] | None, request: SampleReques
 
 
 def _inspect(config: RunConfig) -> tuple[RunConfig, BaseInfo]:
-    info = inspect_base(config.base, config.objective)
+    info = inspect_base(config.base, config.objective, config.data)
     return with_base_defaults(config, info), info
 
 
@@ -329,9 +330,17 @@ def plan_tree(
 def _file_config(
     file: Path, notes: Mapping[str, str], base: str | Path | None, changes: Mapping[str, Any]
 ) -> RunConfig:
-    """Settings for a LoRA file: its base and the resolution of its training, from the metadata."""
-    side = notes.get("sdlora.resolution", "")
-    data = {"resolution": int(side)} if re.fullmatch("[0-9]{2,4}", side) else {}
+    """Settings for a LoRA file: its base, resolution and reading of text in training, from the metadata."""
+    keys = {
+        "resolution": "sdlora.resolution",
+        "clip_skip": "ss_clip_skip",
+        "prompt_chunks": "sdlora.prompt_chunks",
+    }
+    found = {name: notes.get(key, "") for name, key in keys.items()}
+    data: dict[str, Any] = {
+        name: int(text) for name, text in found.items() if re.fullmatch("[1-9][0-9]{0,3}", text)
+    }
+    data["prompt_weights"] = notes.get("sdlora.prompt_weights") == "true"
     source = base_of(file, notes) if base is None else base
     return load_config().replace(base={"source": source}, sample=changes, data=data)
 

@@ -47,20 +47,24 @@ class ImageFolder:
     def __init__(self, path: Path, journal: Path, config: RunConfig | None = None) -> None:
         self.path, self.journal = path, journal
         config = config or load_config(images=path)
-        self.info = inspect_base(config.base, config.objective)
+        self.info = inspect_base(config.base, config.objective, config.data)
         self.config = with_base_defaults(config, self.info).model_copy(update={"images": str(path)})
 
     def check(self) -> Checkup:
         """Findings, and the bucket of every image; raises a DataError if there is nothing to train on."""
         return check_images(self.config, resolution=self.info.resolution, min_step=self.info.min_step)
 
-    def captions(self) -> dict[str, tuple[str, ...]]:
-        """Caption and its source by image; both are empty where there is none."""
+    def captions(self) -> dict[str, str]:
+        """Captions by image, one a line, however many of them the run reads; empty where there are none."""
         noticed: Noticed = defaultdict(dict)
         files = list_usable(self.path, noticed, self.config.data)
         images = sorted(name for name in files if is_image(name))
-        found = find_captions(self.path, files, images, self.config.data, noticed)
-        return {name: tuple(found.get(name, ("", ""))) for name in images}
+        settings = self.config.data.model_copy(update={"several_captions": True})
+        found = find_captions(self.path, files, images, settings, noticed)
+        return {
+            name: "\n".join((found[name].text, *found[name].others)) if name in found else ""
+            for name in images
+        }
 
     def thumbnail(self, name: str) -> Image.Image:
         """An image at the size of a thumbnail, with what its crop removes dimmed."""
@@ -95,13 +99,14 @@ class ImageFolder:
                     raise DataError(
                         f"there is no image {name} any more; reload the page", key="data.image-gone"
                     )
-                if current[name][0] != seen:
+                if current[name] != seen:
                     problem = f"the caption of {name} has changed since this page was loaded; reload the page"
                     raise DataError(problem, key="caption.changed")
                 if len(text.encode()) > MAX_CAPTION_BYTES:
                     raise DataError(f"the caption of {name} is too long", key="data.caption-long")
                 file = self.path / self._caption_file(name, list(current))
-                entry[name] = (file, _read(file), f"{' '.join(text.split())}\n".encode())
+                lines = filter(None, (" ".join(line.split()) for line in text.splitlines()))
+                entry[name] = (file, _read(file), ("\n".join(lines) + "\n").encode())
             if entry:
                 files = [
                     [file.relative_to(self.path).as_posix(), _encode(before), _encode(after)]
@@ -111,7 +116,7 @@ class ImageFolder:
             for file, _, after in entry.values():
                 _write(file, after)
             now = self.captions()
-            return {name: now[name][0] for name in entry}
+            return {name: now[name] for name in entry}
 
     def undo(self) -> dict[str, str]:
         """Restores the files of the last edit; raises a DataError if one has changed, or without any."""
@@ -129,7 +134,7 @@ class ImageFolder:
                 _write(file, before)
             append_lines(self.journal, [{"time": time.time(), "undo": True}])
             now = self.captions()
-            return {name: now[name][0] for name in last["images"] if name in now}
+            return {name: now[name] for name in last["images"] if name in now}
 
     @property
     def num_edits(self) -> int:

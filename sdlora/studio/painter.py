@@ -41,7 +41,7 @@ class Painter:
         if not wanted:
             raise ConfigError("choose a run", key="playground.no-run")
         config = wanted[0][0].read_config()
-        info = inspect_base(config.base, config.objective)
+        info = inspect_base(config.base, config.objective, config.data)
         config = with_base_defaults(config, info)
         stack: Stack = ()
         for run, step, strength in wanted:
@@ -53,10 +53,11 @@ class Painter:
             adapter = load_adapter(file)
             below = path_to_stack(find_ancestors(file, adapter)) if adapter.parent else ()
             stack = (*stack, *below, (adapter, strength))
-        if self._base is None or self._digest != info.digest:
+        digest = f"{info.digest} {info.text_digest}"
+        if self._base is None or self._digest != digest:
             self._base, device = None, choose_device()
             dtype = torch.bfloat16 if device.type != "cpu" and has_bf16(device) else torch.float32
-            self._base, self._digest = load_base(info, dtype=dtype, device=device), info.digest
+            self._base, self._digest = load_base(info, dtype=dtype, device=device), digest
             self._base.use_cpu_kernels()
         side = config.data.resolution or info.resolution
         settings = SampleSettings.of(config.sample, (side, side))

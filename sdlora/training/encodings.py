@@ -15,8 +15,9 @@ from torch import Tensor
 from sdlora.data.buckets import Crop
 from sdlora.data.cache import TensorCache, TensorShapes, cache_folder, latent_key, text_key
 from sdlora.data.images import crop_image, load_record
+from sdlora.data.masks import crop_mask
 from sdlora.data.records import ImageRecord, count_of
-from sdlora.data.tensors import crop_to_time_ids, image_to_tensor
+from sdlora.data.tensors import crop_to_time_ids, image_to_tensor, mask_to_tensor
 from sdlora.errors import DataError, ModelError
 from sdlora.models.base import Base, Condition
 from sdlora.report.terminal import Terminal
@@ -103,6 +104,27 @@ class Encodings:
         Raises a DataError if the image is missing or has changed since it was scanned, and a ModelError with
         its name if the latents are not finite.
         """
+        known = self._image(record, crop, pixels)
+        return known["mean"], known["std"]
+
+    def masks(self, views: Sequence[View]) -> Tensor | None:
+        """What counts of each image, (B, 1, H, W) in [0, 1] on the CPU; None if all of every image does."""
+        if all(record.mask is None for record, _ in views):
+            return None
+        return torch.stack([self._mask(*view) for view in views])
+
+    def _mask(self, record: ImageRecord, crop: Crop) -> Tensor:
+        factor = self.base.info.vae_factor
+        if record.mask is None:
+            return torch.ones(1, crop.size.height // factor, crop.size.width // factor)
+        if self.cache is not None:
+            return self._image(record, crop)["mask"]
+        return mask_to_tensor(crop_mask(record, crop), factor)
+
+    def _image(
+        self, record: ImageRecord, crop: Crop, pixels: Callable[[], Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """`mean` and `std` of an image, and `mask` if it has one; with a cache, all of them are in it."""
 
         def encode() -> dict[str, Tensor]:
             image = pixels() if pixels else self._pixels(record, crop)
@@ -110,10 +132,12 @@ class Encodings:
                 mean, std = self.base.encode_images(image[None])
             except ModelError as error:
                 raise ModelError(f"{record.name}: {error}", key="".join(error.keys)) from None
-            return {"mean": mean[0].cpu(), "std": std[0].cpu()}
+            found = {"mean": mean[0].cpu(), "std": std[0].cpu()}
+            if record.mask is not None and self.cache is not None:
+                found["mask"] = mask_to_tensor(crop_mask(record, crop), self.base.info.vae_factor)
+            return found
 
-        known = self._cached((record, crop), encode)
-        return known["mean"], known["std"]
+        return self._cached((record, crop), encode)
 
     def condition(self, caption: str) -> Condition:
         """A caption's text states, on the CPU."""
@@ -153,9 +177,10 @@ class Encodings:
         if isinstance(item, str):
             key = text_key(item, encoder_digest=self.text_digest, dtype=str(self.base.text_dtype))
             pooled: TensorShapes = {"pooled": (info.pooled_width,)} if info.has_time_ids else {}
-            return key, {"hidden": (info.text_length, info.text_width), **pooled}
+            return key, {"hidden": (info.num_text_states, info.text_width), **pooled}
         size = item[1].size
         shape = (info.latent_channels, size.height // info.vae_factor, size.width // info.vae_factor)
         dtype, background = str(self.base.vae.dtype), self.settings.background
         key = latent_key(*item, vae_digest=info.vae_digest, background=background, dtype=dtype)
-        return key, {"mean": shape, "std": shape}
+        mask: TensorShapes = {} if item[0].mask is None else {"mask": (1, *shape[1:])}
+        return key, {"mean": shape, "std": shape, **mask}

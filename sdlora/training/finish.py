@@ -99,7 +99,9 @@ def export_final(trainer: Trainer) -> None:
     # alone, a child has another effect than in the run
     if "kohya" in plan.config.export.formats and not plan.config.lora.parent:
         version, strength = plan.info.traits.kohya_version, plan.config.sample.strengths[0]
-        write_webui_files(run, version, strength, plan.config.data.trigger)
+        skip = plan.config.data.clip_skip
+        about = f"trained with Clip skip {skip}; set it in the settings" if skip > 1 else ""
+        write_webui_files(run, version, strength, plan.config.data.trigger, about)
 
 
 OUT_OF_MEMORY_REMEDIES = (

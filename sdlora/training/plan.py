@@ -26,7 +26,7 @@ from sdlora.memory.estimate import ANY_DEVICE, DeviceInfo, Memory, MemoryInputs,
 from sdlora.memory.work import ImageFlop, Speed, Work, flop_of, read_speed, speed_of_card
 from sdlora.models.info import BaseInfo, inspect_base, with_base_defaults
 from sdlora.models.safety import missing_checker
-from sdlora.models.tokenizer import describe_cut_prompts
+from sdlora.models.tokenizer import describe_bracketed_prompts, describe_cut_prompts
 from sdlora.models.weights import empty_components
 from sdlora.training.adapter import check_init_from, check_parents, find_parents, with_parents
 from sdlora.training.optimizer import check_optimizer, find_optimizer, num_warmup_steps
@@ -267,7 +267,7 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
     Raises an SdloraError if the images, the base or the settings cannot be used.
     """
     find_optimizer(config.train)
-    info = inspect_base(config.base, config.objective)
+    info = inspect_base(config.base, config.objective, config.data)
     config = with_base_defaults(config, info)
     check_objective(config, info)
     checkup = check_for_base(config, info)
@@ -281,11 +281,10 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
     # What captions lose is a finding already.
     captions = {record.caption for record in (*index.records, *index.heldout)}
     sample = config.sample
-    cut = describe_cut_prompts(
-        info, [text for text in (*sample.prompts, sample.negative_prompt) if text not in captions]
-    )
+    prompts = [text for text in (*sample.prompts, sample.negative_prompt) if text not in captions]
+    cut, bracketed = describe_cut_prompts(info, prompts), describe_bracketed_prompts(info, prompts)
     unchecked = missing_checker(info) if config.sample.safety_checker and config.train.sample_every else None
-    findings += [Finding("notice", line) for line in (unknown, cut, unchecked, about_rank) if line]
+    findings += [Finding("notice", line) for line in (unknown, cut, bracketed, unchecked, about_rank) if line]
     parts = empty_components(info, text=config.lora.text_encoder)
     findings += [Finding("warning", line) for line in (*forced, *check_parents(parents, info, parts))]
     layout = plan_layout(config.lora, match_modules(parts, config.lora.targets))

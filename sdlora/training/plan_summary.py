@@ -104,7 +104,7 @@ def _describe_time(plan: RunPlan) -> str:
 def _caption_cache(plan: RunPlan) -> str:
     if not any(record.variants for record in plan.index.records):
         return ""
-    size = 4 * plan.index.num_captions * plan.info.text_length * plan.info.text_width
+    size = 4 * plan.index.num_captions * plan.info.num_text_states * plan.info.text_width
     return f"; in the cache up to {size / 1e6:.0f} MB for {plan.index.num_captions} captions"
 
 
@@ -169,7 +169,10 @@ def _base_hashes(path: Path) -> tuple[str, str] | None:
 
 
 def _options(config: RunConfig) -> dict[str, Any]:
-    """Settings of adapter and objective that differ from the defaults and have no field of their own."""
+    """Settings of adapter, text and objective that differ from the defaults and have no own field."""
     elsewhere = {"rank", "alpha", "targets", "init_from", "parent", "force_parent"}
     lora = config.lora.model_dump(exclude_defaults=True, exclude=elsewhere)
-    return lora | config.objective.model_dump(exclude_defaults=True, exclude={"prediction_type"})
+    text = config.data.model_dump(
+        exclude_defaults=True, include={"clip_skip", "prompt_chunks", "prompt_weights"}
+    )
+    return lora | text | config.objective.model_dump(exclude_defaults=True, exclude={"prediction_type"})

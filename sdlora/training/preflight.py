@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sdlora.config import DataSection, RunConfig
+from sdlora.data.cache import cache_folder
 from sdlora.data.captions import caption_pipeline
 from sdlora.data.doctor import Checkup, check_images
 from sdlora.data.records import DatasetIndex, Finding
@@ -35,19 +36,28 @@ TRAINING_PASSES, DECODING_PASSES = 2, 3
 
 
 def check_folder(config: RunConfig, sheet: Path | None = None) -> Checkup:
-    """Examines the image folder as `train` would; `sheet` is the path of a contact sheet to draw."""
-    info = inspect_base(config.base, config.objective)
-    return check_for_base(with_base_defaults(config, info), info, sheet)
+    """Examines the image folder as `train` would, and the images themselves.
+
+    `sheet` is the path of a contact sheet to draw.
+    """
+    info = inspect_base(config.base, config.objective, config.data)
+    return check_for_base(with_base_defaults(config, info), info, sheet, cache_folder())
 
 
-def check_for_base(config: RunConfig, info: BaseInfo, sheet: Path | None = None) -> Checkup:
-    """Examines the image folder with the tokenizer and size of an inspected base."""
+def check_for_base(
+    config: RunConfig, info: BaseInfo, sheet: Path | None = None, cache: Path | None = None
+) -> Checkup:
+    """Examines the image folder with the tokenizer and size of an inspected base.
+
+    With a cache folder, it looks at the images themselves too, which takes a while.
+    """
     checkup = check_images(
         config,
         resolution=info.resolution,
         min_step=info.min_step,
-        count_tokens=partial(count_tokens, load_tokenizer(info), info.text_length),
+        count_tokens=partial(count_tokens, load_tokenizer(info), info),
         sheet=sheet,
+        cache=cache,
     )
     return replace(checkup, findings=[*(Finding("notice", text) for text in info.notices), *checkup.findings])
 
@@ -159,10 +169,10 @@ def default_prompts(index: DatasetIndex, settings: DataSection, count: int) -> l
 
     Without captions, the trigger with things that any base can draw.
     """
-    if all(record.caption == settings.trigger for record in index.records):
+    if all(record.caption == settings.trigger for record in index.styled):
         return [caption_pipeline(settings).plain(subject) for subject in SUBJECTS[: 2 * count]]
     prompts: list[str] = []
-    for records in (index.records, index.heldout):
+    for records in (index.styled, index.heldout):
         captions = list(dict.fromkeys(record.caption for record in records if record.caption))
         prompts += spread(captions, count)
     return list(dict.fromkeys(prompts))

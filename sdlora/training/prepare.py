@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sdlora.data.buckets import Crop
+from sdlora.data.captions import without_trigger
 from sdlora.data.records import ImageRecord
 from sdlora.diffusion.objective import Objective
 from sdlora.dtypes import Precision
@@ -103,7 +104,7 @@ def prepare(
             _encode(plan, encodings, accelerator, terminal, text_stays=text_differs)
     prompts = dict.fromkeys([*config.sample.prompts, config.sample.negative_prompt])
     prompt_states = {} if text_differs else {prompt: encodings.condition(prompt) for prompt in prompts}
-    records, heldout = plan.index.records, spread(plan.index.heldout, NUM_HELDOUT)
+    records, heldout = plan.index.styled, spread(plan.index.heldout, NUM_HELDOUT)
     train = spread(records, len(heldout) or min(NUM_HELDOUT, max(2, len(records) // 10)))
     splits = {
         split: [HeldoutView(*view, encodings.posterior(*view)[0]) for view in _first_views(plan, chosen)]
@@ -180,6 +181,13 @@ def _encode(
     heldout = plan.index.heldout
     captions = [text for record in (*records, *heldout) for text in (record.caption, *record.variants)]
     captions += ["", *sample.prompts, sample.negative_prompt]
+    if plan.config.objective.prior_weight:
+        captions += [
+            without_trigger(text, record.trigger)
+            for record in records
+            if record.trigger
+            for text in record.captions
+        ]
     views = [(record, crop) for record in records for crop in plan.buckets.crops[record.name]]
     # One at a time, to save memory: text encoders, then the VAE, then the denoiser.
     if not encodings.text_learns:

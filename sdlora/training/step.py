@@ -16,9 +16,12 @@ from torch import Tensor
 
 from sdlora.config import TrainSection
 from sdlora.data.batches import Sample, split_micro_batches
-from sdlora.diffusion.objective import denoising_loss, draw
+from sdlora.data.captions import without_trigger
+from sdlora.diffusion.objective import Denoiser, Draws, denoising_loss, draw, prior_loss
 from sdlora.dtypes import Precision
 from sdlora.lora.adapter import NormReport, limit_norms
+from sdlora.lora.attach import unmounted
+from sdlora.lora.layers import lora_layers
 from sdlora.models.base import Condition
 from sdlora.seeds import derive_seed
 from sdlora.training.distributed import all_reduce_sum
@@ -110,6 +113,7 @@ class StepRunner:
         self.adapter = prepared.adapter
         tensors = self.adapter.named_tensors()
         self.parameters: list[Tensor] = list(tensors.values())
+        self.layers = lora_layers(prepared.base.components)
         self.norms: NormReport | None = None
         self.groups = group_parameters(tensors, settings)
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(settings, self.groups))
@@ -157,6 +161,8 @@ class StepRunner:
             losses, drawn = self._losses(step, micro_batch)
             loss = losses.sum() / count
             self.accelerator.backward(loss)
+        if self.prepared.objective.settings.prior_weight:
+            loss = loss.detach() + self._preserve(step, micro_batch, count)
         return loss.detach(), drawn
 
     def _seeds(self, purpose: str, step: int, samples: Sequence[Sample]) -> list[int]:
@@ -164,21 +170,68 @@ class StepRunner:
 
     def _losses(self, step: int, samples: Sequence[Sample]) -> tuple[Tensor, list[Draw]]:
         """The loss of each sample, (B,), and its draws."""
-        encodings, device = self.prepared.encodings, self.accelerator.device
-        seeds = self._seeds("sample", step, samples)
-        views = [(sample.record, sample.crop) for sample in samples]
-        posteriors = [encodings.posterior(*view) for view in views]
-        drawn = draw(self.prepared.objective, posteriors, seeds)
-        condition = encodings.conditions([sample.caption for sample in samples], views).to(device)
+        objective, device = self.prepared.objective, self.accelerator.device
+        drawn = self._draw(step, samples)
+        masks = self.prepared.encodings.masks([(sample.record, sample.crop) for sample in samples])
+        captions = [sample.caption for sample in samples]
         losses = denoising_loss(
-            lambda noisy, timesteps: self.denoise(noisy, timesteps, condition),
-            self.prepared.objective,
+            self._denoiser(captions, samples),
+            objective,
             drawn.to(device),
+            None if masks is None else masks.to(device),
+            self._denoiser_alone(captions, samples),
         )
+        weights = [self._weight(sample) for sample in samples]
+        if any(weight != 1 for weight in weights):
+            losses = losses * torch.tensor(weights, device=device)
         return losses, [
             Draw(sample.index, sample.record.name, sample.caption, seed, timestep)
-            for sample, seed, timestep in zip(samples, seeds, drawn.timesteps.tolist(), strict=True)
+            for sample, seed, timestep in zip(
+                samples, self._seeds("sample", step, samples), drawn.timesteps.tolist(), strict=True
+            )
         ]
+
+    def _weight(self, sample: Sample) -> float:
+        """The weight of a sample's image; prior prediction keeps dropped captions free of the style too."""
+        is_prior = self.prepared.objective.settings.prior_weight and sample.record.trigger
+        return 0.0 if is_prior and not sample.caption else sample.record.weight
+
+    def _preserve(self, step: int, micro_batch: Sequence[Sample], count: int) -> Tensor:
+        """The backward pass of prior prediction for a micro-batch, with its draws; returns its loss."""
+        samples = [sample for sample in micro_batch if sample.record.trigger]
+        if not samples:
+            return torch.zeros((), device=self.accelerator.device)
+        objective = self.prepared.objective
+        captions = [without_trigger(sample.caption, sample.record.trigger) for sample in samples]
+        losses = prior_loss(
+            self._denoiser(captions, samples),
+            self._denoiser_alone(captions, samples),
+            objective,
+            self._draw(step, samples).to(self.accelerator.device),
+        )
+        loss = objective.settings.prior_weight * losses.sum() / count
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _draw(self, step: int, samples: Sequence[Sample]) -> Draws:
+        encodings = self.prepared.encodings
+        posteriors = [encodings.posterior(sample.record, sample.crop) for sample in samples]
+        return draw(self.prepared.objective, posteriors, self._seeds("sample", step, samples))
+
+    def _denoiser(self, captions: Sequence[str], samples: Sequence[Sample]) -> Denoiser:
+        views = [(sample.record, sample.crop) for sample in samples]
+        condition = self.prepared.encodings.conditions(captions, views).to(self.accelerator.device)
+        return lambda noisy, timesteps: self.denoise(noisy, timesteps, condition)
+
+    def _denoiser_alone(self, captions: Sequence[str], samples: Sequence[Sample]) -> Denoiser:
+        """The same without the trained adapter, on the text encoders too."""
+
+        @torch.no_grad()
+        def denoise_alone(noisy: Tensor, timesteps: Tensor) -> Tensor:
+            with unmounted(self.layers, self.adapter):
+                return self._denoiser(captions, samples)(noisy, timesteps)
+
+        return denoise_alone
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The base's prediction for noisy latents (B, C, H, W), timesteps (B,) and their condition."""

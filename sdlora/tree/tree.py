@@ -21,6 +21,7 @@ from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import detach, mount
 from sdlora.lora.kinds import Scale
 from sdlora.lora.layers import DENOISER
+from sdlora.notebook import show_html
 from sdlora.rank.merge import merge
 from sdlora.rank.resize import ResizeReport, resize
 from sdlora.tree.lineage import (
@@ -64,6 +65,12 @@ class AdapterTree:
 
     def __repr__(self) -> str:
         return f"AdapterTree({str(self.folder)!r}: {', '.join(self.nodes)})"
+
+    def _repr_html_(self) -> str:
+        lines = [
+            f"{name}  (rank {node.rank}, {node.images or '?'} images)" for name, node in self.nodes.items()
+        ]
+        return show_html(f"tree {self.folder}", [*lines, *self.problems])
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> AdapterTree:

@@ -188,3 +188,51 @@ def test_heldout_captions_are_plain(tmp_path: Path, write_image: Callable) -> No
     assert index.heldout[0].captions == ("sks, x, y, z, w",)
     assert scan_dataset(tmp_path, DataSection(trigger="sks"), seed=5) == index
     assert scan_dataset(tmp_path, DataSection(trigger="sks"), seed=6).digest == index.digest
+
+
+def test_wildcards(tmp_path: Path, write_image: Callable) -> None:
+    """R-28: fixed variants of a caption, each of which is counted; the first part for everything else."""
+    write_image("a.png", caption="a {red|blue|{dark|light} green} cat, {trigger}")
+    write_image("b.png", caption="a dog")
+    index = scan_dataset(tmp_path, DataSection(trigger="ink", heldout=0, wildcards=True, caption_variants=40))
+    cat, dog = index.records
+    assert cat.caption == "a red cat, ink"
+    colours = ("red", "blue", "dark green", "light green")
+    assert sorted(cat.variants) == sorted(f"a {colour} cat, ink" for colour in colours)
+    assert dog.variants == ()
+    assert index.num_captions == 5
+    [plain] = scan_dataset(tmp_path, DataSection(trigger="ink", heldout=0)).records[:1]
+    assert plain.caption == "a {red|blue|{dark|light} green} cat, ink"
+
+
+def test_a_separator_of_kept_tags() -> None:
+    """As kohya's keep_tokens_separator: what is before the first and behind the second stays in place."""
+    settings = DataSection(shuffle_tags=True, keep_separator="|||", caption_variants=60)
+    pipeline = caption_pipeline(settings)
+    found = pipeline.variants("x, y ||| a, b, c ||| z", seed=0, digest="d")
+    assert {caption[:5] for caption in found} == {"x, y,"}
+    assert {caption[-3:] for caption in found} == {", z"}
+    assert len({*found}) == 6
+    assert pipeline.plain("x, y ||| a, b, c ||| z") == "x, y, a, b, c, z"
+    assert {*pipeline.variants("a, b", seed=0, digest="d")} == {"a, b", "b, a"}
+
+
+def test_several_captions(tmp_path: Path, write_image: Callable) -> None:
+    """Lines of a file, or a list in metadata; each has its variants. Not asked for, lines are one caption."""
+    write_image("a.png", caption="a cat\n\n a black cat \na cat\n")
+    write_image("deep/b.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "deep/b.png", "text": ["one", "two"]}\n')
+    settings = {"heldout": 0, "trigger": "ink"}
+    index = scan_dataset(tmp_path, DataSection(**settings, several_captions=True, caption_suffix="x"))
+    assert [record.captions for record in index.records] == [
+        ("ink, a cat x", "ink, a black cat x"),
+        ("ink, one x", "ink, two x"),
+    ]
+    assert [record.caption for record in index.records] == ["ink, a cat x", "ink, one x"]
+    joined = scan_dataset(tmp_path, DataSection(**settings, allow_missing_captions=True)).records
+    assert [record.captions for record in joined] == [("ink, a cat a black cat a cat",), ("ink",)]
+
+
+def test_further_placeholders() -> None:
+    settings = DataSection(trigger="ink", placeholders=["[name]", "<trigger>"])
+    assert caption_pipeline(settings).plain("[name] of a <trigger> cat") == "ink of a ink cat"

@@ -6,8 +6,18 @@ import pytest
 import torch
 
 from sdlora.config import ObjectiveSection
-from sdlora.diffusion.objective import debiased_weight, min_snr_weight, timestep_weight
-from sdlora.diffusion.schedule import NoiseSchedule
+from sdlora.diffusion.objective import (
+    Objective,
+    debiased_weight,
+    denoising_loss,
+    draw,
+    mask_weights,
+    min_snr_weight,
+    timestep_weight,
+)
+from sdlora.diffusion.schedule import NoiseSchedule, schedule_from_config
+
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 # SNR at these is 9, 1 and 0.
 ALPHA_BAR = torch.tensor([0.9, 0.5, 0.0])
@@ -59,3 +69,48 @@ def test_no_weights_by_default():
     """All timesteps count alike unless asked."""
     schedule = NoiseSchedule(ALPHA_BAR, "epsilon")
     assert timestep_weight(schedule, torch.arange(3), ObjectiveSection()) is None
+
+
+def test_mask_weights_by_hand():
+    """At least the floor, mean 1 over each sample, whatever the share of the inside."""
+    masks = torch.tensor(
+        [[[[1.0, 0.5], [0.0, 0.02]]], [[[1.0, 1.0], [1.0, 1.0]]], [[[0.0, 0.0], [0.0, 0.0]]]]
+    )
+    found = mask_weights(masks.double(), 0.05)
+    mean = (1 + 0.5 + 0.05 + 0.05) / 4
+    expected = torch.tensor([[1 / mean, 0.5 / mean, 0.05 / mean, 0.05 / mean], [1.0] * 4, [1.0] * 4])
+    torch.testing.assert_close(found.flatten(1), expected.double(), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss": "huber", "min_snr_gamma": 5.0}], ids=["mse", "huber"])
+@pytest.mark.parametrize("prior", [0.0, 0.7])
+def test_masked_loss_by_hand(settings, prior):
+    """The loss inside, the base's prediction outside, each by float64 arithmetic; a full mask is none."""
+    schedule = schedule_from_config(BETAS)
+    objective = Objective(schedule, ObjectiveSection(unmasked_prior=prior, **settings))
+    generator = torch.Generator().manual_seed(0)
+    posteriors = [(torch.randn(4, 3, 5, generator=generator), torch.zeros(4, 3, 5)) for _ in range(2)]
+    draws = draw(objective, posteriors, [1, 2])
+    masks = torch.rand(2, 1, 3, 5, generator=generator)
+    answer, alone = 0.3 * draws.noise, 0.1 * draws.latents
+    found = denoising_loss(lambda *_: answer, objective, draws, masks, lambda *_: alone)
+
+    def losses(error):
+        if not settings:
+            return error.square()
+        alpha = schedule.alphas_cumprod[draws.timesteps].double().view(-1, 1, 1, 1)
+        delta = 0.1 + 0.9 / (1 + ((1 - alpha) / alpha).sqrt()) ** 2
+        return torch.where(error.abs() <= delta, error.square(), delta * (2 * error.abs() - delta))
+
+    answer, noise, inside = answer.double(), draws.noise.double(), masks.double()
+    floored = inside.clamp(min=0.05)
+    expected = losses(answer - noise) * floored / floored.mean(dim=(1, 2, 3), keepdim=True)
+    expected = expected + prior * (1 - inside) * losses(answer - alone.double())
+    snr = schedule.snr(draws.timesteps).double()
+    weight = (5 / snr).clamp(max=1) if settings else torch.ones(2)
+    torch.testing.assert_close(found.double(), expected.mean(dim=(1, 2, 3)) * weight, rtol=1e-5, atol=1e-7)
+
+    full = denoising_loss(
+        lambda *_: 0.3 * draws.noise, objective, draws, torch.ones(2, 1, 3, 5), lambda *_: alone
+    )
+    assert torch.equal(full, denoising_loss(lambda *_: 0.3 * draws.noise, objective, draws))

@@ -21,9 +21,9 @@ def folder(make_images, tmp_path):
 def test_edit_and_undo(folder):
     """R-05: what is written is what training reads; undo restores the bytes, one edit after the other."""
     file = folder.path / "00.txt"
-    original = b"\xef\xbb\xbfa circle\r\nnumber 0  \r\n"
+    original = b"\xef\xbb\xbfa circle  number 0  \r\n"
     file.write_bytes(original)
-    assert folder.write({"00.png": ("a circle number 0", " a red\ncircle ")}) == {"00.png": "a red circle"}
+    assert folder.write({"00.png": ("a circle number 0", " a red \t circle ")}) == {"00.png": "a red circle"}
     records = {record.name: record for record in scan_dataset(folder.path, DataSection()).records}
     assert records["00.png"].caption == "a red circle"
     folder.write({"00.png": ("a red circle", "a blue circle"), "01.png": ("a circle number 1", "a dot")})
@@ -33,6 +33,14 @@ def test_edit_and_undo(folder):
     assert file.read_bytes() == original
     with raises(DataError, "caption.no-edit"):
         folder.undo()
+
+
+def test_several_captions(folder):
+    """One a line, whether the run reads them as several or as one."""
+    (folder.path / "00.txt").write_text("a circle\n\na ring\n")
+    assert folder.captions()["00.png"] == "a circle\na ring"
+    folder.write({"00.png": ("a circle\na ring", "a disc\r\na ring")})
+    assert (folder.path / "00.txt").read_text() == "a disc\na ring\n"
 
 
 def test_a_new_caption_is_removed_again(folder):
@@ -47,7 +55,7 @@ def test_another_tab_loses_nothing(folder):
     (folder.path / "01.txt").write_text("from an editor")
     with raises(DataError, "caption.changed", shows="01.png"):
         folder.write({"00.png": ("a circle number 0", "x"), "01.png": ("a circle number 1", "y")})
-    assert folder.captions()["00.png"][0] == "a circle number 0"
+    assert folder.captions()["00.png"] == "a circle number 0"
     assert folder.num_edits == 0
     folder.write({"01.png": ("from an editor", "y")})
     (folder.path / "01.txt").write_text("from an editor again")
@@ -61,11 +69,11 @@ def test_metadata_stays(folder):
     (folder.path / "03.txt").unlink()
     table = folder.path / "metadata.jsonl"
     table.write_text(json.dumps({"file_name": "03.png", "text": "from the table"}) + "\n")
-    assert folder.captions()["03.png"] == ("from the table", "metadata.jsonl")
+    assert folder.captions()["03.png"] == "from the table"
     folder.write({"03.png": ("from the table", "from the page")})
-    assert folder.captions()["03.png"] == ("from the page", ".txt")
+    assert folder.captions()["03.png"] == "from the page"
     folder.undo()
-    assert folder.captions()["03.png"][0] == "from the table"
+    assert folder.captions()["03.png"] == "from the table"
 
 
 def test_images_of_one_stem(folder):
@@ -75,7 +83,7 @@ def test_images_of_one_stem(folder):
         folder.write({"00.png": ("a circle number 0", "x")})
     (folder.path / "00.txt").unlink()
     folder.write({"00.webp": ("", "one"), "00.png": ("", "two")})
-    assert (folder.captions()["00.webp"][0], folder.captions()["00.png"][0]) == ("one", "two")
+    assert (folder.captions()["00.webp"], folder.captions()["00.png"]) == ("one", "two")
 
 
 def test_what_cannot_be_written(folder):

@@ -75,7 +75,7 @@ if (train) {
   });
 }
 
-// Captions: saved when a field is left, or with Ctrl-Enter.
+// Captions: saved when a field is left, or with Enter; Shift-Enter begins another caption of the image.
 function edit(set) {
   const folder = set.dataset.folder, said = $("#said", set), fields = all(".card textarea", set);
   const name = field => field.closest(".card").dataset.name;
@@ -99,7 +99,7 @@ function edit(set) {
   };
   const count = () => {
     const counts = new Map();
-    for (const field of fields) for (const tag of new Set(field.value.split(",").map(part => part.trim()).filter(Boolean))) counts.set(tag, (counts.get(tag) || 0) + 1);
+    for (const field of fields) for (const tag of new Set(field.value.split(/[,\n]/).map(part => part.trim()).filter(Boolean))) counts.set(tag, (counts.get(tag) || 0) + 1);
     const pressed = $("#tags [aria-pressed=true]", set)?.dataset.tag;
     $("#tags", set).replaceChildren(...[...counts].filter(([, number]) => number > 1).sort((one, two) => two[1] - one[1]).slice(0, 60).map(([tag, number]) => {
       const button = document.createElement("button"), times = document.createElement("span");
@@ -113,7 +113,7 @@ function edit(set) {
     const text = $("#find", set).value.toLowerCase(), tag = $("#tags [aria-pressed=true]", set)?.dataset.tag;
     for (const field of fields) {
       const has = `${name(field)}\n${field.value}`.toLowerCase().includes(text);
-      field.closest(".card").hidden = !has || (tag !== undefined && !field.value.split(",").some(part => part.trim() === tag));
+      field.closest(".card").hidden = !has || (tag !== undefined && !field.value.split(/[,\n]/).some(part => part.trim() === tag));
     }
   };
   $("#tags", set).addEventListener("click", event => {
@@ -126,7 +126,7 @@ function edit(set) {
   $("#find", set).addEventListener("input", filter);
   for (const field of fields) {
     field.addEventListener("change", () => { if (field.value !== field.dataset.seen) save([[field, field.value]]); });
-    field.addEventListener("keydown", event => { if (event.key === "Enter") { event.preventDefault(); field.blur(); } });
+    field.addEventListener("keydown", event => { if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); field.blur(); } });
   }
   $("#replace-all", set).addEventListener("click", () => {
     const text = $("#find", set).value, other = $("#replace", set).value;
