@@ -131,7 +131,7 @@ ELSEWHERE = {
     "num_validation_images": "sample.seeds",
     "optimizer_type": "train.optimizer",
     "output_dir": "--out",
-    "output_name": "--out; `sdlora export RUN --format kohya --out NAME.safetensors` names the file",
+    "output_name": "export.name",
     "persistent_data_loader_workers": "not needed: images come from the cache",
     "pretrained_model_name_or_path": "base.source, or --base",
     "pretrained_vae_model_name_or_path": "base.vae",

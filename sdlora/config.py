@@ -659,6 +659,14 @@ class ExportSection(Section):
         min_length=1,
     )
     precision: FileDtype = _setting("fp16", "precision of the final files: fp32, bf16 or fp16")
+    name: (
+        Annotated[
+            str, Field(min_length=1, max_length=100, pattern=r"^[^.\s/\\:*?\"<>|][^/\\:*?\"<>|\x00-\x1f]*$")
+        ]
+        | None
+    ) = _setting(
+        None, "name of the files in webui/, and in prompts of UIs; default: the run's", "use a file name"
+    )
     include_captions: bool = _setting(
         False, "write the words of all captions into the files' metadata, for tools that show tags"
     )

@@ -69,7 +69,11 @@ def _fix(checkup: Checkup, is_agreed: bool) -> None:
 
 
 @app.command()
-def info(file: options.Source, as_json: options.Json = False) -> None:
+def info(
+    file: options.Source,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all metadata.")] = False,
+    as_json: options.Json = False,
+) -> None:
     """Describe a LoRA file (family, rank, alpha, targets, metadata) or the state of a run."""
     from contextlib import suppress
     from dataclasses import asdict
@@ -89,7 +93,7 @@ def info(file: options.Source, as_json: options.Json = False) -> None:
     if as_json:
         options.print_json({**asdict(found), "parents": parents, "run": state})
         return
-    typer.echo("\n".join(found.lines()))
+    typer.echo("\n".join(found.lines(with_metadata=verbose)))
     if parents:
         typer.echo(f"parents   {' > '.join(parents)}")
 

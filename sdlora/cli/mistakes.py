@@ -54,7 +54,7 @@ OPTIONS = {
     "lora_scale": "--strengths",
     "model": "--base",
     "n": "--negative-prompt",
-    "name": "--out",
+    "output_name": "--name",
     "network_dim": "--rank",
     "new_rank": "--rank",
     "num_images": "--seeds 0,1,2",

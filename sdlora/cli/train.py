@@ -25,6 +25,9 @@ def train(
         Path | None, typer.Option(help="The run folder.", show_default="runs/ and the name of IMAGES")
     ] = None,
     trigger: Annotated[str | None, typer.Option(help="Trigger words for the style.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the files for UIs.", show_default="that of the run folder")
+    ] = None,
     parent: Annotated[
         str | None, typer.Option(metavar="FILE|RUN|NODE", help="A LoRA to train on top of; it stays frozen.")
     ] = None,
@@ -48,7 +51,7 @@ def train(
         check_device(device, dry_run=dry_run or as_json)
     heed_schedulers()
     # Settings, output folder, base and images are checked before torch is imported.
-    direct = {"base.source": base, "data.trigger": trigger, "lora.parent": parent}
+    direct = {"base.source": base, "data.trigger": trigger, "lora.parent": parent, "export.name": name}
     settings = load_config(config, overrides or [], images=images, preset=preset, arguments=direct)
     if force:
         settings = settings.replace(lora={"force_parent": True})
@@ -107,8 +110,9 @@ def _print_result(run: RunFolder) -> None:
             "`sdlora tree flatten` merges them into one file"
         )
     else:
-        if (for_uis := run.path / "webui" / f"{run.name}.safetensors").is_file():
-            config = run.read_config()
-            prompt = webui_prompt(run.name, config.sample.strengths[0], config.data.trigger)
+        config = run.read_config()
+        name = config.export.name or run.name
+        if (for_uis := run.path / "webui" / f"{name}.safetensors").is_file():
+            prompt = webui_prompt(name, config.sample.strengths[0], config.data.trigger)
             typer.echo(f"for UIs   {for_uis} (A1111, Forge, ComfyUI); prompt: {prompt}")
         typer.echo(f'load it   pipe.load_lora_weights("{run.adapter}")')

@@ -161,11 +161,12 @@ def _usage(run: RunFolder, config: RunConfig) -> dict[str, str]:
             f"image = pipe({prompt!r}, cross_attention_kwargs={{'scale': {strength:g}}}).images[0]"
         )
     if kohya.is_file():
+        name = config.export.name or run.name
         usage["A1111 and Forge"] = (
-            f"cp {str(kohya)!r} models/Lora/{run.name}.safetensors\n{prompt} <lora:{run.name}:{strength:g}>"
+            f"cp {str(kohya)!r} models/Lora/{name}.safetensors\n{prompt} <lora:{name}:{strength:g}>"
         )
         usage["ComfyUI"] = (
-            f"cp {str(kohya)!r} models/loras/{run.name}.safetensors\n"
-            f"Load LoRA: {run.name}.safetensors, strength_model {strength:g}, strength_clip {strength:g}"
+            f"cp {str(kohya)!r} models/loras/{name}.safetensors\n"
+            f"Load LoRA: {name}.safetensors, strength_model {strength:g}, strength_clip {strength:g}"
         )
     return usage or {"sdlora": f"sdlora resume {run.path}  # no final file yet"}

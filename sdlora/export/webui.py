@@ -13,23 +13,30 @@ VERSIONS = {"sdxl": "SDXL", "sd_v2": "SD2", "sd_v1": "SD1"}
 
 
 def write_webui_files(
-    run: RunFolder, kohya_version: str, strength: float, trigger: str | None, about: str = ""
+    run: RunFolder,
+    kohya_version: str,
+    strength: float,
+    trigger: str | None,
+    *,
+    about: str = "",
+    name: str | None = None,
 ) -> Path:
     """Writes `webui/NAME.safetensors`, `NAME.png` and `NAME.json`, ready for `models/Lora`.
 
     The adapter is a hard link to the run's kohya file where the disk has them, else a copy.
 
     Args:
-        run: A finished run; NAME is its name.
+        run: A finished run.
         kohya_version: `ss_base_model_version` of the base.
         strength: Preferred strength, which is the thumbnail's too.
         trigger: Words that invoke the style, if any.
         about: Notes for whoever uses it.
+        name: NAME; the run's by default.
 
     Returns:
         The adapter's path.
     """
-    place = run.path / "webui" / f"{run.name}.safetensors"
+    place = run.path / "webui" / f"{name or run.name}.safetensors"
     place.unlink(missing_ok=True)  # a rename between two links to one file does nothing
     write_file(place, lambda file: _link(run.final_adapter("kohya"), file))
     # 00.png is the base, 01.png the first strength

@@ -75,8 +75,8 @@ class AdapterInfo:
         """The largest rank."""
         return max(self.ranks)
 
-    def lines(self) -> list[str]:
-        """For people; the metadata comes last."""
+    def lines(self, *, with_metadata: bool = True) -> list[str]:
+        """For people; the metadata comes last, or the most telling of it in one line."""
         kinds = (f"{kind} ({count} modules)" for kind, count in self.kinds.items())
         unknown = f"; assumed: {UNKNOWN_ALPHA}" if self.alpha_is_unknown else ""
         trained = f"; trained with alpha {self.trained_alpha}" if self.trained_alpha else ""
@@ -91,6 +91,14 @@ class AdapterInfo:
             "targets": f"{targets} ({self.num_parameters:,} parameters)",
         }
         lines = [f"{key:<9} {value}" for key, value in about.items()]
+        if not with_metadata:
+            names = ("modelspec.title", "sdlora.base_name", "sdlora.steps", "modelspec.trigger_phrase")
+            told = (
+                f"{name.rpartition('.')[2]} {self.metadata[name]}" for name in names if name in self.metadata
+            )
+            summary = shorten(", ".join(told)) or "nothing about its training"
+            lines.append(f"metadata  {summary}; {len(self.metadata)} entries, which -v shows")
+            return [one_line(line) for line in lines]
         width = max(map(len, self.metadata), default=0)
         for key, text in sorted(self.metadata.items()):
             lines.append(f"  {key:<{width}}  {shorten(' '.join(text.split()))}")

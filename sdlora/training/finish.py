@@ -101,7 +101,9 @@ def export_final(trainer: Trainer) -> None:
         version, strength = plan.info.traits.kohya_version, plan.config.sample.strengths[0]
         skip = plan.config.data.clip_skip
         about = f"trained with Clip skip {skip}; set it in the settings" if skip > 1 else ""
-        write_webui_files(run, version, strength, plan.config.data.trigger, about)
+        write_webui_files(
+            run, version, strength, plan.config.data.trigger, about=about, name=plan.config.export.name
+        )
 
 
 OUT_OF_MEMORY_REMEDIES = (

@@ -126,7 +126,7 @@ def training_metadata(run: RunFolder, plan: RunPlan, counters: Counters) -> Trai
     started = next((event["time"] for event in run.events("plan")), 0.0)
     captions = [record.caption for record in plan.index.records] if config.export.include_captions else None
     return TrainingMetadata(
-        title=run.name,
+        title=plan.config.export.name or run.name,
         base_name=info.name,
         base_digest=info.digest,
         family=info.family,

@@ -6,8 +6,11 @@ import json
 
 import pytest
 
+from sdlora.config import load_config
+from sdlora.errors import ConfigError
 from sdlora.export.webui import webui_prompt, write_webui_files
 from sdlora.runs import RunFolder
+from tests.checks import raises
 
 
 @pytest.fixture
@@ -46,6 +49,16 @@ def test_they_are_written_again(finished):
     file = write_webui_files(finished, "sdxl_base_v1-0", 1.0, "")
     assert file.read_bytes() == b"other weights"
     assert sorted(path.name for path in file.parent.iterdir()) == ["ink.json", "ink.png", "ink.safetensors"]
+
+
+def test_another_name(finished):
+    """R-42: `--name` names the files; what no file can be called is refused."""
+    file = write_webui_files(finished, "sd_v1_v", 0.8, None, name="my ink v2")
+    assert file.name == "my ink v2.safetensors"
+    for name in ("../ink", ".ink", "a/b", "a:b", " "):
+        with raises(ConfigError, "export.name"):
+            load_config(None, {"export.name": name})
+    assert load_config(None, {"export.name": "my ink v2"}).export.name == "my ink v2"
 
 
 def test_without_hard_links(finished, monkeypatch):
