@@ -23,12 +23,22 @@ IMAGE_SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"),
     *(".tif", ".tiff", ".avif", ".ppm", ".pgm", ".tga"),
 )
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+try:  # The extra `formats`; Pillow alone does not read what iPhones write.
+    import pillow_heif
+except ImportError:
+    HAS_HEIF = False
+else:
+    HAS_HEIF = True
+    pillow_heif.register_heif_opener()
+    IMAGE_SUFFIXES += HEIF_SUFFIXES
 UNREAD_SUFFIXES = (
-    *(".heic", ".heif", ".jxl", ".svg", ".psd", ".eps"),
+    *(() if HAS_HEIF else HEIF_SUFFIXES),
+    *(".jxl", ".svg", ".psd", ".eps"),
     *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"),
 )
 # Formats that Pillow may detect, whatever the suffix: its EPS reader would start another program.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "PPM", "TGA")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "PPM", "TGA", "HEIF")
 MAX_BYTES = 2**30
 LARGE_BYTES = 2**25
 LARGE_PIXELS = 2**24

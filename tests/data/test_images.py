@@ -327,3 +327,15 @@ def test_tensor_range() -> None:
     assert tensor.dtype == torch.float32
     assert tensor.is_contiguous()
     assert torch.allclose(tensor[:, 0, 0], torch.tensor([-1.0, 1.0, -0.6]))
+
+
+def test_images_of_a_phone(tmp_path: Path) -> None:
+    """R-14: HEIC is loaded as its own decoder shows it, where the extra `formats` is installed."""
+    pillow_heif = pytest.importorskip("pillow_heif")
+    image = make_corners().resize((96, 64))
+    image.save(tmp_path / "a.heic", quality=95)
+    loaded = load_image(tmp_path / "a.heic")
+    assert measure_file(tmp_path / "a.heic")[1] == Size(96, 64)
+    shown = pillow_heif.open_heif(tmp_path / "a.heic").to_pillow().convert("RGB")
+    assert difference(loaded, shown) < 1
+    assert difference(loaded, image) < 12
