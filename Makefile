@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # One thread each for two test processes: on a small machine that is quicker than two threads in one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test docs wheel test-slow fuzz kill-test lint figures ranks bits clean
+.PHONY: demo test docs wheel test-slow fuzz kill-test lint figures ranks bits cards clean
 
 demo: $(INSTALLED)
 	$(BIN)/sdlora train datasets/openmoji --preset openmoji
@@ -52,6 +52,10 @@ ranks: $(INSTALLED)
 # What a quantized base saves and costs, for the table of the README: twelve runs.
 bits: $(INSTALLED)
 	$(BIN)/python -m sdlora.builtin.measure_bits datasets/openmoji --out notebooks/figures/bits.json
+
+# Memory and time of presets on some cards, for the table of the README: half a minute.
+cards: $(INSTALLED)
+	$(BIN)/python -m sdlora.builtin.card_table
 
 clean:
 	rm -rf build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import nn
 
+from sdlora.builtin import card_table
+from sdlora.builtin.card_table import plan_preset
 from sdlora.config import BaseSection, load_config
 from sdlora.data.records import Size
 from sdlora.dtypes import Precision
@@ -28,10 +30,9 @@ from sdlora.memory.estimate import (
     estimate_memory,
     plan_memory,
 )
-from sdlora.models.components import Component
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
-from sdlora.models.weights import empty_components, empty_model
+from sdlora.models.weights import empty_components
 from tests.lora_fixtures import create_adapter
 
 FP32 = Precision("fp32", "fp32")
@@ -217,50 +218,27 @@ def test_the_plan_says_what_is_really_saved():
     assert json.loads(json.dumps(memory.as_event()))["peak"] == memory.peak
 
 
-VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
-TEXTS = {"sd1": {"text_encoder": 123_060_480}}
-TEXTS["sdxl"] = {**TEXTS["sd1"], "text_encoder_2": 694_659_840}
 LARGE = ("sdxl", "sdxl-qlora-8gb", "sdxl-qlora-12gb", "sdxl-24gb")
-
-
-def describe_real_base(family, unet, settings):
-    """A real base's description, without its weights."""
-    configs = {"unet": unet, "vae": {**VAE, "force_upcast": family == "sdxl"}}
-    parts = {
-        name: Component(name, config, (), "", sum(p.numel() for p in empty_model(name, config).parameters()))
-        for name, config in configs.items()
-    }
-    positions = {"max_position_embeddings": 77, "projection_dim": 1280}
-    parts |= {name: Component(name, positions, (), "", count) for name, count in TEXTS[family].items()}
-    known = inspect_base(settings)
-    return replace(known, source=family, family=family, components=parts, tokenizers=(), scheduler_config={})
 
 
 @pytest.mark.parametrize(
     "preset", ["sd15", "sd15-8gb", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
 )
-def test_presets_say_what_the_plan_estimates(repository, full_size, preset):
+def test_presets_say_what_the_plan_estimates(repository, preset):
     """R-18: in their first line, for a GPU in bf16, as `--device` prints it, with a tenth to spare."""
-    file = repository / "configs" / f"{preset}.toml"
-    first = file.read_text(encoding="utf-8").splitlines()[0]
+    first = (repository / "configs" / f"{preset}.toml").read_text(encoding="utf-8").splitlines()[0]
     card, stated = re.search(r"(?:with (\d+) GB)?: about ([\d.]+ GB) by the plan's estimate", first).groups()
-    config = load_config(file, {"train.sample_every": 100})
-    family = "sdxl" if "sdxl" in preset else "sd1"
-    info = describe_real_base(family, full_size[family], config.base)
-    parts = empty_components(info, text=False)
-    ranks = dict.fromkeys(match_modules(parts, config.lora.targets), config.lora.rank)
-    asked = MemoryInputs(config, info, parts, ranks, 0, Size(info.resolution, info.resolution))
     device_info = device_of_card(find_card(f"cuda:{card or 80}GB"), Precision("bf16", "bf16"))
-    memory = plan_memory(asked, device_info)
+    inputs, memory = plan_preset(preset, device_info)
     assert as_size(memory.needs) == stated
     assert memory.fits
-    assert memory.checkpointing == (config.train.gradient_checkpointing is True)
+    assert memory.checkpointing == (inputs.config.train.gradient_checkpointing is True)
+
+
+@pytest.mark.slow
+def test_the_table_of_cards_is_what_is_planned(repository):
+    """R-18: `make cards` prints the table of the README."""
+    assert "\n".join(card_table.lines()) in (repository / "README.md").read_text(encoding="utf-8")
 
 
 MEASURE = """
@@ -269,6 +247,8 @@ from dataclasses import replace
 from pathlib import Path
 torch.set_num_threads(1)
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from sdlora.builtin import card_table
+from sdlora.builtin.card_table import plan_preset
 from sdlora.config import BaseSection
 from sdlora.data.records import Size
 from tests.lora_fixtures import create_adapter
