@@ -24,9 +24,13 @@ def studio(
         str, typer.Option(help="Interface; others than this machine's own need a token.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any free one.")] = 7865,
+    ask_token: Annotated[
+        bool, typer.Option("--token", help="Ask for a token on this machine too, where others use it.")
+    ] = False,
     browse: Annotated[bool, typer.Option("--browse", help="Open the page in a browser.")] = False,
 ) -> None:
     """Show runs in a live page: follow, start, stop and compare them; edit captions; try prompts."""
+    import platform
     import secrets
     import socket
     import webbrowser
@@ -50,15 +54,17 @@ def studio(
     # The folder around a run shows it, among others.
     folder = folder.absolute().parent if RunFolder(folder).exists else folder
     folder.mkdir(parents=True, exist_ok=True)
-    token = None if is_loopback(host) else secrets.token_urlsafe(24)
+    token = secrets.token_urlsafe(24) if ask_token or not is_loopback(host) else None
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
+            listener.listen()  # before the address is printed, or opened
         except OSError as error:
             problem = f"cannot listen on {host}, port {port} ({error.strerror}); use another --port"
             raise ConfigError(problem, key="option--port") from None
-        shown = f"[{host}]" if ":" in host else host
+        shown = {"0.0.0.0": platform.node(), "::": platform.node()}.get(host, host)
+        shown = f"[{shown}]" if ":" in shown else shown
         address = f"http://{shown}:{listener.getsockname()[1]}/{f'?token={token}' if token else ''}"
         typer.echo(f"studio    {address}\nruns      {folder}, Ctrl-C stops the page; runs go on")
         if browse:

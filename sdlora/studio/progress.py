@@ -16,7 +16,7 @@ from sdlora.studio.library import numbers, parse_events
 # Steps over which the speed is measured, saving, validation and grids included.
 SPEED_STEPS = 200
 MAX_POINTS = 400
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 240, 52, 12, 12, 28
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 240, 52, 20, 12, 28
 Point = tuple[float, float]
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 
 import pytest
 
@@ -179,3 +182,22 @@ def test_mistakes_in_the_command(sdlora, tmp_path):
         taken.listen()
         assert sdlora("studio", "runs", "--port", taken.getsockname()[1])[0] == 2
         assert "option--port" in sdlora.keys
+
+
+def test_the_command_serves_until_it_is_stopped(runs, make_run):
+    """R-23, R-35: it prints its address, with the token; Ctrl-C ends it with 130."""
+    make_run()
+    command = [sys.executable, "-m", "sdlora", "studio", str(runs / "style"), "--port", "0", "--token"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        address = server.stdout.readline().split()[-1]
+        assert address.startswith("http://127.0.0.1:")
+        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        assert b"/run/style" in opener.open(address, timeout=HANG_SECONDS).read()
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(address.partition("?")[0], timeout=HANG_SECONDS)
+        server.send_signal(signal.SIGINT)
+        _, errors = server.communicate(timeout=HANG_SECONDS)
+        assert (server.returncode, "Traceback" in errors) == (130, False)
+    finally:
+        server.kill()

@@ -4,7 +4,8 @@ const $ = (selector, root = document) => root.querySelector(selector);
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
 async function post(url, fields) {
-  const answer = await fetch(url, { method: "POST", body: new URLSearchParams(fields), headers: { accept: "application/json" } });
+  const body = new URLSearchParams(fields), keepalive = body.toString().length < 60000;  // Survives the page.
+  const answer = await fetch(url, { method: "POST", body, keepalive, headers: { accept: "application/json" } });
   const type = answer.headers.get("content-type") || "";
   const value = type.includes("json") ? await answer.json() : { error: (await answer.text()).slice(0, 300) };
   if (!answer.ok) throw new Error(value.error);
@@ -128,6 +129,7 @@ function edit(set) {
     field.addEventListener("change", () => { if (field.value !== field.dataset.seen) save([[field, field.value]]); });
     field.addEventListener("keydown", event => { if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); field.blur(); } });
   }
+  addEventListener("pagehide", () => document.activeElement?.blur());
   $("#replace-all", set).addEventListener("click", () => {
     const text = $("#find", set).value, other = $("#replace", set).value;
     const changed = text ? fields.filter(field => field.value.includes(text)).map(field => [field, field.value.replaceAll(text, other)]) : [];
