@@ -42,7 +42,6 @@ class Setting:
     description: str
     default: str
     choices: tuple[str, ...]
-    is_number: bool
     is_text: bool
     section: str
 
@@ -74,7 +73,6 @@ def _setting(key: str, rules: Mapping[str, Any]) -> Setting:
         description=rules.get("description", ""),
         default=shown,
         choices=("true", "false") if kinds == {"boolean"} else choices,
-        is_number=kinds <= {"integer", "number"},
         is_text=kinds == {"string"},
         section=key.partition(".")[0],
     )

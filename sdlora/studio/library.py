@@ -24,7 +24,6 @@ TAIL_BYTES = 2**12
 MAX_STEP = 10**9
 # The clock of the file system and that of processes differ a little.
 CLOCK_SECONDS = 2.0
-State = str  # running, finished, failed, stopped
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ class Overview:
 
     name: str
     path: Path
-    state: State
+    state: str
     step: int
     steps: int
     loss: float | None
@@ -110,7 +109,8 @@ class Library:
 
     def _read(self, run: RunFolder) -> Overview:
         config, tail = read_object(run.config_file), read_tail(run.events_file)
-        steps = _get(config, "train", "steps")
+        train = config.get("train")
+        steps = train.get("steps") if isinstance(train, dict) else 0
         steps = steps if isinstance(steps, int) else 0
         last = {event["event"]: event for event in tail}
         state, problem = _judge(run, tail, steps)
@@ -194,7 +194,7 @@ def numbers(value: Any) -> list[float]:
     return [value] if isinstance(value, float) and math.isfinite(value) else []
 
 
-def _judge(run: RunFolder, tail: Sequence[dict[str, Any]], steps: int) -> tuple[State, str]:
+def _judge(run: RunFolder, tail: Sequence[dict[str, Any]], steps: int) -> tuple[str, str]:
     """State of a run, and its problem."""
     if find_process(run):
         return "running", ""
@@ -231,8 +231,3 @@ def read_object(file: Path) -> dict[str, Any]:
         if isinstance(value := read_json(file, MAX_JSON_BYTES), dict):
             return value
     return {}
-
-
-def _get(values: dict[str, Any], section: str, key: str) -> Any:
-    inner = values.get(section)
-    return inner.get(key) if isinstance(inner, dict) else None

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from sdlora.errors import RunError, SdloraError
 from sdlora.runs import RunFolder
@@ -53,12 +53,16 @@ _templates.filters |= {"ago": ago, "duration": duration, "path": quote}
 
 def render(request: Request, template: str, status: int = 200, **values: Any) -> Response:
     """A page; 304 if the browser, which asks again every second or so, has it already."""
-    body = _templates.get_template(template).render(values, url=request.url)
-    tag = f'"{hashlib.sha256(body.encode()).hexdigest()[:24]}"'
-    headers = {"etag": tag, "cache-control": "no-cache"}
+    body = _templates.get_template(template).render(values, url=request.url).encode()
+    return _send(request, body, "text/html", "no-cache", status)
+
+
+def _send(request: Request, body: bytes, kind: str, cache: str, status: int = 200) -> Response:
+    tag = f'"{hashlib.sha256(body).hexdigest()[:24]}"'
+    headers = {"etag": tag, "cache-control": cache}
     if request.headers.get("if-none-match") == tag:
         return Response(status_code=304, headers=headers)
-    return HTMLResponse(body, status, headers=headers)
+    return Response(body, status, headers, kind)
 
 
 def posted(handler: Handler) -> Callable[[Request], Any]:
@@ -87,11 +91,7 @@ def go(place: str) -> Response:
 
 def send_image(request: Request, data: bytes, kind: str = "image/webp", seconds: int = 0) -> Response:
     """Bytes of an image, which the browser keeps until they change; it does not ask for some seconds."""
-    tag = f'"{hashlib.sha256(data).hexdigest()[:24]}"'
-    headers = {"etag": tag, "cache-control": f"private, max-age={seconds}"}
-    if request.headers.get("if-none-match") == tag:
-        return Response(status_code=304, headers=headers)
-    return Response(data, media_type=kind, headers=headers)
+    return _send(request, data, kind, f"private, max-age={seconds}")
 
 
 def send_png(request: Request, run: RunFolder, file: Path) -> Response:
