@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,6 @@ def studio(
     """Show runs in a live page: follow, start, stop and compare them; edit captions; try prompts."""
     import platform
     import secrets
-    import socket
     import webbrowser
 
     try:
@@ -55,14 +55,7 @@ def studio(
     folder = folder.absolute().parent if RunFolder(folder).exists else folder
     folder.mkdir(parents=True, exist_ok=True)
     token = secrets.token_urlsafe(24) if ask_token or not is_loopback(host) else None
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-            listener.listen()  # before the address is printed, or opened
-        except OSError as error:
-            problem = f"cannot listen on {host}, port {port} ({error.strerror}); use another --port"
-            raise ConfigError(problem, key="option--port") from None
+    with _listen(host, port) as listener:
         shown = {"0.0.0.0": platform.node(), "::": platform.node()}.get(host, host)
         shown = f"[{shown}]" if ":" in shown else shown
         address = f"http://{shown}:{listener.getsockname()[1]}/{f'?token={token}' if token else ''}"
@@ -73,3 +66,17 @@ def studio(
             uvicorn.Config(create_app(folder, images or [], token), log_level="warning", access_log=False)
         )
         server.run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens already, before its address is printed or opened."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        problem = f"cannot listen on {host}, port {port} ({error.strerror}); use another --port"
+        raise ConfigError(problem, key="option--port") from None
+    return listener
