@@ -179,6 +179,12 @@ class DataSection(Section):
         ge=16,
         le=8192,
     )
+    more_resolutions: list[Annotated[int, Field(ge=16, le=8192)]] = _setting(
+        [], "further resolutions, such as [768]: each image is seen at each of them too"
+    )
+    no_upscale: bool = _setting(
+        False, "train images that are smaller than their bucket at their own size, in buckets of their own"
+    )
     background: str = _setting("white", "color behind transparency", "use a color name or #rrggbb")
     masks: Literal["none", "files", "alpha", "both"] = _setting(
         "none",
@@ -509,6 +515,9 @@ class TrainSection(Section):
         ge=1,
         le=1_000_000,
     )
+    epochs: Positive | None = _setting(
+        None, "passes over all images, instead of train.steps", "use a number such as 10"
+    )
     batch_size: Count | Literal["auto"] | None = _setting(
         None,
         "micro-batch size per process; auto: the largest divisor of accumulate that fits; default: 1, or 4 "
@@ -579,6 +588,15 @@ class TrainSection(Section):
     timeout_seconds: Positive = _setting(
         600.0, "how long a process waits for the others", "use seconds such as 600"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSection:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"train.epochs = {self.epochs:g} and train.steps = {self.steps} both say how long to train; "
+                "keep one of them"
+            )
+        return self
 
     @property
     def micro_batch(self) -> int:

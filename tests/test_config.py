@@ -302,17 +302,19 @@ def test_the_keys_are_pinned():
         "base": "dtype quantize revision source vae variant",
         "data": "allow_missing_captions background cache caption_dropout caption_encoding caption_prefix "
         "caption_suffix caption_variants clip_skip crop crop_variants flip follow_links heldout "
-        "keep_separator keep_tags masks on_bad_image placeholders prompt_chunks prompt_weights resolution "
-        "rules sets several_captions shuffle_tags tag_dropout trigger trigger_position wildcards",
+        "keep_separator keep_tags masks more_resolutions no_upscale on_bad_image placeholders prompt_chunks "
+        "prompt_weights resolution rules sets several_captions shuffle_tags tag_dropout trigger "
+        "trigger_position wildcards",
         "lora": "alpha alpha_pattern dropout force_parent init init_from kind max_norm parent rank "
         "rank_pattern rslora targets text_encoder",
         "objective": "debiased force_prediction_type huber_delta huber_schedule input_perturbation loss "
         "min_snr_gamma noise_offset prediction_type prior_weight pyramid_discount pyramid_noise "
         "timestep_bias timestep_mean timestep_range timestep_std timestep_weight timesteps unmasked_prior "
         "unmasked_weight",
-        "train": "accumulate batch_size ema_decay evaluate_every grad_clip gradient_checkpointing "
+        "train": "accumulate batch_size ema_decay epochs evaluate_every grad_clip gradient_checkpointing "
         "keep_checkpoints learning_rate learning_rates lora_plus_ratio max_skipped_steps "
-        "optimizer optimizer_args precision sample_every save_every schedule seed steps "
+        "optimizer optimizer_args precision sample_every save_every schedule schedule_cycles schedule_power seed "
+        "steps "
         "text_encoder_learning_rate timeout_seconds trace trackers warmup",
         "sample": "batch_size guidance negative_prompt prompts safety_checker scheduler seeds "
         "steps strengths",

@@ -61,35 +61,40 @@ class BatchOrder:
         self._records = sorted(records, key=lambda record: (record.digest, record.name))
         self._buckets: dict[Size, list[int]] = defaultdict(list)
         for number, record in enumerate(self._records):
-            self._buckets[plan.bucket_of(record.name)] += [number] * record.repeats
+            for size in plan.buckets_of(record.name):
+                self._buckets[size] += [number] * record.repeats
         self.steps_per_epoch = sum(-(-len(bucket) // global_batch) for bucket in self._buckets.values())
         self.samples_per_epoch = sum(len(bucket) for bucket in self._buckets.values())
         self._epoch = -1
-        self._steps: list[tuple[int, list[int]]] = []
+        self._steps: list[tuple[int, tuple[Size, list[int]]]] = []
 
     def step(self, step: int) -> list[Sample]:
         """The samples of an optimizer step, counted from 0; all have the same shape."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._steps = epoch, self._order(epoch)
-        before, numbers = self._steps[place]
+        before, (size, numbers) = self._steps[place]
         first = epoch * self.samples_per_epoch + before
-        return [self._draw(first + offset, self._records[number]) for offset, number in enumerate(numbers)]
+        records = [self._records[number] for number in numbers]
+        return [self._draw(first + offset, record, size) for offset, record in enumerate(records)]
 
-    def _order(self, epoch: int) -> list[tuple[int, list[int]]]:
-        """(samples of the epoch before this step, record numbers) for each step of an epoch."""
+    def _order(self, epoch: int) -> list[tuple[int, tuple[Size, list[int]]]]:
+        """(samples of the epoch before it, its bucket and record numbers) for each step of an epoch."""
         draws = keyed_random(self._seed, "order", epoch)
-        steps: list[list[int]] = []
+        steps: list[tuple[Size, list[int]]] = []
         for size in sorted(self._buckets):
             numbers = list(self._buckets[size])
             draws.shuffle(numbers)
-            steps += [numbers[i : i + self._global_batch] for i in range(0, len(numbers), self._global_batch)]
+            starts = range(0, len(numbers), self._global_batch)
+            steps += [(size, numbers[start : start + self._global_batch]) for start in starts]
         draws.shuffle(steps)
-        return list(zip(accumulate(map(len, steps), initial=0), steps, strict=False))
+        counts = (len(numbers) for _, numbers in steps)
+        return list(zip(accumulate(counts, initial=0), steps, strict=False))
 
-    def _draw(self, index: int, record: ImageRecord) -> Sample:
+    def _draw(self, index: int, record: ImageRecord, size: Size) -> Sample:
         """Crop and caption have separate generators, so that neither changes the other (R-04)."""
-        crop = keyed_random(self._seed, "variant", index).choice(self._plan.crops[record.name])
+        crops = [crop for crop in self._plan.crops[record.name] if crop.size == size]
+        crop = keyed_random(self._seed, "variant", index).choice(crops)
         return Sample(index, record, crop, self._captions.draw(record, seed=self._seed, index=index))
 
 

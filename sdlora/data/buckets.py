@@ -39,7 +39,7 @@ class BucketPlan:
     Attributes:
         resolution: Side of the square with the area of the buckets, in pixels.
         step: Sides of buckets are multiples of this, in pixels.
-        crops: By image name, mirrored ones last. Held-out images have one center crop.
+        crops: By image name, for each resolution, mirrored ones last. Held-out images have one center crop.
     """
 
     resolution: int
@@ -50,11 +50,16 @@ class BucketPlan:
     def bucket_of(self, name: str) -> Size:
         return self.crops[name][0].size
 
+    def buckets_of(self, name: str) -> list[Size]:
+        """The bucket at each resolution, without repetitions."""
+        return list(dict.fromkeys(crop.size for crop in self.crops[name]))
+
     def table(self) -> list[tuple[Size, int, int]]:
         """Rows (bucket, images, samples per epoch) of the training images, by size."""
         repeats: dict[Size, list[int]] = defaultdict(list)
         for record in self.records:
-            repeats[self.bucket_of(record.name)].append(record.repeats)
+            for size in self.buckets_of(record.name):
+                repeats[size].append(record.repeats)
         return [(size, len(repeats[size]), sum(repeats[size])) for size in sorted(repeats)]
 
     def lost_share(self, name: str) -> float:
@@ -87,16 +92,22 @@ def plan_buckets(
         seed: Keys the random crops, together with each image's digest.
     """
     step = choose_step(resolution, min_step)
-    buckets = list_buckets(resolution, step)
-    crops: dict[str, tuple[Crop, ...]] = {
-        record.name: (_center_crop(record.size, buckets, resolution),) for record in heldout
-    }
-    for record in records:
-        center = _center_crop(record.size, buckets, resolution)
-        variants = (center,) if settings.crop == "center" else _random_crops(record, center, settings, seed)
-        mirrored = tuple(replace(crop, flipped=True) for crop in variants) if settings.flip else ()
-        crops[record.name] = (*variants, *mirrored)
-    return BucketPlan(resolution, step, tuple(records), crops)
+    crops: dict[str, list[Crop]] = defaultdict(list)
+    for side in dict.fromkeys((resolution, *settings.more_resolutions)):
+        own_step = choose_step(side, min_step)
+        buckets = list_buckets(side, own_step)
+        for record in heldout if side == resolution else ():
+            crops[record.name].append(_center_crop(record.size, buckets, side))
+        for record in records:
+            center = _center_crop(record.size, buckets, side)
+            if settings.no_upscale and center.resized.width > record.size.width:
+                center = _own_size_crop(record.size, own_step)
+            variants = (
+                [center] if settings.crop == "center" else _random_crops(record, center, settings, seed)
+            )
+            mirrored = [replace(crop, flipped=True) for crop in variants] if settings.flip else []
+            crops[record.name] += [crop for crop in (*variants, *mirrored) if crop not in crops[record.name]]
+    return BucketPlan(resolution, step, tuple(records), {name: tuple(made) for name, made in crops.items()})
 
 
 def choose_step(resolution: int, min_step: int = 8) -> int:
@@ -148,7 +159,21 @@ def _center_crop(size: Size, buckets: Iterable[Size], resolution: int) -> Crop:
     return Crop(Size(width, height), (width - bucket.width) // 2, (height - bucket.height) // 2, bucket)
 
 
-def _random_crops(record: ImageRecord, center: Crop, settings: DataSection, seed: int) -> tuple[Crop, ...]:
+def _own_size_crop(size: Size, step: int) -> Crop:
+    """A crop of at most the image's own size, with sides that are multiples of the step, up to 4:1.
+
+    Only an image smaller than a step is enlarged.
+    """
+    longest = MAX_ASPECT * max(step, min(size.width, size.height))
+    width, height = (int(min(side, longest)) // step * step or step for side in (size.width, size.height))
+    bucket = Size(width, height)
+    scale = max(1.0, bucket.width / size.width, bucket.height / size.height)
+    resized = Size(round(size.width * scale), round(size.height * scale))
+    left, top = (resized.width - bucket.width) // 2, (resized.height - bucket.height) // 2
+    return Crop(resized, left, top, bucket)
+
+
+def _random_crops(record: ImageRecord, center: Crop, settings: DataSection, seed: int) -> list[Crop]:
     """Fixed crops at random offsets; equal ones are kept once."""
     draws = keyed_random(seed, "crop", record.digest)
     right, bottom = center.resized.width - center.size.width, center.resized.height - center.size.height
@@ -156,4 +181,4 @@ def _random_crops(record: ImageRecord, center: Crop, settings: DataSection, seed
         replace(center, left=draws.randint(0, right), top=draws.randint(0, bottom))
         for _ in range(settings.num_crops)
     )
-    return tuple(dict.fromkeys(crops))
+    return list(dict.fromkeys(crops))

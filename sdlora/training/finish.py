@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -39,6 +40,9 @@ def finish(trainer: Trainer) -> None:
             export_final(trainer)
         draw_loss_curve(run)
         terminal.print(*describe_losses(run))
+        times = count_seen(trainer.plan)
+        terminal.print(f"seen      {describe_seen(times)}")
+        trainer.event("seen", images=dict(times.most_common(MAX_SEEN)))
         if counters.skipped:
             terminal.print(f"skipped   {counters.skipped} of {trainer.plan.steps} steps were not finite")
         if doubt := doubt_losses(run):
@@ -74,6 +78,20 @@ def tell_usage(trainer: Trainer) -> None:
         seconds={**seconds, "whole": round(whole, 1)},
     )
     trainer.pace.keep(plan.speed_key, plan.work_left(plan.steps, plan.steps + 1))
+def count_seen(plan: RunPlan) -> Counter[str]:
+    """How often a run saw each image, by name."""
+    times = Counter(dict.fromkeys((record.name for record in plan.index.records), 0))
+    for step in range(plan.steps):
+        times.update(sample.record.name for sample in plan.order.step(step))
+    return times
+
+
+def describe_seen(times: Counter[str]) -> str:
+    """How often images were seen; many different numbers as a range."""
+    counts = sorted(Counter(times.values()).items())
+    if len(counts) > 4:
+        return f"{count_of(len(times), 'image')} {counts[0][0]} to {counts[-1][0]} times"
+    return ", ".join(f"{count_of(images, 'image')} {count_of(number, 'time')}" for number, images in counts)
 
 
 def export_final(trainer: Trainer) -> None:
@@ -106,6 +124,8 @@ def export_final(trainer: Trainer) -> None:
         )
 
 
+# Of the images whose number is in the event.
+MAX_SEEN = 10_000
 OUT_OF_MEMORY_REMEDIES = (
     "resume with train.gradient_checkpointing=true or a smaller train.batch_size (the global batch is kept), "
     "or start a new run with base.quantize=int8, a smaller data.resolution or a smaller lora.rank"

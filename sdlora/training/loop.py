@@ -286,7 +286,7 @@ def find_batch_size(plan: RunPlan, runner: StepRunner, accelerator: Accelerator)
     Each trial is a forward and backward pass over copies of the largest image. It draws from no ambient
     random state and leaves no gradient. Raises OutOfMemoryError if not even one image fits.
     """
-    views = [(record, plan.buckets.crops[record.name][0]) for record in plan.index.records]
+    views = [(record, crop) for record in plan.index.records for crop in plan.buckets.crops[record.name]]
     record, crop = max(views, key=lambda view: view[1].size.area)
     for size in halving_divisors(plan.config.train.accumulate):
         samples = [Sample(index, record, crop, record.caption) for index in range(size)]

@@ -275,6 +275,7 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
     forced: list[str] = []
     parents = find_parents(config.lora, forced.append)
     config, about_rank = with_parents(config, parents)
+    config = epochs_to_steps(config, index, buckets, num_processes)
     config = resolve_config(config, info, index, num_processes)
     raise_errors(findings)
     unknown = info.describe_unknown_words(config.sample.prompts, config.data.trigger)
@@ -289,7 +290,8 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
     findings += [Finding("warning", line) for line in (*forced, *check_parents(parents, info, parts))]
     layout = plan_layout(config.lora, match_modules(parts, config.lora.targets))
     check_optimizer(config.train, list(layout.ranks), KINDS[layout.kind].parts())
-    largest = max((crops[0].size for crops in buckets.crops.values()), key=lambda size: size.area)
+    sizes = (crop.size for crops in buckets.crops.values() for crop in crops)
+    largest = max(sizes, key=lambda size: size.area)
     num_frozen = sum(step.adapter.num_parameters for step in parents)
     memory_inputs = MemoryInputs(config, info, parts, layout.ranks, num_frozen, largest)
     memory = plan_memory(memory_inputs, device_info)
@@ -332,6 +334,16 @@ def _count_missing(
         for view in crops
     )
     return sum(not cache.has_file(key) for key in keys)
+def epochs_to_steps(
+    config: RunConfig, index: DatasetIndex, buckets: BucketPlan, num_processes: int
+) -> RunConfig:
+    """`train.epochs` as `train.steps`; whole steps, at least one."""
+    if config.train.epochs is None:
+        return config
+    batch = global_batch(config, num_processes)
+    order = BatchOrder(index.records, buckets, config.data, global_batch=batch, seed=0)
+    steps = max(1, round(config.train.epochs * order.steps_per_epoch))
+    return config.replace(train={"steps": steps, "epochs": None})
 
 
 def check_disk(plan: RunPlan, folder: Path, step: int = 0) -> None:

@@ -105,9 +105,13 @@ def resolve_config(config: RunConfig, info: BaseInfo, index: DatasetIndex, num_p
         for name in ("save_every", "evaluate_every")
     }
     resolution = data.resolution or info.resolution
-    if resolution % (step := info.min_step):
-        problem = f"data.resolution = {resolution} must be a multiple of {step} for the base {info.name}"
-        raise ConfigError(f"{problem}; use {max(1, round(resolution / step)) * step}")
+    for name, side in (
+        ("resolution", resolution),
+        *(("more_resolutions", one) for one in data.more_resolutions),
+    ):
+        if side % (step := info.min_step):
+            problem = f"data.{name} = {side} must be a multiple of {step} for the base {info.name}"
+            raise ConfigError(f"{problem}; use {max(1, round(side / step)) * step}")
     config = config.replace(
         data={"resolution": resolution},
         lora={"alpha": config.lora.trained_alpha},

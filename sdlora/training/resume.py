@@ -50,7 +50,7 @@ FREE = RESUMABLE | _keys(
     base="dtype revision variant",
     data="allow_missing_captions cache on_bad_image",
     lora="force_parent init_from",
-    train="max_skipped_steps precision trace",
+    train="epochs max_skipped_steps precision trace",
 )
 # With another value the checkpoint does not fit, or the run would be another one.
 FIXED = {"base", "vae", "text", "parent", "global_batch"} | _keys(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from sdlora.config import DataSection
+from sdlora.data.batches import BatchOrder
 from sdlora.data.buckets import MAX_LOSS, STEPS, choose_step, list_buckets, plan_buckets, worst_loss
 from sdlora.data.records import Size
 
@@ -127,3 +130,38 @@ def test_heldout_has_one_center_crop(make_records) -> None:
 def test_no_records() -> None:
     """R-15: an index without usable images still gives a plan, so that the doctor can speak."""
     assert plan_buckets([], 512, CENTRE).table() == []
+
+
+def test_no_upscale(make_records):
+    """R-15: a smaller image keeps its size, cut to the step; others are as without the setting."""
+    sizes = ((1000, 600), (300, 200), (301, 207), (2000, 100), (20, 10), (512, 512))
+    records = make_records(*sizes)
+    plan = plan_buckets(records, 512, DataSection(no_upscale=True))
+    usual = plan_buckets(records, 512, DataSection())
+    own = [plan.crops[record.name][0] for record in records]
+    assert own[0] == usual.crops["000.png"][0]
+    assert own[5] == usual.crops["005.png"][0]
+    assert [str(crop.size) for crop in own[1:5]] == ["288x192", "288x192", "384x96", "32x32"]
+    assert [plan.upscale(record) for record in records[1:4]] == [1, 1, 1]
+    assert all(
+        crop.resized.width >= crop.left + crop.size.width
+        and crop.resized.height >= crop.top + crop.size.height
+        for crop in own
+    )
+
+
+def test_more_resolutions(make_records):
+    """R-15, R-16: each image is in a bucket at each resolution, N times an epoch; no step mixes them."""
+    records = [replace(record, repeats=2) for record in make_records((256, 256), (256, 128), (40, 40))]
+    settings = DataSection(more_resolutions=[64, 128], crop="random", flip=True, no_upscale=True)
+    plan = plan_buckets(records, 128, settings)
+    assert [len(plan.buckets_of(record.name)) for record in records] == [2, 2, 1]
+    order = BatchOrder(records, plan, settings, global_batch=3, seed=0)
+    seen = Counter()
+    for step in range(order.steps_per_epoch):
+        samples = order.step(step)
+        assert len({sample.crop.size for sample in samples}) == 1
+        seen.update((sample.record.name, sample.crop.size) for sample in samples)
+    assert seen == {(record.name, size): 2 for record in records for size in plan.buckets_of(record.name)}
+    assert sum(images for _, images, _ in plan.table()) == 5
+    assert sum(samples for _, _, samples in plan.table()) == order.samples_per_epoch == 10

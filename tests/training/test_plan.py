@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from sdlora.errors import ConfigError, RunError
+from sdlora.training.finish import count_seen, describe_seen
 from sdlora.training.plan import make_plan
 from sdlora.training.plan_summary import describe_plan
 from sdlora.training.train import resume, train
@@ -96,3 +97,19 @@ def test_a_plan_for_a_card_that_is_not_here(make_images, sdlora):
     code, _, [line] = sdlora("train", images, "--device", "RTX 3060")
     assert code == 2
     assert "add --dry-run" in line
+def test_epochs_instead_of_steps(make_images, quick):
+    """train.epochs: whole passes over all buckets, resolved to steps, which a resumed run reads."""
+    images = make_images(sizes=((64, 64),) * 5 + ((96, 64),) * 3)
+    with raises(ConfigError, "train.epochs", shows="train.steps"):
+        quick(images, train__epochs=3)
+    config = quick(images, train__batch_size=2, train__epochs=3, train__steps=None, data__heldout=0)
+    plan = make_plan(config)
+    assert plan.steps == 3 * plan.order.steps_per_epoch == 15
+    assert plan.config.train.epochs is None
+    assert make_plan(config.replace(train={"epochs": 0.01})).steps == 1
+    seen = count_seen(plan)
+    assert set(seen.values()) == {3}
+    assert describe_seen(seen) == "8 images 3 times"
+    assert describe_seen(count_seen(make_plan(config.replace(train={"epochs": 0.2})))).startswith(
+        "6 images 0 times"
+    )
