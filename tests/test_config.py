@@ -313,9 +313,8 @@ def test_the_keys_are_pinned():
         "unmasked_weight",
         "train": "accumulate batch_size ema_decay epochs evaluate_every grad_clip gradient_checkpointing "
         "keep_checkpoints learning_rate learning_rates lora_plus_ratio max_skipped_steps "
-        "optimizer optimizer_args precision sample_every save_every schedule schedule_cycles schedule_power seed "
-        "steps "
-        "text_encoder_learning_rate timeout_seconds trace trackers warmup",
+        "optimizer optimizer_args precision sample_every save_every schedule schedule_cycles "
+        "schedule_power seed steps text_encoder_learning_rate timeout_seconds trace trackers warmup",
         "sample": "batch_size guidance negative_prompt prompts safety_checker scheduler seeds "
         "steps strengths",
         "export": "formats include_captions precision",
