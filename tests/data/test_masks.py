@@ -118,15 +118,19 @@ def test_what_a_mask_changes(tmp_path: Path, write_image) -> None:
 
 
 def test_the_sheet_shows_them(tmp_path: Path, write_image) -> None:
-    """R-15: what does not count is tinted."""
+    """R-15: what does not count is tinted, and nothing else."""
     write_image("a.png", (32, 32))
     half((32, 32)).save(tmp_path / "a.mask.png")
-    settings = DataSection(trigger="ink", heldout=0, masks="files")
-    index = scan_dataset(tmp_path, settings)
-    plan = plan_buckets(index.records, 32, settings)
-    assert "error" not in {finding.severity for finding in examine(index, plan, settings, None)}
-    sheet = np.asarray(contact_sheet(index, plan, settings)).astype(int)
-    cell = sheet[3 + 48 : 3 + 48 + 32, 3 + 48 : 3 + 48 + 32]
-    redness = cell[..., 0] - cell[..., 2]
-    assert redness[:, 4:12].max() == 0
-    assert redness[:, 20:28].min() > 20
+    sheets = []
+    for masks in ("none", "files"):
+        settings = DataSection(trigger="ink", heldout=0, masks=masks)
+        index = scan_dataset(tmp_path, settings)
+        plan = plan_buckets(index.records, 32, settings)
+        assert "error" not in {finding.severity for finding in examine(index, plan, settings, None)}
+        sheets.append(np.asarray(contact_sheet(index, plan, settings)).astype(int))
+    changed = np.argwhere((sheets[0] != sheets[1]).any(axis=2))
+    height, width = np.ptp(changed, axis=0) + 1
+    assert (height, width) == (32, 16)
+    tinted = sheets[1][tuple(changed.T)]
+    assert (tinted[:, 0] >= tinted[:, 2]).all()
+    assert (tinted[:, 0] - tinted[:, 2]).max() > 20
