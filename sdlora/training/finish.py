@@ -78,6 +78,8 @@ def tell_usage(trainer: Trainer) -> None:
         seconds={**seconds, "whole": round(whole, 1)},
     )
     trainer.pace.keep(plan.speed_key, plan.work_left(plan.steps, plan.steps + 1))
+
+
 def count_seen(plan: RunPlan) -> Counter[str]:
     """How often a run saw each image, by name."""
     times = Counter(dict.fromkeys((record.name for record in plan.index.records), 0))

@@ -334,6 +334,8 @@ def _count_missing(
         for view in crops
     )
     return sum(not cache.has_file(key) for key in keys)
+
+
 def epochs_to_steps(
     config: RunConfig, index: DatasetIndex, buckets: BucketPlan, num_processes: int
 ) -> RunConfig:

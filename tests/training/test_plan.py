@@ -97,6 +97,8 @@ def test_a_plan_for_a_card_that_is_not_here(make_images, sdlora):
     code, _, [line] = sdlora("train", images, "--device", "RTX 3060")
     assert code == 2
     assert "add --dry-run" in line
+
+
 def test_epochs_instead_of_steps(make_images, quick):
     """train.epochs: whole passes over all buckets, resolved to steps, which a resumed run reads."""
     images = make_images(sizes=((64, 64),) * 5 + ((96, 64),) * 3)
