@@ -41,8 +41,8 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "data.caption-long": "{count:caption} too long: {names}; shorten them",
         "data.captions-partial": "{count:image} without a caption, although others have one: {names}; write "
         "the missing ones, or set data.allow_missing_captions=true",
-        "data.captions-missing": "no captions for {count:image}: {names}; write .txt files beside them, or "
-        "set data.trigger",
+        "data.captions-missing": "no captions for {count:image}: {names}; write .txt files beside them (see "
+        "`sdlora caption`), or set data.trigger",
         "data.captions-above": "{names} is outside the image folder; pass its folder to use it",
         "data.placeholder": "a placeholder for the trigger in {count:caption}, but data.trigger is not set: "
         "{names}; set it",
