@@ -317,7 +317,7 @@ def test_the_keys_are_pinned():
         "schedule_power seed steps text_encoder_learning_rate timeout_seconds trace trackers warmup",
         "sample": "batch_size guidance negative_prompt prompts safety_checker scheduler seeds "
         "steps strengths",
-        "export": "formats include_captions precision",
+        "export": "formats include_captions name precision",
     }
     found = {
         name: " ".join(sorted(type(getattr(RunConfig(), name)).model_fields))
