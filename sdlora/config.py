@@ -448,8 +448,8 @@ class ObjectiveSection(_Tables):
         "outside a mask, weight of keeping to the base's own prediction, a pass more", "about 1"
     )
     prior_weight: NotNegative = _off(
-        "weight of prior prediction: captions without the trigger keep the base's own prediction; the trigger "
-        "must be words that the base reads, and each step takes about 2.5 times as long",
+        "weight of prior prediction: captions without the trigger keep the base's own prediction; the "
+        "trigger must be words that the base reads, and each step takes about 2.5 times as long",
         "about 1",
     )
     timestep_range: tuple[int, int] = _setting(
