@@ -19,7 +19,7 @@ from sdlora.data.records import ImageRecord, Size
 from sdlora.errors import ConfigError, DataError, SdloraError
 from sdlora.reading import UnfitFileError, read_bytes
 
-IMAGE_SUFFIXES = (
+IMAGE_SUFFIXES: tuple[str, ...] = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"),
     *(".tif", ".tiff", ".avif", ".ppm", ".pgm", ".tga"),
 )
