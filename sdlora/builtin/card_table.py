@@ -23,6 +23,7 @@ from sdlora.models.weights import empty_components, empty_model
 STEPS = 1000
 # With the preset for SDXL that suits the card.
 CARDS = {
+    "RTX 4060 8GB": "sdxl-qlora-8gb",
     "RTX 3060 12GB": "sdxl-qlora-12gb",
     "RTX 4070 12GB": "sdxl-qlora-12gb",
     "RTX 3090 24GB": "sdxl-24gb",
