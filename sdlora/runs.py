@@ -52,7 +52,9 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"  # to continue from
         self.samples = self.path / "samples"
         self.loss_curve = self.path / "loss.png"
+        self.report = self.path / "report.html"
         self.evaluation_file = self.path / "evaluation.json"
+        self.evaluation_curve = self.path / "evaluation.png"
         self.advice_file = self.path / "rank.json"
         self.rank_curve = self.path / "rank.png"
         self.model_card = self.adapters / "README.md"

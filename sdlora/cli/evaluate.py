@@ -55,12 +55,16 @@ def advise_rank(
 
 
 @app.command()
-def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]) -> None:
-    """Write report.html into a run: one file with its samples, losses, images, settings and usage."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are compared.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Output file.", show_default="RUN/report.html, or report.html")
+    ] = None,
+) -> None:
+    """Write one HTML file about a run, or about several side by side: samples, losses, images, settings."""
     from sdlora.runs import RunFolder
 
     folders = [RunFolder.open(run) for run in runs]
     from sdlora.evaluation.page import write_report
 
-    for folder in folders:
-        typer.echo(f"report    {write_report(folder)}")
+    typer.echo(f"report    {write_report(folders, out=out)}")

@@ -1,65 +1,141 @@
-"""The report of a run: one HTML file that needs neither the network nor JavaScript."""
+"""The report of one run or several: one HTML file that needs no network, and works without JavaScript."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
-from PIL import Image
+from markupsafe import Markup
 
 from sdlora.config import RunConfig, load_config
-from sdlora.data.doctor import check_images, contact_sheet
+from sdlora.data.doctor import Checkup, check_images, contact_sheet
 from sdlora.errors import RunError, SdloraError
+from sdlora.evaluation.tiles import embed, make_cards, read_choice
 from sdlora.models.info import inspect_base
-from sdlora.report.summary import describe_state
+from sdlora.report.plots import draw_loss_curves
+from sdlora.report.summary import SPLITS, describe_state, losses_of
 from sdlora.runs import RunFolder
+from sdlora.sampling.compare import describe_limits
 from sdlora.writing import write_text
 
 MAX_GRIDS, MAX_CAPTIONS = 12, 500
-# Together below 7 MB, 9.3 MB in base64.
-MAX_IMAGE_BYTES, MAX_SIDE_PX = 500_000, 2400
 
 
-def write_report(run: str | Path | RunFolder) -> Path:
-    """Writes `report.html` into a run: samples, losses, images, settings, time and memory, and how to use it.
+def write_report(
+    runs: str | PathLike[str] | Sequence[str | PathLike[str]],
+    *,
+    out: str | Path | None = None,
+    checkup: Checkup | None = None,
+) -> Path:
+    """Writes one HTML file: samples, losses, images, settings, time and memory, and how to use the result.
 
     What cannot be read any more, such as the image folder, is left out, and the page says so.
 
+    Args:
+        runs: A run folder, or several to compare.
+        out: The file; by default `RUN/report.html`, and `report.html` for several runs.
+        checkup: Of the images of the run, if it is known.
+
     Raises:
-        RunError: If the folder is not a run, or cannot be written.
+        RunError: If a folder is not a run, or the file cannot be written.
     """
-    folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
-    config, environment = folder.read_config(), folder.read_environment()
-    dataset, sheet, captions = _describe_images(config)
+    given = [runs] if isinstance(runs, str | PathLike) else runs
+    folders = [run if isinstance(run, RunFolder) else RunFolder.open(run) for run in given]
+    single = folders[0] if len(folders) == 1 else None
+    path = Path(out) if out else single.report if single else Path("report.html")
+    cards = make_cards(folders)
     values = {
-        "name": folder.name,
-        "state": describe_state(folder),
-        "grids": [(step, _embed(file)) for step, file in _grids(folder)],
-        "curve": _embed(folder.loss_curve) if folder.loss_curve.is_file() else None,
+        "name": ", ".join(run.name for run in folders),
+        "runs": [_describe_run(run, checkup, has_cards=bool(cards)) for run in folders],
+        "cards": cards,
+        "start": _start(folders[0]),
+        "curve": _curve(folders),
+        "losses": _losses(folders),
+        "limits": describe_limits(folders) if not single else [],
+        "differences": _differences(folders),
+    }
+    script = files("sdlora.report").joinpath("page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    templates = Environment(loader=PackageLoader("sdlora", "report"), autoescape=True, trim_blocks=True)
+    # By its hash: no other script, such as one in a caption, can run.
+    page = templates.get_template("page.html").render(values, script=Markup(script), script_digest=digest)
+    try:
+        return write_text(path, page)
+    except OSError as error:
+        problem = f"cannot write {path}: {error.strerror}; use another --out, or copy the run elsewhere"
+        raise RunError(problem, key="run.not-writable") from None
+
+
+def _describe_run(run: RunFolder, checkup: Checkup | None, *, has_cards: bool) -> dict[str, Any]:
+    config, environment, choice = run.read_config(), run.read_environment(), read_choice(run)
+    dataset, sheet, captions = _describe_images(config, checkup)
+    warnings = choice.get("warnings")
+    return {
+        "name": run.name,
+        "state": describe_state(run),
+        "advice": str(choice.get("reason") or ""),
+        "warnings": list(map(str, warnings)) if isinstance(warnings, list) else [],
+        "scores": embed(run.evaluation_curve) if choice and run.evaluation_curve.is_file() else None,
+        "grids": [] if has_cards else [(step, embed(file)) for step, file in _grids(run)],
         "dataset": dataset,
         "sheet": sheet,
         "captions": captions,
         "tables": {
             "Settings that differ from the defaults": _changed_settings(config),
-            "Time and memory": _costs(folder),
+            "Time and memory": _costs(run),
             "Versions": _flatten(environment),
-            "Files": _digests(folder),
+            "Files": _digests(run),
         },
-        "usage": _usage(folder, config),
+        "usage": _usage(run, config),
     }
-    templates = Environment(loader=PackageLoader("sdlora", "report"), autoescape=True, trim_blocks=True)
-    page = templates.get_template("page.html").render(values)
-    try:
-        return write_text(folder.path / "report.html", page)
-    except OSError as error:
-        problem = f"cannot write {folder.path / 'report.html'}: {error.strerror}; copy the run elsewhere"
-        raise RunError(problem, key="run.not-writable") from None
+
+
+def _start(run: RunFolder) -> tuple[int | None, float]:
+    """Step and strength that are shown first: the recommended ones, else the last step at the run's own."""
+    choice, strengths = read_choice(run), run.read_config().sample.strengths
+    step, strength = choice.get("step"), choice.get("strength")
+    if step == "final":
+        step = None
+    number = isinstance(strength, int | float) and not isinstance(strength, bool)
+    own = next((one for one in strengths if one), 1.0)
+    return (step if isinstance(step, int) else None), (float(strength) if number and strength else own)
+
+
+def _curve(runs: Sequence[RunFolder]) -> str | None:
+    if len(runs) == 1:
+        return embed(runs[0].loss_curve) if runs[0].loss_curve.is_file() else None
+    with tempfile.TemporaryDirectory() as folder:
+        return embed(draw_loss_curves(Path(folder) / "loss.png", runs))
+
+
+def _losses(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
+    """The last validation losses by run, with their changes since the start."""
+    rows = []
+    for run in runs:
+        texts = []
+        for split in SPLITS:
+            losses = losses_of(run, split)
+            first, last = (losses[min(losses)], losses[max(losses)]) if losses else (0.0, 0.0)
+            change = f" ({last / first - 1:+.1%})" if len(losses) > 1 and first > 0 else ""
+            texts.append(f"{last:.4f}{change} at step {max(losses)}" if losses else "not measured")
+        rows.append((run.name, texts))
+    return rows
+
+
+def _differences(runs: Sequence[RunFolder]) -> dict[str, list[str]]:
+    """The settings in which runs differ."""
+    flat = [_flatten(run.read_config().model_dump(mode="json")) for run in runs]
+    keys = dict.fromkeys(key for own in flat for key in own)
+    rows = {key: [own.get(key, "") for own in flat] for key in keys}
+    return {key: row for key, row in rows.items() if len(set(row)) > 1}
 
 
 def _grids(run: RunFolder) -> list[tuple[int, Path]]:
@@ -70,27 +146,15 @@ def _grids(run: RunFolder) -> list[tuple[int, Path]]:
     return [(int(file.parent.name.removeprefix("step-")), file) for file in chosen]
 
 
-def _embed(source: Path | Image.Image) -> str | None:
-    """An image as a data URI, in WebP of at most `MAX_IMAGE_BYTES`; None if it cannot be read."""
-    try:
-        image = (Image.open(source) if isinstance(source, Path) else source).convert("RGB")
-    except OSError:
-        return None
-    side = min(max(image.size), MAX_SIDE_PX)
-    while True:
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        image.save(buffer := io.BytesIO(), "WEBP", quality=88, method=3)
-        if buffer.tell() <= MAX_IMAGE_BYTES:
-            return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        side = side * 4 // 5
-
-
-def _describe_images(config: RunConfig) -> tuple[list[str], str | None, list[tuple[str, str]]]:
+def _describe_images(
+    config: RunConfig, checkup: Checkup | None
+) -> tuple[list[str], str | None, list[tuple[str, str]]]:
     """Lines about the image folder as it is now, its contact sheet, and captions by image."""
     try:
-        info = inspect_base(config.base, config.objective, config.data)
-        checkup = check_images(config, resolution=info.resolution, min_step=info.min_step)
-        sheet = _embed(contact_sheet(checkup.index, checkup.buckets, config.data))
+        if checkup is None:
+            info = inspect_base(config.base, config.objective, config.data)
+            checkup = check_images(config, resolution=info.resolution, min_step=info.min_step)
+        sheet = embed(contact_sheet(checkup.index, checkup.buckets, config.data))
     except (SdloraError, OSError) as error:
         return [f"The images cannot be shown: {error}"], None, []
     records = [*checkup.index.records, *checkup.index.heldout]

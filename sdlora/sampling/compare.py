@@ -154,7 +154,7 @@ def draw_comparison(plan: SamplePlan, progress: Callable[[int, int], None] | Non
     runs = _runs_of(plan.subjects)
     curves = draw_loss_curves(folder / "loss.png", runs) if runs else None
     rows = [row for subject in plan.subjects if (row := _loss_row(subject))]
-    result = Comparison(folder, grids, curves, rows, _limits(runs))
+    result = Comparison(folder, grids, curves, rows, describe_limits(runs))
     values = {"title": plan.title, **result.to_json()}
     write_json(folder / RECORD, {**values, "folder": str(folder), "grids": [grid.name for grid in grids],
                                  "curves": curves.name if curves else None})  # fmt: skip
@@ -189,7 +189,7 @@ def _loss_row(subject: Subject) -> LossRow | None:
     return LossRow(subject.name, step, losses, changes)
 
 
-def _limits(runs: Sequence[RunFolder]) -> list[str]:
+def describe_limits(runs: Sequence[RunFolder]) -> list[str]:
     """What the losses of these runs cannot show."""
     notes, plans = [], [next(run.events("plan"), {}) for run in runs]
     for key, what in (("dataset_digest", "images"), ("base_digest", "bases")):
