@@ -9,8 +9,10 @@ from contextlib import contextmanager, suppress
 
 import torch
 
+from sdlora.data.doctor import Checkup, summarise
 from sdlora.data.records import count_of
-from sdlora.errors import DataError, ProcessLost, RunError, RunStopped, SdloraError
+from sdlora.errors import DataError, ProcessLost, RunError, RunStopped, SdloraError, one_line
+from sdlora.evaluation.page import write_report
 from sdlora.export.export import export_adapter
 from sdlora.export.metadata import run_metadata
 from sdlora.export.model_card import write_model_card
@@ -49,6 +51,7 @@ def finish(trainer: Trainer) -> None:
             terminal.warn(doubt)
         tell_usage(trainer)
         trainer.event("done", loss_ema=counters.loss_ema, skipped=counters.skipped, doubt=doubt)
+        _report(trainer)
     barrier(trainer.accelerator)
 
 
@@ -94,6 +97,17 @@ def describe_seen(times: Counter[str]) -> str:
     if len(counts) > 4:
         return f"{count_of(len(times), 'image')} {counts[0][0]} to {counts[-1][0]} times"
     return ", ".join(f"{count_of(images, 'image')} {count_of(number, 'time')}" for number, images in counts)
+
+
+def _report(trainer: Trainer) -> None:
+    """Writes `report.html`; no failure of it is one of the run."""
+    plan = trainer.plan
+    try:
+        summary = summarise(plan.index, plan.buckets, None)
+        checkup = Checkup(plan.index, plan.buckets, summary, plan.findings)
+        trainer.terminal.print(f"report    {write_report(trainer.run, checkup=checkup)}")
+    except Exception as error:
+        trainer.warn(f"cannot write the report: {one_line(str(error))}; `sdlora report {trainer.run.path}`")
 
 
 def export_final(trainer: Trainer) -> None:
