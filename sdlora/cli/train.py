@@ -104,6 +104,8 @@ def _print_result(run: RunFolder) -> None:
         typer.echo(f"grid      {grids[-1]}")
     if run.loss_curve.is_file():
         typer.echo(f"loss      {run.loss_curve}")
+    if run.report.is_file():
+        typer.echo(f"report    {run.report}")
     if parent := run.read_config().lora.parent:
         typer.echo(
             f"parent    {parent}, required at inference; `sdlora sample {run.path}` mounts both, "

@@ -181,7 +181,9 @@ def _flatten(values: Mapping[str, Any], above: str = "") -> dict[str, str]:
 
 
 def _costs(run: RunFolder) -> dict[str, str]:
-    """What the events know of time and memory."""
+    """What the events know of time and memory, by stage where the run measured that."""
+    if usage := next(reversed(list(run.events("usage"))), None):
+        return _usage_by_stage(usage)
     events = list(run.events("plan", "prepared", "step", "done"))
     first = {event["event"]: event for event in reversed(events)}
     steps = [event for event in events if event["event"] == "step"]
@@ -196,6 +198,19 @@ def _costs(run: RunFolder) -> dict[str, str]:
         rows["peak memory while training"] = f"{max(used):.0f} MB"
     for stage, size in first.get("plan", {}).get("memory", {}).get("stages", {}).items():
         rows[f"planned for {stage}"] = f"{size / 1e6:.0f} MB"
+    return rows
+
+
+def _usage_by_stage(usage: Mapping[str, Any]) -> dict[str, str]:
+    """Seconds and peak memory of each stage, beside what was planned."""
+    parts = [usage.get(key) for key in ("seconds", "stages", "planned")]
+    seconds, peaks, planned = (part if isinstance(part, dict) else {} for part in parts)
+    rows = {}
+    for stage in dict.fromkeys([*seconds, *peaks]):
+        texts = [f"{seconds[stage]:.0f} s"] if isinstance(seconds.get(stage), int | float) else []
+        texts += [f"at most {peaks[stage] / 1e6:.0f} MB"] if stage in peaks else []
+        texts += [f"planned {planned[stage] / 1e6:.0f} MB"] if stage in planned else []
+        rows[stage] = ", ".join(texts)
     return rows
 
 

@@ -105,7 +105,7 @@ def _report(trainer: Trainer) -> None:
     try:
         summary = summarise(plan.index, plan.buckets, None)
         checkup = Checkup(plan.index, plan.buckets, summary, plan.findings)
-        trainer.terminal.print(f"report    {write_report(trainer.run, checkup=checkup)}")
+        write_report(trainer.run, checkup=checkup)
     except Exception as error:
         trainer.warn(f"cannot write the report: {one_line(str(error))}; `sdlora report {trainer.run.path}`")
 

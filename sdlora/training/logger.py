@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -57,15 +59,13 @@ class MetricLogger:
             self.warn(step, f"a tracker failed: {error}")
 
     def track_grid(self, step: int, grid: Path) -> None:
-        """Adds a grid to TensorBoard."""
-        try:
-            for tracker in self.accelerator.trackers:
-                if tracker.name == "tensorboard":
-                    with Image.open(grid) as image:
-                        pixels = np.asarray(image.convert("RGB"))
-                    tracker.log_images({"samples": pixels[None]}, step=step, dataformats="NHWC")
-        except Exception as error:
-            self.warn(step, f"a tracker failed: {error}")
+        """Passes a grid to the trackers that take images."""
+        for tracker in self.accelerator.trackers:
+            try:
+                with Image.open(grid) as image:
+                    _log_image(tracker, np.asarray(image.convert("RGB")), step)
+            except Exception as error:
+                self.warn(step, f"the tracker {tracker.name} failed: {error}")
 
     def record(self, result: StepResult, counters: Counters, seconds: float) -> None:
         """Logs a step."""
@@ -106,6 +106,17 @@ class MetricLogger:
             self.warn(result.step, f"cannot write the trace of step {result.step}: {error}")
 
 
+def _log_image(tracker: Any, pixels: Any, step: int) -> None:
+    """Logs an image, (H, W, 3) uint8; accelerate's `log_images` passes it on as each library takes it."""
+    if tracker.name == "tensorboard":
+        tracker.log_images({"samples": pixels[None]}, step=step, dataformats="NHWC")
+    elif tracker.name == "trackio":
+        tracker.log({"samples": import_module("trackio").Image(pixels)}, step=step)
+    elif hasattr(tracker, "log_images"):
+        is_one = tracker.name in ("aim", "clearml")
+        tracker.log_images({"samples": pixels if is_one else [pixels]}, step=step)
+
+
 def start_trackers(accelerator: Accelerator, folder: Path, config: RunConfig) -> None:
     """Starts the trackers of `train.trackers`, which write into the folder and show the settings."""
     settings = {
@@ -114,7 +125,8 @@ def start_trackers(accelerator: Accelerator, folder: Path, config: RunConfig) ->
         if isinstance(keys, dict)
         for key, value in keys.items()
     }
-    accelerator.project_configuration = ProjectConfiguration(project_dir=str(folder))
+    logs = str(folder / "tensorboard")
+    accelerator.project_configuration = ProjectConfiguration(project_dir=str(folder), logging_dir=logs)
     accelerator.init_trackers("sdlora", config=settings)
 
 

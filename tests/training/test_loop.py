@@ -7,6 +7,8 @@ import math
 import random
 import re
 import socket
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -77,6 +79,7 @@ def test_a_whole_run(run, capsys):
             "train.log",
             "events.jsonl",
             "loss.png",
+            "report.html",
             *states,
             *pictures,
             *(f"webui/{run.name}{ending}" for ending in (".json", ".png", ".safetensors")),
@@ -404,14 +407,48 @@ def test_groups_keep_their_ratio(make_images, small, make_trainer, tmp_path):
 
 
 def test_trackers(make_images, small, tmp_path):
-    """R-45: TensorBoard gets the metrics and the grid."""
+    """R-45: TensorBoard gets the metrics and the grid, in a folder of its own."""
     config = small(
         make_images(), train__trackers="tensorboard", train__sample_every=4, train__evaluate_every=4
     )
     run = train(config.images, config=config, out=tmp_path / "run", quiet=True)
-    written = b"".join(file.read_bytes() for file in run.path.rglob("events.out.tfevents*"))
+    logs = run.path / "tensorboard"
+    written = b"".join(file.read_bytes() for file in logs.rglob("events.out.tfevents*"))
     for tag in (b"loss_ema", b"learning_rate", b"samples"):
         assert tag in written
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("wandb", "log_images"), ("clearml", "log_images"), ("trackio", "log"), ("mlflow", None)],
+)
+def test_grids_go_to_every_tracker(make_images, small, make_trainer, tmp_path, monkeypatch, name, method):
+    """R-45: as each library takes them, one that takes none is left out; a failure is a warning."""
+    logger = make_trainer(small(make_images()), tmp_path / "run").logger
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Image=lambda pixels: pixels))
+    grid, got = tmp_path / "grid.png", []
+    Image.new("RGB", (9, 5), "red").save(grid)
+    methods = {method: lambda values, step: got.append((step, np.shape(values["samples"])))} if method else {}
+    broken = SimpleNamespace(name="wandb", log_images=lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(logger.accelerator, "trackers", [broken, SimpleNamespace(name=name, **methods)])
+    logger.track_grid(3, grid)
+    shape = {"wandb": (1, 5, 9, 3), "clearml": (5, 9, 3), "trackio": (5, 9, 3)}
+    assert got == ([(3, shape[name])] if method else [])
+    assert [event["step"] for event in logger.run.events("warning")] == [3]
+
+
+def test_a_report_that_cannot_be_written(make_images, small, tmp_path, monkeypatch):
+    """R-45: it is one warning of a run that is finished."""
+
+    def fail(*_, **__):
+        raise ValueError("no\nfont")
+
+    monkeypatch.setattr("sdlora.training.finish.write_report", fail)
+    config = small(make_images(), train__sample_every=0, train__evaluate_every=0, train__steps=1)
+    run = train(config.images, config=config, out=tmp_path / "run", quiet=True)
+    assert run.is_finished(1)
+    [warning] = run.events("warning")
+    assert "font" in warning["message"]
 
 
 def test_a_failing_tracker_cannot_stop_the_run(make_images, small, make_trainer, tmp_path):
