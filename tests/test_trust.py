@@ -178,4 +178,6 @@ def test_no_command_opens_a_socket(make_images, tmp_path: Path) -> None:
         [sys.executable, "-c", WATCHED, texts], env=online, cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    for noise in ("FutureWarning", "Failed to load CPU", "falling back to"):
+        assert noise not in done.stderr
     assert done.stdout.endswith("silent\n")

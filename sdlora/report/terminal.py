@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -19,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+from tqdm.auto import tqdm
 
 BEAT_SECONDS = 30.0
 
@@ -47,7 +49,7 @@ class Terminal:
 
     def beat(self, line: str) -> None:
         """A sign of life: printed where no bar is seen, and in the log file."""
-        if not self.console.is_terminal:
+        if not (self.console.is_terminal or self.console.is_jupyter):
             self.console.print(Text(line))
         self._log(line)
 
@@ -76,12 +78,18 @@ class Terminal:
     def progress(self, title: str, total: int, done: int = 0) -> Iterator[Meter]:
         counts = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[note]}")
         times = (TimeElapsedColumn(), "ETA", _Rest())
-        progress = Progress(*counts, *times, console=self.console, speed_estimate_period=60)
+        # Rich's bar needs ipywidgets in a notebook; tqdm's does not.
+        in_notebook = self.console.is_jupyter and not self.console.quiet
+        progress = Progress(
+            *counts, *times, console=self.console, speed_estimate_period=60, disable=in_notebook
+        )
+        task = progress.add_task(title, total=total, completed=done, note="", rest=None)
+        bar = tqdm(desc=title, total=total, initial=done, delay=1e-9) if in_notebook else None
         try:
-            yield Meter(
-                progress, progress.add_task(title, total=total, completed=done, note="", rest=None), self.beat
-            )
+            yield Meter(progress, task, self.beat, bar)
         finally:
+            if bar is not None:
+                bar.close()
             if progress.live.is_started:
                 progress.stop()
 
@@ -101,8 +109,14 @@ class _Rest(TimeRemainingColumn):
 class Meter:
     """One progress bar; it appears with the first finished item, so that an error leaves no empty bar."""
 
-    def __init__(self, progress: Progress, task: TaskID, print_beat: Callable[[str], None]) -> None:
-        self._progress, self._task, self._print_beat = progress, task, print_beat
+    def __init__(
+        self,
+        progress: Progress,
+        task: TaskID,
+        print_beat: Callable[[str], None],
+        bar: tqdm[Any] | None = None,
+    ) -> None:
+        self._progress, self._task, self._print_beat, self._bar = progress, task, print_beat, bar
         self._first = self._told = progress.tasks[0].completed
         self._started = self._last_beat = time.monotonic()
 
@@ -133,5 +147,10 @@ class Meter:
         self._print_beat(f"{done}: {note}{rate:.3g} a second, ETA {rest}")
 
     def _beat_if_due(self) -> None:
+        if self._bar is not None:
+            task = self._progress.tasks[0]
+            self._bar.set_postfix_str(task.fields["note"], refresh=False)
+            self._bar.total = task.total
+            self._bar.update(task.completed - self._bar.n)
         if time.monotonic() - self._last_beat >= BEAT_SECONDS:
             self.beat()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 from sdlora.report import terminal as module
@@ -48,3 +50,18 @@ def test_a_log_that_cannot_be_written(tmp_path):
     terminal = Terminal(quiet=True)
     with terminal.keep(tmp_path):
         terminal.print("a line")
+
+
+def test_a_bar_in_a_notebook(capsys):
+    """R-42: tqdm's, which needs no further package; no line of Rich's, and no warning about widgets."""
+    terminal = Terminal()
+    terminal.console.is_jupyter = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with terminal.progress("training", 4) as meter:
+            meter.advance(3, note="loss 0.5")
+            meter.show(4, 4)
+    shown = capsys.readouterr()
+    assert "4/4" in shown.err
+    assert "training" in shown.err
+    assert shown.out == ""
