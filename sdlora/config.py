@@ -457,6 +457,15 @@ class ObjectiveSection(_Tables):
         "timesteps to train: the first, and one past the last; the built-in base has its own default",
         "use [0, 1000] for all",
     )
+    layout_range: tuple[int, int] | None = _setting(
+        None,
+        "timesteps of high noise, where the layout is decided, at which to keep the base's own prediction, "
+        "such as [800, 1000]; default: none; the built-in base has its own default",
+        "use [800, 1000], or remove it",
+    )
+    layout_weight: Positive = _setting(
+        0.05, "weight of layout_range in the loss; a larger one keeps more of the base", "use about 0.05"
+    )
     prediction_type: PredictionType | None = _setting(
         None, "prediction type: epsilon, v_prediction or sample; default: the base's"
     )
@@ -469,6 +478,14 @@ class ObjectiveSection(_Tables):
             raise ValueError(
                 f"objective.timestep_range = [{low}, {high}] must be a first timestep and a larger end; "
                 "use [0, 1000] for all"
+            )
+        self._check_idle("layout_weight", self.layout_range is not None, "objective.layout_range=[800,1000]")
+        if self.layout_range and not high <= self.layout_range[0] < self.layout_range[1]:
+            first, end = self.layout_range
+            raise ValueError(
+                f"objective.layout_range = [{first}, {end}] must begin at or above the end of "
+                f"objective.timestep_range = [{low}, {high}], and end above its beginning; use [0, 500] and "
+                "[800, 1000]"
             )
         if self.force_prediction_type and self.prediction_type is None:
             raise ValueError(

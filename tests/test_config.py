@@ -70,6 +70,8 @@ def problems(*overrides: str) -> list[str]:
         ("sample.seeds=[9223372036854775808]", "sample.seeds", "9223372036854775808"),
         ("sample.strengths=[nan]", "sample.strengths", "nan"),
         ("objective.timestep_range=[9, 3]", "objective.timestep_range", "[9, 3] [0, 1000]"),
+        ("objective.layout_range=[800, 1000]", "objective.layout_range", "[800, 1000] [0, 1000] [0, 500]"),
+        ("objective.layout_weight=0.3", "objective.layout_weight", "0.3 objective.layout_range"),
         (
             "objective.force_prediction_type=true",
             "objective.force_prediction_type",
@@ -307,9 +309,10 @@ def test_the_keys_are_pinned():
         "trigger_position wildcards",
         "lora": "alpha alpha_pattern dropout force_parent init init_from kind max_norm parent rank "
         "rank_pattern rslora targets text_encoder",
-        "objective": "debiased force_prediction_type huber_delta huber_schedule input_perturbation loss "
-        "min_snr_gamma noise_offset prediction_type prior_weight pyramid_discount pyramid_noise "
-        "timestep_bias timestep_mean timestep_range timestep_std timestep_weight timesteps unmasked_prior "
+        "objective": "debiased force_prediction_type huber_delta huber_schedule input_perturbation "
+        "layout_range layout_weight loss min_snr_gamma noise_offset prediction_type prior_weight "
+        "pyramid_discount pyramid_noise timestep_bias timestep_mean timestep_range timestep_std "
+        "timestep_weight timesteps unmasked_prior "
         "unmasked_weight",
         "train": "accumulate batch_size ema_decay epochs evaluate_every grad_clip gradient_checkpointing "
         "keep_checkpoints learning_rate learning_rates lora_plus_ratio max_skipped_steps "

@@ -24,7 +24,7 @@ from sdlora.errors import SdloraError
 BUILTIN = Path(__file__).resolve().with_name("base")
 SEEDS = (0, 1, 2)  # of the trainings
 NUM_SAMPLES = 4  # of each caption
-STRENGTHS = (1.0, 0.6)
+STRENGTHS = (1.4, 1.0, 0.6)
 COLOUR_BINS = 4
 EDGE_BINS = 8
 RESAMPLES = 1000

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -108,6 +109,13 @@ def debiased_weight(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
+class DenoiserAlone(Protocol):
+    """A denoiser without the adapter."""
+
+    def __call__(self, noisy: Tensor, timesteps: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """As `Denoiser`; with `chosen`, (B,) of bool, for those samples of the batch alone."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """The training objective: noise schedule, timesteps, loss and weights."""
@@ -175,7 +183,7 @@ def denoising_loss(
     objective: Objective,
     draws: Draws,
     masks: Tensor | None = None,
-    denoise_alone: Denoiser | None = None,
+    denoise_alone: DenoiserAlone | None = None,
 ) -> Tensor:
     """The weighted error of the denoiser's prediction, one value per sample, shape (B,).
 
@@ -186,11 +194,16 @@ def denoising_loss(
         objective: Schedule, loss and weights.
         draws: The random draws of the batch.
         masks: What counts, (B, 1, H, W) in [0, 1].
-        denoise_alone: `denoise` without the adapter, for `objective.unmasked_prior`.
+        denoise_alone: `denoise` without the adapter, for `objective.layout_range` and
+            `objective.unmasked_prior`.
     """
     schedule, settings = objective.schedule, objective.settings
     noisy = schedule.add_noise(draws.latents, draws.input_noise, draws.timesteps)
     target = schedule.target(draws.latents, draws.noise, draws.timesteps)
+    layout = is_layout(draws.timesteps, settings)
+    if layout is not None and denoise_alone is not None and layout.any():
+        target = target.clone()  # it may be the noise
+        target[layout] = denoise_alone(noisy[layout], draws.timesteps[layout], layout).float()
     answer = denoise(noisy, draws.timesteps).float()
     losses = _losses(answer - target, objective, draws)
     if masks is not None:
@@ -198,10 +211,19 @@ def denoising_loss(
         if settings.unmasked_prior and denoise_alone is not None:
             prior = _losses(answer - denoise_alone(noisy, draws.timesteps).float(), objective, draws)
             losses = losses + settings.unmasked_prior * (1 - masks) * prior
-    return _mean_of_samples(losses, objective, draws)
+    means = _mean_of_samples(losses, objective, draws)
+    return means if layout is None else means * torch.where(layout, settings.layout_weight, 1.0)
 
 
-def prior_loss(denoise: Denoiser, denoise_alone: Denoiser, objective: Objective, draws: Draws) -> Tensor:
+def is_layout(timesteps: Tensor, settings: ObjectiveSection) -> Tensor | None:
+    """Which timesteps are in `objective.layout_range`, (B,); None without one."""
+    if settings.layout_range is None:
+        return None
+    first, end = settings.layout_range
+    return (timesteps >= first) & (timesteps < end)
+
+
+def prior_loss(denoise: Denoiser, denoise_alone: DenoiserAlone, objective: Objective, draws: Draws) -> Tensor:
     """The weighted distance of the prediction from that without the adapter, shape (B,).
 
     Prior prediction, as OneTrainer has it, and ai-toolkit's differential output preservation: what the base
@@ -234,6 +256,9 @@ def describe_objective(objective: Objective) -> str:
         loss += f" ({describe_parameters(parameters)})"
     if (sampler.low, sampler.high) != (0, objective.schedule.num_timesteps):
         timesteps += f" in {sampler.low}-{sampler.high - 1}"
+    if sampler.layout:
+        first, end = sampler.layout
+        timesteps += f", the base's layout in {first}-{end - 1} x {settings.layout_weight:g}"
     if settings.timesteps != "uniform":
         parts = [describe_parameters(settings.parameters(TIMESTEPS[settings.timesteps]))]
         parts.append(f"half of them in {sampler.quantile(0.25)}-{sampler.quantile(0.75)}")

@@ -18,23 +18,33 @@ from sdlora.objectives import TIMESTEPS
 
 @dataclass(frozen=True)
 class TimestepSampler:
-    """Draws timesteps in [low, high).
+    """Draws timesteps in [low, high), and in `layout` as often as its width demands.
 
     Args:
         low: The first timestep.
         high: One past the last.
         cumulative: P(timestep <= t), (T,), float64; None for uniform.
+        layout: `objective.layout_range`: its first timestep, and one past its last.
     """
 
     low: int
     high: int
     cumulative: Tensor | None = None
+    layout: tuple[int, int] | None = None
 
     def draw(self, generator: Generator) -> Tensor:
         """One timestep, shape (1,)."""
+        if self.layout and float(torch.rand((), generator=generator)) < self.layout_share:
+            return torch.randint(*self.layout, (1,), generator=generator)
         if self.cumulative is None:
             return torch.randint(self.low, self.high, (1,), generator=generator)
         return torch.tensor([self.quantile(float(torch.rand((), generator=generator, dtype=torch.float64)))])
+
+    @property
+    def layout_share(self) -> float:
+        """The share of timesteps that are drawn from `layout`."""
+        width = self.layout[1] - self.layout[0] if self.layout else 0
+        return width / (width + self.high - self.low)
 
     def quantile(self, share: float) -> int:
         """The least t with P(timestep <= t) above a share in [0, 1)."""
@@ -46,12 +56,14 @@ class TimestepSampler:
 def make_sampler(schedule: NoiseSchedule, settings: ObjectiveSection) -> TimestepSampler:
     """The sampler of `objective.timesteps`."""
     low, high = settings.timestep_range
-    high = min(high, schedule.num_timesteps)
+    high, layout = min(high, schedule.num_timesteps), settings.layout_range
+    if layout:
+        layout = (layout[0], min(layout[1], schedule.num_timesteps))
     if settings.timesteps == "uniform":
-        return TimestepSampler(low, high)
+        return TimestepSampler(low, high, layout=layout)
     cumulative = timestep_probabilities(schedule, settings).cumsum(0)
     # Divided by its last value, it ends in exactly 1: every share below 1 is inside the range.
-    return TimestepSampler(low, high, cumulative / cumulative[-1])
+    return TimestepSampler(low, high, cumulative / cumulative[-1], layout)
 
 
 def timestep_probabilities(schedule: NoiseSchedule, settings: ObjectiveSection) -> Tensor:

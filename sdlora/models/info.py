@@ -33,6 +33,7 @@ class BaseDefaults:
     batch_size: int = 1
     schedule: str = "constant"
     timestep_range: tuple[int, int] = (0, 1000)
+    layout_range: tuple[int, int] | None = None
     epochs: int = 80
     max_steps: int = 3000
     trigger_position: str = "start"
@@ -43,12 +44,13 @@ class BaseDefaults:
 # Eighty times smaller than SD 1.5, its adapters need a higher learning rate. It settles what an image shows
 # above timestep 500, and an adapter trained there forgets the things that are not in its set.
 BUILTIN_DEFAULTS = BaseDefaults(
-    learning_rate=1e-3,
+    learning_rate=2e-3,
     batch_size=4,
     schedule="cosine",
     timestep_range=(0, 500),
+    layout_range=(800, 1000),
     max_steps=200,
-    strengths=(0.6, 0.8, 1.0),
+    strengths=(0.6, 1.0, 1.4),
     guidance=7.0,
 )
 
@@ -242,8 +244,8 @@ class BaseInfo(BaseFiles):
 def with_base_defaults(config: RunConfig, info: BaseInfo) -> RunConfig:
     """The configuration with the base's own defaults for the settings that were not given."""
     own = info.defaults
-    # whoever chooses a distribution of timesteps wants all of it
-    is_chosen = "timesteps" in config.objective.model_fields_set
+    # whoever chooses timesteps wants them all
+    is_chosen = bool({"timesteps", "timestep_range", "layout_range"} & config.objective.model_fields_set)
     return config.with_defaults(
         data={"trigger_position": own.trigger_position},
         train={
@@ -251,7 +253,9 @@ def with_base_defaults(config: RunConfig, info: BaseInfo) -> RunConfig:
             "batch_size": own.batch_size,
             "schedule": own.schedule,
         },
-        objective={} if is_chosen else {"timestep_range": own.timestep_range},
+        objective={}
+        if is_chosen
+        else {"timestep_range": own.timestep_range, "layout_range": own.layout_range},
         sample={"strengths": own.strengths, "guidance": own.guidance},
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sdlora.config import TrainSection
 from sdlora.data.batches import Sample, split_micro_batches
 from sdlora.data.captions import without_trigger
-from sdlora.diffusion.objective import Denoiser, Draws, denoising_loss, draw, prior_loss
+from sdlora.diffusion.objective import Denoiser, DenoiserAlone, Draws, denoising_loss, draw, prior_loss
 from sdlora.dtypes import Precision
 from sdlora.lora.adapter import NormReport, limit_norms
 from sdlora.lora.attach import unmounted
@@ -223,13 +223,15 @@ class StepRunner:
         condition = self.prepared.encodings.conditions(captions, views).to(self.accelerator.device)
         return lambda noisy, timesteps: self.denoise(noisy, timesteps, condition)
 
-    def _denoiser_alone(self, captions: Sequence[str], samples: Sequence[Sample]) -> Denoiser:
-        """The same without the trained adapter, on the text encoders too."""
+    def _denoiser_alone(self, captions: Sequence[str], samples: Sequence[Sample]) -> DenoiserAlone:
+        """The same without the trained adapter, on the text encoders too, for some of the samples."""
 
         @torch.no_grad()
-        def denoise_alone(noisy: Tensor, timesteps: Tensor) -> Tensor:
+        def denoise_alone(noisy: Tensor, timesteps: Tensor, chosen: Tensor | None = None) -> Tensor:
+            numbers = range(len(samples)) if chosen is None else chosen.nonzero().flatten().tolist()
             with unmounted(self.layers, self.adapter):
-                return self._denoiser(captions, samples)(noisy, timesteps)
+                own = self._denoiser([captions[one] for one in numbers], [samples[one] for one in numbers])
+                return own(noisy, timesteps)
 
         return denoise_alone
 

@@ -120,6 +120,18 @@ def test_a_uniform_draw_is_the_old_one():
     assert torch.equal(sampler.draw(torch.Generator().manual_seed(3)), expected)
 
 
+def test_layout_timesteps_by_their_width():
+    """R-04: [0, 500) and [800, 1000) are drawn from as 5 to 2; nothing between."""
+    sampler = make_sampler(SCHEDULE, ObjectiveSection(timestep_range=(0, 500), layout_range=(800, 1000)))
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([sampler.draw(generator) for _ in range(4000)])
+    layout = drawn >= 800
+    assert bool((layout | (drawn < 500)).all())
+    assert float(layout.double().mean()) == pytest.approx(2 / 7, abs=0.03)
+    assert sampler.layout_share == 2 / 7
+    assert drawn.max() <= 999
+
+
 def test_mean_and_std_have_an_effect():
     """R-35: objective.timestep_mean and timestep_std move and widen what is drawn."""
     steps = torch.arange(1000, dtype=torch.float64)

@@ -114,3 +114,25 @@ def test_masked_loss_by_hand(settings, prior):
         lambda *_: 0.3 * draws.noise, objective, draws, torch.ones(2, 1, 3, 5), lambda *_: alone
     )
     assert torch.equal(full, denoising_loss(lambda *_: 0.3 * draws.noise, objective, draws))
+
+
+def test_layout_by_hand():
+    """At timesteps of objective.layout_range, the target is the base's own prediction, with its weight."""
+    settings = ObjectiveSection(timestep_range=(0, 500), layout_range=(800, 1000), layout_weight=0.2)
+    objective = Objective(schedule_from_config(BETAS, "epsilon"), settings)
+    posteriors = [(torch.zeros(4, 2, 2), torch.ones(4, 2, 2))] * 8
+    drawn = draw(objective, posteriors, list(range(8)))
+    layout = drawn.timesteps >= 800
+    assert 0 < int(layout.sum()) < 8
+    seen = []
+
+    def denoise_alone(noisy, timesteps, chosen=None):
+        seen.append((len(noisy), timesteps.tolist(), chosen.tolist()))
+        return torch.full_like(noisy, 2.0)
+
+    noise = drawn.noise.clone()
+    loss = denoising_loss(lambda noisy, _: torch.zeros_like(noisy), objective, drawn, None, denoise_alone)
+    expected = torch.where(layout, 0.2 * 2.0**2, noise.square().mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(loss, expected)
+    assert seen == [(int(layout.sum()), drawn.timesteps[layout].tolist(), layout.tolist())]
+    assert torch.equal(drawn.noise, noise)

@@ -9,6 +9,7 @@ from PIL import Image
 from sdlora.diffusion.objective import draw
 from sdlora.errors import RunStopped
 from sdlora.formats.files import load_adapter
+from sdlora.lora.attach import unmounted
 from sdlora.runs import RunFolder
 from sdlora.training.train import train
 
@@ -138,3 +139,35 @@ def test_before_the_first_step_the_prior_is_met(images, quick, make_trainer, tmp
     assert (masks[0].min(), masks[0].max()) == (0, 1)
     encodings.cache = None
     assert torch.equal(encodings.masks([views["00.png"], views["02.png"]]), masks)
+
+
+def test_layout_timesteps_are_the_base_alone(images, quick, make_trainer, tmp_path):
+    """Before the first step the adapter keeps the layout exactly; later each sample's own caption is read."""
+    keys = {
+        "objective__layout_range": (500, 1000),
+        "objective__timestep_range": (0, 1),
+        "train__batch_size": 6,
+    }
+    trainer = make_trainer(quick(images, **keys, data__trigger="ink", train__steps=2), tmp_path / "run")
+    runner, objective, encodings = trainer.runner, trainer.prepared.objective, trainer.prepared.encodings
+    samples = [sample for step in range(2) for sample in trainer.plan.order.step(step)]
+    loss, draws = runner.forward_backward(0, samples, len(samples))
+    assert loss == 0
+    assert all(one.timestep >= 500 for one in draws)
+    runner.optimizer.zero_grad()
+    before = runner.prepared.base.denoise
+    for parameter in runner.parameters:
+        parameter.data.add_(0.02)
+    loss, draws = runner.forward_backward(0, samples, len(samples))
+    expected = 0.0
+    for sample, drawn in zip(samples, draws, strict=True):
+        view = (sample.record, sample.crop)
+        values = draw(objective, [encodings.posterior(*view)], [drawn.noise_seed])
+        noisy = objective.schedule.add_noise(values.latents, values.noise, values.timesteps)
+        condition = encodings.conditions([sample.caption], [view])
+        with torch.no_grad():
+            own = before(noisy, values.timesteps, condition)
+            with unmounted(runner.layers, runner.adapter):
+                base = before(noisy, values.timesteps, condition)
+        expected += 0.05 * (own - base).double().square().mean().item() / len(samples)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
