@@ -66,7 +66,7 @@ def test_what_a_notebook_shows(run, adapter):
     """R-42: one block without scripts, small, texts escaped, images inside."""
     shown = run._repr_html_()
     assert "step 2" in shown
-    assert shown.count("data:image/webp;base64,") == 1
+    assert shown.count("data:image/png;base64,") == 1
     assert len(shown) < 100_000
     adapter.notes["sdlora.name"] = "<script>alert(1)</script>"
     assert "<script>" not in adapter._repr_html_()
