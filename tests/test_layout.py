@@ -49,7 +49,7 @@ LIBRARIES = {
     "uvicorn": {"cli"},
 }
 # A feature that needs more lines raises this in the commit that adds it.
-MAX_MODULES, MAX_LINES = 145, 26_250
+MAX_MODULES, MAX_LINES = 145, 26_400
 WITHOUT_TORCH = {
     "errors",
     "reading",
