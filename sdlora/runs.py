@@ -55,6 +55,8 @@ class RunFolder:
         self.report = self.path / "report.html"
         self.evaluation_file = self.path / "evaluation.json"
         self.evaluation_curve = self.path / "evaluation.png"
+        self.evaluation_images = self.path / "evaluation"
+        self.best_adapter = self.adapters / "best.safetensors"
         self.advice_file = self.path / "rank.json"
         self.rank_curve = self.path / "rank.png"
         self.model_card = self.adapters / "README.md"

@@ -432,13 +432,13 @@ def test_evaluate_verb(sdlora, make_images, tmp_path):
     images = make_images("eight", ((64, 64),) * 8)
     arguments = ["--trigger", "dotty", "data.heldout=0.25", *QUICK]
     assert sdlora("train", images, "--out", tmp_path / "run", *arguments)[0] == 0
-    code, printed, errors = sdlora("evaluate", tmp_path / "run")
+    code, printed, errors = sdlora("evaluate", tmp_path / "run", "--strengths", "1", "--seeds", "0")
     assert code == 0, errors
     assert "held-out loss" in printed
     assert "style distance" in printed
     assert "without trigger" in printed
     assert RunFolder(tmp_path / "run").evaluation_file.is_file()
-    _, printed, _ = sdlora("evaluate", tmp_path / "run", "--json")
+    _, printed, _ = sdlora("evaluate", tmp_path / "run", "--json", "--strengths", "1", "--seeds", "0")
     assert json.loads(printed)["images"] == 2
     seen: list[tuple[int, int]] = []
     evaluate(tmp_path / "run", progress=lambda *done: seen.append(done))

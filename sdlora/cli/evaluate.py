@@ -16,22 +16,63 @@ def evaluate(
     full_base: Annotated[
         bool, typer.Option("--full-base", help="Measure the loss on the full base too, after base.quantize.")
     ] = False,
+    step: Annotated[
+        list[str] | None,
+        typer.Option(help="Saved steps to choose from: 50,100,final; repeatable.", show_default="up to five"),
+    ] = None,
+    strengths: Annotated[
+        str | None, typer.Option(help="Strengths to choose from: 0.5,0.8,1.", show_default="the run's")
+    ] = None,
+    prompt: options.Prompt = None,
+    prompts: options.Prompts = None,
+    seeds: options.Seeds = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder or Hub id of CLIP or DINOv2 that scores images.",
+            show_default="drawing, without weights",
+        ),
+    ] = None,
+    export: Annotated[
+        bool, typer.Option("--export", help="Write the recommended adapter as adapters/best.safetensors.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Measure a run: validation (held-out) loss, and the distance of its samples to the held-out images."""
+    """Measure a run on held-out images, and recommend a saved step and a strength."""
     from sdlora.runs import RunFolder
 
-    RunFolder.open(run)
+    saved, chosen = options.parse_steps(step), options.parse_numbers(strengths, float, "--strengths") or []
+    texts = options.sample_settings(prompt, prompts, seeds)
+    folder = RunFolder.open(run)
     options.find_adapters(run)
+    from sdlora.errors import RunError
+    from sdlora.evaluation.choose import choose
     from sdlora.evaluation.evaluate import evaluate as measure
     from sdlora.report.terminal import Terminal
 
-    with Terminal(quiet=as_json).progress("evaluating", 1) as meter:
-        result = measure(run, full_base=full_base, progress=meter.show)
+    terminal, lines = Terminal(quiet=as_json), []
+    try:
+        with terminal.progress("evaluating", 1) as meter:
+            lines = measure(run, full_base=full_base, progress=meter.show).lines()
+    except RunError as error:
+        # Without held-out images, there is still a choice.
+        if "data.heldout" not in error.keys or full_base:
+            raise
+    with terminal.progress("choosing", 1) as meter:
+        choice = choose(
+            run,
+            features=features,
+            export=export,
+            progress=meter.show,
+            steps=saved,
+            strengths=chosen,
+            prompts=texts.get("prompts", []),
+            seeds=texts.get("seeds", []),
+        )
     if as_json:
-        typer.echo(RunFolder(run).evaluation_file.read_text(encoding="utf-8"), nl=False)
+        typer.echo(folder.evaluation_file.read_text(encoding="utf-8"), nl=False)
     else:
-        typer.echo("\n".join(result.lines()))
+        typer.echo("\n".join([*lines, *choice.lines()]))
 
 
 @app.command()

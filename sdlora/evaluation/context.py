@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 from sdlora.config import RunConfig
@@ -50,6 +51,7 @@ class EvaluationContext:
     """The images, cropped, (3, H, W) in [-1, 1]."""
     latents: Sequence[Tensor]
     """Latents of the drawings, (C, h, w)."""
+    training: Sequence[ImageRecord] = ()
 
     @property
     def style(self) -> Stack:
@@ -106,11 +108,11 @@ class EvaluationContext:
         return [[made[number] for number in captions] for made in found]
 
 
-def open_context(run: str | Path | RunFolder) -> EvaluationContext:
+def open_context(run: str | Path | RunFolder, *, needs_heldout: bool = True) -> EvaluationContext:
     """Loads a run's base, its final adapter with its ancestors, and its held-out images.
 
     Raises:
-        RunError: If the run has no held-out images, or is read-only.
+        RunError: If the run is read-only, or has no held-out images and needs them.
         AdapterError: If an ancestor is missing or changed.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
@@ -121,7 +123,7 @@ def open_context(run: str | Path | RunFolder) -> EvaluationContext:
     info = inspect_base(config.base, config.objective, config.data)
     index, plan = read_dataset(config, resolution=info.resolution, min_step=info.min_step)
     records = index.heldout[:MAX_IMAGES]
-    if not records:
+    if not records and needs_heldout:
         problem = (
             f"run {folder.path} has no held-out images; train with data.heldout=0.1 or a folder heldout/"
         )
@@ -129,9 +131,12 @@ def open_context(run: str | Path | RunFolder) -> EvaluationContext:
     adapter = load_adapter(folder.adapter)
     ancestors = path_to_stack(find_ancestors(folder.adapter, adapter))
     base = load_base(info, dtype=DTYPES[folder.base_dtype], device=choose_device())
-    drawings = [
-        image_to_tensor(crop_image(load_record(record, config.data.background), plan.crops[record.name][0]))
-        for record in records
-    ]
+    drawings = [image_to_tensor(load_cropped(record, config, plan)) for record in records]
     latents = [base.encode_images(drawing[None])[0][0].cpu() for drawing in drawings]
-    return EvaluationContext(folder, config, base, adapter, ancestors, records, plan, drawings, latents)
+    found = (folder, config, base, adapter, ancestors, records, plan, drawings, latents)
+    return EvaluationContext(*found, index.records)
+
+
+def load_cropped(record: ImageRecord, config: RunConfig, plan: BucketPlan) -> Image.Image:
+    """An image as it is trained on."""
+    return crop_image(load_record(record, config.data.background), plan.crops[record.name][0])

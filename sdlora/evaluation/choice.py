@@ -1,0 +1,248 @@
+"""Which saved step, at which strength: scores of every cell, the best one, and what is wrong with the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sdlora.evaluation.heldout import HeldoutLoss
+from sdlora.evaluation.intervals import Interval
+from sdlora.evaluation.scores import Draws
+from sdlora.report.summary import MIN_IMAGES
+
+ENOUGH_CONTENT, MANY_COPIES = 0.5, 0.25
+MIN_PROMPTS = 4
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A saved step at a strength.
+
+    Args:
+        step: A step, or "final".
+        strength: Strength of the adapter.
+        style: The way from the base (0) to real images of the set (1).
+        content: How far it still shows what the base shows for the same prompt and seed: 1 as well, 0 not.
+        diversity: Differences between images, over those between the base's.
+        copies: Share of images that are closer to a training image than any two training images are.
+        loss: Held-out loss; None without held-out images.
+        loss_change: Its relative change from the base's; None below `MIN_IMAGES`.
+    """
+
+    step: int | str
+    strength: float
+    style: Draws
+    content: Draws
+    diversity: Draws
+    copies: float
+    loss: HeldoutLoss | None = None
+    loss_change: Interval | None = None
+
+    @property
+    def score(self) -> Draws:
+        """Style times content: neither a perfect style of nothing nor the bare base is good."""
+        return self.style.positive * self.content.positive
+
+    @property
+    def name(self) -> str:
+        return f"{self.step if self.step == 'final' else f'step {self.step}'} at {self.strength:g}"
+
+    def to_json(self) -> dict[str, Any]:
+        scores = {
+            name: asdict(getattr(self, name).interval) for name in ("style", "content", "diversity", "score")
+        }
+        loss = {"loss": self.loss.loss, "by_band": self.loss.by_band} if self.loss else {"loss": None}
+        change = asdict(self.loss_change) if self.loss_change else None
+        facts = {"step": self.step, "strength": self.strength, "copies": self.copies}
+        return {**facts, **scores, **loss, "loss_change": change}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What only the chosen cell is asked.
+
+    Args:
+        copies: Samples of training captions that are copies, and how many were drawn.
+        bleed: Style gain without the trigger; None without a trigger, or if prompts have nothing else.
+    """
+
+    copies: tuple[int, int]
+    bleed: Draws | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a verdict rests on, apart from the scores.
+
+    Args:
+        features: Name of the features.
+        is_validated: Whether they are known to be right for this base and these images.
+        training: Number of training images.
+        heldout: Number of held-out images.
+        captions: The training captions that differ.
+        prompts: Number of prompts.
+        learning_rate: That of the run, and the base's default.
+    """
+
+    features: str
+    is_validated: bool
+    training: int
+    heldout: int
+    captions: Sequence[str]
+    prompts: int
+    learning_rate: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The cells of a run, and the recommended one."""
+
+    cells: Sequence[Cell]
+    facts: Facts
+    probe: Probe | None = None
+    curve: Path | None = None
+    exported: Path | None = None
+
+    @property
+    def best(self) -> Cell | None:
+        """The cell with the highest score; None if something is missing to say so."""
+        cell = top_cell(self.cells)
+        return None if self.missing or cell.style.interval.low <= 0 else cell
+
+    @property
+    def missing(self) -> str:
+        """What is missing for a recommendation; empty if nothing is."""
+        facts = self.facts
+        if not facts.is_validated:
+            return (
+                f"the features {facts.features!r} are for flat drawings on the built-in base; pass "
+                "--features with a folder or Hub id of CLIP or DINOv2"
+            )
+        if facts.prompts < MIN_PROMPTS:
+            return f"{facts.prompts} different prompts are too few; pass {MIN_PROMPTS} (--prompt)"
+        return ""
+
+    @property
+    def ties(self) -> list[Cell]:
+        """Cells whose scores cannot be told from that of the best."""
+        best = top_cell(self.cells)
+        return [
+            cell for cell in self.cells if cell is not best and (best.score - cell.score).interval.low <= 0
+        ]
+
+    @property
+    def reason(self) -> str:
+        """The recommendation in one sentence, or why there is none."""
+        cell = top_cell(self.cells)
+        if self.missing:
+            return f"none: {self.missing}"
+        if cell.style.interval.low <= 0:
+            return (
+                f"none: not even {cell.name}, the best, is clearly nearer to the set's style than the base "
+                f"({cell.style.interval}); train longer, or with a higher learning rate"
+            )
+        style, content = _percent(cell.style), _percent(cell.content)
+        text = f"{cell.name}: {style} of the way to the style, {content} of the content kept"
+        ties = self.ties
+        if not ties:
+            return f"{text}; clearly better than the other {len(self.cells) - 1}"
+        names = ", ".join(tie.name for tie in sorted(ties, key=lambda tie: -tie.score.value)[:3])
+        others = f"{names} and {len(ties) - 3} more" if len(ties) > 3 else names
+        return f"{text}; {others} cannot be told apart from it, so compare them by eye"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is wrong with the run, the cause first."""
+        return [text for text in (*self._about_images(), self._about_copies(), self._about_content()) if text]
+
+    def _about_images(self) -> list[str]:
+        facts, found = self.facts, []
+        if facts.training < MIN_IMAGES:
+            found.append(
+                f"{facts.training} training images are too few to tell a style from what they show; "
+                f"add more, at least {MIN_IMAGES}"
+            )
+        elif len(facts.captions) == 1:
+            found.append(
+                f"all {facts.training} captions are {facts.captions[0]!r:.60}, so what the images show is "
+                "taught as part of the style; caption what each one shows"
+            )
+        if facts.heldout < MIN_IMAGES:
+            found.append(
+                f"{facts.heldout} held-out images are too few: style is measured against the training "
+                f"images, leaving the nearest out; hold out {MIN_IMAGES} (data.heldout)"
+            )
+        return found
+
+    def _about_copies(self) -> str:
+        worst = max(self.cells, key=lambda cell: cell.copies)
+        if worst.copies >= MANY_COPIES:
+            return (
+                f"{worst.copies:.0%} of the samples of {worst.name} are copies: closer to a training image "
+                "than any two training images are; use an earlier step, or train on more images"
+            )
+        if self.probe and self.probe.copies[0] >= MANY_COPIES * self.probe.copies[1]:
+            copies, drawn = self.probe.copies
+            return (
+                f"{copies} of {drawn} samples of training captions are copies of training images; "
+                "use an earlier step, or train on more images"
+            )
+        return ""
+
+    def _about_content(self) -> str:
+        weakest = min(cell.strength for cell in self.cells)
+        torn = [cell for cell in self.cells if cell.content.interval.high < ENOUGH_CONTENT]
+        if not any(cell.strength == weakest for cell in torn):
+            return ""
+        first = next(cell for cell in self.cells if cell.strength == weakest)
+        used, usual = self.facts.learning_rate
+        remedy = "use an earlier step, or train for fewer train.steps"
+        if used >= 3 * usual or first in torn:
+            remedy = f"lower train.learning_rate ({used:g}; the base's default is {usual:g})"
+        return (
+            f"{torn[-1].name} keeps {_percent(torn[-1].content)} of the content: things are torn even at "
+            f"strength {weakest:g}; {remedy}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        probe, best = self.probe, self.best
+        return {
+            "step": best.step if best else None,
+            "strength": best.strength if best else None,
+            "reason": self.reason,
+            "ties": [{"step": cell.step, "strength": cell.strength} for cell in self.ties] if best else [],
+            "warnings": self.warnings,
+            "features": self.facts.features,
+            "bleed": asdict(probe.bleed.interval) if probe and probe.bleed else None,
+            "copies_of_captions": list(probe.copies) if probe else None,
+            "cells": [cell.to_json() for cell in self.cells],
+        }
+
+    def lines(self) -> list[str]:
+        lines = ["cell              style  content  diversity  copies  held-out loss"]
+        for cell in self.cells:
+            mark = "*" if cell is self.best else " "
+            loss = f"{cell.loss.loss:.3g}" if cell.loss else "-"
+            scores = f"{_percent(cell.style):>5}  {_percent(cell.content):>7}  {_percent(cell.diversity):>9}"
+            lines.append(f"{mark} {cell.name:<14}  {scores}  {cell.copies:>6.0%}  {loss}")
+        if self.probe and self.probe.bleed:
+            lines.append(f"without trigger   {_percent(self.probe.bleed)} of the way to the style")
+        lines += [f"warning           {text}" for text in self.warnings]
+        lines.append(f"recommended       {self.reason}")
+        if self.curve:
+            lines.append(f"curve             {self.curve}")
+        return lines + ([f"wrote             {self.exported}"] if self.exported else [])
+
+
+def top_cell(cells: Sequence[Cell]) -> Cell:
+    """The cell with the highest score."""
+    return max(cells, key=lambda cell: cell.score.value)
+
+
+def _percent(score: Draws) -> str:
+    """A score as its interval allows: to the percent, or to the next ten."""
+    interval = score.interval
+    step = 0.1 if interval.high - interval.low > 0.1 else 0.01
+    return f"{round(score.value / step) * step:.0%}"

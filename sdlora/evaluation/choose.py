@@ -1,0 +1,150 @@
+"""Measures the saved steps of a run at several strengths, and recommends one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sdlora.config import MAX_JSON_BYTES
+from sdlora.evaluation.choice import Cell, Choice, Facts, Probe, top_cell
+from sdlora.evaluation.context import EvaluationContext, load_cropped, open_context
+from sdlora.evaluation.evaluate import remove_trigger
+from sdlora.evaluation.features import DRAWING, Features, load_features
+from sdlora.evaluation.intervals import ratio_interval
+from sdlora.evaluation.scores import CopyCheck, Reference, Weights, content_kept, diversity, style_gain
+from sdlora.evaluation.walk import Gallery, Walk, plan_walk
+from sdlora.export.export import export_adapter
+from sdlora.reading import read_json
+from sdlora.report.plots import draw_choice
+from sdlora.report.summary import MIN_IMAGES
+from sdlora.runs import RunFolder
+from sdlora.writing import write_json
+
+MAX_TRAINING, NUM_PROBES = 400, 8
+
+
+def choose(
+    run: str | Path | RunFolder,
+    *,
+    features: str | None = None,
+    export: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    **wanted: Sequence[Any],
+) -> Choice:
+    """Draws a run's saved steps at several strengths, scores them, and recommends one.
+
+    Images are kept in the run, so that a second call draws only what is new. The scores are added to
+    `evaluation.json`, and `evaluation.png` plots them.
+
+    Args:
+        run: The run folder.
+        features: A folder or Hub id of a vision model; by default `DrawingFeatures`.
+        export: Writes the recommended adapter as `adapters/best.safetensors`, with its strength folded in.
+        progress: Called with (finished, total) images.
+        wanted: steps, strengths, prompts and seeds, as for `plan_walk`.
+
+    Raises:
+        RunError: If a step was not saved.
+        ConfigError: If a prompt or a strength cannot be used.
+        ModelError: If the features cannot be loaded.
+    """
+    folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
+    context = open_context(folder, needs_heldout=False)
+    walk = plan_walk(folder, [one.caption for one in (*context.records, *context.training)], **wanted)
+    scoring = Scoring(context, walk, load_features(features, context.base.device))
+    gallery = Gallery(context, progress)
+    choice = scoring.choose(gallery)
+    title = f"{folder.name}: {choice.best.name}" if choice.best else folder.name
+    choice = replace(
+        choice, curve=draw_choice(folder.evaluation_curve, choice.to_json()["cells"], title=title)
+    )
+    if export and choice.best:
+        adapter = gallery.adapter(choice.best.step)[0]
+        folded = replace(adapter, alpha=adapter.rank * choice.best.strength)
+        report = export_adapter(folded, folder.best_adapter, precision=context.config.export.precision)
+        choice = replace(choice, exported=report.path)
+    images = [
+        {"step": cell and cell[0], "strength": cell[1] if cell else 0.0, "prompt": row[0], "seed": row[1]}
+        | {"file": gallery.file(cell, row).relative_to(folder.path).as_posix()}
+        for cell in (None, *walk.cells)
+        for row in walk.rows
+    ]
+    known = read_json(folder.evaluation_file, MAX_JSON_BYTES) if folder.evaluation_file.is_file() else {}
+    write_json(folder.evaluation_file, {**known, "choice": {**choice.to_json(), "images": images}})
+    return choice
+
+
+class Scoring:
+    """Everything that the images of a run are compared with."""
+
+    def __init__(self, context: EvaluationContext, walk: Walk, features: Features) -> None:
+        self.context, self.walk, self.features = context, walk, features
+        config, plan = context.config, context.plan
+        chosen = context.training[:: 1 + len(context.training) // MAX_TRAINING]
+        training = [load_cropped(record, config, plan) for record in chosen]
+        self.copies = CopyCheck(training)
+        is_enough = len(context.records) >= MIN_IMAGES
+        heldout = [load_cropped(record, config, plan) for record in context.records]
+        self.reference = Reference(features, heldout if is_enough else training, leave_one_out=not is_enough)
+        self.weights = Weights.draw(len(walk.prompts), len(walk.seeds))
+
+    def choose(self, gallery: Gallery) -> Choice:
+        """Draws and scores all cells, and probes the best one."""
+        walk = self.walk
+        drawn = gallery.draw([None, *walk.cells], walk.rows)
+        base = drawn[None]
+        offsets, shown = self.reference.offsets(base), self.features.content(base)
+        loss = self.context.loss(self.context.ancestors) if self.context.records else None
+        cells = []
+        for step, strength in walk.cells:
+            images = drawn[step, strength]
+            content = self.features.content(images)
+            cell = Cell(
+                step,
+                strength,
+                style_gain(self.weights, self.reference, offsets, self.reference.offsets(images)),
+                self.weights.mean(content_kept(self.features, shown, content)),
+                diversity(self.weights, shown, content),
+                float(self.copies.copied(images).mean()),
+            )
+            if loss:
+                stack = (*self.context.ancestors, (gallery.adapter(step)[0], strength))
+                own = self.context.loss(stack)
+                changes = [after - before for before, after in zip(loss.by_image, own.by_image, strict=True)]
+                cell = replace(cell, loss=own, loss_change=ratio_interval(changes, loss.by_image))
+            cells.append(cell)
+        return Choice(cells, self._facts(), self._probe(gallery, top_cell(cells)))
+
+    def _facts(self) -> Facts:
+        context, info = self.context, self.context.base.info
+        is_model = self.features.name != DRAWING
+        return Facts(
+            features=self.features.name,
+            is_validated=is_model or info.is_builtin,
+            training=len(context.training),
+            heldout=len(context.records),
+            captions=sorted({caption for record in context.training for caption in record.captions}),
+            prompts=len(self.walk.prompts),
+            learning_rate=(context.config.train.learning_rate, info.defaults.learning_rate),
+        )
+
+    def _probe(self, gallery: Gallery, best: Cell) -> Probe:
+        """Draws the best cell for training captions, and for the prompts without the trigger."""
+        walk, cell = self.walk, (best.step, best.strength)
+        captions = list(dict.fromkeys(record.caption for record in self.context.training if record.caption))
+        asked = captions[:: 1 + len(captions) // NUM_PROBES]
+        rows = [(caption, seed) for caption in asked for seed in walk.seeds[:1]]
+        copied = self.copies.copied(gallery.draw([cell], rows)[cell])
+        copies = (int(copied.sum()), len(copied))
+        trigger = self.context.config.data.trigger
+        bare = {prompt: remove_trigger(prompt, trigger) for prompt in walk.prompts} if trigger else {}
+        asked = [text for prompt, text in bare.items() if text and text != prompt]
+        if len(set(asked)) < 2:
+            return Probe(copies)
+        rows = [(text, seed) for text in dict.fromkeys(asked) for seed in walk.seeds]
+        drawn = gallery.draw([None, cell], rows)
+        weights = Weights.draw(len(set(asked)), len(walk.seeds))
+        base, own = (self.reference.offsets(drawn[one]) for one in (None, cell))
+        return Probe(copies, style_gain(weights, self.reference, base, own))

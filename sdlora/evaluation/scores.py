@@ -1,0 +1,176 @@
+"""Scores of images that adapters draw, with intervals over prompts and seeds.
+
+N rows (prompt, seed) prompt by prompt, P prompts, S seeds, B bootstrap draws, D numbers of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from sdlora.evaluation.features import Features, Rows, copies_of, thumbnails, unit_rows
+from sdlora.evaluation.intervals import NUM_DRAWS, TAIL, Interval
+
+SAME_IMAGE = 0.01
+
+
+@dataclass(frozen=True)
+class Draws:
+    """A score: its value, and that of each bootstrap draw, (B,); draws of all scores are paired."""
+
+    value: float
+    draws: Rows
+
+    @property
+    def interval(self) -> Interval:
+        low, high = np.percentile(self.draws, [TAIL, 100 - TAIL])
+        return Interval(self.value, float(low), float(high))
+
+    def __sub__(self, other: Draws) -> Draws:
+        return Draws(self.value - other.value, self.draws - other.draws)
+
+    def __mul__(self, other: Draws) -> Draws:
+        return Draws(self.value * other.value, self.draws * other.draws)
+
+    @property
+    def positive(self) -> Draws:
+        return Draws(max(self.value, 0.0), np.maximum(self.draws, 0))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of rows, that sum to 1: equal ones first, then those of each bootstrap draw, (1 + B, N).
+
+    Prompts are drawn with replacement, and then the seeds of each.
+    """
+
+    rows: Rows
+    num_prompts: int
+
+    @classmethod
+    def draw(cls, num_prompts: int, num_seeds: int, num_draws: int = NUM_DRAWS) -> Weights:
+        random = np.random.default_rng(0)
+        prompts = random.integers(num_prompts, size=(num_draws, num_prompts, 1))
+        seeds = random.integers(num_seeds, size=(num_draws, num_prompts, num_seeds))
+        counts = np.ones((1 + num_draws, num_prompts * num_seeds))
+        counts[1:] = 0
+        draws = np.arange(1, 1 + num_draws)[:, None, None]
+        np.add.at(counts, (np.broadcast_to(draws, seeds.shape), prompts * num_seeds + seeds), 1)
+        return cls(counts / counts.sum(axis=1, keepdims=True), num_prompts)
+
+    def mean(self, values: Rows) -> Draws:
+        means = self.rows @ values
+        return Draws(float(means[0]), means[1:])
+
+    def length(self, rows: Rows, noise: float = 0.0) -> Rows:
+        """The length of the mean of rows (N, D), for each weighting, (1 + B,).
+
+        A mean of few rows is longer than that of many; what their spread over prompts, and `noise`, add to
+        its square is taken off, so that two sets of one kind are at a distance of about 0.
+        """
+        squared = np.square(self.rows @ rows).sum(axis=1) - noise
+        if self.num_prompts > 1:
+            prompts = rows.reshape(self.num_prompts, -1, rows.shape[1]).mean(axis=1)
+            spread = prompts.var(axis=0, ddof=1).sum() / self.num_prompts
+            # A draw varies around a mean that itself varies.
+            squared -= spread * np.r_[1, np.full(len(squared) - 1, 2.0)]
+        result: Rows = np.sqrt(np.maximum(squared, 0))
+        return result
+
+
+class Reference:
+    """Real images of the set, and how far images are from them in style.
+
+    Args:
+        features: The features.
+        images: Held-out images; or, if there are too few, training images, and each row is compared without
+            the one that is most like it, which it may have copied.
+        leave_one_out: Whether they are training images.
+    """
+
+    def __init__(self, features: Features, images: Sequence[Image.Image], *, leave_one_out: bool) -> None:
+        self.features, self.leave_one_out = features, leave_one_out
+        self.rows = features.style(images)
+        self.thumbnails = thumbnails(images)
+        count = len(images)
+        self.noise = float(self.rows.var(axis=0, ddof=1).sum() / count) if count > 1 else 0.0
+
+    def offsets(self, images: Sequence[Image.Image]) -> Rows:
+        """Style of images less that of the set, (N, D)."""
+        style, total, count = self.features.style(images), self.rows.sum(axis=0), len(self.rows)
+        if not self.leave_one_out or count < 2:
+            whole: Rows = style - total / count
+            return whole
+        nearest = _distances(thumbnails(images), self.thumbnails).argmin(axis=1)
+        offsets: Rows = style - (total - self.rows[nearest]) / (count - 1)
+        return offsets
+
+
+def style_gain(weights: Weights, reference: Reference, base: Rows, cell: Rows) -> Draws:
+    """The way from the base's own images (0) to real images of the set (1); below 0, it leads away.
+
+    `base` and `cell` are offsets (N, D) of the same rows.
+    """
+    before, after = weights.length(base, reference.noise), weights.length(cell, reference.noise)
+    gain = 1 - after / np.maximum(before, 1e-9)
+    return Draws(float(gain[0]), gain[1:])
+
+
+def content_kept(features: Features, base: Rows, cell: Rows) -> Rows:
+    """How well each row shows what the base shows for the same prompt and seed, (N,): 1 as well, 0 not.
+
+    The cosine, of what images show less what all of the base's images share, on the scale of the features.
+    """
+    center = base.mean(axis=0)
+    likeness = (unit_rows(base - center) * unit_rows(cell - center)).sum(axis=1)
+    low, high = features.content_scale
+    result: Rows = np.clip((likeness - low) / (high - low), 0, 1)
+    return result
+
+
+def diversity(weights: Weights, base: Rows, cell: Rows) -> Draws:
+    """The mean distance between rows by what they show, over that of the base's."""
+    before, after = (_spread(weights, unit_rows(rows)) for rows in (base, cell))
+    ratio = after / np.maximum(before, 1e-9)
+    return Draws(float(ratio[0]), ratio[1:])
+
+
+def _spread(weights: Weights, rows: Rows) -> Rows:
+    # The mean over pairs of 1 - cosine, without pairs of a row with itself.
+    same = np.square(weights.rows).sum(axis=1)
+    result: Rows = (1 - np.square(weights.rows @ rows).sum(axis=1)) / np.maximum(1 - same, 1e-9)
+    return result
+
+
+class CopyCheck:
+    """Tells copies of training images, also mirrored or cut, from new images.
+
+    A copy is closer to a training image than the two training images that are most alike.
+    """
+
+    def __init__(self, images: Sequence[Image.Image]) -> None:
+        self.known = thumbnails([copy for image in images for copy in copies_of(image)])
+        own = thumbnails(images)
+        pairs = _distances(own, self.known).reshape(len(own), len(own), -1).min(axis=2)
+        np.fill_diagonal(pairs, np.inf)
+        # Duplicates in the folder are no two images.
+        pairs[pairs < SAME_IMAGE] = np.inf
+        self.closest = float(pairs.min())
+
+    def copied(self, images: Sequence[Image.Image]) -> Rows:
+        """1 for each copy, else 0, (N,)."""
+        if not np.isfinite(self.closest):
+            return np.zeros(len(images))
+        nearest = _distances(thumbnails(images), self.known).min(axis=1)
+        result: Rows = (nearest < self.closest).astype(np.float64)
+        return result
+
+
+def _distances(rows: Rows, others: Rows) -> Rows:
+    """Root mean square differences, (N, M)."""
+    squared = np.square(rows).sum(axis=1)[:, None] + np.square(others).sum(axis=1) - 2 * rows @ others.T
+    result: Rows = np.sqrt(np.maximum(squared, 0) / rows.shape[1])
+    return result
