@@ -23,6 +23,7 @@ from sdlora.runs import RunFolder
 from sdlora.writing import write_json
 
 MAX_TRAINING, NUM_PROBES = 400, 8
+IMAGE_KEYS = ("step", "strength", "prompt", "seed", "file")
 
 
 def choose(
@@ -61,14 +62,13 @@ def choose(
         choice, curve=draw_choice(folder.evaluation_curve, choice.to_json()["cells"], title=title)
     )
     if export and choice.best:
-        adapter = gallery.adapter(choice.best.step)[0]
+        adapter = gallery.adapter(choice.best.step)
         folded = replace(adapter, alpha=adapter.rank * choice.best.strength)
         report = export_adapter(folded, folder.best_adapter, precision=context.config.export.precision)
         choice = replace(choice, exported=report.path)
     images = [
-        {"step": cell and cell[0], "strength": cell[1] if cell else 0.0, "prompt": row[0], "seed": row[1]}
-        | {"file": gallery.file(cell, row).relative_to(folder.path).as_posix()}
-        for cell in (None, *walk.cells)
+        dict(zip(IMAGE_KEYS, (*(place or (None, 0.0)), *row, gallery.file(place, row)), strict=True))
+        for place in (None, *walk.cells)
         for row in walk.rows
     ]
     known = read_json(folder.evaluation_file, MAX_JSON_BYTES) if folder.evaluation_file.is_file() else {}
@@ -110,7 +110,7 @@ class Scoring:
                 float(self.copies.copied(images).mean()),
             )
             if loss:
-                stack = (*self.context.ancestors, (gallery.adapter(step)[0], strength))
+                stack = (*self.context.ancestors, (gallery.adapter(step), strength))
                 own = self.context.loss(stack)
                 changes = [after - before for before, after in zip(loss.by_image, own.by_image, strict=True)]
                 cell = replace(cell, loss=own, loss_change=ratio_interval(changes, loss.by_image))

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from sdlora.errors import ConfigError
 from sdlora.evaluation.context import EvaluationContext
 from sdlora.formats.files import load_adapter
 from sdlora.lora.adapter import Adapter
 from sdlora.runs import RunFolder
-from sdlora.sampling.generate import Column, generate
-from sdlora.sampling.images import SampledImage, SampleSettings, check_prompts, resolve_settings
-from sdlora.tree.lineage import digest_adapter
-from sdlora.writing import write_file
+from sdlora.sampling.generate import Cell, Column, draw
+from sdlora.sampling.images import SampleSettings, check_prompts, resolve_settings
+from sdlora.sampling.store import ImageStore
 
 NUM_STEPS, NUM_PROMPTS = 5, 8
 SEEDS, STRENGTHS = (0, 1), (0.5, 0.8, 1.0)
 
-Row = tuple[str, int]
+Row: TypeAlias = tuple[str, int]
 """A prompt and a seed."""
+Place: TypeAlias = tuple[int | str, float] | None
+"""A saved step, or "final", at a strength; None is the base."""
 
 
 @dataclass(frozen=True)
@@ -120,91 +117,39 @@ class Gallery:
         # A blank image would be measured, too.
         settings = replace(SampleSettings.of(context.config.sample, (size, size)), safety_checker=False)
         self.settings = resolve_settings(context.base.info, settings)
-        self.folder = context.run.evaluation_images
-        self.drawn = 0
-        self._adapters: dict[int | str, tuple[Adapter, str]] = {}
-        self._below = [f"{digest_adapter(one)}*{strength}" for one, strength in context.ancestors]
+        self.store = ImageStore(context.run.evaluation_images)
+        self._adapters: dict[int | str, Adapter] = {}
+        # Text states are encoded once for each.
+        self._columns: dict[Place, Column] = {}
 
-    def adapter(self, step: int | str) -> tuple[Adapter, str]:
-        """The saved adapter of a step, and the digest of its file's tensors."""
+    def adapter(self, step: int | str) -> Adapter:
+        """The saved adapter of a step."""
         if step not in self._adapters:
-            file = self.context.run.saved_adapter(step)
-            self._adapters[step] = (load_adapter(file), digest_adapter(load_adapter(file, dtype=None)))
+            self._adapters[step] = load_adapter(self.context.run.saved_adapter(step))
         return self._adapters[step]
 
-    def draw(
-        self, cells: Sequence[tuple[int | str, float] | None], rows: Sequence[Row]
-    ) -> dict[tuple[int | str, float] | None, list[Image.Image]]:
-        """Images of cells, (step, strength) or None for the base, in the order of the rows."""
-        files = {cell: [self.file(cell, row) for row in rows] for cell in cells}
-        missing = {
-            cell: [row for row, file in zip(rows, own, strict=True) if not file.is_file()]
-            for cell, own in files.items()
-        }
-        total, done = sum(map(len, missing.values())), 0
-        # Strengths of one step share batches.
-        for _, group in itertools.groupby(cells, lambda cell: cell and cell[0]):
-            wanted = [cell for cell in group if missing[cell]]
-            for prompts, seeds in _products([row for cell in wanted for row in missing[cell]]):
-                columns = [self._column(cell) for cell in wanted]
-                images = generate(
-                    self.context.base,
-                    columns,
-                    prompts,
-                    seeds,
-                    self.settings,
-                    progress=lambda now, _, done=done: self._show(done + now, total),  # type: ignore[misc]
-                )
-                for number, sample in enumerate(images):
-                    cell = wanted[number % len(wanted)]
-                    self._write(self.file(cell, (sample.prompt, sample.seed)), sample, cell)
-                done += len(images)
-                self.drawn += len(images)
-        return {cell: [_read(file) for file in own] for cell, own in files.items()}
+    def draw(self, places: Sequence[Place], rows: Sequence[Row]) -> dict[Place, list[Image.Image]]:
+        """Images of each place, in the order of the rows."""
+        cells = [self._cell(place, row) for place in places for row in rows]
+        made = draw(self.context.base, cells, store=self.store, progress=self.progress)
+        images = [sample.image for sample in made]
+        return {place: images[n * len(rows) : (n + 1) * len(rows)] for n, place in enumerate(places)}
 
-    def file(self, cell: tuple[int | str, float] | None, row: Row) -> Path:
-        """The file of an image, named after everything that decides what it shows."""
-        settings = {**asdict(self.settings), "batch_size": None}
-        stack = [*self._below, f"{self.adapter(cell[0])[1]}*{cell[1]:g}"] if cell else []
-        values = [self.context.base.info.digest, stack, *row, settings]
-        text = json.dumps(values, sort_keys=True, ensure_ascii=True)
-        return self.folder / f"{hashlib.sha256(text.encode('ascii')).hexdigest()[:20]}.png"
+    def file(self, place: Place, row: Row) -> str:
+        """The file of an image: relative to the run; the base's, which are kept in the cache, absolute."""
+        file = self.store.file(self.context.base, self._cell(place, row))
+        assert file is not None
+        run = self.context.run.path
+        return (file.relative_to(run) if file.is_relative_to(run) else file).as_posix()
 
-    def _column(self, cell: tuple[int | str, float] | None) -> Column:
-        if cell is None:
+    def _cell(self, place: Place, row: Row) -> Cell:
+        if place not in self._columns:
+            self._columns[place] = self._column(place)
+        return Cell(self._columns[place], *row, self.settings)
+
+    def _column(self, place: Place) -> Column:
+        if place is None:
             return Column()
-        step, strength = cell
-        return Column((*self.context.ancestors, (self.adapter(step)[0], strength)), strength, str(step))
-
-    def _show(self, done: int, total: int) -> None:
-        if self.progress:
-            self.progress(done, total)
-
-    def _write(self, file: Path, sample: SampledImage, cell: tuple[int | str, float] | None) -> None:
-        step, strength = cell or (None, 0.0)
-        values: Mapping[str, Any] = {
-            "prompt": sample.prompt,
-            "seed": sample.seed,
-            "step": step,
-            "strength": strength,
-            **asdict(sample.settings),
-        }
-        info = PngInfo()
-        info.add_text("sdlora", json.dumps(values))
-        write_file(file, lambda path: sample.image.save(path, "PNG", pnginfo=info))
-
-
-def _products(rows: Sequence[Row]) -> list[tuple[list[str], list[int]]]:
-    """Rows as prompts times seeds: prompts that lack the same seeds are drawn together."""
-    by_prompt: dict[str, set[int]] = {}
-    for prompt, seed in rows:
-        by_prompt.setdefault(prompt, set()).add(seed)
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for prompt, seeds in by_prompt.items():
-        groups.setdefault(tuple(sorted(seeds)), []).append(prompt)
-    return [(prompts, list(seeds)) for seeds, prompts in groups.items()]
-
-
-def _read(file: Path) -> Image.Image:
-    with Image.open(file) as image:
-        return image.convert("RGB")
+        step, strength = place
+        name = step if isinstance(step, str) else f"step {step}"
+        return Column((*self.context.ancestors, (self.adapter(step), strength)), strength, name)

@@ -42,7 +42,7 @@ class ImageStore:
 
     def get(self, base: Base, cell: Cell) -> SampledImage | None:
         """The image of a cell with resolved settings; None if there is none, or it is damaged."""
-        if (file := self._file(base, cell)) is None:
+        if (file := self.file(base, cell)) is None:
             return None
         with suppress(OSError, UnfitFileError, UnidentifiedImageError, ValueError, SyntaxError):
             image = Image.open(io.BytesIO(read_bytes(file, MAX_BYTES)))
@@ -55,11 +55,12 @@ class ImageStore:
 
     def put(self, base: Base, cell: Cell, image: SampledImage) -> None:
         """Writes an image; a cache that cannot be written is no error."""
-        if file := self._file(base, cell):
+        if file := self.file(base, cell):
             with suppress(*() if cell.column.stack else (OSError,)):
                 write_image(file, image, {"base": base.info.name})
 
-    def _file(self, base: Base, cell: Cell) -> Path | None:
+    def file(self, base: Base, cell: Cell) -> Path | None:
+        """The file of an image, whether it is there or not; None if it is not kept."""
         if cell.column.stack and self.folder is None:
             return None
         key = self._key(base, cell)
