@@ -12,7 +12,7 @@ from sdlora.evaluation.intervals import Interval
 from sdlora.evaluation.scores import Draws
 from sdlora.report.summary import MIN_IMAGES
 
-ENOUGH_CONTENT, MANY_COPIES = 0.5, 0.25
+KEPT, TORN, MANY_COPIES = 0.85, 0.5, 0.25
 MIN_PROMPTS = 4
 
 
@@ -41,18 +41,11 @@ class Cell:
     loss_change: Interval | None = None
 
     @property
-    def score(self) -> Draws:
-        """Style times content: neither a perfect style of nothing nor the bare base is good."""
-        return self.style.positive * self.content.positive
-
-    @property
     def name(self) -> str:
         return f"{self.step if self.step == 'final' else f'step {self.step}'} at {self.strength:g}"
 
     def to_json(self) -> dict[str, Any]:
-        scores = {
-            name: asdict(getattr(self, name).interval) for name in ("style", "content", "diversity", "score")
-        }
+        scores = {name: asdict(getattr(self, name).interval) for name in ("style", "content", "diversity")}
         loss = {"loss": self.loss.loss, "by_band": self.loss.by_band} if self.loss else {"loss": None}
         change = asdict(self.loss_change) if self.loss_change else None
         facts = {"step": self.step, "strength": self.strength, "copies": self.copies}
@@ -107,9 +100,11 @@ class Choice:
 
     @property
     def best(self) -> Cell | None:
-        """The cell with the highest score; None if something is missing to say so."""
+        """The cell with the most style of those that keep the content; None if there is none, or something is
+        missing to say so."""
         cell = top_cell(self.cells)
-        return None if self.missing or cell.style.interval.low <= 0 else cell
+        is_good = cell.content.value >= KEPT and cell.style.interval.low > 0
+        return cell if is_good and not self.missing else None
 
     @property
     def missing(self) -> str:
@@ -126,11 +121,10 @@ class Choice:
 
     @property
     def ties(self) -> list[Cell]:
-        """Cells whose scores cannot be told from that of the best."""
+        """Cells that keep the content too, and whose style cannot be told from that of the best."""
         best = top_cell(self.cells)
-        return [
-            cell for cell in self.cells if cell is not best and (best.score - cell.score).interval.low <= 0
-        ]
+        others = [cell for cell in self.cells if cell is not best and cell.content.value >= KEPT]
+        return [cell for cell in others if (best.style - cell.style).interval.low <= 0]
 
     @property
     def reason(self) -> str:
@@ -138,17 +132,22 @@ class Choice:
         cell = top_cell(self.cells)
         if self.missing:
             return f"none: {self.missing}"
+        style, content = _percent(cell.style), _percent(cell.content)
+        if cell.content.value < KEPT:
+            return (
+                f"none: no cell keeps {KEPT:.0%} of the content; {cell.name} keeps most, {content}; "
+                "try lower --strengths, or an earlier --step"
+            )
         if cell.style.interval.low <= 0:
             return (
-                f"none: not even {cell.name}, the best, is clearly nearer to the set's style than the base "
-                f"({cell.style.interval}); train longer, or with a higher learning rate"
+                f"none: {cell.name}, which has the most style of those that keep the content, is not clearly "
+                "nearer to it than the base; train longer, or with a higher learning rate"
             )
-        style, content = _percent(cell.style), _percent(cell.content)
-        text = f"{cell.name}: {style} of the way to the style, {content} of the content kept"
+        text = f"{cell.name} has the most style ({style}) of those that keep the content ({content})"
         ties = self.ties
         if not ties:
-            return f"{text}; clearly better than the other {len(self.cells) - 1}"
-        names = ", ".join(tie.name for tie in sorted(ties, key=lambda tie: -tie.score.value)[:3])
+            return text
+        names = ", ".join(tie.name for tie in sorted(ties, key=lambda tie: -tie.style.value)[:3])
         others = f"{names} and {len(ties) - 3} more" if len(ties) > 3 else names
         return f"{text}; {others} cannot be told apart from it, so compare them by eye"
 
@@ -193,7 +192,7 @@ class Choice:
 
     def _about_content(self) -> str:
         weakest = min(cell.strength for cell in self.cells)
-        torn = [cell for cell in self.cells if cell.content.interval.high < ENOUGH_CONTENT]
+        torn = [cell for cell in self.cells if cell.content.interval.high < TORN]
         if not any(cell.strength == weakest for cell in torn):
             return ""
         first = next(cell for cell in self.cells if cell.strength == weakest)
@@ -237,8 +236,11 @@ class Choice:
 
 
 def top_cell(cells: Sequence[Cell]) -> Cell:
-    """The cell with the highest score."""
-    return max(cells, key=lambda cell: cell.score.value)
+    """The cell with the most style of those that keep `KEPT` of the content; else the one that keeps most."""
+    kept = [cell for cell in cells if cell.content.value >= KEPT]
+    if kept:
+        return max(kept, key=lambda cell: cell.style.value)
+    return max(cells, key=lambda cell: cell.content.value)
 
 
 def _percent(score: Draws) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.config import MAX_JSON_BYTES
-from sdlora.evaluation.choice import Cell, Choice, Facts, Probe, top_cell
+from sdlora.evaluation.choice import KEPT, Cell, Choice, Facts, Probe, top_cell
 from sdlora.evaluation.context import EvaluationContext, load_cropped, open_context
 from sdlora.evaluation.evaluate import remove_trigger
 from sdlora.evaluation.features import DRAWING, Features, load_features
@@ -58,9 +58,10 @@ def choose(
     gallery = Gallery(context, progress)
     choice = scoring.choose(gallery)
     title = f"{folder.name}: {choice.best.name}" if choice.best else folder.name
-    choice = replace(
-        choice, curve=draw_choice(folder.evaluation_curve, choice.to_json()["cells"], title=title)
-    )
+    best = choice.cells.index(top_cell(choice.cells))
+    cells = choice.to_json()["cells"]
+    curve = draw_choice(folder.evaluation_curve, cells, best=best, kept=KEPT, title=title)
+    choice = replace(choice, curve=curve)
     if export and choice.best:
         adapter = gallery.adapter(choice.best.step)
         folded = replace(adapter, alpha=adapter.rank * choice.best.strength)
@@ -105,7 +106,7 @@ class Scoring:
                 step,
                 strength,
                 style_gain(self.weights, self.reference, offsets, self.reference.offsets(images)),
-                self.weights.mean(content_kept(self.features, shown, content)),
+                self.weights.mean(content_kept(self.features, shown, content, len(walk.prompts))),
                 diversity(self.weights, shown, content),
                 float(self.copies.copied(images).mean()),
             )

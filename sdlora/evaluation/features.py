@@ -30,11 +30,12 @@ class Features(Protocol):
 
     Attributes:
         name: How a user names it.
-        content_scale: The cosine of two images' content at which nothing, and at which everything, is kept.
+        content_scale: The cosine of two images' content at which nothing, and at which everything, is kept;
+            None if it has not been measured: then the base's own images set it.
     """
 
     name: str
-    content_scale: tuple[float, float]
+    content_scale: tuple[float, float] | None
 
     def style(self, images: Sequence[Image.Image]) -> Rows:
         """How images are drawn, (N, D); the mean over images is that of a set."""
@@ -54,7 +55,7 @@ class DrawingFeatures:
     """
 
     name = DRAWING
-    content_scale = (0.45, 0.85)
+    content_scale: tuple[float, float] | None = (0.45, 0.85)
 
     def style(self, images: Sequence[Image.Image]) -> Rows:
         return np.stack([_style(_pixels(image, SIDE_PX)) for image in images])
@@ -77,7 +78,7 @@ class ModelFeatures:
         ModelError: If it cannot be loaded, or is no vision model.
     """
 
-    content_scale = (0.0, 1.0)
+    content_scale: tuple[float, float] | None = None
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:
         self.name, self.device = str(source), device

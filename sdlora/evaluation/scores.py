@@ -32,13 +32,6 @@ class Draws:
     def __sub__(self, other: Draws) -> Draws:
         return Draws(self.value - other.value, self.draws - other.draws)
 
-    def __mul__(self, other: Draws) -> Draws:
-        return Draws(self.value * other.value, self.draws * other.draws)
-
-    @property
-    def positive(self) -> Draws:
-        return Draws(max(self.value, 0.0), np.maximum(self.draws, 0))
-
 
 @dataclass(frozen=True)
 class Weights:
@@ -119,16 +112,27 @@ def style_gain(weights: Weights, reference: Reference, base: Rows, cell: Rows) -
     return Draws(float(gain[0]), gain[1:])
 
 
-def content_kept(features: Features, base: Rows, cell: Rows) -> Rows:
+def content_kept(features: Features, base: Rows, cell: Rows, num_prompts: int) -> Rows:
     """How well each row shows what the base shows for the same prompt and seed, (N,): 1 as well, 0 not.
 
-    The cosine, of what images show less what all of the base's images share, on the scale of the features.
+    The cosine, of what images show less what all of the base's images share, on the scale of the features;
+    without one, images of the base for the same prompt and another seed are at 1.
     """
     center = base.mean(axis=0)
-    likeness = (unit_rows(base - center) * unit_rows(cell - center)).sum(axis=1)
-    low, high = features.content_scale
-    result: Rows = np.clip((likeness - low) / (high - low), 0, 1)
+    own, new = unit_rows(base - center), unit_rows(cell - center)
+    low, high = features.content_scale or (0.0, _seed_likeness(own, num_prompts))
+    result: Rows = np.clip(((own * new).sum(axis=1) - low) / (high - low), 0, 1)
     return result
+
+
+def _seed_likeness(unit: Rows, num_prompts: int) -> float:
+    """The mean cosine of two of the base's images for one prompt; 1 with a single seed."""
+    prompts = unit.reshape(num_prompts, -1, unit.shape[1])
+    count = prompts.shape[1]
+    if count < 2:
+        return 1.0
+    pairs = (np.square(prompts.sum(axis=1)).sum(axis=1) - count) / (count * (count - 1))
+    return max(float(pairs.mean()), 0.1)
 
 
 def diversity(weights: Weights, base: Rows, cell: Rows) -> Draws:

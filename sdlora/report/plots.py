@@ -145,39 +145,40 @@ def draw_rank_curve(
     return _save(figure, path, f"{title}: {advice}" if title else advice)
 
 
-def draw_choice(path: Path, cells: Sequence[Mapping[str, Any]], *, title: str = "") -> Path:
-    """Plots style against content, and their product by strength; a curve for each step, from the base on.
+def draw_choice(
+    path: Path, cells: Sequence[Mapping[str, Any]], *, best: int, kept: float, title: str = ""
+) -> Path:
+    """Plots content against style, and style by strength; a curve for each step, from the base on.
 
     Args:
         path: The PNG file.
-        cells: With step, strength, and style, content and score as value, low and high.
+        cells: With step, strength, and style and content as value, low and high.
+        best: Number of the cell to mark.
+        kept: Content that is enough.
         title: Title of the plot.
     """
     figure, left, right = _panels(11)
     steps = list(dict.fromkeys(cell["step"] for cell in cells))
     palette = colormaps["viridis"]
-    best = max(cells, key=lambda cell: cell["score"]["value"])
     for number, step in enumerate(steps):
         own = sorted((cell for cell in cells if cell["step"] == step), key=lambda cell: cell["strength"])
         colour = palette(number / max(1, len(steps) - 1) * 0.9)
         look: dict[str, Any] = {"color": colour, "markersize": 4, "linewidth": 1.2}
         look["label"] = str(step) if isinstance(step, str) else f"step {step}"
-        gained, kept, score = (
-            [cell[name]["value"] for cell in own] for name in ("style", "content", "score")
-        )
-        left.plot([0, *gained], [1, *kept], "o-", **look)
+        style, content = ([cell[name]["value"] for cell in own] for name in ("style", "content"))
+        left.plot([0, *style], [1, *content], "o-", **look)
         strengths = [cell["strength"] for cell in own]
-        right.plot([0, *strengths], [0, *score], "o-", **look)
-        low, high = ([cell["score"][end] for cell in own] for end in ("low", "high"))
+        right.plot([0, *strengths], [0, *style], "o-", **look)
+        low, high = ([cell["style"][end] for cell in own] for end in ("low", "high"))
         right.fill_between(strengths, low, high, color=colour, alpha=0.1)
-    x, y = best["style"], best["content"]
+    x, y = cells[best]["style"], cells[best]["content"]
     across, up = ([[abs(one["value"] - one["low"])], [abs(one["high"] - one["value"])]] for one in (x, y))
-    name = f"highest product, at {best['strength']:g}, with its 95 % interval"
-    left.errorbar([x["value"]], [y["value"]], up, across, "*", color="tab:red", markersize=11, label=name)
+    left.errorbar([x["value"]], [y["value"]], up, across, "*", color="tab:red", markersize=11, zorder=3)
     left.plot([0], [1], "s", color="0.4", label="base")
+    left.axhline(kept, color="0.6", linestyle="--", linewidth=1, label=f"{kept:.0%} of the content")
     left.set(title="content kept by style gained", ylabel="content kept (1: as the base)")
     left.set(xlabel="style (0: base, 1: real images)")
-    right.set(title="style x content, with 95 % intervals", xlabel="strength")
+    right.set(title="style by strength, with 95 % intervals", xlabel="strength", ylabel="style")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     left.legend(fontsize=7, loc="lower left")

@@ -77,9 +77,9 @@ def test_style_lies_between_the_base_and_real_images(weights, leave_one_out):
 def test_content_is_that_of_the_base_in_any_hand():
     """Everything in the base's own images, most in outlines of the same shapes, nothing in other shapes."""
     base = FEATURES.content(rows())
-    same = content_kept(FEATURES, base, FEATURES.content(rows(filled=False)))
-    other = content_kept(FEATURES, base, FEATURES.content([*rows()[SEEDS:], *rows()[:SEEDS]]))
-    assert content_kept(FEATURES, base, base).tolist() == [1.0] * len(base)
+    same = content_kept(FEATURES, base, FEATURES.content(rows(filled=False)), PROMPTS)
+    other = content_kept(FEATURES, base, FEATURES.content([*rows()[SEEDS:], *rows()[:SEEDS]]), PROMPTS)
+    assert content_kept(FEATURES, base, base, PROMPTS).tolist() == [1.0] * len(base)
     assert same.mean() > 0.5 > 0.2 > other.mean()
 
 
@@ -120,12 +120,12 @@ CELLS = [
 
 
 def test_the_best_is_neither_the_base_nor_a_smear():
-    """Style times content, and whether the others can be told from it."""
+    """The most style of those that keep the content, and whether the others can be told from it."""
     choice = Choice(CELLS, FACTS)
     assert (choice.best.step, choice.best.strength) == (100, 1.0)
     assert choice.ties == []
     assert choice.warnings == []
-    close = Choice([*CELLS, cell(200, 0.8, 0.395, 0.905, style=score(0.395, seed=2))], FACTS)
+    close = Choice([*CELLS, replace(CELLS[1], step=200, strength=0.8, style=score(0.395, seed=2))], FACTS)
     assert [tie.step for tie in close.ties] == [200]
     assert "step 200" in close.reason
     assert close.to_json()["ties"] == [{"step": 200, "strength": 0.8}]
@@ -144,8 +144,9 @@ def test_no_recommendation_without_what_it_needs(facts, shows):
     assert choice.to_json()["step"] is None
 
 
-def test_no_style_is_no_recommendation():
-    choice = Choice([cell(100, 1.0, 0.001, 1.0)], FACTS)
+@pytest.mark.parametrize("cells", [[cell(100, 1.0, 0.001, 1.0)], [cell(100, 1.0, 0.9, 0.7)]])
+def test_no_style_or_torn_content_is_no_recommendation(cells):
+    choice = Choice(cells, FACTS)
     assert choice.best is None
     assert choice.reason.startswith("none")
 
