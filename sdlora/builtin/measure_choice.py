@@ -85,7 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             choice = json.loads(run.evaluation_file.read_text(encoding="utf-8"))["choice"]
             chosen = choice["step"], choice["strength"]
             share = truth[chosen] / truth[best] if chosen in truth and truth[best] else None
-            facts = {"chosen": chosen, "best": best, "share": share, "agrees": (share or 0) >= GOOD}
+            facts: dict[str, Any] = {
+                "chosen": chosen,
+                "best": best,
+                "share": share,
+                "agrees": (share or 0) >= GOOD,
+            }
             facts["truth"] = {f"{step} at {strength:g}": value for (step, strength), value in truth.items()}
             print(json.dumps({run.name: facts}), flush=True)
     except SdloraError as error:
