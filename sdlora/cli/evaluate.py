@@ -9,6 +9,21 @@ import typer
 
 from sdlora.cli import app, options
 
+SavedSteps = Annotated[
+    list[str] | None,
+    typer.Option(help="Saved steps to choose from: 50,100,final; repeatable.", show_default="up to five"),
+]
+Strengths = Annotated[
+    str | None, typer.Option(help="Strengths to choose from: 0.5,0.8,1.", show_default="the run's")
+]
+Features = Annotated[
+    str | None,
+    typer.Option(help="A folder or Hub id of CLIP or DINOv2 to score by.", show_default="without weights"),
+]
+Export = Annotated[
+    bool, typer.Option("--export", help="Write the recommended adapter as adapters/best.safetensors.")
+]
+
 
 @app.command()
 def evaluate(
@@ -16,26 +31,13 @@ def evaluate(
     full_base: Annotated[
         bool, typer.Option("--full-base", help="Measure the loss on the full base too, after base.quantize.")
     ] = False,
-    step: Annotated[
-        list[str] | None,
-        typer.Option(help="Saved steps to choose from: 50,100,final; repeatable.", show_default="up to five"),
-    ] = None,
-    strengths: Annotated[
-        str | None, typer.Option(help="Strengths to choose from: 0.5,0.8,1.", show_default="the run's")
-    ] = None,
+    step: SavedSteps = None,
+    strengths: Strengths = None,
     prompt: options.Prompt = None,
     prompts: options.Prompts = None,
     seeds: options.Seeds = None,
-    features: Annotated[
-        str | None,
-        typer.Option(
-            help="A folder or Hub id of CLIP or DINOv2 that scores images.",
-            show_default="drawing, without weights",
-        ),
-    ] = None,
-    export: Annotated[
-        bool, typer.Option("--export", help="Write the recommended adapter as adapters/best.safetensors.")
-    ] = False,
+    features: Features = None,
+    export: Export = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure a run on held-out images, and recommend a saved step and a strength."""

@@ -220,7 +220,10 @@ class Choice:
         }
 
     def lines(self) -> list[str]:
-        lines = ["cell              style  content  diversity  copies  held-out loss"]
+        lines = [
+            "scores            style: 0% the base, 100% real images; content and diversity: 100% as the base",
+            "cell              style  content  diversity  copies  held-out loss",
+        ]
         for cell in self.cells:
             mark = "*" if cell is self.best else " "
             loss = f"{cell.loss.loss:.3g}" if cell.loss else "-"
