@@ -49,7 +49,7 @@ LIBRARIES = {
     "uvicorn": {"cli"},
 }
 # A feature that needs more lines raises this in the commit that adds it.
-MAX_MODULES, MAX_LINES = 150, 27_300
+MAX_MODULES, MAX_LINES = 149, 27_450
 WITHOUT_TORCH = {
     "errors",
     "reading",
