@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel
 
 from sdlora.errors import ModelError, first_line
 
@@ -82,11 +82,17 @@ class ModelFeatures:
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:
         self.name, self.device = str(source), device
+        is_local = Path(source).is_dir()
         try:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-            self.processor: Any = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+            self.processor: Any = AutoImageProcessor.from_pretrained(
+                source, trust_remote_code=False, local_files_only=is_local
+            )
             model: Any = AutoModel.from_pretrained(
-                source, config=config, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+                source,
+                trust_remote_code=False,
+                local_files_only=is_local,
+                use_safetensors=True,
+                dtype=torch.float32,
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             remedy = "use a folder or Hub id of a CLIP or DINOv2 model with safetensors weights"

@@ -35,18 +35,21 @@ class Captioner:
     """
 
     def __init__(self, source: str, prompt: str | None = None, device: str = "cpu") -> None:
-        options: dict[str, Any] = {"trust_remote_code": False}
         path = Path(source).expanduser()
-        name = str(path) if path.is_dir() else source
+        is_local = path.is_dir()
+        name = str(path) if is_local else source
         try:
-            self.kind = str(AutoConfig.from_pretrained(name, **options).model_type)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=is_local)
+            self.kind = str(config.model_type)
             if self.kind not in PROMPTS:
                 known = "BLIP, Florence-2, Qwen2-VL or Qwen2.5-VL"
                 raise ModelError(f"--model {source} is a {self.kind}; use {known}", key="option--model")
-            self.processor: Any = AutoProcessor.from_pretrained(name, **options)
+            self.processor: Any = AutoProcessor.from_pretrained(
+                name, trust_remote_code=False, local_files_only=is_local
+            )
             dtype = torch.float32 if device == "cpu" else torch.bfloat16
             model = AutoModelForImageTextToText.from_pretrained(
-                name, dtype=dtype, use_safetensors=True, **options
+                name, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=is_local
             )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             problem = (
