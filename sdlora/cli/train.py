@@ -94,7 +94,7 @@ def resume(
 
 
 def _print_result(run: RunFolder) -> None:
-    from sdlora.export.webui import webui_prompt
+    from sdlora.export.webui import preferred_strength, webui_prompt
 
     if not is_first():
         return
@@ -115,6 +115,6 @@ def _print_result(run: RunFolder) -> None:
         config = run.read_config()
         name = config.export.name or run.name
         if (for_uis := run.path / "webui" / f"{name}.safetensors").is_file():
-            prompt = webui_prompt(name, config.sample.strengths[0], config.data.trigger)
+            prompt = webui_prompt(name, preferred_strength(config.sample.strengths), config.data.trigger)
             typer.echo(f"for UIs   {for_uis} (A1111, Forge, ComfyUI); prompt: {prompt}")
         typer.echo(f'load it   pipe.load_lora_weights("{run.adapter}")')

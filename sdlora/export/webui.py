@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from sdlora.runs import RunFolder
@@ -15,7 +16,7 @@ VERSIONS = {"sdxl": "SDXL", "sd_v2": "SD2", "sd_v1": "SD1"}
 def write_webui_files(
     run: RunFolder,
     kohya_version: str,
-    strength: float,
+    strengths: Sequence[float],
     trigger: str | None,
     *,
     about: str = "",
@@ -28,7 +29,7 @@ def write_webui_files(
     Args:
         run: A finished run.
         kohya_version: `ss_base_model_version` of the base.
-        strength: Preferred strength, which is the thumbnail's too.
+        strengths: Those of the run's samples; the preferred one is also the thumbnail's.
         trigger: Words that invoke the style, if any.
         about: Notes for whoever uses it.
         name: NAME; the run's by default.
@@ -39,8 +40,10 @@ def write_webui_files(
     place = run.path / "webui" / f"{name or run.name}.safetensors"
     place.unlink(missing_ok=True)  # a rename between two links to one file does nothing
     write_file(place, lambda file: _link(run.final_adapter("kohya"), file))
-    # 00.png is the base, 01.png the first strength
-    thumbnails = sorted(run.samples.glob("step-*/01.png"))
+    strength = preferred_strength(strengths)
+    # 00.png is the base; the strengths follow
+    number = 1 + [one for one in dict.fromkeys(strengths) if one].index(strength) if any(strengths) else 0
+    thumbnails = sorted(run.samples.glob(f"step-*/{number:02}.png"))
     if thumbnails:
         write_file(place.with_suffix(".png"), lambda file: shutil.copyfile(thumbnails[-1], file))
     version = next((name for start, name in VERSIONS.items() if kohya_version.startswith(start)), "Unknown")
@@ -53,6 +56,12 @@ def write_webui_files(
     }
     write_json(place.with_suffix(".json"), notes)
     return place
+
+
+def preferred_strength(strengths: Sequence[float]) -> float:
+    """The middle one of the strengths that are shown, of two the lower; 1 if all are 0."""
+    shown = sorted({one for one in strengths if one})
+    return shown[(len(shown) - 1) // 2] if shown else 1.0
 
 
 def webui_prompt(name: str, strength: float, trigger: str | None) -> str:

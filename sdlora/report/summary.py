@@ -23,6 +23,20 @@ def losses_of(run: RunFolder, split: str) -> dict[int, float]:
     }
 
 
+def trained_losses(run: RunFolder, split: str) -> dict[int, float]:
+    """The losses that training lowers: with `objective.layout_range`, of the bands it trains."""
+    objective = run.read_config().objective
+    if objective.layout_range is None:
+        return losses_of(run, split)
+    losses = {}
+    for event in run.events("heldout"):
+        bands = event.get("by_band", {}) if event.get("split") == split else {}
+        own = [bands[name] for name in bands if int(name.partition("-")[2]) < objective.timestep_range[1]]
+        if own:
+            losses[event["step"]] = sum(own) / len(own)
+    return losses or losses_of(run, split)
+
+
 def describe_step(run: RunFolder, step: int, losses: Mapping[str, float]) -> str:
     """The losses of a step, in one line, with their change since the start of the run."""
     changes = {split: _change({**losses_of(run, split), step: loss}, step) for split, loss in losses.items()}
@@ -49,7 +63,7 @@ def doubt_losses(run: RunFolder) -> str | None:
     """
     images = [event.get("images", 0) for event in run.events("heldout") if event.get("split") == "heldout"]
     split = "heldout" if len(images) > 1 and min(images) >= MIN_IMAGES else "train"
-    losses = losses_of(run, split)
+    losses = trained_losses(run, split)
     if len(losses) < 2:
         return None
     first, last, best = min(losses), max(losses), min(losses, key=lambda step: losses[step])

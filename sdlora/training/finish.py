@@ -132,11 +132,11 @@ def export_final(trainer: Trainer) -> None:
     write_model_card(run.model_card, facts, prompts=prompts, grid=grid, weights=run.adapter.name)
     # alone, a child has another effect than in the run
     if "kohya" in plan.config.export.formats and not plan.config.lora.parent:
-        version, strength = plan.info.traits.kohya_version, plan.config.sample.strengths[0]
+        version, strengths = plan.info.traits.kohya_version, plan.config.sample.strengths
         skip = plan.config.data.clip_skip
         about = f"trained with Clip skip {skip}; set it in the settings" if skip > 1 else ""
         write_webui_files(
-            run, version, strength, plan.config.data.trigger, about=about, name=plan.config.export.name
+            run, version, strengths, plan.config.data.trigger, about=about, name=plan.config.export.name
         )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from PIL import Image
 
 from sdlora.config import load_config
 from sdlora.errors import ConfigError
-from sdlora.export.webui import webui_prompt, write_webui_files
+from sdlora.export.webui import preferred_strength, webui_prompt, write_webui_files
 from sdlora.runs import RunFolder
 from tests.checks import raises
 
@@ -26,7 +27,7 @@ def finished(tmp_path):
 
 def test_the_three_files(finished):
     """R-42: they have the run's name; the notes are those that A1111 reads."""
-    file = write_webui_files(finished, "sd_v1_v", 0.8, "inkwash style")
+    file = write_webui_files(finished, "sd_v1_v", [0.8], "inkwash style")
     assert file == finished.path / "webui" / "ink.safetensors"
     assert file.read_bytes() == b"weights"
     assert file.with_suffix(".png").read_bytes() == b"image"
@@ -43,17 +44,17 @@ def test_the_three_files(finished):
 def test_they_are_written_again(finished):
     """A resumed run replaces them, and leaves no temporary file."""
     for _ in range(2):
-        write_webui_files(finished, "sdxl_base_v1-0", 1.0, "")
+        write_webui_files(finished, "sdxl_base_v1-0", [1.0], "")
     finished.final_adapter("kohya").unlink()
     finished.final_adapter("kohya").write_bytes(b"other weights")
-    file = write_webui_files(finished, "sdxl_base_v1-0", 1.0, "")
+    file = write_webui_files(finished, "sdxl_base_v1-0", [1.0], "")
     assert file.read_bytes() == b"other weights"
     assert sorted(path.name for path in file.parent.iterdir()) == ["ink.json", "ink.png", "ink.safetensors"]
 
 
 def test_another_name(finished):
     """R-42: `--name` names the files; what no file can be called is refused."""
-    file = write_webui_files(finished, "sd_v1_v", 0.8, None, name="my ink v2")
+    file = write_webui_files(finished, "sd_v1_v", [0.8], None, name="my ink v2")
     assert file.name == "my ink v2.safetensors"
     for name in ("../ink", ".ink", "a/b", "a:b", " "):
         with raises(ConfigError, "export.name"):
@@ -68,4 +69,23 @@ def test_without_hard_links(finished, monkeypatch):
         raise OSError
 
     monkeypatch.setattr("os.link", refuse)
-    assert write_webui_files(finished, "sd_v2_768_v", 1.0, "").read_bytes() == b"weights"
+    assert write_webui_files(finished, "sd_v2_768_v", [1.0], "").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize(
+    ("strengths", "expected"),
+    [([1.0], 1.0), ([0.6, 1.0, 1.4], 1.0), ([0.0, 0.5, 1.0], 0.5), ([1.0, 0.6, 0.8], 0.8), ([0.0], 1.0)],
+    ids=str,
+)
+def test_the_middle_strength_is_preferred(finished, strengths, expected):
+    """R-42: the weight of the notes is that of the thumbnail."""
+    assert preferred_strength(strengths) == expected
+    shown = [one for one in strengths if one]
+    for number, one in enumerate([0, *shown]):
+        Image.new("RGB", (8, 8), (int(100 * one), 0, 0)).save(
+            finished.samples / f"step-000002/{number:02}.png"
+        )
+    file = write_webui_files(finished, "sd_v1", strengths, None)
+    assert json.loads(file.with_suffix(".json").read_text("utf-8"))["preferred weight"] == expected
+    with Image.open(file.with_suffix(".png")) as thumbnail:
+        assert thumbnail.getpixel((0, 0))[0] == (int(100 * expected) if shown else 0)

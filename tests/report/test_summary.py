@@ -94,3 +94,17 @@ def test_where_a_run_stands(make_run):
     assert note.startswith("note      the loss on held-out images rose again")
     run.append("done", 30)
     assert describe_state(run)[0] == f"run       {run.path}, finished at step 30"
+
+
+def test_a_layout_that_is_kept_is_no_overfitting(tmp_path):
+    """With objective.layout_range, the loss at high noise is the base's; the bands that are trained count."""
+    keys = {"objective.timestep_range": [0, 500], "objective.layout_range": [800, 1000], "train.steps": 20}
+    run = RunFolder.create(tmp_path / "run", load_config(None, keys), {})
+    losses = [(0.5, 0.5, 0.7), (0.3, 0.3, 0.5), (0.2, 0.2, 0.69)]
+    for number, (low, middle, high) in enumerate(losses):
+        bands = {"0-199": low, "200-399": middle, "400-599": high, "800-999": high}
+        loss = sum(bands.values()) / 4
+        run.append("heldout", 10 * number, split="heldout", loss=loss, by_band=bands, images=8)
+    assert doubt_losses(run) is None
+    run.append("heldout", 20, split="heldout", loss=0.1, by_band={"0-199": 0.6, "800-999": 0.1}, images=8)
+    assert "rose again" in (doubt_losses(run) or "")
