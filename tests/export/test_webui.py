@@ -82,9 +82,8 @@ def test_the_middle_strength_is_preferred(finished, strengths, expected):
     assert preferred_strength(strengths) == expected
     shown = [one for one in strengths if one]
     for number, one in enumerate([0, *shown]):
-        Image.new("RGB", (8, 8), (int(100 * one), 0, 0)).save(
-            finished.samples / f"step-000002/{number:02}.png"
-        )
+        file = finished.sample_folder(7) / f"{number:02}.png"
+        Image.new("RGB", (8, 8), (int(100 * one), 0, 0)).save(file)
     file = write_webui_files(finished, "sd_v1", strengths, None)
     assert json.loads(file.with_suffix(".json").read_text("utf-8"))["preferred weight"] == expected
     with Image.open(file.with_suffix(".png")) as thumbnail:
