@@ -108,7 +108,7 @@ class Scoring:
                 style_gain(self.weights, self.reference, offsets, self.reference.offsets(images)),
                 self.weights.mean(content_kept(self.features, shown, content, len(walk.prompts))),
                 diversity(self.weights, shown, content),
-                float(self.copies.copied(images).mean()),
+                float(self.copies.copied(images, base).mean()),
             )
             if loss:
                 stack = (*self.context.ancestors, (gallery.adapter(step), strength))
@@ -137,7 +137,8 @@ class Scoring:
         captions = list(dict.fromkeys(record.caption for record in self.context.training if record.caption))
         asked = captions[:: 1 + len(captions) // NUM_PROBES]
         rows = [(caption, seed) for caption in asked for seed in walk.seeds[:1]]
-        copied = self.copies.copied(gallery.draw([cell], rows)[cell])
+        drawn = gallery.draw([None, cell], rows)
+        copied = self.copies.copied(drawn[cell], drawn[None])
         copies = (int(copied.sum()), len(copied))
         trigger = self.context.config.data.trigger
         bare = {prompt: remove_trigger(prompt, trigger) for prompt in walk.prompts} if trigger else {}

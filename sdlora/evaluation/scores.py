@@ -164,10 +164,14 @@ class CopyCheck:
         pairs[pairs < SAME_IMAGE] = np.inf
         self.closest = float(pairs.min())
 
-    def copied(self, images: Sequence[Image.Image]) -> Rows:
-        """1 for each copy, else 0, (N,)."""
+    def copied(self, images: Sequence[Image.Image], base: Sequence[Image.Image] = ()) -> Rows:
+        """1 for each copy, else 0, (N,); an image to which the base's own is as close is none."""
         if not np.isfinite(self.closest):
             return np.zeros(len(images))
+        result = self._is_close(images)
+        return result * (1 - self._is_close(base)) if base else result
+
+    def _is_close(self, images: Sequence[Image.Image]) -> Rows:
         nearest = _distances(thumbnails(images), self.known).min(axis=1)
         result: Rows = (nearest < self.closest).astype(np.float64)
         return result

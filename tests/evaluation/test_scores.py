@@ -98,6 +98,7 @@ def test_copies_are_found_mirrored_and_cut():
     cut = images[3].crop((6, 6, 58, 58)).resize((64, 64))
     assert check.copied([images[2], ImageOps.mirror(images[4]), cut]).tolist() == [1, 1, 1]
     assert check.copied([draw(2, filled=False), Image.new("RGB", (64, 64), "blue")]).tolist() == [0, 0]
+    assert check.copied(images[:2], [images[0], draw(2, filled=False)]).tolist() == [0, 1]
     assert CopyCheck(images[:1]).copied(images).tolist() == [0] * 7
 
 
