@@ -215,11 +215,12 @@ def find_adapters(*sources: str | Path) -> list[Path]:
 def check_sources(sources: list[str], *, base: str | None, has_steps: bool) -> None:
     """Checks `--base` and that every LoRA of a grid exists, before the libraries for images are imported."""
     from sdlora.config import load_config
-    from sdlora.formats.files import split_sum
 
     if base is not None:
         check_base(load_config(None, {"base.source": base}).base)
-    if not has_steps:
+    if sources and not has_steps:
+        from sdlora.formats.files import split_sum
+
         find_adapters(*(Path(part) for source in sources for part, _ in split_sum(source)))
 
 

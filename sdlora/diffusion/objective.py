@@ -6,7 +6,7 @@ B batch, C channels, H W latent size, L tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -112,8 +112,8 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 class DenoiserAlone(Protocol):
     """A denoiser without the adapter."""
 
-    def __call__(self, noisy: Tensor, timesteps: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """As `Denoiser`; with `chosen`, (B,) of bool, for those samples of the batch alone."""
+    def __call__(self, noisy: Tensor, timesteps: Tensor, chosen: Sequence[int] | None = None) -> Tensor:
+        """As `Denoiser`; with `chosen`, for those samples of the batch alone."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,11 @@ class Objective:
     @cached_property
     def sampler(self) -> TimestepSampler:
         return make_sampler(self.schedule, self.settings)
+
+    @cached_property
+    def without_layout(self) -> Objective:
+        """The objective without `objective.layout_range`."""
+        return replace(self, settings=self.settings.model_copy(update={"layout_range": None}))
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,7 @@ def denoising_loss(
     draws: Draws,
     masks: Tensor | None = None,
     denoise_alone: DenoiserAlone | None = None,
+    layout: list[int] | None = None,
 ) -> Tensor:
     """The weighted error of the denoiser's prediction, one value per sample, shape (B,).
 
@@ -196,12 +202,12 @@ def denoising_loss(
         masks: What counts, (B, 1, H, W) in [0, 1].
         denoise_alone: `denoise` without the adapter, for `objective.layout_range` and
             `objective.unmasked_prior`.
+        layout: The samples whose target is the base's own prediction, from `layout_samples`.
     """
     schedule, settings = objective.schedule, objective.settings
     noisy = schedule.add_noise(draws.latents, draws.input_noise, draws.timesteps)
     target = schedule.target(draws.latents, draws.noise, draws.timesteps)
-    layout = is_layout(draws.timesteps, settings)
-    if layout is not None and denoise_alone is not None and layout.any():
+    if layout and denoise_alone is not None:
         target = target.clone()  # it may be the noise
         target[layout] = denoise_alone(noisy[layout], draws.timesteps[layout], layout).float()
     answer = denoise(noisy, draws.timesteps).float()
@@ -212,15 +218,15 @@ def denoising_loss(
             prior = _losses(answer - denoise_alone(noisy, draws.timesteps).float(), objective, draws)
             losses = losses + settings.unmasked_prior * (1 - masks) * prior
     means = _mean_of_samples(losses, objective, draws)
-    return means if layout is None else means * torch.where(layout, settings.layout_weight, 1.0)
+    if layout:
+        means[layout] = means[layout] * settings.layout_weight
+    return means
 
 
-def is_layout(timesteps: Tensor, settings: ObjectiveSection) -> Tensor | None:
-    """Which timesteps are in `objective.layout_range`, (B,); None without one."""
-    if settings.layout_range is None:
-        return None
-    first, end = settings.layout_range
-    return (timesteps >= first) & (timesteps < end)
+def layout_samples(draws: Draws, settings: ObjectiveSection) -> list[int]:
+    """The samples whose timestep is in `objective.layout_range`, for draws that are still on the CPU."""
+    first, end = settings.layout_range or (0, 0)
+    return [number for number, one in enumerate(draws.timesteps.tolist()) if first <= one < end]
 
 
 def prior_loss(denoise: Denoiser, denoise_alone: DenoiserAlone, objective: Objective, draws: Draws) -> Tensor:

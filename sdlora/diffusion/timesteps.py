@@ -34,10 +34,14 @@ class TimestepSampler:
 
     def draw(self, generator: Generator) -> Tensor:
         """One timestep, shape (1,)."""
+        if self.cumulative is None:
+            if self.layout is None:
+                return torch.randint(self.low, self.high, (1,), generator=generator)
+            width, (first, end) = self.high - self.low, self.layout
+            drawn = torch.randint(width + end - first, (1,), generator=generator)
+            return torch.where(drawn < width, self.low + drawn, first + drawn - width)
         if self.layout and float(torch.rand((), generator=generator)) < self.layout_share:
             return torch.randint(*self.layout, (1,), generator=generator)
-        if self.cumulative is None:
-            return torch.randint(self.low, self.high, (1,), generator=generator)
         return torch.tensor([self.quantile(float(torch.rand((), generator=generator, dtype=torch.float64)))])
 
     @property

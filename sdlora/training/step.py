@@ -17,7 +17,15 @@ from torch import Tensor
 from sdlora.config import TrainSection
 from sdlora.data.batches import Sample, split_micro_batches
 from sdlora.data.captions import without_trigger
-from sdlora.diffusion.objective import Denoiser, DenoiserAlone, Draws, denoising_loss, draw, prior_loss
+from sdlora.diffusion.objective import (
+    Denoiser,
+    DenoiserAlone,
+    Draws,
+    denoising_loss,
+    draw,
+    layout_samples,
+    prior_loss,
+)
 from sdlora.dtypes import Precision
 from sdlora.lora.adapter import NormReport, limit_norms
 from sdlora.lora.attach import unmounted
@@ -180,6 +188,7 @@ class StepRunner:
             drawn.to(device),
             None if masks is None else masks.to(device),
             self._denoiser_alone(captions, samples),
+            layout_samples(drawn, objective.settings),
         )
         weights = [self._weight(sample) for sample in samples]
         if any(weight != 1 for weight in weights):
@@ -216,7 +225,11 @@ class StepRunner:
     def _draw(self, step: int, samples: Sequence[Sample]) -> Draws:
         encodings = self.prepared.encodings
         posteriors = [encodings.posterior(sample.record, sample.crop) for sample in samples]
-        return draw(self.prepared.objective, posteriors, self._seeds("sample", step, samples))
+        objective = self.prepared.objective
+        # An adapter that has not learned yet keeps the layout: the first step would prove nothing (R-09).
+        return draw(
+            objective if step else objective.without_layout, posteriors, self._seeds("sample", step, samples)
+        )
 
     def _denoiser(self, captions: Sequence[str], samples: Sequence[Sample]) -> Denoiser:
         views = [(sample.record, sample.crop) for sample in samples]
@@ -227,8 +240,8 @@ class StepRunner:
         """The same without the trained adapter, on the text encoders too, for some of the samples."""
 
         @torch.no_grad()
-        def denoise_alone(noisy: Tensor, timesteps: Tensor, chosen: Tensor | None = None) -> Tensor:
-            numbers = range(len(samples)) if chosen is None else chosen.nonzero().flatten().tolist()
+        def denoise_alone(noisy: Tensor, timesteps: Tensor, chosen: Sequence[int] | None = None) -> Tensor:
+            numbers = range(len(samples)) if chosen is None else chosen
             with unmounted(self.layers, self.adapter):
                 own = self._denoiser([captions[one] for one in numbers], [samples[one] for one in numbers])
                 return own(noisy, timesteps)

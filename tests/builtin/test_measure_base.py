@@ -127,6 +127,11 @@ def test_a_style_is_measured(
     judge = Judge(["moon", "owl"], widths=(8, 8))
     monkeypatch.setattr(measure_styles, "ceiling", lambda *_: (1.0, []))
     rows = measure_style(dataset, None, base, judge, [0], tmp_path / "sheets", "")
-    assert set(rows) == {"ceiling", "bare base", "strength 1.0", "strength 0.6", "heldout_losses"}
+    assert set(rows) == {
+        "ceiling",
+        "bare base",
+        *(f"strength {one}" for one in measure_styles.STRENGTHS),
+        "heldout_losses",
+    }
     assert rows["heldout_losses"] == [[0.4, 0.3]]
-    assert len(list((tmp_path / "sheets").iterdir())) == 2
+    assert len(list((tmp_path / "sheets").iterdir())) == len(measure_styles.STRENGTHS)

@@ -66,7 +66,7 @@ def test_merge(sdlora, style, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "key", "value"),
     [
-        (["resize"], "resize.one-rule", "rank, energy, ratio, score, size_mb"),
+        (["resize"], "resize.one-rule", "--rank 8"),
         (["resize", "--rank", 2, "--energy", 0.9], "resize.one-rule", "rank = 2 and energy = 0.9"),
         (["resize", "--rank", 2, "--format", "webui"], "export.formats", "'webui'"),
         (["resize", "--rank", 2, "--base", "builtin"], "option--base", "builtin"),

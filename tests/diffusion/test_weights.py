@@ -11,6 +11,7 @@ from sdlora.diffusion.objective import (
     debiased_weight,
     denoising_loss,
     draw,
+    layout_samples,
     mask_weights,
     min_snr_weight,
     timestep_weight,
@@ -120,19 +121,23 @@ def test_layout_by_hand():
     """At timesteps of objective.layout_range, the target is the base's own prediction, with its weight."""
     settings = ObjectiveSection(timestep_range=(0, 500), layout_range=(800, 1000), layout_weight=0.2)
     objective = Objective(schedule_from_config(BETAS, "epsilon"), settings)
-    posteriors = [(torch.zeros(4, 2, 2), torch.ones(4, 2, 2))] * 8
-    drawn = draw(objective, posteriors, list(range(8)))
+    posteriors = [(torch.zeros(4, 2, 2), torch.ones(4, 2, 2))] * 24
+    drawn = draw(objective, posteriors, list(range(24)))
     layout = drawn.timesteps >= 800
-    assert 0 < int(layout.sum()) < 8
+    assert 0 < int(layout.sum()) < 24
     seen = []
 
     def denoise_alone(noisy, timesteps, chosen=None):
-        seen.append((len(noisy), timesteps.tolist(), chosen.tolist()))
+        seen.append((len(noisy), timesteps.tolist(), chosen))
         return torch.full_like(noisy, 2.0)
 
     noise = drawn.noise.clone()
-    loss = denoising_loss(lambda noisy, _: torch.zeros_like(noisy), objective, drawn, None, denoise_alone)
+    chosen = layout_samples(drawn, settings)
+    assert chosen == layout.nonzero().flatten().tolist()
+    loss = denoising_loss(
+        lambda noisy, _: torch.zeros_like(noisy), objective, drawn, None, denoise_alone, chosen
+    )
     expected = torch.where(layout, 0.2 * 2.0**2, noise.square().mean(dim=(1, 2, 3)))
     torch.testing.assert_close(loss, expected)
-    assert seen == [(int(layout.sum()), drawn.timesteps[layout].tolist(), layout.tolist())]
+    assert seen == [(int(layout.sum()), drawn.timesteps[layout].tolist(), chosen)]
     assert torch.equal(drawn.noise, noise)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import signal
 import subprocess
@@ -188,7 +189,11 @@ def test_the_command_serves_until_it_is_stopped(runs, make_run):
     """R-23, R-35: it prints its address, with the token; Ctrl-C ends it with 130."""
     make_run()
     command = [sys.executable, "-m", "sdlora", "studio", str(runs / "style"), "--port", "0", "--token"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # In the background of a shell, Ctrl-C is ignored from the start.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    )
     try:
         address = server.stdout.readline().split()[-1]
         assert address.startswith("http://127.0.0.1:")

@@ -151,14 +151,19 @@ def test_layout_timesteps_are_the_base_alone(images, quick, make_trainer, tmp_pa
     trainer = make_trainer(quick(images, **keys, data__trigger="ink", train__steps=2), tmp_path / "run")
     runner, objective, encodings = trainer.runner, trainer.prepared.objective, trainer.prepared.encodings
     samples = [sample for step in range(2) for sample in trainer.plan.order.step(step)]
-    loss, draws = runner.forward_backward(0, samples, len(samples))
+    _, draws = runner.forward_backward(0, samples, len(samples))
+    assert all(one.timestep < 500 for one in draws), (
+        "the first step must prove that each module learns (R-09)"
+    )
+    runner.optimizer.zero_grad()
+    loss, draws = runner.forward_backward(1, samples, len(samples))
     assert loss == 0
     assert all(one.timestep >= 500 for one in draws)
     runner.optimizer.zero_grad()
     before = runner.prepared.base.denoise
     for parameter in runner.parameters:
         parameter.data.add_(0.02)
-    loss, draws = runner.forward_backward(0, samples, len(samples))
+    loss, draws = runner.forward_backward(1, samples, len(samples))
     expected = 0.0
     for sample, drawn in zip(samples, draws, strict=True):
         view = (sample.record, sample.crop)
