@@ -242,14 +242,17 @@ def test_large_images_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     Image.new("RGB", (20, 20)).save(tmp_path / "large.png")
     Image.new("RGB", (5, 5)).save(tmp_path / "small.png")
     busy, most = [], []
-    pair = threading.Barrier(2, timeout=HANG_SECONDS)
+    met = threading.Event()
+    deadline = time.monotonic() + HANG_SECONDS
     load = Image.Image.load
 
     def watched(image: Image.Image) -> object:
         busy.append(image.size)
         most.append(list(busy))
         if image.size == (5, 5):
-            pair.wait()  # ends when two decode at once
+            while busy.count((5, 5)) < 2 and not met.is_set() and time.monotonic() < deadline:
+                time.sleep(0.001)
+            met.set()  # two decode at once
         else:
             time.sleep(0.02)  # long enough to meet others, were they let in
         busy.remove(image.size)
