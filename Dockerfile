@@ -6,6 +6,6 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY configs configs
 COPY sdlora sdlora
 RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/${TORCH} -c constraints.txt .
-ENV SDLORA_CACHE=/work/.cache/sdlora HF_HOME=/work/.cache/huggingface
-WORKDIR /work
+ENV SDLORA_CACHE=/workspace/.cache/sdlora HF_HOME=/workspace/.cache/huggingface
+WORKDIR /workspace
 ENTRYPOINT ["sdlora"]

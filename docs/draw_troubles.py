@@ -1,4 +1,4 @@
-"""The picture of the page on troubleshooting: one prompt and seed, each time with another thing wrong.
+"""Draws the image of the troubleshooting page: one prompt and seed, each time with another thing wrong.
 
 python docs/draw_troubles.py runs/openmoji docs/pages/figures/troubles.png
 """

@@ -43,12 +43,10 @@ def caption(
         return
     if not missing:
         return
-    import torch
-
     from sdlora.models.captioner import DEFAULT, Captioner
+    from sdlora.sampling.session import choose_device
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    describe = Captioner(model or DEFAULT, prompt, device)
+    describe = Captioner(model or DEFAULT, prompt, choose_device())
     started = shown = time.monotonic()
     written = 0
     for number, (name, text) in enumerate(write_captions(images, missing, describe, settings), 1):

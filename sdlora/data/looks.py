@@ -187,7 +187,7 @@ def examine_looks(index: DatasetIndex, looks: Looks) -> None:
         # A soft style is blurred throughout.
         if blur[number] > max(MAX_BLUR, usual + BLUR_MARGIN):
             noticed["data.image-soft"][name] = ""
-        # What other images have as their ground is no border.
+        # The ground that other images share is not a border.
         if border[number] and is_like[number].mean() < GROUND_SHARE:
             noticed["data.image-bordered"][name] = f"{border[number]:.0%}"
     for one, other, how in find_near_copies(looks.thumbnails):

@@ -34,7 +34,7 @@ Measure = Callable[[Sequence[Path]], Sequence[tuple[str, Size, bool] | str]]
 def find_masks(
     root: Path, images: Sequence[str], kind: str, noticed: Noticed, measure: Measure
 ) -> dict[str, Mask]:
-    """The masks of images by name, for a value of `data.masks`; a file that is used is no notice any more.
+    """The masks of images by name, for a value of `data.masks`; a file that is used is not a notice anymore.
 
     `measure` returns the digest and the size of each file, or why it cannot be used.
     """

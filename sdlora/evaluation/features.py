@@ -75,7 +75,7 @@ class ModelFeatures:
         device: Where the model runs.
 
     Raises:
-        ModelError: If it cannot be loaded, or is no vision model.
+        ModelError: If it cannot be loaded, or is not a vision model.
     """
 
     content_scale: tuple[float, float] | None = None
@@ -112,7 +112,7 @@ class ModelFeatures:
         inputs = self.processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
         answer = self.model(inputs["pixel_values"].to(self.device), output_hidden_states=True)
         layers = answer.hidden_states
-        # Without the class token, which is no patch.
+        # Without the class token, which does not show a patch.
         patches = layers[len(layers) // 2][:, 1:]
         style = torch.cat([patches.mean(dim=1), patches.std(dim=1)], dim=1)
         return style.double().cpu().numpy(), answer.pooler_output.double().cpu().numpy()

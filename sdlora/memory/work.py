@@ -125,7 +125,7 @@ def read_speed(key: str) -> Speed | None:
 
 
 def write_speed(key: str, speed: Speed) -> None:
-    """Keeps a measured speed for the plans to come; a cache that cannot be written is no failure."""
+    """Keeps a measured speed for the plans to come; errors while writing the cache are ignored."""
     file, known = cache_folder() / FILE_NAME, {}
     with suppress(OSError, UnfitFileError):
         found = read_json(file, MAX_BYTES)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from sdlora.dtypes import has_bf16
 from sdlora.errors import ModelError, first_line
 
 DEFAULT = "Salesforce/blip-image-captioning-base"
@@ -19,6 +20,7 @@ PROMPT = (
 # By model type, the prompt that it takes: none, a task, or an instruction.
 PROMPTS = {"blip": "", "florence2": "<CAPTION>", "qwen2_vl": PROMPT, "qwen2_5_vl": PROMPT}
 MAX_TOKENS = 60
+CPU = torch.device("cpu")
 
 
 class Captioner:
@@ -34,7 +36,7 @@ class Captioner:
         ModelError: If it cannot be loaded or is of another kind.
     """
 
-    def __init__(self, source: str, prompt: str | None = None, device: str = "cpu") -> None:
+    def __init__(self, source: str, prompt: str | None = None, device: torch.device = CPU) -> None:
         path = Path(source).expanduser()
         is_local = path.is_dir()
         name = str(path) if is_local else source
@@ -47,7 +49,7 @@ class Captioner:
             self.processor: Any = AutoProcessor.from_pretrained(
                 name, trust_remote_code=False, local_files_only=is_local
             )
-            dtype = torch.float32 if device == "cpu" else torch.bfloat16
+            dtype = torch.bfloat16 if has_bf16(device) else torch.float32
             model = AutoModelForImageTextToText.from_pretrained(
                 name, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=is_local
             )

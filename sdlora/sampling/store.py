@@ -54,7 +54,7 @@ class ImageStore:
         return None
 
     def put(self, base: Base, cell: Cell, image: SampledImage) -> None:
-        """Writes an image; a cache that cannot be written is no error."""
+        """Writes an image; errors while writing the cache are ignored."""
         if file := self.file(base, cell):
             with suppress(*() if cell.column.stack else (OSError,)):
                 write_image(file, image, {"base": base.info.name})

@@ -1,4 +1,4 @@
-"""What all pages share: templates, forms, errors and pictures."""
+"""What all pages share: templates, forms, errors and images."""
 
 from __future__ import annotations
 
