@@ -142,6 +142,8 @@ def resume(
     with propagate_failure(accelerator):
         steps = changed.train.steps or 0
         if broadcast(accelerator, accelerator.is_main_process and run.is_finished(steps)):
+            if accelerator.is_main_process and not run.is_written:
+                run.process_file.unlink(missing_ok=True)  # of a process that was killed after its last event
             last = max((event["step"] for event in run.events("done")), default=steps)
             finished = f"{run.path} is already finished at step {last}: {run.adapter}"
             terminal.print(f"{finished}; to continue, set a larger train.steps")
