@@ -110,6 +110,16 @@ def _report(trainer: Trainer) -> None:
         trainer.warn(f"cannot write the report: {one_line(str(error))}; `sdlora report {trainer.run.path}`")
 
 
+def finish_killed(run: RunFolder) -> None:
+    """Does what a process that was killed after the last event of a run has left undone."""
+    if run.is_written:
+        return
+    run.process_file.unlink(missing_ok=True)
+    if not run.report.is_file():
+        with suppress(Exception):  # as in a run, a report is not worth a failure
+            write_report(run.path)
+
+
 def export_final(trainer: Trainer) -> None:
     """Writes `final.*` and the model card, and proves that the files load."""
     run, plan, adapter = trainer.run, trainer.plan, trainer.runner.adapter

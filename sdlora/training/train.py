@@ -22,7 +22,7 @@ from sdlora.runs import RunFolder
 from sdlora.training.checkpoint import newest_complete_step, read_state
 from sdlora.training.device import describe_environment, find_device, imagine_device, make_accelerator
 from sdlora.training.distributed import barrier, broadcast, num_launched, propagate_failure
-from sdlora.training.finish import finish, report_failed_start, report_failure
+from sdlora.training.finish import finish, finish_killed, report_failed_start, report_failure
 from sdlora.training.logger import start_trackers
 from sdlora.training.loop import Trainer
 from sdlora.training.plan import RunPlan, check_disk, make_plan
@@ -142,8 +142,8 @@ def resume(
     with propagate_failure(accelerator):
         steps = changed.train.steps or 0
         if broadcast(accelerator, accelerator.is_main_process and run.is_finished(steps)):
-            if accelerator.is_main_process and not run.is_written:
-                run.process_file.unlink(missing_ok=True)  # of a process that was killed after its last event
+            if accelerator.is_main_process:
+                finish_killed(run)
             last = max((event["step"] for event in run.events("done")), default=steps)
             finished = f"{run.path} is already finished at step {last}: {run.adapter}"
             terminal.print(f"{finished}; to continue, set a larger train.steps")
