@@ -142,12 +142,7 @@ def resume(
     with propagate_failure(accelerator):
         steps = changed.train.steps or 0
         if broadcast(accelerator, accelerator.is_main_process and run.is_finished(steps)):
-            if accelerator.is_main_process:
-                finish_killed(run)
-            last = max((event["step"] for event in run.events("done")), default=steps)
-            finished = f"{run.path} is already finished at step {last}: {run.adapter}"
-            terminal.print(f"{finished}; to continue, set a larger train.steps")
-            return run
+            return _stay_finished(run, steps, accelerator, terminal)
         # The main process reads the checkpoints, which are large, for all.
         newest = newest_complete_step(run, terminal) if accelerator.is_main_process else 0
         step = broadcast(accelerator, newest)
@@ -171,6 +166,16 @@ def resume(
         terminal.print(f"resuming from step {step}" if step else nothing)
         resumption = Resumption(step, changes, settings.lora.init_from, kernels)
         return _run(run, plan, accelerator, precision, terminal, resumption)
+
+
+def _stay_finished(run: RunFolder, steps: int, accelerator: Accelerator, terminal: Terminal) -> RunFolder:
+    """Says that a run needs no more steps."""
+    if accelerator.is_main_process:
+        finish_killed(run)
+    last = max((event["step"] for event in run.events("done")), default=steps)
+    finished = f"{run.path} is already finished at step {last}: {run.adapter}"
+    terminal.print(f"{finished}; to continue, set a larger train.steps")
+    return run
 
 
 class Resumption(NamedTuple):
