@@ -114,6 +114,7 @@ def finish_killed(run: RunFolder) -> None:
     """Does what a process that was killed after the last event of a run has left undone."""
     if run.is_written:
         return
+    run.remove_leftovers()
     run.process_file.unlink(missing_ok=True)
     if not run.report.is_file():
         with suppress(Exception):  # as in a run, a report is not worth a failure
