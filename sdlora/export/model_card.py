@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sdlora.export.metadata import TrainingMetadata
 from sdlora.writing import write_text
@@ -49,21 +50,33 @@ def write_model_card(
 
 
 def _front_matter(facts: TrainingMetadata, prompts: Sequence[str], grid: str | None) -> str:
-    """YAML; a JSON text is also YAML, so quotes, colons and line breaks in prompts are safe."""
-    lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image"]
-    # Hugging Face refuses a base_model that is not the id of a model there.
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", facts.base_name):
-        lines.append(f"base_model: {_quote(facts.base_name)}")
-    lines += ["tags:", *(f"- {tag}" for tag in TAGS)]
-    if facts.trigger:
-        lines.append(f"instance_prompt: {_quote(facts.trigger)}")
-    if prompts:
-        lines.append("widget:")
-    for number, prompt in enumerate(prompts):
-        lines.append(f"- text: {_quote(prompt)}")
-        if grid and number == 0:
-            lines += ["  output:", f"    url: {_quote(grid)}"]
-    return "\n".join([*lines, "---"])
+    from huggingface_hub import EvalResult, ModelCardData  # needed at the end of a run only
+
+    widget: list[dict[str, Any]] = [{"text": prompt} for prompt in prompts]
+    if widget and grid:
+        widget[0]["output"] = {"url": grid}
+    results = {}
+    if facts.heldout_loss is not None:
+        loss = EvalResult(
+            task_type="text-to-image",
+            dataset_type="imagefolder",
+            dataset_name=facts.title,
+            metric_type="loss",
+            metric_name="loss on held-out images",
+            metric_value=round(facts.heldout_loss, 4),
+        )
+        results = {"model_name": facts.title, "eval_results": [loss]}
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        # Hugging Face refuses a base_model that is not the id of a model there.
+        base_model=facts.base_name if re.fullmatch(r"[\w.-]+/[\w.-]+", facts.base_name) else None,
+        tags=list(TAGS),
+        instance_prompt=facts.trigger or None,
+        widget=widget or None,
+        **results,
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _summary(facts: TrainingMetadata) -> str:

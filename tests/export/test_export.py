@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from sdlora.config import RunConfig, load_config
@@ -227,8 +228,11 @@ def read_front_matter(path):
 def test_model_card(tmp_path):
     """R-42: front matter that Hugging Face reads: base, trigger, widget prompts with a grid."""
     prompts = ['inkstyle, a "fox": 50% | red', "inkstyle, Füße"]
-    path = write_model_card(tmp_path / "README.md", FACTS, prompts=prompts, grid="grid.png")
+    facts = dataclasses.replace(FACTS, heldout_loss=0.123456)
+    path = write_model_card(tmp_path / "README.md", facts, prompts=prompts, grid="grid.png")
     front, body = read_front_matter(path)
+    (measured,) = ModelCard.load(path).data.eval_results
+    assert (measured.metric_type, measured.metric_value) == ("loss", 0.1235)
     assert front["base_model"] == "owner/base"
     assert front["instance_prompt"] == "inkstyle"
     assert set(front["tags"]) >= {"lora", "diffusers", "stable-diffusion", "text-to-image"}
@@ -245,7 +249,7 @@ def test_model_card_of_the_builtin_base(tmp_path):
     """The built-in base is no hub id: no `base_model` that Hugging Face would refuse; no trigger, no grid."""
     facts = dataclasses.replace(FACTS, base_name="builtin", trigger=None)
     front, body = read_front_matter(write_model_card(tmp_path / "README.md", facts, prompts=["a fox"]))
-    assert "base_model" not in front
+    assert not {"base_model", "model-index"} & front.keys()
     assert "instance_prompt" not in front
     code = body.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
