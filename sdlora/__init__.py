@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sdlora.runs import RunFolder as RunFolder
     from sdlora.sampling.compare import compare as compare
     from sdlora.sampling.session import sample as sample
+    from sdlora.training.train import plan_run as plan_run
     from sdlora.training.train import resume as resume
     from sdlora.training.train import train as train
     from sdlora.tree.tree import AdapterTree as AdapterTree
@@ -46,6 +47,7 @@ _PUBLIC = {
     "load_config": "sdlora.config",
     "merge": "sdlora.rank.merge",
     "merge_into_base": "sdlora.export.merge_into_base",
+    "plan_run": "sdlora.training.train",
     "resize": "sdlora.rank.resize",
     "resume": "sdlora.training.train",
     "sample": "sdlora.sampling.session",

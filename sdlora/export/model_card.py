@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 from sdlora.export.metadata import TrainingMetadata
 from sdlora.writing import write_text
 
@@ -50,8 +52,6 @@ def write_model_card(
 
 
 def _front_matter(facts: TrainingMetadata, prompts: Sequence[str], grid: str | None) -> str:
-    from huggingface_hub import EvalResult, ModelCardData  # needed at the end of a run only
-
     widget: list[dict[str, Any]] = [{"text": prompt} for prompt in prompts]
     if widget and grid:
         widget[0]["output"] = {"url": grid}

@@ -28,8 +28,10 @@ from sdlora.models.info import BaseInfo, inspect_base, with_base_defaults
 from sdlora.models.safety import missing_checker
 from sdlora.models.tokenizer import describe_bracketed_prompts, describe_cut_prompts
 from sdlora.models.weights import empty_components
+from sdlora.notebook import show_html
 from sdlora.training.adapter import check_init_from, check_parents, find_parents, with_parents
 from sdlora.training.optimizer import check_optimizer, find_optimizer, num_warmup_steps
+from sdlora.training.plan_summary import describe_plan
 from sdlora.training.preflight import (
     TRAINING_PASSES,
     check_for_base,
@@ -61,6 +63,13 @@ class RunPlan:
     flop: ImageFlop
     num_missing: int  # crops whose latents are not in the cache
     parents: tuple[PathEntry, ...] = ()  # ancestors of the new adapter, the root first
+
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        return describe_plan(self)
+
+    def _repr_html_(self) -> str:
+        return show_html("plan", self.lines())
 
     @property
     def steps(self) -> int:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdlora.config import RunConfig
 from sdlora.data.records import count_of
@@ -18,9 +18,11 @@ from sdlora.models.components import kohya_hashes
 from sdlora.report.summary import losses_of
 from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder
-from sdlora.training.health import Counters
 from sdlora.training.optimizer import describe_rates, num_warmup_steps
-from sdlora.training.plan import RunPlan
+
+if TYPE_CHECKING:
+    from sdlora.training.health import Counters
+    from sdlora.training.plan import RunPlan
 
 LABEL_WIDTH = 10
 

@@ -47,6 +47,7 @@ def train(
     out: str | Path | None = None,
     trigger: str | None = None,
     parent: str | Path | RunFolder | None = None,
+    preset: str | None = None,
     config: str | Path | RunConfig | None = None,
     overrides: Iterable[str] | Mapping[str, Any] = (),
     dry_run: bool = False,
@@ -61,6 +62,7 @@ def train(
         out: The run folder; by default `runs/NAME`, named after the image folder.
         trigger: Words that invoke the style; added to captions that lack them.
         parent: A LoRA file, run or node to train on top of, with its own parents.
+        preset: Name of a preset to start from, such as `sd15`.
         config: A TOML file with the settings that differ from the defaults, or a whole configuration.
         overrides: `section.key=value` texts, or a mapping from `section.key` to values.
         dry_run: Print the plan, load no weights and write nothing.
@@ -74,7 +76,7 @@ def train(
         SdloraError: One line for each mistake, with the remedy.
     """
     direct = {"base.source": base, "data.trigger": trigger, "lora.parent": parent}
-    settings = load_config(config, overrides, images=images, arguments=direct)
+    settings = load_config(config, overrides, images=images, preset=preset, arguments=direct)
     is_default_base = base is None and settings.base.source == "builtin"
     if device is not None:
         check_device(device, dry_run=dry_run)
@@ -94,9 +96,8 @@ def train(
         if accelerator.is_main_process:
             RunFolder.create(run.path, with_absolute_paths(plan.config), environment)
             run.append("plan", 0, **plan.as_event())
-            for finding in plan.findings:
-                if finding.severity == "warning":
-                    run.append("warning", 0, message=finding.message)
+            for finding in (one for one in plan.findings if one.severity == "warning"):
+                run.append("warning", 0, message=finding.message)
         barrier(accelerator)
         return _run(run, plan, accelerator, precision, terminal)
 
