@@ -38,7 +38,9 @@ def on_files(files: Files, config: Any) -> Files:
     }
     linked: set[str] = set()
     for source, place in PAGES.items():
-        pages[place] = take(source, linked)
+        pages[place] = relink(source, (REPOSITORY / source).read_text(encoding="utf-8"), linked)
+    for file in (REPOSITORY / "docs" / "pages").glob("*.md"):
+        relink(f"docs/pages/{file.name}", file.read_text(encoding="utf-8"), linked)
     for place, text in pages.items():
         files.append(File.generated(config, place, content=text))
     for name in sorted(linked):
@@ -46,8 +48,13 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def take(source: str, linked: set[str]) -> str:
-    """A page of the repository, with links to pages of the site or to copies of files."""
+def on_page_markdown(markdown: str, page: Any, **rest: Any) -> str:
+    """Guides link files of the repository as other readers of the source need it."""
+    return markdown if page.file.generated_by else relink(f"docs/pages/{page.file.src_uri}", markdown, set())
+
+
+def relink(source: str, text: str, linked: set[str]) -> str:
+    """A page of the repository, with links to pages of the site or to copies of files (`linked`)."""
 
     def follow(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[2]))
@@ -60,7 +67,7 @@ def take(source: str, linked: set[str]) -> str:
         linked.add(target)
         return f"](repository/{target}{match[3] or ''})"
 
-    return LINK.sub(follow, (REPOSITORY / source).read_text(encoding="utf-8"))
+    return LINK.sub(follow, text)
 
 
 def cell(text: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 from sdlora.aliases import ELSEWHERE
 from sdlora.config import RunConfig, Section, json_schema
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+OPTIONS = (Path(__file__).resolve().parents[2] / "docs/pages/options.md").read_text(encoding="utf-8")
 SECTIONS = {name: section for name, section in RunConfig() if isinstance(section, Section)}
 KEYS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in type(section).model_fields]
 
@@ -78,13 +78,13 @@ def test_some_of_them(sdlora):
 
 
 def test_other_trainers_names():
-    """Answers name settings that exist; every option in the README's table has one."""
+    """Answers name settings that exist; every option in the guide's table has one."""
     own = {key.split(".")[1] for key in KEYS}
     assert not own & ELSEWHERE.keys()
     sections = "|".join(SECTIONS)
     for answer in ELSEWHERE.values():
         assert set(re.findall(rf"\b(?:{sections})\.[a-z0-9_]+", answer)) <= set(KEYS)
-    table = README[README.index("| sd-scripts |") :].split("\n\n")[0]
+    table = OPTIONS[OPTIONS.index("| sd-scripts |") :].split("\n\n")[0]
     for row in table.splitlines():
         for option in re.findall(r"`--([a-z0-9_]+)", " ".join(row.split("|")[1:3])):
             assert option in ELSEWHERE or option in own or option == "base", option
