@@ -46,12 +46,12 @@ figures: $(INSTALLED)
 
 # The sweep over ranks: an hour on two cores. It resumes where it stopped; remove the table to start again.
 ranks: $(INSTALLED)
-	$(BIN)/python -m sdlora.builtin.sweep_ranks datasets/openmoji --out notebooks/figures/ranks.json
+	$(BIN)/python -m sdlora.builtin.measure_runs ranks datasets/openmoji --out notebooks/figures/ranks.json
 	$(BIN)/jupyter execute --inplace notebooks/how_much_rank.ipynb
 
 # What a quantized base saves and costs, for the table of the README: twelve runs.
 bits: $(INSTALLED)
-	$(BIN)/python -m sdlora.builtin.measure_bits datasets/openmoji --out notebooks/figures/bits.json
+	$(BIN)/python -m sdlora.builtin.measure_runs bits datasets/openmoji --out notebooks/figures/bits.json
 
 # Memory and time of presets on some cards, for the table of the README: half a minute.
 cards: $(INSTALLED)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdlora.builtin.captions import CONCEPTS_FILE, read_concepts
+from sdlora.builtin.captions import read_concepts
 from sdlora.builtin.icons import BASE_SETS, fetch_icons, load_icons, to_array
+from sdlora.builtin.script import Script
 from sdlora.builtin.variants import HUES, RENDERED_PX, Variant, dominant_hue, draw_variant, render_variant
-from sdlora.errors import ModelError, SdloraError
+from sdlora.errors import ModelError
 
-SHIPPED = Path(__file__).with_name("base")
 ENCODE_BATCH = 32
 PLAIN_SHARE = 0.55  # of the images drawn: the drawing as it is
 MOVED_SHARE = 0.05  # of the images drawn: shifted, scaled, turned or mirrored; more of them blur all shapes
@@ -193,21 +193,16 @@ def make_bank(out: Path, icons_folder: Path, vae_folder: Path, concepts: Sequenc
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; 2 for a mistake in what was asked."""
-    parser = argparse.ArgumentParser(prog="python -m sdlora.builtin.bank", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
-    parser.add_argument("--icons", type=Path, help="folder of the vector packages; left out: npm pack")
-    parser.add_argument("--vae", type=Path, default=SHIPPED / "vae", help="diffusers folder of the VAE")
-    parser.add_argument("--concepts", type=Path, default=CONCEPTS_FILE, help="file of concept names")
-    parser.add_argument("--shards", type=int, default=24, help="the first holds the plain drawings")
-    given = parser.parse_args(arguments)
-    try:
+    """The command line."""
+    script = Script("bank", __doc__, "--icons", "--vae", "--concepts")
+    script.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    script.add_argument("--shards", type=int, default=24, help="the first holds the plain drawings")
+
+    def work(given: Namespace) -> None:
         icons = given.icons or fetch_icons(BASE_SETS, given.out / "icons")
         make_bank(given.out, icons, given.vae, read_concepts(given.concepts), given.shards)
-    except SdloraError as error:
-        print(error)
-        return error.exit_code
-    return 0
+
+    return script.run(work, arguments)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.builtin.icons import GROUNDS
+from sdlora.builtin.script import CONCEPTS_FILE
 from sdlora.builtin.variants import HUES, STYLES, Variant
 from sdlora.errors import DataError
 
-CONCEPTS_FILE = Path(__file__).with_name("concepts.txt")
 TEXT_LENGTH = 32
 NUM_MERGES = 1750  # with the letters and the two marks: 2,264 tokens at most
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -46,19 +46,7 @@ UNKNOWN_SHARE = 1 / 3  # of the captions: words that mean nothing, before or beh
 AN_SHARE = 0.7  # of the names that begin with a vowel
 ONSETS = (
     *"bcdfghjklmnprstvwz",
-    "br",
-    "ch",
-    "cl",
-    "dr",
-    "fl",
-    "gr",
-    "kr",
-    "pl",
-    "qu",
-    "sh",
-    "sk",
-    "st",
-    "tr",
+    *("br", "ch", "cl", "dr", "fl", "gr", "kr", "pl", "qu", "sh", "sk", "st", "tr"),
     "",
 )
 VOWELS = ("a", "e", "i", "o", "u", "ai", "ea", "oo", "y")

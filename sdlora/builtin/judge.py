@@ -8,10 +8,10 @@ B batch, H W image size.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import time
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +23,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sdlora.builtin.captions import CONCEPTS_FILE, read_concepts
+from sdlora.builtin.captions import read_concepts
 from sdlora.builtin.icons import ICON_SETS, STYLE_SETS, fetch_icons, load_icons
+from sdlora.builtin.script import JUDGE_FILE, Script
 from sdlora.builtin.state import append_line, learning_rate, read_facts, write_tensors
 from sdlora.builtin.variants import RENDERED_PX, Variant, draw_variant, render_variant
-from sdlora.errors import DataError, ModelError, SdloraError
+from sdlora.errors import DataError, ModelError
 
-JUDGE_FILE = Path(__file__).with_name("judge.safetensors")
 IMAGE_SIZE = 64
 WIDTHS = (32, 64, 128, 208)
 VARIANTS = 4  # of each drawing, besides itself
@@ -56,6 +56,12 @@ class Judge(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         scores: Tensor = self.head(self.drop(self.layers(images).flatten(1)))
         return scores
+
+
+def open_rgb(file: Path) -> Image.Image:
+    """An image file as RGB."""
+    with Image.open(file) as image:
+        return image.convert("RGB")
 
 
 def to_input(images: Sequence[Image.Image]) -> Tensor:
@@ -183,11 +189,7 @@ def recognise(judge: Judge, images: Sequence[Image.Image], best: int = 5) -> lis
 def ceiling(judge: Judge, dataset: Path) -> tuple[float, list[str]]:
     """The share of a dataset's real held-out drawings that are recognised, and the names of the others."""
     files = sorted((dataset / "heldout").glob("*.png"))
-    images = []
-    for file in files:
-        with Image.open(file) as image:
-            images.append(image.convert("RGB"))
-    found = recognise(judge, images)
+    found = recognise(judge, [open_rgb(file) for file in files])
     missed = [file.stem for file, names in zip(files, found, strict=True) if names[0] != file.stem]
     return 1 - len(missed) / len(files), missed
 
@@ -220,29 +222,21 @@ def load_judge(file: Path = JUDGE_FILE) -> Judge:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; 2 for a mistake in what was asked."""
-    parser = argparse.ArgumentParser(prog="python -m sdlora.builtin.judge", description=__doc__)
-    parser.add_argument("--out", type=Path, default=JUDGE_FILE, help="file of the weights")
-    parser.add_argument("--icons", type=Path, help="folder of the vector packages; left out: npm pack")
-    parser.add_argument("--datasets", type=Path, default=Path("datasets"))
-    parser.add_argument("--concepts", type=Path, default=CONCEPTS_FILE, help="file of concept names")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    given = parser.parse_args(arguments)
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    try:
+    """The command line."""
+    script = Script("judge", __doc__, "--icons", "--datasets", "--concepts", "--threads")
+    script.add_argument("--out", type=Path, default=JUDGE_FILE, help="file of the weights")
+    script.add_argument("--steps", type=int, default=3000)
+
+    def work(given: Namespace) -> None:
         icons = given.icons or fetch_icons(tuple(ICON_SETS), Path(".icons"))
         log = given.out.with_suffix(".log.jsonl")
         judge = train(read_concepts(given.concepts), icons, given.datasets, given.steps, log)
-    except SdloraError as error:
-        print(error)
-        return error.exit_code
-    save_judge(judge, given.out)
-    for name in STYLE_SETS:
-        share, missed = ceiling(judge, given.datasets / name)
-        print(f"{name}: {share:.1%} of the held-out drawings; not {', '.join(missed)}")
-    return 0
+        save_judge(judge, given.out)
+        for name in STYLE_SETS:
+            share, missed = ceiling(judge, given.datasets / name)
+            print(f"{name}: {share:.1%} of the held-out drawings; not {', '.join(missed)}")
+
+    return script.run(work, arguments)
 
 
 if __name__ == "__main__":

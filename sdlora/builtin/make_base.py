@@ -8,12 +8,12 @@ B batch, C latent channels, H latent size, L tokens, D text width.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
 import shutil
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +26,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sdlora.builtin.bank import SHIPPED, Bank, load_vae
+from sdlora.builtin.bank import Bank, load_vae
 from sdlora.builtin.captions import TEXT_LENGTH, draw_caption, known_words, make_tokenizer
 from sdlora.builtin.measure import SHEET_PROMPTS, make_sheet, sample
+from sdlora.builtin.script import BASE, Script
 from sdlora.builtin.state import (
     TrainingState,
     append_line,
@@ -38,7 +39,7 @@ from sdlora.builtin.state import (
     step_seed,
     write_tensors,
 )
-from sdlora.errors import ModelError, SdloraError
+from sdlora.errors import ModelError
 
 BETAS = (0.9, 0.99)
 TEXT_SEED_OFFSET = 500_000  # the two phases draw from different streams
@@ -83,10 +84,9 @@ class Place:
 
     out: Path
     bank: Path
-    vae: Path = SHIPPED / "vae"
+    vae: Path = BASE / "vae"
     start: Path | None = None
     device: str = "cpu"
-    threads: int = 0
     compiled: bool = False
     save_every: int = 200
     log_every: int = 25
@@ -443,8 +443,6 @@ def make_base(place: Place, recipe: Recipe, stop_after: int | None = None) -> Pa
     Returns:
         The diffusers folder; None where `stop_after` ended the run before the text encoder was ready.
     """
-    if place.threads:
-        torch.set_num_threads(place.threads)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group()
     if is_main_process():
@@ -464,61 +462,34 @@ def make_base(place: Place, recipe: Recipe, stop_after: int | None = None) -> Pa
     return folder
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[Place, Recipe, bool]:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     default = Recipe()
-    parser = argparse.ArgumentParser(prog="python -m sdlora.builtin.make_base", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the state, the log and the base")
-    parser.add_argument(
+    script = Script("make_base", __doc__, "--vae", "--device", "--threads")
+    script.add_argument("--out", type=Path, required=True, help="folder for the state, the log and the base")
+    script.add_argument(
         "--bank", type=Path, required=True, help="the latents: see python -m sdlora.builtin.bank"
     )
-    parser.add_argument("--vae", type=Path, default=SHIPPED / "vae", help="diffusers folder of the VAE")
-    parser.add_argument(
-        "--from-base", dest="start", type=Path, help="a base to start from; left out: new weights"
-    )
-    parser.add_argument("--steps", type=int, default=default.steps)
-    parser.add_argument(
+    script.add_argument("--from-base", dest="start", type=Path, help="a base to start from; by default none")
+    script.add_argument("--steps", type=int, default=default.steps)
+    script.add_argument(
         "--decay-share", type=float, default=default.decay_share, help="of the steps, the last"
     )
-    parser.add_argument("--batch-size", type=int, default=default.batch_size)
-    parser.add_argument("--learning-rate", type=float, default=default.learning_rate)
-    parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--compile", action="store_true", help="a fifth faster, after minutes of compiling")
-    parser.add_argument("--save-every", type=int, default=200, help="steps")
-    parser.add_argument("--export", action="store_true", help="write the base from the state as it is")
-    given = parser.parse_args(arguments)
-    place = Place(
-        given.out,
-        given.bank,
-        given.vae,
-        given.start,
-        given.device,
-        given.threads,
-        compiled=given.compile and not given.export,
-        save_every=given.save_every,
-    )
-    recipe = Recipe(
-        steps=given.steps,
-        decay_share=given.decay_share,
-        batch_size=given.batch_size,
-        learning_rate=given.learning_rate,
-        seed=given.seed,
-    )
-    return place, recipe, given.export
+    script.add_argument("--batch-size", type=int, default=default.batch_size)
+    script.add_argument("--learning-rate", type=float, default=default.learning_rate)
+    script.add_argument("--seed", type=int, default=default.seed)
+    script.add_argument("--compile", action="store_true", help="a fifth faster, after minutes of compiling")
+    script.add_argument("--save-every", type=int, default=200, help="steps")
+    script.add_argument("--export", action="store_true", help="write the base from the state as it is")
 
+    def work(given: Namespace) -> None:
+        own = {key: value for key, value in vars(given).items() if key in vars(default)}
+        places = {key: value for key, value in vars(given).items() if key in Place.__dataclass_fields__}
+        place = Place(**places, compiled=given.compile and not given.export)
+        folder = make_base(place, Recipe(**own), stop_after=0 if given.export else None)
+        print(f"{folder} is written" if folder else "the text encoder is not ready; run without --export")
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; 2 for a mistake in what was asked."""
-    try:
-        place, recipe, export = parse(arguments)
-        folder = make_base(place, recipe, stop_after=0 if export else None)
-    except SdloraError as error:
-        print(error)
-        return error.exit_code
-    print(f"{folder} is written" if folder else "the text encoder is not ready; run without --export")
-    return 0
+    return script.run(work, arguments)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,8 @@ from PIL import Image
 
 from sdlora.builtin.captions import concept_to_words, read_concepts
 from sdlora.builtin.icons import ICON_SETS, STYLE_SETS, Icons, compose, drawing_px, fetch_icons, load_icons
-from sdlora.errors import DataError, SdloraError
+from sdlora.builtin.script import Script
+from sdlora.errors import DataError
 
 SQUARE = (160, 160)
 OBLONG = ((192, 128), (128, 192), (176, 128), (128, 176))
@@ -148,19 +149,16 @@ def make_dataset(name: str, out: Path, icons_folder: Path) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; 2 for a mistake in what was asked."""
-    parser = argparse.ArgumentParser(prog="python -m sdlora.builtin.make_datasets", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("datasets"), help="gets a folder for each")
-    parser.add_argument("--icons", type=Path, help="folder of the vector packages; left out: npm pack")
-    given = parser.parse_args(arguments)
-    try:
+    """The command line."""
+    script = Script("make_datasets", __doc__, "--icons")
+    script.add_argument("--out", type=Path, default=Path("datasets"), help="gets a folder for each")
+
+    def work(given: Namespace) -> None:
         icons = given.icons or fetch_icons(STYLE_SETS, given.out / ".icons")
         for name in DATASETS:
             print(f"{make_dataset(name, given.out, icons)} is written")
-    except SdloraError as error:
-        print(error)
-        return error.exit_code
-    return 0
+
+    return script.run(work, arguments)
 
 
 if __name__ == "__main__":

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageFilter, ImageOps
+
+from sdlora.builtin.script import Script
 
 TRAINING = 12
 HELDOUT = 12
 
 
-def invert(image: Image.Image) -> Image.Image:
-    """The negative."""
-    return ImageOps.invert(image)
-
-
-def thicken(image: Image.Image) -> Image.Image:
-    """Every dark line two pixels wider on each side."""
-    return image.filter(ImageFilter.MinFilter(5))
-
-
-def tint(image: Image.Image) -> Image.Image:
-    """One palette: from dark blue over orange to paper."""
-    return ImageOps.colorize(ImageOps.grayscale(image), "#14213d", "#fdf6e3", mid="#fb8b24")
-
-
 TWISTS: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "inverted": invert,
-    "thick": thicken,
-    "duotone": tint,
+    "inverted": ImageOps.invert,
+    # Every dark line is two pixels wider on each side.
+    "thick": lambda image: image.filter(ImageFilter.MinFilter(5)),
+    # One palette, from dark blue over orange to paper.
+    "duotone": lambda image: ImageOps.colorize(ImageOps.grayscale(image), "#14213d", "#fdf6e3", "#fb8b24"),
 }
 
 
@@ -53,20 +42,21 @@ def make_twist(images: Path, name: str, folder: Path) -> None:
             (folder / part / drawing.with_suffix(".txt").name).write_text(caption, encoding="utf-8")
 
 
-def main() -> None:
-    """Reads the arguments and writes a folder for each twist."""
-    parser = argparse.ArgumentParser(prog="python -m sdlora.builtin.make_twists", description=__doc__)
-    parser.add_argument(
-        "images", type=Path, help="a dataset with a folder heldout, such as datasets/openmoji"
-    )
-    parser.add_argument(
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: writes a folder for each twist."""
+    script = Script("make_twists", __doc__)
+    script.add_argument("images", type=Path, help="a dataset with a folder heldout, as datasets/openmoji")
+    script.add_argument(
         "out", type=Path, help="gets a folder for each twist; the licence stays the dataset's"
     )
-    arguments = parser.parse_args()
-    for name in TWISTS:
-        make_twist(arguments.images, name, arguments.out / name)
-        print(arguments.out / name)
+
+    def work(given: Namespace) -> None:
+        for name in TWISTS:
+            make_twist(given.images, name, given.out / name)
+            print(given.out / name)
+
+    return script.run(work, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

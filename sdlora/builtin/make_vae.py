@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sdlora.builtin.captions import CONCEPTS_FILE, read_concepts
+from sdlora.builtin.captions import read_concepts
 from sdlora.builtin.icons import (
     GROUNDS,
     ICON_SETS,
@@ -29,8 +29,8 @@ from sdlora.builtin.icons import (
     to_array,
 )
 from sdlora.builtin.make_base import drop_key, to_half
+from sdlora.builtin.script import Script
 from sdlora.builtin.state import TrainingState, append_line, learning_rate, step_generators
-from sdlora.errors import SdloraError
 
 BETAS = (0.9, 0.99)
 CROP_PX = 64
@@ -163,29 +163,23 @@ def save_vae(vae: Any, folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; 2 for a mistake in what was asked."""
+    """The command line."""
     default = Recipe()
-    parser = argparse.ArgumentParser(prog="python -m sdlora.builtin.make_vae", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the state, the log and the VAE")
-    parser.add_argument("--icons", type=Path, help="folder of the vector packages; left out: npm pack")
-    parser.add_argument("--concepts", type=Path, default=CONCEPTS_FILE, help="file of concept names")
-    parser.add_argument("--steps", type=int, default=default.steps)
-    parser.add_argument("--batch-size", type=int, default=default.batch_size)
-    parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    given = parser.parse_args(arguments)
-    recipe = Recipe(steps=given.steps, batch_size=given.batch_size, seed=given.seed)
-    try:
+    script = Script("make_vae", __doc__, "--icons", "--concepts", "--device")
+    script.add_argument("--out", type=Path, required=True, help="folder for the state, the log and the VAE")
+    script.add_argument("--steps", type=int, default=default.steps)
+    script.add_argument("--batch-size", type=int, default=default.batch_size)
+    script.add_argument("--seed", type=int, default=default.seed)
+
+    def work(given: Namespace) -> None:
+        recipe = Recipe(steps=given.steps, batch_size=given.batch_size, seed=given.seed)
         folder = given.icons or fetch_icons(tuple(ICON_SETS), given.out / "icons")
         icons = [load_icons(icon_set, folder) for icon_set in ICON_SETS]
         drawings = render_all(icons, read_concepts(given.concepts))
-        vae = train(recipe, given.out, drawings, given.device)
-    except SdloraError as error:
-        print(error)
-        return error.exit_code
-    save_vae(vae, given.out / "vae")
-    print(f"{given.out / 'vae'} is written")
-    return 0
+        save_vae(train(recipe, given.out, drawings, given.device), given.out / "vae")
+        print(f"{given.out / 'vae'} is written")
+
+    return script.run(work, arguments)
 
 
 if __name__ == "__main__":

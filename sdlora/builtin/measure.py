@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,9 @@ from PIL import Image
 
 from sdlora.builtin.captions import concept_to_words
 from sdlora.builtin.icons import STYLE_SETS, Icons, compose, drawing_px, fetch_icons, load_icons, to_array
-from sdlora.builtin.judge import JUDGE_FILE, Judge, ceiling, load_judge, recognise
-from sdlora.errors import ModelError, SdloraError
+from sdlora.builtin.judge import Judge, ceiling, load_judge, recognise
+from sdlora.builtin.script import BASE, Script
+from sdlora.errors import ModelError
 
 STEPS = 20
 GUIDANCE = 3.0
@@ -199,22 +200,16 @@ def to_rows(recognitions: dict[str, Recognition]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; 2 for a mistake in what was asked."""
-    parser = argparse.ArgumentParser(prog="python -m sdlora.builtin.measure", description=__doc__)
-    parser.add_argument("base", type=Path, nargs="?", default=Path(__file__).with_name("base"))
-    parser.add_argument("--judge", type=Path, default=JUDGE_FILE, help="weights of the judge")
-    parser.add_argument("--datasets", type=Path, default=Path("datasets"))
-    parser.add_argument("--icons", type=Path, help="folder of the vector packages; left out: npm pack")
-    parser.add_argument("--count", type=int, default=224, help="concepts asked for")
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--psnr", action="store_true", help="measure the VAE too")
-    parser.add_argument("--sheet", type=Path, help="write a sheet of samples to this PNG")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--device", default="cpu")
-    given = parser.parse_args(arguments)
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    try:
+    """The command line."""
+    script = Script("measure", __doc__, "--judge", "--datasets", "--icons", "--threads")
+    script.add_argument("base", type=Path, nargs="?", default=BASE)
+    script.add_argument("--count", type=int, default=224, help="concepts asked for")
+    script.add_argument("--seed", type=int, default=SEED)
+    script.add_argument("--psnr", action="store_true", help="measure the VAE too")
+    script.add_argument("--sheet", type=Path, help="write a sheet of samples to this PNG")
+    script.add_argument("--device", default="cpu")
+
+    def work(given: Namespace) -> None:
         judge, pipeline = load_judge(given.judge), load_pipeline(given.base, given.device)
         ceilings = {name: round(ceiling(judge, given.datasets / name)[0], 3) for name in STYLE_SETS}
         figures: dict[str, Any] = {"ceiling": ceilings}
@@ -227,12 +222,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for name, drawings in icons.items()
             }
         print(json.dumps(figures, indent=1))
-    except SdloraError as error:
-        print(error)
-        return error.exit_code
-    if given.sheet:
-        make_sheet(sample(pipeline, SHEET_PROMPTS, 0)).save(given.sheet, optimize=True)
-    return 0
+        if given.sheet:
+            make_sheet(sample(pipeline, SHEET_PROMPTS, 0)).save(given.sheet, optimize=True)
+
+    return script.run(work, arguments)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ images (0) to drawings of the set that the run never saw (1), by statistics of t
 
 from __future__ import annotations
 
-import argparse
 import json
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdlora.builtin.judge import JUDGE_FILE, Judge, load_judge, recognise, to_input
-from sdlora.errors import SdloraError
+from sdlora.builtin.judge import Judge, load_judge, open_rgb, recognise, to_input
+from sdlora.builtin.script import Script
 from sdlora.runs import RunFolder
 
 LAYERS = (2, 6)  # after the first convolution, and the second pooling
@@ -53,8 +53,7 @@ def measure_truth(judge: Judge, run: RunFolder, unseen: Sequence[Image.Image]) -
     concepts: dict[Cell, list[str]] = defaultdict(list)
     for entry in json.loads(run.evaluation_file.read_text(encoding="utf-8"))["choice"]["images"]:
         cell = (entry["step"], entry["strength"])
-        with Image.open(run.path / entry["file"]) as image:
-            images[cell].append(image.convert("RGB"))
+        images[cell].append(open_rgb(run.path / entry["file"]))
         concepts[cell].append(concept_of(entry["prompt"], trigger))
     goal, start = line_statistics(judge, unseen), line_statistics(judge, images[None, 0.0])
     truth = {}
@@ -67,17 +66,14 @@ def measure_truth(judge: Judge, run: RunFolder, unseen: Sequence[Image.Image]) -
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; 2 for a mistake in what was asked."""
-    parser = argparse.ArgumentParser(prog="python -m sdlora.builtin.measure_choice", description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", help="evaluated runs")
-    parser.add_argument("--unseen", type=Path, required=True, help="folder of drawings that no run saw")
-    parser.add_argument("--judge", type=Path, default=JUDGE_FILE)
-    given = parser.parse_args(arguments)
-    try:
-        judge, unseen = load_judge(given.judge), []
-        for file in sorted(given.unseen.glob("*.png")):
-            with Image.open(file) as image:
-                unseen.append(image.convert("RGB"))
+    """The command line."""
+    script = Script("measure_choice", __doc__, "--judge")
+    script.add_argument("runs", type=Path, nargs="+", help="evaluated runs")
+    script.add_argument("--unseen", type=Path, required=True, help="folder of drawings that no run saw")
+
+    def work(given: Namespace) -> None:
+        judge = load_judge(given.judge)
+        unseen = [open_rgb(file) for file in sorted(given.unseen.glob("*.png"))]
         for folder in given.runs:
             run = RunFolder.open(folder)
             truth = measure_truth(judge, run, unseen)
@@ -85,18 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             choice = json.loads(run.evaluation_file.read_text(encoding="utf-8"))["choice"]
             chosen = choice["step"], choice["strength"]
             share = truth[chosen] / truth[best] if chosen in truth and truth[best] else None
-            facts: dict[str, Any] = {
-                "chosen": chosen,
-                "best": best,
-                "share": share,
-                "agrees": (share or 0) >= GOOD,
-            }
+            facts: dict[str, Any] = {"chosen": chosen, "best": best, "share": share}
+            facts["agrees"] = (share or 0) >= GOOD
             facts["truth"] = {f"{step} at {strength:g}": value for (step, strength), value in truth.items()}
             print(json.dumps({run.name: facts}), flush=True)
-    except SdloraError as error:
-        print(error)
-        return error.exit_code
-    return 0
+
+    return script.run(work, arguments)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from sdlora.builtin.captions import CONCEPTS_FILE, read_concepts
+from sdlora.builtin.captions import read_concepts
 from sdlora.builtin.icons import ICON_SETS, IMAGE_PX, compose, drawing_px, fetch_icons, load_icons
-from sdlora.errors import SdloraError
+from sdlora.builtin.script import Script
 from sdlora.evaluation.features import Features, Rows, load_features, unit_rows
 
 EVERY = 4  # of the concepts
@@ -24,7 +24,7 @@ def draw_hands(icons_folder: Path) -> dict[tuple[str, str], Image.Image]:
     found = {}
     for name in ICON_SETS:
         icons = load_icons(name, icons_folder)
-        for concept in read_concepts(CONCEPTS_FILE)[::EVERY]:
+        for concept in read_concepts()[::EVERY]:
             if concept in icons:
                 found[name, concept] = compose(icons.render(concept, drawing_px(IMAGE_PX)))
     return found
@@ -87,21 +87,18 @@ def measure(features: Features, drawings: dict[tuple[str, str], Image.Image]) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; 2 for a mistake in what was asked."""
-    parser = argparse.ArgumentParser(prog="python -m sdlora.builtin.measure_features", description=__doc__)
-    parser.add_argument(
+    """The command line."""
+    script = Script("measure_features", __doc__, "--icons")
+    script.add_argument(
         "features", nargs="*", default=["drawing"], help="drawing, or folders of vision models"
     )
-    parser.add_argument("--icons", type=Path, help="folder of the vector packages; left out: npm pack")
-    given = parser.parse_args(arguments)
-    try:
+
+    def work(given: Namespace) -> None:
         drawings = draw_hands(given.icons or fetch_icons(tuple(ICON_SETS), Path(".icons")))
         for source in given.features:
             print(json.dumps({source: measure(load_features(source), drawings)}), flush=True)
-    except SdloraError as error:
-        print(error)
-        return error.exit_code
-    return 0
+
+    return script.run(work, arguments)
 
 
 if __name__ == "__main__":

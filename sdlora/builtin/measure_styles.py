@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import tempfile
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,10 @@ from PIL import Image
 
 from sdlora.builtin.captions import concept_to_words
 from sdlora.builtin.icons import STYLE_SETS
-from sdlora.builtin.judge import JUDGE_FILE, Judge, ceiling, load_judge, recognise
+from sdlora.builtin.judge import Judge, ceiling, load_judge, open_rgb, recognise
 from sdlora.builtin.measure import load_pipeline, make_sheet, sample
-from sdlora.errors import SdloraError
+from sdlora.builtin.script import BASE, Script
 
-BUILTIN = Path(__file__).resolve().with_name("base")
 SEEDS = (0, 1, 2)  # of the trainings
 NUM_SAMPLES = 4  # of each caption
 STRENGTHS = (1.4, 1.0, 0.6)
@@ -42,12 +41,10 @@ class Drawing:
 
 def read_drawings(folder: Path) -> list[Drawing]:
     """The images of a folder with their captions."""
-    drawings = []
-    for file in sorted(folder.glob("*.png")):
-        with Image.open(file) as image:
-            caption = file.with_suffix(".txt").read_text(encoding="utf-8").strip()
-            drawings.append(Drawing(file.stem, caption, image.convert("RGB")))
-    return drawings
+    return [
+        Drawing(file.stem, file.with_suffix(".txt").read_text(encoding="utf-8").strip(), open_rgb(file))
+        for file in sorted(folder.glob("*.png"))
+    ]
 
 
 def style_features(image: Image.Image) -> np.ndarray:
@@ -121,7 +118,7 @@ def train_style(dataset: Path, config: Path | None, base: Path, seed: int, out: 
     return sdlora.train(
         dataset,
         # by its name, it has its own defaults
-        base="builtin" if base.resolve() == BUILTIN else str(base),
+        base="builtin" if base.resolve() == BASE.resolve() else str(base),
         config=config,
         out=out,
         trigger=trigger or None,
@@ -216,36 +213,29 @@ def loss_on_own_sets(base: Path, bank_folder: Path) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; 2 for a mistake in what was asked."""
-    parser = argparse.ArgumentParser(prog="python -m sdlora.builtin.measure_styles", description=__doc__)
-    parser.add_argument("base", type=Path, nargs="?", default=BUILTIN)
-    parser.add_argument("--judge", type=Path, default=JUDGE_FILE, help="weights of the judge")
-    parser.add_argument("--datasets", type=Path, default=Path("datasets"))
-    parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the presets")
-    parser.add_argument("--no-preset", action="store_true", help="train with no setting at all")
-    parser.add_argument("--trigger", default="", help='words put before every caption, as "openmoji style"')
-    parser.add_argument("--styles", nargs="+", default=STYLE_SETS, choices=STYLE_SETS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--sheets", type=Path, default=Path("sheets"), help="folder of the sheets")
-    parser.add_argument("--bank", type=Path, help="measure the loss on the base's own held-out drawings too")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    given = parser.parse_args(arguments)
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    try:
-        judge, figures = load_judge(given.judge), {}
+    """The command line."""
+    script = Script("measure_styles", __doc__, "--judge", "--datasets", "--threads")
+    script.add_argument("base", type=Path, nargs="?", default=BASE)
+    script.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the presets")
+    script.add_argument("--no-preset", action="store_true", help="train with no setting at all")
+    script.add_argument("--trigger", default="", help='words put before every caption, as "openmoji style"')
+    script.add_argument("--styles", nargs="+", default=STYLE_SETS, choices=STYLE_SETS)
+    script.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    script.add_argument("--sheets", type=Path, default=Path("sheets"), help="folder of the sheets")
+    script.add_argument("--bank", type=Path, help="measure the loss on the base's own held-out drawings too")
+
+    def work(given: Namespace) -> None:
+        judge = load_judge(given.judge)
         for name in given.styles:
             config = None if given.no_preset else given.configs / f"{name}.toml"
-            figures[name] = measure_style(
+            figures = measure_style(
                 given.datasets / name, config, given.base, judge, given.seeds, given.sheets, given.trigger
             )
-            print(json.dumps({name: figures[name]}, indent=1), flush=True)
+            print(json.dumps({name: figures}, indent=1), flush=True)
         if given.bank:
             print(json.dumps({"loss on its own sets": loss_on_own_sets(given.base, given.bank)}))
-    except SdloraError as error:
-        print(error)
-        return error.exit_code
-    return 0
+
+    return script.run(work, arguments)
 
 
 if __name__ == "__main__":
