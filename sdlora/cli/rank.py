@@ -99,7 +99,11 @@ def resize(
 @app.command()
 def merge(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="RUN|LORA ...", help="Run folders, or LoRA files in any dialect.")
+        list[str],
+        typer.Argument(
+            metavar="RUN|LORA[:WEIGHT] ...",
+            help="Run folders, or LoRA files in any dialect; with their weights, such as a.safetensors:0.7.",
+        ),
     ],
     out: options.Out,
     weights: Annotated[str | None, typer.Option(help="Such as 0.7,0.3.", show_default="1 each")] = None,
@@ -112,15 +116,17 @@ def merge(
 ) -> None:
     """Merge LoRAs into one file."""
     dialect, dtype = options.export_settings(format, precision)
-    factors = options.parse_numbers(weights, float, "--weights") or [1.0] * len(sources)
-    if len(factors) != len(sources):
-        problem = f"--weights {weights} has {len(factors)} numbers for {len(sources)} LoRAs; use one per LoRA"
-        raise ConfigError(problem, key="option--weights")
+    factors = options.parse_numbers(weights, float, "--weights")
     from sdlora.export.export import check_out, export_adapter
-    from sdlora.formats.files import load_adapter
+    from sdlora.formats.files import load_adapter, split_sum
     from sdlora.rank.merge import merge as join
 
-    files = options.find_adapters(*sources)
+    parts = [part for source in sources for part in split_sum(source)]
+    if factors and (len(factors) != len(parts) or any(factor != 1 for _, factor in parts)):
+        problem = f"--weights {weights} does not fit {' '.join(sources)}; write one number per LoRA, once"
+        raise ConfigError(problem, key="option--weights")
+    factors = factors or [factor for _, factor in parts]
+    files = options.find_adapters(*(str(path) for path, _ in parts))
     check_out(out, files)
     adapters = [load_adapter(file, dtype=None) for file in files]
     pairs = list(zip(adapters, factors, strict=True))

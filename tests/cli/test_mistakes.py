@@ -85,7 +85,7 @@ FILES = {
     "sample drawings --prompt x": "a LoRA file, a run folder or a tree node",
     "sample 'a cat'": '--prompt "a cat"',
     "sample base --prompt x": "--base",
-    "merge lora.safetensors:0.6 run --out x.safetensors": "0.6 in --strengths or --weights",
+    "resize lora.safetensors:0.6 --rank 2 --out x.safetensors": "0.6 in --strengths or --weights",
     "info model.ckpt": ".safetensors",
 }
 

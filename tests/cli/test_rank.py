@@ -48,10 +48,12 @@ def test_resize(sdlora, style, tmp_path):
         assert value in printed
 
 
-def test_merge(sdlora, style, tmp_path):
-    """The exact weighted sum; to a rank with its cost."""
+@pytest.mark.parametrize("weights", [("", "", "--weights", "0.5,1"), (":0.5", "")])
+def test_merge(sdlora, style, tmp_path, weights):
+    """The exact weighted sum, with weights in either place; to a rank with its cost."""
     out = tmp_path / "sum.safetensors"
-    code, _, errors = sdlora("merge", style, style, "--weights", "0.5,1", "--out", out, "--precision", "fp32")
+    call = f"{style}{weights[0]}", f"{style}{weights[1]}", *weights[2:]
+    code, _, errors = sdlora("merge", *call, "--out", out, "--precision", "fp32")
     assert code == 0, errors
     one, both = load_adapter(style), load_adapter(out)
     for name, pair in one.modules.items():
