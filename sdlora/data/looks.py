@@ -30,10 +30,10 @@ from sdlora.writing import write_file
 Array = NDArray[np.float32]
 Window = tuple[float, float, float, float]
 # A change of the measures below changes the version.
-VERSION = 1
+VERSION = 2
 SIDE = 512
 THUMBNAIL, COARSE = 32, 8
-CORNER = (48, 16)  # of 3/8 of the width and 1/8 of the height
+CORNER = (48, 16)  # of 3/8 and 1/8 of the longer side
 MAX_BYTES = 2**30
 BLOCK = 256
 FLAT = 4.0
@@ -48,6 +48,8 @@ BORDER_SHARE, BORDER_EDGE, BORDER_LEVELS, MAX_FRAME = 0.03, 0.85, 20, 0.12
 GROUND_SHARE = 0.25
 # Fine structure beyond a limit is of the drawing, which must not outweigh a mark.
 MARK_LIMIT, MARK_LEVELS, MARK_STROKES, MARK_LIKENESS, MARK_IMAGES = 24, 4, 12, 0.5, 3
+# On rough grounds, a mark shows in what an image's nearest others have in common with each other.
+MARK_NEAREST, MARK_SHARED = 5, 0.3
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def measure(image: Image.Image) -> tuple[NDArray[np.uint8], NDArray[np.int8], Ar
     measured = (np.percentile(levels, 98), measure_blur(levels), border, ground)
     figures = np.array(measured, np.float32)
     fine = levels - np.asarray(grey.filter(ImageFilter.BoxBlur(6)), np.float32)
-    width, height = max(1, grey.width * 3 // 8), max(1, grey.height // 8)
+    side = max(grey.size)
+    width, height = min(grey.width, side * 3 // 8 or 1), min(grey.height, side // 8 or 1)
     parts = (fine[:height, :width], fine[:height, -width:], fine[-height:, :width], fine[-height:, -width:])
     corners = [np.asarray(Image.fromarray(part).resize(CORNER, Image.Resampling.BOX)) for part in parts]
     return thumbnail, np.clip(np.rint(corners), -MARK_LIMIT, MARK_LIMIT).astype(np.int8), figures
@@ -180,7 +183,8 @@ def examine_looks(index: DatasetIndex, looks: Looks) -> None:
     noticed = index.noticed
     light, blur, border, ground = looks.figures.T
     usual = float(np.median(blur)) if len(blur) else 0.0
-    is_like = np.abs(ground[:, None] - ground[border == 0]) <= BORDER_LEVELS
+    grounds = ground[border == 0]
+    is_like = (np.abs(ground[:, None] - grounds) <= BORDER_LEVELS) & (grounds >= 0)
     for number, name in enumerate(shown):
         if light[number] < DARK_LEVEL:
             noticed["data.image-dark"][name] = f"{light[number] / 255:.0%}"
@@ -201,7 +205,7 @@ def examine_looks(index: DatasetIndex, looks: Looks) -> None:
 
 
 def find_marks(corners: NDArray[np.int8]) -> list[int]:
-    """Images with strokes in a corner, as letters have them, that are those of two others at least."""
+    """Images with strokes in a corner, as letters have them, that are those of others too."""
     found: set[int] = set()
     strokes = np.where(np.abs(corners.astype(np.int16)) > MARK_LEVELS, np.sign(corners), 0)
     changes = (np.abs(np.diff(strokes, axis=-1)) > 0).sum(axis=-1).max(axis=-1)
@@ -211,8 +215,17 @@ def find_marks(corners: NDArray[np.int8]) -> list[int]:
         vectors = corner[active] - corner[active].mean(axis=1, keepdims=True)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         for start in range(0, len(active), BLOCK):
-            alike = (vectors[start : start + BLOCK] @ vectors.T > MARK_LIKENESS).sum(axis=1)
-            found |= set(active[start : start + BLOCK][alike >= MARK_IMAGES].tolist())
+            alike = vectors[start : start + BLOCK] @ vectors.T
+            is_marked = (alike > MARK_LIKENESS).sum(axis=1) >= MARK_IMAGES
+            if len(active) > MARK_NEAREST:
+                alike[np.arange(len(alike)), start + np.arange(len(alike))] = -1
+                nearest = np.argpartition(-alike, MARK_NEAREST, axis=1)[:, :MARK_NEAREST]
+                others = vectors[nearest]
+                shared = (others @ others.swapaxes(1, 2)).sum(axis=(1, 2)) - MARK_NEAREST
+                shared /= MARK_NEAREST * (MARK_NEAREST - 1)
+                own = np.take_along_axis(alike, nearest, axis=1).mean(axis=1)
+                is_marked |= np.minimum(shared, own) > MARK_SHARED
+            found |= set(active[start : start + BLOCK][is_marked].tolist())
     return sorted(found)
 
 
