@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -140,3 +142,21 @@ def read_lines(file: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 yield row
+
+
+def fold(text: str, width: int) -> str:
+    """Lines of at most `width` characters, broken between words; longer words, such as paths, stay whole.
+
+    What is broken off stands below the text that follows a label, such as `memory    needs 2 GB`.
+    """
+    return "\n".join(folded for line in text.splitlines() for folded in _fold_line(line, width))
+
+
+def _fold_line(line: str, width: int) -> list[str]:
+    if len(line) <= width:
+        return [line]
+    label = re.match(r"\s*\S+\s{2,}|\s+", line)
+    indent = min(len(label[0]), width // 2) if label else 4
+    return textwrap.wrap(
+        line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )

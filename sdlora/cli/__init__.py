@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from sdlora.cli.mistakes import describe_usage
+from sdlora.cli.options import say
 from sdlora.cli.processes import STOP_SECONDS, speaks_for_host, wait_for_first
 from sdlora.errors import ProcessLost, RunStopped, SdloraError, shorten
 
@@ -39,7 +40,7 @@ def _print_version(asked: bool) -> None:
     if asked:
         from importlib.metadata import version
 
-        typer.echo(f"sdlora {version('sdlora')}")
+        say(f"sdlora {version('sdlora')}")
         raise typer.Exit
 
 
@@ -86,7 +87,7 @@ def main() -> None:
         if debug:
             raise
         if text := describe_usage(error, arguments):
-            typer.echo(f"sdlora: {text}", err=True)
+            say(f"sdlora: {text}", err=True)
         raise SystemExit(2) from None
     except SdloraError as error:
         if debug:
@@ -98,10 +99,10 @@ def main() -> None:
         if not (isinstance(error, ProcessLost) and not error.is_explained):
             wait_for_first(error.exit_code)
         for line in str(error).splitlines():
-            typer.echo(f"sdlora: {line}", err=True)
+            say(f"sdlora: {line}", err=True)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         if debug:
             raise
-        typer.echo("sdlora: stopped", err=True)
+        say("sdlora: stopped", err=True)
         raise SystemExit(130) from None

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sdlora.cli import app
+from sdlora.cli import app, options
 
 SHOWN, EVERY_SECONDS = 5, 10.0
 
@@ -37,9 +37,9 @@ def caption(
 
     settings = load_config(None, {}, arguments={"data.trigger": trigger}).data
     missing, total = find_uncaptioned(images, settings)
-    typer.echo(f"{total - len(missing)} of {total} images have a caption")
+    options.say(f"{total - len(missing)} of {total} images have a caption")
     if skeleton:
-        typer.echo(f"empty caption files made: {write_skeletons(images, missing)}; fill them in")
+        options.say(f"empty caption files made: {write_skeletons(images, missing)}; fill them in")
         return
     if not missing:
         return
@@ -55,5 +55,5 @@ def caption(
         if number <= SHOWN or now - shown > EVERY_SECONDS or number == len(missing):
             shown = now
             left = timedelta(seconds=round((now - started) / number * (len(missing) - number)))
-            typer.echo(f"{number}/{len(missing)}  ETA {left}  {name}: {text or '(none)'}")
-    typer.echo(f"captions written: {written}; read them, and say what images show, not their style")
+            options.say(f"{number}/{len(missing)}  ETA {left}  {name}: {text or '(none)'}")
+    options.say(f"captions written: {written}; read them, and say what images show, not their style")

@@ -40,7 +40,7 @@ def doctor(
     if undo:
         from sdlora.data.repairs import undo_repairs
 
-        typer.echo(f"files restored: {undo_repairs(images)}")
+        options.say(f"files restored: {undo_repairs(images)}")
         return
     from sdlora.training.preflight import check_folder
 
@@ -48,7 +48,7 @@ def doctor(
     if as_json:
         options.print_json(checkup.as_json())
     else:
-        typer.echo("\n".join(checkup.lines()))
+        options.say("\n".join(checkup.lines()))
     if fix:
         _fix(checkup, yes)
     if checkup.has_errors:
@@ -61,11 +61,11 @@ def _fix(checkup: Checkup, is_agreed: bool) -> None:
 
     repairs = plan_repairs(checkup.index, checkup.findings)
     if not (lines := repairs.lines()):
-        typer.echo("nothing to fix")
+        options.say("nothing to fix")
         return
-    typer.echo("\n".join(lines))
+    options.say("\n".join(lines))
     if is_agreed or typer.confirm(f"{len(lines)} changes, which --undo takes back. Go on?"):
-        typer.echo(f"done; moved files and the old captions are in {repairs.apply()}")
+        options.say(f"done; moved files and the old captions are in {repairs.apply()}")
 
 
 @app.command()
@@ -86,16 +86,16 @@ def info(
 
     state = describe_state(run) if (run := RunFolder(file)).exists else []
     if state and not as_json:
-        typer.echo("\n".join(state))
+        options.say("\n".join(state))
     found, parents = inspect_adapter(file), []
     with suppress(AdapterError):
         parents = list(map(str, read_lineage(found.metadata)))
     if as_json:
         options.print_json({**asdict(found), "parents": parents, "run": state})
         return
-    typer.echo("\n".join(found.lines(with_metadata=verbose)))
+    options.say("\n".join(found.lines(with_metadata=verbose)))
     if parents:
-        typer.echo(f"parents   {' > '.join(parents)}")
+        options.say(f"parents   {' > '.join(parents)}")
 
 
 @app.command()
@@ -104,8 +104,8 @@ def cache(clear: Annotated[bool, typer.Option("--clear", help="Delete all cached
     from sdlora.data.cache import cache_folder, clear_cache, measure_cache
 
     folder = cache_folder()
-    typer.echo(f"cache     {folder}")
+    options.say(f"cache     {folder}")
     for kind, files, size in measure_cache(folder):
-        typer.echo(f"{kind:<9} {files} files, {size / 1e6:.1f} MB")
+        options.say(f"{kind:<9} {files} files, {size / 1e6:.1f} MB")
     if clear:
-        typer.echo(f"cleared   {clear_cache(folder) / 1e6:.1f} MB")
+        options.say(f"cleared   {clear_cache(folder) / 1e6:.1f} MB")

@@ -74,7 +74,7 @@ def evaluate(
     if as_json:
         typer.echo(folder.evaluation_file.read_text(encoding="utf-8"), nl=False)
     else:
-        typer.echo("\n".join([*lines, *choice.lines()]))
+        options.say("\n".join([*lines, *choice.lines()]))
 
 
 @app.command()
@@ -94,7 +94,7 @@ def advise_rank(
 
     with Terminal().progress("measuring", 1) as meter:
         advice = advise(run, keep=keep, ranks=tried, progress=meter.show)
-    typer.echo("\n".join(advice.lines()))
+    options.say("\n".join(advice.lines()))
 
 
 @app.command()
@@ -110,4 +110,4 @@ def report(
     folders = [RunFolder.open(run) for run in runs]
     from sdlora.evaluation.page import write_report
 
-    typer.echo(f"report    {write_report(folders, out=out)}")
+    options.say(f"report    {write_report(folders, out=out)}")

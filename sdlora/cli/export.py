@@ -44,14 +44,14 @@ def export(
     from sdlora.formats.files import resolve_adapter
 
     if out is not None:
-        typer.echo("\n".join(write(source, out, dialect=dialect, precision=dtype, step=step).lines()))
+        options.say("\n".join(write(source, out, dialect=dialect, precision=dtype, step=step).lines()))
     if verify:
         from sdlora.export.postflight import verify_export
 
         saved = source if step is None else resolve_adapter(source, step).file
-        typer.echo(f"verified  {verify_export(saved, out, base)}")
+        options.say(f"verified  {verify_export(saved, out, base)}")
     if push_to_hub is not None:
-        typer.echo(f"uploaded  {push_run(source, push_to_hub)}")
+        options.say(f"uploaded  {push_run(source, push_to_hub)}")
 
 
 @app.command()
@@ -84,7 +84,7 @@ def extract(
             tuned, base, rank=lora.rank, targets=lora.targets, text_encoder=text_encoder, progress=meter.show
         )
     written = export_adapter(adapter, out, dialect=dialect, precision=dtype)
-    typer.echo("\n".join([*report.lines(), *written.lines()]))
+    options.say("\n".join([*report.lines(), *written.lines()]))
 
 
 @app.command()
@@ -110,4 +110,4 @@ def merge_into_base(
     *below, top = load_path(source, force=force, warn=warn)
     stack = [*((step.adapter, step.ancestor.strength) for step in below), (top.adapter, strength)]
     name = base or base_of(top.file, top.adapter.notes)
-    typer.echo(f"wrote     {write(stack, name, out, dtype=DTYPES[dtype] if dtype else None, warn=warn)}")
+    options.say(f"wrote     {write(stack, name, out, dtype=DTYPES[dtype] if dtype else None, warn=warn)}")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from sdlora.errors import ConfigError, DataError, shorten
+from sdlora.writing import fold
 
 if TYPE_CHECKING:
     from sdlora.config import BaseSection, DataSection, FileDtype, ObjectiveSection, RunConfig
@@ -68,6 +71,13 @@ def base_option(default: str) -> Any:
     """The option `--base`."""
     text = "builtin, a diffusers folder, a .safetensors file or a Hugging Face id."
     return typer.Option(help=text, show_default=default)
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Prints lines, on a terminal within its width."""
+    if (sys.stderr if err else sys.stdout).isatty():
+        text = fold(text, shutil.get_terminal_size().columns)
+    typer.echo(text, err=err)
 
 
 def print_json(value: Any) -> None:
@@ -208,7 +218,7 @@ def find_adapters(*sources: str | Path) -> list[Path]:
     found = [resolve_adapter(source) for source in sources]
     for one in found:
         if one.run and one.file.stem.startswith("step-"):
-            typer.echo(f"note: {one.run.path} is not finished; using its newest adapter, {one.file.name}")
+            say(f"note: {one.run.path} is not finished; using its newest adapter, {one.file.name}")
     return [one.file for one in found]
 
 

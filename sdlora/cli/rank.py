@@ -35,14 +35,14 @@ def spectrum(
         numbers = (row.num_modules, row.rank, f"{row.effective_rank:.1f}", *ranks, f"{row.energy:.1%}")
         table.add_row(row.block, *map(str, numbers))
     Console(highlight=False).print(table)
-    typer.echo("effective: exp of the entropy of the singular values; 50 %, 90 %, 99 %: the rank with this")
-    typer.echo("share of a module's energy (the sum of squares); both averaged over modules")
+    options.say("effective: exp of the entropy of the singular values; 50 %, 90 %, 99 %: the rank with this")
+    options.say("share of a module's energy (the sum of squares); both averaged over modules")
     if plot is not None:
         from sdlora.report.plots import draw_spectrum
 
         values = {name: row.tolist() for name, row in found.values.items()}
         blocks = {name: block_of(name) for name in values}
-        typer.echo(f"plot      {draw_spectrum(plot, values, blocks, title=file.name)}")
+        options.say(f"plot      {draw_spectrum(plot, values, blocks, title=file.name)}")
 
 
 @app.command()
@@ -93,7 +93,7 @@ def resize(
     )
     del adapter  # a large file, which the smaller one no longer needs
     written = export_adapter(small, out, dialect=dialect, precision=dtype)
-    typer.echo("\n".join([*report.lines(), *written.lines()]))
+    options.say("\n".join([*report.lines(), *written.lines()]))
 
 
 @app.command()
@@ -132,4 +132,4 @@ def merge(
     pairs = list(zip(adapters, factors, strict=True))
     joined, report = join(pairs, method, rank=rank, density=density, seed=seed)  # type: ignore[arg-type]
     written = export_adapter(joined, out, dialect=dialect, precision=dtype)
-    typer.echo("\n".join([*(report.lines() if report else ()), *written.lines()]))
+    options.say("\n".join([*(report.lines() if report else ()), *written.lines()]))

@@ -63,10 +63,10 @@ def sample(
 
 def draw_grid(plan: SamplePlan, terminal: Terminal) -> None:
     for note in plan.notes():
-        typer.echo(f"note: {note}", err=True)
+        options.say(f"note: {note}", err=True)
     with terminal.progress("sampling", 1) as meter:
         grid = plan.make(meter.show)
-    typer.echo(f"grid      {grid}")
+    options.say(f"grid      {grid}")
 
 
 @app.command()
@@ -116,10 +116,10 @@ def compare(
     request = SampleRequest(base, saved, out, pixels, force, terminal.warn, settings, axes)
     plan = plan_comparison(sources, request)
     for note in plan.notes():
-        typer.echo(f"note: {note}", err=True)
+        options.say(f"note: {note}", err=True)
     with terminal.progress("sampling", 1) as meter:
         result = draw_comparison(plan, meter.show)
     if as_json:
         options.print_json(result.to_json())
     else:
-        typer.echo("\n".join(result.lines()))
+        options.say("\n".join(result.lines()))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sdlora.cli import app
+from sdlora.cli import app, options
 from sdlora.errors import ConfigError
 
 
@@ -59,7 +59,7 @@ def studio(
         shown = {"0.0.0.0": platform.node(), "::": platform.node()}.get(host, host)
         shown = f"[{shown}]" if ":" in shown else shown
         address = f"http://{shown}:{listener.getsockname()[1]}/{f'?token={token}' if token else ''}"
-        typer.echo(f"studio    {address}\nruns      {folder}, Ctrl-C stops the page; runs go on")
+        options.say(f"studio    {address}\nruns      {folder}, Ctrl-C stops the page; runs go on")
         if browse:
             webbrowser.open(address)
         server = uvicorn.Server(

@@ -99,15 +99,15 @@ def _print_result(run: RunFolder) -> None:
     if not is_first():
         return
     grids = sorted(run.samples.glob("*/grid.png"))
-    typer.echo(f"adapter   {run.adapter}")
+    options.say(f"adapter   {run.adapter}")
     if grids:
-        typer.echo(f"grid      {grids[-1]}")
+        options.say(f"grid      {grids[-1]}")
     if run.loss_curve.is_file():
-        typer.echo(f"loss      {run.loss_curve}")
+        options.say(f"loss      {run.loss_curve}")
     if run.report.is_file():
-        typer.echo(f"report    {run.report}")
+        options.say(f"report    {run.report}")
     if parent := run.read_config().lora.parent:
-        typer.echo(
+        options.say(
             f"parent    {parent}, required at inference; `sdlora sample {run.path}` mounts both, "
             "`sdlora tree flatten` merges them into one file"
         )
@@ -116,5 +116,5 @@ def _print_result(run: RunFolder) -> None:
         name = config.export.name or run.name
         if (for_uis := run.path / "webui" / f"{name}.safetensors").is_file():
             prompt = webui_prompt(name, preferred_strength(config.sample.strengths), config.data.trigger)
-            typer.echo(f"for UIs   {for_uis} (A1111, Forge, ComfyUI); prompt: {prompt}")
-        typer.echo(f'load it   pipe.load_lora_weights("{run.adapter}")')
+            options.say(f"for UIs   {for_uis} (A1111, Forge, ComfyUI); prompt: {prompt}")
+        options.say(f'load it   pipe.load_lora_weights("{run.adapter}")')

@@ -43,7 +43,7 @@ def show(folder: Folder) -> None:
     # Rich cuts lines at the width of the console, but errors must be readable in full.
     Console(highlight=False, width=10_000).print(drawing)
     for line in tree.problems:
-        typer.echo(f"warning: {line}")
+        options.say(f"warning: {line}")
 
 
 @verbs.command()
@@ -53,9 +53,9 @@ def verify(folder: Folder) -> None:
 
     tree = AdapterTree.from_folder(folder)
     if lines := tree.verify():
-        typer.echo("\n".join(lines))
+        options.say("\n".join(lines))
         raise typer.Exit(1)
-    typer.echo(f"{len(tree.nodes)} nodes, all with the parents that they were trained on")
+    options.say(f"{len(tree.nodes)} nodes, all with the parents that they were trained on")
 
 
 @verbs.command()
@@ -111,7 +111,7 @@ def flatten(
     check_out(out, (step.file for step in tree.nodes.values()))
     flat, cost = tree.flatten(node, strengths=changes, rank=rank, force=force)
     for error in tree.path_errors(node):
-        typer.echo(f"warning: {error}")
+        options.say(f"warning: {error}")
     report = export_adapter(flat, out, dialect=dialect, precision=dtype)
     path = f"path      {flat.notes['sdlora.flattened']}"
-    typer.echo("\n".join([path, *(cost.lines() if cost else ()), *report.lines()]))
+    options.say("\n".join([path, *(cost.lines() if cost else ()), *report.lines()]))

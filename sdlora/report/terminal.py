@@ -22,6 +22,8 @@ from rich.progress import (
 from rich.text import Text
 from tqdm.auto import tqdm
 
+from sdlora.writing import fold
+
 BEAT_SECONDS = 30.0
 
 
@@ -39,13 +41,16 @@ class Terminal:
     def print(self, *lines: str) -> None:
         """Prints lines as they are, in one piece: a notebook gives each print a cell of its own."""
         if lines:
-            self.console.print(Text("\n".join(lines)))
+            self.console.print(Text(self._fold("\n".join(lines))))
             self._log(*lines)
 
     def warn(self, *lines: str) -> None:
         for line in lines:
-            self.console.print(Text(f"warning: {line}", style="yellow"))
+            self.console.print(Text(self._fold(f"warning: {line}"), style="yellow"))
             self._log(f"warning: {line}")
+
+    def _fold(self, text: str) -> str:
+        return fold(text, self.console.width) if self.console.is_terminal else text
 
     def beat(self, line: str) -> None:
         """A sign of life: printed where no bar is seen, and in the log file."""

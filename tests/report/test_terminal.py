@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import pytest
+from rich.console import Console
 
 from sdlora.report import terminal as module
 from sdlora.report.terminal import Terminal
@@ -65,3 +66,21 @@ def test_a_bar_in_a_notebook(capsys):
     assert "4/4" in shown.err
     assert "training" in shown.err
     assert shown.out == ""
+
+
+def test_lines_break_between_words(capsys, tmp_path):
+    """R-16: below the text of a label; paths stay whole; a file has whole lines."""
+    path = f"/a/very/{'long' * 20}/path-of-a-file.png"
+    line = f"memory    needs 2 GB, of which {'much ' * 9}is in {path}"
+    terminal = Terminal()
+    terminal.console = Console(force_terminal=True, width=40, highlight=False, soft_wrap=True)
+    with terminal.keep(tmp_path / "train.log"):
+        terminal.print("short", line)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "short"
+    assert " ".join(part.strip() for part in printed[1:]) == line
+    assert all(part.startswith(" " * 10) for part in printed[2:])
+    assert [part for part in printed if len(part) > 40] == [
+        f"{' ' * 10}/a/very/{'long' * 20}/path-of-a-file.png"
+    ]
+    assert line in (tmp_path / "train.log").read_text(encoding="utf-8")
