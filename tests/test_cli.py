@@ -17,7 +17,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from typer.main import get_command
 
+from sdlora.cli import PANELS, app
 from sdlora.evaluation.evaluate import evaluate
 from sdlora.formats.files import save_adapter
 from sdlora.lora.adapter import Adapter
@@ -611,3 +613,9 @@ def test_stopping_a_process(make_images, tmp_path, how):
     resume(run.path, {"train.steps": steps[-1] + 1}, quiet=True)
     assert run.adapter.name == "final.safetensors"
     assert [event["step"] for event in run.events("step")] == list(range(1, steps[-1] + 2))
+
+
+def test_every_command_has_its_place_in_the_help():
+    """A new command that no panel names would be missing from `sdlora --help`."""
+    listed = [name for names in PANELS.values() for name in names]
+    assert sorted(listed) == sorted(get_command(app).commands)

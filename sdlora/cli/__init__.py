@@ -16,13 +16,24 @@ from sdlora.cli.options import say
 from sdlora.cli.processes import STOP_SECONDS, speaks_for_host, wait_for_first
 from sdlora.errors import ProcessLost, RunStopped, SdloraError, shorten
 
-# Listed first in the help, in this order; the others follow by name.
-FIRST = ("train", "resume", "sample", "compare", "evaluate", "doctor", "settings", "info", "export")
+# The help lists commands in this order, under these titles.
+PANELS = {
+    "Train": ("train", "resume", "doctor", "caption", "settings", "cache"),
+    "Look and choose": ("sample", "compare", "evaluate", "advise-rank", "report", "studio"),
+    "LoRA files": ("info", "export", "merge", "merge-into-base", "resize", "spectrum", "extract", "tree"),
+}
 
 
 class _Commands(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*FIRST, *sorted(self.commands.keys() - set(FIRST))]
+        return [name for names in PANELS.values() for name in names]
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        command: Any = super().get_command(ctx, name)
+        for title, names in PANELS.items():
+            if name in names:
+                command.rich_help_panel = title
+        return command
 
 
 app = typer.Typer(
