@@ -15,8 +15,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from sdlora.config import ObjectiveSection
-from sdlora.diffusion.schedule import NoiseSchedule
-from sdlora.diffusion.timesteps import TimestepSampler, describe_parameters, make_sampler
+from sdlora.diffusion.schedule import NoiseSchedule, TimestepSampler, describe_parameters, make_sampler
 from sdlora.objectives import LOSSES, TIMESTEPS
 
 SNR_RANGE = (1e-3, 1e3)

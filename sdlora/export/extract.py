@@ -18,7 +18,7 @@ from sdlora.lora.kinds import LowRank
 from sdlora.models.components import Component
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.weights import empty_components
-from sdlora.rank.svd import decompose_dense
+from sdlora.rank.spectrum import decompose_dense
 
 Progress = Callable[[int, int], None]
 

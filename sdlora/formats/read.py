@@ -17,8 +17,14 @@ import torch
 from torch import Tensor
 
 from sdlora.errors import AdapterError, join_names, shorten
-from sdlora.formats.keys import dialect_of, has_sgm_names, is_stable_diffusion, split_key, with_component
-from sdlora.formats.sgm_keys import layers_per_block
+from sdlora.formats.keys import (
+    dialect_of,
+    has_sgm_names,
+    is_stable_diffusion,
+    layers_per_block,
+    split_key,
+    with_component,
+)
 from sdlora.lora.adapter import KINDS, Adapter
 from sdlora.lora.kinds import AdapterModule
 from sdlora.lora.layers import LAYERS_PER_BLOCK, TEXT_ENCODERS, component_of

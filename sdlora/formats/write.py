@@ -18,8 +18,7 @@ from torch import Tensor
 
 from sdlora.dtypes import DTYPES
 from sdlora.errors import AdapterError, ConfigError, join_names
-from sdlora.formats.keys import SUFFIXES, Dialect, clean_module, module_to_kohya
-from sdlora.formats.sgm_keys import layers_per_block
+from sdlora.formats.keys import SUFFIXES, Dialect, clean_module, layers_per_block, module_to_kohya
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.kinds import AdapterModule
 from sdlora.lora.layers import LAYERS_PER_BLOCK, TEXT_ENCODERS, component_of

@@ -25,7 +25,7 @@ from sdlora.errors import ModelError
 from sdlora.models.base import Condition, quiet
 from sdlora.models.info import BaseInfo
 from sdlora.models.kernels import use_cpu_kernels
-from sdlora.models.prompts import tokenize_chunks
+from sdlora.models.tokenizer import tokenize_chunks
 
 TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 

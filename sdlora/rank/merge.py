@@ -19,7 +19,7 @@ from sdlora.formats.files import AnyAdapter, open_adapter
 from sdlora.lora.adapter import Adapter, low_rank_modules
 from sdlora.lora.kinds import LowRank
 from sdlora.rank.resize import describe_error
-from sdlora.rank.svd import decompose, decompose_dense
+from sdlora.rank.spectrum import decompose, decompose_dense
 from sdlora.seeds import name_seed
 
 Method = Literal["concatenate", "svd", "ties", "dare"]

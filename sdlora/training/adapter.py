@@ -14,7 +14,7 @@ from sdlora.lora.attach import check_fit
 from sdlora.lora.layers import Model, carrier_layers, component_of, components
 from sdlora.lora.layout import Layout
 from sdlora.models.info import BaseInfo
-from sdlora.rank.init_from import InitReport, check_init_targets, init_from_adapter
+from sdlora.rank.resize import InitReport, check_init_targets, init_from_adapter
 from sdlora.tree.lineage import PathEntry, check_additive, load_path
 
 SMALLEST_RANK = 4

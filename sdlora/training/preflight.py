@@ -15,8 +15,7 @@ from sdlora.data.cache import cache_folder
 from sdlora.data.captions import caption_pipeline
 from sdlora.data.doctor import Checkup, check_images
 from sdlora.data.records import DatasetIndex, Finding
-from sdlora.diffusion.schedule import schedule_from_config
-from sdlora.diffusion.timesteps import make_sampler
+from sdlora.diffusion.schedule import make_sampler, schedule_from_config
 from sdlora.errors import ConfigError
 from sdlora.models.info import BaseInfo, inspect_base, with_base_defaults
 from sdlora.models.tokenizer import count_tokens, load_tokenizer

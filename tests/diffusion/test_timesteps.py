@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from sdlora.config import ObjectiveSection
-from sdlora.diffusion.schedule import NoiseSchedule, schedule_from_config
-from sdlora.diffusion.timesteps import make_sampler, timestep_probabilities
+from sdlora.diffusion.schedule import (
+    NoiseSchedule,
+    make_sampler,
+    schedule_from_config,
+    timestep_probabilities,
+)
 from sdlora.errors import ConfigError
 from sdlora.objectives import TIMESTEPS
 from tests.checks import raises

@@ -7,8 +7,8 @@ import torch
 
 from sdlora.errors import AdapterError
 from sdlora.formats.files import inspect_adapter, save_adapter
+from sdlora.formats.keys import layers_per_block, module_to_sgm, sgm_to_module
 from sdlora.formats.read import state_to_adapter
-from sdlora.formats.sgm_keys import layers_per_block, module_to_sgm, sgm_to_module
 from sdlora.formats.write import adapter_to_kohya
 from sdlora.lora.attach import count_parameters, match_targets
 from sdlora.lora.layers import carrier_layers

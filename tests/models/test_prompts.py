@@ -13,9 +13,14 @@ from sdlora.errors import ConfigError
 from sdlora.models.base import quiet
 from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
-from sdlora.models.prompts import parse_weights, without_weights
 from sdlora.models.stable_diffusion import StableDiffusion
-from sdlora.models.tokenizer import count_tokens, describe_bracketed_prompts, load_tokenizer
+from sdlora.models.tokenizer import (
+    count_tokens,
+    describe_bracketed_prompts,
+    load_tokenizer,
+    parse_weights,
+    without_weights,
+)
 from tests.checks import raises
 
 

@@ -9,7 +9,7 @@ from sdlora.errors import ConfigError
 from sdlora.formats.files import load_adapter, save_adapter
 from sdlora.lora.adapter import draw_adapter
 from sdlora.lora.attach import match_targets
-from sdlora.rank.init_from import InitReport, check_init_targets, init_from_adapter
+from sdlora.rank.resize import InitReport, check_init_targets, init_from_adapter
 from tests.checks import raises
 
 

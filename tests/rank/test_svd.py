@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sdlora.rank.svd import LARGEST_EXACT_SIDE, decompose, decompose_dense, singular_values
+from sdlora.rank.spectrum import LARGEST_EXACT_SIDE, decompose, decompose_dense, singular_values
 
 
 def product(pair):
