@@ -21,6 +21,7 @@ from sdlora.builtin.icons import BASE_SETS, fetch_icons, load_icons, to_array
 from sdlora.builtin.script import Script
 from sdlora.builtin.variants import HUES, RENDERED_PX, Variant, dominant_hue, draw_variant, render_variant
 from sdlora.errors import ModelError
+from sdlora.writing import to_lines, write_text
 
 ENCODE_BATCH = 32
 PLAIN_SHARE = 0.55  # of the images drawn: the drawing as it is
@@ -183,8 +184,7 @@ def make_bank(out: Path, icons_folder: Path, vae_folder: Path, concepts: Sequenc
         variants = [honest_variant(drawings[v.icon_set, v.concept], v) for v in variants]
         images = [to_array(render_variant(drawings[v.icon_set, v.concept], v)) for v in variants]
         latents = encode_images(vae, images)
-        lines = "".join(json.dumps(asdict(variant)) + "\n" for variant in variants)
-        file.with_suffix(".jsonl").write_text(lines, encoding="utf-8")
+        write_text(file.with_suffix(".jsonl"), to_lines(map(asdict, variants)))
         partial = file.with_suffix(".partial")
         with partial.open("wb") as opened:
             np.save(opened, latents)

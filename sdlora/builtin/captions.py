@@ -93,6 +93,16 @@ def concept_to_words(concept: str) -> str:
     return concept.replace("-", " ")
 
 
+def takes_an(name: str) -> bool:
+    return name[0] in "aeiou" and not name.startswith("uni")
+
+
+def name_thing(concept: str) -> str:
+    """`owl` -> `an owl`, as people and the example datasets write it."""
+    name = concept_to_words(concept)
+    return f"{'an' if takes_an(name) else 'a'} {name}"
+
+
 def draw_caption(rng: random.Random, variant: Variant) -> str:
     """A caption as a person might write it of what an image shows.
 
@@ -126,7 +136,7 @@ def with_article(rng: random.Random, phrase: str, name: str, variant: Variant) -
     """The phrase with the name in it, and before that the colour it was turned to."""
     if variant.colour in HUES:
         name = f"{variant.colour} {name}"
-    if name[0] in "aeiou" and not name.startswith("uni") and rng.random() < AN_SHARE:
+    if takes_an(name) and rng.random() < AN_SHARE:
         phrase = phrase.replace("a {}", "an {}")
     return phrase.format(name)
 

@@ -26,9 +26,11 @@ from torch import Tensor, nn
 from sdlora.builtin.captions import read_concepts
 from sdlora.builtin.icons import ICON_SETS, STYLE_SETS, fetch_icons, load_icons
 from sdlora.builtin.script import JUDGE_FILE, Script
-from sdlora.builtin.state import append_line, learning_rate, read_facts, write_tensors
+from sdlora.builtin.state import learning_rate, write_tensors
 from sdlora.builtin.variants import RENDERED_PX, Variant, draw_variant, render_variant
 from sdlora.errors import DataError, ModelError
+from sdlora.reading import read_header
+from sdlora.writing import append_lines
 
 IMAGE_SIZE = 64
 WIDTHS = (32, 64, 128, 208)
@@ -162,7 +164,8 @@ def fit(judge: Judge, images: Tensor, labels: Tensor, steps: int, seed: int, log
         optimizer.step()
         running += (loss.item() - running) / min(step + 1, 50)
         if (step + 1) % 50 == 0:
-            append_line(log, {"step": step + 1, "loss": round(running, 3), "time": round(time.time())})
+            facts = {"step": step + 1, "loss": round(running, 3), "time": round(time.time())}
+            append_lines(log, [facts])
     judge.eval()
 
 
@@ -197,14 +200,8 @@ def ceiling(judge: Judge, dataset: Path) -> tuple[float, list[str]]:
 def save_judge(judge: Judge, file: Path) -> None:
     """Writes the weights in fp16; the concepts and widths are in the file's metadata."""
     facts = {"concepts": json.dumps(judge.concepts), "widths": json.dumps(judge.widths)}
-    write_tensors(
-        file,
-        {
-            name: value.half() if value.is_floating_point() else value
-            for name, value in judge.state_dict().items()
-        },
-        facts,
-    )
+    state = judge.state_dict()
+    write_tensors(file, {key: v.half() if v.is_floating_point() else v for key, v in state.items()}, facts)
 
 
 def load_judge(file: Path = JUDGE_FILE) -> Judge:
@@ -215,7 +212,7 @@ def load_judge(file: Path = JUDGE_FILE) -> Judge:
     """
     if not file.is_file():
         raise ModelError(f"{file} is not there; make it: python -m sdlora.builtin.judge --out {file}")
-    facts = read_facts(file)
+    facts = read_header(file).metadata
     judge = Judge(json.loads(facts["concepts"]), json.loads(facts["widths"]))
     judge.load_state_dict(load_file(file))
     return judge.eval()

@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sdlora.builtin.bank import Bank, load_vae
@@ -32,14 +31,14 @@ from sdlora.builtin.measure import SHEET_PROMPTS, make_sheet, sample
 from sdlora.builtin.script import BASE, Script
 from sdlora.builtin.state import (
     TrainingState,
-    append_line,
     is_main_process,
     learning_rate,
+    save_folder,
     step_generators,
     step_seed,
-    write_tensors,
 )
 from sdlora.errors import ModelError
+from sdlora.writing import append_lines, write_json, write_text
 
 BETAS = (0.9, 0.99)
 TEXT_SEED_OFFSET = 500_000  # the two phases draw from different streams
@@ -325,7 +324,7 @@ def run_phase(
             seconds = round((time.monotonic() - started) / done, 3)
             facts = {"phase": phase.name, "step": state.step, "loss": round(running, 4), "rate": rate}
             clock = {"seconds_per_step": seconds, "time": round(time.time())}
-            append_line(place.out / "log.jsonl", {**facts, **clock})
+            append_lines(place.out / "log.jsonl", [{**facts, **clock}])
         if state.step % place.save_every == 0:
             state.save(file)
         if phase.draw_sheet is not None and state.step % place.sheet_every == 0:
@@ -388,33 +387,15 @@ def save_base(parts: Parts, folder: Path) -> None:
 
     transformers loads a file's own dtype and diffusers fp32; an fp16 text encoder would not match its UNet.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    make_pipeline(parts).save_pretrained(partial)
-    # vocab.json and merges.txt: transformers 4 reads nothing else
-    parts.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))
-    for name in ("unet", "vae"):
-        to_half(partial / name / "diffusion_pytorch_model.safetensors")
-    (partial / "text_encoder" / "model.safetensors").chmod(0o644)
-    for config in partial.rglob("*.json"):
-        drop_key(config, "_name_or_path")
-    words = known_words(parts.bank.concepts)
-    (partial / "words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
+    def save(partial: Path) -> None:
+        make_pipeline(parts).save_pretrained(partial)
+        # vocab.json and merges.txt: transformers 4 reads nothing else
+        parts.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))
+        (partial / "text_encoder" / "model.safetensors").chmod(0o644)
+        write_text(partial / "words.txt", "\n".join(known_words(parts.bank.concepts)) + "\n")
 
-def to_half(file: Path) -> None:
-    """Rewrites a safetensors file in fp16."""
-    write_tensors(file, {name: tensor.half() for name, tensor in load_file(file).items()}, {"format": "pt"})
-
-
-def drop_key(file: Path, key: str) -> None:
-    """Removes a top-level key from a JSON file that has it."""
-    contents = json.loads(file.read_text(encoding="utf-8"))
-    if key in contents:
-        del contents[key]
-        file.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    save_folder(folder, save, "unet", "vae")
 
 
 def remember_recipe(place: Place, recipe: Recipe) -> None:
@@ -428,8 +409,7 @@ def remember_recipe(place: Place, recipe: Recipe) -> None:
         kept = json.loads(file.read_text(encoding="utf-8"))
         if not recipe.may_continue(Recipe(**{**kept, "widths": tuple(kept["widths"])})):
             raise ModelError(f"{place.out} holds a run of another recipe; choose another --out")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(vars(recipe), indent=2) + "\n", encoding="utf-8")
+    write_json(file, vars(recipe))
 
 
 def make_base(place: Place, recipe: Recipe, stop_after: int | None = None) -> Path | None:

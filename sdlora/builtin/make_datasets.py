@@ -11,11 +11,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from sdlora.builtin.captions import concept_to_words, read_concepts
+from sdlora.builtin.captions import name_thing, read_concepts
 from sdlora.builtin.icons import ICON_SETS, STYLE_SETS, Icons, compose, drawing_px, fetch_icons, load_icons
 from sdlora.builtin.script import Script
 from sdlora.errors import DataError
+from sdlora.writing import write_text
 
+SHIPPED = Path(__file__).parents[2] / "datasets"
 SQUARE = (160, 160)
 OBLONG = ((192, 128), (128, 192), (176, 128), (128, 176))
 OBLONG_EVERY = 11
@@ -24,55 +26,18 @@ COLOURS = 64  # of the palette: flat drawings lose nothing the eye sees
 
 @dataclass(frozen=True)
 class Dataset:
-    """One example dataset: how many images, and what its licence asks to be said."""
+    """One example dataset: its icon set, how many images, and where the drawings are from."""
 
     icon_set: str
     training: int
     heldout: int
     seed: int
     source: str
-    notice: str
 
-
-CC_BY_SA = """\
-OpenMoji: the open-source emoji and icon project. Copyright OpenMoji contributors.
-
-The images in this folder are adapted from OpenMoji and are licensed, as OpenMoji is, under the
-Creative Commons Attribution-ShareAlike 4.0 International License (CC BY-SA 4.0).
-
-You are free to share and adapt them for any purpose, even commercially, as long as you give
-appropriate credit, link to the licence, say what you changed, and distribute what you make of them
-under the same licence.
-
-The full text of the licence: https://creativecommons.org/licenses/by-sa/4.0/legalcode
-
-The images come without any warranty.
-"""
-
-MIT = """\
-MIT License
-
-Copyright (c) Microsoft Corporation.
-
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
-associated documentation files (the "Software"), to deal in the Software without restriction,
-including without limitation the rights to use, copy, modify, merge, publish, distribute,
-sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
-furnished to do so, subject to the following conditions:
-
-The above copyright notice and this permission notice shall be included in all copies or substantial
-portions of the Software.
-
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
-NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
-NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES
-OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
-CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
-"""
 
 DATASETS: dict[str, Dataset] = {
-    "openmoji": Dataset("openmoji", 150, 40, 1, "https://openmoji.org", CC_BY_SA),
-    "fluent-mono": Dataset("fluent-mono", 100, 40, 2, "https://github.com/microsoft/fluentui-emoji", MIT),
+    "openmoji": Dataset("openmoji", 150, 40, 1, "https://openmoji.org"),
+    "fluent-mono": Dataset("fluent-mono", 100, 40, 2, "https://github.com/microsoft/fluentui-emoji"),
 }
 
 
@@ -112,9 +77,7 @@ def save_images(
             COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
         )
         flat.save(folder / f"{concept}.png", optimize=True)
-        name = concept_to_words(concept)
-        article = "an" if name[0] in "aeiou" and not name.startswith("uni") else "a"
-        (folder / f"{concept}.txt").write_text(f"{article} {name}\n", encoding="utf-8")
+        write_text(folder / f"{concept}.txt", f"{name_thing(concept)}\n")
 
 
 def attribution(dataset: Dataset) -> str:
@@ -140,11 +103,12 @@ def make_dataset(name: str, out: Path, icons_folder: Path) -> Path:
     dataset, folder = DATASETS[name], out / name
     icons = load_icons(dataset.icon_set, icons_folder)
     training, heldout = split_concepts(dataset, [concept for concept in read_concepts() if concept in icons])
+    licence = (SHIPPED / name / "LICENSE").read_text(encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     save_images(icons, training, [size_of(index) for index in range(len(training))], folder)
     save_images(icons, heldout, [SQUARE] * len(heldout), folder / "heldout")
-    (folder / "LICENSE").write_text(dataset.notice, encoding="utf-8")
-    (folder / "README.md").write_text(attribution(dataset), encoding="utf-8")
+    write_text(folder / "LICENSE", licence)
+    write_text(folder / "README.md", attribution(dataset))
     return folder
 
 

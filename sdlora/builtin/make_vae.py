@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -28,9 +27,9 @@ from sdlora.builtin.icons import (
     load_icons,
     to_array,
 )
-from sdlora.builtin.make_base import drop_key, to_half
 from sdlora.builtin.script import Script
-from sdlora.builtin.state import TrainingState, append_line, learning_rate, step_generators
+from sdlora.builtin.state import TrainingState, learning_rate, save_folder, step_generators
+from sdlora.writing import append_lines
 
 BETAS = (0.9, 0.99)
 CROP_PX = 64
@@ -146,20 +145,14 @@ def train(
         if state.step % SAVE_EVERY == 0 or state.step == end:
             state.save(file)
             facts = {"phase": "vae", "step": state.step, "loss": round(loss.item(), 4), "rate": rate}
-            append_line(out / "log.jsonl", {**facts, "time": round(time.time())})
+            append_lines(out / "log.jsonl", [{**facts, "time": round(time.time())}])
     state.swap_average()
     return vae
 
 
 def save_vae(vae: Any, folder: Path) -> None:
     """Writes a diffusers folder in fp16, all or nothing."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    vae.to(memory_format=torch.contiguous_format).save_pretrained(partial)
-    to_half(partial / "diffusion_pytorch_model.safetensors")
-    drop_key(partial / "config.json", "_name_or_path")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    save_folder(folder, vae.to(memory_format=torch.contiguous_format).save_pretrained, "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from sdlora.builtin.captions import concept_to_words
+from sdlora.builtin.captions import concept_to_words, name_thing
 from sdlora.builtin.icons import STYLE_SETS, Icons, compose, drawing_px, fetch_icons, load_icons, to_array
 from sdlora.builtin.judge import Judge, ceiling, load_judge, recognise
 from sdlora.builtin.script import BASE, Script
@@ -118,24 +118,15 @@ def sample(pipeline: Any, prompts: Sequence[str], seed: int, guidance: float = G
     return images
 
 
-def with_article(concept: str) -> str:
-    """`owl` -> `an owl`, as people and the example datasets write it."""
-    name = concept_to_words(concept)
-    return f"{'an' if name[0] in 'aeiou' and not name.startswith('uni') else 'a'} {name}"
-
-
-def words_before(concept: str, number: int) -> str:
-    return f"{UNSEEN_WORDS[number % len(UNSEEN_WORDS)]} style, {with_article(concept)}"
-
-
-def words_behind(concept: str, number: int) -> str:
-    return f"{with_article(concept)}, {UNSEEN_WORDS[number % len(UNSEEN_WORDS)]} style"
+def unseen_words(number: int) -> str:
+    """Words in front of, or behind, the prompt of a number."""
+    return f"{UNSEEN_WORDS[number % len(UNSEEN_WORDS)]} style"
 
 
 PROMPTS: dict[str, Callable[[str, int], str]] = {
     "a NAME": lambda concept, number: f"a {concept_to_words(concept)}",
-    "WORDS style, a NAME": words_before,
-    "a NAME, WORDS style": words_behind,
+    "WORDS style, a NAME": lambda concept, number: f"{unseen_words(number)}, {name_thing(concept)}",
+    "a NAME, WORDS style": lambda concept, number: f"{name_thing(concept)}, {unseen_words(number)}",
 }
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdlora.errors import ModelError
+from sdlora.reading import read_header
+from sdlora.writing import write_file, write_text
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SEED_STRIDE = 1_000_003  # a prime: the streams of two seeds do not meet within a run
@@ -109,10 +112,10 @@ class TrainingState:
         Raises:
             ModelError: The file is of other modules.
         """
-        tensors, facts = load_file(file), read_facts(file)
+        tensors = load_file(file)
         if not {f"parameter/{name}" for name in self.parameters} <= set(tensors):
             raise ModelError(f"{file} holds the state of other modules; choose another --out")
-        self.step = int(facts["step"])
+        self.step = int(read_header(file).metadata["step"])
         for (name, parameter), average in zip(self.parameters.items(), self.average, strict=True):
             with torch.no_grad():
                 parameter.copy_(tensors[f"parameter/{name}"])
@@ -125,23 +128,25 @@ class TrainingState:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
-    """Writes a safetensors file with `facts` as its metadata, under a temporary name that is then renamed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(facts))
-    partial.chmod(0o644)
-    partial.replace(file)
+    """Writes a safetensors file with `facts` as its metadata, all or nothing."""
+    rows = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_file(file, lambda temporary: save_file(rows, temporary, dict(facts)))
+    file.chmod(0o644)
 
 
-def read_facts(file: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, without its tensors."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        facts: dict[str, str] = json.loads(opened.read(length)).get("__metadata__", {})
-    return facts
-
-
-def append_line(file: Path, facts: Mapping[str, object]) -> None:
-    """Appends one JSON object to a log."""
-    with file.open("a", encoding="utf-8") as opened:
-        opened.write(json.dumps(dict(facts)) + "\n")
+def save_folder(folder: Path, save: Callable[[Path], object], *networks: str) -> None:
+    """Writes a diffusers folder, all or nothing; `networks` are subfolders whose weights become fp16."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save(partial)
+    for name in networks:
+        file = partial / name / "diffusion_pytorch_model.safetensors"
+        half = {key: tensor.half() for key, tensor in load_file(file).items()}
+        write_tensors(file, half, {"format": "pt"})
+    for config in partial.rglob("*.json"):
+        contents = json.loads(config.read_text(encoding="utf-8"))
+        if "_name_or_path" in contents:
+            del contents["_name_or_path"]
+            write_text(config, json.dumps(contents, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

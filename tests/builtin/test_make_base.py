@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from sdlora.builtin.make_base import Place, Recipe, draw_concepts, draw_timesteps, make_base
-from sdlora.builtin.state import learning_rate, read_facts
+from sdlora.builtin.state import learning_rate
 from sdlora.errors import ModelError
+from sdlora.reading import read_header
 from tests.checks import HANG_SECONDS
 
 RECIPE = Recipe(
@@ -57,7 +58,7 @@ def test_stopping_changes_nothing(base: Path, place: Place, tmp_path: Path) -> N
     for _ in range(3):
         folder = make_base(stopped, RECIPE, stop_after=1)
     assert folder is not None
-    assert read_facts(tmp_path / "joint.safetensors")["step"] == "2"
+    assert read_header(tmp_path / "joint.safetensors").metadata["step"] == "2"
     one, other = weights(base), weights(folder)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -97,7 +98,7 @@ def test_a_run_starts_from_another_base(base: Path, place: Place, tmp_path: Path
     vocabularies = [(part / "tokenizer" / "vocab.json").read_text() for part in (base, folder)]
     assert vocabularies[0] == vocabularies[1]
     make_base(started, RECIPE, stop_after=1)
-    assert read_facts(tmp_path / "joint.safetensors")["step"] == "1"
+    assert read_header(tmp_path / "joint.safetensors").metadata["step"] == "1"
 
 
 def test_a_start_without_a_base_is_named(place: Place, tmp_path: Path) -> None:
