@@ -220,7 +220,7 @@ def learn_merges(texts: list[str], count: int = NUM_MERGES) -> list[tuple[str, s
 
 
 def write_vocabulary(folder: Path, concepts: list[str]) -> None:
-    """Writes `vocab.json` and `merges.txt`, learnt from the captions to come."""
+    """Writes `vocab.json` and `merges.txt`, learned from the captions to come."""
     grounds = [f"a picture of a thing on a {ground} background" for ground in GROUNDS]
     styles = [*STYLES, *HUES, *(word for words in SET_WORDS.values() for word in words)]
     names = [concept_to_words(name) for name in concepts * 10] + ["an"] * 100

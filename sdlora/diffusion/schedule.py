@@ -1,6 +1,6 @@
-"""The forward process of a base: from its scheduler's configuration to signal and noise at each timestep.
+"""The forward process of a base, signal and noise at each timestep, and the draw of timesteps.
 
-B batch, C channels, H W latent size, T timesteps of the schedule.
+B batch, C channels, H W latent size, T timesteps of the schedule; t = 0 has the least noise.
 """
 
 from __future__ import annotations

@@ -93,10 +93,10 @@ class AdapterInfo:
         lines = [f"{key:<9} {value}" for key, value in about.items()]
         if not with_metadata:
             names = ("modelspec.title", "sdlora.base_name", "sdlora.steps", "modelspec.trigger_phrase")
-            told = (
+            known = (
                 f"{name.rpartition('.')[2]} {self.metadata[name]}" for name in names if name in self.metadata
             )
-            summary = shorten(", ".join(told)) or "nothing about its training"
+            summary = shorten(", ".join(known)) or "nothing about its training"
             lines.append(f"metadata  {summary}; {len(self.metadata)} entries, which -v shows")
             return [one_line(line) for line in lines]
         width = max(map(len, self.metadata), default=0)
@@ -174,9 +174,9 @@ def load_adapter(path: PathLike, dtype: torch.dtype | None = torch.float32) -> A
     return adapter
 
 
-def open_adapter(source: AnyAdapter, dtype: torch.dtype | None = None) -> Adapter:
+def open_adapter(source: AnyAdapter) -> Adapter:
     """An adapter as it is, or that of a LoRA file, run or tree node; raises as `load_adapter` does."""
-    return source if isinstance(source, Adapter) else load_adapter(source, dtype)
+    return source if isinstance(source, Adapter) else load_adapter(source, dtype=None)
 
 
 def inspect_adapter(path: PathLike) -> AdapterInfo:

@@ -9,6 +9,10 @@ from typing import Literal
 from sdlora.errors import AdapterError, shorten
 from sdlora.lora.layers import LAYERS_PER_BLOCK, TEXT_ENCODERS, with_text_model
 
+# Names of the original code (input, middle and output blocks), which kohya's SDXL files have. With L layers
+# a block, diffusers' `down_blocks.i` are the input blocks 1 + i (L + 1) to (i + 1) (L + 1), the last of them
+# the downsampler; `up_blocks.i` are the output blocks i (L + 1) to i (L + 1) + L, the last of them with the
+# upsampler, for any number of blocks. L is 2 in every Stable Diffusion, and in files that do not note it.
 _ENDS = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",

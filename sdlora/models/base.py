@@ -46,7 +46,7 @@ def quiet(*, warnings: bool = False) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """The denoiser's inputs beside noisy latents and timesteps.
+    """The denoiser's inputs besides noisy latents and timesteps.
 
     Args:
         hidden: Text states, (B, L, D), or (L, D) for one caption.

@@ -153,7 +153,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "vae": ("_class_name", ("AutoencoderKL",), "set base.vae to an AutoencoderKL"),
     "text_encoder": ("model_type", ("clip_text_model", "clip"), USE_BASE),
 }
-# Inputs of a UNet beside text and SDXL's sizes.
+# Inputs of a UNet besides text and SDXL's sizes.
 OTHER_INPUTS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type")
 # Schedulers whose noise does not follow from betas.
 OTHER_METHODS = ("EDM", "FlowMatch")
@@ -208,8 +208,8 @@ def _check_inputs(unet: Mapping[str, Any], key: str) -> None:
         others["addition_embed_type"] = unet["addition_embed_type"]
     for name, value in others.items():
         raise ModelError(
-            f"{key}: its UNet needs inputs beside text ({name} = {shorten(repr(value))} in its config.json), "
-            f"which is not supported; {USE_BASE}",
+            f"{key}: its UNet needs inputs besides text, which is not supported ({name} = "
+            f"{shorten(repr(value))} in its config.json); {USE_BASE}",
             key="base.other-inputs",
         )
 

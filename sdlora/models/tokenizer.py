@@ -1,4 +1,7 @@
-"""Captions as the base's tokenizer sees them; needs no weights."""
+"""Text as the base's tokenizer sees it: token ids in chunks, words that brackets weigh, and what is cut off.
+
+B batch, K chunks, L tokens of a chunk. No weights of the base are needed.
+"""
 
 from __future__ import annotations
 

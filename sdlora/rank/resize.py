@@ -1,4 +1,4 @@
-"""Reducing the rank of an adapter: to a number, by energy, ratio or score, or to a file size."""
+"""An adapter at another rank: reduced by a rule or to a file size, or copied into a fresh adapter."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Singular values of an adapter, by module and by block: how much of its rank it uses.
+"""Singular values of an adapter, by module and by block, and the nearest pair of a smaller rank.
 
-K singular values of a module (at most its rank).
+R rank, K singular values of a module (at most R). A change `up @ down` is decomposed through the QR of its
+two factors: only an (R, R) matrix is decomposed, and the dense one is never formed.
 """
 
 from __future__ import annotations
