@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -800,9 +800,10 @@ def load_config(
     """Reads a TOML file, applies overrides, and validates the result.
 
     Args:
-        file: A TOML file with the settings that differ from the defaults, or a configuration to start from.
+        file: A TOML file with the settings that differ from the defaults; or a run, its `config.json` or a
+            configuration to start from.
         overrides: `section.key=value` strings (values are TOML, else plain text), or a mapping from
-            `section.key` to a value. Later ones win.
+            `section.key` to a value, or from a section to such a mapping. Later ones win.
         images: The image folder; default: that of the configuration.
         preset: The name of a preset, such as `sd15`, to start from; the file's settings win.
         arguments: From `section.key` to values that win over all others; None means not given.
@@ -813,12 +814,12 @@ def load_config(
     if isinstance(file, RunConfig):
         values = file.given()
     else:
-        values = read_toml(Path(file)) if file is not None else {}
+        values = read_settings(Path(file)) if file is not None else {}
     if preset is not None:
         values = _merge(read_toml(find_preset(preset)), values)
     problems: list[str] = []
     overrides = [overrides] if isinstance(overrides, str) else overrides
-    pairs = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
+    pairs = _flatten(overrides) if isinstance(overrides, Mapping) else map(parse_override, overrides)
     given = {key: value for key, value in (arguments or {}).items() if value is not None}
     for key, value in [*pairs, *given.items()]:
         if problem := _set_nested(values, key, value):
@@ -826,6 +827,15 @@ def load_config(
     if images or not isinstance(file, RunConfig):
         values["images"] = str(images)
     return validate_config(values, problems)
+
+
+def _flatten(overrides: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """`{"lora": {"rank": 8}}` as `lora.rank` and 8."""
+    for key, value in overrides.items():
+        if "." not in key and isinstance(value, Mapping):
+            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
+        else:
+            yield key, value
 
 
 def _merge(values: dict[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
@@ -866,6 +876,19 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), parse_toml(f"value = {raw}")["value"]
     except UnfitFileError:
         return key.strip(), raw.strip()
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The settings of a TOML file, or those of a run without its images."""
+    resolved = file / "config.json" if file.is_dir() else file
+    if resolved.name != "config.json" or not resolved.is_file():
+        return read_toml(file)
+    try:
+        values = read_config(resolved).given()
+    except (OSError, UnfitFileError, ConfigError):
+        return read_toml(resolved)  # not one of a run, which this explains
+    del values["images"]
+    return values
 
 
 def read_toml(file: Path) -> dict[str, Any]:

@@ -187,6 +187,26 @@ def test_a_file_says_only_what_differs(tmp_path):
     assert config.lora.trained_alpha == 4
 
 
+def test_overrides_by_section():
+    """R-35: mappings of mappings, as configs are written; a mapping that is a value stays one."""
+    changes = {"lora": {"rank": 8}, "train.learning_rates": {"*.attn2.*": 5e-5}}
+    config = load_config(None, changes)
+    assert (config.lora.rank, config.train.learning_rates) == (8, {"*.attn2.*": 5e-5})
+    with raises(ConfigError, "lora.rnk", shows="lora.rank"):
+        load_config(None, {"lora": {"rnk": 8}})
+
+
+def test_the_settings_of_a_run(tmp_path):
+    """R-35: a run, or its config.json, where a config file is; images are those that are given."""
+    run = RunFolder.create(tmp_path / "run", load_config(None, {"lora.rank": 8}, images="old"), {})
+    for given in (run.path, run.config_file):
+        again = load_config(given, {"train.steps": 5}, images="new")
+        assert (again.lora.rank, again.train.steps, again.images) == (8, 5, "new")
+    (tmp_path / "config.json").write_text('{"model": "x"}', encoding="utf-8")
+    with raises(ConfigError, "file.toml", shows="--from"):
+        load_config(tmp_path / "config.json", images="new")
+
+
 def test_overrides_of_a_whole_configuration():
     """R-35: they count there too; what it left out stays left out, and its folder is kept."""
     whole = load_config(None, {"lora.rank": 4}, images="pictures")

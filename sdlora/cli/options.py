@@ -30,7 +30,7 @@ Overrides = Annotated[
         metavar="[section.key=value]...", help="Settings, such as lora.rank=8; see `sdlora settings`."
     ),
 ]
-Config = Annotated[Path | None, typer.Option(help="A TOML file with settings.")]
+Config = Annotated[Path | None, typer.Option(help="A TOML file with settings, or a run to take them from.")]
 Preset = Annotated[
     str | None, typer.Option(help="A preset to start from, such as sd15; see `sdlora settings --presets`.")
 ]

@@ -42,7 +42,7 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "data.captions-partial": "{count:image} without a caption, although others have one: {names}; write "
         "the missing ones, or set data.allow_missing_captions=true",
         "data.captions-missing": "no captions for {count:image}: {names}; write .txt files beside them (see "
-        "`sdlora caption`), or set data.trigger",
+        "`sdlora caption`), or set data.trigger (--trigger WORDS)",
         "data.captions-above": "{names} is outside the image folder; pass its folder to use it",
         "data.placeholder": "a placeholder for the trigger in {count:caption}, but data.trigger is not set: "
         "{names}; set it",
