@@ -1,4 +1,4 @@
-"""Checkpoints: adapter, optimizer and counters of a run, as safetensors and JSON, to continue it."""
+"""Checkpoints of a run (adapter, optimizer, counters), and the facts that its files carry."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sdlora.config import RunConfig
 from sdlora.errors import RunError
+from sdlora.export.metadata import TrainingMetadata
+from sdlora.models.components import kohya_hashes
 from sdlora.reading import UnfitFileError, read_header, read_json
+from sdlora.report.summary import losses_of
 from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder
 from sdlora.training.device import package_versions
@@ -236,3 +242,62 @@ def _join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, dict) and "__map__" in value:
         return {key: _join_tensors(item, tensors) for key, item in value["__map__"]}
     return value
+
+
+def training_metadata(run: RunFolder, plan: RunPlan, counters: Counters) -> TrainingMetadata:
+    """The metadata of a file saved at a step; nothing private unless `export.include_captions` allows it."""
+    config, info = plan.config, plan.info
+    environment = run.read_environment()
+    started = next((event["time"] for event in run.events("plan")), 0.0)
+    captions = [record.caption for record in plan.index.records] if config.export.include_captions else None
+    return TrainingMetadata(
+        title=plan.config.export.name or run.name,
+        base_name=info.name,
+        base_digest=info.digest,
+        family=info.family,
+        kohya_version=info.traits.kohya_version,
+        kohya_v2=info.traits.kohya_v2,
+        architecture=info.traits.architecture,
+        prediction_type=config.objective.prediction_type or info.prediction_type,
+        trigger=config.data.trigger,
+        rank=config.lora.rank,
+        alpha=config.lora.trained_alpha,
+        targets=config.lora.targets,
+        steps=counters.step,
+        images_seen=counters.images_seen,
+        repeats=Counter(record.repeats for record in plan.index.records),
+        dataset_digest=plan.index.digest,
+        resolution=config.data.resolution or info.resolution,
+        batch_size=plan.global_batch,
+        learning_rate=config.train.learning_rate,
+        optimizer=config.train.optimizer,
+        schedule=config.train.schedule,
+        precision=str(environment.get("compute_dtype")),
+        seed=config.train.seed,
+        date=datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        base_hashes=_base_hashes(info.path),
+        text_learning_rate=config.train.text_encoder_rate if config.lora.text_encoder else None,
+        ancestors=[parent.ancestor for parent in plan.parents],
+        heldout_loss=losses_of(run, "heldout").get(counters.step),
+        captions=captions,
+        options=_options(config),
+        versions=dict(environment.get("versions") or {}),
+    )
+
+
+def _base_hashes(path: Path) -> tuple[str, str] | None:
+    """Of a base in one file; None if it is out of reach by now, since a save must not fail for it."""
+    try:
+        return kohya_hashes(path) if path.is_file() else None
+    except OSError:
+        return None
+
+
+def _options(config: RunConfig) -> dict[str, Any]:
+    """Settings of adapter, text and objective that differ from the defaults and have no own field."""
+    elsewhere = {"rank", "alpha", "targets", "init_from", "parent", "force_parent"}
+    lora = config.lora.model_dump(exclude_defaults=True, exclude=elsewhere)
+    text = config.data.model_dump(
+        exclude_defaults=True, include={"clip_skip", "prompt_chunks", "prompt_weights"}
+    )
+    return lora | text | config.objective.model_dump(exclude_defaults=True, exclude={"prediction_type"})

@@ -23,11 +23,11 @@ from sdlora.memory.work import as_time, describe_times
 from sdlora.report.plots import draw_loss_curve
 from sdlora.report.summary import describe_losses, doubt_losses
 from sdlora.runs import RunFolder
+from sdlora.training.checkpoint import training_metadata
 from sdlora.training.device import as_out_of_memory
 from sdlora.training.distributed import barrier
 from sdlora.training.loop import Trainer
 from sdlora.training.plan import RunPlan
-from sdlora.training.plan_summary import training_metadata
 from sdlora.writing import write_file
 
 

@@ -24,14 +24,13 @@ from sdlora.memory.work import Pace, as_time, describe_times
 from sdlora.report.summary import describe_step
 from sdlora.report.terminal import Meter, Terminal
 from sdlora.runs import RunFolder
-from sdlora.training.checkpoint import load_state, newest_complete_step, save_state
+from sdlora.training.checkpoint import load_state, newest_complete_step, save_state, training_metadata
 from sdlora.training.device import as_out_of_memory
 from sdlora.training.distributed import StopSignals, all_reduce_count, all_reduce_sum, barrier
 from sdlora.training.health import Counters, Health
 from sdlora.training.logger import MetricLogger
 from sdlora.training.optimizer import learning_rate
 from sdlora.training.plan import RunPlan
-from sdlora.training.plan_summary import training_metadata
 from sdlora.training.prepare import Prepared
 from sdlora.training.samples import SamplingStopped, sample_step
 from sdlora.training.step import StepResult, StepRunner

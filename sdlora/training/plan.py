@@ -1,47 +1,38 @@
-"""The plan of a run: all numbers that follow from the settings, before weights are loaded."""
+"""The plan of a run: all numbers that follow from the settings, and what they say in words."""
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from sdlora.config import RunConfig
 from sdlora.data.batches import BatchOrder
 from sdlora.data.buckets import BucketPlan
-from sdlora.data.cache import TensorCache, cache_folder, latent_key
-from sdlora.data.records import DatasetIndex, Finding, raise_errors
-from sdlora.diffusion.objective import Objective
+from sdlora.data.records import DatasetIndex, Finding, count_of
+from sdlora.diffusion.objective import Objective, describe_objective
 from sdlora.diffusion.schedule import schedule_from_config
-from sdlora.errors import ConfigError, RunError
+from sdlora.errors import ConfigError
 from sdlora.evaluation.heldout import NUM_BANDS
-from sdlora.lora.adapter import KINDS
-from sdlora.lora.attach import count_parameters, match_modules
-from sdlora.lora.layers import DENOISER
-from sdlora.lora.layout import Layout, plan_layout
+from sdlora.lora.attach import count_parameters
+from sdlora.lora.layers import DENOISER, component_of
+from sdlora.lora.layout import Layout
 from sdlora.memory.cards import find_card
-from sdlora.memory.estimate import ANY_DEVICE, DeviceInfo, Memory, MemoryInputs, plan_memory
-from sdlora.memory.work import ImageFlop, Speed, Work, flop_of, read_speed, speed_of_card
-from sdlora.models.info import BaseInfo, inspect_base, with_base_defaults
-from sdlora.models.safety import missing_checker
-from sdlora.models.tokenizer import describe_bracketed_prompts, describe_cut_prompts
-from sdlora.models.weights import empty_components
+from sdlora.memory.estimate import DeviceInfo, Memory, MemoryInputs
+from sdlora.memory.work import ImageFlop, Speed, Work, as_time, describe_times, read_speed, speed_of_card
+from sdlora.models.info import BaseInfo
 from sdlora.notebook import show_html
-from sdlora.training.adapter import check_init_from, check_parents, find_parents, with_parents
-from sdlora.training.optimizer import check_optimizer, find_optimizer, num_warmup_steps
-from sdlora.training.plan_summary import describe_plan
+from sdlora.training.optimizer import describe_rates, num_warmup_steps
 from sdlora.training.preflight import (
     TRAINING_PASSES,
-    check_for_base,
-    check_objective,
     global_batch,
     num_validated,
-    resolve_config,
     sampling_share,
 )
 from sdlora.tree.lineage import PathEntry
+
+LABEL_WIDTH = 10
 
 
 @dataclass(frozen=True)
@@ -64,12 +55,8 @@ class RunPlan:
     num_missing: int  # crops whose latents are not in the cache
     parents: tuple[PathEntry, ...] = ()  # ancestors of the new adapter, the root first
 
-    def lines(self) -> list[str]:
-        """The plan in words."""
-        return describe_plan(self)
-
     def _repr_html_(self) -> str:
-        return show_html("plan", self.lines())
+        return show_html("plan", describe_plan(self))
 
     @property
     def steps(self) -> int:
@@ -270,100 +257,83 @@ class RunPlan:
         }
 
 
-def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo = ANY_DEVICE) -> RunPlan:
-    """Reads all images and captions and the base's configuration; loads no weights.
+def describe_plan(plan: RunPlan) -> list[str]:
+    """The plan, one line for each subject."""
+    train, info = plan.config.train, plan.info
+    warmup = num_warmup_steps(train.warmup, plan.steps)
+    rates = describe_rates(plan.targets, train)
+    size = count_of(len(plan.config.sample.prompts) * len(plan.config.sample.seeds), "row")
+    cost = f" ({size}, about {plan.sampling_share:.0%} of the time)" if plan.sample_steps else ""
+    rows = {
+        "base": f"{info.name} ({info.family}, {info.prediction_type}, {info.resolution} px, "
+        f"{plan.num_base / 1e6:.1f} M parameters)",
+        "adapter": f"{plan.layout.describe()}; {len(plan.targets)} modules{_text_modules(plan)}, "
+        f"{plan.num_trainable / 1e6:.2f} M trainable parameters ({plan.num_trainable / plan.num_base:.2%}), "
+        f"{plan.adapter_bytes / 1e6:.1f} MB a file",
+        "steps": _describe_steps(plan),
+        "EMA": f"of the weights, over about {1 / (1 - train.ema_decay):.0f} steps (train.ema_decay = "
+        f"{train.ema_decay:g}); it is evaluated, sampled, saved and exported",
+        "network": f"{plan.exchange_bytes / 1e6:.2f} MB of gradients a step between "
+        f"{plan.num_processes} processes",
+        "optimizer": f"{train.optimizer}, learning rate {train.learning_rate:g}, {train.schedule} schedule, "
+        f"{warmup} warm-up steps{f'; {rates}' if rates else ''}",
+        "objective": describe_objective(plan.objective),
+        "cadence": f"save at {_points(plan.save_steps)}; sample at {_points(plan.sample_steps)}{cost}; "
+        f"held-out loss at {_points(plan.evaluate_steps)}",
+        "disk": f"up to {plan.bytes_after(0) / 1e6:.0f} MB, without samples{_caption_cache(plan)}",
+    }
+    if not train.ema_decay:
+        del rows["EMA"]
+    if plan.num_processes == 1:
+        del rows["network"]
+    lines = [f"{label:<{LABEL_WIDTH}}{text}" for label, text in rows.items()]
+    memory = [*plan.memory.lines(plan.info.quantize), f"{'time':<{LABEL_WIDTH}}{_describe_time(plan)}"]
+    path = " > ".join(f"{step.ancestor} rank {step.adapter.rank}" for step in plan.parents)
+    parents = [f"{'parent':<{LABEL_WIDTH}}{path}; frozen below the new adapter"] if path else []
+    at = list(rows).index("optimizer")
+    return [lines[0], *plan.data_lines, *parents, *lines[1:at], *memory, *lines[at:]]
 
-    Raises an SdloraError if the images, the base or the settings cannot be used.
-    """
-    find_optimizer(config.train)
-    info = inspect_base(config.base, config.objective, config.data)
-    config = with_base_defaults(config, info)
-    check_objective(config, info)
-    checkup = check_for_base(config, info)
-    index, buckets, findings = checkup.index, checkup.buckets, checkup.findings
-    forced: list[str] = []
-    parents = find_parents(config.lora, forced.append)
-    config, about_rank = with_parents(config, parents)
-    config = epochs_to_steps(config, index, buckets, num_processes)
-    config = resolve_config(config, info, index, num_processes)
-    raise_errors(findings)
-    unknown = info.describe_unknown_words(config.sample.prompts, config.data.trigger)
-    # What captions lose is a finding already.
-    captions = {record.caption for record in (*index.records, *index.heldout)}
-    sample = config.sample
-    prompts = [text for text in (*sample.prompts, sample.negative_prompt) if text not in captions]
-    cut, bracketed = describe_cut_prompts(info, prompts), describe_bracketed_prompts(info, prompts)
-    unchecked = missing_checker(info) if config.sample.safety_checker and config.train.sample_every else None
-    findings += [Finding("notice", line) for line in (unknown, cut, bracketed, unchecked, about_rank) if line]
-    parts = empty_components(info, text=config.lora.text_encoder)
-    findings += [Finding("warning", line) for line in (*forced, *check_parents(parents, info, parts))]
-    layout = plan_layout(config.lora, match_modules(parts, config.lora.targets))
-    check_optimizer(config.train, list(layout.ranks), KINDS[layout.kind].parts())
-    sizes = (crop.size for crops in buckets.crops.values() for crop in crops)
-    largest = max(sizes, key=lambda size: size.area)
-    num_frozen = sum(step.adapter.num_parameters for step in parents)
-    memory_inputs = MemoryInputs(config, info, parts, layout.ranks, num_frozen, largest)
-    memory = plan_memory(memory_inputs, device_info)
-    problem = None if memory.fits or device_info.card else f"the run {memory.verdict}"
-    config = config.replace(train={"gradient_checkpointing": memory.checkpointing})
-    memory_inputs = replace(memory_inputs, config=config)
-    other_base = check_init_from(config, info, parts, layout)
-    findings += [Finding("warning", line) for line in (problem, other_base) if line]
-    batch, seed = global_batch(config, num_processes), config.train.seed
-    return RunPlan(
-        config=config,
-        info=info,
-        index=index,
-        buckets=buckets,
-        order=BatchOrder(index.records, buckets, config.data, global_batch=batch, seed=seed),
-        layout=layout,
-        num_processes=num_processes,
-        memory=memory,
-        memory_inputs=memory_inputs,
-        device_info=device_info,
-        findings=findings,
-        data_lines=checkup.summary,
-        flop=flop_of(memory_inputs, device_info.precision),
-        num_missing=_count_missing(index, buckets, info, config, device_info),
-        parents=parents,
+
+def _describe_steps(plan: RunPlan) -> str:
+    train = plan.config.train
+    factors = [f"batch size {train.batch_size}"]
+    if train.batch_size == "auto":
+        factors = [f"batch size 1 to {train.accumulate} (auto)"]
+    elif train.accumulate > 1:
+        factors.append(f"{train.accumulate} accumulated")
+    if plan.num_processes > 1:
+        factors.append(f"{plan.num_processes} processes")
+    return (
+        f"{plan.steps}; {' x '.join(factors)} = global batch {plan.global_batch}; "
+        f"{plan.order.steps_per_epoch} steps an epoch, {plan.steps / plan.order.steps_per_epoch:.1f} epochs, "
+        f"{plan.images_seen} images seen"
     )
 
 
-def _count_missing(
-    index: DatasetIndex, buckets: BucketPlan, info: BaseInfo, config: RunConfig, device_info: DeviceInfo
-) -> int:
-    """Crops whose latents are not in the cache; a damaged entry counts as known."""
-    if config.data.cache is False:
-        return 0
-    cache, dtype = TensorCache(cache_folder()), str(device_info.precision.vae_dtype)
-    crops = [(record, crop) for record in index.records for crop in buckets.crops[record.name]]
-    crops += [(record, buckets.crops[record.name][0]) for record in index.heldout]
-    keys = (
-        latent_key(*view, vae_digest=info.vae_digest, background=config.data.background, dtype=dtype)
-        for view in crops
-    )
-    return sum(not cache.has_file(key) for key in keys)
+def _describe_time(plan: RunPlan) -> str:
+    """The time of the run, and where it is known from."""
+    card = plan.device_info.card
+    if plan.speed and plan.seconds:
+        whole, stages = as_time(sum(plan.seconds.values())), describe_times(plan.seconds)
+        return f"about {whole}: {stages}; {plan.speed.source}"
+    if card:
+        return 'not known without the name of the card, such as --device "RTX 3060 12GB"'
+    return "not known yet: no run with this base was timed on this machine; the third step will tell"
 
 
-def epochs_to_steps(
-    config: RunConfig, index: DatasetIndex, buckets: BucketPlan, num_processes: int
-) -> RunConfig:
-    """`train.epochs` as `train.steps`; whole steps, at least one."""
-    if config.train.epochs is None:
-        return config
-    batch = global_batch(config, num_processes)
-    order = BatchOrder(index.records, buckets, config.data, global_batch=batch, seed=0)
-    steps = max(1, round(config.train.epochs * order.steps_per_epoch))
-    return config.replace(train={"steps": steps, "epochs": None})
+def _caption_cache(plan: RunPlan) -> str:
+    if not any(record.variants for record in plan.index.records):
+        return ""
+    size = 4 * plan.index.num_captions * plan.info.num_text_states * plan.info.text_width
+    return f"; in the cache up to {size / 1e6:.0f} MB for {plan.index.num_captions} captions"
 
 
-def check_disk(plan: RunPlan, folder: Path, step: int = 0) -> None:
-    """Raises a RunError if the free space of a folder is less than a run will write after a step."""
-    parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(parent).free
-    needed = plan.bytes_after(step)
-    if needed > free:
-        size = f"{needed / 1e6:.1f} MB{' more' if step else ''}"
-        problem = f"the run will write up to {size} but {parent} has {free / 1e6:.1f} MB free"
-        remedy = "free some" if step else "choose another --out"
-        raise RunError(f"{problem}; {remedy}, or set a larger train.save_every", key="disk-space")
+def _text_modules(plan: RunPlan) -> str:
+    count = sum(component_of(name) != DENOISER for name in plan.targets)
+    return f" ({count} in text encoders)" if count else ""
+
+
+def _points(steps: Sequence[int]) -> str:
+    if len(steps) <= 3:
+        return ", ".join(map(str, steps)) or "no step"
+    return f"{steps[0]}, {steps[1]} … {steps[-1]}"

@@ -25,8 +25,8 @@ from sdlora.training.distributed import barrier, broadcast, num_launched, propag
 from sdlora.training.finish import finish, finish_killed, report_failed_start, report_failure
 from sdlora.training.logger import start_trackers
 from sdlora.training.loop import Trainer
-from sdlora.training.plan import RunPlan, check_disk, make_plan
-from sdlora.training.plan_summary import print_plan
+from sdlora.training.plan import RunPlan
+from sdlora.training.planning import check_disk, make_plan, print_plan
 from sdlora.training.prepare import prepare, warn_if_prediction_differs
 from sdlora.training.resume import (
     Change,

@@ -31,7 +31,7 @@ from sdlora.sampling.generate import generate, make_columns
 from sdlora.sampling.images import SampleSettings
 from sdlora.training.device import make_accelerator
 from sdlora.training.encodings import Encodings
-from sdlora.training.plan import make_plan
+from sdlora.training.planning import make_plan
 from tests.benchmarks import measure
 from tests.benchmarks.bases import argument_parser, bench_folder, write_base
 from tests.benchmarks.trainers import PLAIN, fill_up, keep_cache_in, make_trainer, plain_config, write_images

@@ -22,7 +22,7 @@ from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder
 from sdlora.training.device import describe_environment, make_accelerator
 from sdlora.training.loop import Trainer
-from sdlora.training.plan import make_plan
+from sdlora.training.planning import make_plan
 from sdlora.training.prepare import prepare
 
 RANK = 16

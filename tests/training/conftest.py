@@ -30,7 +30,7 @@ from sdlora.training.checkpoint import read_checkpoint
 from sdlora.training.device import describe_environment, make_accelerator
 from sdlora.training.logger import StepResult
 from sdlora.training.loop import Trainer
-from sdlora.training.plan import make_plan
+from sdlora.training.planning import make_plan
 from sdlora.training.prepare import prepare
 from tests.checks import HANG_SECONDS
 

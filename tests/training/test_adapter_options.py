@@ -9,8 +9,8 @@ import torch
 
 from sdlora.errors import AdapterError, RunStopped, SdloraError
 from sdlora.formats.files import inspect_adapter, load_adapter, save_adapter
-from sdlora.training.plan import make_plan
-from sdlora.training.plan_summary import describe_plan
+from sdlora.training.plan import describe_plan
+from sdlora.training.planning import make_plan
 from sdlora.training.train import train
 from tests.checks import raises
 

@@ -27,8 +27,8 @@ from sdlora.models.weights import empty_denoiser
 from sdlora.rank.resize import resize
 from sdlora.runs import RunFolder
 from sdlora.sampling.session import sample
-from sdlora.training.plan import make_plan
-from sdlora.training.plan_summary import describe_plan
+from sdlora.training.plan import describe_plan
+from sdlora.training.planning import make_plan
 from sdlora.training.train import resume, train
 from sdlora.tree.lineage import digest_file, lineage_to_notes, load_path, read_lineage
 from sdlora.tree.tree import AdapterTree

@@ -30,7 +30,7 @@ from sdlora.training.checkpoint import read_checkpoint
 from sdlora.training.device import make_accelerator
 from sdlora.training.distributed import ENGINES, distributed_errors
 from sdlora.training.loop import Trainer
-from sdlora.training.plan import make_plan
+from sdlora.training.planning import make_plan
 from sdlora.training.resume import apply_overrides, check_same_plan
 from sdlora.training.step import StepRunner
 from sdlora.training.train import resume, train

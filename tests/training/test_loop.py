@@ -24,7 +24,7 @@ from sdlora.formats.files import load_adapter
 from sdlora.lora.layers import lora_layers
 from sdlora.training.logger import start_trackers
 from sdlora.training.optimizer import learning_rate
-from sdlora.training.plan_summary import describe_plan
+from sdlora.training.plan import describe_plan
 from sdlora.training.train import train
 from tests.checks import raises
 

@@ -11,8 +11,8 @@ import pytest
 
 from sdlora.errors import ConfigError, RunError
 from sdlora.training.finish import count_seen, describe_seen
-from sdlora.training.plan import make_plan
-from sdlora.training.plan_summary import describe_plan
+from sdlora.training.plan import describe_plan
+from sdlora.training.planning import make_plan
 from sdlora.training.train import resume, train
 from tests.checks import raises
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sdlora.config import load_config
 from sdlora.data.scan import read_dataset
 from sdlora.models.info import inspect_base
-from sdlora.training.plan import make_plan
+from sdlora.training.planning import make_plan
 from sdlora.training.preflight import check_folder
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sdlora.errors import AdapterError, ConfigError, ModelError, RunError, RunStopped
 from sdlora.training.checkpoint import load_state, read_checkpoint, read_state, save_checkpoint, seal_state
 from sdlora.training.loop import Trainer
-from sdlora.training.plan import check_disk, make_plan
+from sdlora.training.planning import check_disk, make_plan
 from sdlora.training.step import Draw
 from sdlora.training.train import resume, train, with_absolute_paths
 from tests.checks import raises

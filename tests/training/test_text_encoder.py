@@ -18,7 +18,7 @@ from sdlora.models.load import load_base
 from sdlora.models.weights import empty_components
 from sdlora.sampling.session import sample
 from sdlora.training.checkpoint import read_checkpoint
-from sdlora.training.plan import make_plan
+from sdlora.training.planning import make_plan
 from sdlora.training.train import train
 from tests.checks import raises
 from tests.lora_fixtures import create_adapter
