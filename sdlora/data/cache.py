@@ -166,6 +166,17 @@ def measure_cache(folder: Path) -> list[tuple[str, int, int]]:
     return [(kind, len(found), sum(file.stat().st_size for file in found)) for kind, found in files.items()]
 
 
+def trim_cache(folder: Path, most_bytes: int) -> None:
+    """Deletes the files of one kind that were not used for the longest time, down to a size."""
+    files = [(file.stat().st_mtime, file.stat().st_size, file) for file in _entries(folder, "*")]
+    left = sum(size for _, size, _ in files)
+    for _, size, file in sorted(files):
+        if left <= most_bytes:
+            break
+        file.unlink(missing_ok=True)
+        left -= size
+
+
 def clear_cache(folder: Path) -> int:
     """Deletes the files of the cache and nothing else; returns the bytes freed."""
     freed = 0

@@ -31,6 +31,7 @@ from sdlora.runs import RunFolder
 from sdlora.sampling.generate import Column, generate
 from sdlora.sampling.images import SampleSettings
 from sdlora.sampling.session import choose_device
+from sdlora.sampling.store import ImageStore
 from sdlora.tree.lineage import Stack, find_ancestors, path_to_stack
 
 MAX_IMAGES = 40
@@ -100,6 +101,7 @@ class EvaluationContext:
                 prompts,
                 [seed],
                 settings,
+                store=ImageStore(),
                 progress=lambda done, total: progress(sum(map(len, found)) + done),
             )
             for place, made in enumerate(found):

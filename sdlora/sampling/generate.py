@@ -122,17 +122,24 @@ def generate(
     settings: SampleSettings = SampleSettings(),  # noqa: B008
     *,
     text: Mapping[str, Condition] | None = None,
+    store: Store | None = None,
     progress: Callable[[int, int], object] | None = None,
-    share: tuple[int, int] = (0, 1),
 ) -> list[SampledImage]:
     """Makes a sample for each prompt, seed and column, in this order; the rest is as for `draw`.
 
     A seed gives the same noise with every prompt and column.
     """
     check_prompts(prompts)
+    cells = make_cells(columns, prompts, seeds, settings)
+    return draw(base, cells, text=text, store=store, progress=progress)
+
+
+def make_cells(
+    columns: Sequence[Column], prompts: Sequence[str], seeds: Sequence[int], settings: SampleSettings
+) -> list[Cell]:
+    """The cells of a grid, row by row."""
     rows = itertools.product(prompts, seeds)
-    cells = [Cell(column, prompt, seed, settings) for prompt, seed in rows for column in columns]
-    return draw(base, cells, text=text, progress=progress, share=share)
+    return [Cell(column, prompt, seed, settings) for prompt, seed in rows for column in columns]
 
 
 @torch.no_grad()
@@ -164,7 +171,8 @@ def draw(
     """
     resolved = {one: resolve_settings(base.info, one) for one in {cell.settings for cell in cells}}
     cells = [replace(cell, settings=resolved[cell.settings]) for cell in cells]
-    check_prompts(list(dict.fromkeys(cell.prompt for cell in cells)))
+    if cells:
+        check_prompts(list(dict.fromkeys(cell.prompt for cell in cells)))
     known = {number: store.get(base, cell) for number, cell in enumerate(cells)} if store else {}
     images = {number: image for number, image in known.items() if image is not None}
     left = [number for number in range(len(cells)) if number not in images]

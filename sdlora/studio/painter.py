@@ -25,6 +25,7 @@ from sdlora.runs import RunFolder
 from sdlora.sampling.generate import Column, generate
 from sdlora.sampling.images import SampleSettings
 from sdlora.sampling.session import choose_device
+from sdlora.sampling.store import ImageStore
 from sdlora.tree.lineage import Stack, find_ancestors, path_to_stack
 
 
@@ -63,7 +64,8 @@ class Painter:
         settings = SampleSettings.of(config.sample, (side, side))
         prompt = config.data.fill_trigger(request["prompt"])
         columns = [Column(), Column(stack, wanted[-1][2])]
-        samples = generate(self._base, columns, [prompt], [int(request["seed"])], settings)
+        seeds = [int(request["seed"])]
+        samples = generate(self._base, columns, [prompt], seeds, settings, store=ImageStore())
         return [_encode(sample.image) for sample in samples]
 
 

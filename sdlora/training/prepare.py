@@ -57,7 +57,7 @@ class Prepared:
     dropout: Dropout
     max_norm: float
     parents: Stack = ()  # frozen adapters below the trained one: (adapter, strength), the root first
-    fixed_images: list[SampledImage] = field(default_factory=list)  # of columns without the trained adapter
+    fixed_images: dict[int, SampledImage] = field(default_factory=dict)  # by cell: without this adapter
     kernels: Sequence[str] = ()  # the faster ones that compute a step
     watch: Watch = field(default_factory=Watch)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,18 @@ from PIL import Image
 
 import sdlora
 from sdlora.config import load_config
-from sdlora.data.cache import cache_folder, measure_cache
+from sdlora.data.cache import cache_folder, measure_cache, trim_cache
 from sdlora.errors import AdapterError, ConfigError, RunError
 from sdlora.export.export import export_adapter
 from sdlora.formats.files import split_sum
 from sdlora.lora.adapter import Adapter
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.runs import RunFolder
+from sdlora.sampling import store
+from sdlora.sampling.generate import Cell, Column, make_sample
 from sdlora.sampling.grid import make_grid, make_pages
 from sdlora.sampling.images import SampledImage, SampleSettings
+from sdlora.sampling.store import ImageStore
 from tests.checks import raises
 from tests.lora_fixtures import create_adapter
 
@@ -101,6 +106,33 @@ def test_a_damaged_image_is_drawn_again(files: list[Path], tmp_path: Path) -> No
     style.write_bytes(style.read_bytes()[:200])
     Image.new("RGB", (8, 8)).save(base)
     assert sdlora.compare(files[0], **ask)._repr_png_() == whole
+
+
+def test_images_of_the_base_are_kept_for_what_made_them(
+    base: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R-10, R-21: not for another dtype, kernel, processor or setting; those used last stay."""
+    monkeypatch.setattr(store, "MAX_CACHED", 0)
+    cell = Cell(Column(), "a cat", 0, SampleSettings(steps=1, guidance=1.0, scheduler="DDIMScheduler"))
+    images = ImageStore()
+    file = images.file(base, cell)
+    assert images.file(base, replace(cell, settings=replace(cell.settings, batch_size=1))) == file
+    others = {images.file(replace(base, dtype=torch.bfloat16), cell)}
+    others |= {images.file(base, replace(cell, seed=1))}
+    with monkeypatch.context() as patch:
+        patch.setattr(StableDiffusion, "attention_kernel", "another")
+        others |= {images.file(base, cell)}
+    monkeypatch.setattr(store, "describe_processor", lambda device: "another")
+    assert len(others | {file, images.file(base, cell)}) == 5
+    ImageStore().put(base, cell, make_sample(cell, Image.new("RGB", (8, 8))))
+    assert not list(cache_folder().rglob("*.png"))
+    folder = cache_folder() / "images" / "00"
+    folder.mkdir(parents=True)
+    for name, age in (("a", 1), ("b", 3), ("c", 2)):
+        (folder / f"{name}.png").write_bytes(b"12345678")
+        os.utime(folder / f"{name}.png", (age, age))
+    trim_cache(cache_folder() / "images", 16)
+    assert sorted(file.name for file in folder.iterdir()) == ["b.png", "c.png"]
 
 
 def test_runs_and_steps(runs: list[RunFolder], tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_sampling_does_not_disturb(make_images, small, make_trainer, snapshot, t
 
 
 def test_the_base_is_drawn_once(make_images, small, make_trainer, monkeypatch, tmp_path):
-    """R-10: the grids of a run share the column of the base."""
+    """R-10, R-20: the grids of a run share the column of the base, and so do runs and `sample`."""
     config = small(
         make_images(), train__sample_every=1, train__steps=3, sample__prompts=["a circle", "a box"]
     )
@@ -185,6 +185,12 @@ def test_the_base_is_drawn_once(make_images, small, make_trainer, monkeypatch, t
     }
     assert all(np.array_equal(pixels[1, name], pixels[3, name]) for name in ("00.png", "02.png"))
     assert not any(np.array_equal(pixels[1, name], pixels[3, name]) for name in ("01.png", "03.png"))
+    drawn.clear()
+    other = make_trainer(config.replace(train={"learning_rate": 0.01, "steps": 1}), tmp_path / "other")
+    monkeypatch.setattr(other.prepared.base, "decode_latents", base.decode_latents)
+    other.train()
+    assert drawn == [2], "the base is in the cache"
+    assert np.array_equal(pixels[1, "00.png"], np.asarray(Image.open(other.run.sample_folder(1) / "00.png")))
 
 
 def test_only_the_adapter_learns(make_images, small, make_trainer, tmp_path):
