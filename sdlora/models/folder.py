@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+import huggingface_hub
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -103,11 +103,12 @@ def download(source: str, key: str, revision: str | None, variant: str | None = 
     def fetch(missing: Iterable[str], kind: str | None) -> None:
         # Offline, the cache may have another precision than this one.
         with suppress(LocalEntryNotFoundError, OfflineModeIsEnabled):
-            snapshot_download(source, revision=revision, allow_patterns=weight_patterns(missing, kind))
+            patterns = weight_patterns(missing, kind)
+            huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns)
 
     at = f" at revision {revision}" if revision else ""
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=TEXTS))
+        folder = Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=TEXTS))
         if variant:
             fetch(_missing_weights(folder, variant), variant)
             if not any(has_weights(folder / part, stem, variant) for part, stem in WEIGHTS.items()):

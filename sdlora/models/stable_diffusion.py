@@ -156,8 +156,8 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        # The VAE is in memory, and on the UNet's device, only meanwhile: reading it again takes 1 to 2 %
-        # of a batch.
+        # The VAE is in memory, and on the UNet's device, only meanwhile. Reading it again takes
+        # 1 or 2 % of a batch.
         home = self.vae.device
         self.vae = self._loaded("vae", self.vae)
         try:
