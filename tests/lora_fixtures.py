@@ -35,23 +35,17 @@ TINY: Mapping[str, Any] = {
     "norm_num_groups": 8,
 }
 
+SD1: Mapping[str, Any] = {
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "block_out_channels": (16, 16, 32, 32),
+    "layers_per_block": 2,
+    "cross_attention_dim": 16,
+}
 # Published layouts, block by block, at small widths.
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
-    "sd1": {
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        "block_out_channels": (16, 16, 32, 32),
-        "layers_per_block": 2,
-        "cross_attention_dim": 16,
-    },
-    "sd2": {
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        "block_out_channels": (16, 16, 32, 32),
-        "layers_per_block": 2,
-        "cross_attention_dim": 16,
-        "use_linear_projection": True,
-    },
+    "sd1": SD1,
+    "sd2": {**SD1, "use_linear_projection": True},
     "sdxl": {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),

@@ -39,12 +39,12 @@ def export(
         raise ConfigError(f"--step {step} requires --out FILE; pass both", key="option--step")
     if step is None:
         options.find_adapters(source)
-    from sdlora.export.export import export as write
-    from sdlora.export.export import push_run
+    from sdlora.export.export import export_adapter, push_run
     from sdlora.formats.files import resolve_adapter
 
     if out is not None:
-        options.say("\n".join(write(source, out, dialect=dialect, precision=dtype, step=step).lines()))
+        report = export_adapter(source, out, dialect=dialect, precision=dtype, step=step)
+        options.say("\n".join(report.lines()))
     if verify:
         from sdlora.export.postflight import verify_export
 

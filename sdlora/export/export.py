@@ -53,45 +53,33 @@ def export_adapter(
     dialect: Dialect = "diffusers",
     precision: Precision = "fp16",
     metadata: Mapping[str, str] | None = None,
+    step: int | None = None,
 ) -> ExportReport:
     """Writes an adapter for other programs: scale folded, rounded where that loses nothing (R-02, R-36).
 
     Args:
-        adapter: As trained, or as read from any file; or a run, a LoRA file or a tree node.
+        adapter: As trained, or as read from any file; or a run, a LoRA file or a tree node. A run's is
+            rounded from the fp32 tensors of its checkpoint, if that is still there.
         path: The `.safetensors` file.
         dialect: `diffusers`, or `kohya` for A1111, Forge, ComfyUI and kohya's tools.
         precision: A file that would lose too much stays fp32.
         metadata: From `run_metadata`; by default the adapter's notes, so a converted file keeps its own.
+        step: A saved step of a run; by default its final adapter.
 
     Raises:
-        AdapterError: If the adapter is not finite or changes nothing (R-06), or the file is not writable.
+        AdapterError: If the adapter is not finite or changes nothing (R-06), is not a LoRA or the output
+            itself, or the file is not writable.
+        RunError: If the run has no saved adapter yet.
     """
     if not isinstance(adapter, Adapter):
-        adapter = _open(adapter, path)
+        adapter = _open(adapter, path, step)
     rounded, rounding = round_adapter(adapter, precision)
     file = save_adapter(path, rounded, dialect=dialect, metadata=metadata)
     notes = {module.dialect_notes.get(dialect, "") for module in adapter.modules.values()}
     return ExportReport(file, dialect, rounding, file.stat().st_size, max(notes))
 
 
-def export(
-    source: str | Path,
-    out: str | Path,
-    *,
-    dialect: Dialect = "diffusers",
-    precision: Precision = "fp16",
-    step: int | None = None,
-) -> ExportReport:
-    """Writes the adapter of a run (the final one, or that of a step) or a LoRA file, with its metadata.
-
-    A run's is rounded from the fp32 tensors of its checkpoint, if that is still there. Raises an
-    AdapterError if the source is not a LoRA or the output itself, or the file cannot be written,
-    and a RunError if the run has no saved adapter yet.
-    """
-    return export_adapter(_open(source, out, step), out, dialect=dialect, precision=precision)
-
-
-def _open(source: PathLike, out: PathLike, step: int | None = None) -> Adapter:
+def _open(source: PathLike, out: PathLike, step: int | None) -> Adapter:
     """The adapter of a file or a run; of a run as trained, in fp32."""
     file, run = resolve_adapter(source, step)
     check_out(out, [file])

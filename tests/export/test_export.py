@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sdlora.config import RunConfig, load_config
 from sdlora.errors import AdapterError, RunError
-from sdlora.export.export import export, export_adapter, push_run
+from sdlora.export.export import export_adapter, push_run
 from sdlora.export.metadata import TrainingMetadata, run_metadata
 from sdlora.export.model_card import write_model_card
 from sdlora.formats.files import load_adapter, save_adapter
@@ -156,8 +156,8 @@ def test_captions_only_by_consent():
 def test_converting_keeps_the_metadata(tmp_path, make_adapter):
     """R-42 R-07: diffusers → kohya → diffusers keeps words and dates, and the bytes."""
     first = export_adapter(make_adapter(), tmp_path / "1.safetensors", metadata=run_metadata(FACTS)).path
-    second = export(first, tmp_path / "2.safetensors", dialect="kohya").path
-    third = export(second, tmp_path / "3.safetensors").path
+    second = export_adapter(first, tmp_path / "2.safetensors", dialect="kohya").path
+    third = export_adapter(second, tmp_path / "3.safetensors").path
     assert metadata_of(second)["modelspec.date"] == "2026-03-04T05:06:07+00:00"
     assert metadata_of(second)["sdlora.trained_alpha"] == "2"
     assert third.read_bytes() == first.read_bytes()
@@ -167,9 +167,9 @@ def test_exporting_a_run(tmp_path, make_adapter):
     """`sdlora export RUN`: the final adapter, else the newest; a run without one says so."""
     run = RunFolder.create(tmp_path / "run", RunConfig(), {})
     with raises(RunError, "run.no-adapter"):
-        export(run.path, tmp_path / "out.safetensors")
+        export_adapter(run.path, tmp_path / "out.safetensors")
     export_adapter(make_adapter(), run.step_adapter(10))
-    report = export(run.path, tmp_path / "out.safetensors", dialect="kohya", precision="fp32")
+    report = export_adapter(run.path, tmp_path / "out.safetensors", dialect="kohya", precision="fp32")
     assert report.dialect == "kohya"
     assert report.precision == "fp32"
     assert set(load_adapter(report.path).modules) == set(make_adapter().modules)
@@ -188,12 +188,12 @@ def test_exporting_a_run_starts_from_its_fp32_tensors(tmp_path, make_adapter, pr
     noise = {key: value + 1 for key, value in tensors.items()}
     save_file({**(noise if prefix else {}), **averages}, run.checkpoint_adapter(10))
     file = tmp_path / "out.safetensors"
-    export(run.path, file, precision="fp32", step=10)
+    export_adapter(run.path, file, precision="fp32", step=10)
     assert relative_error(trained, load_adapter(file)) < 1e-6
     rounded = load_adapter(run.step_adapter(10))
     assert relative_error(trained, rounded) > 1e-5
     save_file(noise, run.checkpoint_adapter(10))
-    export(run.path, file, precision="fp32")
+    export_adapter(run.path, file, precision="fp32")
     assert relative_error(rounded, load_adapter(file)) < 1e-6
 
 
@@ -206,7 +206,7 @@ def test_bad_places_and_sources(tmp_path, make_adapter):
         export_adapter(make_adapter(), tmp_path / "file" / "x.safetensors")
     assert caught.value.exit_code == 2
     with raises(AdapterError, "lora.missing"):
-        export(tmp_path / "nothing.safetensors", tmp_path / "x.safetensors")
+        export_adapter(tmp_path / "nothing.safetensors", tmp_path / "x.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -216,7 +216,7 @@ def test_a_file_is_never_exported_onto_itself(tmp_path, make_adapter):
     before = source.read_bytes()
     (tmp_path / "link.safetensors").symlink_to(source)
     with raises(AdapterError, "option--out", shows="link.safetensors"):
-        export(source, tmp_path / "link.safetensors", dialect="kohya")
+        export_adapter(source, tmp_path / "link.safetensors", dialect="kohya")
     assert source.read_bytes() == before
 
 

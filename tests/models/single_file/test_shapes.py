@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from sdlora.models.infer_config import text_config, unet_config, vae_config
 from sdlora.models.info import inspect_base
 from sdlora.models.weights import denoiser_names, empty_denoiser
 from tests.checks import raises
+from tests.models.single_file.original import open_clip, original_unet, original_vae, single_file
 
 ATTENDS = "CrossAttnDownBlock2D"
 UNETS: dict[str, dict[str, Any]] = {
@@ -89,11 +90,11 @@ NUM_TENSORS = {"sd1": 686, "sd2": 686, "sdxl": 1680}
 
 
 @pytest.mark.parametrize("name", UNETS)
-def test_unets_are_told_by_their_shapes(name: str, unet_names: Callable[[Any], Mapping[str, str]]) -> None:
+def test_unets_are_told_by_their_shapes(name: str) -> None:
     """R-40: from the original names and shapes back to the configuration, whatever the architecture."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**UNETS[name])
-    names = unet_names(unet)
+    names = dict(zip(unet.state_dict(), original_unet(unet), strict=True))
     assert len(set(names.values())) == len(names) == NUM_TENSORS.get(name, len(names))
     shapes = {names[old]: tuple(tensor.shape) for old, tensor in unet.state_dict().items()}
     with torch.device("meta"):
@@ -109,11 +110,11 @@ def test_unets_are_told_by_their_shapes(name: str, unet_names: Callable[[Any], M
         assert key in ("sample_size", "_use_default_values") or plain(again.config[key]) == plain(value), key
 
 
-def test_vae_is_told_by_its_shapes(vae_tensors: Callable[[Any], Mapping[str, torch.Tensor]]) -> None:
+def test_vae_is_told_by_its_shapes() -> None:
     """R-40: by original and by diffusers' names."""
     with torch.device("meta"):
         vae = AutoencoderKL(**VAE)
-    original = vae_tensors(vae)
+    original = original_vae(vae)
     assert len(original) == 248
     for tensors in (original, vae.state_dict()):
         found = vae_config({name: tuple(tensor.shape) for name, tensor in tensors.items()})
@@ -146,9 +147,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_text_encoders_are_told_by_their_shapes(
-    name: str, open_clip_tensors: Callable[..., Mapping[str, torch.Tensor]]
-) -> None:
+def test_text_encoders_are_told_by_their_shapes(name: str) -> None:
     """R-40: heads of 64 channels; Stable Diffusion 2 leaves out the last of OpenCLIP's 24 layers."""
     model = CLIPTextModelWithProjection if name == "clip-g" else CLIPTextModel
     with torch.device("meta"):
@@ -160,19 +159,17 @@ def test_text_encoders_are_told_by_their_shapes(
             }
             found = text_config(shapes)
         else:
-            tensors = open_clip_tensors(encoder, whole_tower=name == "clip-h")
+            tensors = open_clip(encoder, whole_tower=name == "clip-h")
             shapes = {n: tuple(tensor.shape) for n, tensor in tensors.items()}
             found = text_config(shapes, drop_last=name == "clip-h")
     assert found == {"vocab_size": 49408, "max_position_embeddings": 77, **TEXTS[name]}
 
 
-def test_a_text_encoder_saved_without_its_last_layer_keeps_all(
-    open_clip_tensors: Callable[..., Mapping[str, torch.Tensor]],
-) -> None:
+def test_a_text_encoder_saved_without_its_last_layer_keeps_all() -> None:
     """R-40: files that diffusers' script made from a folder hold 23 layers and no projection."""
     with torch.device("meta"):
         encoder = CLIPTextModel(CLIPTextConfig(**TEXTS["clip-h"]))
-        tensors = open_clip_tensors(encoder, whole_tower=False)
+        tensors = open_clip(encoder, whole_tower=False)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert text_config(shapes, drop_last=True)["num_hidden_layers"] == 23
 
@@ -200,9 +197,7 @@ PUBLISHED = {"sd1": (1130, 2.13), "sd2": (1228, 2.61), "sdxl": (2514, 6.94)}
 
 
 @pytest.mark.parametrize("family", PUBLISHED)
-def test_published_bases_are_read_whole(
-    family: str, original_tensors: Callable[[Any], Mapping[str, torch.Tensor]], tmp_path: Path
-) -> None:
+def test_published_bases_are_read_whole(family: str, tmp_path: Path) -> None:
     """R-25, R-40: files of the real layout and size, with holes for weights; every tensor has a place."""
     with torch.device("meta"):
         parts = SimpleNamespace(
@@ -212,7 +207,7 @@ def test_published_bases_are_read_whole(
         )
         if family == "sdxl":
             parts.text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**TEXTS["clip-g"]))
-        tensors = original_tensors(parts)
+        tensors = single_file(parts)
     file = tmp_path / f"{family}.safetensors"
     write_hole(file, tensors)
     assert len(tensors) == PUBLISHED[family][0]

@@ -20,6 +20,7 @@ from sdlora.models.load import load_base, load_component
 from sdlora.models.single_file import CONFIGS, SD2_BIAS
 from sdlora.models.tokenizer import load_tokenizer
 from tests.checks import raises
+from tests.models.single_file.original import original_vae
 from tests.stock import load_stock_pipeline
 
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -187,18 +188,14 @@ def test_a_file_without_a_vae_takes_one(tiny_bases: Mapping[str, Any], save: Cal
     assert info.vae_config["scaling_factor"] == 0.13025
 
 
-def test_separate_vae_in_one_file(
-    tiny_bases: Mapping[str, Any],
-    save: Callable[..., Path],
-    vae_tensors: Callable[[AutoencoderKL], Mapping[str, Tensor]],
-) -> None:
+def test_separate_vae_in_one_file(tiny_bases: Mapping[str, Any], save: Callable[..., Path]) -> None:
     """R-40: original names, with and without their prefix, diffusers' names, and its old attention names."""
     other = AutoencoderKL(
         block_out_channels=(32, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
     )
-    original, states = vae_tensors(other), other.state_dict()
+    original, states = original_vae(other), other.state_dict()
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     renamed = dict(states)
     for new, before in old.items():
