@@ -40,11 +40,7 @@ class Bank:
     """Latents by number, and which of them show which concept; those held out have a number alone."""
 
     def __init__(self, folder: Path) -> None:
-        """Opens every finished shard.
-
-        Raises:
-            ModelError: There is none.
-        """
+        """Opens every finished shard; raises a ModelError if there is none."""
         self.variants: list[Variant] = []
         self.shards: list[np.ndarray] = []
         self.places: list[tuple[int, int]] = []
@@ -105,11 +101,7 @@ class Bank:
 
 
 def load_vae(folder: Path) -> Any:
-    """The VAE of a diffusers folder.
-
-    Raises:
-        ModelError: There is none.
-    """
+    """The VAE of a diffusers folder; raises a ModelError if there is none."""
     from diffusers import AutoencoderKL
 
     if not (folder / "config.json").is_file():
@@ -139,11 +131,7 @@ def vae_digest(folder: Path) -> str:
 
 
 def claim_bank(out: Path, vae: Path) -> None:
-    """Writes into the bank which VAE it is of, or refuses one of another.
-
-    Raises:
-        ModelError: The bank's latents are of another VAE.
-    """
+    """Writes into the bank which VAE it is of; raises a ModelError if it is of another one."""
     out.mkdir(parents=True, exist_ok=True)
     file, digest = out / "vae.sha256", vae_digest(vae)
     if file.is_file() and file.read_text(encoding="utf-8") != digest:
@@ -193,7 +181,6 @@ def make_bank(out: Path, icons_folder: Path, vae_folder: Path, concepts: Sequenc
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
     script = Script("bank", __doc__, "--icons", "--vae", "--concepts")
     script.add_argument("--out", type=Path, required=True, help="folder of the shards")
     script.add_argument("--shards", type=int, default=24, help="the first holds the plain drawings")

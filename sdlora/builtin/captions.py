@@ -75,11 +75,7 @@ BEHIND = (
 
 
 def read_concepts(file: Path = CONCEPTS_FILE) -> list[str]:
-    """The names of the concepts, one a line.
-
-    Raises:
-        DataError: The file is missing or empty.
-    """
+    """The names of the concepts, one a line; raises a DataError if there are none."""
     if not file.is_file():
         raise DataError(f"{file} is not there; a concept file holds one drawing name a line")
     concepts = file.read_text(encoding="utf-8").split()

@@ -145,11 +145,7 @@ class Icons:
         )
 
     def render(self, name: str, size_px: int) -> Image.Image:
-        """The drawing as RGBA with a transparent ground, `size_px` square.
-
-        Raises:
-            DataError: The icon set has no such drawing, or resvg_py is not installed.
-        """
+        """The drawing as RGBA with a transparent ground, `size_px` square; raises a DataError without one."""
         if name not in self:
             raise DataError(f"no drawing is named {name!r}; check the spelling or the package's version")
         try:
@@ -184,15 +180,7 @@ def to_array(image: Image.Image) -> np.ndarray:
 
 
 def load_icons(icon_set: str, folder: Path) -> Icons:
-    """Reads one icon set from a folder of vector packages.
-
-    Args:
-        icon_set: A key of `ICON_SETS`.
-        folder: Holds the archives that `npm pack` writes, or the unpacked `ICON_SET.json`.
-
-    Raises:
-        DataError: The folder holds neither.
-    """
+    """Reads an icon set from a folder of archives of `npm pack`, or of unpacked `ICON_SET.json`."""
     plain, archive = folder / f"{icon_set}.json", folder / ICON_SETS[icon_set].archive
     if plain.is_file():
         return Icons(json.loads(plain.read_text(encoding="utf-8")), OTHER_NAMES.get(icon_set))
@@ -210,11 +198,7 @@ def load_icons(icon_set: str, folder: Path) -> Icons:
 
 
 def fetch_icons(icon_sets: Sequence[str], folder: Path) -> Path:
-    """Fetches the packages of `icon_sets` that `folder` lacks, with `npm pack`.
-
-    Raises:
-        DataError: npm is missing or cannot reach its registry.
-    """
+    """Fetches the packages that `folder` lacks with `npm pack`; raises a DataError if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     for icon_set in icon_sets:
         package = ICON_SETS[icon_set]

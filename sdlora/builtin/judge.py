@@ -73,11 +73,7 @@ def to_input(images: Sequence[Image.Image]) -> Tensor:
 
 
 def heldout_concepts(datasets: Path) -> dict[str, set[str]]:
-    """The concepts that each style set's dataset holds out.
-
-    Raises:
-        DataError: A dataset is not there.
-    """
+    """The concepts that each style set's dataset holds out; raises a DataError without a dataset."""
     held = {name: {file.stem for file in (datasets / name / "heldout").glob("*.png")} for name in STYLE_SETS}
     for name, concepts in held.items():
         if not concepts:
@@ -205,11 +201,7 @@ def save_judge(judge: Judge, file: Path) -> None:
 
 
 def load_judge(file: Path = JUDGE_FILE) -> Judge:
-    """Reads what `save_judge` wrote.
-
-    Raises:
-        ModelError: The file is missing.
-    """
+    """Reads what `save_judge` wrote; raises a ModelError if the file is missing."""
     if not file.is_file():
         raise ModelError(f"{file} is not there; make it: python -m sdlora.builtin.judge --out {file}")
     facts = read_header(file).metadata
@@ -219,7 +211,6 @@ def load_judge(file: Path = JUDGE_FILE) -> Judge:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
     script = Script("judge", __doc__, "--icons", "--datasets", "--concepts", "--threads")
     script.add_argument("--out", type=Path, default=JUDGE_FILE, help="file of the weights")
     script.add_argument("--steps", type=int, default=3000)

@@ -198,11 +198,7 @@ def prepare(place: Place, recipe: Recipe) -> Parts:
 
 
 def load_start(base: Path, tokenizer_folder: Path) -> tuple[Any, Any, Any]:
-    """Tokenizer, text encoder and UNet of a base; the tokenizer's files are copied.
-
-    Raises:
-        ModelError: If the folder is not a base.
-    """
+    """Tokenizer, text encoder and UNet of a base, with a copy of the tokenizer's files."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -399,11 +395,7 @@ def save_base(parts: Parts, folder: Path) -> None:
 
 
 def remember_recipe(place: Place, recipe: Recipe) -> None:
-    """Writes the recipe beside the state, or refuses to continue a run of another one.
-
-    Raises:
-        ModelError: `place.out` holds a run of another recipe.
-    """
+    """Writes the recipe beside the state; raises a ModelError if the run there has another one."""
     file = place.out / "recipe.json"
     if file.is_file():
         kept = json.loads(file.read_text(encoding="utf-8"))
@@ -415,13 +407,7 @@ def remember_recipe(place: Place, recipe: Recipe) -> None:
 def make_base(place: Place, recipe: Recipe, stop_after: int | None = None) -> Path | None:
     """Trains a base, or continues, and writes it to `place.out / "base"`.
 
-    Args:
-        place: Where things are.
-        recipe: What is trained.
-        stop_after: Ends the run after so many steps of a phase, to be continued by another call.
-
-    Returns:
-        The diffusers folder; None where `stop_after` ended the run before the text encoder was ready.
+    `stop_after` ends each phase after that many steps; returns None if the text encoder is not ready then.
     """
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group()
@@ -443,7 +429,6 @@ def make_base(place: Place, recipe: Recipe, stop_after: int | None = None) -> Pa
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
     default = Recipe()
     script = Script("make_base", __doc__, "--vae", "--device", "--threads")
     script.add_argument("--out", type=Path, required=True, help="folder for the state, the log and the base")

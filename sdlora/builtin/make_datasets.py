@@ -42,11 +42,7 @@ DATASETS: dict[str, Dataset] = {
 
 
 def split_concepts(dataset: Dataset, concepts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The concepts of the training part and of the held-out part, both sorted.
-
-    Raises:
-        DataError: There are too few concepts for both.
-    """
+    """The concepts for training and those held out, sorted; raises a DataError if there are too few."""
     wanted = dataset.training + dataset.heldout
     if len(concepts) < wanted:
         raise DataError(
@@ -113,7 +109,6 @@ def make_dataset(name: str, out: Path, icons_folder: Path) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
     script = Script("make_datasets", __doc__, "--icons")
     script.add_argument("--out", type=Path, default=Path("datasets"), help="gets a folder for each")
 

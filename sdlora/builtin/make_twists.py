@@ -24,13 +24,7 @@ TWISTS: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 
 def make_twist(images: Path, name: str, folder: Path) -> None:
-    """Writes a few drawings of a dataset, evenly spread, twisted, each with its caption.
-
-    Args:
-        images: A dataset with a folder `heldout`.
-        name: A key of `TWISTS`.
-        folder: Receives the images, and a folder `heldout`.
-    """
+    """Writes a few drawings of a dataset and its `heldout`, evenly spread, twisted, with their captions."""
     for part, count in (("", TRAINING), ("heldout", HELDOUT)):
         drawings = sorted((images / part).glob("*.png"))
         (folder / part).mkdir(parents=True, exist_ok=True)

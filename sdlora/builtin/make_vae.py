@@ -123,12 +123,7 @@ def train(
 ) -> Any:
     """Trains the VAE, or continues from the state in `out`; returns it with its averaged weights.
 
-    Args:
-        recipe: What is trained.
-        out: Folder of the state and the log.
-        drawings: All drawings, with a transparent ground.
-        device: A torch device.
-        stop_after: Ends the run after so many steps, to be continued by another call.
+    Drawings have a transparent ground; `stop_after` ends the run after that many steps.
     """
     torch.manual_seed(recipe.seed)
     vae = make_vae(recipe).to(device, memory_format=torch.channels_last)
@@ -156,7 +151,6 @@ def save_vae(vae: Any, folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
     default = Recipe()
     script = Script("make_vae", __doc__, "--icons", "--concepts", "--device")
     script.add_argument("--out", type=Path, required=True, help="folder for the state, the log and the VAE")

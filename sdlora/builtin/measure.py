@@ -93,11 +93,7 @@ class Recognition:
 
 
 def load_pipeline(folder: Path, device: str) -> Any:
-    """The stock pipeline of a diffusers folder, quiet.
-
-    Raises:
-        ModelError: The folder is none.
-    """
+    """The stock pipeline of a diffusers folder, quiet; raises a ModelError for another folder."""
     from diffusers import StableDiffusionPipeline
 
     if not (folder / "model_index.json").is_file():
@@ -191,7 +187,6 @@ def to_rows(recognitions: dict[str, Recognition]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
     script = Script("measure", __doc__, "--judge", "--datasets", "--icons", "--threads")
     script.add_argument("base", type=Path, nargs="?", default=BASE)
     script.add_argument("--count", type=int, default=224, help="concepts asked for")

@@ -66,7 +66,6 @@ def measure_truth(judge: Judge, run: RunFolder, unseen: Sequence[Image.Image]) -
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
     script = Script("measure_choice", __doc__, "--judge")
     script.add_argument("runs", type=Path, nargs="+", help="evaluated runs")
     script.add_argument("--unseen", type=Path, required=True, help="folder of drawings that no run saw")

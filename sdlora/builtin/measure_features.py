@@ -87,7 +87,6 @@ def measure(features: Features, drawings: dict[tuple[str, str], Image.Image]) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
     script = Script("measure_features", __doc__, "--icons")
     script.add_argument(
         "features", nargs="*", default=["drawing"], help="drawing, or folders of vision models"

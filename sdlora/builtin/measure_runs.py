@@ -96,7 +96,6 @@ def complete(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
     script = Script("measure_runs", __doc__)
     script.add_argument("what", choices=("ranks", "bits"))
     script.add_argument("images", type=Path)

@@ -213,7 +213,6 @@ def loss_on_own_sets(base: Path, bank_folder: Path) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
     script = Script("measure_styles", __doc__, "--judge", "--datasets", "--threads")
     script.add_argument("base", type=Path, nargs="?", default=BASE)
     script.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the presets")

@@ -107,11 +107,7 @@ class TrainingState:
         write_tensors(file, tensors, {"step": str(self.step)})
 
     def load(self, file: Path) -> None:
-        """Continues from what `save` wrote.
-
-        Raises:
-            ModelError: The file is of other modules.
-        """
+        """Continues from what `save` wrote; raises a ModelError if that is of other modules."""
         tensors = load_file(file)
         if not {f"parameter/{name}" for name in self.parameters} <= set(tensors):
             raise ModelError(f"{file} holds the state of other modules; choose another --out")

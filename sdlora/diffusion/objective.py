@@ -44,12 +44,7 @@ def add_pyramid(noise: Tensor, levels: int, discount: float, generator: Generato
     ε' = (ε + Σ_{i < n} dⁱ up(ε_i)) / std, where ε_i is white noise of 1 / r_iⁱ the size, r_i uniform in
     [2, 4), enlarged bilinearly; the sum ends early at a level of one pixel. Low frequencies gain: the
     denoiser learns to move whole areas and the mean, which white noise hardly touches.
-
-    Args:
-        noise: White noise ε, (C, H, W).
-        levels: n at most.
-        discount: d.
-        generator: That of the sample.
+    `noise` is ε, (C, H, W); `levels` is the most that n can be, `discount` is d.
     """
     channels, height, width = noise.shape
     total = noise
@@ -155,10 +150,8 @@ class Draws:
 def draw(objective: Objective, posteriors: Sequence[tuple[Tensor, Tensor]], seeds: Sequence[int]) -> Draws:
     """Draws latents, timesteps and noise, each sample from its own generator.
 
-    Args:
-        objective: Noise and timesteps.
-        posteriors: Mean and standard deviation of the VAE for each sample, each (C, H, W).
-        seeds: One seed for each sample, from `derive_seed`.
+    `posteriors` are the VAE's mean and standard deviation of each sample, (C, H, W); `seeds` are from
+    `derive_seed`.
     """
     settings = objective.settings
     latents, noise, timesteps, input_noise = [], [], [], []

@@ -96,14 +96,8 @@ def schedule_from_config(config: Mapping[str, Any], prediction_type: str | None 
     """Builds the training schedule from a diffusers `scheduler_config.json`.
 
     The betas decide, not the scheduler's class: the Euler scheduler of single files has an `add_noise` that
-    is not variance preserving.
-
-    Args:
-        config: The scheduler's configuration.
-        prediction_type: Replaces the configuration's own.
-
-    Raises:
-        ModelError: If the beta schedule is unknown or invalid.
+    is not variance preserving. A `prediction_type` replaces the configuration's own. Raises a ModelError if
+    the beta schedule is unknown or invalid.
     """
     try:
         betas = betas_from_config(config)
@@ -214,8 +208,7 @@ def make_sampler(schedule: NoiseSchedule, settings: ObjectiveSection) -> Timeste
 def timestep_probabilities(schedule: NoiseSchedule, settings: ObjectiveSection) -> Tensor:
     """P(t) of each timestep, shape (T,), float64; 0 outside `objective.timestep_range`.
 
-    Raises:
-        ConfigError: If `objective.timestep_range` has no probability.
+    Raises a ConfigError if that range has no probability.
     """
     low, high = settings.timestep_range
     entry = TIMESTEPS[settings.timesteps]

@@ -27,10 +27,9 @@ Progress = Callable[[int, int], None]
 class ExtractReport:
     """The accuracy of an extracted LoRA.
 
-    Args:
-        num_modules: Modules of the LoRA. num_unchanged: Target modules that fine-tuning did not change.
-        error: Of the targets: norm of the change beyond the rank over the norm of the change. outside: The
-        share of the whole change's energy outside of the targets: in other modules, norms, biases.
+    `num_unchanged` counts the target modules that fine-tuning did not change; `error` is the norm of the
+    targets' change beyond the rank over the norm of all their change; `outside` is the share of the whole
+    energy that is outside of the targets: in other modules, norms, biases.
     """
 
     num_modules: int
@@ -61,8 +60,7 @@ def extract(
         tuned: The fine-tuned base: a diffusers folder, a hub id or a file.
         base: The base it was tuned from.
         rank: Of each module.
-        targets: As `lora.targets`.
-        text_encoder: Also the text encoders, which `targets` must name.
+        targets: As `lora.targets`; with `text_encoder`, also of text encoders.
         progress: Called with (finished, total) modules.
 
     Raises:

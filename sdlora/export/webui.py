@@ -26,16 +26,9 @@ def write_webui_files(
 
     The adapter is a hard link to the run's kohya file where the disk has them, else a copy.
 
-    Args:
-        run: A finished run.
-        kohya_version: `ss_base_model_version` of the base.
-        strengths: Those of the run's samples; the preferred one is also the thumbnail's.
-        trigger: Words that invoke the style, if any.
-        about: Notes for whoever uses it.
-        name: NAME; the run's by default.
-
-    Returns:
-        The adapter's path.
+    `kohya_version` is `ss_base_model_version` of the base; `strengths` are those of the run's samples, the
+    preferred one is also the thumbnail's; `about` are notes for its users. NAME is by default the run's.
+    Returns the adapter's path.
     """
     place = run.path / "webui" / f"{name or run.name}.safetensors"
     place.unlink(missing_ok=True)  # a rename between two links to one file does nothing

@@ -349,7 +349,6 @@ def _check_values(path: Path, adapter: Adapter) -> None:
 
 
 def _verify(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Reads a file back and compares it to the bit."""
     written, _ = read_tensors(path)
     same = (torch.equal(written[key], tensor.cpu()) for key, tensor in state.items())
     if written.keys() != state.keys() or not all(same):

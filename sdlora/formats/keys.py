@@ -322,7 +322,6 @@ def dialect_of(keys: Iterable[str]) -> str:
 
 
 def _other_kind(names: Sequence[str]) -> str:
-    """Describes a file of weights that is not a LoRA."""
     if names and all(name.endswith((".down", ".up")) for name in names):
         return "is part of a checkpoint, for `sdlora resume` only; use a LoRA in the run's adapters/ folder"
     for prefixes, kind in _OTHER_FILES.items():

@@ -144,16 +144,9 @@ class Base(Protocol):
         """Recomputes activations in the backward pass, with `text` in text encoders as well."""
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and standard deviation of images in the denoiser's units, in float32.
+        """Posterior mean and standard deviation (B, C, h, w) of images (B, 3, H, W) in [-1, 1].
 
-        Args:
-            pixels: (B, 3, H, W) in [-1, 1].
-
-        Returns:
-            Mean and standard deviation, each (B, C, h, w).
-
-        Raises:
-            ModelError: If the latents are not finite even in fp32 (R-22).
+        In the denoiser's units, in float32. Raises a ModelError if they are not finite even so (R-22).
         """
 
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -171,12 +164,10 @@ class Base(Protocol):
     def example_inputs(
         self, latents: tuple[int, int] | None = None, batch_size: int = 1
     ) -> tuple[Tensor, Tensor, Condition]:
-        """Fixed inputs for `denoise`, on its device.
+        """Fixed inputs for `denoise`, on its device, of a size h and w.
 
-        Args:
-            latents: h and w; by default the smallest with several positions at every level, since a CPU takes
-                minutes for the size that SDXL was trained for.
-            batch_size: B.
+        By default the smallest with several positions at every level, since a CPU takes minutes for the size
+        that SDXL was trained for.
         """
 
     def make_pipeline(self, scheduler: Any) -> Any:

@@ -215,7 +215,6 @@ def _check_inputs(unet: Mapping[str, Any], key: str) -> None:
 
 
 def _check_latents(unet: Mapping[str, Any], vae: Mapping[str, Any], key: str) -> None:
-    """Refuses a VAE whose latents the UNet cannot read."""
     channels, latent = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if channels == latent:
         return
@@ -232,7 +231,6 @@ def _check_latents(unet: Mapping[str, Any], vae: Mapping[str, Any], key: str) ->
 
 
 def _check_texts(unet: Mapping[str, Any], texts: Sequence[Mapping[str, Any]], key: str) -> None:
-    """Refuses text encoders whose states the UNet cannot read."""
     wanted, found = unet.get("cross_attention_dim", 1280), sum(text.get("hidden_size", 0) for text in texts)
     states = "text states"
     if wanted == found and unet.get("addition_embed_type") == "text_time":

@@ -40,15 +40,9 @@ def load_base(
     `base.quantize` applies to the UNet alone: text encoders are on the device before it, never at a run's
     peak, and their full states are those that every user of the adapter has.
 
-    Args:
-        info: The base.
-        dtype: Of the UNet. Text encoders are fp32.
-        device: Of all components.
-        vae_dtype: By default as in `VAE_DTYPES`.
-        waits: Whether each component is loaded when it is first needed, so that not all are in memory.
-
-    Raises:
-        ModelError: If weights are missing or not finite.
+    Text encoders are fp32, and the VAE by default as in `VAE_DTYPES`. With `waits`, each component is loaded
+    when it is first needed, so that not all are in memory. Raises a ModelError if weights are missing or not
+    finite.
     """
     dtypes = {"unet": dtype, "vae": vae_dtype or VAE_DTYPES[dtype]}
     dtypes |= dict.fromkeys(info.traits.text_encoders, torch.float32)
@@ -74,12 +68,9 @@ def empty_component(part: Component, dtype: torch.dtype) -> Any:
 def load_component(
     part: Component, dtype: torch.dtype, device: torch.device | str = "cpu", scheme: Quantize = "none"
 ) -> Any:
-    """One component, frozen and in eval mode.
+    """One component, frozen and in eval mode; raises a ModelError if weights are missing or not finite.
 
     UNet and VAE are streamed from their files to the device and quantized on the way.
-
-    Raises:
-        ModelError: If weights are missing or not finite.
     """
     if part.name.startswith("text_encoder"):
         model, missing = load_text_encoder(part, dtype)

@@ -24,12 +24,7 @@ REMEDY = "download or copy the base again, or set sample.safety_checker=false"
 
 
 class SafetyChecker:
-    """The base's safety checker (R-47), read from disk on its first use, and on the device only in a call.
-
-    Args:
-        folder: The base's diffusers folder.
-        device: Where it runs.
-    """
+    """The base's safety checker (R-47), read from disk on its first use, and on the device only in a call."""
 
     def __init__(self, folder: Path, device: torch.device | str) -> None:
         self.folder = folder

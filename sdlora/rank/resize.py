@@ -119,7 +119,6 @@ def resize(
 
 
 def _find_rule(rules: Mapping[str, float | None]) -> tuple[str, float]:
-    """The only rule with a value."""
     given = {name: float(value) for name, value in rules.items() if value is not None}
     if len(given) != 1 or not given.keys() <= RULES.keys():
         found = " and ".join(f"{name} = {value:g}" for name, value in given.items()) or "none"

@@ -119,12 +119,10 @@ class Spectrum:
     """The singular values of every module's change.
 
     Energy is the sum of their squares: the squared Frobenius norm of the change.
-
-    Args:
-        values: By module, (K,) float64, largest first.
     """
 
     values: dict[str, Tensor]
+    """By module, (K,) float64, largest first."""
 
     def effective_rank(self, name: str) -> float:
         """exp of the entropy of the normalised singular values (Roy and Vetterli 2007); 0 for no change."""

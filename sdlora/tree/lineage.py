@@ -64,8 +64,7 @@ def recorded_digest(path: Path) -> str | None:
 def read_lineage(notes: Mapping[str, str]) -> tuple[Ancestor, ...]:
     """The ancestors in a file's metadata, the root first.
 
-    Raises:
-        AdapterError: If the metadata is damaged; the message follows the name of the file.
+    Raises an AdapterError if it is damaged; the message completes "FILE ...".
     """
     parent = notes.get(PARENT)
     if not parent:
@@ -220,7 +219,6 @@ def _find(ancestor: Ancestor, places: Sequence[Path]) -> Path | None:
 
 
 def _run_of(file: Path) -> RunFolder | None:
-    """The run of an adapter file."""
     run = RunFolder(file.absolute().parent.parent)
     return run if file.absolute().parent == run.adapters and run.exists else None
 

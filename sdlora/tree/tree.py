@@ -77,10 +77,7 @@ class AdapterTree:
         """Reads the headers of all LoRA files in a folder and its subfolders.
 
         The node of a run folder is its final adapter; another adapter of a run is a node if it is a parent.
-        Files that are not LoRAs are problems, not errors.
-
-        Raises:
-            AdapterError: If the folder does not exist, or has no LoRA file.
+        Files that are not LoRAs are problems; a folder without any LoRA file is an AdapterError.
         """
         root = Path(folder)
         if not root.is_dir():
@@ -117,8 +114,7 @@ class AdapterTree:
     def path(self, name: str, *, force: bool = False) -> list[Node]:
         """A node and its ancestors, the root first.
 
-        Raises:
-            AdapterError: If a parent on the path is changed or missing; `force` takes or skips it.
+        Raises an AdapterError if a parent on the path is changed or missing; `force` takes or skips it.
         """
         if not force and (errors := self.path_errors(name)):
             raise errors[0]
@@ -232,11 +228,8 @@ class AdapterTree:
     ) -> tuple[Adapter, ResizeReport | None]:
         """Merges a node and its ancestors into one ordinary adapter.
 
-        Args:
-            name: The node.
-            strengths: Strengths by node name that replace those of the training.
-            rank: Rank of the result; by default the sum of the ranks, without loss.
-            force: As in `path`.
+        `strengths`, by node name, replace those of the training; `force` is as in `path`. The rank is by
+        default the sum of the ranks, without loss.
         """
         path = self.strengths([name], strengths, force=force)[0]
         parts = [(replace(self.load(step), parent=None), strength) for step, strength in path.items()]
