@@ -91,22 +91,19 @@ def _describe_run(run: RunFolder, checkup: Checkup | None, *, has_cards: bool) -
         "tables": {
             "Settings that differ from the defaults": _changed_settings(config),
             "Time and memory": _costs(run),
-            "Versions": _flatten(environment),
-            "Files": _digests(run),
         },
+        "origins": {"Versions": _flatten(environment), "Files": _digests(run)},
         "usage": _usage(run, config),
     }
 
 
 def _start(run: RunFolder) -> tuple[int | None, float]:
-    """Step and strength that are shown first: the recommended ones, else the last step at the run's own."""
-    choice, strengths = read_choice(run), run.read_config().sample.strengths
+    """Step and strength that are shown first: the recommended ones, else the last step, halfway up."""
+    choice, strengths = read_choice(run), sorted(filter(None, run.read_config().sample.strengths))
     step, strength = choice.get("step"), choice.get("strength")
-    if step == "final":
-        step = None
-    number = isinstance(strength, int | float) and not isinstance(strength, bool)
-    own = next((one for one in strengths if one), 1.0)
-    return (step if isinstance(step, int) else None), (float(strength) if number and strength else own)
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not strength:
+        strength = strengths[len(strengths) // 2] if strengths else 1.0
+    return (step if isinstance(step, int) else None), float(strength)
 
 
 def _curve(runs: Sequence[RunFolder]) -> str | None:
@@ -160,7 +157,9 @@ def _describe_images(
     records = [*checkup.index.records, *checkup.index.heldout]
     captions = [(record.name, record.caption) for record in records[:MAX_CAPTIONS]]
     findings = [f"{finding.severity}: {finding.message}" for finding in checkup.findings]
-    return [*checkup.summary, *findings], sheet, captions
+    lines = [line for line in checkup.summary if not line.startswith(("example", "  "))]
+    sizes = ", ".join(f"{count} of {size}" for size, count, _ in checkup.buckets.table())
+    return [*lines, f"images by bucket: {sizes}", *findings], sheet, captions
 
 
 def _changed_settings(config: RunConfig) -> dict[str, str]:
@@ -228,8 +227,10 @@ def _usage(run: RunFolder, config: RunConfig) -> dict[str, str]:
     """Code or prompts that use the file, by program."""
     trigger = config.data.trigger or ""
     prompt = next(iter(config.sample.prompts), "a house").replace("{trigger}", trigger)
-    strength = max(config.sample.strengths or [1.0])
+    step, strength = _start(run)
     final, kohya = run.final_adapter("diffusers"), run.final_adapter("kohya")
+    if step is not None and run.step_adapter(step).is_file():
+        final = run.step_adapter(step)
     base = "sdlora/builtin/base" if config.base.source == "builtin" else config.base.source
     usage = {}
     if final.is_file():
@@ -241,11 +242,16 @@ def _usage(run: RunFolder, config: RunConfig) -> dict[str, str]:
         )
     if kohya.is_file():
         name = config.export.name or run.name
+        take = (
+            f"cp {str(kohya)!r}"
+            if final == run.final_adapter()
+            else f"sdlora export {str(final)!r} --format kohya --out"
+        )
         usage["A1111 and Forge"] = (
-            f"cp {str(kohya)!r} models/Lora/{name}.safetensors\n{prompt} <lora:{name}:{strength:g}>"
+            f"{take} models/Lora/{name}.safetensors\n{prompt} <lora:{name}:{strength:g}>"
         )
         usage["ComfyUI"] = (
-            f"cp {str(kohya)!r} models/loras/{name}.safetensors\n"
+            f"{take} models/loras/{name}.safetensors\n"
             f"Load LoRA: {name}.safetensors, strength_model {strength:g}, strength_clip {strength:g}"
         )
     return usage or {"sdlora": f"sdlora resume {run.path}  # no final file yet"}

@@ -147,6 +147,20 @@ def test_samples_by_step_and_strength(sampled):
     assert "Step 10" not in page.text, "the grids would show the same images again"
 
 
+def test_what_is_shown_and_used_first(sampled):
+    """R-13, R-45: the recommended step and strength; without a recommendation, the strength in the middle."""
+    sampled.step_adapter(10).write_bytes(b"z")
+    text = Page(write_report(sampled).read_text(encoding="utf-8")).text
+    assert "step-000010.safetensors" in text
+    assert "{'scale': 0.5}" in text
+    sampled.evaluation_file.unlink()
+    config = sampled.read_config()
+    sampled.write_config(config.replace(sample={"strengths": [0, 0.6, 1, 1.4]}))
+    page = Page(write_report(sampled).read_text(encoding="utf-8"))
+    assert [one["data-strength"] for tag, one in page.tags if one.get("class") == "dials"] == ["1.0"]
+    assert "{'scale': 1}" in page.text
+
+
 @pytest.mark.parametrize("left", ["{", "[]", '{"choice": 3}', '{"choice": {"images": 7, "step": "final"}}'])
 def test_an_evaluation_that_cannot_be_read(sampled, left):
     """Another version's, or damaged: the page comes without it."""
