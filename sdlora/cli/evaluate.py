@@ -82,6 +82,7 @@ def advise_rank(
     run: options.Run,
     keep: Annotated[float, typer.Option(help="Fraction of the improvement that is enough.")] = 0.99,
     ranks: Annotated[str | None, typer.Option(help="Ranks to try: 2,4,8; default: powers of two.")] = None,
+    features: Features = None,
 ) -> None:
     """Measure a run's adapter at smaller ranks, without training; write the smallest that is enough."""
     from sdlora.runs import RunFolder
@@ -93,7 +94,7 @@ def advise_rank(
     from sdlora.report.terminal import Terminal
 
     with Terminal().progress("measuring", 1) as meter:
-        advice = advise(run, keep=keep, ranks=tried, progress=meter.show)
+        advice = advise(run, keep=keep, ranks=tried, features=features, progress=meter.show)
     options.say("\n".join(advice.lines()))
 
 

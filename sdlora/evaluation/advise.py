@@ -6,14 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 from sdlora.dtypes import DTYPES
 from sdlora.errors import ConfigError, RunError
-from sdlora.evaluation.context import EvaluationContext, open_context
+from sdlora.evaluation.context import EvaluationContext, load_cropped, open_context
 from sdlora.evaluation.evaluate import image_distances, mean_distance
+from sdlora.evaluation.features import DRAWING, Features, load_features
 from sdlora.evaluation.heldout import HeldoutLoss
 from sdlora.evaluation.intervals import Interval, ratio_interval
+from sdlora.evaluation.scores import Draws, Reference, Weights, style_gain
 from sdlora.export.export import export_adapter
 from sdlora.lora.adapter import Adapter
 from sdlora.rank.resize import resize
@@ -38,6 +41,8 @@ class Candidate:
         kept: Share of what was learned: of the decrease of the loss by the whole adapter.
         distance: Distance of its samples from those of the whole adapter, over that of samples without it.
         interval: `kept` with its interval over images; None for fewer than `MIN_IMAGES`.
+        style_lost: Style gain of the whole adapter's samples less that of its own; None without features that
+            are known to be right for the base.
     """
 
     rank: int
@@ -47,10 +52,16 @@ class Candidate:
     kept: float
     distance: float
     interval: Interval | None = None
+    style_lost: Interval | None = None
 
     def keeps(self, share: float) -> bool:
-        """Whether the whole interval lies above a share."""
-        return self.interval is not None and self.interval.low >= share
+        """Whether the whole interval lies above a share, and no style is clearly lost."""
+        return self.interval is not None and self.interval.low >= share and not self.is_plainer
+
+    @property
+    def is_plainer(self) -> bool:
+        """Whether its samples clearly have less of the style."""
+        return self.style_lost is not None and self.style_lost.low > 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,7 @@ class Advice:
         lines += [
             f"rank {one.rank:>4}  {one.megabytes:>7.2f} MB  energy {one.energy:>4.0%}  loss {one.loss:.3g}  "
             f"keeps {one.interval or format(one.kept, '.0%')}  images {one.distance:.0%} away"
+            + (", with less style" if one.is_plainer else "")
             for one in self.candidates
         ]
         lines.append(f"advice    {self._advice()}")
@@ -89,13 +101,20 @@ class Advice:
         whole = self.candidates[-1]
         if self.rank is None:
             return f"none: {self.images} held-out images are too few; hold out {MIN_IMAGES} (data.heldout)"
+        smaller = [one for one in self.candidates if one.rank < self.rank and not one.is_plainer]
+        maybe = [str(one.rank) for one in smaller if one.interval and one.interval.high >= self.keep]
+        also = f"; rank {' or '.join(maybe)} may be enough too, but its interval is too wide" if maybe else ""
         if self.rank == whole.rank:
-            return f"keep rank {whole.rank}: no smaller one surely keeps {self.keep:.0%} of what it learned"
+            lost = f"surely keeps {self.keep:.0%} of what it learned, and its style"
+            return f"keep rank {whole.rank}: no smaller one {lost}{also}"
         best = next(one for one in self.candidates if one.rank == self.rank)
+        by = "by the loss alone; pass --features to weigh samples too"
+        if best.style_lost:
+            by = f"and the style of {MAX_SAMPLES} samples cannot be told from its own"
         return (
-            f"rank {best.rank} keeps {self.keep:.0%} or more of what rank {whole.rank} learned: "
+            f"rank {best.rank} keeps {self.keep:.0%} or more of what rank {whole.rank} learned, {by}: "
             f"{_size(best.megabytes)} MB instead of {_size(whole.megabytes)}; its samples are "
-            f"{best.distance:.0%} of the way back to those without the LoRA, so compare them by eye"
+            f"{best.distance:.0%} of the way back to those without the LoRA, so compare them by eye{also}"
         )
 
 
@@ -108,18 +127,21 @@ def advise_rank(
     *,
     keep: float = 0.99,
     ranks: Sequence[int] = (),
+    features: str | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Advice:
     """Truncates a run's adapter to smaller ranks, measures each, and writes the smallest that is enough.
 
-    The held-out loss decides, if there are images enough and the whole interval over them lies above `keep`.
-    The spectrum cannot: small directions may matter, and large ones may be noise.
+    The held-out loss decides, if there are images enough and the whole interval over them lies above `keep`;
+    and the style of samples, which must not be clearly less. The spectrum cannot: small directions may
+    matter, and large ones may be noise.
 
     Args:
         run: The run folder; the file, `rank.json` and the curve `rank.png` are written into it.
         keep: The share of what was learned that is enough.
         ranks: Ranks to try; by default powers of two.
+        features: A folder or Hub id of a vision model, as for `choose`.
         seed: Seed of the samples.
         progress: Called with (finished, total): the losses of each rank, then the images.
 
@@ -137,7 +159,10 @@ def advise_rank(
     adapters = {rank: resize(context.adapter, rank=rank)[0] for rank in candidate_ranks(whole, ranks)}
     adapters[whole] = context.adapter
     without = context.loss(context.ancestors)
-    candidates = _measure(context, adapters, without, seed, progress or (lambda finished, total: None))
+    scorer = load_features(features, context.base.device)
+    is_known = scorer.name != DRAWING or context.base.info.is_builtin
+    tell = progress or (lambda finished, total: None)
+    candidates = _measure(context, adapters, without, scorer if is_known else None, seed, tell)
     best = next((one.rank for one in candidates if one.keeps(keep) or one.rank == whole), whole)
     rank = best if len(context.records) >= MIN_IMAGES else None
     files = _write(context, adapters[rank]) if rank not in (None, whole) else ()
@@ -169,6 +194,7 @@ def _measure(
     context: EvaluationContext,
     adapters: Mapping[int, Adapter],
     without: HeldoutLoss,
+    features: Features | None,
     seed: int,
     progress: Callable[[int, int], object],
 ) -> list[Candidate]:
@@ -198,6 +224,7 @@ def _measure(
         return mean_distance(image_distances(context.base, images, samples[-1])).content
 
     far, found = distance(bare) or 1.0, spectrum(context.adapter)
+    gains = _style_gains(context, features, bare, samples) if features else []
     itemsize = DTYPES[context.config.export.precision].itemsize
     return [
         Candidate(
@@ -208,9 +235,29 @@ def _measure(
             kept=(without.loss - loss.loss) / learned,
             distance=distance(images) / far,
             interval=ratio_interval(_decreases(without, loss), _decreases(without, losses[-1])),
+            style_lost=(gains[-1] - gains[number]).interval if gains else None,
         )
-        for (rank, adapter), loss, images in zip(adapters.items(), losses, samples, strict=True)
+        for number, ((rank, adapter), loss, images) in enumerate(
+            zip(adapters.items(), losses, samples, strict=True)
+        )
     ]
+
+
+def _style_gains(
+    context: EvaluationContext, features: Features, bare: list[Tensor], samples: Sequence[list[Tensor]]
+) -> list[Draws]:
+    """The style gain of the samples of each rank, as `evaluate` measures it."""
+    drawings = [load_cropped(record, context.config, context.plan) for record in context.records]
+    reference = Reference(features, drawings, leave_one_out=False)
+    weights = Weights.draw(len(bare), 1)
+    before, *after = (reference.offsets(list(map(_to_image, rows))) for rows in (bare, *samples))
+    return [style_gain(weights, reference, before, rows) for rows in after]
+
+
+def _to_image(tensor: Tensor) -> Image.Image:
+    """An image of (3, H, W) in [-1, 1]."""
+    pixels = ((tensor + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
+    return Image.fromarray(pixels.numpy())
 
 
 def _decreases(without: HeldoutLoss, loss: HeldoutLoss) -> list[float]:
