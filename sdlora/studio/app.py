@@ -22,6 +22,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from sdlora.errors import ConfigError, DataError, SdloraError
+from sdlora.evaluation.tiles import read_choice
 from sdlora.runs import RunFolder
 from sdlora.studio.captions import ImageFolder
 from sdlora.studio.guard import Guard
@@ -69,7 +70,8 @@ class Studio:
     def routes(self) -> list[Route | Mount]:
         looks = Looks(self.library)
         pages = {"/": self.runs, "/run/{name:path}": self.run, "/grid/{name:path}": self.grid}
-        pages |= {"/strip/{name:path}": self.strip, "/new": self.new, "/images": self.image_folders}
+        pages |= {"/scores/{name:path}": self.scores, "/strip/{name:path}": self.strip}
+        pages |= {"/new": self.new, "/images": self.image_folders}
         pages |= {"/images/{folder}": self.images, "/thumb/{folder}/{name:path}": self.thumb, **looks.pages()}
         forms = {"/plan": self.plan, "/start": self.start, "/stop/{name:path}": self.stop}
         forms |= {"/resume/{name:path}": self.resume, "/prune/{name:path}": self.prune}
@@ -108,6 +110,8 @@ class Studio:
             checkpoints=run.checkpoint_steps(),
             checkpoint_bytes=sum(f.stat().st_size for f in run.checkpoints.rglob("*") if f.is_file()),
             saved=run.saved_steps(),
+            choice=read_choice(run),
+            has_scores=run.evaluation_curve.is_file(),
             config=read_object(run.config_file),
         )
 
@@ -122,6 +126,10 @@ class Studio:
     def grid(self, request: Request) -> Response:
         run, step = self.library.run(request.path_params["name"]), request.query_params.get("step", "")
         return send_png(request, run, run.sample_folder(int(step) if step.isdecimal() else 0) / "grid.png")
+
+    def scores(self, request: Request) -> Response:
+        run = self.library.run(request.path_params["name"])
+        return send_png(request, run, run.evaluation_curve)
 
     def strip(self, request: Request) -> Response:
         run = self.library.run(request.path_params["name"])

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from sdlora.errors import ConfigError, RunError
+from sdlora.evaluation.tiles import read_choice
 from sdlora.runs import RunFolder
 from sdlora.studio.library import Library, list_grids
 from sdlora.studio.pages import Form, Handler, go, render, send_png
@@ -104,13 +105,16 @@ class Looks:
         return go(f"/rate?{request.url.query}")
 
     def playground(self, request: Request) -> Response:
-        runs = [(run, RunFolder(run.path)) for run in self.library.list_runs()]
-        saved = {run.name: folder.saved_steps() for run, folder in runs if folder.adapters.is_dir()}
+        runs = {run.name: RunFolder(run.path) for run in self.library.list_runs()}
+        saved = {name: run.saved_steps() for name, run in runs.items() if run.adapters.is_dir()}
+        chosen = request.query_params.get("run", "")
+        choice = read_choice(runs[chosen]) if chosen in runs else {}
         return render(
             request,
             "playground.html",
             saved={name: steps for name, steps in saved.items() if steps},
-            chosen=request.query_params.get("run", ""),
+            chosen=f"{chosen}@{choice.get('step') or 'final'}",
+            strength=choice.get("strength") or 1,
             count=MAX_ADAPTERS,
         )
 

@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+from PIL import Image
 
 from sdlora.studio.ratings import choose_pair, count_wins, read_samples
 
@@ -21,6 +22,27 @@ def test_run_page(client, make_run, make_images):
     etag = {"if-none-match": grid.headers["etag"]}
     assert page.get(f"/grid/{run.name}?step=10", headers=etag).status_code == 304
     assert page.get("/run/nothing").status_code == 404
+
+
+def test_the_recommendation_is_shown(client, make_run):
+    """R-45: on the page of the run, and where the playground starts; a damaged file is no error."""
+    run, page = make_run(grid=10), client()
+    run.adapters.mkdir(exist_ok=True)
+    run.step_adapter(10).write_bytes(b"")
+    assert f"sdlora evaluate {run.path}" in page.get(f"/run/{run.name}").text
+    choice = {"step": 10, "strength": 0.8, "reason": "step 10 at 0.8 & more", "warnings": ["few"]}
+    run.evaluation_file.write_text(json.dumps({"choice": choice}), encoding="utf-8")
+    Image.new("RGB", (8, 8)).save(run.evaluation_curve)
+    text = page.get(f"/run/{run.name}").text
+    assert all(part in text for part in ("step 10 at 0.8 &amp; more", ">few<", f"/scores/{run.name}"))
+    assert page.get(f"/scores/{run.name}").headers["content-type"] == "image/png"
+    text = page.get(f"/playground?run={run.name}").text
+    assert f'value="{run.name}@10" selected' in text
+    assert 'value="0.8"' in text
+    run.evaluation_file.write_text('{"choice": {"reason": 3, "warnings": 7, "step": []}}', encoding="utf-8")
+    assert {
+        page.get(f"/{place}").status_code for place in (f"run/{run.name}", f"playground?run={run.name}")
+    } == {200}
 
 
 def test_an_unchanged_page_is_not_sent_again(client, make_run):
