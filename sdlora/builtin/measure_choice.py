@@ -24,7 +24,6 @@ from sdlora.runs import RunFolder
 from sdlora.writing import write_json
 
 LAYERS = (2, 6)  # after the first convolution, and the second pooling
-GOOD = 0.95
 NUM_DRAWS = 1000
 
 Cell = tuple[Any, float]
