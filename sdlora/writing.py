@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -53,6 +54,18 @@ def check_writable(path: Path) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         problem = f"cannot write --out {path} ({parent} is not writable); use another path"
         raise RunError(problem, key="option--out")
+
+
+def cache_folder() -> Path:
+    """`SDLORA_CACHE`, else the platform's cache folder for users."""
+    given = os.environ.get("SDLORA_CACHE")
+    if given:
+        return Path(given).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "sdlora"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "sdlora" / "Cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdlora"
 
 
 def next_free_folder(path: Path) -> Path:

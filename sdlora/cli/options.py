@@ -60,7 +60,6 @@ Size = Annotated[str | None, typer.Option(help="Image size in pixels, as WIDTHxH
 FILES = {
     ".toml": "write `sdlora train IMAGES --config {}`",
     ".safetensors": "write `sdlora train IMAGES --base {0}` if it is a base, or `sdlora info {0}`",
-    ".zip": "unpack it, and write `sdlora train FOLDER`",
 }
 SOURCES = "Runs, LoRA files or tree nodes, side by side; a sum of LoRAs: A:0.6+B:0.4."
 MAX_PROMPTS_BYTES = 2**20

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 @app.command()
 def train(
-    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images with captions.")],
+    images: Annotated[
+        Path, typer.Argument(metavar="IMAGES", help="A folder, zip or Hub data set of images.")
+    ],
     overrides: options.Overrides = None,
     base: Annotated[str | None, options.base_option("builtin")] = None,
     preset: options.Preset = None,

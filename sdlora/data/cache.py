@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ from safetensors.torch import load, save
 from sdlora.data.buckets import Crop
 from sdlora.data.images import parse_colour
 from sdlora.data.records import ImageRecord
+from sdlora.data.sources import ARCHIVES
 from sdlora.reading import UnfitFileError, read_bytes, read_header
+from sdlora.writing import cache_folder as cache_folder
 from sdlora.writing import write_file
 
 CACHE_VERSION = 2
@@ -29,19 +30,7 @@ TensorShapes = dict[str, tuple[int, ...]]
 LATENTS, TEXT, IMAGES, LOOKS = "latents", "text", "images", "looks"
 ENDINGS = {LATENTS: ".safetensors", TEXT: ".safetensors", IMAGES: ".png", LOOKS: ".npz"}
 """Kinds of entries: tensors, which this module reads and writes, the base's
-images (`sampling.store`), and measures of training images (`data.looks`)."""
-
-
-def cache_folder() -> Path:
-    """`SDLORA_CACHE`, else the platform's cache folder for users."""
-    given = os.environ.get("SDLORA_CACHE")
-    if given:
-        return Path(given).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "sdlora"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "sdlora" / "Cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdlora"
+images (`sampling.store`), and measures of training images (`data.looks`). `data.sources` adds folders."""
 
 
 def latent_key(record: ImageRecord, crop: Crop, *, vae_digest: str, background: str, dtype: str) -> str:
@@ -163,6 +152,7 @@ def _read_tensors(file: Path, shapes: TensorShapes | None = None) -> dict[str, t
 def measure_cache(folder: Path) -> list[tuple[str, int, int]]:
     """Rows (kind, files, bytes)."""
     files = {kind: _entries(folder / kind, f"*{ending}") for kind, ending in ENDINGS.items()}
+    files[ARCHIVES] = _entries(folder / ARCHIVES, "**/*")
     return [(kind, len(found), sum(file.stat().st_size for file in found)) for kind, found in files.items()]
 
 
@@ -179,7 +169,9 @@ def trim_cache(folder: Path, most_bytes: int) -> None:
 
 def clear_cache(folder: Path) -> int:
     """Deletes the files of the cache and nothing else; returns the bytes freed."""
-    freed = 0
+    freed = sum(file.stat().st_size for file in _entries(folder / ARCHIVES, "**/*"))
+    if not (folder / ARCHIVES).is_symlink():
+        shutil.rmtree(folder / ARCHIVES, ignore_errors=True)
     for kind, ending in ENDINGS.items():
         for file in _entries(folder / kind, f"*{ending}", f".*{ending}.*.tmp"):
             freed += file.stat().st_size

@@ -58,7 +58,7 @@ MESSAGES: dict[Severity, dict[str, str]] = {
     "warning": {
         "data.image-skipped": "skipped {count:image}: {names}",
         "data.image-format": "{count:image} in an unsupported format: {names}; convert to PNG or JPEG "
-        "(for HEIC: pip install 'sdlora[formats]')",
+        "(for HEIC and JXL: pip install 'sdlora[formats]')",
         "data.file-unreadable": "cannot read {count:file}: {names}",
         "data.folder-unreadable": "cannot open {count:folder}: {names}",
         "data.row-unmatched": "{count:metadata row} without a matching image: {names}",

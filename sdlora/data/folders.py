@@ -159,7 +159,8 @@ def check_folder(root: Path) -> None:
         message = f"cannot open image folder {shorten(str(root))}: {error.strerror}"
         raise DataError(message, key="data.folder-unreadable") from None
     if exists:
-        message = f"image folder {root} is a file; pass the folder that contains it: {root.parent}"
+        remedy = "unpack it" if root.suffix == ".zip" else f"pass the folder that contains it: {root.parent}"
+        message = f"image folder {root} is a file; {remedy}"
         raise DataError(message, key="data.folder-is-file")
     parent = root.absolute().parent
     siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []

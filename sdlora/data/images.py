@@ -32,13 +32,21 @@ else:
     HAS_HEIF = True
     pillow_heif.register_heif_opener()
     IMAGE_SUFFIXES += HEIF_SUFFIXES
+try:
+    import pillow_jxl  # noqa: F401  It adds itself to Pillow.
+except ImportError:
+    HAS_JXL = False
+else:
+    HAS_JXL = True
+    IMAGE_SUFFIXES += (".jxl",)
 UNREAD_SUFFIXES = (
     *(() if HAS_HEIF else HEIF_SUFFIXES),
-    *(".jxl", ".svg", ".psd", ".eps"),
+    *(() if HAS_JXL else (".jxl",)),
+    *(".svg", ".psd", ".eps"),
     *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"),
 )
 # Formats that Pillow may detect, whatever the suffix: its EPS reader would start another program.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "PPM", "TGA", "HEIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "PPM", "TGA", "HEIF", "JXL")
 MAX_BYTES = 2**30
 LARGE_BYTES = 2**25
 LARGE_PIXELS = 2**24

@@ -32,6 +32,7 @@ from sdlora.data.images import UnreadableImageError, measure_file, parse_colour
 from sdlora.data.masks import find_masks
 from sdlora.data.records import DatasetIndex, ImageRecord, Noticed, Size
 from sdlora.data.sets import Sets, locate_sets
+from sdlora.data.sources import open_source
 from sdlora.errors import DataError, shorten
 
 # Placeholders of A1111, kohya and ai-toolkit for which there are no words here.
@@ -57,7 +58,7 @@ def scan_dataset(root: str | Path, settings: DataSection, seed: int = 0) -> Data
         DataError: If the folder is missing or has no image to train on.
         ConfigError: If `data.background` is not a colour.
     """
-    root = Path(root).expanduser()
+    root = open_source(root)
     check_folder(root)
     parse_colour(settings.background)
     sets, further = locate_sets(root, settings)
@@ -97,7 +98,7 @@ def read_captions(root: str | Path, settings: DataSection) -> list[tuple[Path, s
     Raises:
         DataError: If a folder is missing.
     """
-    root = Path(root).expanduser()
+    root = open_source(root)
     check_folder(root)
     noticed: Noticed = defaultdict(dict)
     sets, further = locate_sets(root, settings)

@@ -226,7 +226,8 @@ def _plan_elsewhere(settings: RunConfig, device: str, terminal: Terminal, is_def
 
 
 def _default_folder(images: str | Path) -> Path:
-    return next_free_folder(Path("runs") / Path(os.path.realpath(images)).name)
+    name = Path(os.path.realpath(images)).name
+    return next_free_folder(Path("runs") / (name.removesuffix(".zip") or name))
 
 
 def _choose_folder(images: str | Path, out: str | Path | None, accelerator: Accelerator) -> RunFolder:

@@ -157,7 +157,7 @@ def test_other_modes(tmp_path: Path) -> None:
     assert load_image(tmp_path / "int.tif").getpixel((0, 0)) == (128, 128, 128)
 
 
-@pytest.mark.parametrize("suffix", ["gif", "webp"])
+@pytest.mark.parametrize("suffix", ["gif", "webp", "apng", "tif"])
 def test_first_frame_of_an_animation(tmp_path: Path, suffix: str) -> None:
     """R-14: animations give their first frame and are known to move."""
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
@@ -342,3 +342,14 @@ def test_images_of_a_phone(tmp_path: Path) -> None:
     shown = pillow_heif.open_heif(tmp_path / "a.heic").to_pillow().convert("RGB")
     assert difference(loaded, shown) < 1
     assert difference(loaded, image) < 12
+
+
+def test_jpeg_xl(tmp_path: Path) -> None:
+    """R-14: what pillow-jxl-plugin reads is an image; without it, one line says so."""
+    pytest.importorskip("pillow_jxl")
+    make_corners().save(tmp_path / "a.jxl", lossless=True)
+    assert difference(load_image(tmp_path / "a.jxl"), make_corners()) == 0
+    (tmp_path / "b.jxl").write_bytes((tmp_path / "a.jxl").read_bytes()[:20])
+    index = scan_dataset(tmp_path, DataSection(trigger="x", heldout=0))
+    assert [record.name for record in index.records] == ["a.jxl"]
+    assert "b.jxl" in index.noticed["data.image-unreadable"]

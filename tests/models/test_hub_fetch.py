@@ -39,6 +39,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
+        path = path.removeprefix("datasets/").replace("api/datasets/", "api/models/")
         files = {
             str(file.relative_to(self.folder)): file for file in self.folder.rglob("*") if file.is_file()
         }
