@@ -198,10 +198,10 @@ def test_measure_and_clear(tmp_path: Path) -> None:
     also = tmp_path / "latents" / "notes.safetensors"
     also.write_bytes(b"mine")
     rows = measure_cache(tmp_path)
-    counts = [("latents", 3), ("text", 1), ("images", 1), ("looks", 0)]
+    counts = [("latents", 3), ("text", 1), ("images", 1), ("looks", 0), ("archives", 0)]
     assert [(kind, files) for kind, files, _ in rows] == counts
     assert clear_cache(tmp_path) == sum(size for _, _, size in rows) > 0
-    assert [files for _, files, _ in measure_cache(tmp_path)] == [0, 0, 0, 0]
+    assert [files for _, files, _ in measure_cache(tmp_path)] == [0, 0, 0, 0, 0]
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted([precious, also])
     assert clear_cache(tmp_path / "not there") == 0
 
@@ -287,6 +287,6 @@ def test_clearing_leaves_other_folders_alone(tmp_path: Path) -> None:
     (cache / "text").symlink_to(tmp_path / "loras", target_is_directory=True)
     (cache / "latents" / "cd").mkdir()
     (cache / "latents" / "cd" / "link.safetensors").symlink_to(precious)
-    assert [files for _, files, _ in measure_cache(cache)] == [0, 0, 0, 0]
+    assert [files for _, files, _ in measure_cache(cache)] == [0, 0, 0, 0, 0]
     assert clear_cache(cache) == 0
     assert precious.read_bytes() == b"mine"
