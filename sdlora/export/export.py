@@ -17,7 +17,7 @@ from sdlora.formats.files import AnyAdapter, PathLike, load_adapter, resolve_ada
 from sdlora.formats.keys import Dialect
 from sdlora.formats.write import LARGEST_ERROR, Precision, Rounding, fold, relative_error, round_adapter
 from sdlora.lora.adapter import Adapter
-from sdlora.lora.layout import plan_layout
+from sdlora.lora.attach import plan_layout
 from sdlora.runs import RunFolder
 
 

@@ -10,9 +10,8 @@ from sdlora.config import LoraSection, RunConfig
 from sdlora.errors import AdapterError, ConfigError, RunError
 from sdlora.formats.files import load_adapter, resolve_adapter
 from sdlora.lora.adapter import KINDS, Adapter, check_base, draw_adapter, for_family, low_rank_modules
-from sdlora.lora.attach import check_fit
+from sdlora.lora.attach import Layout, check_fit
 from sdlora.lora.layers import Model, carrier_layers, component_of, components
-from sdlora.lora.layout import Layout
 from sdlora.models.info import BaseInfo
 from sdlora.rank.resize import InitReport, check_init_targets, init_from_adapter
 from sdlora.tree.lineage import PathEntry, check_additive, load_path

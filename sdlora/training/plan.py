@@ -15,9 +15,8 @@ from sdlora.diffusion.objective import Objective, describe_objective
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.errors import ConfigError
 from sdlora.evaluation.heldout import NUM_BANDS
-from sdlora.lora.attach import count_parameters
+from sdlora.lora.attach import Layout, count_parameters
 from sdlora.lora.layers import DENOISER, component_of
-from sdlora.lora.layout import Layout
 from sdlora.memory.cards import find_card
 from sdlora.memory.estimate import DeviceInfo, Memory, MemoryInputs
 from sdlora.memory.work import ImageFlop, Speed, Work, as_time, describe_times, read_speed, speed_of_card

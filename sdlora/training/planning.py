@@ -13,8 +13,7 @@ from sdlora.data.cache import TensorCache, cache_folder, latent_key
 from sdlora.data.records import DatasetIndex, Finding, raise_errors
 from sdlora.errors import RunError
 from sdlora.lora.adapter import KINDS
-from sdlora.lora.attach import match_modules
-from sdlora.lora.layout import plan_layout
+from sdlora.lora.attach import match_modules, plan_layout
 from sdlora.memory.estimate import ANY_DEVICE, DeviceInfo, MemoryInputs, plan_memory
 from sdlora.memory.work import flop_of
 from sdlora.models.info import BaseInfo, inspect_base, with_base_defaults

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from sdlora.config import LoraSection
 from sdlora.errors import ConfigError
-from sdlora.lora.attach import count_parameters, match_targets
-from sdlora.lora.layout import plan_layout
+from sdlora.lora.attach import count_parameters, match_targets, plan_layout
 from tests.checks import raises
 
 
