@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,7 @@ def test_light_modules_import_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@cache
 def functions() -> list[tuple[str, ast.FunctionDef]]:
     """Every function by `folder/file.py:name`."""
     return [

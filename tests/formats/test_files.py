@@ -9,7 +9,6 @@ import stat
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from sdlora.errors import AdapterError, ConfigError
@@ -18,11 +17,7 @@ from sdlora.formats.files import inspect_adapter, load_adapter, save_adapter
 from sdlora.formats.write import round_adapter
 from sdlora.lora.attach import mount
 from tests.checks import raises
-
-
-def metadata_of(path):
-    with safe_open(path, "pt") as file:
-        return file.metadata()
+from tests.lora_fixtures import metadata_of
 
 
 @pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
