@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @app.command()
 def train(
     images: Annotated[
-        Path, typer.Argument(metavar="IMAGES", help="A folder, zip or Hub data set of images.")
+        Path, typer.Argument(metavar="IMAGES", help="A folder of images, a zip or a Hub data set.")
     ],
     overrides: options.Overrides = None,
     base: Annotated[str | None, options.base_option("builtin")] = None,

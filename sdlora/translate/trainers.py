@@ -8,6 +8,8 @@ from typing import Any
 
 from sdlora.translate.values import arguments, rate
 
+# The key of the sets of images after the first.
+SETS = "sets"
 # Other names in the files of kohya_ss, the graphical interface, and in dataset files.
 KOHYA_NAMES = {
     "optimizer": "optimizer_type",
@@ -40,14 +42,26 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def all_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of all sections together."""
+    sections = [value for value in values.values() if isinstance(value, dict)]
+    return {key: value for section in [*sections, values] for key, value in section.items()}
+
+
 def _prepare_kohya(values: dict[str, Any]) -> dict[str, Any]:
-    """Sections, the first set of images, and arguments of the network, with empty values dropped."""
-    sets = values.get("datasets") or [{}]
-    subsets = [part for one in sets for part in one.get("subsets", ())]
-    found: dict[str, Any] = {}
-    for part in (values.get("general", {}), sets[0], *subsets[:1]):
-        found |= {key: value for key, value in part.items() if key != "subsets"}
-    found["other image_dir"] = [other.get("image_dir") for other in subsets[1:]]
+    """Sections, the sets of images, and arguments of the network, with empty values dropped."""
+    sets = [
+        {**values.get("general", {}), **one, **part}
+        for one in values.get("datasets") or [{}]
+        for part in one.get("subsets") or [{}]
+    ]
+    for one in sets:
+        one.pop("subsets", None)
+        if one.get("is_reg"):
+            one["default_caption"] = one.pop("class_tokens", None)
+            one["weight"] = all_keys(values).get("prior_loss_weight", 1)
+    found, *others = sorted(sets, key=lambda one: bool(one.get("is_reg")))
+    found[SETS] = [{KOHYA_NAMES.get(key, key): value for key, value in one.items()} for one in others]
     for key, value in values.items():
         if key not in ("datasets", "general"):
             found |= value if isinstance(value, dict) else {key: value}
@@ -105,11 +119,11 @@ _TOOLKIT_IGNORED = ("type", "device", "model.arch", "model.is_", "model.dtype")
 
 
 def _prepare_toolkit(values: dict[str, Any]) -> dict[str, Any]:
-    """The first process, and its first set of images."""
+    """The first process, and its sets of images."""
     process = dict(values["config"]["process"][0])
-    first, *others = process.pop("datasets", None) or [{}]
-    found = flatten({"name": values["config"].get("name"), **process, "datasets": first})
-    found["other datasets.folder_path"] = [other.get("folder_path") for other in others]
+    sets = sorted(process.pop("datasets", None) or [{}], key=lambda one: bool(one.get("is_reg")))
+    found = flatten({"name": values["config"].get("name"), **process, "datasets": sets[0]})
+    found[SETS] = [flatten({"datasets": one}) for one in sets[1:]]
     for old, new in (("rank", "linear"), ("alpha", "linear_alpha")):
         if f"network.{old}" in found:
             found.setdefault(f"network.{new}", found.pop(f"network.{old}"))
@@ -143,12 +157,19 @@ _ONETRAINER_IGNORED = (
 
 
 def _prepare_onetrainer(values: dict[str, Any]) -> dict[str, Any]:
-    """The first concept that is enabled, the optimizer, losses and timesteps."""
+    """The concepts that are enabled, the optimizer, losses and timesteps."""
     values = dict(values)
     concepts = [concept for concept in values.pop("concepts", None) or () if concept.get("enabled", True)]
     own = {key: value for key, value in (values.pop("optimizer", None) or {}).items() if value is not None}
-    found = flatten(values) | flatten({"concept": (concepts or [{}])[0]})
-    found["other concepts"] = [concept.get("path") for concept in concepts[1:]]
+    kinds = [str(one.get("type", "STANDARD")) for one in concepts]
+    sets = [one for one, kind in zip(concepts, kinds, strict=True) if kind == "STANDARD"]
+    found = flatten(values) | flatten({"concept": (sets or [{}])[0]})
+    for one in sets:
+        if one.get("balancing_strategy", "REPEATS") != "REPEATS":
+            one[f"balancing in {one['balancing_strategy']}"] = one.pop("balancing", None)
+    found[SETS] = [flatten({"concept": one}) for one in sets[1:]]
+    for one, kind in zip(concepts, kinds, strict=True):
+        found |= {} if kind == "STANDARD" else {f"path of a concept {kind}": one.get("path")}
     if name := own.pop("optimizer", None):
         betas = [own[key] for key in ("beta1", "beta2") if key in own]
         kept = {key: own[key] for key in ("weight_decay", "eps", "momentum", "d_coef") if key in own}

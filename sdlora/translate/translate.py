@@ -17,11 +17,11 @@ from typing import Any
 import yaml
 
 from sdlora.aliases import ELSEWHERE
-from sdlora.config import DataSection, RunConfig, validate_config
+from sdlora.config import DataSection, RunConfig, SetSection, validate_config
 from sdlora.data.folders import is_image, list_usable, read_repeats
 from sdlora.errors import ConfigError, one_line, shorten
 from sdlora.reading import UnfitFileError, parse_json, parse_toml, read_bytes
-from sdlora.translate.trainers import KOHYA, ONETRAINER, TOOLKIT, Trainer
+from sdlora.translate.trainers import KOHYA, ONETRAINER, SETS, TOOLKIT, Trainer, all_keys
 from sdlora.translate.values import CONVERTERS, Epochs
 
 TABLES = tomllib.loads((Path(__file__).parent / "keys.toml").read_text(encoding="utf-8"))
@@ -39,6 +39,7 @@ class _Translation:
     ignored: tuple[str, ...] = ()
     settings: dict[str, tuple[Any, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    sets: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, key: str, value: Any, comment: str = "") -> None:
         """Translates one key of the config."""
@@ -64,6 +65,27 @@ class _Translation:
             if self.rules[key].partition(" ")[0] not in self.settings:
                 self.add(key, value, f"{key} is not given, which is {json.dumps(value)} there")
 
+    def add_set(self, values: Mapping[str, Any], rules: Mapping[str, str], folder: Path) -> None:
+        """Translates a further set of images: what differs from the first, whose settings it has here."""
+        one = _Translation({**self.rules, **rules}, self.ignored)
+        for key, value in values.items():
+            one.add(key, value)
+        name = str(one.settings.pop(IMAGES, ("", ""))[0])
+        found: dict[str, Any] = {"folder": str(folder / name) if name and (folder / name).is_dir() else name}
+        for setting, (value, _) in one.settings.items():
+            key = setting.partition(".")[2]
+            if key not in SetSection.model_fields:
+                if self.settings.get(setting, (None, ""))[0] != value:
+                    one.notes.append(f"{setting} = {_toml(value)}: the same for all sets in sdlora")
+            elif setting.startswith("sets.") or self.settings.get(setting, (None, ""))[0] != value:
+                found[key] = value
+        for key, default in ((key, about.default) for key, about in SetSection.model_fields.items()):
+            first = self.settings.get(f"data.{key}", (default, ""))[0]
+            if f"data.{key}" not in one.settings and first != default and key != "trigger":
+                found[key] = default
+        self.sets.append(found)
+        self.notes += [f"{note} (the set {shorten(name)})" for note in one.notes]
+
     def count_steps(self, epoch: int | None) -> None:
         """Converts epochs to steps, if the length of an epoch is known."""
         for setting, (value, comment) in list(self.settings.items()):
@@ -84,11 +106,17 @@ class _Translation:
             for setting, (value, _) in self.settings.items():
                 section, _, name = setting.partition(".")
                 nested[section][name] = value
+            if self.sets:
+                nested["data"]["sets"] = self.sets
             try:
                 validate_config(nested)
                 return
             except ConfigError as error:
                 wrong = {key for key in error.keys if key in self.settings}
+                if not wrong and self.sets and any(key.startswith("data.sets") for key in error.keys):
+                    self.notes.append(f"sets {_toml(self.sets)}: left out, since {error.problems[0]}")
+                    self.sets = []
+                    continue
                 if not wrong:
                     raise
                 for key in sorted(wrong):
@@ -102,6 +130,8 @@ class _Translation:
             rows = [row for row in self.settings.items() if row[0].startswith(f"{section}.")]
             lines += ["", f"[{section}]"] if rows else []
             lines += [f"{key.partition('.')[2]} = {_toml(value)}  # {why}" for key, (value, why) in rows]
+            for one in self.sets if section == "data" else ():
+                lines += ["", "[[data.sets]]", *(f"{key} = {_toml(value)}" for key, value in one.items())]
         return [
             *lines,
             *(["", "# Not translated:"] if self.notes else []),
@@ -134,13 +164,16 @@ def translate(file: Path) -> str:
     if len(found) > MAX_KEYS:
         raise ConfigError(f"--from {file} has more than {MAX_KEYS} keys", key="option--from")
     translation = _Translation(TABLES[trainer.table], trainer.ignored)
+    sets = found.pop(SETS, [])
     for key, value in found.items():
         translation.add(key, value)
     translation.add_defaults(TABLES[trainer.table]["defaults"])
+    for one in sets:
+        translation.add_set(one, TABLES[trainer.table]["sets"], file.parent)
     if "lora.rank_pattern" in translation.settings:
         translation.settings["lora.targets"] = (["all"], "convolutions have a rank")
     folder, out = (str(translation.settings.pop(key, ("", ""))[0]) for key in (IMAGES, OUT))
-    epoch = _count_steps(file.parent / folder, found, translation.settings) if folder else None
+    epoch = _count_steps(file.parent / folder, found, translation) if folder else None
     translation.count_steps(epoch)
     translation.validate()
     folder = str(file.parent / folder) if (file.parent / folder).is_dir() and folder else folder
@@ -161,18 +194,12 @@ def _read(file: Path) -> dict[str, Any]:
     return values
 
 
-def _inner(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of all sections together."""
-    sections = [value for value in values.values() if isinstance(value, dict)]
-    return {key: value for section in [*sections, values] for key, value in section.items()}
-
-
 def _recognise(values: Mapping[str, Any]) -> Trainer:
     if "config" in values:
         return TOOLKIT
     if {"training_method", "base_model_name", "concept_file_name"} & values.keys():
         return ONETRAINER
-    known = {*TABLES["kohya"], "datasets", "dataset_config"} & _inner(values).keys()
+    known = {*TABLES["kohya"], "datasets", "dataset_config"} & all_keys(values).keys()
     if known and not values.keys() <= RunConfig.model_fields.keys():
         return KOHYA
     raise UnfitFileError("it is not a config of sd-scripts, kohya_ss, ai-toolkit or OneTrainer")
@@ -180,7 +207,7 @@ def _recognise(values: Mapping[str, Any]) -> Trainer:
 
 def _with_other_files(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """With the files that a config names, if they are there: sets of images, and prompts."""
-    inner, values = _inner(values), dict(values)
+    inner, values = all_keys(values), dict(values)
     with suppress(OSError, UnicodeDecodeError, UnfitFileError):
         if name := inner.get("dataset_config"):
             values |= _read(folder / str(name))
@@ -197,16 +224,19 @@ def _with_other_files(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     return values
 
 
-def _count_steps(
-    folder: Path, found: Mapping[str, Any], settings: Mapping[str, tuple[Any, str]]
-) -> int | None:
+def _count_steps(folder: Path, found: Mapping[str, Any], translation: _Translation) -> int | None:
     """Steps per epoch; None if the images are not there."""
-    if not folder.is_dir():
+    repeats = int(found.get("num_repeats") or found.get("datasets.num_repeats") or 1)
+    folders = [(folder, repeats)]
+    folders += [(Path(one["folder"]), one.get("repeats", 1)) for one in translation.sets if "folder" in one]
+    if not all(one.is_dir() for one, _ in folders):
         return None
-    names = filter(is_image, list_usable(folder, defaultdict(dict), DataSection()))
-    samples = sum(read_repeats(folder, name) for name in names)
-    samples *= int(found.get("num_repeats") or found.get("datasets.num_repeats") or 1)
-    batch: int = math.prod(settings.get(key, (1, ""))[0] for key in ("train.batch_size", "train.accumulate"))
+    samples = 0
+    for one, times in folders:
+        names = filter(is_image, list_usable(one, defaultdict(dict), DataSection()))
+        samples += times * sum(read_repeats(one, name) for name in names)
+    settings, keys = translation.settings, ("train.batch_size", "train.accumulate")
+    batch: int = math.prod(settings.get(key, (1, ""))[0] for key in keys)
     return math.ceil(samples / batch)
 
 

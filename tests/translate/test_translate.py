@@ -167,14 +167,41 @@ num_repeats = 3
 class_tokens = "inkwash style"
 caption_prefix = "drawing of"
 [[datasets.subsets]]
+image_dir = "reg"
+is_reg = true
+class_tokens = "drawing"
+[[datasets.subsets]]
 image_dir = "others"
+num_repeats = 2
+flip_aug = true
+caption_prefix = "sketch of"
+shuffle_caption = false
+keep_tokens = 0
+[training]
+prior_loss_weight = 0.5
 """
+# Only what differs from the first set, whose settings are those of [data].
+OTHERS = {
+    "folder": "others",
+    "repeats": 2,
+    "caption_prefix": "sketch of",
+    "shuffle_tags": False,
+    "keep_tags": 0,
+}
+REG = {
+    "folder": "reg",
+    "class_images": True,
+    "default_caption": "drawing",
+    "weight": 0.5,
+    "caption_prefix": "",
+}
 DATASET_TABLE = {
     "data.shuffle_tags": (True, "shuffle_caption"),
     "data.keep_tags": (1, "keep_tokens"),
     "data.resolution": (512, "resolution"),
     "data.trigger": ("inkwash style", "class_tokens"),
     "data.caption_prefix": ("drawing of", "caption_prefix"),
+    "data.sets": ([OTHERS, REG], ""),
     "data.caption_dropout": (0.0, "caption_dropout_rate"),
     "lora.rank": (4, "network_dim"),
     "lora.alpha": (1.0, "network_alpha"),
@@ -200,6 +227,9 @@ config:
           resolution: [512, 768]
           flip_x: true
         - folder_path: others
+          caption_dropout_rate: 0.1
+          num_repeats: 2
+          trigger_word: second style
       train:
         batch_size: 1
         steps: 2000
@@ -233,6 +263,7 @@ TOOLKIT_TABLE = {
     "data.caption_dropout": (0.05, "datasets.caption_dropout_rate"),
     "data.shuffle_tags": (False, "datasets.shuffle_tokens"),
     "data.flip": (True, "datasets.flip_x"),
+    "data.sets": ([{"folder": "others", "repeats": 2, "trigger": "second style"}], ""),
     "lora.targets": (["all"], "convolutions"),
     "lora.rank": (16, "network.linear"),
     "lora.alpha": (1.0, "network.linear_alpha"),
@@ -313,6 +344,8 @@ ONETRAINER: dict[str, Any] = {
 CONCEPTS = [
     {"path": "none", "enabled": False},
     {"path": "drawings", "image": {"enable_random_flip": True}, "text": {"enable_tag_shuffling": True}},
+    {"path": "more", "type": "STANDARD", "balancing": 3.0, "loss_weight": 0.5},
+    {"path": "held", "type": "VALIDATION"},
 ]
 ONETRAINER_TABLE = {
     "base.source": ("org/base", "base_model_name"),
@@ -320,6 +353,7 @@ ONETRAINER_TABLE = {
     "data.resolution": (512, "resolution"),
     "data.flip": (True, "concept.image.enable_random_flip"),
     "data.shuffle_tags": (True, "concept.text.enable_tag_shuffling"),
+    "data.sets": ([{"folder": "more", "repeats": 3, "weight": 0.5, "shuffle_tags": False}], ""),
     "data.caption_dropout": (0.1, "text_encoder.dropout_probability"),
     "data.masks": ("files", "masked_training"),
     "data.clip_skip": (2, "text_encoder_layer_skip"),
@@ -337,7 +371,7 @@ ONETRAINER_TABLE = {
     "objective.timestep_mean": (-0.2, "noising_bias"),
     "objective.timestep_std": (1.5, "noising_weight"),
     "objective.timestep_range": ([0, 900], "max_noising_strength"),
-    "train.steps": (60, "epochs"),  # 12 samples in steps of 4
+    "train.steps": (80, "epochs"),  # 12 samples, and 3 of another set, in steps of 4
     "train.batch_size": (4, "batch_size"),
     "train.accumulate": (1, "gradient_accumulation_steps"),
     "train.learning_rate": (0.0002, "unet.learning_rate"),
@@ -349,7 +383,7 @@ ONETRAINER_TABLE = {
     "train.ema_decay": (0.998, "ema_decay"),
     "train.grad_clip": (1.0, "clip_grad_norm"),
     "train.gradient_checkpointing": (True, "gradient_checkpointing"),
-    "train.save_every": (6, "save_every"),
+    "train.save_every": (8, "save_every"),
     "train.sample_every": (30, "sample_after"),
     "train.trackers": (["tensorboard"], "tensorboard"),
     "export.precision": ("bf16", "output_dtype"),
@@ -357,18 +391,24 @@ ONETRAINER_TABLE = {
 CASES = {
     "kohya.toml": (KOHYA, KOHYA_TABLE, ("caption_extension",)),
     "gui.json": (json.dumps(GUI), GUI_TABLE, ("color_aug", "max_train_epochs = 4")),
-    "dataset.toml": (DATASET, DATASET_TABLE, ("other image_dir", "num_repeats")),
-    "toolkit.yaml": (TOOLKIT, TOOLKIT_TABLE, ("save.max_step_saves_to_keep", "other datasets.folder_path")),
-    "onetrainer.json": (json.dumps(ONETRAINER), ONETRAINER_TABLE, ("device_count",)),
+    "dataset.toml": (DATASET, DATASET_TABLE, ("num_repeats", "data.flip = true")),
+    "toolkit.yaml": (TOOLKIT, TOOLKIT_TABLE, ("save.max_step_saves_to_keep", "data.caption_dropout = 0.1")),
+    "onetrainer.json": (
+        json.dumps(ONETRAINER),
+        ONETRAINER_TABLE,
+        ("device_count", "path of a concept VALIDATION"),
+    ),
 }
 
 
 def write_case(folder: Path, name: str) -> Path:
-    """A config, with the files that it names beside it: four images, three repeats each."""
+    """A config, with the files that it names beside it: four images, three repeats each, and one more."""
     for number in range(4):
         image = folder / "drawings" / "3_ink" / f"{number}.png"
         image.parent.mkdir(parents=True, exist_ok=True)
         image.write_bytes(b"")
+    (folder / "more").mkdir(exist_ok=True)
+    (folder / "more" / "a.png").write_bytes(b"")
     (folder / "prompts.txt").write_text("# a comment\na house --n blurry --w 512\na hill\n", encoding="utf-8")
     (folder / "concepts.json").write_text(json.dumps(CONCEPTS), encoding="utf-8")
     (folder / name).write_text(CASES[name][0], encoding="utf-8")
@@ -385,13 +425,15 @@ def test_each_value_is_that_of_the_table(tmp_path: Path, name: str) -> None:
         for section, keys in tomllib.loads(text).items()
         for key, value in keys.items()
     }
+    for one in found.get("data.sets", ()):
+        one["folder"] = Path(one["folder"]).name
     assert found == {setting: value for setting, (value, _) in table.items()}
     section, comments = "", {}
     for line in text.splitlines():
         section = line.strip("[]") if line.startswith("[") else section
         setting, _, comment = line.partition("  # ")
         comments[f"{section}.{setting.partition(' = ')[0]}"] = comment
-    for setting, (_, key) in table.items():
+    for setting, (_, key) in ((name, row) for name, row in table.items() if name != "data.sets"):
         assert key in comments[setting], setting
     notes = text.partition("# Not translated:")[2]
     for key in left:
