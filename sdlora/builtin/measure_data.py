@@ -1,4 +1,4 @@
-"""Measures prior prediction and masks on the built-in base: what changes without the trigger, whose hand is learnt."""
+"""Measures on the built-in base what prior prediction keeps without the trigger, and what masks leave out."""
 
 from __future__ import annotations
 
