@@ -12,7 +12,9 @@ from sdlora.evaluation.intervals import Interval
 from sdlora.evaluation.scores import Draws
 from sdlora.report.summary import MIN_IMAGES
 
-KEPT, TORN, MANY_COPIES = 0.85, 0.5, 0.25
+TORN, MANY_COPIES = 0.5, 0.25
+# A user can raise the strength for more style, but cannot get a torn thing back.
+CONTENT_WEIGHT = 3
 MIN_PROMPTS = 4
 
 
@@ -39,6 +41,13 @@ class Cell:
     copies: float
     loss: HeldoutLoss | None = None
     loss_change: Interval | None = None
+
+    @property
+    def score(self) -> Draws:
+        """Style × content³, by which cells are compared: no threshold that noise would decide about."""
+        content = self.content
+        weights = content.value**CONTENT_WEIGHT, content.draws**CONTENT_WEIGHT
+        return Draws(self.style.value * weights[0], self.style.draws * weights[1])
 
     @property
     def name(self) -> str:
@@ -100,10 +109,10 @@ class Choice:
 
     @property
     def best(self) -> Cell | None:
-        """The cell with the most style of those that keep the content; None if there is none, or something is
-        missing to say so."""
+        """The cell with the best score; None if it is torn, or not clearly nearer to the style than the base
+        is, or something is missing to say so."""
         cell = top_cell(self.cells)
-        is_good = cell.content.value >= KEPT and cell.style.interval.low > 0
+        is_good = cell.content.value >= TORN and cell.style.interval.low > 0
         return cell if is_good and not self.missing else None
 
     @property
@@ -121,10 +130,10 @@ class Choice:
 
     @property
     def ties(self) -> list[Cell]:
-        """Cells that keep the content too, and whose style cannot be told from that of the best."""
+        """Cells that are not torn either, and whose score cannot be told from that of the best."""
         best = top_cell(self.cells)
-        others = [cell for cell in self.cells if cell is not best and cell.content.value >= KEPT]
-        return [cell for cell in others if (best.style - cell.style).interval.low <= 0]
+        others = [cell for cell in self.cells if cell is not best and cell.content.value >= TORN]
+        return [cell for cell in others if (best.score - cell.score).interval.low <= 0]
 
     @property
     def reason(self) -> str:
@@ -133,21 +142,20 @@ class Choice:
         if self.missing:
             return f"none: {self.missing}"
         style, content = _percent(cell.style), _percent(cell.content)
-        if cell.content.value < KEPT:
-            return (
-                f"none: no cell keeps {KEPT:.0%} of the content; {cell.name} keeps most, {content}; "
-                "try lower --strengths, or an earlier --step"
-            )
+        if cell.content.value < TORN:
+            most = max(self.cells, key=lambda one: one.content.value)
+            kept = _percent(most.content)
+            return f"none: every cell tears things; {most.name} keeps most of the content, {kept}"
         if cell.style.interval.low <= 0:
             return (
-                f"none: {cell.name}, which has the most style of those that keep the content, is not clearly "
-                "nearer to it than the base; train longer, or with a higher learning rate"
+                f"none: {cell.name}, the best by style and content, is not clearly nearer to the style than "
+                "the base; train longer, or with a higher learning rate"
             )
-        text = f"{cell.name} has the most style ({style}) of those that keep the content ({content})"
+        text = f"{cell.name} has the best of both, {style} of the style and {content} of the content"
         ties = self.ties
         if not ties:
             return text
-        names = ", ".join(tie.name for tie in sorted(ties, key=lambda tie: -tie.style.value)[:3])
+        names = ", ".join(tie.name for tie in sorted(ties, key=lambda tie: -tie.score.value)[:3])
         others = f"{names} and {len(ties) - 3} more" if len(ties) > 3 else names
         return f"{text}; {others} cannot be told apart from it, so compare them by eye"
 
@@ -239,11 +247,8 @@ class Choice:
 
 
 def top_cell(cells: Sequence[Cell]) -> Cell:
-    """The cell with the most style of those that keep `KEPT` of the content; else the one that keeps most."""
-    kept = [cell for cell in cells if cell.content.value >= KEPT]
-    if kept:
-        return max(kept, key=lambda cell: cell.style.value)
-    return max(cells, key=lambda cell: cell.content.value)
+    """The cell with the best score; if none is above 0, the one that keeps most of the content."""
+    return max(cells, key=lambda cell: (max(cell.score.value, 0), cell.content.value))
 
 
 def _percent(score: Draws) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.config import MAX_JSON_BYTES
-from sdlora.evaluation.choice import KEPT, Cell, Choice, Facts, Probe, top_cell
+from sdlora.evaluation.choice import CONTENT_WEIGHT, Cell, Choice, Facts, Probe, top_cell
 from sdlora.evaluation.context import EvaluationContext, load_cropped, open_context
 from sdlora.evaluation.evaluate import remove_trigger
 from sdlora.evaluation.features import DRAWING, Features, load_features
@@ -60,7 +60,7 @@ def choose(
     title = f"{folder.name}: {choice.best.name}" if choice.best else folder.name
     best = choice.cells.index(top_cell(choice.cells))
     cells = choice.to_json()["cells"]
-    curve = draw_choice(folder.evaluation_curve, cells, best=best, kept=KEPT, title=title)
+    curve = draw_choice(folder.evaluation_curve, cells, best=best, weight=CONTENT_WEIGHT, title=title)
     choice = replace(choice, curve=curve)
     if export and choice.best:
         adapter = gallery.adapter(choice.best.step)

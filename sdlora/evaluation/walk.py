@@ -11,6 +11,7 @@ from PIL import Image
 
 from sdlora.errors import ConfigError
 from sdlora.evaluation.context import EvaluationContext
+from sdlora.evaluation.evaluate import remove_trigger
 from sdlora.formats.files import load_adapter
 from sdlora.lora.adapter import Adapter
 from sdlora.runs import RunFolder
@@ -80,7 +81,9 @@ def plan_walk(
     trigger = config.data.trigger
     filled = [config.data.fill_trigger(prompt, trigger) for prompt in prompts or config.sample.prompts]
     if not prompts:
-        filled = list(dict.fromkeys([*filled, *_evenly(captions, NUM_PROMPTS)]))[:NUM_PROMPTS]
+        # The trigger alone shows no thing that could be kept.
+        told = [caption for caption in captions if not trigger or remove_trigger(caption, trigger)]
+        filled = list(dict.fromkeys([*filled, *_evenly(told, NUM_PROMPTS)]))[:NUM_PROMPTS]
     check_prompts(filled)
     saved = list(dict.fromkeys(steps)) or _choose_steps(run)
     for step in saved:

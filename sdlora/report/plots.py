@@ -146,7 +146,7 @@ def draw_rank_curve(
 
 
 def draw_choice(
-    path: Path, cells: Sequence[Mapping[str, Any]], *, best: int, kept: float, title: str = ""
+    path: Path, cells: Sequence[Mapping[str, Any]], *, best: int, weight: float, title: str = ""
 ) -> Path:
     """Plots content against style, and style by strength; a curve for each step, from the base on.
 
@@ -154,7 +154,7 @@ def draw_choice(
         path: The PNG file.
         cells: With step, strength, and style and content as value, low and high.
         best: Number of the cell to mark.
-        kept: Content that is enough.
+        weight: Power of content in the score, style × content^weight, by which cells are compared.
         title: Title of the plot.
     """
     figure, left, right = _panels(11)
@@ -175,7 +175,10 @@ def draw_choice(
     across, up = ([[abs(one["value"] - one["low"])], [abs(one["high"] - one["value"])]] for one in (x, y))
     left.errorbar([x["value"]], [y["value"]], up, across, "*", color="tab:red", markersize=11, zorder=3)
     left.plot([0], [1], "s", color="0.4", label="base")
-    left.axhline(kept, color="0.6", linestyle="--", linewidth=1, label=f"{kept:.0%} of the content")
+    if (score := x["value"] * y["value"] ** weight) > 0:
+        styles = [score * (1 + number / 20) for number in range(20 * 20)]
+        points = [(one, (score / one) ** (1 / weight)) for one in styles if one <= left.get_xlim()[1]]
+        left.plot(*zip(*points, strict=True), "--", color="0.6", linewidth=1, label="as good")
     left.set(title="content kept by style gained", ylabel="content kept (1: as the base)")
     left.set(xlabel="style (0: base, 1: real images)")
     right.set(title="style by strength, with 95 % intervals", xlabel="strength", ylabel="style")

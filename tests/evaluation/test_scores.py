@@ -121,11 +121,14 @@ CELLS = [
 
 
 def test_the_best_is_neither_the_base_nor_a_smear():
-    """The most style of those that keep the content, and whether the others can be told from it."""
+    """R-13: the best by style and content, and whether the others can be told from it."""
     choice = Choice(CELLS, FACTS)
     assert (choice.best.step, choice.best.strength) == (100, 1.0)
     assert choice.ties == []
     assert choice.warnings == []
+    # A little more content is worth a little style: there is no edge at which a cell is out.
+    near = Choice([cell(100, 1.0, 0.3, 0.9), cell(200, 1.0, 0.45, 0.84)], FACTS)
+    assert near.best.step == 200
     close = Choice([*CELLS, replace(CELLS[1], step=200, strength=0.8, style=score(0.395, seed=2))], FACTS)
     assert [tie.step for tie in close.ties] == [200]
     assert "step 200" in close.reason
@@ -145,7 +148,7 @@ def test_no_recommendation_without_what_it_needs(facts, shows):
     assert choice.to_json()["step"] is None
 
 
-@pytest.mark.parametrize("cells", [[cell(100, 1.0, 0.001, 1.0)], [cell(100, 1.0, 0.9, 0.7)]])
+@pytest.mark.parametrize("cells", [[cell(100, 1.0, 0.001, 1.0)], [cell(100, 1.0, 0.9, 0.4)]])
 def test_no_style_or_torn_content_is_no_recommendation(cells):
     choice = Choice(cells, FACTS)
     assert choice.best is None
