@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from sdlora.builtin.captions import read_concepts
@@ -102,8 +103,6 @@ class Bank:
 
 def load_vae(folder: Path) -> Any:
     """The VAE of a diffusers folder; raises a ModelError if there is none."""
-    from diffusers import AutoencoderKL
-
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no VAE; make one with python -m sdlora.builtin.make_vae")
     return AutoencoderKL.from_pretrained(folder).float().eval().requires_grad_(False)

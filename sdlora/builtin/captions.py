@@ -19,17 +19,7 @@ TEXT_LENGTH = 32
 NUM_MERGES = 1750  # with the letters and the two marks: 2,264 tokens at most
 START, END = "<|startoftext|>", "<|endoftext|>"
 
-PHRASES = (
-    "a {}",
-    "a {}",
-    "a {}",
-    "a {}",
-    "a {}",
-    "{}",
-    "an image of a {}",
-    "a picture of a {}",
-    "a drawing of a {}",
-)
+PHRASES = (*("a {}",) * 5, "{}", "an image of a {}", "a picture of a {}", "a drawing of a {}")
 SET_WORDS: dict[str, tuple[str, ...]] = {  # the first set goes without saying
     "noto": ("shaded drawing", "noto drawing"),
     "noto-v1": ("old noto drawing", "soft drawing"),
@@ -233,9 +223,7 @@ def write_vocabulary(folder: Path, concepts: list[str]) -> None:
 def make_tokenizer(folder: Path, concepts: list[str]) -> Any:
     """The CLIP tokenizer of `folder`, made from the captions if the folder has none yet.
 
-    Args:
-        folder: Holds, or gets, `vocab.json` and `merges.txt`; a run keeps the numbers it began with.
-        concepts: Names whose words should each be one token, if the vocabulary allows.
+    A run keeps the numbers it began with. A word of `concepts` is one token, if the vocabulary allows.
     """
     from transformers import CLIPTokenizer
 

@@ -128,10 +128,6 @@ class Icons:
     def __contains__(self, name: str) -> bool:
         return name in self.drawings
 
-    def names(self) -> list[str]:
-        """All names, sorted."""
-        return sorted(self.drawings)
-
     def to_svg(self, name: str, size_px: int) -> str:
         """The drawing as a standalone, square SVG document."""
         drawing = self.drawings[name]

@@ -38,6 +38,7 @@ VARIANTS = 4  # of each drawing, besides itself
 BATCH = 64
 PEAK_RATE = 2e-3
 LABEL_SMOOTHING = 0.1
+SEED = 0
 
 
 class Judge(nn.Module):
@@ -139,12 +140,12 @@ def draw_labelled(by_label: dict[int, list[int]], rng: random.Random, count: int
     return [rng.choice(by_label[label]) for label in labels]
 
 
-def fit(judge: Judge, images: Tensor, labels: Tensor, steps: int, seed: int, log: Path) -> None:
+def fit(judge: Judge, images: Tensor, labels: Tensor, steps: int, log: Path) -> None:
     """Trains the judge on images (uint8) and their labels; augmentation grows over the first third."""
     by_label: dict[int, list[int]] = defaultdict(list)
     for number, label in enumerate(labels.tolist()):
         by_label[label].append(number)
-    generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
+    generator, rng = torch.Generator().manual_seed(SEED), random.Random(SEED)
     judge.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(judge.parameters(), lr=PEAK_RATE, weight_decay=0.05, fused=True)
     running = 0.0
@@ -165,14 +166,12 @@ def fit(judge: Judge, images: Tensor, labels: Tensor, steps: int, seed: int, log
     judge.eval()
 
 
-def train(
-    concepts: Sequence[str], icons_folder: Path, datasets: Path, steps: int, log: Path, seed: int = 0
-) -> Judge:
+def train(concepts: Sequence[str], icons_folder: Path, datasets: Path, steps: int, log: Path) -> Judge:
     """Renders the drawings, and trains a judge on them."""
     images, labels = render_training(concepts, icons_folder, heldout_concepts(datasets))
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     judge = Judge(concepts)
-    fit(judge, images, labels, steps, seed, log)
+    fit(judge, images, labels, steps, log)
     return judge
 
 

@@ -22,8 +22,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdlora.builtin.bank import Bank, load_vae
 from sdlora.builtin.captions import TEXT_LENGTH, draw_caption, known_words, make_tokenizer
@@ -74,11 +77,8 @@ class Recipe:
 class Place:
     """Where things are, and how the machine is used; only `bank` and `start` decide the weights.
 
-    Attributes:
-        out: Gets the state, the log, the sheets and the base.
-        bank: What `bank.py` wrote.
-        vae: The VAE that the bank is of.
-        start: A base whose tokenizer, text encoder and UNet the training starts from; None for new ones.
+    `out` gets the state, the log, the sheets and the base; `bank` is what `bank.py` wrote, `vae` the VAE it
+    is of. Tokenizer, text encoder and UNet start from those of the base `start`, or anew.
     """
 
     out: Path
@@ -119,8 +119,6 @@ class Parts:
 
 def make_text_encoder(tokenizer: Any, recipe: Recipe) -> Any:
     """A small CLIP text encoder for `tokenizer`."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     end = tokenizer.eos_token_id
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -139,8 +137,6 @@ def make_text_encoder(tokenizer: Any, recipe: Recipe) -> Any:
 
 def make_unet(channels: int, size: int, recipe: Recipe) -> Any:
     """A UNet shaped as that of SD 1.x, with attention in every level: adapters reach the finest one too."""
-    from diffusers import UNet2DConditionModel
-
     levels = len(recipe.widths)
     return UNet2DConditionModel(
         sample_size=size,
@@ -158,8 +154,6 @@ def make_unet(channels: int, size: int, recipe: Recipe) -> Any:
 
 def make_schedule() -> Any:
     """The noise schedule of SD 1.x, with v-prediction (2202.00512)."""
-    from diffusers import DDPMScheduler
-
     return DDPMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -188,8 +182,6 @@ def prepare(place: Place, recipe: Recipe) -> Parts:
     if place.compiled:  # it pays only there
         unet.to(memory_format=torch.channels_last)
     if device.type == "cpu":  # plain attention is faster than SDPA's backward at these sizes
-        from diffusers.models.attention_processor import AttnProcessor
-
         unet.set_attn_processor(AttnProcessor())
     parts = Parts(tokenizer, text_encoder, unet, vae, make_schedule(), bank, scaling_factor, device)
     if place.compiled:
@@ -199,9 +191,6 @@ def prepare(place: Place, recipe: Recipe) -> Parts:
 
 def load_start(base: Path, tokenizer_folder: Path) -> tuple[Any, Any, Any]:
     """Tokenizer, text encoder and UNet of a base, with a copy of the tokenizer's files."""
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextModel
-
     if not (base / "model_index.json").is_file():
         raise ModelError(f"{base} is not a base; pass the folder with model_index.json")
     tokenizer_folder.mkdir(parents=True, exist_ok=True)
@@ -243,10 +232,10 @@ class LayoutHead(nn.Module):
     the UNet can read from its first step.
     """
 
-    def __init__(self, width: int, channels: int, size: int = 8) -> None:
+    def __init__(self, width: int, channels: int) -> None:
         super().__init__()
-        self.shape = (channels, size, size)
-        self.linear = nn.Linear(width, channels * size * size)
+        self.shape = (channels, 8, 8)
+        self.linear = nn.Linear(width, channels * 8 * 8)
 
     def forward(self, states: Tensor) -> Tensor:
         """Text states (B, L, D) -> coarse latents (B, C, 8, 8)."""
@@ -361,8 +350,6 @@ def joint_phase(parts: Parts, recipe: Recipe) -> Phase:
 
 def make_pipeline(parts: Parts) -> Any:
     """The stock pipeline of the parts as they are, quiet."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
     parts.vae.register_to_config(scaling_factor=parts.scaling_factor)
     pipeline = StableDiffusionPipeline(
         vae=parts.vae,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
@@ -57,8 +58,6 @@ class Recipe:
 
 def make_vae(recipe: Recipe) -> Any:
     """An untrained VAE with factor 8."""
-    from diffusers import AutoencoderKL
-
     levels = len(recipe.widths)
     return AutoencoderKL(
         in_channels=3,

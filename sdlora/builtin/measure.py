@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from sdlora.builtin.captions import concept_to_words, name_thing
@@ -94,8 +95,6 @@ class Recognition:
 
 def load_pipeline(folder: Path, device: str) -> Any:
     """The stock pipeline of a diffusers folder, quiet; raises a ModelError for another folder."""
-    from diffusers import StableDiffusionPipeline
-
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"{folder} is not a diffusers folder; pass the folder with model_index.json")
     pipeline = StableDiffusionPipeline.from_pretrained(folder).to(device)

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdlora.builtin.captions import concept_to_words
+from sdlora.builtin.bank import Bank
+from sdlora.builtin.captions import SET_WORDS, concept_to_words
 from sdlora.builtin.icons import STYLE_SETS
 from sdlora.builtin.judge import Judge, ceiling, load_judge, open_rgb, recognise
 from sdlora.builtin.measure import load_pipeline, make_sheet, sample
 from sdlora.builtin.script import BASE, Script
+from sdlora.training.train import train
 
 SEEDS = (0, 1, 2)  # of the trainings
 NUM_SAMPLES = 4  # of each caption
@@ -112,10 +114,8 @@ def sample_style(
 
 def train_style(dataset: Path, config: Path | None, base: Path, seed: int, out: Path, trigger: str) -> Any:
     """One training with the preset, or with no setting at all."""
-    import sdlora
-
     overrides = {"train.seed": seed, "train.sample_every": 0, "train.save_every": 0}
-    return sdlora.train(
+    return train(
         dataset,
         # by its name, it has its own defaults
         base="builtin" if base.resolve() == BASE.resolve() else str(base),
@@ -156,9 +156,8 @@ def measure_style(
         with tempfile.TemporaryDirectory() as folder:
             run = train_style(dataset, config, base, seed, Path(folder) / "run", trigger)
             losses.append(heldout_losses(run))
-            guidance = json.loads((run.path / "config.json").read_text(encoding="utf-8"))["sample"][
-                "guidance"
-            ]
+            settings = json.loads((run.path / "config.json").read_text(encoding="utf-8"))
+            guidance = settings["sample"]["guidance"]
             pipeline = load_pipeline(base, "cpu")
             pipeline.load_lora_weights(str(run.adapter), adapter_name="style")
         for strength in STRENGTHS:
@@ -181,15 +180,7 @@ def measure_style(
 
 
 def loss_on_own_sets(base: Path, bank_folder: Path) -> float:
-    """The base's loss on the drawings of its own sets that it was not taught, as a training measures it.
-
-    Args:
-        base: The base.
-        bank_folder: The bank it was trained on; which drawings are held out follows from their names.
-    """
-    from sdlora.builtin.bank import Bank
-    from sdlora.builtin.captions import SET_WORDS
-
+    """The base's loss on the drawings of its bank that it was not taught, as a training measures it."""
     bank, pipeline = Bank(bank_folder), load_pipeline(base, "cpu")
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images"
@@ -205,10 +196,8 @@ def loss_on_own_sets(base: Path, bank_folder: Path) -> float:
                 words = SET_WORDS[variant.icon_set][0]
                 caption = f"a {concept_to_words(variant.concept)}, {words}"
                 file.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
-        import sdlora
-
         overrides = {"train.steps": 1, "train.sample_every": 0, "train.evaluate_every": 1}
-        run = sdlora.train(images, base=str(base), out=Path(folder) / "run", overrides=overrides, quiet=True)
+        run = train(images, base=str(base), out=Path(folder) / "run", overrides=overrides, quiet=True)
         return heldout_losses(run)[0]
 
 

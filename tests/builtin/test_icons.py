@@ -51,7 +51,7 @@ def test_an_archive_of_npm_is_read(tmp_path: Path) -> None:
         member = tarfile.TarInfo("package/icons.json")
         member.size = len(contents)
         archive.addfile(member, io.BytesIO(contents))
-    assert load_icons("noto", tmp_path).names() == ["dot"]
+    assert list(load_icons("noto", tmp_path).drawings) == ["dot"]
 
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
