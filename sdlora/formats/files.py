@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sdlora.errors import AdapterError, ConfigError, join_names, one_line, shorten
 from sdlora.formats.container import read_tensors, write_tensors
+from sdlora.formats.hub import fetch_adapter
 from sdlora.formats.keys import Dialect, dialect_of
 from sdlora.formats.read import guess_family, read_modules, state_to_adapter
 from sdlora.formats.write import adapter_to_diffusers, adapter_to_kohya, fold, rank_notes
@@ -217,10 +218,11 @@ class AdapterSource(NamedTuple):
 
 
 def resolve_adapter(source: PathLike, step: int | str | None = None) -> AdapterSource:
-    """Finds the LoRA file of a path.
+    """Finds the LoRA file of a path or Hub id.
 
     That is a file; a run folder, with its final adapter or that of a step ("final": never that of a step); a
-    folder that PEFT or diffusers wrote; or a file without its ending, which is how a tree names its nodes.
+    folder that PEFT or diffusers wrote; a file without its ending, which is how a tree names its nodes; or,
+    where none of these exists, `owner/name` or `owner/name/file.safetensors` on the Hugging Face Hub.
     Raises an AdapterError without a LoRA file, a RunError if a run has not saved it, and a ConfigError for a
     step of something else.
     """
@@ -239,6 +241,8 @@ def resolve_adapter(source: PathLike, step: int | str | None = None) -> AdapterS
         return AdapterSource(run.adapter if step is None else run.saved_adapter(step), run)
     if (path / "model_index.json").is_file():
         raise AdapterError(f"{path} is a base model, not a LoRA; pass it with --base", key="lora.is-a-base")
+    if step is None and not path.exists() and (fetched := fetch_adapter(os.fspath(source))):
+        return AdapterSource(fetched)
     problem = _describe_folder(path) if path.is_dir() else "does not exist"
     remedy = "use a LoRA file, a run folder or a tree node"
     if " " in path.name:
