@@ -19,7 +19,7 @@ def hub(tmp_path, monkeypatch):
         "bob/many/a.safetensors",
         "bob/many/b.safetensors",
     ):
-        file = tmp_path / "hub" / f"{name}.safetensors"
+        file = tmp_path / "hub" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"")
     (tmp_path / "hub/bob/pickle").mkdir()
