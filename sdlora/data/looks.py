@@ -207,12 +207,13 @@ def examine_looks(index: DatasetIndex, looks: Looks) -> None:
 def find_marks(corners: NDArray[np.int8]) -> list[int]:
     """Images with strokes in a corner, as letters have them, that are those of others too."""
     found: set[int] = set()
-    strokes = np.where(np.abs(corners.astype(np.int16)) > MARK_LEVELS, np.sign(corners), 0)
-    changes = (np.abs(np.diff(strokes, axis=-1)) > 0).sum(axis=-1).max(axis=-1)
     for place in range(4):
-        active = np.flatnonzero(changes[:, place] >= MARK_STROKES)
-        corner = corners[:, place].reshape(len(corners), -1).astype(np.float32)
-        vectors = corner[active] - corner[active].mean(axis=1, keepdims=True)
+        corner = corners[:, place]
+        strokes = np.where((corner > MARK_LEVELS) | (corner < -MARK_LEVELS), np.sign(corner), 0)
+        changes = (np.diff(strokes, axis=-1) != 0).sum(axis=-1).max(axis=-1)
+        active = np.flatnonzero(changes >= MARK_STROKES)
+        vectors = corner[active].reshape(len(active), corner[0].size).astype(np.float32)
+        vectors -= vectors.mean(axis=1, keepdims=True)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         for start in range(0, len(active), BLOCK):
             alike = vectors[start : start + BLOCK] @ vectors.T
@@ -231,12 +232,11 @@ def find_marks(corners: NDArray[np.int8]) -> list[int]:
 
 def find_near_copies(thumbnails: NDArray[np.uint8]) -> Iterator[tuple[int, int, str]]:
     """Pairs of images that show the same, once each, and how: resized, mirrored or a crop of the other."""
-    pixels = thumbnails.astype(np.float32)
-    usable = np.flatnonzero(pixels.std(axis=(1, 2)).mean(axis=1) > FLAT)
+    contrast = np.concatenate([part.std(axis=(1, 2)).mean(axis=1) for part in _blocks(thumbnails)])
+    usable = np.flatnonzero(contrast > FLAT)
     if len(usable) < 2:
         return
-    pixels, done = pixels[usable], set[tuple[int, int]]()
-    contrast = pixels.std(axis=(1, 2)).mean(axis=1)
+    pixels, contrast, done = thumbnails[usable], contrast[usable], set[tuple[int, int]]()
     whole = _shrink(pixels, WHOLE)
     candidates: list[tuple[float, int, int, Window]] = []
     for flipped in (False, True):
@@ -254,7 +254,8 @@ def find_near_copies(thumbnails: NDArray[np.uint8]) -> Iterator[tuple[int, int, 
             continue
         tried[one] += 1
         done.add((one, other))
-        if _refine(pixels[one], pixels[other], window, NEAR_CROP * contrast[one]):
+        pair = (pixels[one].astype(np.float32), pixels[other].astype(np.float32))
+        if _refine(*pair, window, NEAR_CROP * contrast[one]):
             yield int(usable[other]), int(usable[one]), " cropped"
 
 
@@ -269,11 +270,18 @@ def _windows() -> list[Window]:
     return windows
 
 
-def _shrink(pixels: Array, window: Window) -> Array:
+def _blocks(thumbnails: NDArray[np.uint8]) -> Iterator[Array]:
+    """A few thumbnails at a time in float32: all together would take four times the memory."""
+    for start in range(0, max(1, len(thumbnails)), BLOCK):
+        yield thumbnails[start : start + BLOCK].astype(np.float32)
+
+
+def _shrink(pixels: NDArray[np.uint8], window: Window) -> Array:
     """A window of thumbnails (N, 32, 32, 3) at 8 px, as vectors (N, 192)."""
     left, top, right, bottom = window
     rows, columns = _weights(top, bottom, COARSE), _weights(left, right, COARSE)
-    shrunk: Array = np.einsum("ay,nyxc,bx->nabc", rows, pixels, columns, optimize=True)
+    parts = [np.einsum("ay,nyxc,bx->nabc", rows, part, columns, optimize=True) for part in _blocks(pixels)]
+    shrunk: Array = np.concatenate(parts)
     return shrunk.reshape(len(pixels), -1)
 
 
