@@ -184,7 +184,6 @@ def examine_looks(index: DatasetIndex, looks: Looks) -> None:
     light, blur, border, ground = looks.figures.T
     usual = float(np.median(blur)) if len(blur) else 0.0
     grounds = ground[border == 0]
-    is_like = (np.abs(ground[:, None] - grounds) <= BORDER_LEVELS) & (grounds >= 0)
     for number, name in enumerate(shown):
         if light[number] < DARK_LEVEL:
             noticed["data.image-dark"][name] = f"{light[number] / 255:.0%}"
@@ -192,7 +191,8 @@ def examine_looks(index: DatasetIndex, looks: Looks) -> None:
         if blur[number] > max(MAX_BLUR, usual + BLUR_MARGIN):
             noticed["data.image-soft"][name] = ""
         # The ground that other images share is not a border.
-        if border[number] and is_like[number].mean() < GROUND_SHARE:
+        alike = np.count_nonzero((np.abs(ground[number] - grounds) <= BORDER_LEVELS) & (grounds >= 0))
+        if border[number] and alike < GROUND_SHARE * max(1, len(grounds)):
             noticed["data.image-bordered"][name] = f"{border[number]:.0%}"
     for one, other, how in find_near_copies(looks.thumbnails):
         # The smaller one goes; of equal ones, the later.
