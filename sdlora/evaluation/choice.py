@@ -206,7 +206,8 @@ class Choice:
         first = next(cell for cell in self.cells if cell.strength == weakest)
         used, usual = self.facts.learning_rate
         remedy = "use an earlier step, or train for fewer train.steps"
-        if used >= 3 * usual or first in torn:
+        has_later = any(cell.step != first.step for cell in self.cells)
+        if used >= 3 * usual or (first in torn and has_later):
             remedy = f"lower train.learning_rate ({used:g}; the base's default is {usual:g})"
         return (
             f"{torn[-1].name} keeps {_percent(torn[-1].content)} of the content: things are torn even at "
