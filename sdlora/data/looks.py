@@ -254,8 +254,8 @@ def find_near_copies(thumbnails: NDArray[np.uint8]) -> Iterator[tuple[int, int, 
             continue
         tried[one] += 1
         done.add((one, other))
-        pair = (pixels[one].astype(np.float32), pixels[other].astype(np.float32))
-        if _refine(*pair, window, NEAR_CROP * contrast[one]):
+        first, second = (pixels[number].astype(np.float32) for number in (one, other))
+        if _refine(first, second, window, NEAR_CROP * contrast[one]):
             yield int(usable[other]), int(usable[one]), " cropped"
 
 
