@@ -60,7 +60,7 @@ def evaluate(
         # Without held-out images, there is still a choice.
         if "data.heldout" not in error.keys or full_base:
             raise
-    with terminal.progress("choosing", 1) as meter:
+    with terminal.progress("sampling", 1) as meter:
         choice = choose(
             run,
             features=features,

@@ -132,7 +132,11 @@ class Meter:
         self._beat_if_due()
 
     def show(self, done: int, total: int) -> None:
+        """Sets what is finished; another total is another piece of work, with a rate of its own."""
         self._progress.start()
+        if total != self._progress.tasks[0].total:
+            self._progress.reset(self._task, total=total, completed=done)
+            self._first, self._started = done, time.monotonic()
         self._progress.update(self._task, completed=done, total=total)
         self._beat_if_due()
 

@@ -25,6 +25,21 @@ def test_a_log_lives(capsys, monkeypatch):
     ]
 
 
+def test_another_total_has_a_rate_of_its_own(capsys, monkeypatch):
+    """R-16: of a few more images after a pause, the rate is not that of the pause."""
+    now = [0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with Terminal().progress("sampling", 1) as meter:
+        meter.show(0, 100)
+        now[0] = 20
+        meter.show(100, 100)
+        now[0] = 200
+        meter.show(0, 20)
+        now[0] = 235
+        meter.show(7, 20)
+    assert "sampling 7/20: 0.2 a second, ETA 0:01:05" in capsys.readouterr().out
+
+
 def fail(terminal: Terminal, how: str) -> None:
     """A run that prints a name that is not text, and ends."""
     terminal.warn("odd \udcff name")
