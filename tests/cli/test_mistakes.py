@@ -24,7 +24,7 @@ VERBS = {
     "run": "`sdlora info run`",
     "tree run": "`sdlora tree show run`",
     "tree shwo run": "`sdlora tree show`",
-    "quux": "train, resume, sample,",
+    "quux": "train, resume, doctor,",
 }
 OPTIONS = {
     "train": "`sdlora train IMAGES`",
@@ -73,7 +73,7 @@ SETTINGS = {
 }
 FILES = {
     "train set.toml": "--config set.toml",
-    "train pics.zip": "`sdlora train FOLDER`",
+    "train pics.zip": "pass the folder",
     "train lora.safetensors": "`sdlora info lora.safetensors`",
     "train run": "`sdlora resume run`",
     "train base": "--base base",
