@@ -21,6 +21,8 @@ from sdlora.presets import find_preset, list_presets
 from tests.checks import raises
 
 MAX_WHEEL_BYTES = 70e6
+# What the package is built from.
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "configs", "sdlora")
 
 
 def test_the_wheel_has_every_package(repository):
@@ -30,6 +32,16 @@ def test_the_wheel_has_every_package(repository):
     found = {".".join(folder.relative_to(repository).parts) for folder in folders}
     assert set(listed["packages"]) == found | {"sdlora.presets"}
     assert listed["package-dir"] == {"sdlora.presets": "configs"}
+
+
+def test_the_dockerfile(repository):
+    """R-27: the image has what the package is built from, and the tested versions."""
+    lines = (repository / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    assert sorted(copied) == sorted([*SOURCES, "constraints.txt"])
+    assert all((repository / name).exists() for name in copied)
+    [install] = [line for line in lines if line.startswith("RUN ")]
+    assert install.endswith("-c constraints.txt .")
 
 
 def test_presets_by_name(sdlora, tmp_path, repository):
@@ -74,7 +86,7 @@ def environment(repository, tmp_path_factory) -> Path:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "configs", "sdlora"):
+    for name in SOURCES:
         (source / name).symlink_to(repository / name)
     wheels = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source]
     subprocess.run(wheels, check=True)
