@@ -53,6 +53,7 @@ class RunFolder:
         self.samples = self.path / "samples"
         self.loss_curve = self.path / "loss.png"
         self.report = self.path / "report.html"
+        self.webui = self.path / "webui"
         self.evaluation_file = self.path / "evaluation.json"
         self.evaluation_curve = self.path / "evaluation.png"
         self.evaluation_images = self.path / "evaluation"

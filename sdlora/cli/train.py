@@ -116,7 +116,7 @@ def _print_result(run: RunFolder) -> None:
     else:
         config = run.read_config()
         name = config.export.name or run.name
-        if (for_uis := run.path / "webui" / f"{name}.safetensors").is_file():
+        if (for_uis := run.webui / f"{name}.safetensors").is_file():
             prompt = webui_prompt(name, preferred_strength(config.sample.strengths), config.data.trigger)
             options.say(f"for UIs   {for_uis} (A1111, Forge, ComfyUI); prompt: {prompt}")
         options.say(f'load it   pipe.load_lora_weights("{run.adapter}")')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -238,20 +239,26 @@ def _usage(run: RunFolder, config: RunConfig) -> dict[str, str]:
             "from diffusers import DiffusionPipeline\n\n"
             f"pipe = DiffusionPipeline.from_pretrained({base!r})\n"
             f"pipe.load_lora_weights({str(final)!r})\n"
-            f"image = pipe({prompt!r}, cross_attention_kwargs={{'scale': {strength:g}}}).images[0]"
+            f"strength = {{'scale': {strength:g}}}\n"
+            f"image = pipe({prompt!r}, cross_attention_kwargs=strength).images[0]"
         )
     if kohya.is_file():
         name = config.export.name or run.name
-        take = (
-            f"cp {str(kohya)!r}"
-            if final == run.final_adapter()
-            else f"sdlora export {str(final)!r} --format kohya --out"
+        for_uis, source, end = (
+            run.webui / f"{name}.safetensors",
+            shlex.quote(str(final)),
+            f"/{name}.safetensors",
         )
-        usage["A1111 and Forge"] = (
-            f"{take} models/Lora/{name}.safetensors\n{prompt} <lora:{name}:{strength:g}>"
-        )
+        if final != run.final_adapter():
+            take = f"sdlora export {source} --format kohya --out "
+        elif for_uis.is_file():
+            # with its thumbnail and notes
+            take, end = f"cp {shlex.quote(str(run.webui))}/{shlex.quote(name)}.* ", "/"
+        else:
+            take = f"cp {shlex.quote(str(kohya))} "
+        usage["A1111 and Forge"] = f"{take}models/Lora{end}\n\n{prompt} <lora:{name}:{strength:g}>"
         usage["ComfyUI"] = (
-            f"{take} models/loras/{name}.safetensors\n"
+            f"{take}models/loras{end}\n\n"
             f"Load LoRA: {name}.safetensors, strength_model {strength:g}, strength_clip {strength:g}"
         )
     return usage or {"sdlora": f"sdlora resume {run.path}  # no final file yet"}

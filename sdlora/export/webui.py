@@ -30,7 +30,7 @@ def write_webui_files(
     preferred one is also the thumbnail's; `about` are notes for its users. NAME is by default the run's.
     Returns the adapter's path.
     """
-    place = run.path / "webui" / f"{name or run.name}.safetensors"
+    place = run.webui / f"{name or run.name}.safetensors"
     place.unlink(missing_ok=True)  # a rename between two links to one file does nothing
     write_file(place, lambda file: _link(run.final_adapter("kohya"), file))
     strength = preferred_strength(strengths)
