@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# One thread each for two test processes: on a small machine that is quicker than two threads in one.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# One thread each for two test processes: on a small machine that is quicker than two threads in one. The long tests come
+# last, and the process that is done first takes some of the other's.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test docs wheel test-slow fuzz kill-test lint figures ranks bits cards clean
 
