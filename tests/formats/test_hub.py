@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import EntryNotFoundError
 
 from sdlora.errors import AdapterError
 from sdlora.formats.files import resolve_adapter, split_sum
@@ -27,15 +26,13 @@ def hub(tmp_path, monkeypatch):
     (tmp_path / "work/runs").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "work")
 
-    def download(repository, file):
-        path = tmp_path / "hub" / repository / file
-        if not path.parent.is_dir():
+    def download(repository, allow_patterns):
+        path = tmp_path / "hub" / repository
+        if not path.is_dir():
             raise OSError(f"no repository {repository}")
-        if not path.is_file():
-            raise EntryNotFoundError(f"no {file}")
         return str(path)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(
         huggingface_hub,
         "list_repo_files",
@@ -65,3 +62,16 @@ def test_what_the_hub_cannot_give(hub):
         resolve_adapter("eve/none")
     with raises(AdapterError, "lora.missing", shows="runs/openmojo does not exist"):
         resolve_adapter("runs/openmojo")
+    with raises(AdapterError, "lora.missing", shows="bob/many has no c.safetensors"):
+        resolve_adapter("bob/many/c.safetensors")
+    for path in ("loras/ink.safetensors", "loras/ink.pt"):
+        with raises(AdapterError, "lora.missing", shows=f"{path} does not exist"):
+            resolve_adapter(path)
+
+
+def test_a_name_without_a_network(tmp_path, monkeypatch):
+    """R-25: the real client: one line, at once."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with raises(AdapterError, "lora.missing", shows="ann/ink"):
+        resolve_adapter("ann/ink")
