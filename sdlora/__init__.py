@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sdlora.config import load_config as load_config
     from sdlora.errors import SdloraError as SdloraError
     from sdlora.evaluation.advise import advise_rank as advise_rank
+    from sdlora.evaluation.compare import compare as compare
     from sdlora.evaluation.evaluate import evaluate as evaluate
     from sdlora.evaluation.page import write_report as write_report
     from sdlora.export.export import export_adapter as export_adapter
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from sdlora.rank.resize import resize as resize
     from sdlora.rank.spectrum import spectrum as spectrum
     from sdlora.runs import RunFolder as RunFolder
-    from sdlora.sampling.compare import compare as compare
     from sdlora.sampling.session import sample as sample
     from sdlora.training.train import plan_run as plan_run
     from sdlora.training.train import resume as resume
@@ -38,7 +38,7 @@ _PUBLIC = {
     "RunFolder": "sdlora.runs",
     "SdloraError": "sdlora.errors",
     "advise_rank": "sdlora.evaluation.advise",
-    "compare": "sdlora.sampling.compare",
+    "compare": "sdlora.evaluation.compare",
     "evaluate": "sdlora.evaluation.evaluate",
     "export_adapter": "sdlora.export.export",
     "extract": "sdlora.export.extract",

@@ -16,10 +16,6 @@ SavedSteps = Annotated[
 Strengths = Annotated[
     str | None, typer.Option(help="Strengths to choose from: 0.5,0.8,1.", show_default="the run's")
 ]
-Features = Annotated[
-    str | None,
-    typer.Option(help="A folder or Hub id of CLIP or DINOv2 to score by.", show_default="without weights"),
-]
 Export = Annotated[
     bool, typer.Option("--export", help="Write the recommended adapter as adapters/best.safetensors.")
 ]
@@ -36,7 +32,7 @@ def evaluate(
     prompt: options.Prompt = None,
     prompts: options.Prompts = None,
     seeds: options.Seeds = None,
-    features: Features = None,
+    features: options.Features = None,
     export: Export = False,
     as_json: options.Json = False,
 ) -> None:
@@ -82,7 +78,7 @@ def advise_rank(
     run: options.Run,
     keep: Annotated[float, typer.Option(help="Fraction of the improvement that is enough.")] = 0.99,
     ranks: Annotated[str | None, typer.Option(help="Ranks to try: 2,4,8; default: powers of two.")] = None,
-    features: Features = None,
+    features: options.Features = None,
 ) -> None:
     """Measure a run's adapter at smaller ranks, without training; write the smallest that is enough."""
     from sdlora.runs import RunFolder

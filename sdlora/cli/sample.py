@@ -84,6 +84,10 @@ def compare(
         str | None, typer.Option(help="diffusers schedulers, such as DDIMScheduler,EulerDiscreteScheduler.")
     ] = None,
     size: options.Size = None,
+    scores: Annotated[
+        bool, typer.Option("--scores", help="Score each column: style gained, and content kept.")
+    ] = False,
+    features: options.Features = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -108,8 +112,8 @@ def compare(
             options.sample_settings(None, None, None, **{name: value})
     pixels, saved = options.parse_size(size), options.parse_steps(step)
     options.check_sources(sources, base=base, has_steps=bool(saved))
+    from sdlora.evaluation.compare import draw_comparison, plan_comparison
     from sdlora.report.terminal import Terminal
-    from sdlora.sampling.compare import draw_comparison, plan_comparison
     from sdlora.sampling.session import SampleRequest
 
     terminal = Terminal(quiet=as_json)
@@ -118,7 +122,7 @@ def compare(
     for note in plan.notes():
         options.say(f"note: {note}", err=True)
     with terminal.progress("sampling", 1) as meter:
-        result = draw_comparison(plan, meter.show)
+        result = draw_comparison(plan, meter.show, scores=scores or features is not None, features=features)
     if as_json:
         options.print_json(result.to_json())
     else:

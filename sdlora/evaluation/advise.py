@@ -15,8 +15,7 @@ from sdlora.evaluation.context import EvaluationContext, load_cropped, open_cont
 from sdlora.evaluation.evaluate import image_distances, mean_distance
 from sdlora.evaluation.features import DRAWING, Features, load_features
 from sdlora.evaluation.heldout import HeldoutLoss
-from sdlora.evaluation.intervals import Interval, ratio_interval
-from sdlora.evaluation.scores import Draws, Reference, Weights, style_gain
+from sdlora.evaluation.scores import Draws, Interval, Reference, Weights, ratio_interval, style_gain
 from sdlora.export.export import export_adapter
 from sdlora.lora.adapter import Adapter
 from sdlora.rank.resize import resize

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.evaluation.heldout import HeldoutLoss
-from sdlora.evaluation.intervals import Interval
-from sdlora.evaluation.scores import Draws
+from sdlora.evaluation.scores import Draws, Interval
 from sdlora.report.summary import MIN_IMAGES
 
 TORN, MANY_COPIES = 0.5, 0.25
@@ -118,15 +117,7 @@ class Choice:
     @property
     def missing(self) -> str:
         """What is missing for a recommendation; empty if nothing is."""
-        facts = self.facts
-        if not facts.is_validated:
-            return (
-                f"the features {facts.features!r} are for flat drawings on the built-in base; pass "
-                "--features with a folder or Hub id of CLIP or DINOv2"
-            )
-        if facts.prompts < MIN_PROMPTS:
-            return f"{facts.prompts} different prompts are too few; pass {MIN_PROMPTS} (--prompt)"
-        return ""
+        return why_unranked(self.facts.features, self.facts.is_validated, self.facts.prompts)
 
     @property
     def ties(self) -> list[Cell]:
@@ -141,17 +132,17 @@ class Choice:
         cell = top_cell(self.cells)
         if self.missing:
             return f"none: {self.missing}"
-        style, content = _percent(cell.style), _percent(cell.content)
         if cell.content.value < TORN:
             most = max(self.cells, key=lambda one: one.content.value)
-            kept = _percent(most.content)
-            return f"none: every cell tears things; {most.name} keeps most of the content, {kept}"
+            return f"none: every cell tears things; {most.name} keeps most of the content, {most.content}"
         if cell.style.interval.low <= 0:
             return (
                 f"none: {cell.name}, the best by style and content, is not clearly nearer to the style than "
                 "the base; train longer, or with a higher learning rate"
             )
-        text = f"{cell.name} has the best of both, {style} of the style and {content} of the content"
+        text = (
+            f"{cell.name} has the best of both, {cell.style} of the style and {cell.content} of the content"
+        )
         ties = self.ties
         if not ties:
             return text
@@ -176,12 +167,7 @@ class Choice:
                 f"all {facts.training} captions are {facts.captions[0]!r:.60}, so what the images show is "
                 "taught as part of the style; caption what each one shows"
             )
-        if facts.heldout < MIN_IMAGES:
-            found.append(
-                f"{facts.heldout} held-out images are too few: style is measured against the training "
-                f"images, leaving the nearest out; hold out {MIN_IMAGES} (data.heldout)"
-            )
-        return found
+        return [*found, describe_few(facts.heldout)]
 
     def _about_copies(self) -> str:
         worst = max(self.cells, key=lambda cell: cell.copies)
@@ -210,7 +196,7 @@ class Choice:
         if used >= 3 * usual or (first in torn and has_later):
             remedy = f"lower train.learning_rate ({used:g}; the base's default is {usual:g})"
         return (
-            f"{torn[-1].name} keeps {_percent(torn[-1].content)} of the content: things are torn even at "
+            f"{torn[-1].name} keeps {torn[-1].content} of the content: things are torn even at "
             f"strength {weakest:g}; {remedy}"
         )
 
@@ -236,10 +222,10 @@ class Choice:
         for cell in self.cells:
             mark = "*" if cell is self.best else " "
             loss = f"{cell.loss.loss:.3g}" if cell.loss else "-"
-            scores = f"{_percent(cell.style):>5}  {_percent(cell.content):>7}  {_percent(cell.diversity):>9}"
+            scores = f"{cell.style!s:>5}  {cell.content!s:>7}  {cell.diversity!s:>9}"
             lines.append(f"{mark} {cell.name:<14}  {scores}  {cell.copies:>6.0%}  {loss}")
         if self.probe and self.probe.bleed:
-            lines.append(f"without trigger   {_percent(self.probe.bleed)} of the way to the style")
+            lines.append(f"without trigger   {self.probe.bleed} of the way to the style")
         lines += [f"warning           {text}" for text in self.warnings]
         lines.append(f"recommended       {self.reason}")
         if self.curve:
@@ -252,8 +238,23 @@ def top_cell(cells: Sequence[Cell]) -> Cell:
     return max(cells, key=lambda cell: (max(cell.score.value, 0), cell.content.value))
 
 
-def _percent(score: Draws) -> str:
-    """A score as its interval allows: to the percent, or to the next ten."""
-    interval = score.interval
-    step = 0.1 if interval.high - interval.low > 0.1 else 0.01
-    return f"{round(score.value / step) * step:.0%}"
+def why_unranked(features: str, is_validated: bool, prompts: int) -> str:
+    """What is missing to rank by scores; empty if nothing is. The arguments are as in `Facts`."""
+    if not is_validated:
+        return (
+            f"the features {features!r} are for flat drawings on the built-in base; pass "
+            "--features with a folder or Hub id of CLIP or DINOv2"
+        )
+    if prompts < MIN_PROMPTS:
+        return f"{prompts} different prompts are too few; pass {MIN_PROMPTS} (--prompt)"
+    return ""
+
+
+def describe_few(heldout: int) -> str:
+    """What style is measured against without enough held-out images; empty with enough."""
+    if heldout >= MIN_IMAGES:
+        return ""
+    return (
+        f"{heldout} held-out images are too few: style is measured against the training "
+        f"images, leaving the nearest out; hold out {MIN_IMAGES} (data.heldout)"
+    )

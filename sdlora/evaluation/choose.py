@@ -12,8 +12,15 @@ from sdlora.evaluation.choice import CONTENT_WEIGHT, Cell, Choice, Facts, Probe,
 from sdlora.evaluation.context import EvaluationContext, load_cropped, open_context
 from sdlora.evaluation.evaluate import remove_trigger
 from sdlora.evaluation.features import DRAWING, Features, load_features
-from sdlora.evaluation.intervals import ratio_interval
-from sdlora.evaluation.scores import CopyCheck, Reference, Weights, content_kept, diversity, style_gain
+from sdlora.evaluation.scores import (
+    CopyCheck,
+    Reference,
+    Weights,
+    content_kept,
+    diversity,
+    ratio_interval,
+    style_gain,
+)
 from sdlora.evaluation.walk import Gallery, Walk, plan_walk
 from sdlora.export.export import export_adapter
 from sdlora.reading import read_json

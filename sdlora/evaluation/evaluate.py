@@ -15,7 +15,7 @@ from sdlora.data.captions import trigger_pattern
 from sdlora.errors import ConfigError
 from sdlora.evaluation.context import open_context
 from sdlora.evaluation.heldout import HeldoutLoss
-from sdlora.evaluation.intervals import Interval, mean_text, ratio_interval
+from sdlora.evaluation.scores import Interval, mean_text, ratio_interval
 from sdlora.models.base import Base
 from sdlora.models.load import full_base as use_full_base
 from sdlora.notebook import show_html

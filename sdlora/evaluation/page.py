@@ -19,12 +19,12 @@ from markupsafe import Markup
 from sdlora.config import RunConfig, load_config
 from sdlora.data.doctor import Checkup, check_images, contact_sheet
 from sdlora.errors import RunError, SdloraError
+from sdlora.evaluation.compare import describe_limits
 from sdlora.evaluation.tiles import embed, make_cards, read_choice
 from sdlora.models.info import inspect_base
 from sdlora.report.plots import draw_loss_curves
 from sdlora.report.summary import SPLITS, describe_state, losses_of
 from sdlora.runs import RunFolder
-from sdlora.sampling.compare import describe_limits
 from sdlora.writing import write_text
 
 MAX_GRIDS, MAX_CAPTIONS = 12, 500

@@ -1,4 +1,4 @@
-"""Scores of images that adapters draw, with intervals over prompts and seeds.
+"""Scores of images that adapters draw, with bootstrap intervals, and the digits that these leave.
 
 N rows (prompt, seed) prompt by prompt, P prompts, S seeds, B bootstrap draws, D numbers of an image.
 """
@@ -7,14 +7,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil, log10
 
 import numpy as np
 from PIL import Image
 
 from sdlora.evaluation.features import Features, Rows, copies_of, thumbnails, unit_rows
-from sdlora.evaluation.intervals import NUM_DRAWS, TAIL, Interval
+from sdlora.report.summary import MIN_IMAGES
 
+NUM_DRAWS, TAIL = 4000, 2.5
 SAME_IMAGE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A number and its 95 % interval over images."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the number differs from zero."""
+        return self.low > 0 or self.high < 0
+
+    @property
+    def percent(self) -> str:
+        """The number alone, as its interval allows: to the percent, or to the next ten."""
+        step = 0.1 if self.high - self.low > 0.1 else 0.01
+        return f"{round(self.value / step) * step:.0%}"
+
+    def __str__(self) -> str:
+        width = 100 * (self.high - self.low) / 2
+        digits = min(max(_digits(width), 0), 2) if width else 0
+        return f"{self.value:.{digits}%} (95% interval {self.low:.{digits}%} to {self.high:.{digits}%})"
 
 
 @dataclass(frozen=True)
@@ -28,6 +55,9 @@ class Draws:
     def interval(self) -> Interval:
         low, high = np.percentile(self.draws, [TAIL, 100 - TAIL])
         return Interval(self.value, float(low), float(high))
+
+    def __str__(self) -> str:
+        return self.interval.percent
 
     def __sub__(self, other: Draws) -> Draws:
         return Draws(self.value - other.value, self.draws - other.draws)
@@ -182,3 +212,36 @@ def _distances(rows: Rows, others: Rows) -> Rows:
     squared = np.square(rows).sum(axis=1)[:, None] + np.square(others).sum(axis=1) - 2 * rows @ others.T
     result: Rows = np.sqrt(np.maximum(squared, 0) / rows.shape[1])
     return result
+
+
+def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> Interval | None:
+    """The ratio of two sums over the same images, by a percentile bootstrap; None below `MIN_IMAGES`.
+
+    Both sums are drawn from the same images, so what an image adds to both does not widen the interval.
+    """
+    if len(parts) < MIN_IMAGES:
+        return None
+    above, below = _draw_sums(parts, wholes)
+    low, high = np.percentile(above / np.where(below == 0, np.nan, below), [TAIL, 100 - TAIL])
+    return Interval(sum(parts) / sum(wholes), float(low), float(high))
+
+
+def mean_text(values: Sequence[float]) -> str:
+    """The mean, with the digits that its interval bears; two of them below `MIN_IMAGES`."""
+    mean = sum(values) / len(values)
+    if len(values) < MIN_IMAGES:
+        return f"{mean:.2g}"
+    low, high = np.percentile(_draw_sums(values)[0] / len(values), [TAIL, 100 - TAIL])
+    return f"{mean:.{min(max(_digits((high - low) / 2), 0), 4)}f}"
+
+
+def _draw_sums(*rows: Sequence[float]) -> np.ndarray:
+    """Sums over images that are drawn with replacement, the same ones for each row, (rows, NUM_DRAWS)."""
+    count = len(rows[0])
+    drawn = np.random.default_rng(0).integers(count, size=(NUM_DRAWS, count))
+    return np.stack([np.asarray(row)[drawn].sum(axis=1) for row in rows])
+
+
+def _digits(half_width: float) -> int:
+    """Decimals up to the first digit of a half-width that is not zero."""
+    return ceil(-log10(half_width)) if half_width > 0 else 4

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf, log
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from sdlora.sampling.images import SampledImage, sampler_of, save_images
+from sdlora.sampling.images import SampledImage, SampleSettings, sampler_of, save_images
 from sdlora.sampling.targets import Targets
 
 PAPER, INK, SOFT, RULE, EMPTY = "#ffffff", "#1c1c1e", "#7c7c82", "#e3e3e6", "#f1f1f3"
@@ -27,6 +27,8 @@ AXES: Mapping[str, Callable[[Any], str]] = {
 }
 """Settings that a grid can compare, with their labels."""
 
+Labels: TypeAlias = Mapping[tuple[str, float], Sequence[str]]
+"""Lines above columns, which are (adapter, strength)."""
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -53,7 +55,11 @@ class Measures:
 
 
 def make_grid(
-    samples: Sequence[SampledImage], *, title: str = "", targets: Targets | None = None
+    samples: Sequence[SampledImage],
+    *,
+    title: str = "",
+    targets: Targets | None = None,
+    labels: Labels | None = None,
 ) -> Image.Image:
     """Lays samples out so that columns, and rows, can be compared at a glance.
 
@@ -61,6 +67,7 @@ def make_grid(
         samples: From `generate`, of one adapter or several; a missing sample leaves its cell empty.
         title: One line above the grid.
         targets: Images of the image folder, for a last column and a strip below the title.
+        labels: Lines below the heading of columns, such as scores.
     """
     columns, row_of = _columns(samples), _row_labels(samples)
     cells = {(*_column(sample), sample.prompt, row_of(sample)): sample for sample in reversed(samples)}
@@ -76,7 +83,10 @@ def make_grid(
     for prompt, image in targets.images.items() if targets else ():
         fitted = ImageOps.contain(image, (measures.width, measures.height), Image.Resampling.LANCZOS)
         cells[*TARGET, prompt, rows[prompt][0]] = SampledImage(fitted, prompt, 0, 1.0)
-    panels = [_Panel(measures, columns, part, cells).draw() for part in _split(measures, len(columns), rows)]
+    panels = [
+        _Panel(measures, columns, part, cells, labels or {}).draw()
+        for part in _split(measures, len(columns), rows)
+    ]
 
     width = sum(panel.width for panel in panels)
     strip = _draw_strip(measures, targets.examples, width) if targets and targets.examples else None
@@ -142,7 +152,7 @@ def _columns(samples: Sequence[SampledImage]) -> list[tuple[str, float]]:
 
 def _row_labels(samples: Sequence[SampledImage]) -> Callable[[SampledImage], str]:
     """What tells the rows of a prompt apart: the seed, and the settings in which samples differ, in lines."""
-    axes = [name for name in AXES if len({getattr(sample.settings, name) for sample in samples}) > 1]
+    axes = varying_axes([sample.settings for sample in samples])
 
     def label(sample: SampledImage) -> str:
         values = ((AXES[name], getattr(sample.settings, name)) for name in axes)
@@ -151,8 +161,17 @@ def _row_labels(samples: Sequence[SampledImage]) -> Callable[[SampledImage], str
     return label
 
 
+def varying_axes(settings: Sequence[SampleSettings]) -> list[str]:
+    """The names of `AXES` in which settings differ."""
+    return [name for name in AXES if len({getattr(one, name) for one in settings}) > 1]
+
+
 def make_pages(
-    samples: Sequence[SampledImage], *, title: str = "", targets: Targets | None = None
+    samples: Sequence[SampledImage],
+    *,
+    title: str = "",
+    targets: Targets | None = None,
+    labels: Labels | None = None,
 ) -> list[Image.Image]:
     """A grid, divided into several where it would be too large to look at; each has the base's column."""
     width, height = (max(side) for side in zip(*(one.image.size for one in samples), strict=True))
@@ -176,7 +195,7 @@ def make_pages(
             targets, images={prompt: image for prompt, image in targets.images.items() if prompt in prompts}
         )
         name = f"{title} ({number} of {len(pages)})" if len(pages) > 1 else title
-        drawn.append(make_grid(own, title=name, targets=near))
+        drawn.append(make_grid(own, title=name, targets=near, labels=labels))
     return drawn
 
 
@@ -203,6 +222,7 @@ class _Panel:
     columns: Sequence[tuple[str, float]]
     rows: Mapping[str, Sequence[str]]
     cells: Mapping[tuple[str, float, str, str], SampledImage]
+    labels: Labels
 
     def draw(self) -> Image.Image:
         measures = self.measures
@@ -231,15 +251,19 @@ class _Panel:
         return sheet
 
     def _headings(self) -> list[list[str]]:
-        """The lines above each column, equally many: its name in up to two, and its strength."""
+        """The lines above each column, equally many: its name in up to two, its strength, and its label."""
         font, width = self.measures.font, self.measures.width
         names = [_wrap(adapter, font, width, 2) for adapter, _ in self.columns]
-        most = max(map(len, names))
-        lines = [
-            [*name, _shorten(_heading(*column), font, width)]
-            for name, column in zip(names, self.columns, strict=True)
+        labels = [self.labels.get(column, ()) for column in self.columns]
+        most, foot = (max(map(len, texts)) for texts in (names, labels))
+        blocks = [
+            [*name, *(_shorten(line, font, width) for line in (_heading(*column), *label))]
+            for name, label, column in zip(names, labels, self.columns, strict=True)
         ]
-        return [[""] * (most + 1 - len(own)) + own for own in lines]
+        return [
+            [""] * (most - len(name)) + block + [""] * (foot - len(label))
+            for name, label, block in zip(names, labels, blocks, strict=True)
+        ]
 
     def _draw_row(self, sheet: Image.Image, pen: ImageDraw.ImageDraw, row: tuple[str, str], y: int) -> None:
         measures, right, foot = self.measures, self.measures.width - 1, y + self.measures.height

@@ -64,6 +64,14 @@ class Subject:
         entries = {entry.ancestor.digest: entry for part in self.parts for entry in part.ancestors}
         return path_to_stack(list(entries.values()))
 
+    @property
+    def run(self) -> RunFolder | None:
+        """The run of the adapter; None for a file, or a sum."""
+        return None if self.is_sum else self.parts[0].run
+
+    def is_shown_in(self, column: Column) -> bool:
+        return bool(column.stack) and column.stack[-1][0] is self.parts[-1].adapter
+
     def column(self, strength: float, name: str) -> Column:
         own = tuple((part.adapter, part.factor * strength) for part in self.parts)
         return Column((*self.ancestors, *own), strength, name, self.parts[0].trigger)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     BitImageProcessor,
     CLIPConfig,
@@ -15,6 +17,7 @@ from transformers import (
     Dinov2Model,
 )
 
+import sdlora
 from sdlora.config import load_config
 from sdlora.errors import ConfigError, ModelError, RunError
 from sdlora.evaluation.choice import Choice
@@ -139,6 +142,28 @@ def test_a_vision_model_decides_on_any_base(run, vision_folder):
     choice = choose(run, features=str(vision_folder), **cells)
     assert choice.facts.features == str(vision_folder)
     assert choice.missing == ""
+
+
+@pytest.mark.parametrize("vision_folder", ["clip"], indirect=True)
+def test_compare_scores_as_evaluate(run, vision_folder, tmp_path):
+    """R-13: the same scores for the same images, above their columns; and why some are missing."""
+    features, prompts = str(vision_folder), [f"dotty, a circle {number}" for number in range(4)]
+    [cell] = choose(run, features=features, steps=["final"], strengths=[0.5], prompts=prompts).cells
+    ask = {"prompts": prompts, "seeds": [0, 1], "strengths": [0.5], "out": tmp_path / "out"}
+    sources = [run, f"{run.adapter}:0.5+{run.adapter}:0.5"]
+    result = sdlora.compare(sources, features=features, **ask)
+    one, both = result.scores
+    assert one.style.value == pytest.approx(cell.style.value, abs=0.02)
+    assert one.content.value == pytest.approx(cell.content.value, abs=0.02)
+    assert (both.style, both.content is None) == (None, False)
+    assert "no style score of" in result.notes[-1]
+    written = json.loads((tmp_path / "out" / "compare.json").read_text())["scores"]
+    assert written[0]["style"] == asdict(one.style)
+    height = Image.open(result.grids[0]).height
+    plain = sdlora.compare(sources, scores=True, **ask)
+    assert plain.scores == []
+    assert "--features" in plain.notes[-1]
+    assert Image.open(plain.grids[0]).height < height
 
 
 def test_a_recommendation_is_exported_with_its_strength(run, monkeypatch):

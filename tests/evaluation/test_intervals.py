@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sdlora.evaluation.intervals import Interval, mean_text, ratio_interval
+from sdlora.evaluation.scores import Interval, mean_text, ratio_interval
 
 
 def test_an_interval_covers_the_truth():

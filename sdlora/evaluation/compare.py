@@ -1,4 +1,4 @@
-"""Runs, steps, LoRA files and settings beside each other: one grid, a table of losses, and their curves."""
+"""Runs, steps, LoRA files and settings beside each other: one grid, tables and curves of their scores."""
 
 from __future__ import annotations
 
@@ -7,13 +7,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdlora.errors import ConfigError
+from sdlora.config import RunConfig
+from sdlora.data.scan import read_dataset
+from sdlora.errors import ConfigError, SdloraError, first_line
+from sdlora.evaluation.choice import describe_few, why_unranked
+from sdlora.evaluation.choose import MAX_TRAINING
+from sdlora.evaluation.context import MAX_IMAGES, load_cropped
+from sdlora.evaluation.features import DRAWING, Features, load_features
+from sdlora.evaluation.scores import Interval, Reference, Weights, content_kept, style_gain
+from sdlora.models.info import BaseInfo
 from sdlora.report.plots import draw_loss_curves
 from sdlora.report.summary import MIN_IMAGES, SPLITS, losses_of
 from sdlora.runs import RunFolder
-from sdlora.sampling.grid import make_pages
-from sdlora.sampling.images import write_png
-from sdlora.sampling.session import SamplePlan, SampleRequest, choose_folder, plan_sample
+from sdlora.sampling.grid import AXES, make_pages, varying_axes
+from sdlora.sampling.images import SampledImage, write_png
+from sdlora.sampling.session import SamplePlan, SampleRequest, choose_device, choose_folder, plan_sample
 from sdlora.sampling.sources import Source, Step, Subject
 from sdlora.sampling.store import ImageStore
 from sdlora.writing import check_writable, write_json
@@ -32,27 +40,55 @@ class LossRow:
 
 
 @dataclass(frozen=True)
+class ScoreRow:
+    """Scores of a column of the grid; None where one could not be measured.
+
+    Args:
+        name: Name of the adapter.
+        strength: Strength of the adapter.
+        settings: The settings that differ, such as `guidance 7`.
+        style: The way from the base (0) to real images of the run's set (1).
+        content: How far it still shows what the base shows for the same prompt and seed: 1 as well, 0 not.
+    """
+
+    name: str
+    strength: float
+    settings: str
+    style: Interval | None
+    content: Interval | None
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Each score with the digits that it bears."""
+        scores = {"style": self.style, "content": self.content}
+        return {name: score.percent if score else "-" for name, score in scores.items()}
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """What `compare` made: pages of the grid, the plot of the runs' losses, and their table."""
+    """What `compare` made: pages of the grid, the plot of the runs' losses, and tables."""
 
     folder: Path
     grids: Sequence[Path]
     curves: Path | None
     losses: Sequence[LossRow]
     notes: Sequence[str] = ()
+    scores: Sequence[ScoreRow] = ()
 
     def lines(self) -> list[str]:
-        """The table, what limits it, and where the files are."""
+        """The tables, what limits them, and where the files are."""
         splits = [split for split in SPLITS if any(split in row.losses for row in self.losses)]
         rows = [["", "step", *(f"loss of {SPLITS[split]}" for split in splits)]] if splits else []
         for row in self.losses if splits else ():
             step = "" if row.step is None else str(row.step)
             rows.append([row.name, step, *(_loss_text(row, split) for split in splits)])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines = _align(rows)
+        if self.scores:
+            lines.append("scores    style: 0% the base, 100% real images; content: 100% as the base")
+            cells = [
+                [one.name, f"{one.strength:g}", one.settings, *one.texts.values()] for one in self.scores
+            ]
+            lines += _align([["", "strength", "", "style", "content"], *cells])
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"curves    {self.curves}"] if self.curves else []
         return [*lines, *(f"grid      {grid}" for grid in self.grids)]
@@ -63,6 +99,13 @@ class Comparison:
     def _repr_png_(self) -> bytes:
         """The first page, which notebooks show."""
         return self.grids[0].read_bytes()
+
+
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of a table, without columns that are empty."""
+    kept = [column for column in zip(*rows, strict=True) if any(column)]
+    columns = [[cell.ljust(max(map(len, column))) for cell in column] for column in kept]
+    return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
 
 
 def _loss_text(row: LossRow, split: str) -> str:
@@ -84,6 +127,8 @@ def compare(
     guidance: float | Sequence[float] | None = None,
     scheduler: str | Sequence[str] | None = None,
     size: tuple[int, int] | None = None,
+    scores: bool = False,
+    features: str | None = None,
     out: str | Path | None = None,
     force: bool = False,
     warn: Callable[[str], None] | None = None,
@@ -106,6 +151,9 @@ def compare(
         guidance: Guidance scales.
         scheduler: diffusers schedulers.
         size: Width and height in pixels.
+        scores: Measures how near each column is to the images of its run, and what it keeps of the base's
+            content, over all prompts and seeds.
+        features: A folder or Hub id of a vision model to score by; needed on any base but the built-in one.
         out: Output folder; by default `samples/compare-NAMES`.
         force: Accepts changed ancestors of a child, and ignores missing ones.
         warn: Called with a line if an adapter may not fit.
@@ -118,7 +166,8 @@ def compare(
     given = {"steps": steps, "guidance": guidance, "scheduler": scheduler}
     axes = {name: _as_list(value) for name, value in given.items() if value is not None}
     request = SampleRequest(base, step, out, size, force, warn, settings, axes)
-    return draw_comparison(plan_comparison(sources, request), progress)
+    plan = plan_comparison(sources, request)
+    return draw_comparison(plan, progress, scores=scores or features is not None, features=features)
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -137,14 +186,27 @@ def plan_comparison(sources: Source | Sequence[Source], request: SampleRequest) 
     return plan.checked(replace(request, out=out), resumes=True)
 
 
-def draw_comparison(plan: SamplePlan, progress: Callable[[int, int], None] | None = None) -> Comparison:
-    """Draws what is missing, and writes grids, curves and `compare.json`."""
+def draw_comparison(
+    plan: SamplePlan,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    scores: bool = False,
+    features: str | None = None,
+) -> Comparison:
+    """Draws what is missing, and writes grids, curves and `compare.json`; arguments are as for `compare`."""
     assert plan.out is not None
     folder = Path(plan.out)
+    scorer = load_features(features, choose_device()) if scores else None
     # From here on, the folder is continued.
     write_json(folder / RECORD, {"title": plan.title})
     images = plan.draw(ImageStore(folder / IMAGES), progress)
-    pages = make_pages(plan.in_rows(images), title=plan.title, targets=plan.targets)
+    scored, missing = score_columns(plan, images, scorer) if scorer else ([], [])
+    # At several settings, a column has several scores, which only the table can show.
+    shown = scored if len(plan.settings) == 1 else []
+    has_names = any(column.adapter for column in plan.columns)
+    labels = {(row.name if has_names else "", row.strength): [" ".join(one) for one in row.texts.items()]
+              for row in shown}  # fmt: skip
+    pages = make_pages(plan.in_rows(images), title=plan.title, targets=plan.targets, labels=labels)
     for old in folder.glob("grid*.png"):
         old.unlink()
     grids = [
@@ -154,11 +216,71 @@ def draw_comparison(plan: SamplePlan, progress: Callable[[int, int], None] | Non
     runs = _runs_of(plan.subjects)
     curves = draw_loss_curves(folder / "loss.png", runs) if runs else None
     rows = [row for subject in plan.subjects if (row := _loss_row(subject))]
-    result = Comparison(folder, grids, curves, rows, describe_limits(runs))
+    result = Comparison(folder, grids, curves, rows, [*describe_limits(runs), *missing], scored)
     values = {"title": plan.title, **result.to_json()}
     write_json(folder / RECORD, {**values, "folder": str(folder), "grids": [grid.name for grid in grids],
                                  "curves": curves.name if curves else None})  # fmt: skip
     return result
+
+
+def score_columns(
+    plan: SamplePlan, samples: Sequence[SampledImage], features: Features
+) -> tuple[list[ScoreRow], list[str]]:
+    """Scores of each column but the base's, at each setting; and lines about those that are missing."""
+    is_validated = features.name != DRAWING or plan.info.is_builtin
+    if missing := why_unranked(features.name, is_validated, len(set(plan.prompts))):
+        return [], [f"no scores: {missing}"]
+    axes, count = varying_axes(plan.settings), len(plan.columns)
+    weights = Weights.draw(len(plan.prompts), len(plan.config.sample.seeds))
+    references, notes = _find_references(plan, features)
+    rows = []
+    for place, settings in enumerate(plan.settings):
+        text = ", ".join(AXES[axis](getattr(settings, axis)) for axis in axes)
+        drawn = [samples[place * count + n :: count * len(plan.settings)] for n in range(count)]
+        base, *_ = images = [[sample.image for sample in own] for own in drawn]
+        shown = features.content(base)
+        offsets = {path: reference.offsets(base) for path, reference in references.items()}
+        for column, own, made in zip(plan.columns, drawn, images, strict=True):
+            subject = next((one for one in plan.subjects if one.is_shown_in(column)), None)
+            if subject is None:
+                continue
+            name, style = column.adapter or subject.name or plan.name, None
+            if any(sample.blank for sample in (*drawn[0], *own)):
+                notes.append(f"no scores of {name} at {column.strength:g}: an image is blank")
+                continue
+            kept = content_kept(features, shown, features.content(made), len(plan.prompts))
+            if subject.run and (reference := references.get(subject.run.path)):
+                before = offsets[subject.run.path]
+                style = style_gain(weights, reference, before, reference.offsets(made)).interval
+            rows.append(ScoreRow(name, column.strength, text, style, weights.mean(kept).interval))
+    return rows, list(dict.fromkeys(notes))
+
+
+def _find_references(plan: SamplePlan, features: Features) -> tuple[dict[Path, Reference], list[str]]:
+    """Images of the set of each run, by its path; and why subjects have none."""
+    found, notes = dict[Path, Reference](), list[str]()
+    for subject in plan.subjects:
+        if subject.run is None:
+            reason = "a sum has no images of its own" if subject.is_sum else "only a run knows its images"
+            notes.append(f"no style score of {subject.name or plan.name}: {reason}")
+        elif subject.run.path not in found:
+            try:
+                reference, limit = _load_reference(subject.run.read_config(), plan.info, features)
+            except SdloraError as error:
+                notes.append(f"no style score of {subject.run.name}: {first_line(error)}")
+                continue
+            found[subject.run.path] = reference
+            notes += [f"{subject.run.name}: {limit}"] if limit else []
+    return found, notes
+
+
+def _load_reference(config: RunConfig, info: BaseInfo, features: Features) -> tuple[Reference, str]:
+    """The images that style is measured against, as in `evaluate`, and their limit."""
+    index, plan = read_dataset(config, resolution=info.resolution, min_step=info.min_step)
+    limit = describe_few(len(index.heldout))
+    chosen = index.records[:: 1 + len(index.records) // MAX_TRAINING] if limit else index.heldout[:MAX_IMAGES]
+    images = [load_cropped(record, config, plan) for record in chosen]
+    return Reference(features, images, leave_one_out=bool(limit)), limit
 
 
 def _runs_of(subjects: Sequence[Subject]) -> list[RunFolder]:
