@@ -195,7 +195,23 @@ class DataSection(Section):
         "center", "part to keep of an image that does not fit its bucket: center or random"
     )
     crop_variants: int | None = _setting(
-        None, "fixed random crops per image; default: 4 with random crops", "use 1 to 16", ge=1, le=64
+        None,
+        "fixed random crops per image, or views with data.color_jitter; default: 4 with either",
+        "use 1 to 16",
+        ge=1,
+        le=64,
+    )
+    merge_buckets: Interval = _setting(
+        0,
+        "samples an epoch that a bucket should have, such as the global batch: images of smaller ones move "
+        "to the nearest other bucket if that crops at most 15 % of them; 0: off",
+        "use the global batch, or 0",
+    )
+    color_jitter: NotNegative = _off(
+        "most change of brightness, contrast and saturation in the fixed views of an image, of which the "
+        "first keeps its colors; hues, which are the style's, stay, and so do black and white",
+        "0.1 to 0.3",
+        le=0.5,
     )
     flip: bool = _setting(False, "mirror samples at random; not for lettering")
     caption_dropout: Probability = _off(
@@ -257,6 +273,9 @@ class DataSection(Section):
         + ", ".join(name for name in SetSection.model_fields if name != "folder"),
         "use a list of tables such as {folder = 'more', repeats = 2}",
     )
+    repeats: Count = _setting(
+        1, "times each image outside data.sets is seen in an epoch, times N of its N_name folder"
+    )
     heldout: float | str = _setting(
         "auto",
         "validation images, never trained on: a folder, a fraction, or 0 for none; auto: the subfolder "
@@ -273,7 +292,12 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:
-        if self.crop == "center" and (self.crop_variants or 1) > 1:
+        if self.color_jitter and self.crop_variants == 1:
+            raise ValueError(
+                f"data.color_jitter = {self.color_jitter:g} has no effect on the first view of an image; "
+                "set a larger data.crop_variants than 1, or remove it"
+            )
+        if self.crop == "center" and not self.color_jitter and (self.crop_variants or 1) > 1:
             raise ValueError(
                 f"data.crop_variants = {self.crop_variants} requires data.crop = random "
                 "(there is only one center crop); set data.crop=random or remove data.crop_variants"
@@ -329,8 +353,8 @@ class DataSection(Section):
 
     @property
     def num_crops(self) -> int:
-        """Fixed crops per image: one, or four by default if they are random."""
-        return self.crop_variants or (1 if self.crop == "center" else 4)
+        """Fixed crops per image: one, or four by default if they or their colors are random."""
+        return self.crop_variants or (4 if self.crop == "random" or self.color_jitter else 1)
 
 
 class LoraSection(Section):

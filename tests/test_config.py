@@ -60,6 +60,7 @@ def problems(*overrides: str) -> list[str]:
         ("data.cache=maybe", "data.cache", "'maybe' true false"),
         ("data.crop=top", "data.crop", "'top' 'center' 'random'"),
         ("data.crop_variants=3", "data.crop_variants", "3 data.crop=random"),
+        ("data.color_jitter=2", "data.color_jitter", "2 0.1"),
         ("data.heldout=1.5", "data.heldout", "1.5 0.1"),
         ("data.resolution=1000000", "data.resolution", "1000000 8192"),
         ("data.trigger=\udcff", "data.trigger", r"'\udcff'"),
@@ -323,10 +324,10 @@ def test_the_keys_are_pinned():
     keys = {
         "base": "dtype quantize revision source vae variant",
         "data": "allow_missing_captions background cache caption_dropout caption_encoding caption_prefix "
-        "caption_suffix caption_variants clip_skip crop crop_variants flip follow_links heldout "
-        "keep_separator keep_tags masks more_resolutions no_upscale on_bad_image placeholders prompt_chunks "
-        "prompt_weights resolution rules sets several_captions shuffle_tags tag_dropout trigger "
-        "trigger_position wildcards",
+        "caption_suffix caption_variants clip_skip color_jitter crop crop_variants flip follow_links heldout "
+        "keep_separator keep_tags masks merge_buckets more_resolutions no_upscale on_bad_image "
+        "placeholders prompt_chunks prompt_weights repeats resolution rules sets several_captions "
+        "shuffle_tags tag_dropout trigger trigger_position wildcards",
         "lora": "alpha alpha_pattern dropout force_parent init init_from kind max_norm parent rank "
         "rank_pattern rslora targets text_encoder",
         "objective": "debiased force_prediction_type huber_delta huber_schedule input_perturbation "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,17 +15,29 @@ from sdlora.seeds import keyed_random
 STEPS = (64, 32, 16, 8)
 MAX_LOSS = 0.08
 MAX_ASPECT = 4.0
+MERGE_LOSS = 0.15
+"""Share of an image that may be lost when it moves to a bucket with more samples (`data.merge_buckets`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """How an image becomes a sample: scale to `resized`, crop `size` at (left, top), then mirror."""
+    """How an image becomes a sample: scale to `resized`, crop `size` at (left, top), then mirror.
+
+    `colours` are the changes of brightness (the exponent's inverse), contrast and saturation, 1 being none,
+    with `data.color_jitter`.
+    """
 
     resized: Size
     left: int
     top: int
     size: Size
     flipped: bool = False
+    colours: tuple[float, float, float] | None = None
+
+    @property
+    def lost_share(self) -> float:
+        """Share of the area of the image that is cut off."""
+        return 1.0 - self.size.area / self.resized.area
 
     @property
     def shown_left(self) -> int:
@@ -40,12 +53,16 @@ class BucketPlan:
         resolution: Side of the square with the area of the buckets, in pixels.
         step: Sides of buckets are multiples of this, in pixels.
         crops: By image name, for each resolution, mirrored ones last. Held-out images have one center crop.
+        moved: (image name, bucket that it left, its bucket), with `data.merge_buckets`.
+        least: Samples per epoch that a bucket should have, `data.merge_buckets`.
     """
 
     resolution: int
     step: int
     records: tuple[ImageRecord, ...]
     crops: Mapping[str, tuple[Crop, ...]]
+    moved: tuple[tuple[str, Size, Size], ...] = ()
+    least: int = 0
 
     def bucket_of(self, name: str) -> Size:
         return self.crops[name][0].size
@@ -64,8 +81,11 @@ class BucketPlan:
 
     def lost_share(self, name: str) -> float:
         """Share of the area of an image that its crop removes."""
-        crop = self.crops[name][0]
-        return 1.0 - crop.size.area / crop.resized.area
+        return self.crops[name][0].lost_share
+
+    def lonely(self) -> list[tuple[Size, int]]:
+        """(bucket, samples) of those that still have fewer than `least`."""
+        return [(size, samples) for size, _, samples in self.table() if samples < self.least]
 
     def upscale(self, record: ImageRecord) -> float:
         """Factor by which an image is scaled to cover its bucket; above 1, it is enlarged."""
@@ -93,21 +113,26 @@ def plan_buckets(
     """
     step = choose_step(resolution, min_step)
     crops: dict[str, list[Crop]] = defaultdict(list)
+    moved: list[tuple[str, Size, Size]] = []
     for side in dict.fromkeys((resolution, *settings.more_resolutions)):
         own_step = choose_step(side, min_step)
         buckets = list_buckets(side, own_step)
         for record in heldout if side == resolution else ():
             crops[record.name].append(_center_crop(record.size, buckets, side))
+        centers = {}
         for record in records:
-            center = _center_crop(record.size, buckets, side)
-            if settings.no_upscale and center.resized.width > record.size.width:
-                center = _own_size_crop(record.size, own_step)
-            variants = (
-                [center] if settings.crop == "center" else _random_crops(record, center, settings, seed)
-            )
+            centers[record.name] = _center_crop(record.size, buckets, side)
+            if settings.no_upscale and centers[record.name].resized.width > record.size.width:
+                centers[record.name] = _own_size_crop(record.size, own_step)
+        others = _merge_lonely(records, centers, settings)
+        moved += [(name, centers[name].size, crop.size) for name, crop in sorted(others.items())]
+        centers |= others
+        for record in records:
+            variants = _variants(record, centers[record.name], settings, seed)
             mirrored = [replace(crop, flipped=True) for crop in variants] if settings.flip else []
             crops[record.name] += [crop for crop in (*variants, *mirrored) if crop not in crops[record.name]]
-    return BucketPlan(resolution, step, tuple(records), {name: tuple(made) for name, made in crops.items()})
+    made = {name: tuple(found) for name, found in crops.items()}
+    return BucketPlan(resolution, step, tuple(records), made, tuple(moved), settings.merge_buckets)
 
 
 def choose_step(resolution: int, min_step: int = 8) -> int:
@@ -152,7 +177,11 @@ def _center_crop(size: Size, buckets: Iterable[Size], resolution: int) -> Crop:
     def badness(bucket: Size) -> tuple[float, int, Size]:
         return round(_loss(size.aspect, bucket.aspect), 9), abs(bucket.area - resolution**2), bucket
 
-    bucket = min(buckets, key=badness)
+    return _cover(size, min(buckets, key=badness))
+
+
+def _cover(size: Size, bucket: Size) -> Crop:
+    """The center crop of an image that is scaled to cover a bucket."""
     scale = max(bucket.width / size.width, bucket.height / size.height)
     width = max(bucket.width, round(size.width * scale))
     height = max(bucket.height, round(size.height * scale))
@@ -173,12 +202,68 @@ def _own_size_crop(size: Size, step: int) -> Crop:
     return Crop(resized, left, top, bucket)
 
 
-def _random_crops(record: ImageRecord, center: Crop, settings: DataSection, seed: int) -> list[Crop]:
-    """Fixed crops at random offsets; equal ones are kept once."""
-    draws = keyed_random(seed, "crop", record.digest)
-    right, bottom = center.resized.width - center.size.width, center.resized.height - center.size.height
-    crops = (
-        replace(center, left=draws.randint(0, right), top=draws.randint(0, bottom))
-        for _ in range(settings.num_crops)
-    )
+def _merge_lonely(
+    records: Sequence[ImageRecord], centers: Mapping[str, Crop], settings: DataSection
+) -> dict[str, Crop]:
+    """New crops for the images of buckets with fewer samples than `data.merge_buckets`, the loneliest first.
+
+    All images of a bucket move, each to a bucket that then has enough if one is near, else to another near
+    one; or all of them stay.
+    """
+    least, moved = settings.merge_buckets, dict[str, Crop]()
+    members: dict[Size, list[ImageRecord]] = defaultdict(list)
+    for record in records if least else ():
+        members[centers[record.name].size].append(record)
+
+    def samples(bucket: Size) -> tuple[int, Size]:
+        return sum(record.repeats for record in members[bucket]), bucket
+
+    stays: set[Size] = set()
+    while lonely := [size for size in members if size not in stays and samples(size)[0] < least]:
+        number, bucket = min(map(samples, lonely))
+        leaving = members.pop(bucket)
+        enough = [size for size in members if samples(size)[0] + number >= least]
+        new: dict[str, Crop] = {}
+        for record in leaving:
+            size, center = record.size, centers[record.name]
+            crop = _nearest(size, center, enough, settings) or _nearest(size, center, members, settings)
+            new |= {record.name: crop} if crop else {}
+        if len(new) < len(leaving):
+            members[bucket] = leaving
+            stays.add(bucket)
+            continue
+        moved |= new
+        for record in leaving:
+            members[new[record.name].size].append(record)
+    return moved
+
+
+def _nearest(size: Size, center: Crop, buckets: Iterable[Size], settings: DataSection) -> Crop | None:
+    """The crop to one of the buckets that loses least, at most `MERGE_LOSS`; None if there is none."""
+    widest = max(size.width, center.resized.width) if settings.no_upscale else math.inf
+    crops = [
+        crop
+        for crop in (_cover(size, bucket) for bucket in buckets)
+        if crop.lost_share <= MERGE_LOSS
+        and crop.resized.width <= widest
+        and crop.resized.area >= (1 - MERGE_LOSS) * center.resized.area
+    ]
+    return min(crops, key=lambda crop: (crop.lost_share, crop.size), default=None)
+
+
+def _variants(record: ImageRecord, center: Crop, settings: DataSection, seed: int) -> list[Crop]:
+    """Fixed crops, at random offsets or with colours of their own if asked; equal ones are kept once.
+
+    The first has the colours of the image.
+    """
+    crops = [center] * settings.num_crops
+    if settings.crop == "random":
+        draws = keyed_random(seed, "crop", record.digest)
+        right, bottom = center.resized.width - center.size.width, center.resized.height - center.size.height
+        crops = [replace(crop, left=draws.randint(0, right), top=draws.randint(0, bottom)) for crop in crops]
+    if (most := settings.color_jitter) > 0:
+        draws = keyed_random(seed, "colour", record.digest)
+        for number in range(1, len(crops)):
+            brightness, contrast, saturation = (round(draws.uniform(1 - most, 1 + most), 3) for _ in range(3))
+            crops[number] = replace(crops[number], colours=(brightness, contrast, saturation))
     return list(dict.fromkeys(crops))

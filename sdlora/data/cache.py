@@ -37,7 +37,8 @@ def latent_key(record: ImageRecord, crop: Crop, *, vae_digest: str, background: 
     """Key of the latents of a crop, and of its mask; contains everything that changes them (R-21)."""
     box = [crop.resized.width, crop.resized.height, crop.left, crop.top, crop.size.width, crop.size.height]
     parts = [record.digest, vae_digest, box, crop.flipped, parse_colour(background), dtype]
-    return _make_key(LATENTS, *parts, *([record.mask.digest] if record.mask else []))
+    parts += [record.mask.digest] if record.mask else []
+    return _make_key(LATENTS, *parts, *([crop.colours] if crop.colours else []))
 
 
 def text_key(caption: str, *, encoder_digest: str, dtype: str) -> str:

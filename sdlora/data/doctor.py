@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from sdlora.config import DataSection, RunConfig
-from sdlora.data.buckets import BucketPlan
+from sdlora.data.buckets import MERGE_LOSS, BucketPlan
 from sdlora.data.findings import CountTokens, examine, largest_first
 from sdlora.data.images import crop_image, load_image
 from sdlora.data.looks import cache_file, examine_looks, measure_records
@@ -20,7 +20,7 @@ from sdlora.data.masks import shade_outside
 from sdlora.data.records import DatasetIndex, Finding, ImageRecord, count_of
 from sdlora.data.scan import read_dataset
 from sdlora.data.sets import describe_sets
-from sdlora.errors import ConfigError
+from sdlora.errors import ConfigError, join_names
 from sdlora.writing import write_file
 
 SHEET_IMAGES, SHEET_COLUMNS, SHEET_CELL = 60, 10, 144
@@ -181,6 +181,14 @@ def _summarise_buckets(plan: BucketPlan) -> list[str]:
         f"  {size!s:>9}  {count_of(images, 'image'):>11}  {count_of(samples, 'sample'):>12} per epoch"
         for size, images, samples in rows
     ]
+    if plan.moved:
+        names = join_names(f"{name} {old} to {new}" for name, old, new in plan.moved)
+        lines.append(f"data.merge_buckets = {plan.least} moved {count_of(len(plan.moved), 'image')}: {names}")
+    if lonely := [f"{size} ({samples})" for size, samples in plan.lonely()]:
+        kept = f"any other would crop more than {MERGE_LOSS:.0%}"
+        lines.append(f"still below {plan.least} samples: {join_names(lonely)}; {kept}")
+    if (views := sum(len(plan.crops[record.name]) for record in plan.records)) > len(plan.records):
+        lines.append(f"views: {views} of {count_of(len(plan.records), 'image')}, each encoded once")
     lost = largest_first((plan.lost_share(record.name), record.name) for record in plan.records)
     if lost:
         mean = sum(share for share, _ in lost) / len(lost)

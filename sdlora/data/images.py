@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageColor, ImageEnhance, ImageOps, UnidentifiedImageError
 
 from sdlora.data.buckets import Crop
 from sdlora.data.records import ImageRecord, Size
@@ -151,6 +151,17 @@ def crop_image(
         image = image.resize(resized, resampling, reducing_gap=3.0)
     image = image.crop((crop.left, crop.top, crop.left + crop.size.width, crop.top + crop.size.height))
     return ImageOps.mirror(image) if crop.flipped else image
+
+
+def vary_colours(image: Image.Image, crop: Crop) -> Image.Image:
+    """A crop in RGB with its brightness, contrast and saturation; hues, black and white stay."""
+    if crop.colours is None:
+        return image
+    brightness, contrast, saturation = crop.colours
+    curve = np.linspace(0.0, 1.0, 256) ** (1 / brightness)
+    curve += (contrast - 1) * (curve**2 * (3 - 2 * curve) - curve)
+    table: list[int] = np.rint(255 * curve).astype(int).tolist()
+    return ImageEnhance.Color(image.point(3 * table)).enhance(saturation)
 
 
 def _read(path: Path) -> bytes:

@@ -279,7 +279,7 @@ def describe_plan(plan: RunPlan) -> list[str]:
         "objective": describe_objective(plan.objective),
         "cadence": f"save at {_points(plan.save_steps)}; sample at {_points(plan.sample_steps)}{cost}; "
         f"held-out loss at {_points(plan.evaluate_steps)}",
-        "disk": f"up to {plan.bytes_after(0) / 1e6:.0f} MB, without samples{_caption_cache(plan)}",
+        "disk": f"up to {plan.bytes_after(0) / 1e6:.0f} MB, without samples{_cache_size(plan)}",
     }
     if not train.ema_decay:
         del rows["EMA"]
@@ -320,11 +320,18 @@ def _describe_time(plan: RunPlan) -> str:
     return "not known yet: no run with this base was timed on this machine; the third step will tell"
 
 
-def _caption_cache(plan: RunPlan) -> str:
-    if not any(record.variants for record in plan.index.records):
-        return ""
-    size = 4 * plan.index.num_captions * plan.info.num_text_states * plan.info.text_width
-    return f"; in the cache up to {size / 1e6:.0f} MB for {plan.index.num_captions} captions"
+def _cache_size(plan: RunPlan) -> str:
+    """What the variants of captions and images take in the cache, if there are any."""
+    info, parts = plan.info, []
+    if any(record.variants for record in plan.index.records):
+        size = 4 * plan.index.num_captions * info.num_text_states * info.text_width
+        parts.append(f"{size / 1e6:.0f} MB for {plan.index.num_captions} captions")
+    crops = [crop for record in plan.index.records for crop in plan.buckets.crops[record.name]]
+    if len(crops) > len(plan.index.records):
+        values = 2 * info.latent_channels * sum(crop.size.area for crop in crops) // info.vae_factor**2
+        size = values * plan.device_info.precision.vae_dtype.itemsize
+        parts.append(f"{size / 1e6:.1f} MB for {len(crops)} views of images")
+    return f"; in the cache up to {', '.join(parts)}" if parts else ""
 
 
 def _text_modules(plan: RunPlan) -> str:

@@ -71,6 +71,7 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
     findings += [Finding("notice", line) for line in (unknown, cut, bracketed, unchecked, about_rank) if line]
     parts = empty_components(info, text=config.lora.text_encoder)
     findings += [Finding("warning", line) for line in (*forced, *check_parents(parents, info, parts))]
+    findings += _short_steps(buckets, config, num_processes)
     layout = plan_layout(config.lora, match_modules(parts, config.lora.targets))
     check_optimizer(config.train, list(layout.ranks), KINDS[layout.kind].parts())
     sizes = (crop.size for crops in buckets.crops.values() for crop in crops)
@@ -101,6 +102,20 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
         num_missing=_count_missing(index, buckets, info, config, device_info),
         parents=parents,
     )
+
+
+def _short_steps(buckets: BucketPlan, config: RunConfig, num_processes: int) -> list[Finding]:
+    """A notice if images of lonely buckets weigh more than others, and `data.merge_buckets` is not used."""
+    batch, rows = global_batch(config, num_processes), buckets.table()
+    lonely = sum(samples for _, _, samples in rows if samples < batch)
+    if config.data.merge_buckets or not lonely or len(rows) == 1:
+        return []
+    text = (
+        f"{lonely} of {sum(samples for *_, samples in rows)} samples an epoch are in buckets of fewer than "
+        f"the global batch of {batch}: their steps are smaller, so that each counts for more; "
+        f"data.merge_buckets={batch} moves those images to other buckets that are near"
+    )
+    return [Finding("notice", text, key="data.buckets-lonely")]
 
 
 def _count_missing(

@@ -10,7 +10,15 @@ import pytest
 
 from sdlora.config import DataSection
 from sdlora.data.batches import BatchOrder
-from sdlora.data.buckets import MAX_LOSS, STEPS, choose_step, list_buckets, plan_buckets, worst_loss
+from sdlora.data.buckets import (
+    MAX_LOSS,
+    MERGE_LOSS,
+    STEPS,
+    choose_step,
+    list_buckets,
+    plan_buckets,
+    worst_loss,
+)
 from sdlora.data.records import Size
 
 CENTRE = DataSection()
@@ -165,3 +173,58 @@ def test_more_resolutions(make_records):
     assert seen == {(record.name, size): 2 for record in records for size in plan.buckets_of(record.name)}
     assert sum(images for _, images, _ in plan.table()) == 5
     assert sum(samples for _, _, samples in plan.table()) == order.samples_per_epoch == 10
+
+
+def test_lonely_buckets_merge(make_records):
+    """R-15: images of lonely buckets move to near ones if that crops little; the plan says which."""
+    sizes = [(512, 512)] * 5 + [(640, 480)] * 4 + [(600, 480), (768, 512), (1600, 400)]
+    records = make_records(*sizes, (480, 640), (470, 680), (450, 660))
+    usual, plan = plan_buckets(records, 512, CENTRE), plan_buckets(records, 512, DataSection(merge_buckets=3))
+    assert (usual.moved, usual.lonely()) == ((), [])
+    assert len(plan.table()) < len(usual.table())
+    assert sum(images for _, images, _ in plan.table()) == len(records)
+    assert plan.lonely() == [(usual.bucket_of("011.png"), 1)], "nothing is near a panorama"
+    assert {name for name, _, _ in plan.moved} >= {"010.png"}
+    for name, old, new in plan.moved:
+        assert (usual.bucket_of(name), plan.bucket_of(name)) == (old, new) != (new, new)
+        assert usual.lost_share(name) < plan.lost_share(name) <= MERGE_LOSS
+    still = set(plan.crops) - {name for name, _, _ in plan.moved}
+    assert all(plan.crops[name] == usual.crops[name] for name in still)
+    # Near each other, though far from all else.
+    tall = {plan.bucket_of(record.name) for record in records[-3:]}
+    assert len(tall) == 1
+    order = BatchOrder(records, plan, CENTRE, global_batch=3, seed=0)
+    seen = [sample.record.name for step in range(order.steps_per_epoch) for sample in order.step(step)]
+    assert sorted(seen) == sorted(plan.crops)
+
+
+def test_repeats_count_for_a_bucket(make_records):
+    """R-16: an image that is seen often fills its bucket; one alone at its own size is never enlarged."""
+    alone = DataSection(merge_buckets=3)
+    often = [replace(record, repeats=3) for record in make_records((512, 512), (640, 480))]
+    assert plan_buckets(often, 512, alone).moved == ()
+    small = make_records((300, 200), (300, 205), (300, 230), (512, 512))
+    plan = plan_buckets(small, 512, DataSection(merge_buckets=3, no_upscale=True))
+    assert [plan.bucket_of(record.name) for record in small[:3]] == [Size(288, 192)] * 3
+    assert max(map(plan.upscale, small)) == 1
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_colours_are_fixed_views(make_records, crop: str) -> None:
+    """R-04, R-20: the first view as it is, others with colours drawn from (seed, digest); none held out."""
+    records = make_records((512, 512), (700, 300), (300, 500))
+    settings = DataSection(color_jitter=0.1, crop=crop, flip=True)
+    plan = plan_buckets(records[:2], 256, settings, heldout=records[2:], seed=5)
+    assert plan.crops == plan_buckets(records[:2], 256, settings, heldout=records[2:], seed=5).crops
+    assert plan.crops != plan_buckets(records[:2], 256, settings, heldout=records[2:], seed=6).crops
+    usual = plan_buckets(records, 256, DataSection(crop=crop), seed=5)
+    for record in records[:2]:
+        views = plan.crops[record.name]
+        assert views[0] == usual.crops[record.name][0]
+        assert [view.colours for view in views[4:]] == [view.colours for view in views[:4]]
+        assert len({view.colours for view in views}) == 4
+        assert {replace(view, colours=None, flipped=False) for view in views} == {*usual.crops[record.name]}
+        factors = [factor for view in views for factor in view.colours or ()]
+        assert 0.9 <= min(factors) < 1 < max(factors) <= 1.1
+    [heldout] = plan.crops["002.png"]
+    assert heldout.colours is None

@@ -8,6 +8,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from sdlora.data.images import (
     measure_file,
     measure_image,
     parse_colour,
+    vary_colours,
 )
 from sdlora.data.records import Size
 from sdlora.data.scan import scan_dataset
@@ -353,3 +355,19 @@ def test_jpeg_xl(tmp_path: Path) -> None:
     index = scan_dataset(tmp_path, DataSection(trigger="x", heldout=0))
     assert [record.name for record in index.records] == ["a.jxl"]
     assert "b.jxl" in index.noticed["data.image-unreadable"]
+
+
+def test_colours_keep_black_white_and_hue() -> None:
+    """R-15: paper stays white and ink black; other colours change, but a red stays a red."""
+    image = Image.new("RGB", (4, 1))
+    image.putdata([(0, 0, 0), (255, 255, 255), (200, 60, 60), (128, 128, 128)])
+    whole = Size(4, 1)
+    plain = Crop(whole, 0, 0, whole)
+    assert vary_colours(image, plain) is image
+    for colours in ((1.3, 1.0, 1.0), (0.7, 1.3, 0.7), (1.0, 0.5, 1.5)):
+        changed = list(vary_colours(image, replace(plain, colours=colours)).getdata())
+        assert changed[:2] == [(0, 0, 0), (255, 255, 255)]
+        red, green, blue = changed[2]
+        assert red > green == blue
+        assert changed[2] != (200, 60, 60)
+    assert vary_colours(image, replace(plain, colours=(1.2, 1.0, 1.0))).getpixel((3, 0))[0] > 128

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from sdlora.data.cache import cache_folder, seal
 from sdlora.data.captions import OPERATIONS
 from sdlora.errors import DataError
 from sdlora.report.terminal import Terminal
+from sdlora.training.plan import describe_plan
 from tests.checks import raises
 
 
@@ -122,3 +124,23 @@ def test_caption_variants_are_encoded_once(make_images, tiny, make_trainer, tmp_
     two = make_trainer(config, tmp_path / "two")
     two.train()
     assert list(two.run.trace()) == list(one.run.trace())
+
+
+def test_views_with_other_colours_are_encoded_once(make_images, tiny, make_trainer, tmp_path):
+    """R-20, R-28: the plan counts them and their disk; a mask stays; steps draw all of them."""
+    images = make_images(sizes=((64, 64),) * 3)
+    Image.new("L", (64, 64), 130).save(images / "00.mask.png")
+    settings = {"data__masks": "files", "data__heldout": 0, "train__steps": 8, "train__batch_size": 4}
+    config = tiny(images, data__color_jitter=0.3, data__crop_variants=3, data__cache=True, **settings)
+    trainer = make_trainer(config, tmp_path / "run")
+    [disk] = [line for line in describe_plan(trainer.plan) if line.startswith("disk")]
+    assert "9 views" in disk
+    assert len(list((cache_folder() / "latents").rglob("*.safetensors"))) == 9
+    encodings, crops = trainer.prepared.encodings, trainer.plan.buckets.crops["00.png"]
+    record = trainer.plan.index.records[0]
+    means = [encodings.posterior(record, crop)[0] for crop in crops]
+    assert not any(torch.equal(means[0], mean) for mean in means[1:])
+    masks = [encodings.masks([(record, crop)]) for crop in crops]
+    assert all(torch.equal(masks[0], mask) for mask in masks)
+    seen = {sample.crop.colours for step in range(8) for sample in trainer.plan.order.step(step)}
+    assert len(seen) == 7

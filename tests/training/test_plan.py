@@ -50,6 +50,19 @@ def test_cut_prompts_and_variants_of_captions_are_in_the_plan(make_images, tiny)
     assert f"{plan.index.num_captions} captions" in disk
 
 
+def test_lonely_buckets_are_stated(make_images, tiny):
+    """R-15, R-16: images whose steps are short, and where they go when asked."""
+    images = make_images(sizes=((64, 64),) * 4 + ((64, 56),))
+    settings = {"data__heldout": 0, "data__resolution": 128, "train__batch_size": 4}
+    plan = make_plan(tiny(images, **settings))
+    [notice] = [one for one in plan.findings if one.key == "data.buckets-lonely"]
+    assert "data.merge_buckets=4" in notice.message
+    merged = make_plan(tiny(images, **settings, data__merge_buckets=4))
+    assert not any(one.key == "data.buckets-lonely" for one in merged.findings)
+    assert "04.png" in "".join(line for line in merged.data_lines if "moved 1 image" in line)
+    assert len(merged.as_event()["buckets"]) == 1
+
+
 def test_a_run_of_an_earlier_version_is_resumed(make_images, tiny, tmp_path):
     """R-03: with the images and captions that it began with, although a folder is read otherwise now."""
     images = make_images()
