@@ -168,7 +168,7 @@ class _Scan:
             caption_source=source,
             variants=() if variants == (caption,) else variants,
             trigger=settings.trigger or "",
-            repeats=one.repeats if one else 1,
+            repeats=one.repeats if one else settings.repeats,
             weight=one.weight if one else 1.0,
             is_class=one is not None and one.is_class,
         )

@@ -163,10 +163,11 @@ def _prepare_onetrainer(values: dict[str, Any]) -> dict[str, Any]:
     own = {key: value for key, value in (values.pop("optimizer", None) or {}).items() if value is not None}
     kinds = [str(one.get("type", "STANDARD")) for one in concepts]
     sets = [one for one, kind in zip(concepts, kinds, strict=True) if kind == "STANDARD"]
-    found = flatten(values) | flatten({"concept": (sets or [{}])[0]})
+    found = flatten(values)
     for one in sets:
-        if one.get("balancing_strategy", "REPEATS") != "REPEATS":
-            one[f"balancing in {one['balancing_strategy']}"] = one.pop("balancing", None)
+        if (unit := one.get("balancing_strategy", "REPEATS")) != "REPEATS":
+            found[f"balancing in {unit} of {one.get('path')}"] = one.pop("balancing", None)
+    found |= flatten({"concept": (sets or [{}])[0]})
     found[SETS] = [flatten({"concept": one}) for one in sets[1:]]
     for one, kind in zip(concepts, kinds, strict=True):
         found |= {} if kind == "STANDARD" else {f"path of a concept {kind}": one.get("path")}

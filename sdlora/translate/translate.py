@@ -81,7 +81,7 @@ class _Translation:
                 found[key] = value
         for key, default in ((key, about.default) for key, about in SetSection.model_fields.items()):
             first = self.settings.get(f"data.{key}", (default, ""))[0]
-            if f"data.{key}" not in one.settings and first != default and key != "trigger":
+            if f"data.{key}" not in one.settings and first != default and key not in ("trigger", "repeats"):
                 found[key] = default
         self.sets.append(found)
         self.notes += [f"{note} (the set {shorten(name)})" for note in one.notes]
@@ -173,7 +173,7 @@ def translate(file: Path) -> str:
     if "lora.rank_pattern" in translation.settings:
         translation.settings["lora.targets"] = (["all"], "convolutions have a rank")
     folder, out = (str(translation.settings.pop(key, ("", ""))[0]) for key in (IMAGES, OUT))
-    epoch = _count_steps(file.parent / folder, found, translation) if folder else None
+    epoch = _count_steps(file.parent / folder, translation) if folder else None
     translation.count_steps(epoch)
     translation.validate()
     folder = str(file.parent / folder) if (file.parent / folder).is_dir() and folder else folder
@@ -224,10 +224,9 @@ def _with_other_files(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     return values
 
 
-def _count_steps(folder: Path, found: Mapping[str, Any], translation: _Translation) -> int | None:
+def _count_steps(folder: Path, translation: _Translation) -> int | None:
     """Steps per epoch; None if the images are not there."""
-    repeats = int(found.get("num_repeats") or found.get("datasets.num_repeats") or 1)
-    folders = [(folder, repeats)]
+    folders = [(folder, translation.settings.get("data.repeats", (1, ""))[0])]
     folders += [(Path(one["folder"]), one.get("repeats", 1)) for one in translation.sets if "folder" in one]
     if not all(one.is_dir() for one, _ in folders):
         return None

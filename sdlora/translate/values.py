@@ -171,6 +171,7 @@ CONVERTERS: dict[str, Converter] = {
     **{name: when(name) for name in ("int8", "random", "dora", "files", "alpha")},
     **{name: when([name]) for name in ("wandb", "tensorboard")},
     "count": lambda value: whole(value) or None,  # 0 is not given
+    "times": lambda value: None if (found := whole(value)) == 1 else found,
     "chunks": lambda value: round(whole(value) / 75) or None,
     "skip": lambda value: whole(value) + 1 if value else None,
     "negated": lambda value: not flag(value),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdlora.config import DataSection
+from sdlora.config import DataSection, SetSection
 from sdlora.data.batches import BatchOrder
 from sdlora.data.buckets import plan_buckets
 from sdlora.data.cache import TensorCache
@@ -251,6 +251,16 @@ def test_folders_of_any_depth(tmp_path: Path) -> None:
         assert list_files(tmp_path, Noticed(dict)) == ["a.png"]
     finally:
         sys.setrecursionlimit(limit)
+
+
+def test_repeats_of_a_whole_set(tmp_path: Path, write_image) -> None:
+    """R-16: `data.repeats` is for images outside `data.sets`, times that of their folder."""
+    for name in ("a.png", "2_ink/b.png", "more/c.png", "heldout/d.png"):
+        write_image(name, caption="x")
+    sets = [SetSection(folder="more", repeats=4)]
+    index = scan_dataset(tmp_path, DataSection(repeats=3, sets=sets))
+    assert {one.name: one.repeats for one in index.records} == {"a.png": 3, "2_ink/b.png": 6, "more/c.png": 4}
+    assert [one.repeats for one in index.heldout] == [1]
 
 
 def test_a_date_is_no_number_of_repeats(tmp_path: Path, write_image, found) -> None:

@@ -201,6 +201,7 @@ DATASET_TABLE = {
     "data.resolution": (512, "resolution"),
     "data.trigger": ("inkwash style", "class_tokens"),
     "data.caption_prefix": ("drawing of", "caption_prefix"),
+    "data.repeats": (3, "num_repeats"),
     "data.sets": ([OTHERS, REG], ""),
     "data.caption_dropout": (0.0, "caption_dropout_rate"),
     "lora.rank": (4, "network_dim"),
@@ -226,6 +227,7 @@ config:
           shuffle_tokens: no
           resolution: [512, 768]
           flip_x: true
+          num_repeats: 5
         - folder_path: others
           caption_dropout_rate: 0.1
           num_repeats: 2
@@ -260,6 +262,7 @@ TOOLKIT_TABLE = {
     "base.quantize": ("int8", "model.quantize"),
     "data.trigger": ("inkwash style", "trigger_word"),
     "data.resolution": (768, "datasets.resolution"),
+    "data.repeats": (5, "datasets.num_repeats"),
     "data.caption_dropout": (0.05, "datasets.caption_dropout_rate"),
     "data.shuffle_tags": (False, "datasets.shuffle_tokens"),
     "data.flip": (True, "datasets.flip_x"),
@@ -343,7 +346,12 @@ ONETRAINER: dict[str, Any] = {
 }
 CONCEPTS = [
     {"path": "none", "enabled": False},
-    {"path": "drawings", "image": {"enable_random_flip": True}, "text": {"enable_tag_shuffling": True}},
+    {
+        "path": "drawings",
+        "balancing": 2.0,
+        "image": {"enable_random_flip": True},
+        "text": {"enable_tag_shuffling": True},
+    },
     {"path": "more", "type": "STANDARD", "balancing": 3.0, "loss_weight": 0.5},
     {"path": "held", "type": "VALIDATION"},
 ]
@@ -351,6 +359,7 @@ ONETRAINER_TABLE = {
     "base.source": ("org/base", "base_model_name"),
     "base.quantize": ("nf4", "unet.weight_dtype"),
     "data.resolution": (512, "resolution"),
+    "data.repeats": (2, "concept.balancing"),
     "data.flip": (True, "concept.image.enable_random_flip"),
     "data.shuffle_tags": (True, "concept.text.enable_tag_shuffling"),
     "data.sets": ([{"folder": "more", "repeats": 3, "weight": 0.5, "shuffle_tags": False}], ""),
@@ -371,7 +380,7 @@ ONETRAINER_TABLE = {
     "objective.timestep_mean": (-0.2, "noising_bias"),
     "objective.timestep_std": (1.5, "noising_weight"),
     "objective.timestep_range": ([0, 900], "max_noising_strength"),
-    "train.steps": (80, "epochs"),  # 12 samples, and 3 of another set, in steps of 4
+    "train.steps": (140, "epochs"),  # twice 12 samples, and 3 of another set, in steps of 4
     "train.batch_size": (4, "batch_size"),
     "train.accumulate": (1, "gradient_accumulation_steps"),
     "train.learning_rate": (0.0002, "unet.learning_rate"),
@@ -383,7 +392,7 @@ ONETRAINER_TABLE = {
     "train.ema_decay": (0.998, "ema_decay"),
     "train.grad_clip": (1.0, "clip_grad_norm"),
     "train.gradient_checkpointing": (True, "gradient_checkpointing"),
-    "train.save_every": (8, "save_every"),
+    "train.save_every": (14, "save_every"),
     "train.sample_every": (30, "sample_after"),
     "train.trackers": (["tensorboard"], "tensorboard"),
     "export.precision": ("bf16", "output_dtype"),
@@ -391,7 +400,7 @@ ONETRAINER_TABLE = {
 CASES = {
     "kohya.toml": (KOHYA, KOHYA_TABLE, ("caption_extension",)),
     "gui.json": (json.dumps(GUI), GUI_TABLE, ("color_aug", "max_train_epochs = 4")),
-    "dataset.toml": (DATASET, DATASET_TABLE, ("num_repeats", "data.flip = true")),
+    "dataset.toml": (DATASET, DATASET_TABLE, ("data.flip = true",)),
     "toolkit.yaml": (TOOLKIT, TOOLKIT_TABLE, ("save.max_step_saves_to_keep", "data.caption_dropout = 0.1")),
     "onetrainer.json": (
         json.dumps(ONETRAINER),
@@ -440,6 +449,17 @@ def test_each_value_is_that_of_the_table(tmp_path: Path, name: str) -> None:
         assert f"# {key}" in notes
     (tmp_path / "my.toml").write_text(text, encoding="utf-8")
     load_config(tmp_path / "my.toml")
+
+
+def test_repeats_that_are_none_are_not_given(tmp_path: Path) -> None:
+    """R-35: once is the default; a number of samples, and a fraction, are named."""
+    for strategy, number in (("REPEATS", 1.0), ("SAMPLES", 50.0), ("REPEATS", 0.5)):
+        concept = {"path": "drawings", "balancing": number, "balancing_strategy": strategy}
+        config = {**ONETRAINER, "concepts": [concept]}
+        (tmp_path / "one.json").write_text(json.dumps(config), encoding="utf-8")
+        text, _, notes = translate(tmp_path / "one.json").partition("# Not translated:")
+        assert "repeats" not in text
+        assert ("balancing" in notes) == (number != 1)
 
 
 def test_what_is_refused_here_becomes_a_comment(tmp_path: Path) -> None:
