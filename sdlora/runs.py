@@ -104,6 +104,7 @@ class RunFolder:
         listed = join_names(found, 3, " or ")
         remedy = f"use {listed}" if found else "use the folder that `sdlora train` printed"
         if run.path.is_file():
+            remedy = "unpack it, and use the folder" if run.path.suffix == ".zip" else remedy
             raise RunError(f"{path} is a file, not a run folder; {remedy}", key="run.file")
         if not run.path.is_dir():
             raise RunError(f"run folder {path} does not exist; {remedy}", key="run.missing")

@@ -50,7 +50,7 @@ LIBRARIES = {
     "uvicorn": {"cli"},
 }
 # A feature that needs more lines raises this in the commit that adds it.
-MAX_MODULES, MAX_LINES = 145, 28_135
+MAX_MODULES, MAX_LINES = 145, 28_200
 WITHOUT_TORCH = {
     "errors",
     "reading",

@@ -65,7 +65,7 @@ FILES = {
     ".toml": "write `sdlora train IMAGES --config {}`",
     ".safetensors": "write `sdlora train IMAGES --base {0}` if it is a base, or `sdlora info {0}`",
 }
-SOURCES = "Runs, LoRA files or tree nodes, side by side; a sum of LoRAs: A:0.6+B:0.4."
+SOURCES = "Runs, LoRA files, zips of them or tree nodes, side by side; a sum of LoRAs: A:0.6+B:0.4."
 MAX_PROMPTS_BYTES = 2**20
 Number = TypeVar("Number", int, float)
 

@@ -8,7 +8,7 @@ import shutil
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from tempfile import mkdtemp
 
@@ -27,6 +27,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 # A zip archive may unpack to much more than its size.
 MAX_FILES, MAX_FILE_BYTES, MAX_TOTAL_BYTES = 100_000, 2**30, 2**36
 CHUNK = 2**20
+Entry = tuple[zipfile.ZipInfo, str]
 DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, ValueError)
 
 
@@ -38,7 +39,7 @@ def open_source(source: str | Path) -> Path:
     """
     path = Path(source).expanduser()
     if path.suffix.lower() == ".zip" and path.is_file():
-        return _unpack(path)
+        return unpack(path, _is_of_images)
     # A name in a folder that exists is a mistyped path.
     name = path.as_posix()
     if HUB_ID.fullmatch(name) and not path.parent.exists():
@@ -46,11 +47,15 @@ def open_source(source: str | Path) -> Path:
     return path
 
 
-def _unpack(archive: Path) -> Path:
-    """Unpacks images and captions into the cache, once for each version of the archive."""
+def unpack(archive: Path, is_used: Callable[[PurePosixPath], bool], kind: str = "") -> Path:
+    """Unpacks files into the cache, once for each version of an archive and kind of files.
+
+    Raises:
+        DataError: If the archive is damaged, hostile or too large.
+    """
     status = archive.stat()
     # Named as the archive, so that names such as kohya's `10_ink` count.
-    target = _place(f"{archive.resolve()}:{status.st_size}:{status.st_mtime_ns}", archive.stem)
+    target = _place(f"{archive.resolve()}:{status.st_size}:{status.st_mtime_ns}{kind}", archive.stem)
     if target.is_dir():
         return target
     temporary = None
@@ -58,7 +63,7 @@ def _unpack(archive: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(mkdtemp(dir=target.parent))
         with zipfile.ZipFile(archive) as opened:
-            _write_entries(opened, archive, temporary)
+            _write_entries(list(_usable(opened, archive, is_used)), opened, archive, temporary)
         temporary.replace(target)
     except (*DAMAGED, RuntimeError) as error:
         problem = f"{archive} cannot be unpacked ({one_line(str(error))})"
@@ -77,9 +82,8 @@ def _place(version: str, name: str) -> Path:
     return cache_folder() / ARCHIVES / hashlib.sha256(version.encode()).hexdigest()[:16] / name
 
 
-def _write_entries(opened: zipfile.ZipFile, archive: Path, folder: Path) -> None:
-    """Writes the images and captions of an archive into an empty folder; nothing outside it."""
-    entries = list(_usable(opened, archive))
+def _write_entries(entries: Sequence[Entry], opened: zipfile.ZipFile, archive: Path, folder: Path) -> None:
+    """Writes entries of an archive into an empty folder; nothing outside it."""
     if len(entries) > MAX_FILES:
         raise _too_large(archive, f"more than {MAX_FILES:,} files")
     total = 0
@@ -96,16 +100,22 @@ def _write_entries(opened: zipfile.ZipFile, archive: Path, folder: Path) -> None
                 write.write(data)
 
 
-def _usable(opened: zipfile.ZipFile, archive: Path) -> Iterator[tuple[zipfile.ZipInfo, str]]:
-    """The entries that training may use, and their names; raises a DataError for one that leads outside."""
+def _is_of_images(path: PurePosixPath) -> bool:
+    is_text = path.name in METADATA_FILES or path.suffix.lower() in SIDECAR_SUFFIXES
+    return is_text or is_image(path.as_posix())
+
+
+def _usable(
+    opened: zipfile.ZipFile, archive: Path, is_used: Callable[[PurePosixPath], bool]
+) -> Iterator[Entry]:
+    """The entries that are used, and their names; raises a DataError for one that leads outside."""
     for entry in opened.infolist():
         name, path = entry.filename, PurePosixPath(entry.filename)
         if path.is_absolute() or ".." in path.parts or re.search(r"[\\:\x00-\x1f]", name):
             problem = f"{archive} has a file that would be written elsewhere: {shorten(one_line(name))}"
             raise DataError(f"{problem}; do not use it", key="data.archive-path")
         is_link = stat.S_ISLNK(entry.external_attr >> 16)
-        is_used = is_image(name) or path.name in METADATA_FILES or path.suffix.lower() in SIDECAR_SUFFIXES
-        if is_used and not is_link and not entry.is_dir():
+        if is_used(path) and not is_link and not entry.is_dir():
             yield entry, name
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sdlora.errors import AdapterError, ConfigError, join_names, one_line, shorten
+from sdlora.formats.archives import open_archive
 from sdlora.formats.container import read_tensors, write_tensors
 from sdlora.formats.hub import fetch_adapter
 from sdlora.formats.keys import Dialect, dialect_of
@@ -221,12 +222,13 @@ def resolve_adapter(source: PathLike, step: int | str | None = None) -> AdapterS
     """Finds the LoRA file of a path or Hub id.
 
     That is a file; a run folder, with its final adapter or that of a step ("final": never that of a step); a
-    folder that PEFT or diffusers wrote; a file without its ending, which is how a tree names its nodes; or,
-    where none of these exists, `owner/name` or `owner/name/file.safetensors` on the Hugging Face Hub.
+    zip archive of either; a folder that PEFT or diffusers wrote; a file without its ending, which is how a
+    tree names its nodes; or, where none of these exists, `owner/name` or `owner/name/file.safetensors` on the
+    Hugging Face Hub.
     Raises an AdapterError without a LoRA file, a RunError if a run has not saved it, and a ConfigError for a
     step of something else.
     """
-    path = Path(source)
+    path = Path(open_archive(source))
     candidates = [path, *(Path(f"{path}{ending}") for ending in (ENDING, KOHYA_ENDING))]
     if path.is_dir():
         candidates = [path / name for name in FOLDER_FILES]

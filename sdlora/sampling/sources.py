@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
+from sdlora.formats.archives import open_archive
 from sdlora.formats.files import load_adapter, resolve_adapter, split_sum
 from sdlora.lora.adapter import Adapter
 from sdlora.runs import RunFolder
@@ -16,7 +17,7 @@ from sdlora.sampling.images import slug
 from sdlora.tree.lineage import PathEntry, Stack, adapter_name, check_additive, find_ancestors, path_to_stack
 
 Source: TypeAlias = str | os.PathLike[str] | Adapter
-"""A run, a LoRA file, a tree node, an adapter in memory, or a sum such as `a.safetensors:0.6+b:0.4`."""
+"""A run, a LoRA file, a zip archive of either, a tree node, an adapter, or a sum such as `a:0.6+b:0.4`."""
 Step: TypeAlias = int | str | None
 """A saved step of a run, "final", or None for the final one or the newest."""
 TRIGGER = "modelspec.trigger_phrase"
@@ -92,7 +93,12 @@ def find_subjects(
         SdloraError: If something does not exist, or cannot be read or added.
     """
     given = [sources] if isinstance(sources, str | os.PathLike | Adapter) else sources
-    sums = [[(one, 1.0)] if isinstance(one, Adapter) else split_sum(one) for one in given]
+    sums = [
+        [(one, 1.0)]
+        if isinstance(one, Adapter)
+        else [(open_archive(source), factor) for source, factor in split_sum(one)]
+        for one in given
+    ]
     has_run = any(_is_run(source) for parts in sums for source, _ in parts)
     subjects = []
     for parts in sums:
