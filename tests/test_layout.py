@@ -46,11 +46,12 @@ LIBRARIES = {
     "accelerate": {"training"},
     "peft": set(),
     "bitsandbytes": {"models"},
+    "onnxruntime": {"models"},
     "starlette": {"studio"},
     "uvicorn": {"cli"},
 }
 # A feature that needs more lines raises this in the commit that adds it.
-MAX_MODULES, MAX_LINES = 145, 28_200
+MAX_MODULES, MAX_LINES = 146, 28_313
 WITHOUT_TORCH = {
     "errors",
     "reading",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sdlora.cli import app, options
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SHOWN, EVERY_SECONDS = 5, 10.0
 
@@ -24,6 +28,16 @@ def caption(
     skeleton: Annotated[
         bool, typer.Option("--skeleton", help="Make empty .txt files to fill in, without a model.")
     ] = False,
+    tags: Annotated[
+        Path | None,
+        typer.Option(help="Write tags, by a WD tagger: its folder, or model.onnx with selected_tags.csv."),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Least score of a tag, with --tags.")
+    ] = 0.35,
+    characters: Annotated[
+        bool, typer.Option("--characters", help="Name known characters too, with --tags.")
+    ] = False,
     prompt: Annotated[
         str | None, typer.Option(help="What to ask; by default for the content, without the style.")
     ] = None,
@@ -34,7 +48,11 @@ def caption(
     """Write captions for images that have none; those that exist stay. Can be stopped and continued."""
     from sdlora.config import load_config
     from sdlora.data.captioning import find_uncaptioned, write_captions, write_skeletons
+    from sdlora.errors import ConfigError
 
+    if tags and (model or prompt or skeleton):
+        problem = "--tags cannot be used with --model, --prompt or --skeleton; use one of them"
+        raise ConfigError(problem, key="option--tags")
     settings = load_config(None, {}, arguments={"data.trigger": trigger}).data
     missing, total = find_uncaptioned(images, settings)
     options.say(f"{total - len(missing)} of {total} images have a caption")
@@ -43,10 +61,7 @@ def caption(
         return
     if not missing:
         return
-    from sdlora.models.captioner import DEFAULT, Captioner
-    from sdlora.sampling.session import choose_device
-
-    describe = Captioner(model or DEFAULT, prompt, choose_device())
+    describe = _load_tagger(tags, threshold, characters) if tags else _load_captioner(model, prompt)
     started = shown = time.monotonic()
     written = 0
     for number, (name, text) in enumerate(write_captions(images, missing, describe, settings), 1):
@@ -57,3 +72,16 @@ def caption(
             left = timedelta(seconds=round((now - started) / number * (len(missing) - number)))
             options.say(f"{number}/{len(missing)}  ETA {left}  {name}: {text or '(none)'}")
     options.say(f"captions written: {written}; read them, and say what images show, not their style")
+
+
+def _load_tagger(source: Path, threshold: float, has_characters: bool) -> Callable[[Image], str]:
+    from sdlora.models.tagger import Tagger
+
+    return Tagger(source, threshold, has_characters=has_characters)
+
+
+def _load_captioner(model: str | None, prompt: str | None) -> Callable[[Image], str]:
+    from sdlora.models.captioner import DEFAULT, Captioner
+    from sdlora.sampling.session import choose_device
+
+    return Captioner(model or DEFAULT, prompt, choose_device())

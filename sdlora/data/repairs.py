@@ -14,7 +14,7 @@ from typing import Any
 
 from sdlora.data.caption_files import SIDECAR_SUFFIXES
 from sdlora.data.records import DatasetIndex, Finding
-from sdlora.data.style_words import STYLE
+from sdlora.data.style_words import STYLE, STYLE_TAG
 from sdlora.errors import DataError, one_line
 from sdlora.reading import UnfitFileError, read_json
 from sdlora.writing import next_free_folder, write_json, write_text
@@ -84,7 +84,8 @@ def plan_repairs(index: DatasetIndex, findings: Iterable[Finding]) -> Repairs:
 
 
 def strip_style(text: str) -> str:
-    """A caption without the words that name a style; punctuation that is left over goes too."""
+    """A caption without the words and tags that name a style; punctuation that is left over goes too."""
+    text = ",".join(part for part in text.split(",") if not STYLE_TAG.fullmatch(part.strip()))
     text = " ".join(STYLE.sub(" ", text).split())
     parts = (
         re.sub(r"\b(?:in|as|and|with|an?|the)$", "", part.strip(" .")).strip() for part in text.split(",")

@@ -28,6 +28,12 @@ STYLE = re.compile(
     r"(?:simple|plain|white|black) background\b)",
     re.IGNORECASE,
 )
+# Whole tags, as Danbooru has them: `watercolor (medium)`, `1990s (style)`.
+STYLE_TAG = re.compile(
+    r".*\((?:medium|style)\)|traditional media|(?:no )?lineart|sketch|comic|\dkoma|3d|(?:photo)?realistic|"
+    r"(?:spot|partial|muted|pale) colou?r|limited palette|.*(?:artstyle|colou?ring)",
+    re.IGNORECASE,
+)
 _STOP = frozenset(
     re.findall(
         r"\w+",
