@@ -60,6 +60,14 @@ Features = Annotated[
 ]
 Size = Annotated[str | None, typer.Option(help="Image size in pixels, as WIDTHxHEIGHT.")]
 
+StartImage = Annotated[
+    Path | None, typer.Option("--image", help="An image to start from (img2img).", show_default="noise")
+]
+Denoise = Annotated[
+    float | None,
+    typer.Option(help="With --image: 0.3 stays near it, 0.8 goes far from it.", show_default="0.6"),
+]
+
 # What to do with files that are given as image folders.
 FILES = {
     ".toml": "write `sdlora train IMAGES --config {}`",
@@ -117,6 +125,13 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if not (width.isdecimal() and height.isdecimal() and len(text) < 12) or 0 in (int(width), int(height)):
         raise ConfigError(f"--size {shorten(text)} must be WIDTHxHEIGHT, such as 768x512", key="option--size")
     return int(width), int(height)
+
+
+def parse_start(image: Path | None, denoise: float | None) -> tuple[Path, float] | None:
+    """`--image` with `--denoise`; None without an image."""
+    if image is None and denoise is not None:
+        raise ConfigError(f"--denoise {denoise:g} requires --image FILE; add it", key="option--denoise")
+    return None if image is None else (image, 0.6 if denoise is None else denoise)
 
 
 def parse_strengths(text: str | None) -> dict[str, float]:

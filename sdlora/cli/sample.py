@@ -36,6 +36,8 @@ def sample(
         bool | None, typer.Option(help="Use the base's own safety checker, if it has one.")
     ] = None,
     size: options.Size = None,
+    image: options.StartImage = None,
+    denoise: options.Denoise = None,
     out: options.ImagesOut = None,
     force: options.Force = False,
 ) -> None:
@@ -52,12 +54,13 @@ def sample(
         safety_checker=safety_checker,
     )
     pixels, saved = options.parse_size(size), options.parse_steps(step)
+    start = options.parse_start(image, denoise)
     options.check_sources(sources or [], base=base, has_steps=bool(saved))
     from sdlora.report.terminal import Terminal
     from sdlora.sampling.session import SampleRequest, plan_sample
 
     terminal = Terminal()
-    request = SampleRequest(base, saved, out, pixels, force, terminal.warn, changes)
+    request = SampleRequest(base, saved, out, pixels, force, terminal.warn, changes, image=start)
     draw_grid(plan_sample(sources, request).checked(request), terminal)
 
 
@@ -84,6 +87,8 @@ def compare(
         str | None, typer.Option(help="diffusers schedulers, such as DDIMScheduler,EulerDiscreteScheduler.")
     ] = None,
     size: options.Size = None,
+    image: options.StartImage = None,
+    denoise: options.Denoise = None,
     scores: Annotated[
         bool, typer.Option("--scores", help="Score each column: style gained, and content kept.")
     ] = False,
@@ -111,13 +116,14 @@ def compare(
         for value in values:
             options.sample_settings(None, None, None, **{name: value})
     pixels, saved = options.parse_size(size), options.parse_steps(step)
+    start = options.parse_start(image, denoise)
     options.check_sources(sources, base=base, has_steps=bool(saved))
     from sdlora.evaluation.compare import draw_comparison, plan_comparison
     from sdlora.report.terminal import Terminal
     from sdlora.sampling.session import SampleRequest
 
     terminal = Terminal(quiet=as_json)
-    request = SampleRequest(base, saved, out, pixels, force, terminal.warn, settings, axes)
+    request = SampleRequest(base, saved, out, pixels, force, terminal.warn, settings, axes, start)
     plan = plan_comparison(sources, request)
     for note in plan.notes():
         options.say(f"note: {note}", err=True)

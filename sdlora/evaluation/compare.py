@@ -21,7 +21,14 @@ from sdlora.report.summary import MIN_IMAGES, SPLITS, losses_of
 from sdlora.runs import RunFolder
 from sdlora.sampling.grid import AXES, make_pages, varying_axes
 from sdlora.sampling.images import SampledImage, write_png
-from sdlora.sampling.session import SamplePlan, SampleRequest, choose_device, choose_folder, plan_sample
+from sdlora.sampling.session import (
+    DENOISE,
+    SamplePlan,
+    SampleRequest,
+    choose_device,
+    choose_folder,
+    plan_sample,
+)
 from sdlora.sampling.sources import Source, Step, Subject
 from sdlora.sampling.store import ImageStore
 from sdlora.writing import check_writable, write_json
@@ -127,6 +134,8 @@ def compare(
     guidance: float | Sequence[float] | None = None,
     scheduler: str | Sequence[str] | None = None,
     size: tuple[int, int] | None = None,
+    image: str | Path | None = None,
+    denoise: float = DENOISE,
     scores: bool = False,
     features: str | None = None,
     out: str | Path | None = None,
@@ -151,6 +160,8 @@ def compare(
         guidance: Guidance scales.
         scheduler: diffusers schedulers.
         size: Width and height in pixels.
+        image: An image file to start from, as `denoise` for `sample`.
+        denoise: Share of the steps that are run on it.
         scores: Measures how near each column is to the images of its run, and what it keeps of the base's
             content, over all prompts and seeds.
         features: A folder or Hub id of a vision model to score by; needed on any base but the built-in one.
@@ -165,7 +176,8 @@ def compare(
     settings = {"prompts": prompts, "seeds": seeds, "strengths": strengths}
     given = {"steps": steps, "guidance": guidance, "scheduler": scheduler}
     axes = {name: _as_list(value) for name, value in given.items() if value is not None}
-    request = SampleRequest(base, step, out, size, force, warn, settings, axes)
+    start = None if image is None else (image, denoise)
+    request = SampleRequest(base, step, out, size, force, warn, settings, axes, start)
     plan = plan_comparison(sources, request)
     return draw_comparison(plan, progress, scores=scores or features is not None, features=features)
 

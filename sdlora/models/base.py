@@ -170,5 +170,8 @@ class Base(Protocol):
         that SDXL was trained for.
         """
 
-    def make_pipeline(self, scheduler: Any) -> Any:
-        """The stock diffusers pipeline around the denoiser, from encoded prompts to latents."""
+    def make_pipeline(self, scheduler: Any, *, from_image: bool = False) -> Any:
+        """The stock diffusers pipeline around the denoiser, from encoded prompts to latents.
+
+        With `from_image`, that for image to image, whose `prepare_latents` needs a VAE: replace it.
+        """

@@ -281,8 +281,9 @@ class StableDiffusion:
             condition = Condition(condition.hidden, pooled, time_ids.expand(batch_size, -1))
         return noisy, timesteps, condition
 
-    def make_pipeline(self, scheduler: Any) -> Any:
-        return pipeline_of(self.info, unet=self.denoiser, scheduler=scheduler)
+    def make_pipeline(self, scheduler: Any, *, from_image: bool = False) -> Any:
+        kind = "Img2ImgPipeline" if from_image else "Pipeline"
+        return pipeline_of(self.info, kind, unet=self.denoiser, scheduler=scheduler)
 
 
 def _all_finite(*tensors: Tensor) -> bool:
@@ -296,11 +297,14 @@ def wrap_denoiser(info: BaseInfo, denoiser: Any) -> StableDiffusion:
     return StableDiffusion(info, denoiser, vae, (), (), dtype)
 
 
-def pipeline_of(info: BaseInfo, **components: Any) -> Any:
-    """The stock pipeline of a base around some components, by diffusers' names, and without the others."""
+def pipeline_of(info: BaseInfo, kind: str = "Pipeline", /, **components: Any) -> Any:
+    """The stock pipeline of a base around some components, by diffusers' names, and without the others.
+
+    `kind` is the end of its name.
+    """
     left_out = dict.fromkeys(("vae", *info.traits.text_encoders, *info.traits.tokenizers))
     with quiet():
-        stock = getattr(diffusers, info.traits.pipeline)
+        stock = getattr(diffusers, info.traits.pipeline.removesuffix("Pipeline") + kind)
         pipeline = stock(**{**left_out, **without_checker(info), **components})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -10,13 +10,15 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from sdlora.data.images import load_image
+from sdlora.data.tensors import image_to_tensor
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mounted
 from sdlora.lora.kinds import Scale
@@ -35,6 +37,7 @@ from sdlora.tree.lineage import Stack
 # Without a VAE, the pipeline takes a latent for 8 pixels.
 LATENT_UNIT_PX = 8
 EMPTY = "#e6e6e6"
+Posterior: TypeAlias = tuple[Tensor, Tensor]
 
 
 @contextmanager
@@ -177,12 +180,14 @@ def draw(
     images = {number: image for number, image in known.items() if image is not None}
     left = [number for number in range(len(cells)) if number not in images]
     with preserve_state(*base.components.values()), torch.autocast(base.device.type, enabled=False):
+        posteriors = {one: _encode_start(base, one) for one in {cells[number].settings for number in left}}
         states = _encode_columns(base, [cells[number] for number in left], text)
         for turn, batch in enumerate(_make_batches(cells, left)):
             own = [cells[number] for number in batch]
             if turn % share[1] == share[0]:
                 with mounted(base.components, _stack_of([cell.column for cell in own], base.device)):
-                    shown = _draw(base, own, [states[id(cell.column)] for cell in own])
+                    texts = [states[id(cell.column)] for cell in own]
+                    shown = _draw(base, own, texts, posteriors[own[0].settings])
             else:
                 size = own[0].settings.width, own[0].settings.height
                 shown = [(Image.new("RGB", size), "")] * len(batch)
@@ -260,38 +265,74 @@ def encode_prompts(
     return states
 
 
+def _encode_start(base: Base, settings: SampleSettings) -> Posterior | None:
+    """Mean and standard deviation (1, C, h, w) of the latents of the image that sampling starts from."""
+    if settings.start is None:
+        return None
+    size = settings.width, settings.height
+    image = ImageOps.fit(load_image(settings.start.path), size, Image.Resampling.LANCZOS)
+    return base.encode_images(image_to_tensor(image)[None])
+
+
 def _denoise(
-    base: Base, pipeline: Any, cells: Sequence[Cell], states: Sequence[Mapping[str, Condition]]
+    base: Base,
+    pipeline: Any,
+    cells: Sequence[Cell],
+    states: Sequence[Mapping[str, Condition]],
+    posterior: Posterior | None,
 ) -> Tensor:
     """Latents (B, C, h, w) of one batch."""
     settings = cells[0].settings
     assert settings.guidance is not None
-    info, size = base.info, (settings.height, settings.width)
-    height, width = (side // info.vae_factor for side in size)
+    size = settings.height, settings.width
     generators = [torch.Generator().manual_seed(cell.seed) for cell in cells]
-    shape = (1, info.latent_channels, height, width)
-    noise = torch.cat([torch.randn(shape, generator=generator, dtype=base.dtype) for generator in generators])
     arguments = _text_arguments(base, [own[cell.prompt] for own, cell in zip(states, cells, strict=True)])
     if settings.guidance > 1:
         negative = [own[settings.negative_prompt] for own in states]
         arguments |= _text_arguments(base, negative, "negative_")
-    if info.has_time_ids:
+    if base.info.has_time_ids:
         arguments |= {"original_size": size, "target_size": size}
+    arguments |= _start_arguments(base, pipeline, settings, generators, posterior)
     # A few schedulers draw from the ambient generator.
     torch.manual_seed(cells[0].seed)
     with quiet():
         latents: Tensor = pipeline(
             **arguments,
-            latents=noise.to(base.device),
             generator=generators,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
-            width=width * LATENT_UNIT_PX,
-            height=height * LATENT_UNIT_PX,
             output_type="latent",
             return_dict=False,
         )[0]
     return latents
+
+
+def _start_arguments(
+    base: Base,
+    pipeline: Any,
+    settings: SampleSettings,
+    generators: Sequence[torch.Generator],
+    posterior: Posterior | None,
+) -> dict[str, Any]:
+    """What denoising starts from: noise, or the image with the noise of the first step that is run."""
+    height, width = (side // base.info.vae_factor for side in (settings.height, settings.width))
+    shape = (1, base.info.latent_channels, height, width)
+
+    def draw_noise() -> Tensor:
+        drawn = [torch.randn(shape, generator=generator, dtype=base.dtype) for generator in generators]
+        return torch.cat(drawn).to(base.device)
+
+    if posterior is None or settings.start is None:
+        sides = {"width": width * LATENT_UNIT_PX, "height": height * LATENT_UNIT_PX}
+        return {"latents": draw_noise(), **sides}
+    # In the order of stock diffusers: a sample of the posterior, and then the noise.
+    mean, std = (part.to(base.device, base.dtype) for part in posterior)
+    latents, noise = mean + std * draw_noise(), draw_noise()
+    add_noise = pipeline.scheduler.add_noise
+    # Its own takes latents of 4 channels alone.
+    pipeline.prepare_latents = lambda image, timestep, *_, **__: add_noise(latents, noise, timestep)
+    # Looked at for its type alone.
+    return {"image": torch.zeros(len(generators), 3, 8, 8), "strength": settings.start.denoise}
 
 
 def _text_arguments(base: Base, conditions: Sequence[Condition], prefix: str = "") -> dict[str, Any]:
@@ -302,12 +343,16 @@ def _text_arguments(base: Base, conditions: Sequence[Condition], prefix: str = "
 
 
 def _draw(
-    base: Base, cells: Sequence[Cell], states: Sequence[Mapping[str, Condition]]
+    base: Base,
+    cells: Sequence[Cell],
+    states: Sequence[Mapping[str, Condition]],
+    posterior: Posterior | None,
 ) -> list[tuple[Image.Image, str]]:
     """Images of one batch, each with the reason if it is left blank."""
     settings = cells[0].settings
-    pipeline = base.make_pipeline(make_scheduler(base.info, settings.scheduler))
-    pixels = base.decode_latents(_denoise(base, pipeline, cells, states))
+    scheduler = make_scheduler(base.info, settings.scheduler)
+    pipeline = base.make_pipeline(scheduler, from_image=posterior is not None)
+    pixels = base.decode_latents(_denoise(base, pipeline, cells, states, posterior))
     images = pipeline.image_processor.postprocess(pixels.nan_to_num(), output_type="pil")
     check = base.safety_checker if settings.safety_checker else None
     flags = check(images) if check is not None else [False] * len(images)

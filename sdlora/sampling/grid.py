@@ -18,7 +18,7 @@ PAPER, INK, SOFT, RULE, EMPTY = "#ffffff", "#1c1c1e", "#7c7c82", "#e3e3e6", "#f1
 MAX_CELL_PX = 512
 MAX_PANELS, SCREEN = 4, 1.6
 MAX_PAGE_PX, MAX_COLUMNS = 4096, 12
-BASE, TARGET = ("", 0.0), ("", inf)
+BASE = ("", 0.0)
 EXAMPLE_SCALE = 0.6
 AXES: Mapping[str, Callable[[Any], str]] = {
     "guidance": "guidance {:g}".format,
@@ -78,11 +78,12 @@ def make_grid(
     height = max(sample.image.height for sample in samples)
     shrink = min(1.0, MAX_CELL_PX / max(width, height))
     measures = Measures(round(width * shrink), round(height * shrink))
+    aim = (targets.heading if targets else "", inf)
     if targets and targets.images:
-        columns.append(TARGET)
+        columns.append(aim)
     for prompt, image in targets.images.items() if targets else ():
         fitted = ImageOps.contain(image, (measures.width, measures.height), Image.Resampling.LANCZOS)
-        cells[*TARGET, prompt, rows[prompt][0]] = SampledImage(fitted, prompt, 0, 1.0)
+        cells[*aim, prompt, rows[prompt][0]] = SampledImage(fitted, prompt, 0, 1.0)
     panels = [
         _Panel(measures, columns, part, cells, labels or {}).draw()
         for part in _split(measures, len(columns), rows)
@@ -135,8 +136,8 @@ def _draw_strip(measures: Measures, examples: Sequence[Image.Image], width: int)
 
 
 def _heading(adapter: str, strength: float) -> str:
-    if (adapter, strength) == TARGET:
-        return "target"
+    if strength == inf:
+        return adapter
     return f"strength {strength:g}" if strength else "base"
 
 
@@ -253,7 +254,7 @@ class _Panel:
     def _headings(self) -> list[list[str]]:
         """The lines above each column, equally many: its name in up to two, its strength, and its label."""
         font, width = self.measures.font, self.measures.width
-        names = [_wrap(adapter, font, width, 2) for adapter, _ in self.columns]
+        names = [_wrap("" if strength == inf else name, font, width, 2) for name, strength in self.columns]
         labels = [self.labels.get(column, ()) for column in self.columns]
         most, foot = (max(map(len, texts)) for texts in (names, labels))
         blocks = [
@@ -273,7 +274,7 @@ class _Panel:
         for number, column in enumerate(self.columns):
             x = measures.left + number * measures.column
             sample = self.cells.get((*column, *row))
-            if column == TARGET and sample is None:
+            if column[1] == inf and sample is None:
                 continue
             # A hairline around each cell separates white images from the paper.
             pen.rectangle((x - 1, y - 1, x + right + 1, foot), None, RULE)

@@ -17,6 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdlora.config import SampleSection
+from sdlora.data.images import UnreadableImageError, measure_file
 from sdlora.errors import ConfigError, shorten
 from sdlora.models.base import quiet
 from sdlora.models.info import BaseInfo
@@ -48,6 +49,40 @@ KARRAS = " Karras"
 
 
 @dataclass(frozen=True, slots=True)
+class StartImage:
+    """An image that sampling starts from (SDEdit, arXiv 2108.01073), instead of noise alone.
+
+    Args:
+        path: The file; scaled and cropped to the size of the samples.
+        digest: SHA-256 of the file.
+        denoise: Share of the steps that are run: near 0 keeps the image, 1 keeps almost nothing of it.
+    """
+
+    path: Path
+    digest: str
+    denoise: float
+
+    @classmethod
+    def open(
+        cls, file: str | Path, denoise: float, side: int, step: int
+    ) -> tuple[StartImage, tuple[int, int]]:
+        """The image, and the size of its samples: its aspect ratio, and about the area of `side` × `side`.
+
+        Width and height are multiples of `step`. Raises a ConfigError if the file or `denoise` is unfit.
+        """
+        if not 0 < denoise <= 1:
+            problem = f"--denoise {denoise:g} must be above 0, which keeps the image, up to 1; use 0.4 to 0.8"
+            raise ConfigError(problem, key="option--denoise")
+        try:
+            digest, size, _ = measure_file(Path(file))
+        except UnreadableImageError as error:
+            raise ConfigError(f"--image {error.path} {error.reason}", key="option--image") from None
+        scale = side / (size.width * size.height) ** 0.5
+        fitted = (max(1, round(length * scale / step)) * step for length in (size.width, size.height))
+        return cls(Path(file), digest, denoise), (next(fitted), next(fitted))
+
+
+@dataclass(frozen=True, slots=True)
 class SampleSettings:
     """Settings of `generate`; None, or a size of 0, stands for the base's own choice.
 
@@ -57,6 +92,7 @@ class SampleSettings:
         width: In pixels, like `height`.
         batch_size: Number of images that are denoised at once.
         safety_checker: Whether images that the base's own checker flags are left blank.
+        start: An image to start from.
     """
 
     steps: int = 25
@@ -67,6 +103,7 @@ class SampleSettings:
     height: int = 0
     batch_size: int = 4
     safety_checker: bool = True
+    start: StartImage | None = None
 
     @classmethod
     def of(cls, sample: SampleSection, size: tuple[int, int]) -> SampleSettings:
@@ -117,6 +154,8 @@ def slug(text: str) -> str:
 
 def write_image(path: Path, image: SampledImage, metadata: Mapping[str, Any]) -> Path:
     """Writes one image with its settings, as `sdlora` and as A1111's `parameters`."""
+    settings, start = asdict(image.settings), image.settings.start
+    del settings["start"]
     values = {
         **metadata,
         "prompt": image.prompt,
@@ -125,7 +164,8 @@ def write_image(path: Path, image: SampledImage, metadata: Mapping[str, Any]) ->
         "withheld": image.blank == FLAGGED,
         **({"blank": image.blank} if image.blank else {}),
         **({"adapter": image.adapter} if image.adapter else {}),
-        **asdict(image.settings),
+        **settings,
+        **({"image": start.path.name, "denoise": start.denoise} if start else {}),
     }
     return write_png(path, image.image, values, _parameters_text(image, metadata))
 
@@ -155,6 +195,7 @@ def _parameters_text(image: SampledImage, metadata: Mapping[str, Any]) -> str:
         "Seed": image.seed,
         "Size": f"{image.image.width}x{image.image.height}",
         "Model": metadata.get("base"),
+        "Denoising strength": settings.start and settings.start.denoise,
     }
     lora = image.adapter or metadata.get("adapter")
     tag = f" <lora:{lora}:{image.strength:g}>" if lora and image.strength else ""
@@ -258,6 +299,9 @@ def resolve_settings(info: BaseInfo, settings: SampleSettings) -> SampleSettings
         except (ValueError, IndexError):
             # PNDM, the scheduler of SD 1.5, needs at least four.
             problems.append(f"sample.steps = {steps} is too few for {resolved.scheduler}; use 20 to 50")
+    if settings.start and int(steps * settings.start.denoise) < 1:
+        share = settings.start.denoise
+        problems.append(f"sample.steps = {steps} leaves no step for --denoise {share:g}; use more")
     if problems:
         raise ConfigError(*problems, key="option--size" if wrong_sizes else "")
     return resolved

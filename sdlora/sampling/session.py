@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sdlora.config import RunConfig, load_config
+from sdlora.data.images import load_image
 from sdlora.dtypes import DTYPES, has_bf16
 from sdlora.errors import ConfigError
 from sdlora.lora.adapter import Adapter, check_base
@@ -27,6 +28,7 @@ from sdlora.sampling.grid import make_grid
 from sdlora.sampling.images import (
     SampledImage,
     SampleSettings,
+    StartImage,
     check_prompts,
     resolve_settings,
     save_images,
@@ -45,6 +47,8 @@ from sdlora.sampling.targets import Targets, find_run_targets
 from sdlora.tree.tree import AdapterTree
 from sdlora.writing import check_writable, next_free_folder
 
+DENOISE = 0.6
+
 
 @dataclass(frozen=True)
 class SampleRequest:
@@ -60,6 +64,7 @@ class SampleRequest:
         warn: Called with a line if an adapter may not fit, such as to another base of the same family.
         settings: Keys of the section `sample`; None stands for the run's, or the base's.
         axes: Several values of guidance, scheduler or steps, which multiply the columns.
+        image: An image to start from, and the share of the steps that are then run.
     """
 
     base: str | Path | None = None
@@ -70,6 +75,7 @@ class SampleRequest:
     warn: Callable[[str], None] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     axes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    image: tuple[str | Path, float] | None = None
 
     @property
     def steps(self) -> Sequence[Step]:
@@ -123,12 +129,17 @@ class SamplePlan:
         prompts = self._prompts()
         filled = [config.data.fill_trigger(prompt, self.trigger) for prompt in prompts]
         check_prompts(filled)
+        side, start, size = config.data.resolution or info.resolution, None, None
         targets = find_run_targets(config, filled) if config.images else None
+        if request.image:
+            start, size = StartImage.open(*request.image, side, info.min_step)
+            shown = load_image(start.path)
+            targets = Targets(dict.fromkeys(filled, shown), (), "image")
         for note in dict.fromkeys(notes):
             if note and warn:
                 warn(note)
-        side = config.data.resolution or info.resolution
-        plain = SampleSettings.of(config.sample, request.size or (side, side))
+        plain = SampleSettings.of(config.sample, request.size or size or (side, side))
+        plain = replace(plain, start=start)
         points = [dict(zip(request.axes, values, strict=True)) for values in product(*request.axes.values())]
         settings = [resolve_settings(info, replace(plain, **point)) for point in points]
         if self.adapters:
@@ -226,6 +237,8 @@ def sample(
     safety_checker: bool | None = None,
     batch_size: int | None = None,
     size: tuple[int, int] | None = None,
+    image: str | Path | None = None,
+    denoise: float = DENOISE,
     out: str | Path | None = None,
     force: bool = False,
     warn: Callable[[str], None] | None = None,
@@ -234,11 +247,9 @@ def sample(
     """Draws a grid of runs, LoRA files or the base alone; a child is drawn on top of its ancestors.
 
     Args:
-        sources: A run, a LoRA file, an adapter, a tree node, or several, side by side; a sum of LoRAs such as
-            `a.safetensors:0.6+b.safetensors:0.4`; None for the base.
+        sources: A `Source`, or several side by side; None for the base.
         base: The base; by default the first run's, or the one that the file names.
-        step: Saved step of a run, or "final"; several are drawn beside each other. By default the final one,
-            or the newest of an unfinished run.
+        step: A saved step of a run, "final", or several; by default the final one, or the newest.
         prompts: By default the run's, as everything that follows; `{trigger}` is replaced.
         seeds: One row for each prompt and seed.
         strengths: One column each, beside the base.
@@ -249,6 +260,8 @@ def sample(
         safety_checker: Whether to use the base's own, if it has one.
         batch_size: Images at once.
         size: Width and height in pixels; by default those of the training.
+        image: An image file to start from (img2img), in whose aspect ratio the samples are then drawn.
+        denoise: Share of the steps that are run on it: near 0 keeps it. diffusers calls it strength.
         out: Output folder; by default `samples/NAME`.
         force: Accepts changed ancestors of a child, and ignores missing ones.
         warn: Called with a line if an adapter may not fit, such as to another base of the same family.
@@ -265,7 +278,8 @@ def sample(
         "scheduler": scheduler, "negative_prompt": negative_prompt, "safety_checker": safety_checker,
         "batch_size": batch_size,
     }  # fmt: skip
-    request = SampleRequest(base, step, out, size, force, warn, settings)
+    start = (image, denoise) if image else None
+    request = SampleRequest(base, step, out, size, force, warn, settings, image=start)
     return plan_sample(sources, request).checked(request).make(progress)
 
 

@@ -87,6 +87,7 @@ class ImageStore:
         values += [sorted(map(str, info.scheduler_config.items())), base.safety_checker is not None]
         values += [[(self._digest(adapter), strength) for adapter, strength in cell.column.stack]]
         values += [cell.prompt, cell.seed, *(getattr(settings, name) for name in SETTINGS)]
+        values += [settings.start.digest, settings.start.denoise] if settings.start else []
         return hashlib.sha256(json.dumps(values).encode("ascii")).hexdigest()
 
     def _digest(self, adapter: Adapter) -> str:

@@ -23,10 +23,12 @@ class Targets:
     Args:
         images: By prompt, for prompts that are captions.
         examples: Evenly spaced; empty if every prompt has its image.
+        heading: Of the column of images.
     """
 
     images: Mapping[str, Image.Image]
     examples: Sequence[Image.Image]
+    heading: str = "target"
 
 
 def find_targets(

@@ -228,3 +228,29 @@ def test_settings_are_rows_and_large_grids_have_pages() -> None:
     two, one = make_grid(samples), make_grid(samples[:30])
     assert two.height > one.height + 16
     assert two.width == one.width
+
+
+def test_an_image_to_start_from(sdlora: Any, files: list[Path], tmp_path: Path) -> None:
+    """R-13: beside its samples, which say so; kept apart by image; mistakes are one line."""
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (60, 30), colour).save(tmp_path / f"{name}.png")
+    ask = ("sample", files[0], "--base", "builtin", "--prompt", "a cat", "--steps", 2, "--strengths", 1)
+    for name in "ab":
+        start = ("--image", tmp_path / f"{name}.png", "--denoise", 0.5)
+        code, _, errors = sdlora(*ask, *start, "--out", tmp_path / name)
+        assert code == 0, errors
+    shown = [Image.open(tmp_path / name / "00.png") for name in "ab"]
+    assert shown[0].size == (184, 88), "its aspect ratio, and the area of the base's images"
+    assert shown[0].tobytes() != shown[1].tobytes()
+    said = json.loads(shown[0].text["sdlora"])  # type: ignore[attr-defined]
+    assert (said["image"], said["denoise"], "start" in said) == ("a.png", 0.5, False)
+    assert "Denoising strength: 0.5" in shown[0].text["parameters"]  # type: ignore[attr-defined]
+    for wrong, key in (
+        (("--denoise", 0.5), "option--denoise"),
+        (("--image", tmp_path / "a.png", "--denoise", 1.2), "option--denoise"),
+        (("--image", tmp_path / "a.png", "--denoise", 0.1), "sample.steps"),
+        (("--image", tmp_path / "none.png"), "option--image"),
+    ):
+        code, _, errors = sdlora(*ask, *wrong)
+        assert (code, len(errors)) == (2, 1), wrong
+        assert key in sdlora.keys

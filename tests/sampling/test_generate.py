@@ -21,13 +21,21 @@ from sdlora.formats.files import load_adapter, save_adapter
 from sdlora.lora.adapter import Adapter, draw_adapter
 from sdlora.lora.attach import detach, match_targets, mount
 from sdlora.lora.layers import lora_layers
+from sdlora.models.base import quiet
 from sdlora.models.folder import BUILTIN
 from sdlora.models.info import BaseInfo, inspect_base
 from sdlora.models.load import load_base
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.sampling import generate as sampling
 from sdlora.sampling.generate import Column, encode_prompts, make_columns
-from sdlora.sampling.images import FLAGGED, NOT_FINITE, SampledImage, SampleSettings, resolve_settings
+from sdlora.sampling.images import (
+    FLAGGED,
+    NOT_FINITE,
+    SampledImage,
+    SampleSettings,
+    StartImage,
+    resolve_settings,
+)
 from tests.checks import assert_same_image
 from tests.lora_fixtures import create_adapter
 from tests.sampling.drawing import generate
@@ -343,3 +351,32 @@ def test_images_that_are_not_finite_are_blank_and_say_so(base: StableDiffusion, 
     images = generate(base, adapter, PROMPTS[:1], [0], [1e30], QUICK)
     assert [image.blank for image in images] == ["", NOT_FINITE]
     assert images[1].image.getcolors() == [(64 * 64, (230,) * 3)]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "denoise"),
+    [(None, 5, 0.6), ("EulerAncestralDiscreteScheduler", 4, 0.5), ("HeunDiscreteScheduler", 3, 1.0)],
+)  # fmt: skip
+def test_an_image_to_start_from_equals_stock_diffusers(
+    base: StableDiffusion, stock: Any, tmp_path: Path, scheduler: str | None, steps: int, denoise: float
+) -> None:
+    """R-10: as `StableDiffusionImg2ImgPipeline` draws, in the aspect ratio of the image."""
+    noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((512, 384)).save(tmp_path / "a.png")
+    start, size = StartImage.open(tmp_path / "a.png", denoise, 112, base.info.min_step)
+    assert size == (128, 96)
+    plain = SampleSettings(steps, 5.0, scheduler, width=size[0], height=size[1], start=start)
+    settings = resolve_settings(base.info, plain)
+    config, kind = stock.scheduler.config, getattr(diffusers, settings.scheduler or "")
+    with quiet():
+        image_to_image = diffusers.StableDiffusionImg2ImgPipeline(
+            **{**stock.components, "scheduler": kind.from_config(config)}, requires_safety_checker=False
+        )
+    image_to_image.set_progress_bar_config(disable=True)
+    image = Image.open(tmp_path / "a.png").resize(size, Image.Resampling.LANCZOS)
+    torch.manual_seed(3)
+    expected = image_to_image(
+        PROMPTS, [image] * 2, strength=denoise, num_inference_steps=steps, guidance_scale=5.0,
+        negative_prompt=[""] * 2, generator=[torch.Generator().manual_seed(seed) for seed in (3, 3)],
+    ).images  # fmt: skip
+    assert_same_image(pixels(generate(base, None, PROMPTS, [3], [], settings)), pixels(expected))
