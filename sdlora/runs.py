@@ -62,6 +62,19 @@ class RunFolder:
         self.rank_curve = self.path / "rank.png"
         self.model_card = self.adapters / "README.md"
 
+    def ask(self, request: str) -> None:
+        """Asks the process that trains the run to "save" or to "sample" after the step that it is at."""
+        (self.path / f"{request}.request").touch()
+
+    def take_requests(self) -> set[str]:
+        """What was asked for since the last call."""
+        taken = set()
+        for request in ("save", "sample"):
+            with suppress(OSError):
+                (self.path / f"{request}.request").unlink()
+                taken.add(request)
+        return taken
+
     def __fspath__(self) -> str:
         return str(self.path)
 

@@ -11,7 +11,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -74,6 +74,7 @@ class Studio:
         pages |= {"/new": self.new, "/images": self.image_folders}
         pages |= {"/images/{folder}": self.images, "/thumb/{folder}/{name:path}": self.thumb, **looks.pages()}
         forms = {"/plan": self.plan, "/start": self.start, "/stop/{name:path}": self.stop}
+        forms |= {f"/{what}/{{name:path}}": partial(self.ask, what) for what in ("save", "sample")}
         forms |= {"/resume/{name:path}": self.resume, "/prune/{name:path}": self.prune}
         forms |= {"/captions/{folder}": self.write_captions, "/undo/{folder}": self.undo, **looks.forms()}
         static = StaticFiles(directory=Path(__file__).parent / "static")
@@ -161,6 +162,11 @@ class Studio:
     def stop(self, request: Request, form: Form) -> Response:
         run = self.library.run(request.path_params["name"])
         self.launcher.stop(run)
+        return self._go_to(run)
+
+    def ask(self, what: str, request: Request, form: Form) -> Response:
+        run = self.library.run(request.path_params["name"])
+        self.launcher.ask(run, what)
         return self._go_to(run)
 
     def resume(self, request: Request, form: Form) -> Response:

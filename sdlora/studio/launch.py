@@ -160,6 +160,12 @@ class Launcher:
             process.terminate()
             self._stopping[run.path] = process.pid
 
+    def ask(self, run: RunFolder, request: str) -> None:
+        """Asks the process of a run to "save" or "sample" now."""
+        if find_process(run) is None:
+            raise RunError(f"no process of this machine trains {run.name}", key="run.not-running")
+        run.ask(request)
+
     def is_stopping(self, run: RunFolder) -> bool:
         process = find_process(run)
         return process is not None and self._stopping.get(run.path) == process.pid

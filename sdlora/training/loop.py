@@ -95,13 +95,13 @@ class Trainer:
                 result = self.train_step()
                 self.record(result, time.monotonic() - started)
                 self.show_progress(meter, self.step - first)
-                stopping = self.is_stopping()
+                stopping, saving, sampling = self.poll()
                 self.evaluate_if_due()
-                self.save_if_due(stopping)
+                self.save_if_due(stopping or saving, sampling)
                 if self.step in self.plan.save_steps:
                     meter.beat()
-                if not stopping and self.step in self.plan.sample_steps:
-                    self.sample_if_due()
+                if not stopping and (sampling or self.step in self.plan.sample_steps):
+                    self.sample()
                     if stopping := self.is_stopping():
                         self.save_missing_checkpoint()
                 if stopping:
@@ -124,12 +124,15 @@ class Trainer:
 
     def begin(self) -> None:
         """Evaluates the base; or makes the grid that a signal after the checkpoint prevented."""
+        if self.accelerator.is_main_process:
+            self.run.take_requests()  # of a process before this one
         if self.step == 0:
             self.evaluate_if_due()
             return
         is_sampled = any(event["step"] == self.step for event in self.run.events("samples"))
-        if all_reduce_count(self.accelerator, self.accelerator.is_main_process and not is_sampled):
-            self.sample_if_due()
+        is_missing = self.step in self.plan.sample_steps and not is_sampled
+        if all_reduce_count(self.accelerator, self.accelerator.is_main_process and is_missing):
+            self.sample()
 
     def train_step(self) -> StepResult:
         """One optimizer update."""
@@ -190,13 +193,13 @@ class Trainer:
                 share=Share(processes.process_index, processes.num_processes, total),
             )
 
-    def save_if_due(self, stopping: bool = False) -> None:
+    def save_if_due(self, saving: bool = False, sampling: bool = False) -> None:
         """Saves the adapter, to use, and the checkpoint, to continue from.
 
         Raises an OSError if a step that must leave a checkpoint could leave neither.
         """
-        needs_checkpoint = self.step in self.plan.save_steps or stopping
-        if not (needs_checkpoint or self.step in self.plan.sample_steps):
+        needs_checkpoint = self.step in self.plan.save_steps or saving
+        if not (needs_checkpoint or sampling or self.step in self.plan.sample_steps):
             return
         if not self.accelerator.is_main_process:
             return
@@ -231,10 +234,8 @@ class Trainer:
             return False
         return True
 
-    def sample_if_due(self) -> None:
+    def sample(self) -> None:
         """Makes a grid of the saved adapter; running out of memory skips it, a signal postpones it."""
-        if self.step not in self.plan.sample_steps:
-            return
         is_missing = self.accelerator.is_main_process and not self.run.step_adapter(self.step).is_file()
         if all_reduce_count(self.accelerator, is_missing):
             self.warn(f"no samples at step {self.step}: its adapter could not be saved")
@@ -260,6 +261,16 @@ class Trainer:
         if grid is not None:
             self.event("samples", path=str(grid.relative_to(self.run.path)))
             self.logger.track_grid(self.step, grid)
+
+    def poll(self) -> tuple[bool, bool, bool]:
+        """Whether any process received a signal, and whether a person asked to save, or to sample.
+
+        Without grids, the encoders of prompts are not there to sample.
+        """
+        asked = self.run.take_requests() if self.accelerator.is_main_process else set()
+        own = (self.signals.received is not None, "save" in asked, "sample" in asked)
+        stopping, saving, sampling = all_reduce_sum(self.accelerator, torch.tensor(own).int()).tolist()
+        return stopping > 0, saving > 0, sampling > 0 and bool(self.plan.sample_steps)
 
     def is_stopping(self) -> bool:
         """Whether any process received a signal."""

@@ -78,6 +78,10 @@ def test_a_run_is_followed(make_run, serve, open_page):
     assert "9 of 10" in page.locator("#figures").inner_text()
     assert page.locator("#curves path").first.get_attribute("d") != curve
     assert page.get_by_role("button", name="Save and stop").is_visible()
+    assert not page.get_by_role("button", name="Sample now").count(), "a run without samples has none"
+    page.get_by_role("button", name="Save now").click()
+    page.wait_for_load_state()
+    assert run.take_requests() == {"save"}
     # Killed: the page says so, and offers to continue.
     run.process_file.unlink()
     page.get_by_role("button", name="Resume").wait_for()

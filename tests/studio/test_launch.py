@@ -104,6 +104,8 @@ def test_stop_and_resume(launcher, make_run, client):
     run = make_run(done=4)
     with raises(RunError, "run.not-running"):
         launcher.stop(run)
+    with raises(RunError, "run.not-running"):
+        launcher.ask(run, "save")
     code = "import signal, time; signal.signal(signal.SIGTERM, lambda *a: None); print('up', flush=True)"
     code += "; time.sleep(1000)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
@@ -114,6 +116,10 @@ def test_stop_and_resume(launcher, make_run, client):
             with raises(RunError, "run.running"):
                 refused()
         assert client().post(f"/resume/{run.name}").status_code == 409
+        for request in ("save", "sample"):
+            assert client().post(f"/{request}/{run.name}", follow_redirects=False).status_code == 303
+        assert run.take_requests() == {"save", "sample"}
+        assert run.take_requests() == set()
         assert not launcher.is_stopping(run)
         launcher.stop(run)
         assert launcher.is_stopping(run)

@@ -121,6 +121,18 @@ def test_two_processes_are_one(images, quick, tmp_path, fork_processes, monkeypa
     assert resumed[1].printed == ""
 
 
+def asking_at(step, record):
+    """Asks, as the page does, to save and to sample, in the middle of a run."""
+
+    def ask(trainer, result, seconds):
+        record(trainer, result, seconds)
+        if result.step == step and trainer.accelerator.is_main_process:
+            trainer.run.ask("save")
+            trainer.run.ask("sample")
+
+    return ask
+
+
 def stopping_at(step, record):
     """Sends a signal to one of the processes in the middle of a run."""
 
@@ -330,17 +342,22 @@ def test_a_process_that_ends_ends_all(
 
 
 def test_a_stop_is_reported_once(images, quick, tmp_path, fork_processes, monkeypatch, command_line):
-    """R-23: one process prints the saved step; the others end soon and print nothing."""
+    """R-23: one process prints the saved step; the others end soon and print nothing.
+
+    What a page asks for before reaches all of them, too.
+    """
     run = RunFolder(tmp_path / "run")
     config = quick(images, **{**EVERYTHING, "train__save_every": 2})
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "record", stopping_at(3, Trainer.record))
+        patch.setattr(Trainer, "record", asking_at(1, stopping_at(3, Trainer.record)))
         patch.setattr(sys, "argv", command_line(images, run, config))
         children = fork_processes(2, main)
         assert [child.wait() for child in children] == [143, 143]
     last = children[0].printed.splitlines()[-1]
     assert last.startswith("sdlora: ")
     assert all(part in last for part in ("step 3 of 6", f"`sdlora resume {run.path}`"))
+    assert run.saved_steps() == [1, 2, 3]
+    assert (run.sample_folder(1) / "grid.png").is_file()
     assert children[1].printed == ""
 
 

@@ -339,8 +339,8 @@ def after_saving(step, happen):
     """Calls a function after a step was saved."""
     save = Trainer.save_if_due
 
-    def saved(trainer, stopping=False):
-        save(trainer, stopping)
+    def saved(trainer, *asked):
+        save(trainer, *asked)
         if trainer.step == step:
             happen(trainer)
 

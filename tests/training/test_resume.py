@@ -10,6 +10,7 @@ from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from sdlora.errors import AdapterError, ConfigError, ModelError, RunError, RunStopped
@@ -89,6 +90,35 @@ def test_stopped_equals_straight(make_images, quick, make_trainer, tmp_path, che
     stopped, own_results = run_to_end(make_trainer, config, tmp_path / "stopped", stops)
     assert own_results == results
     check_same(straight.run, stopped.run)
+
+
+def test_saved_and_sampled_when_asked(make_images, quick, make_trainer, tmp_path, monkeypatch):
+    """R-03, R-23: after the step, without a trace in the weights; a run that is then killed resumes there."""
+    keys = {**CONFIG, "train__steps": 4, "train__save_every": 4, "train__sample_every": 4}
+    config = quick(make_images(sizes=SIZES), **keys)
+    straight, _ = run_to_end(make_trainer, config, tmp_path / "straight")
+
+    def record(trainer, result, seconds):
+        if result.step == 3:
+            raise KeyboardInterrupt
+        for request in {1: ("save",), 2: ("sample",)}.get(result.step, ()):
+            trainer.run.ask(request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "record", record)
+        killed = make_trainer(config, tmp_path / "asked")
+        with pytest.raises(KeyboardInterrupt):
+            killed.train()
+    run = killed.run
+    assert run.checkpoint_steps() == [1]
+    assert run.saved_steps() == [1, 2]
+    assert [file.parent.name for file in run.samples.rglob("grid.png")] == ["step-000002"]
+    resumed = make_trainer(config, run.path)
+    resumed.resume()
+    assert resumed.step == 1
+    resumed.train()
+    ends = [read_checkpoint(one.run.checkpoint(4))[0] for one in (straight, resumed)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 @pytest.mark.slow
