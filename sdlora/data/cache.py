@@ -24,7 +24,8 @@ from sdlora.writing import write_file
 CACHE_VERSION = 2
 DIGEST = "sha256"
 MAX_BYTES = 2**28
-MAX_KEPT = 2**31
+# Copies in memory: of what is used, and of what is only written or looked for.
+MAX_KEPT, MAX_KEPT_AHEAD = 2**31, 2**26
 DTYPES = {"F32", "F16", "BF16"}
 TensorShapes = dict[str, tuple[int, ...]]
 LATENTS, TEXT, IMAGES, LOOKS = "latents", "text", "images", "looks"
@@ -54,7 +55,8 @@ def _make_key(kind: str, *ingredients: Any) -> str:
 class TensorCache:
     """Named tensors for each key: a safetensors file per key, and up to 2 GiB of copies in memory.
 
-    Without a folder, everything is kept in memory.
+    Preparing a run keeps 64 MiB of them, so that its memory does not grow with the number of images. Without
+    a folder, everything is kept in memory.
 
     Attributes:
         problem: Why the last file could not be written, or empty; the copy in memory is used instead.
@@ -73,7 +75,9 @@ class TensorCache:
         has_files = self.folder is not None and not self.problem
         return {**self.__dict__, "_memory": {}, "_num_bytes": 0} if has_files else self.__dict__
 
-    def get(self, key: str, shapes: TensorShapes | None = None) -> dict[str, torch.Tensor] | None:
+    def get(
+        self, key: str, shapes: TensorShapes | None = None, *, is_ahead: bool = False
+    ) -> dict[str, torch.Tensor] | None:
         """The tensors of a key, or None; they must not be changed in place.
 
         A file that is damaged, of other shapes, or that no encoder can have made, counts as missing.
@@ -81,7 +85,7 @@ class TensorCache:
         if key not in self._memory and self.folder is not None:
             file = self._file(key)
             try:
-                return self._keep(key, _read_tensors(file, shapes))
+                return self._keep(key, _read_tensors(file, shapes), is_ahead=is_ahead)
             except FileNotFoundError:
                 return None
             except (OSError, UnfitFileError, SafetensorError):
@@ -97,18 +101,22 @@ class TensorCache:
                 write_file(file, lambda temporary: temporary.write_bytes(seal(kept)), _read_tensors)
             except (OSError, UnfitFileError, SafetensorError) as error:
                 self.problem = f"{file} cannot be written: {error}"
-        self._keep(key, kept)
+        self._keep(key, kept, is_ahead=True)
 
-    def _keep(self, key: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Keeps a copy in memory, evicting the oldest that can be read from their files again."""
-        self._num_bytes += _size(tensors) - _size(self._memory.pop(key, {}))
+    def _keep(self, key: str, tensors: dict[str, torch.Tensor], *, is_ahead: bool) -> dict[str, torch.Tensor]:
+        """Keeps a copy in memory: ahead of its use if there is room, else instead of the oldest with a file."""
+        self._num_bytes -= _size(self._memory.pop(key, {}))
+        has_file = self.folder is not None and not self.problem
+        if has_file and is_ahead and self._num_bytes + _size(tensors) > MAX_KEPT_AHEAD:
+            return tensors
+        self._num_bytes += _size(tensors)
         self._memory[key] = tensors
-        while self.folder is not None and not self.problem and self._num_bytes > MAX_KEPT:
+        while has_file and self._num_bytes > MAX_KEPT:
             self._num_bytes -= _size(self._memory.pop(next(iter(self._memory))))
         return tensors
 
     def contains(self, key: str, shapes: TensorShapes | None = None) -> bool:
-        return self.get(key, shapes) is not None
+        return self.get(key, shapes, is_ahead=True) is not None
 
     def has_file(self, key: str) -> bool:
         """Whether the folder has a file for a key, whatever is in it."""

@@ -53,7 +53,8 @@ def examine_words(records: Sequence[ImageRecord], trigger: str | None, noticed: 
     texts = {name: " ".join(text.split()).strip(" ,") for name, text in texts.items()}
     texts = {name: text for name, text in texts.items() if text}
     for name, text in texts.items():
-        if found := STYLE.search(text):
+        tags = map(STYLE_TAG.fullmatch, text.split(", ")) if "," in text else ()
+        if found := STYLE.search(text) or next(filter(None, tags), None):
             noticed["data.caption-style"][name] = repr(found[0].lower())
     if len(texts) < FEW:
         return

@@ -145,6 +145,23 @@ def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert all(cache.contains(f"text/{number}") for number in range(4))
 
 
+def test_preparing_keeps_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R-19: what is written, or only looked for, does not fill the memory; what is used does."""
+    monkeypatch.setattr("sdlora.data.cache.MAX_KEPT_AHEAD", 100)
+    cache, names = TensorCache(tmp_path), [f"text/{number}" for number in range(4)]
+    for name in names:
+        cache.put(name, {"hidden": torch.ones(10)})
+        assert cache.contains(name)
+    fresh = TensorCache(tmp_path)
+    assert all(map(fresh.contains, names))
+    used = TensorCache(tmp_path)
+    assert all(map(used.get, names))
+    clear_cache(tmp_path)
+    for one in (cache, fresh):
+        assert list(map(one.contains, names)) == [True, True, False, False]
+    assert all(map(used.contains, names))
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "header", "text", "bit", "no digest"])
 def test_a_damaged_file_counts_as_missing(tmp_path: Path, damage: str) -> None:
     """R-21: a file cut short, overwritten or with one bit changed is computed again, never an error."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import zlib
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from sdlora.data.records import ImageRecord, Noticed, Size
 from sdlora.data.repairs import strip_style
+from sdlora.data.style_words import examine_words
 from sdlora.errors import ModelError
 from sdlora.models import tagger as tagger_module
 from sdlora.models.tagger import Tagger
@@ -81,6 +84,18 @@ def test_tags_that_name_a_style() -> None:
     """Whole tags go; a thing of the same word stays."""
     tags = "1girl, ink (medium), Sketch, sketch book, 1990s (style), traditional media, lineart, red hat"
     assert strip_style(tags) == "1girl, sketch book, red hat"
+    captions = {
+        "a": "1girl, lineart, red hat",
+        "b": "a sketch book",
+        "c": "Sketch",
+        "d": "a boat, a comic book",
+    }
+    records = [
+        ImageRecord(Path(name), name, name, Size(8, 8), text, ".txt") for name, text in captions.items()
+    ]
+    noticed: Noticed = defaultdict(dict)
+    examine_words(records, None, noticed)
+    assert noticed["data.caption-style"] == {"a": "'lineart'"}
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "selected_tags.csv"])
