@@ -104,7 +104,7 @@ class TensorCache:
         self._keep(key, kept, is_ahead=True)
 
     def _keep(self, key: str, tensors: dict[str, torch.Tensor], *, is_ahead: bool) -> dict[str, torch.Tensor]:
-        """Keeps a copy in memory: ahead of its use if there is room, else instead of the oldest with a file."""
+        """Keeps a copy in memory: ahead of its use if there is room, else in place of the oldest."""
         self._num_bytes -= _size(self._memory.pop(key, {}))
         has_file = self.folder is not None and not self.problem
         if has_file and is_ahead and self._num_bytes + _size(tensors) > MAX_KEPT_AHEAD:
