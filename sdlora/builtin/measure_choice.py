@@ -2,14 +2,18 @@
 
 The truth of a cell is the share of its samples that the judge recognizes, times their way from the base's own
 images (0) to drawings of the set that the run never saw (1), by statistics of the judge's first layers.
+
+The best of many cells owes some of its truth to chance. `--again` draws new samples of the recommended and
+the best cell, for other prompts, and compares the two by those alone.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +23,17 @@ from PIL import Image
 
 from sdlora.builtin.judge import Judge, load_judge, open_rgb, recognise, to_input
 from sdlora.builtin.script import Script
+from sdlora.evaluation.context import open_context
+from sdlora.evaluation.intervals import TAIL
 from sdlora.evaluation.scores import Draws, Weights
+from sdlora.evaluation.walk import Gallery, Place, Row
 from sdlora.runs import RunFolder
 from sdlora.writing import write_json
 
 LAYERS = (2, 6)  # after the first convolution, and the second pooling
 NUM_DRAWS = 1000
 
-Cell = tuple[Any, float]
+Cell = tuple[int | str, float]
 
 
 @torch.no_grad()
@@ -48,20 +55,53 @@ def concept_of(prompt: str, trigger: str | None) -> str:
     return bare.split(" ", 1)[-1].replace(" ", "-")
 
 
-def measure_truth(judge: Judge, run: RunFolder, unseen: Sequence[Image.Image]) -> dict[Cell, Draws]:
-    """The truth of each cell of an evaluated run, with paired bootstrap draws over prompts and seeds."""
-    trigger = run.read_config().data.trigger
-    images: dict[Cell, list[Image.Image]] = defaultdict(list)
-    rows: dict[tuple[str, int], None] = {}
-    for entry in json.loads(run.evaluation_file.read_text(encoding="utf-8"))["choice"]["images"]:
+def read_truth(judge: Judge, run: RunFolder, unseen: Sequence[Image.Image]) -> dict[Cell, Draws]:
+    """The truth of each cell of an evaluated run, by the images that `evaluate` drew."""
+    images: dict[Place, list[Image.Image]] = defaultdict(list)
+    rows: dict[Row, None] = {}
+    for entry in _choice_of(run)["images"]:
         rows[entry["prompt"], entry["seed"]] = None
-        images[entry["step"], entry["strength"]].append(open_rgb(run.path / entry["file"]))
+        place = (entry["step"], entry["strength"]) if entry["strength"] else None
+        images[place].append(open_rgb(run.path / entry["file"]))
+    return measure_truth(judge, images, list(rows), unseen, run.read_config().data.trigger)
+
+
+def draw_truth(
+    judge: Judge, run: RunFolder, unseen: Sequence[Path], cells: Sequence[Cell], num_seeds: int
+) -> dict[Cell, Draws]:
+    """The truth of some cells by new samples, for captions of unseen drawings that are no prompts yet."""
+    trigger, used = run.read_config().data.trigger, {entry["prompt"] for entry in _choice_of(run)["images"]}
+    captions = [file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in unseen]
+    prompts = [", ".join(filter(None, (trigger, caption))) for caption in captions]
+    rows = list(itertools.product([one for one in prompts if one not in used], range(num_seeds)))
+    drawn = Gallery(open_context(run, needs_heldout=False)).draw([None, *cells], rows)
+    return measure_truth(judge, drawn, rows, [open_rgb(file) for file in unseen], trigger)
+
+
+def measure_truth(
+    judge: Judge,
+    images: Mapping[Place, Sequence[Image.Image]],
+    rows: Sequence[Row],
+    unseen: Sequence[Image.Image],
+    trigger: str | None,
+) -> dict[Cell, Draws]:
+    """The truth of each cell, with paired bootstrap draws over prompts and seeds.
+
+    Args:
+        judge: The judge.
+        images: Of the base (None) and each cell, in the order of the rows.
+        rows: Prompts and seeds, prompt by prompt.
+        unseen: Drawings of the set that the run never saw.
+        trigger: What prompts begin with.
+    """
     concepts = [concept_of(prompt, trigger) for prompt, _ in rows]
     weights = Weights.draw(len(set(concepts)), len(rows) // len(set(concepts)), NUM_DRAWS)
     goal = line_statistics(judge, unseen).mean(axis=0)
-    start = np.linalg.norm(weights.rows @ line_statistics(judge, images.pop((None, 0.0))) - goal, axis=1)
+    start = np.linalg.norm(weights.rows @ line_statistics(judge, images[None]) - goal, axis=1)
     truth = {}
     for cell, own in images.items():
+        if cell is None:
+            continue
         way = np.linalg.norm(weights.rows @ line_statistics(judge, own) - goal, axis=1)
         pairs = zip(recognise(judge, own, 1), concepts, strict=True)
         hits = weights.rows @ np.array([float(names[0] == concept) for names, concept in pairs])
@@ -70,11 +110,11 @@ def measure_truth(judge: Judge, run: RunFolder, unseen: Sequence[Image.Image]) -
     return truth
 
 
-def compare_choice(judge: Judge, run: RunFolder, unseen: Sequence[Image.Image]) -> dict[str, Any]:
+def compare_choice(judge: Judge, run: RunFolder, unseen: Sequence[Path], num_seeds: int) -> dict[str, Any]:
     """A row of the table: what was chosen, the best by the truth, and whether the truth tells them apart."""
-    truth, config = measure_truth(judge, run, unseen), run.read_config()
+    truth, config = read_truth(judge, run, [open_rgb(file) for file in unseen]), run.read_config()
     best = max(truth, key=lambda cell: truth[cell].value)
-    choice = json.loads(run.evaluation_file.read_text(encoding="utf-8"))["choice"]
+    choice = _choice_of(run)
     chosen = choice["step"], choice["strength"]
     row: dict[str, Any] = {
         "run": run.name,
@@ -86,11 +126,29 @@ def compare_choice(judge: Judge, run: RunFolder, unseen: Sequence[Image.Image]) 
         "best_truth": round(truth[best].value, 3),
     }
     if chosen in truth:
-        row["share"] = round(truth[chosen].value / max(truth[best].value, 1e-9), 3)
-        row["is_worse"] = (truth[best] - truth[chosen]).interval.low > 0
+        row |= _compare(truth, chosen, best)
+        if num_seeds and chosen != best:
+            again = draw_truth(judge, run, unseen, [chosen, best], num_seeds)
+            row["again"] = _compare(again, chosen, best)
     row["reason"], row["warnings"] = choice["reason"], choice["warnings"]
     row["truth"] = {f"{step} at {strength:g}": round(one.value, 3) for (step, strength), one in truth.items()}
     return row
+
+
+def _compare(truth: Mapping[Cell, Draws], chosen: Cell, best: Cell) -> dict[str, Any]:
+    """The share of the best cell's truth that the chosen one has, its 95 % interval, and what it says."""
+    shares = truth[chosen].draws / np.maximum(truth[best].draws, 1e-9)
+    low, high = np.percentile(shares, [TAIL, 100 - TAIL])
+    return {
+        "share": round(truth[chosen].value / max(truth[best].value, 1e-9), 3),
+        "interval": [round(float(low), 3), round(float(high), 3)],
+        "is_worse": (truth[best] - truth[chosen]).interval.low > 0,
+    }
+
+
+def _choice_of(run: RunFolder) -> dict[str, Any]:
+    choice: dict[str, Any] = json.loads(run.evaluation_file.read_text(encoding="utf-8"))["choice"]
+    return choice
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,14 +156,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     script.add_argument("runs", type=Path, nargs="+", help="evaluated runs")
     script.add_argument("--unseen", type=Path, required=True, help="folder of drawings that no run saw")
     script.add_argument("--out", type=Path, help="table to add the rows to, such as choice.json")
+    script.add_argument("--again", type=int, default=0, metavar="SEEDS", help="new samples of each prompt")
 
     def work(given: Namespace) -> None:
         judge = load_judge(given.judge)
-        unseen = [open_rgb(file) for file in sorted(given.unseen.glob("*.png"))]
+        unseen = sorted(given.unseen.glob("*.png"))
         known = json.loads(given.out.read_text(encoding="utf-8")) if given.out and given.out.is_file() else []
         rows = {row["run"]: row for row in known}
         for folder in given.runs:
-            row = compare_choice(judge, RunFolder.open(folder), unseen)
+            row = compare_choice(judge, RunFolder.open(folder), unseen, given.again)
             rows[row["run"]] = row
             print(json.dumps(row), flush=True)
             if given.out:
