@@ -14,6 +14,7 @@ from PIL import Image
 from sdlora.builtin.measure import load_pipeline, make_sheet, sample
 from sdlora.builtin.measure_styles import SEEDS, Drawing, read_drawings, style_distance, style_share
 from sdlora.builtin.script import BASE, Script
+from sdlora.evaluation.features import DrawingFeatures, Rows
 
 TRIGGER = "flat drawing"
 HANDS = ("openmoji", "fluent-mono")
@@ -106,29 +107,36 @@ def _square(drawing: Drawing) -> Image.Image:
     return canvas
 
 
+def parts_of(samples: Rows, base: Rows, hands: Sequence[Rows]) -> list[float]:
+    """How far samples go from the base towards each hand, together: the base is (0, 0), a hand 1 of its own.
+
+    Least squares of the mean style (D,) of the samples; all are rows (N, D).
+    """
+    ways = np.stack([hand.mean(axis=0) - base.mean(axis=0) for hand in hands], axis=1)
+    found = np.linalg.lstsq(ways, samples.mean(axis=0) - base.mean(axis=0), rcond=None)[0]
+    return [round(float(part), 3) for part in found]
+
+
 def measure_masks(given: Namespace) -> dict[str, Any]:
-    """With and without masks of the left half: the distance of each half of samples to either hand."""
-    folder = make_halves(given)
-    real = {hand: read_drawings(given.datasets / hand / "heldout") for hand in HANDS}
-    prompts = [f"{TRIGGER}, {one.caption}" for one in real[HANDS[0]][:NUM_PROMPTS]]
+    """With and without masks of the left half: how far samples go towards either hand, by training."""
+    folder, style = make_halves(given), DrawingFeatures().style
+    heldout = [read_drawings(given.datasets / hand / "heldout") for hand in HANDS]
+    prompts = [f"{TRIGGER}, {one.caption}" for one in heldout[0][:NUM_PROMPTS]]
     pipeline = load_pipeline(BASE, "cpu")
-    boxes = {"left": (0, 0, SIDE // 2, SIDE), "right": (SIDE // 2, 0, SIDE, SIDE)}
+    base = style(draw(pipeline, None, prompts))
+    hands = [style([_square(one) for one in drawings]) for drawings in heldout]
     rows: dict[str, Any] = {}
-    settings = {"data.heldout": 0}
-    for name, more in (
-        ("no masks", {}),
-        ("masks", {"data.masks": "files"}),
-        ("masks and prior", {"data.masks": "files", "objective.unmasked_prior": 1}),
-    ):
-        out = given.out / name.replace(" ", "-")
-        images = draw(pipeline, train(folder, out, given, 0, **settings, **more), prompts)
-        make_sheet(images).save(given.out / f"{out.name}.png")
-        rows[name] = {}
-        for part, box in boxes.items():
-            cut = [image.crop(box) for image in images]
-            for hand, drawings in real.items():
-                own = [_square(one).crop(box) for one in drawings]
-                rows[name][f"{part} to {hand}"] = round(style_distance(cut, own), 3)
+    # Color is learned where layout is, too.
+    settings = {"data.heldout": 0, "objective.timestep_range": [0, 700], "train.learning_rate": 1e-3}
+    for name, more in (("no masks", {}), ("masks", {"data.masks": "files"})):
+        parts, sheet = [], []
+        for seed in given.seeds:
+            out = given.out / f"{name.replace(' ', '-')}-{seed}"
+            images = draw(pipeline, train(folder, out, given, seed, **settings, **more), prompts)
+            parts.append(parts_of(style(images), base, hands))
+            sheet += images[:8]
+        make_sheet(sheet).save(given.out / f"{name.replace(' ', '-')}.png")
+        rows[name] = dict(zip(HANDS, zip(*parts, strict=True), strict=True))
         print(json.dumps(rows), flush=True)
     return rows
 
