@@ -51,7 +51,7 @@ BUILTIN_DEFAULTS = BaseDefaults(
     layout_range=(800, 1000),
     max_steps=200,
     strengths=(0.6, 1.0, 1.4),
-    guidance=7.0,
+    guidance=4.0,
 )
 
 
