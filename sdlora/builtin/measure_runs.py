@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -13,7 +14,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from sdlora.builtin.script import Script
+from sdlora.config import BaseSection, DataSection
+from sdlora.data.scan import scan_dataset
+from sdlora.errors import TrainingDiverged
+from sdlora.evaluation.choose import choose
 from sdlora.evaluation.evaluate import evaluate
+from sdlora.models.info import inspect_base
 from sdlora.report.summary import losses_of
 from sdlora.runs import RunFolder
 from sdlora.training.train import train
@@ -24,6 +30,14 @@ Row: TypeAlias = dict[str, Any]
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SEEDS = (0, 1, 2)
 BASES = {"full": "none", "int8": "int8", "nf4": "nf4"}
+TRIGGER = "inky hand"
+# Settings and number of training images (0: all) of a run that goes wrong, and what must be said about it.
+SMEARS: dict[str, tuple[Row, int, str]] = {
+    "bare trigger": ({"data.trigger": TRIGGER, "train.steps": 200}, 0, "captions are"),
+    "rate x10": ({"train.learning_rate": 10.0, "train.steps": 200}, 0, "lower train.learning_rate"),
+    "two images": ({"train.steps": 160}, 2, "too few to tell a style"),
+    "copies": ({"train.steps": 3000}, 12, "copies"),
+}
 
 
 def rates_of(rank: int) -> tuple[float, ...]:
@@ -66,6 +80,38 @@ def measure_bits(images: Path, row: Row, folder: Path) -> Row:
     }
 
 
+def measure_smear(images: Path, row: Row, folder: Path) -> Row:
+    """What is said about a run that goes wrong, and whether the right warning is among it."""
+    settings, count, expected = SMEARS[row["case"]]
+    index, is_bare = scan_dataset(images, DataSection()), "data.trigger" in settings
+    places = {"": index.records[:count]} if count else {"": index.records, "heldout": index.heldout}
+    for place, records in places.items():
+        chosen = folder.with_name("images") / place
+        chosen.mkdir(parents=True)
+        for record in records:
+            shutil.copy(record.path, chosen)
+            caption = TRIGGER if is_bare else record.caption
+            (chosen / record.path.name).with_suffix(".txt").write_text(caption, encoding="utf-8")
+    words = "{trigger}, " if is_bare else ""
+    rate = settings.get("train.learning_rate", 1.0) * inspect_base(BaseSection()).defaults.learning_rate
+    overrides = {
+        **settings,
+        "sample.prompts": [words + record.caption for record in index.heldout[:8]],
+        "train.learning_rate": rate,
+        "train.seed": row["seed"],
+        "train.save_every": settings["train.steps"] // 2,
+        "train.sample_every": 0,
+    }
+    try:
+        run = train(folder.with_name("images"), out=folder, overrides=overrides, quiet=True)
+        choice = choose(run, strengths=[0.5, 1.0], seeds=[0])
+    except TrainingDiverged as error:
+        return {"is_right": row["case"] == "rate x10", "stopped": str(error)}
+    cells = {cell.name: f"style {cell.style}, content {cell.content}" for cell in choice.cells}
+    is_right = any(expected in warning for warning in choice.warnings)
+    return {"is_right": is_right, "warnings": choice.warnings, "reason": choice.reason, "cells": cells}
+
+
 def train_shortly(images: Path, folder: Path, row: Row, settings: Mapping[str, Any]) -> RunFolder:
     """Trains on the built-in base, saves nothing before the end, and measures the loss at both ends."""
     overrides = {
@@ -97,22 +143,28 @@ def complete(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     script = Script("measure_runs", __doc__)
-    script.add_argument("what", choices=("ranks", "bits"))
+    script.add_argument("what", choices=("ranks", "bits", "smears"))
     script.add_argument("images", type=Path)
     script.add_argument("--out", type=Path, required=True, help="JSON table; what it holds is not run again")
-    script.add_argument("--steps", type=int, default=100)
+    script.add_argument("--steps", type=int, default=100, help="of ranks and bits")
+    script.add_argument("--cases", nargs="+", choices=SMEARS, default=list(SMEARS), help="of smears")
+    script.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
 
     def work(given: Namespace) -> None:
         rows: Iterable[Row]
-        if given.what == "ranks":
+        if given.what == "smears":
+            pairs = itertools.product(given.seeds, given.cases)
+            rows = ({"case": case, "seed": seed} for seed, case in pairs)
+            complete(given.out, rows, given.images, measure_smear)
+        elif given.what == "ranks":
             rates = [(rank, rate) for rank in RANKS for rate in rates_of(rank)]
             rows = (
                 {"rank": rank, "learning_rate": rate, "seed": seed, "steps": given.steps}
-                for seed, (rank, rate) in itertools.product(SEEDS, rates)
+                for seed, (rank, rate) in itertools.product(given.seeds, rates)
             )
             complete(given.out, rows, given.images, measure_rank)
         else:
-            pairs = itertools.product(SEEDS, BASES)
+            pairs = itertools.product(given.seeds, BASES)
             rows = ({"base": base, "seed": seed, "steps": given.steps} for seed, base in pairs)
             complete(given.out, rows, given.images, measure_bits)
 

@@ -249,14 +249,10 @@ def _style_gains(
     drawings = [load_cropped(record, context.config, context.plan) for record in context.records]
     reference = Reference(features, drawings, leave_one_out=False)
     weights = Weights.draw(len(bare), 1)
-    before, *after = (reference.offsets(list(map(_to_image, rows))) for rows in (bare, *samples))
+    pixels = [[((one + 1) * 127.5).round().clamp(0, 255).byte() for one in rows] for rows in (bare, *samples)]
+    images = [[Image.fromarray(one.permute(1, 2, 0).numpy()) for one in rows] for rows in pixels]
+    before, *after = map(reference.offsets, images)
     return [style_gain(weights, reference, before, rows) for rows in after]
-
-
-def _to_image(tensor: Tensor) -> Image.Image:
-    """An image of (3, H, W) in [-1, 1]."""
-    pixels = ((tensor + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
-    return Image.fromarray(pixels.numpy())
 
 
 def _decreases(without: HeldoutLoss, loss: HeldoutLoss) -> list[float]:

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdlora.config import RunConfig
 from sdlora.data.scan import read_dataset
 from sdlora.errors import ConfigError, SdloraError, first_line
 from sdlora.evaluation.choice import describe_few, why_unranked
@@ -15,7 +14,6 @@ from sdlora.evaluation.choose import MAX_TRAINING
 from sdlora.evaluation.context import MAX_IMAGES, load_cropped
 from sdlora.evaluation.features import DRAWING, Features, load_features
 from sdlora.evaluation.scores import Interval, Reference, Weights, content_kept, style_gain
-from sdlora.models.info import BaseInfo
 from sdlora.report.plots import draw_loss_curves
 from sdlora.report.summary import MIN_IMAGES, SPLITS, losses_of
 from sdlora.runs import RunFolder
@@ -154,24 +152,11 @@ def compare(
         base: The base of all; by default the first run's, or the one that the first file names.
         step: Saved steps of the runs, such as `[50, 100, "final"]`.
         prompts: By default the first run's; `{trigger}` is replaced by the trigger of each.
-        seeds: One row for each prompt and seed.
-        strengths: One column each.
-        steps: Sampling steps, one number or several.
-        guidance: Guidance scales.
-        scheduler: diffusers schedulers.
-        size: Width and height in pixels.
-        image: An image file to start from, as `denoise` for `sample`.
-        denoise: Share of the steps that are run on it.
+        steps: Sampling steps, one number or several, as for guidance and scheduler.
         scores: Measures how near each column is to the images of its run, and what it keeps of the base's
             content, over all prompts and seeds.
         features: A folder or Hub id of a vision model to score by; needed on any base but the built-in one.
         out: Output folder; by default `samples/compare-NAMES`.
-        force: Accepts changed ancestors of a child, and ignores missing ones.
-        warn: Called with a line if an adapter may not fit.
-        progress: Called with (finished, total) images.
-
-    Raises:
-        SdloraError: If something does not exist or does not fit.
     """
     settings = {"prompts": prompts, "seeds": seeds, "strengths": strengths}
     given = {"steps": steps, "guidance": guidance, "scheduler": scheduler}
@@ -225,7 +210,8 @@ def draw_comparison(
         write_png(folder / f"grid{f'-{number}' if number > 1 else ''}.png", page, {"base": plan.info.name})
         for number, page in enumerate(pages, 1)
     ]
-    runs = _runs_of(plan.subjects)
+    parts = (part for subject in plan.subjects for part in subject.parts)
+    runs = list({part.run.path: part.run for part in parts if part.run}.values())
     curves = draw_loss_curves(folder / "loss.png", runs) if runs else None
     rows = [row for subject in plan.subjects if (row := _loss_row(subject))]
     result = Comparison(folder, grids, curves, rows, [*describe_limits(runs), *missing], scored)
@@ -269,35 +255,26 @@ def score_columns(
 
 
 def _find_references(plan: SamplePlan, features: Features) -> tuple[dict[Path, Reference], list[str]]:
-    """Images of the set of each run, by its path; and why subjects have none."""
-    found, notes = dict[Path, Reference](), list[str]()
+    """Images of each run that style is measured against, as in `evaluate`; and why a subject has none."""
+    found, notes, info = dict[Path, Reference](), list[str](), plan.info
     for subject in plan.subjects:
         if subject.run is None:
             reason = "a sum has no images of its own" if subject.is_sum else "only a run knows its images"
             notes.append(f"no style score of {subject.name or plan.name}: {reason}")
         elif subject.run.path not in found:
+            config = subject.run.read_config()
             try:
-                reference, limit = _load_reference(subject.run.read_config(), plan.info, features)
+                index, buckets = read_dataset(config, resolution=info.resolution, min_step=info.min_step)
+                few = describe_few(len(index.heldout))
+                every = index.records[:: 1 + len(index.records) // MAX_TRAINING]
+                chosen = every if few else index.heldout[:MAX_IMAGES]
+                images = [load_cropped(record, config, buckets) for record in chosen]
             except SdloraError as error:
                 notes.append(f"no style score of {subject.run.name}: {first_line(error)}")
                 continue
-            found[subject.run.path] = reference
-            notes += [f"{subject.run.name}: {limit}"] if limit else []
+            found[subject.run.path] = Reference(features, images, leave_one_out=bool(few))
+            notes += [f"{subject.run.name}: {few}"] if few else []
     return found, notes
-
-
-def _load_reference(config: RunConfig, info: BaseInfo, features: Features) -> tuple[Reference, str]:
-    """The images that style is measured against, as in `evaluate`, and their limit."""
-    index, plan = read_dataset(config, resolution=info.resolution, min_step=info.min_step)
-    limit = describe_few(len(index.heldout))
-    chosen = index.records[:: 1 + len(index.records) // MAX_TRAINING] if limit else index.heldout[:MAX_IMAGES]
-    images = [load_cropped(record, config, plan) for record in chosen]
-    return Reference(features, images, leave_one_out=bool(limit)), limit
-
-
-def _runs_of(subjects: Sequence[Subject]) -> list[RunFolder]:
-    found = {part.run.path: part.run for subject in subjects for part in subject.parts if part.run}
-    return list(found.values())
 
 
 def _loss_row(subject: Subject) -> LossRow | None:

@@ -95,13 +95,10 @@ def _choose_steps(run: RunFolder) -> list[int | str]:
     has_final = run.adapter.stem.startswith("final")
     last = run.step_of(run.adapter) if has_final else None
     steps: list[int | str] = [step for step in run.saved_steps() if step != last]
-    return _evenly_to_end([*steps, "final"] if has_final else steps, NUM_STEPS)
-
-
-def _evenly_to_end(values: Sequence[int | str], count: int) -> list[int | str]:
-    """At most `count` values, evenly spaced, with the last."""
-    count = min(count, len(values))
-    return [values[-1 - (count - 1 - number) * len(values) // count] for number in range(count)]
+    steps += ["final"] if has_final else []
+    count = min(NUM_STEPS, len(steps))
+    # Evenly spaced, with the last.
+    return [steps[-1 - (count - 1 - number) * len(steps) // count] for number in range(count)]
 
 
 def _evenly(values: Sequence[str], count: int) -> list[str]:

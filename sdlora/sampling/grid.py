@@ -6,12 +6,11 @@ from bisect import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf, log
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from sdlora.sampling.images import SampledImage, SampleSettings, sampler_of, save_images
+from sdlora.sampling.images import SampledImage, SampleSettings, sampler_of
 from sdlora.sampling.targets import Targets
 
 PAPER, INK, SOFT, RULE, EMPTY = "#ffffff", "#1c1c1e", "#7c7c82", "#e3e3e6", "#f1f1f3"
@@ -103,20 +102,6 @@ def make_grid(
         text = _shorten(title, measures.title_font, sheet.width - 2 * measures.margin)
         ImageDraw.Draw(sheet).text((measures.margin, measures.margin), text, INK, measures.title_font)
     return sheet
-
-
-def save_grid(
-    folder: Path,
-    images: Sequence[SampledImage],
-    *,
-    base: str,
-    adapter: str | None,
-    title: str,
-    targets: Targets | None = None,
-) -> Path:
-    """Writes the images and their grid, with the names of base and adapter as metadata; returns its path."""
-    grid = make_grid(images, title=title, targets=targets)
-    return save_images(folder, images, grid, {"base": base, "adapter": adapter})
 
 
 def _draw_strip(measures: Measures, examples: Sequence[Image.Image], width: int) -> Image.Image:

@@ -66,12 +66,11 @@ class Painter:
         columns = [Column(), Column(stack, wanted[-1][2])]
         seeds = [int(request["seed"])]
         samples = generate(self._base, columns, [prompt], seeds, settings, store=ImageStore())
-        return [_encode(sample.image) for sample in samples]
-
-
-def _encode(image: Any) -> str:
-    image.save(buffer := io.BytesIO(), "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+        images = []
+        for sample in samples:
+            sample.image.save(buffer := io.BytesIO(), "PNG")
+            images.append(base64.b64encode(buffer.getvalue()).decode())
+        return images
 
 
 def main() -> None:

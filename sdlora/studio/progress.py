@@ -6,7 +6,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +94,10 @@ class Progress:
         validation = {SPLITS.get(split, split): points for split, points in self.validation.items()}
         shown = {"Training loss": training, "Validation loss": validation}
         return [
-            draw_curve(title, lines) for title, lines in shown.items() if any(map(_is_line, lines.values()))
+            draw_curve(title, lines)
+            for title, lines in shown.items()
+            if any(len(points) > 1 for points in lines.values())
         ]
-
-
-def _is_line(points: Sequence[Point]) -> bool:
-    return len(points) > 1
 
 
 def _point(step: int, value: Any) -> list[Point]:

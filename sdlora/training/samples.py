@@ -18,8 +18,8 @@ from sdlora.lora.adapter import Adapter
 from sdlora.models.base import Base
 from sdlora.runs import RunFolder
 from sdlora.sampling.generate import Cell, draw, make_cells, make_columns
-from sdlora.sampling.grid import save_grid
-from sdlora.sampling.images import BLANKS, SampledImage, SampleSettings, resolve_settings
+from sdlora.sampling.grid import make_grid
+from sdlora.sampling.images import BLANKS, SampledImage, SampleSettings, resolve_settings, save_images
 from sdlora.sampling.store import ImageStore
 from sdlora.sampling.targets import find_run_targets
 from sdlora.training.device import as_out_of_memory
@@ -91,7 +91,8 @@ def sample_step(
     targets = find_run_targets(plan.config, plan.config.sample.prompts)
     shown = [image for _, image in sorted((known | made).items())]
     name = prepared.base.info.name
-    return save_grid(folder, shown, base=name, adapter=run.name, title=title, targets=targets)
+    grid = make_grid(shown, title=title, targets=targets)
+    return save_images(folder, shown, grid, {"base": name, "adapter": run.name})
 
 
 def _make_cells(run: RunFolder, plan: RunPlan, adapter: Adapter) -> list[Cell]:
