@@ -24,8 +24,7 @@ from PIL import Image
 from sdlora.builtin.judge import Judge, load_judge, open_rgb, recognise, to_input
 from sdlora.builtin.script import Script
 from sdlora.evaluation.context import open_context
-from sdlora.evaluation.intervals import TAIL
-from sdlora.evaluation.scores import Draws, Weights
+from sdlora.evaluation.scores import TAIL, Draws, Weights
 from sdlora.evaluation.walk import Gallery, Place, Row
 from sdlora.runs import RunFolder
 from sdlora.writing import write_json
