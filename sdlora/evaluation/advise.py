@@ -26,6 +26,8 @@ from sdlora.runs import RunFolder
 from sdlora.writing import write_json
 
 MAX_SAMPLES = 8
+# Of the way from the base to the style; less does not meet the eye.
+VISIBLE_STYLE = 0.02
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class Candidate:
 
     @property
     def is_plainer(self) -> bool:
-        """Whether its samples clearly have less of the style."""
-        return self.style_lost is not None and self.style_lost.low > 0
+        """Whether its samples have clearly and visibly less of the style."""
+        return self.style_lost is not None and self.style_lost.low > VISIBLE_STYLE
 
 
 @dataclass(frozen=True)

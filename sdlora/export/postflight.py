@@ -41,6 +41,7 @@ OUTPUT_TOLERANCE = 0.1
 # A weak adapter is compared at a strength that changes the output by this multiple of the dtype's precision,
 # or by half: rounding moves an output in bf16 by a hundredth, which would hide an error of a small change.
 VISIBLE_CHANGE, MAX_CHANGE, MAX_TRIES = 1024, 0.5, 8
+LARGE_STEP = 1000.0
 PEFT_ATTRIBUTES = {"peft_config", "_hf_peft_config_loaded"}
 _CHECK_NAME = "check_7f3a9c"
 _ABOUT_KEYS = re.compile(r"\bkeys?\b|ignored|mismatch", re.IGNORECASE)
@@ -145,9 +146,10 @@ def _measure(parts: Mapping[str, Any], adapter: Adapter, info: BaseInfo) -> dict
             with mounted(parts, [(adapter, strength)]):
                 outputs[name] = _Outputs(base, _run(name, part, info), strength)
             effect = _size(outputs[name].trained - base)
-            if not 0 < effect < 0.8 * visible:
+            if effect >= 0.8 * visible:
                 break
-            strength *= visible / effect
+            # Rounding may hide a weak one altogether.
+            strength *= visible / effect if effect else LARGE_STEP
     return outputs
 
 

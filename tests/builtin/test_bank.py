@@ -35,7 +35,7 @@ def test_plain_images_are_drawn_and_variants(tiny_bank: Path) -> None:
     bank, rng = Bank(tiny_bank), random.Random(0)
     drawn = [bank.variants[bank.draw(rng, "owl")] for _ in range(300)]
     assert {variant.concept for variant in drawn} == {"owl"}
-    assert 0.4 < sum(variant.is_plain for variant in drawn) / 300 < 0.6
+    assert 0.25 < sum(variant.is_plain for variant in drawn) / 300 < 0.45
     assert not any(is_held_out(variant.icon_set, "owl") for variant in drawn)
 
 
@@ -48,8 +48,8 @@ def test_most_images_of_a_concept_share_their_shape(tmp_path: Path) -> None:
     (tmp_path / "000.jsonl").write_text("\n".join(lines))
     bank, rng = Bank(tmp_path), random.Random(0)
     drawn = Counter(bank.draw(rng, "owl") for _ in range(1000))
-    assert 450 < drawn[0] < 650
-    assert drawn[2] < 120 < drawn[1]
+    assert 270 < drawn[0] < 430
+    assert drawn[2] < 120 < 450 < drawn[1]
 
 
 def test_few_drawings_are_held_out() -> None:

@@ -210,7 +210,7 @@ def test_killed_at_random(bench, sd15_folder, monkeypatch):
 @pytest.mark.slow
 def test_killed_at_random_on_the_builtin_base(bench):
     """R-03, R-23, R-24: as above; KILLS sets the number (`make kill-test`)."""
-    count = int(os.environ.get("KILLS", "200"))
+    count = int(os.environ.get("KILLS", "120"))
     runs = bench(**{**SHORT, "train__steps": 4, "train__save_every": 2})
     kill_at_random(runs, count, seed=int(os.environ.get("SEED", "1")))
     print(f"{count} runs were killed before their end; all were resumed and ended with the same bits")
