@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -137,6 +138,7 @@ def test_a_wheel_trains_away_from_the_clone(installed, make_images):
 def test_the_first_hour_of_an_illustrator(installed, make_images, repository):
     """R-27: the README's commands in their order, on a folder without captions."""
     images = make_images("mine", sizes=((128, 128),) * 12).rename(installed.place / "my-images")
+    shutil.copyfile(next(images.glob("*.png")), installed.place / "photo.png")
     for caption in images.glob("*.txt"):
         caption.unlink()
     known = {"BASE": ["builtin"], "100,200,final": ["2,final"], "--preset": [], "sd15": []}
@@ -150,7 +152,7 @@ def test_the_first_hour_of_an_illustrator(installed, make_images, repository):
         call += {"caption": ["--skeleton"], "train": QUICK, "evaluate": ["--step", "final"]}.get(words[1], [])
         installed.call(*call)
         done.append(words[1])
-    assert done == ["doctor", "caption", "train", "sample", "compare", "evaluate", "report"]
+    assert done == ["doctor", "caption", "train", "sample", "sample", "compare", "evaluate", "report"]
     run = installed.place / "runs" / "my-images"
     assert (run / "report.html").is_file()
     assert (run / "webui" / "my-images.safetensors").is_file()

@@ -68,7 +68,7 @@ def examine_words(records: Sequence[ImageRecord], trigger: str | None, noticed: 
             noticed["data.caption-same"] |= dict.fromkeys(names, shorten(repr(text[:40])))
     styled = {name: STYLE.sub(" ", text).lower() for name, text in texts.items()}
     counts = Counter(word for text in styled.values() for word in set(WORD.findall(text)) - _STOP)
-    for word, count in counts.most_common(5):
+    for word, count in sorted(counts.items(), key=lambda row: (-row[1], row[0]))[:5]:
         share = count / len(texts)
         if share >= SUBJECT_SHARE and word not in same:
             key = "data.caption-constant" if share >= CONSTANT_SHARE else "data.caption-subject"
