@@ -37,7 +37,7 @@ ELSEWHERE = {
     "checkpointing_steps": "train.save_every",
     "checkpoints_total_limit": "train.keep_checkpoints",
     "class_data_dir": "data.sets, with class_images=true",
-    "class_prompt": "not supported: there are no regularization images",
+    "class_prompt": "data.sets, with class_images=true and default_caption",
     "color_aug": "data.color_jitter, which leaves hues as they are: colors are part of a style",
     "concepts": "data.sets",
     "conditioning_data_dir": "data.masks=files, beside the images",

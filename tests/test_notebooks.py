@@ -21,6 +21,15 @@ def execute(name: str) -> nbformat.NotebookNode:
     return notebook
 
 
+@pytest.mark.parametrize("file", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda file: file.stem)
+def test_nothing_of_the_machine_is_kept(file):
+    """R-27: what libraries print about the machine, its paths and its clock are not committed."""
+    for cell in nbformat.read(file, as_version=4).cells:
+        assert "execution" not in cell.metadata, "remove the times"
+        kept = [output for output in cell.get("outputs", []) if output.get("name") == "stderr"]
+        assert not kept, "remove what was printed to stderr"
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("shared_cache")
 def test_train_a_style(monkeypatch):
