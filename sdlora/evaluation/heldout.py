@@ -127,6 +127,8 @@ def _denoise(
 # Where the signal has this share, the targets differ most, and a trained denoiser is still close to its own.
 SIGNAL = 0.6
 CLEARLY = 0.6
+# A part of an image shows it as well, in an eighth of the time of 512 px.
+MOST_CELLS = 32
 
 
 @torch.no_grad()
@@ -135,15 +137,23 @@ def recognise_prediction(
 ) -> str | None:
     """Finds the one of `PREDICTIONS` whose target fits a denoiser's answers clearly better than the others.
 
-    The prediction type of the schedule is ignored. A few items are enough.
+    The prediction type of the schedule is ignored. The middle of a few items is enough.
     """
     timestep = int((schedule.alphas_cumprod.sqrt() - SIGNAL).abs().argmin())
     errors = dict.fromkeys(PREDICTIONS, 0.0)
     for item in items:
         seeds = [derive_seed("prediction", item.key)]
-        answer, *known = _denoise(denoise, schedule, [item], seeds, timestep, device)
+        part = replace(item, latents=_middle(item.latents))
+        answer, *known = _denoise(denoise, schedule, [part], seeds, timestep, device)
         for kind in errors:
             target = replace(schedule, prediction_type=kind).target(*known)
             errors[kind] += float((answer - target).square().mean() / target.square().mean())
     best, second = sorted(errors, key=errors.__getitem__)[:2]
     return best if errors[best] < CLEARLY * min(errors[second], len(items)) else None
+
+
+def _middle(latents: Tensor) -> Tensor:
+    """The middle of latents (C, H, W), with at most `MOST_CELLS` a side."""
+    height, width = latents.shape[1:]
+    top, left = max(0, height - MOST_CELLS) // 2, max(0, width - MOST_CELLS) // 2
+    return latents[:, top : top + MOST_CELLS, left : left + MOST_CELLS]

@@ -94,3 +94,18 @@ def test_a_wrong_configuration_is_a_warning(
     [line] = found[wrong]
     assert "objective.prediction_type = epsilon" in line
     assert "objective.prediction_type=v_prediction" in line
+
+
+def test_the_middle_of_a_large_image_is_enough() -> None:
+    """R-46: the check before the first step does not cost a pass over the whole image."""
+    seen = []
+
+    def denoise(noisy: torch.Tensor, *_: object) -> torch.Tensor:
+        seen.append(noisy.shape[2:])
+        return torch.zeros_like(noisy)
+
+    items = [
+        HeldoutItem("a", torch.zeros(4, *size), Condition(torch.zeros(3, 5))) for size in ((64, 96), (8, 8))
+    ]
+    recognise_prediction(denoise, SCHEDULE, items, CPU)
+    assert seen == [(32, 32), (8, 8)]
