@@ -88,10 +88,8 @@ def draw_images() -> Callable[..., Path]:
         folder.mkdir(parents=True)
         for number, (width, height) in enumerate(sizes):
             image = Image.new("RGB", (width, height), "white")
-            colour = ((37 * number) % 256, (91 * number) % 256, (151 * number) % 256)
-            ImageDraw.Draw(image).ellipse(
-                (8, 8, width - 8, height - 8), fill=colour, outline="black", width=3
-            )
+            color = ((37 * number) % 256, (91 * number) % 256, (151 * number) % 256)
+            ImageDraw.Draw(image).ellipse((8, 8, width - 8, height - 8), fill=color, outline="black", width=3)
             image.save(folder / f"{number:02d}.png")
             (folder / f"{number:02d}.txt").write_text(f"a circle number {number}", encoding="utf-8")
         return folder

@@ -139,9 +139,9 @@ def claim_bank(out: Path, vae: Path) -> None:
 
 
 def honest_variant(drawing: Image.Image, variant: Variant) -> Variant:
-    """The variant, without a colour where the drawing has none to turn."""
-    turned = variant.colour in HUES and dominant_hue(drawing) is None
-    return replace(variant, colour="") if turned else variant
+    """The variant, without a color where the drawing has none to turn."""
+    turned = variant.color in HUES and dominant_hue(drawing) is None
+    return replace(variant, color="") if turned else variant
 
 
 def make_bank(out: Path, icons_folder: Path, vae_folder: Path, concepts: Sequence[str], shards: int) -> None:

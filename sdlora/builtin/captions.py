@@ -102,7 +102,7 @@ def draw_caption(rng: random.Random, variant: Variant) -> str:
     name = with_article(rng, rng.choice(PHRASES), concept_to_words(variant.concept), variant)
     words = [
         word
-        for word in (variant.style, "" if variant.colour in ("", *HUES) else f"in {variant.colour}")
+        for word in (variant.style, "" if variant.color in ("", *HUES) else f"in {variant.color}")
         if word
     ]
     if variant.icon_set != "noto":
@@ -119,9 +119,9 @@ def draw_caption(rng: random.Random, variant: Variant) -> str:
 
 
 def with_article(rng: random.Random, phrase: str, name: str, variant: Variant) -> str:
-    """The phrase with the name in it, and before that the colour it was turned to."""
-    if variant.colour in HUES:
-        name = f"{variant.colour} {name}"
+    """The phrase with the name in it, and before that the color it was turned to."""
+    if variant.color in HUES:
+        name = f"{variant.color} {name}"
     if takes_an(name) and rng.random() < AN_SHARE:
         phrase = phrase.replace("a {}", "an {}")
     return phrase.format(name)

@@ -1,4 +1,4 @@
-"""Gets the vector packages and renders their drawings as images on a coloured ground."""
+"""Gets the vector packages and renders their drawings as images on a colored ground."""
 
 from __future__ import annotations
 

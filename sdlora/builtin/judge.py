@@ -105,7 +105,7 @@ def render_training(
 
 
 def augment(images: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
-    """Images in [-1, 1], turned, sheared, scaled, shifted, recoloured, blurred and disturbed a little."""
+    """Images in [-1, 1], turned, sheared, scaled, shifted, recolored, blurred and disturbed a little."""
     count = len(images)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -122,7 +122,7 @@ def augment(images: Tensor, generator: torch.Generator, strength: float = 1.0) -
     columns = torch.stack([angle.sin() * wide * flipped, angle.cos() * tall, shifts[:, 1]], dim=1)
     grid = F.affine_grid(torch.stack([rows, columns], dim=1), list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    # each colour channel becomes a mixture of all three: hues turn, some images lose their colour
+    # each color channel becomes a mixture of all three: hues turn, some images lose their color
     mixing = torch.eye(3) + strength * uniform(0, 0.35, 1, 1) * torch.randn(count, 3, 3, generator=generator)
     mixing = mixing / mixing.sum(dim=2, keepdim=True).clamp(min=0.5)
     mixing = torch.where(happens(0.2, 1, 1), torch.full((3, 3), 1 / 3), mixing)

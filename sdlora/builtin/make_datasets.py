@@ -21,7 +21,7 @@ SHIPPED = Path(__file__).parents[2] / "datasets"
 SQUARE = (160, 160)
 OBLONG = ((192, 128), (128, 192), (176, 128), (128, 176))
 OBLONG_EVERY = 11
-COLOURS = 64  # of the palette: flat drawings lose nothing the eye sees
+COLORS = 64  # of the palette: flat drawings lose nothing the eye sees
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,7 @@ def save_images(
     """Writes NAME.png and NAME.txt for each concept."""
     folder.mkdir(parents=True, exist_ok=True)
     for concept, size in zip(concepts, sizes, strict=True):
-        flat = draw(icons, concept, size).quantize(
-            COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
-        )
+        flat = draw(icons, concept, size).quantize(COLORS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
         flat.save(folder / f"{concept}.png", optimize=True)
         write_text(folder / f"{concept}.txt", f"{name_thing(concept)}\n")
 
@@ -85,7 +83,7 @@ Drawings: {icon_set.title} by {icon_set.author}, <{dataset.source}>, taken from 
 `{icon_set.package}` {icon_set.version}. Licence: {icon_set.licence}, see `LICENSE`.
 
 Changes: a selection; rendered to pixels on white, {SQUARE[0]} x {SQUARE[1]}, some on a wider or taller
-ground; colours reduced to a palette of {COLOURS}. The captions are the drawings' names.
+ground; colors reduced to a palette of {COLORS}. The captions are the drawings' names.
 
 `heldout/` shows concepts that the images outside it do not. It is never trained on, and says whether
 a style was learned or the images were.

@@ -26,7 +26,7 @@ from sdlora.training.train import train
 SEEDS = (0, 1, 2)  # of the trainings
 NUM_SAMPLES = 4  # of each caption
 STRENGTHS = (1.4, 1.0, 0.6)
-COLOUR_BINS = 4
+COLOR_BINS = 4
 EDGE_BINS = 8
 RESAMPLES = 1000
 SHEET_CAPTIONS = 16
@@ -50,18 +50,18 @@ def read_drawings(folder: Path) -> list[Drawing]:
 
 
 def style_features(image: Image.Image) -> np.ndarray:
-    """How an image is drawn, whatever it shows: the shares of its colours, and of its weak and strong edges.
+    """How an image is drawn, whatever it shows: the shares of its colors, and of its weak and strong edges.
 
     No weights are used, so they are neither the base's nor the judge's.
     """
     pixels = np.asarray(image.convert("RGB").resize((128, 128), Image.Resampling.BOX)).astype(int)
     inked = pixels.min(axis=2) < 245
-    codes = (pixels * COLOUR_BINS // 256) @ np.array([COLOUR_BINS**2, COLOUR_BINS, 1])
-    colours = np.bincount(codes[inked], minlength=COLOUR_BINS**3) / max(1, inked.sum())
+    codes = (pixels * COLOR_BINS // 256) @ np.array([COLOR_BINS**2, COLOR_BINS, 1])
+    colors = np.bincount(codes[inked], minlength=COLOR_BINS**3) / max(1, inked.sum())
     gray = pixels.mean(axis=2)
     slopes = np.hypot(np.diff(gray, axis=1)[:-1], np.diff(gray, axis=0)[:, :-1])[inked[:-1, :-1]]
     edges = np.histogram(slopes, EDGE_BINS, (0, 256))[0] / max(1, slopes.size)
-    return np.concatenate([np.sqrt(colours), np.sqrt(edges)])  # Hellinger's distance
+    return np.concatenate([np.sqrt(colors), np.sqrt(edges)])  # Hellinger's distance
 
 
 def style_distance(images: Sequence[Image.Image], others: Sequence[Image.Image]) -> float:

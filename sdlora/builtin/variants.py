@@ -1,4 +1,4 @@
-"""Varies a drawing in ways that a caption can name: another style, colour, ground, size, direction.
+"""Varies a drawing in ways that a caption can name: another style, color, ground, size, direction.
 
 A base that only ever saw one image of a concept knows it by heart, and nothing else. Named variants teach it
 that one thing can be drawn in several ways, so that an adapter has something to turn.
@@ -38,15 +38,15 @@ STYLES = (
     "grayscale",
     "chalk drawing",
 )
-COLOURLESS = ("line drawing", "bold line drawing", "ink drawing", "silhouette", "grayscale", "chalk drawing")
+COLORLESS = ("line drawing", "bold line drawing", "ink drawing", "silhouette", "grayscale", "chalk drawing")
 LETTERED = frozenset({"ambulance", "bus", "fire-engine", "racing-car", "soccer-ball", "taxi"})  # not mirrored
 RENDERED_PX = 2 * drawing_px(IMAGE_PX)  # styles are drawn at twice the size: their lines come out smooth
 FINE_PX, BOLD_PX = 5, 9  # of lines, at that size
 LINE_PX = {"thick outlines": BOLD_PX, "bold line drawing": BOLD_PX}
-NUM_COLOURS = 7
-POSTER_COLOURS = 4
+NUM_COLORS = 7
+POSTER_COLORS = 4
 EDGE_LEVEL = 40
-CHROMA_SHARE = 0.03  # of the drawing's area: with less, there is no colour to change
+CHROMA_SHARE = 0.03  # of the drawing's area: with less, there is no color to change
 SMALL_SCALE = 0.68
 TILTED_SCALE = 0.84
 TILT_DEGREES = 18
@@ -60,7 +60,7 @@ class Variant:
 
     Attributes:
         style: One of `STYLES`; "" leaves the drawing as it is.
-        colour: A key of `HUES` to which the dominant hue is turned, or "shades of COLOUR"; "" for its own.
+        color: A key of `HUES` to which the dominant hue is turned, or "shades of COLOR"; "" for its own.
         tilt: "", "left" or "right".
         scale: Of the drawing.
         shift: Of the drawing, in pixels to the right and down.
@@ -70,7 +70,7 @@ class Variant:
     concept: str
     ground: str = "white"
     style: str = ""
-    colour: str = ""
+    color: str = ""
     tilt: str = ""
     small: bool = False
     mirrored: bool = False
@@ -87,24 +87,24 @@ class Variant:
         return bool(self.tilt or self.small or self.mirrored) or self.scale != 1.0 or self.shift != (0, 0)
 
 
-def names_colour(concept: str) -> bool:
-    """Whether the name of the concept says its colour already, as `red-apple` does."""
-    return any(colour in concept for colour in (*HUES, "blue"))
+def names_color(concept: str) -> bool:
+    """Whether the name of the concept says its color already, as `red-apple` does."""
+    return any(color in concept for color in (*HUES, "blue"))
 
 
 def draw_variant(rng: random.Random, icon_set: str, concept: str) -> Variant:
     """Draws each property by itself, so that their combinations are seen too."""
-    glyph = icon_set == "emojione-mono"  # black on nothing: it has no other style and no colour
+    glyph = icon_set == "emojione-mono"  # black on nothing: it has no other style and no color
     style = rng.choice(STYLES) if rng.random() < 0.5 and not glyph else ""
     ground = rng.choice([name for name in GROUNDS if name != "white"]) if rng.random() < 0.35 else "white"
-    colour = ""
-    if style not in COLOURLESS and not glyph and not names_colour(concept) and rng.random() < 0.35:
-        colour = rng.choice(list(HUES))
+    color = ""
+    if style not in COLORLESS and not glyph and not names_color(concept) and rng.random() < 0.35:
+        color = rng.choice(list(HUES))
         if rng.random() < 0.25:
-            colour = f"shades of {colour}"
+            color = f"shades of {color}"
     if style == "chalk drawing":
         ground = "black"
-    elif ground == "black" and (glyph or style in COLOURLESS):
+    elif ground == "black" and (glyph or style in COLORLESS):
         ground = "white"
     tilt = rng.choice(("left", "right")) if rng.random() < 0.1 else ""
     mirrored = concept not in LETTERED and rng.random() < 0.15
@@ -114,7 +114,7 @@ def draw_variant(rng: random.Random, icon_set: str, concept: str) -> Variant:
         concept,
         ground,
         style,
-        colour,
+        color,
         tilt,
         small=not tilt and rng.random() < 0.12,
         mirrored=mirrored,
@@ -127,8 +127,8 @@ def draw_variant(rng: random.Random, icon_set: str, concept: str) -> Variant:
 
 def render_variant(drawing: Image.Image, variant: Variant) -> Image.Image:
     """The RGB image that a variant shows, of an RGBA drawing of `RENDERED_PX`."""
-    if variant.colour:
-        drawing = recolour(drawing, variant.colour)
+    if variant.color:
+        drawing = recolor(drawing, variant.color)
     if variant.style:
         drawing = restyle(drawing, variant.style)
     if variant.mirrored:
@@ -143,7 +143,7 @@ def render_variant(drawing: Image.Image, variant: Variant) -> Image.Image:
 
 
 def dominant_hue(drawing: Image.Image) -> float | None:
-    """The hue (0 to 1) that most of an RGBA drawing has; None where it has hardly any colour."""
+    """The hue (0 to 1) that most of an RGBA drawing has; None where it has hardly any color."""
     hue, saturation, value = (np.asarray(part) for part in drawing.convert("RGB").convert("HSV").split())
     opaque = np.asarray(drawing.getchannel("A")) / 255.0
     chroma = saturation / 255.0 * (value / 255.0) * opaque
@@ -154,12 +154,12 @@ def dominant_hue(drawing: Image.Image) -> float | None:
     return float(np.argmax(smooth)) / 256
 
 
-def recolour(drawing: Image.Image, colour: str) -> Image.Image:
-    """Turns all hues of an RGBA drawing so that the dominant one is `colour`; or draws it in its shades."""
+def recolor(drawing: Image.Image, color: str) -> Image.Image:
+    """Turns all hues of an RGBA drawing so that the dominant one is `color`; or draws it in its shades."""
     alpha = drawing.getchannel("A")
-    name = colour.removeprefix("shades of ")
+    name = color.removeprefix("shades of ")
     target = HUES[name] / 360
-    if name != colour:
+    if name != color:
         dark, bright = (_hsv_to_rgb(target, 0.85, value) for value in (0.3, 0.85))
         shaded = ImageOps.colorize(drawing.convert("RGB").convert("L"), dark, "white", mid=bright)
         return _with_alpha(shaded, alpha)
@@ -176,21 +176,21 @@ def restyle(drawing: Image.Image, style: str) -> Image.Image:
     """An RGBA drawing in one of `STYLES`."""
     soft = drawing.getchannel("A")
     alpha = soft.point(lambda level: 255 if level > 127 else 0)
-    colours = Image.new("RGB", drawing.size, "white")
-    colours.paste(drawing.convert("RGB"), mask=soft)
+    colors = Image.new("RGB", drawing.size, "white")
+    colors.paste(drawing.convert("RGB"), mask=soft)
     if style == "pale":
-        return _with_alpha(Image.blend(colours, Image.new("RGB", drawing.size, "white"), 0.55), soft)
+        return _with_alpha(Image.blend(colors, Image.new("RGB", drawing.size, "white"), 0.55), soft)
     if style == "grayscale":
-        return _with_alpha(colours.convert("L").convert("RGB"), soft)
+        return _with_alpha(colors.convert("L").convert("RGB"), soft)
     if style == "silhouette":
         return _with_alpha(Image.new("RGB", drawing.size, INK), soft)
     if style == "poster":
-        smooth = colours.filter(ImageFilter.MedianFilter(7))
-        return _with_alpha(smooth.quantize(POSTER_COLOURS).convert("RGB"), soft)
-    flat = colours.filter(ImageFilter.MedianFilter(7)).quantize(NUM_COLOURS).convert("RGB")
+        smooth = colors.filter(ImageFilter.MedianFilter(7))
+        return _with_alpha(smooth.quantize(POSTER_COLORS).convert("RGB"), soft)
+    flat = colors.filter(ImageFilter.MedianFilter(7)).quantize(NUM_COLORS).convert("RGB")
     rim = _rim(alpha, LINE_PX.get(style, FINE_PX))
     if style == "ink drawing":
-        dark = np.asarray(colours.convert("L")) < 120
+        dark = np.asarray(colors.convert("L")) < 120
         lines = np.maximum(rim, np.where(dark, np.asarray(alpha), 0)).astype(np.uint8)
     else:
         lines = np.maximum(rim, _inner_edges(flat, alpha, LINE_PX.get(style, FINE_PX)))

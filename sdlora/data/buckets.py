@@ -23,7 +23,7 @@ MERGE_LOSS = 0.15
 class Crop:
     """How an image becomes a sample: scale to `resized`, crop `size` at (left, top), then mirror.
 
-    `colours` are the changes of brightness (the exponent's inverse), contrast and saturation, 1 being none,
+    `colors` are the changes of brightness (the exponent's inverse), contrast and saturation, 1 being none,
     with `data.color_jitter`.
     """
 
@@ -32,7 +32,7 @@ class Crop:
     top: int
     size: Size
     flipped: bool = False
-    colours: tuple[float, float, float] | None = None
+    colors: tuple[float, float, float] | None = None
 
     @property
     def lost_share(self) -> float:
@@ -252,9 +252,9 @@ def _nearest(size: Size, center: Crop, buckets: Iterable[Size], settings: DataSe
 
 
 def _variants(record: ImageRecord, center: Crop, settings: DataSection, seed: int) -> list[Crop]:
-    """Fixed crops, at random offsets or with colours of their own if asked; equal ones are kept once.
+    """Fixed crops, at random offsets or with colors of their own if asked; equal ones are kept once.
 
-    The first has the colours of the image.
+    The first has the colors of the image.
     """
     crops = [center] * settings.num_crops
     if settings.crop == "random":
@@ -265,5 +265,5 @@ def _variants(record: ImageRecord, center: Crop, settings: DataSection, seed: in
         draws = keyed_random(seed, "colour", record.digest)
         for number in range(1, len(crops)):
             brightness, contrast, saturation = (round(draws.uniform(1 - most, 1 + most), 3) for _ in range(3))
-            crops[number] = replace(crops[number], colours=(brightness, contrast, saturation))
+            crops[number] = replace(crops[number], colors=(brightness, contrast, saturation))
     return list(dict.fromkeys(crops))

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from sdlora.data.buckets import Crop
-from sdlora.data.images import parse_colour
+from sdlora.data.images import parse_color
 from sdlora.data.records import ImageRecord
 from sdlora.data.sources import ARCHIVES
 from sdlora.reading import UnfitFileError, read_bytes, read_header
@@ -37,9 +37,9 @@ images (`sampling.store`), and measures of training images (`data.looks`). `data
 def latent_key(record: ImageRecord, crop: Crop, *, vae_digest: str, background: str, dtype: str) -> str:
     """Key of the latents of a crop, and of its mask; contains everything that changes them (R-21)."""
     box = [crop.resized.width, crop.resized.height, crop.left, crop.top, crop.size.width, crop.size.height]
-    parts = [record.digest, vae_digest, box, crop.flipped, parse_colour(background), dtype]
+    parts = [record.digest, vae_digest, box, crop.flipped, parse_color(background), dtype]
     parts += [record.mask.digest] if record.mask else []
-    return _make_key(LATENTS, *parts, *([crop.colours] if crop.colours else []))
+    return _make_key(LATENTS, *parts, *([crop.colors] if crop.colors else []))
 
 
 def text_key(caption: str, *, encoder_digest: str, dtype: str) -> str:

@@ -121,13 +121,13 @@ def contact_sheet(index: DatasetIndex, plan: BucketPlan, settings: DataSection) 
         left, top = number % columns * width + 4, number // columns * height + 4
         sheet.paste(cell, (left + (SHEET_CELL - cell.width) // 2, top + (SHEET_CELL - cell.height) // 2))
         is_heldout = number >= len(records) - len(heldout)
-        for row, (text, colour) in enumerate(_cell_lines(record, plan, is_heldout)):
-            canvas.text((left, top + SHEET_CELL + 1 + row * SHEET_LINE), text, colour, font)
+        for row, (text, color) in enumerate(_cell_lines(record, plan, is_heldout)):
+            canvas.text((left, top + SHEET_CELL + 1 + row * SHEET_LINE), text, color, font)
     return sheet
 
 
 def _cell_lines(record: ImageRecord, plan: BucketPlan, is_heldout: bool) -> list[tuple[str, str]]:
-    """Name, figures and caption below an image of the contact sheet, with their colours."""
+    """Name, figures and caption below an image of the contact sheet, with their colors."""
     label, lost = PurePosixPath(record.name).name, plan.lost_share(record.name)
     label = label if len(label) <= SHEET_LETTERS else f"{label[: SHEET_LETTERS - 8]}...{label[-5:]}"
     figures = f"{plan.bucket_of(record.name)}" + (f"  -{lost:.0%}" if lost > 0.005 else "")
@@ -135,8 +135,8 @@ def _cell_lines(record: ImageRecord, plan: BucketPlan, is_heldout: bool) -> list
     caption = textwrap.wrap(record.caption or "(no caption)", SHEET_LETTERS)
     if len(caption) > CAPTION_LINES:
         caption[CAPTION_LINES - 1] = f"{caption[CAPTION_LINES - 1][: SHEET_LETTERS - 3]}..."
-    colour = "teal" if is_heldout else "dimgrey"
-    return [(label, "black"), (figures, colour), *((line, "#444466") for line in caption[:CAPTION_LINES])]
+    color = "teal" if is_heldout else "dimgrey"
+    return [(label, "black"), (figures, color), *((line, "#444466") for line in caption[:CAPTION_LINES])]
 
 
 def _summarise_images(index: DatasetIndex) -> list[str]:

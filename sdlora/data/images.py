@@ -66,25 +66,25 @@ class UnreadableImageError(DataError):
         return type(self), (self.path, self.reason)
 
 
-def parse_colour(background: str) -> tuple[int, int, int]:
-    """Red, green and blue of a colour name or #rrggbb."""
+def parse_color(background: str) -> tuple[int, int, int]:
+    """Red, green and blue of a color name or #rrggbb."""
     try:
         return ImageColor.getrgb(background)[:3]
     except ValueError:
         raise ConfigError(
-            f"data.background = {background!r} is not a colour; use a name such as white, or #rrggbb"
+            f"data.background = {background!r} is not a color; use a name such as white, or #rrggbb"
         ) from None
 
 
 def load_image(path: Path, background: str = "white") -> Image.Image:
-    """Reads an image in RGB: first frame, EXIF orientation applied, transparency over a colour.
+    """Reads an image in RGB: first frame, EXIF orientation applied, transparency over a color.
 
     Raises:
         DataError: If it is empty, truncated or not an image; the message names the file.
-        ConfigError: If `background` is not a colour.
+        ConfigError: If `background` is not a color.
     """
-    colour = parse_colour(background)
-    return _load(path, _read(path), colour)
+    color = parse_color(background)
+    return _load(path, _read(path), color)
 
 
 def load_alpha(path: Path) -> Image.Image:
@@ -115,7 +115,7 @@ def load_record(record: ImageRecord, background: str = "white", target: Size | N
     if hashlib.sha256(data).hexdigest() != record.digest:
         message = f"{record.path} has changed since it was scanned; restore it and resume, or start a new run"
         raise DataError(message, key="data.image-changed")
-    return _load(record.path, data, parse_colour(background), target)
+    return _load(record.path, data, parse_color(background), target)
 
 
 def measure_file(path: Path) -> tuple[str, Size, bool]:
@@ -153,11 +153,11 @@ def crop_image(
     return ImageOps.mirror(image) if crop.flipped else image
 
 
-def vary_colours(image: Image.Image, crop: Crop) -> Image.Image:
+def vary_colors(image: Image.Image, crop: Crop) -> Image.Image:
     """A crop in RGB with its brightness, contrast and saturation; hues, black and white stay."""
-    if crop.colours is None:
+    if crop.colors is None:
         return image
-    brightness, contrast, saturation = crop.colours
+    brightness, contrast, saturation = crop.colors
     curve = np.linspace(0.0, 1.0, 256) ** (1 / brightness)
     curve += (contrast - 1) * (curve**2 * (3 - 2 * curve) - curve)
     table: list[int] = np.rint(255 * curve).astype(int).tolist()
@@ -173,13 +173,13 @@ def _read(path: Path) -> bytes:
         raise UnreadableImageError(path, str(error)) from None
 
 
-def _load(path: Path, data: bytes, colour: tuple[int, int, int], target: Size | None = None) -> Image.Image:
+def _load(path: Path, data: bytes, color: tuple[int, int, int], target: Size | None = None) -> Image.Image:
     with _decoding(path), _open(path, data) as image:
         if target and image.format == "JPEG":
             least = (2 * target.width, 2 * target.height)
             image.draft(None, least[::-1] if _is_turned(image) else least)
         image.load()
-        return _flatten(_transpose(image), colour)
+        return _flatten(_transpose(image), color)
 
 
 def _open(path: Path, data: bytes) -> Image.Image:
@@ -226,7 +226,7 @@ def _transpose(image: Image.Image) -> Image.Image:
     return image
 
 
-def _flatten(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+def _flatten(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
     """Converts any mode to RGB."""
     if image.mode.startswith("I") or image.mode == "F":
         return _reduce_depth(image).convert("RGB")
@@ -237,7 +237,7 @@ def _flatten(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
         image = _convert_to_srgb(image, profile)
     if not has_alpha:
         return image.convert("RGB")
-    ground = Image.new("RGBA", image.size, (*colour, 255))
+    ground = Image.new("RGBA", image.size, (*color, 255))
     return Image.alpha_composite(ground, image).convert("RGB")
 
 
@@ -256,7 +256,7 @@ def _reduce_depth(image: Image.Image) -> Image.Image:
 
 
 def _convert_to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """Applies a colour profile (CMYK, wide gamut) as viewers do."""
+    """Applies a color profile (CMYK, wide gamut) as viewers do."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if source.profile.xcolor_space.strip() != ("CMYK" if image.mode == "CMYK" else "RGB"):

@@ -13,7 +13,7 @@ from sdlora.data.folders import MASK
 from sdlora.data.images import crop_image, load_alpha, load_record
 from sdlora.data.records import ALPHA, ImageRecord, Mask, Noticed, Size
 
-# Of the colour that the contact sheet lays over what does not count.
+# Of the color that the contact sheet lays over what does not count.
 SHADE, SHADE_ALPHA = "crimson", 0.6
 
 
@@ -65,7 +65,7 @@ def crop_mask(record: ImageRecord, crop: Crop) -> Image.Image:
 
 
 def shade_outside(image: Image.Image, record: ImageRecord, crop: Crop) -> Image.Image:
-    """The crop of an image with a colour over what its mask leaves out."""
+    """The crop of an image with a color over what its mask leaves out."""
     inside = crop_mask(record, crop)
     shaded = Image.blend(image, Image.new("RGB", image.size, SHADE), SHADE_ALPHA)
     return Image.composite(image, shaded, inside)

@@ -28,7 +28,7 @@ from sdlora.data.folders import (
     no_images_error,
     read_repeats,
 )
-from sdlora.data.images import UnreadableImageError, measure_file, parse_colour
+from sdlora.data.images import UnreadableImageError, measure_file, parse_color
 from sdlora.data.masks import find_masks
 from sdlora.data.records import DatasetIndex, ImageRecord, Noticed, Size
 from sdlora.data.sets import Sets, locate_sets
@@ -56,11 +56,11 @@ def scan_dataset(root: str | Path, settings: DataSection, seed: int = 0) -> Data
 
     Raises:
         DataError: If the folder is missing or has no image to train on.
-        ConfigError: If `data.background` is not a colour.
+        ConfigError: If `data.background` is not a color.
     """
     root = open_source(root)
     check_folder(root)
-    parse_colour(settings.background)
+    parse_color(settings.background)
     sets, further = locate_sets(root, settings)
     scan = _Scan(settings, seed)
     files = list_usable(root, scan.noticed, settings)

@@ -1,4 +1,4 @@
-"""Faster equivalents of frozen layers: on a CPU in bf16 of the UNet's, and everywhere of the VAE's blocks.
+"""Faster equivalents of the frozen UNet's attention and convolutions on a CPU in bf16.
 
 B batch, C channels, O output channels, H W size, L tokens, D width.
 """
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 # With few positions and many channels, one matrix product of unfolded taps beats oneDNN's convolution, which
@@ -138,37 +137,6 @@ def _unfold_and_multiply_back(gradient: Tensor, weight: Tensor) -> Tensor:
     rows = turned @ weight.permute(0, 2, 3, 1).flatten(0, 2)  # (B, H W, C)
     x: Tensor = rows.mT.unflatten(2, gradient.shape[2:]).flip(2, 3)
     return x
-
-
-class InPlaceBlock(ResnetBlock2D):  # type: ignore[misc]
-    """A residual block that is never trained: to the bit the same from half as many new tensors.
-
-    In a VAE each of them has the size of the image, and on a CPU new memory costs as much as the arithmetic.
-    """
-
-    def forward(self, input_tensor: Tensor, temb: None = None, *_: Any, **__: Any) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(input_tensor), inplace=True))
-        hidden = self.conv2(F.silu(self.norm2(hidden), inplace=True))
-        if self.conv_shortcut is not None:
-            input_tensor = self.conv_shortcut(input_tensor)
-        return hidden.add_(input_tensor)
-
-    @staticmethod
-    def suits(layer: nn.Module) -> bool:
-        """Whether a layer is a residual block as in the VAEs of Stable Diffusion."""
-        return (
-            type(layer) is ResnetBlock2D
-            and not any((layer.upsample, layer.downsample, layer.time_emb_proj))
-            and isinstance(layer.nonlinearity, nn.SiLU)
-            and layer.time_embedding_norm != "scale_shift"
-            and layer.output_scale_factor == 1
-        )
-
-
-def compute_in_place(vae: nn.Module) -> None:
-    """Lets the blocks of a frozen VAE in eval mode write over what nobody reads again."""
-    for layer in filter(InPlaceBlock.suits, vae.modules()):
-        layer.__class__ = InPlaceBlock
 
 
 def use_cpu_kernels(unet: Any) -> bool:

@@ -50,14 +50,14 @@ def loss_figure(run: RunFolder) -> Figure:
     left.plot(numbers, [event["loss"] for event in steps], color="0.8", linewidth=0.7, label="each step")
     left.plot(numbers, [event["loss_ema"] for event in steps], color="tab:blue", label="running mean")
     left.set(title="training loss", xlabel="step", ylabel="loss")
-    for split, (colour, style) in STYLES.items():
+    for split, (color, style) in STYLES.items():
         if measured := losses_of(run, split):
             values = list(measured.values())
             label = f"{SPLITS[split]}: {values[0]:.4f}" + (f" to {values[-1]:.4f}" if len(values) > 1 else "")
             best = min(measured, key=lambda step: measured[step])
             if measured[best] < min(values[0], values[-1]):
                 label += f", lowest {measured[best]:.4f} at {best}"
-            right.plot(list(measured), values, style, color=colour, markersize=4, label=label)
+            right.plot(list(measured), values, style, color=color, markersize=4, label=label)
     right.set(title="validation loss", xlabel="step")
     _finish_axes(left, right)
     figure.suptitle(run.name, fontsize=10)
@@ -82,19 +82,19 @@ def draw_loss_curves(path: Path, runs: Sequence[RunFolder]) -> Path:
     names = [run.name for run in runs]
     for number, run in enumerate(runs):
         name = run.name if names.count(run.name) == 1 else str(run.path)
-        colour = colormaps["tab10"](number % 10)
+        color = colormaps["tab10"](number % 10)
         steps = [event for event in run.events("step") if isinstance(event.get("loss_ema"), float | int)]
         left.plot(
             [event["step"] for event in steps],
             [event["loss_ema"] for event in steps],
-            color=colour,
+            color=color,
             label=name,
         )
         for split in ("heldout", "train"):
             if measured := losses_of(run, split):
                 label = f"{name}, {SPLITS[split]}"
                 right.plot(
-                    list(measured), list(measured.values()), "o-", markersize=4, color=colour, label=label
+                    list(measured), list(measured.values()), "o-", markersize=4, color=color, label=label
                 )
                 break
     left.set(title="training loss (running mean)", xlabel="step", ylabel="loss")
@@ -162,15 +162,15 @@ def draw_choice(
     palette = colormaps["viridis"]
     for number, step in enumerate(steps):
         own = sorted((cell for cell in cells if cell["step"] == step), key=lambda cell: cell["strength"])
-        colour = palette(number / max(1, len(steps) - 1) * 0.9)
-        look: dict[str, Any] = {"color": colour, "markersize": 4, "linewidth": 1.2}
+        color = palette(number / max(1, len(steps) - 1) * 0.9)
+        look: dict[str, Any] = {"color": color, "markersize": 4, "linewidth": 1.2}
         look["label"] = str(step) if isinstance(step, str) else f"step {step}"
         style, content = ([cell[name]["value"] for cell in own] for name in ("style", "content"))
         left.plot([0, *style], [1, *content], "o-", **look)
         strengths = [cell["strength"] for cell in own]
         right.plot([0, *strengths], [0, *style], "o-", **look)
         low, high = ([cell["style"][end] for cell in own] for end in ("low", "high"))
-        right.fill_between(strengths, low, high, color=colour, alpha=0.1)
+        right.fill_between(strengths, low, high, color=color, alpha=0.1)
     x, y = cells[best]["style"], cells[best]["content"]
     across, up = ([[abs(one["value"] - one["low"])], [abs(one["high"] - one["value"])]] for one in (x, y))
     left.errorbar([x["value"]], [y["value"]], up, across, "*", color="tab:red", markersize=11, zorder=3)
@@ -200,12 +200,12 @@ def draw_spectrum(path: Path, values: Values, blocks: Mapping[str, str], *, titl
     figure, left, right = _panels()
     names = list(dict.fromkeys(blocks.values()))
     palette = colormaps["viridis"]
-    colours = {block: palette(number / max(1, len(names) - 1) * 0.9) for number, block in enumerate(names)}
+    colors = {block: palette(number / max(1, len(names) - 1) * 0.9) for number, block in enumerate(names)}
     for module, row in values.items():
-        left.plot(range(1, len(row) + 1), row, color=colours[blocks[module]], linewidth=0.6, alpha=0.5)
+        left.plot(range(1, len(row) + 1), row, color=colors[blocks[module]], linewidth=0.6, alpha=0.5)
     for block in names:
         rows = [row for module, row in values.items() if blocks[module] == block]
-        _draw_energy(right, rows, label=block, color=colours[block], linewidth=1.2)
+        _draw_energy(right, rows, label=block, color=colors[block], linewidth=1.2)
     _draw_energy(right, list(values.values()), label="all modules", color="black", linewidth=2)
     left.set(title="singular values of each module", xlabel="index", ylabel="singular value")
     if any(value > 0 for row in values.values() for value in row):

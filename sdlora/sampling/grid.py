@@ -281,12 +281,12 @@ class _Panel:
         lines: Iterable[str],
         x: float,
         y: float,
-        colour: str = INK,
+        color: str = INK,
         anchor: str = "la",
     ) -> None:
         for number, line in enumerate(lines):
             place = (x, y + number * self.measures.line)
-            pen.text(place, line, colour, self.measures.font, anchor)
+            pen.text(place, line, color, self.measures.font, anchor)
 
 
 def _fit(text: str, font: Font, width: float) -> int:

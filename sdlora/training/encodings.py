@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdlora.data.buckets import Crop
 from sdlora.data.cache import TensorCache, TensorShapes, cache_folder, latent_key, text_key
-from sdlora.data.images import crop_image, load_record, vary_colours
+from sdlora.data.images import crop_image, load_record, vary_colors
 from sdlora.data.masks import crop_mask
 from sdlora.data.records import ImageRecord, count_of
 from sdlora.data.tensors import crop_to_time_ids, image_to_tensor, mask_to_tensor
@@ -93,7 +93,7 @@ class Encodings:
         # In fp32 latents stay as earlier versions made them.
         target = crop.resized if self.base.vae.dtype == torch.bfloat16 else None
         image = crop_image(load_record(record, self.settings.background, target), crop)
-        return image_to_tensor(vary_colours(image, crop))
+        return image_to_tensor(vary_colors(image, crop))
 
     def posterior(
         self, record: ImageRecord, crop: Crop, pixels: Callable[[], Tensor] | None = None

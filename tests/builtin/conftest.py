@@ -10,14 +10,14 @@ import pytest
 from sdlora.builtin.captions import read_concepts
 from sdlora.builtin.icons import ICON_SETS
 
-COLOURS = ("#d33", "#3a3", "#33d", "#dd3", "#3dd", "#d3d")
+COLORS = ("#d33", "#3a3", "#33d", "#dd3", "#3dd", "#d3d")
 TINY_CONCEPTS = ("apple", "fire-engine", "moon", "owl")
 
 
 def drawing(index: int, icon_set: int) -> dict[str, str]:
-    """A disc whose place, size and colour follow from its number."""
+    """A disc whose place, size and color follow from its number."""
     across, radius = 4 + index % 8, 2 + icon_set / 2
-    return {"body": f'<circle cx="{across}" cy="8" r="{radius}" fill="{COLOURS[index % len(COLOURS)]}"/>'}
+    return {"body": f'<circle cx="{across}" cy="8" r="{radius}" fill="{COLORS[index % len(COLORS)]}"/>'}
 
 
 @pytest.fixture(scope="session")

@@ -89,8 +89,8 @@ def test_the_words_of_the_concepts_fit() -> None:
 
 
 @pytest.mark.slow
-def test_it_knows_its_colours() -> None:
-    """An image asked for on a coloured ground has that ground in its corners."""
+def test_it_knows_its_colors() -> None:
+    """An image asked for on a colored ground has that ground in its corners."""
     pipeline = load_pipeline(BASE, "cpu")
     images = sample(pipeline, ["a red apple", "a bell on a blue background"], 0)
     corners = [torch.tensor(image.getpixel((3, 3)), dtype=torch.float) for image in images]

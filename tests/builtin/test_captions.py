@@ -52,10 +52,10 @@ def test_a_caption_names_what_is_shown() -> None:
         assert all(
             word in caption for word in ("owl", "teal background", "line drawing", "small", "mirrored")
         )
-    shaded = Variant("noto", "pear", colour="shades of blue", tilt="left")
+    shaded = Variant("noto", "pear", color="shades of blue", tilt="left")
     assert all("in shades of blue" in caption for caption in captions_of(shaded))
     assert all("tilted to the left" in caption for caption in captions_of(shaded))
-    assert all("green pear" in caption for caption in captions_of(Variant("noto", "pear", colour="green")))
+    assert all("green pear" in caption for caption in captions_of(Variant("noto", "pear", color="green")))
 
 
 def test_every_set_but_the_first_is_named() -> None:

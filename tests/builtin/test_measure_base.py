@@ -85,10 +85,10 @@ def test_the_interval_widens_with_few_captions() -> None:
     assert same["low"] == same["high"] == 0.5
 
 
-def outlined(colour: str, filled: bool) -> Image.Image:
+def outlined(color: str, filled: bool) -> Image.Image:
     image = Image.new("RGB", (128, 128), "white")
     ImageDraw.Draw(image).ellipse(
-        (30, 30, 90, 100), fill=colour if filled else "white", outline=colour, width=5
+        (30, 30, 90, 100), fill=color if filled else "white", outline=color, width=5
     )
     return image
 

@@ -17,14 +17,14 @@ from sdlora.builtin.variants import (
     Variant,
     dominant_hue,
     draw_variant,
-    recolour,
+    recolor,
     render_variant,
 )
 
 
-def make_drawing(colour: tuple[int, int, int] = (230, 120, 40)) -> Image.Image:
+def make_drawing(color: tuple[int, int, int] = (230, 120, 40)) -> Image.Image:
     drawing = Image.new("RGBA", (RENDERED_PX, RENDERED_PX), (0, 0, 0, 0))
-    ImageDraw.Draw(drawing).ellipse((20, 70, 140, 200), fill=(*colour, 255))
+    ImageDraw.Draw(drawing).ellipse((20, 70, 140, 200), fill=(*color, 255))
     return drawing
 
 
@@ -49,11 +49,11 @@ def test_the_plain_variant_is_the_drawing() -> None:
     "style", ["outlined", "thick outlines", "line drawing", "bold line drawing", "ink drawing"]
 )
 def test_lines_are_drawn(style: str) -> None:
-    """Dark lines around the shape; only outlines leave its colour."""
+    """Dark lines around the shape; only outlines leave its color."""
     assert darkness(render()) == 0
     assert darkness(render(style=style)) > 150
-    colour = render(style=style)[70, 45]
-    assert (colour[0] > colour[2] + 80) == (style in ("outlined", "thick outlines"))
+    color = render(style=style)[70, 45]
+    assert (color[0] > color[2] + 80) == (style in ("outlined", "thick outlines"))
 
 
 def test_bold_lines_are_bolder() -> None:
@@ -65,7 +65,7 @@ def test_every_style_shows_something_else(style: str) -> None:
     """No style leaves the drawing as it is, or takes it away."""
     ground = "black" if style == "chalk drawing" else "white"
     image = render(style=style, ground=ground)
-    if style != "poster":  # a drawing of one colour is a poster already
+    if style != "poster":  # a drawing of one color is a poster already
         assert abs(image - render(ground=ground)).max() > 40
     assert abs(image - image[0, 0]).max() > 40
 
@@ -80,28 +80,28 @@ def test_small_mirrored_tilted_and_shifted() -> None:
     assert left > right  # the drawing is left of the middle: turned to the left, it comes down
 
 
-@pytest.mark.parametrize("colour", HUES)
-def test_the_dominant_hue_becomes_the_colour(colour: str) -> None:
-    turned = recolour(make_drawing(), colour)
+@pytest.mark.parametrize("color", HUES)
+def test_the_dominant_hue_becomes_the_color(color: str) -> None:
+    turned = recolor(make_drawing(), color)
     hue = dominant_hue(turned)
     assert hue is not None
-    assert min(abs(hue - HUES[colour] / 360), 1 - abs(hue - HUES[colour] / 360)) < 0.05
+    assert min(abs(hue - HUES[color] / 360), 1 - abs(hue - HUES[color] / 360)) < 0.05
 
 
-def test_a_drawing_without_colour_keeps_it() -> None:
+def test_a_drawing_without_color_keeps_it() -> None:
     """Gray has no hue to turn; shades are laid over anything."""
     gray = make_drawing((120, 120, 120))
     assert dominant_hue(gray) is None
-    assert np.array_equal(np.asarray(recolour(gray, "blue")), np.asarray(gray))
-    assert dominant_hue(recolour(gray, "shades of blue")) is not None
+    assert np.array_equal(np.asarray(recolor(gray, "blue")), np.asarray(gray))
+    assert dominant_hue(recolor(gray, "shades of blue")) is not None
 
 
 def test_what_is_drawn_is_allowed() -> None:
-    """Letters are not mirrored, a colour in the name stays, black lines are not drawn on black."""
+    """Letters are not mirrored, a color in the name stays, black lines are not drawn on black."""
     rng = random.Random(0)
     for _ in range(300):
         assert not draw_variant(rng, "noto", sorted(LETTERED)[0]).mirrored
-        assert not draw_variant(rng, "noto", "red-apple").colour
+        assert not draw_variant(rng, "noto", "red-apple").color
         glyph = draw_variant(rng, "emojione-mono", "owl")
-        assert not glyph.colour
+        assert not glyph.color
         assert glyph.ground != "black"

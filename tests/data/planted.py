@@ -133,8 +133,8 @@ def enlarge(image: Image.Image, draw: random.Random) -> Image.Image:
 
 
 def frame(image: Image.Image, draw: random.Random) -> Image.Image:
-    colour = draw.choice(("teal", "#202020", "maroon", "#d0b070"))
-    return ImageOps.expand(image, round(min(image.size) * draw.uniform(0.04, 0.1)), colour)
+    color = draw.choice(("teal", "#202020", "maroon", "#d0b070"))
+    return ImageOps.expand(image, round(min(image.size) * draw.uniform(0.04, 0.1)), color)
 
 
 def letterbox(image: Image.Image, draw: random.Random) -> Image.Image:
@@ -148,8 +148,8 @@ def mark(image: Image.Image, draw: random.Random) -> Image.Image:
     image, side = image.convert("RGB"), max(image.size)
     font, canvas = ImageFont.load_default(round(side * 0.08)), ImageDraw.Draw(image)
     at = (image.width - side // 50, image.height - side // 50)
-    for offset, colour in ((1, (60, 60, 60)), (0, (235, 235, 235))):
-        canvas.text((at[0] + offset, at[1] + offset), "(c) Ink 24", colour, font, "rs")
+    for offset, color in ((1, (60, 60, 60)), (0, (235, 235, 235))):
+        canvas.text((at[0] + offset, at[1] + offset), "(c) Ink 24", color, font, "rs")
     return image
 
 

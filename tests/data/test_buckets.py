@@ -210,8 +210,8 @@ def test_repeats_count_for_a_bucket(make_records):
 
 
 @pytest.mark.parametrize("crop", ["center", "random"])
-def test_colours_are_fixed_views(make_records, crop: str) -> None:
-    """R-04, R-20: the first view as it is, others with colours drawn from (seed, digest); none held out."""
+def test_colors_are_fixed_views(make_records, crop: str) -> None:
+    """R-04, R-20: the first view as it is, others with colors drawn from (seed, digest); none held out."""
     records = make_records((512, 512), (700, 300), (300, 500))
     settings = DataSection(color_jitter=0.1, crop=crop, flip=True)
     plan = plan_buckets(records[:2], 256, settings, heldout=records[2:], seed=5)
@@ -221,10 +221,10 @@ def test_colours_are_fixed_views(make_records, crop: str) -> None:
     for record in records[:2]:
         views = plan.crops[record.name]
         assert views[0] == usual.crops[record.name][0]
-        assert [view.colours for view in views[4:]] == [view.colours for view in views[:4]]
-        assert len({view.colours for view in views}) == 4
-        assert {replace(view, colours=None, flipped=False) for view in views} == {*usual.crops[record.name]}
-        factors = [factor for view in views for factor in view.colours or ()]
+        assert [view.colors for view in views[4:]] == [view.colors for view in views[:4]]
+        assert len({view.colors for view in views}) == 4
+        assert {replace(view, colors=None, flipped=False) for view in views} == {*usual.crops[record.name]}
+        factors = [factor for view in views for factor in view.colors or ()]
         assert 0.9 <= min(factors) < 1 < max(factors) <= 1.1
     [heldout] = plan.crops["002.png"]
-    assert heldout.colours is None
+    assert heldout.colors is None

@@ -36,7 +36,7 @@ OTHER_CROPS = [
 
 
 def test_each_ingredient_changes_the_latent_key(make_records, monkeypatch: pytest.MonkeyPatch) -> None:
-    """R-21: image bytes, VAE, size, crop, flip, alpha colour, dtype and version are all in the key."""
+    """R-21: image bytes, VAE, size, crop, flip, alpha color, dtype and version are all in the key."""
     record, other = make_records((64, 64), (64, 64))
     settings = {"vae_digest": "aa", "background": "white", "dtype": "fp32"}
     keys = [
@@ -53,7 +53,7 @@ def test_each_ingredient_changes_the_latent_key(make_records, monkeypatch: pytes
 
 
 def test_what_does_not_matter_is_not_in_the_key(make_records) -> None:
-    """R-21: name, place, caption and the spelling of a colour leave the key as it is."""
+    """R-21: name, place, caption and the spelling of a color leave the key as it is."""
     (record,) = make_records((64, 64))
     settings = {"vae_digest": "aa", "dtype": "fp32"}
     moved = replace(record, name="b.png", path=Path("/else/b.png"), caption="other", repeats=9)

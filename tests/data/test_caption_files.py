@@ -352,11 +352,11 @@ def test_absolute_names_of_the_folder_itself(tmp_path: Path, write_image) -> Non
 
 def test_letters_that_no_file_can_take(tmp_path: Path, write_image) -> None:
     """R-29: halves of pairs, zero bytes and terminal codes leave a caption; the joiners of emoji stay."""
-    write_image("a.png", caption="a\x1b[31m cat\x07\x7f \x85 of\u2028 two 👩‍🎨\u3000colours")
+    write_image("a.png", caption="a\x1b[31m cat\x07\x7f \x85 of\u2028 two 👩‍🎨\u3000colors")
     write_image("b.png")
     (tmp_path / "metadata.jsonl").write_text(r'{"file_name": "b.png", "text": "x\ud800y \u0000 z"}', "utf-8")
     found = captions(scan(tmp_path))
-    assert found["a.png"][0] == "a[31m cat of two 👩‍🎨 colours"
+    assert found["a.png"][0] == "a[31m cat of two 👩‍🎨 colors"
     assert found["b.png"][0] == "xy z"
 
 

@@ -197,8 +197,8 @@ def test_wildcards(tmp_path: Path, write_image: Callable) -> None:
     index = scan_dataset(tmp_path, DataSection(trigger="ink", heldout=0, wildcards=True, caption_variants=40))
     cat, dog = index.records
     assert cat.caption == "a red cat, ink"
-    colours = ("red", "blue", "dark green", "light green")
-    assert sorted(cat.variants) == sorted(f"a {colour} cat, ink" for colour in colours)
+    colors = ("red", "blue", "dark green", "light green")
+    assert sorted(cat.variants) == sorted(f"a {color} cat, ink" for color in colors)
     assert dog.variants == ()
     assert index.num_captions == 5
     [plain] = scan_dataset(tmp_path, DataSection(trigger="ink", heldout=0)).records[:1]

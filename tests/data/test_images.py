@@ -27,8 +27,8 @@ from sdlora.data.images import (
     load_record,
     measure_file,
     measure_image,
-    parse_colour,
-    vary_colours,
+    parse_color,
+    vary_colors,
 )
 from sdlora.data.records import Size
 from sdlora.data.scan import scan_dataset
@@ -49,11 +49,11 @@ STORED = {
 
 
 def make_corners(width: int = 48, height: int = 32) -> Image.Image:
-    """An image with another colour in each quarter."""
+    """An image with another color in each quarter."""
     image = Image.new("RGB", (width, height))
-    for place, colour in enumerate(("red", "lime", "blue", "yellow")):
+    for place, color in enumerate(("red", "lime", "blue", "yellow")):
         left, top = place % 2 * width // 2, place // 2 * height // 2
-        image.paste(colour, (left, top, left + width // 2, top + height // 2))
+        image.paste(color, (left, top, left + width // 2, top + height // 2))
     return image
 
 
@@ -92,14 +92,14 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: s
 
 @pytest.mark.parametrize("background", ["white", "black", "#336699"])
 def test_hidden_pixels_do_not_show(tmp_path: Path, background: str) -> None:
-    """R-14: a transparent RGBA image with coloured hidden pixels becomes the background colour."""
+    """R-14: a transparent RGBA image with colored hidden pixels becomes the background color."""
     image = Image.new("RGBA", (16, 16), (255, 0, 255, 0))
     image.paste((0, 128, 0, 255), (0, 0, 8, 16))
     image.save(tmp_path / "a.png")
     loaded = load_image(tmp_path / "a.png", background)
     assert loaded.mode == "RGB"
     assert loaded.getpixel((2, 2)) == (0, 128, 0)
-    assert loaded.getpixel((12, 12)) == parse_colour(background)
+    assert loaded.getpixel((12, 12)) == parse_color(background)
 
 
 def test_half_transparent_is_blended(tmp_path: Path) -> None:
@@ -120,8 +120,8 @@ def test_palette_with_transparency(tmp_path: Path, as_bytes: bool) -> None:
     assert loaded.getpixel((6, 1)) == (255, 255, 255)
 
 
-def test_grey_with_alpha_and_keyed_colour(tmp_path: Path) -> None:
-    """R-14: LA, and RGB or L with a transparent colour."""
+def test_grey_with_alpha_and_keyed_color(tmp_path: Path) -> None:
+    """R-14: LA, and RGB or L with a transparent color."""
     Image.new("LA", (4, 4), (10, 0)).save(tmp_path / "la.png")
     Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "rgb.png", transparency=(9, 8, 7))
     Image.new("L", (4, 4), 30).save(tmp_path / "l.png", transparency=30)
@@ -130,20 +130,20 @@ def test_grey_with_alpha_and_keyed_colour(tmp_path: Path) -> None:
 
 
 def test_cmyk(tmp_path: Path) -> None:
-    """R-14: a CMYK JPEG keeps its colours, neither inverted nor dark."""
+    """R-14: a CMYK JPEG keeps its colors, neither inverted nor dark."""
     make_corners().convert("CMYK").save(tmp_path / "a.jpg", quality=95)
     assert difference(load_image(tmp_path / "a.jpg"), make_corners()) < 8
 
 
 def test_sixteen_bits(tmp_path: Path) -> None:
-    """R-14: 16-bit grey and colour keep their range instead of clipping to white."""
+    """R-14: 16-bit grey and color keep their range instead of clipping to white."""
     values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     expected = np.rint(values / 257)
     Image.fromarray(values).save(tmp_path / "grey.png")
     Image.fromarray(values).save(tmp_path / "grey.tif")
     rows = b"".join(b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in values)
-    write_png(tmp_path / "colour.png", 8, 8, 16, 2, rows)
-    for name in ("grey.png", "grey.tif", "colour.png"):
+    write_png(tmp_path / "color.png", 8, 8, 16, 2, rows)
+    for name in ("grey.png", "grey.tif", "color.png"):
         loaded = np.asarray(load_image(tmp_path / name), np.float32)
         assert loaded.shape == (8, 8, 3)
         assert np.abs(loaded - expected[..., None]).max() <= 1, name
@@ -162,14 +162,14 @@ def test_other_modes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["gif", "webp", "apng", "tif"])
 def test_first_frame_of_an_animation(tmp_path: Path, suffix: str) -> None:
     """R-14: animations give their first frame and are known to move."""
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "lime")]
     path = tmp_path / f"a.{suffix}"
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=50, lossless=True)
     assert load_image(path).getpixel((4, 4)) == (255, 0, 0)
     assert measure_image(path, path.read_bytes()) == (Size(8, 8), True)
 
 
-def test_colour_profile_is_applied(tmp_path: Path) -> None:
+def test_color_profile_is_applied(tmp_path: Path) -> None:
     """R-14: a profile that exchanges red and green is honoured, as viewers do; a damaged one is not fatal."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     swapped = profile.replace(b"rXYZ", b"tmp_", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"tmp_", b"gXYZ", 1)
@@ -306,7 +306,7 @@ def test_a_large_jpeg_is_decoded_smaller(tmp_path: Path, write_image, orientatio
 
 
 def test_unknown_background(tmp_path: Path) -> None:
-    """R-35: a colour that is none is named with its key."""
+    """R-35: a color that is none is named with its key."""
     with raises(ConfigError, "data.background", shows="whit"):
         load_image(tmp_path / "a.png", "whit")
 
@@ -357,18 +357,18 @@ def test_jpeg_xl(tmp_path: Path) -> None:
     assert "b.jxl" in index.noticed["data.image-unreadable"]
 
 
-def test_colours_keep_black_white_and_hue() -> None:
-    """R-15: paper stays white and ink black; other colours change, but a red stays a red."""
+def test_colors_keep_black_white_and_hue() -> None:
+    """R-15: paper stays white and ink black; other colors change, but a red stays a red."""
     image = Image.new("RGB", (4, 1))
     image.putdata([(0, 0, 0), (255, 255, 255), (200, 60, 60), (128, 128, 128)])
     whole = Size(4, 1)
     plain = Crop(whole, 0, 0, whole)
-    assert vary_colours(image, plain) is image
-    for colours in ((1.3, 1.0, 1.0), (0.7, 1.3, 0.7), (1.0, 0.5, 1.5)):
-        varied = vary_colours(image, replace(plain, colours=colours))
+    assert vary_colors(image, plain) is image
+    for colors in ((1.3, 1.0, 1.0), (0.7, 1.3, 0.7), (1.0, 0.5, 1.5)):
+        varied = vary_colors(image, replace(plain, colors=colors))
         changed = [varied.getpixel((column, 0)) for column in range(3)]
         assert changed[:2] == [(0, 0, 0), (255, 255, 255)]
         red, green, blue = changed[2]
         assert red > green == blue
         assert changed[2] != (200, 60, 60)
-    assert vary_colours(image, replace(plain, colours=(1.2, 1.0, 1.0))).getpixel((3, 0))[0] > 128
+    assert vary_colors(image, replace(plain, colors=(1.2, 1.0, 1.0))).getpixel((3, 0))[0] > 128

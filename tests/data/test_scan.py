@@ -296,7 +296,7 @@ def test_bad_images_stop_or_are_skipped(tmp_path: Path, write_image, found) -> N
 
 def test_animations_are_reported(tmp_path: Path, found) -> None:
     """R-14: that only the first frame of an animation is used is a notice."""
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     index = scan(tmp_path, trigger="sks")
     assert found(index)["notice data.image-frames"].names == ("a.gif",)
@@ -425,7 +425,7 @@ def test_heldout_folder_of_ones_own(tmp_path: Path, write_image, found) -> None:
 
 
 def test_background_is_checked_first(tmp_path: Path, write_image) -> None:
-    """R-35: a colour that is none stops before images are read."""
+    """R-35: a color that is none stops before images are read."""
     write_image("a.png", caption="x")
     with raises(ConfigError, "data.background", shows="whitish"):
         scan(tmp_path, background="whitish")

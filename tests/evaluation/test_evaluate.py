@@ -31,9 +31,9 @@ def base():
     return load_base(inspect_base(BaseSection()), dtype=torch.float32, device="cpu")
 
 
-def draw(shift: int = 0, colour: str = "red") -> torch.Tensor:
+def draw(shift: int = 0, color: str = "red") -> torch.Tensor:
     image = Image.new("RGB", (64, 64), "white")
-    ImageDraw.Draw(image).ellipse((12 + shift, 12, 50 + shift, 50), fill=colour, outline="black", width=3)
+    ImageDraw.Draw(image).ellipse((12 + shift, 12, 50 + shift, 50), fill=color, outline="black", width=3)
     return image_to_tensor(image)
 
 

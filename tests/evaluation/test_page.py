@@ -114,15 +114,15 @@ def test_a_run_whose_images_are_gone(run, sdlora):
 
 
 PROMPT = "<b>ink, a circle number 1"
-COLOURS = {10: (200, 30, 30), 20: (30, 160, 60)}
+COLORS = {10: (200, 30, 30), 20: (30, 160, 60)}
 
 
 @pytest.fixture
 def sampled(bare):
     """The run with two steps at two strengths, an evaluation, and a prompt that is a caption."""
-    for step, colour in COLOURS.items():
+    for step, color in COLORS.items():
         for number, strength in enumerate((0.0, 0.5, 1.0)):
-            shade = (40, 60, 200) if not strength else tuple(round(value * strength) for value in colour)
+            shade = (40, 60, 200) if not strength else tuple(round(value * strength) for value in color)
             image = SampledImage(Image.new("RGB", (64, 64), shade), PROMPT, 0, strength)
             write_image(bare.sample_folder(step) / f"{number:02d}.png", image, {"adapter": "old name"})
     images = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import socket
@@ -13,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
@@ -27,7 +30,7 @@ from sdlora.models import load
 from sdlora.models.base import quiet
 from sdlora.models.folder import BUILTIN
 from sdlora.models.info import BaseInfo, inspect_base
-from sdlora.models.load import load_base, load_component, load_fresh_pipeline
+from sdlora.models.load import InPlaceBlock, compute_in_place, load_base, load_component, load_fresh_pipeline
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.models.weights import empty_components, empty_denoiser
 from tests.checks import raises
@@ -303,3 +306,21 @@ def test_folders_of_one_precision(copy_base: CopyBase, info: BaseInfo, kind: str
         for name, tensor in part.state_dict().items():
             assert torch.equal(tensor, plain[name])
             assert torch.equal(tensor, stock[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_vae_in_place_is_the_same_to_the_bit(dtype: torch.dtype) -> None:
+    """R-46: encoding and decoding; the input stays as it is."""
+    sizes = {"block_out_channels": (32, 64), "layers_per_block": 1}
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    stock = AutoencoderKL(**sizes, **kinds).to(dtype).requires_grad_(False).eval()
+    ours = copy.deepcopy(stock)
+    compute_in_place(ours)
+    assert {type(one) for one in ours.modules() if isinstance(one, ResnetBlock2D)} == {InPlaceBlock}
+    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = x.clone()
+    with torch.no_grad():
+        latents = stock.encode(x).latent_dist.mean
+        assert torch.equal(ours.encode(x).latent_dist.mean, latents)
+        assert torch.equal(ours.decode(latents).sample, stock.decode(latents).sample)
+    assert torch.equal(x, before)

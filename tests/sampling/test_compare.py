@@ -232,8 +232,8 @@ def test_settings_are_rows_and_large_grids_have_pages() -> None:
 
 def test_an_image_to_start_from(sdlora: Any, files: list[Path], tmp_path: Path) -> None:
     """R-13: beside its samples, which say so; kept apart by image; mistakes are one line."""
-    for name, colour in (("a", "red"), ("b", "blue")):
-        Image.new("RGB", (60, 30), colour).save(tmp_path / f"{name}.png")
+    for name, color in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (60, 30), color).save(tmp_path / f"{name}.png")
     ask = ("sample", files[0], "--base", "builtin", "--prompt", "a cat", "--steps", 2, "--strengths", 1)
     for name in "ab":
         start = ("--image", tmp_path / f"{name}.png", "--denoise", 0.5)

@@ -15,14 +15,14 @@ from sdlora.sampling.targets import Targets
 RED, GREEN, BLUE, BLANK = (200, 30, 30), (30, 160, 60), (40, 60, 200), (230, 230, 230)
 
 
-def image(colour: tuple[int, int, int], prompt: str, seed: int, strength: float, **more: Any) -> SampledImage:
+def image(color: tuple[int, int, int], prompt: str, seed: int, strength: float, **more: Any) -> SampledImage:
     size = more.pop("size", (128, 96))
-    return SampledImage(Image.new("RGB", size, colour), prompt, seed, strength, **more)
+    return SampledImage(Image.new("RGB", size, color), prompt, seed, strength, **more)
 
 
-def cells(grid: Image.Image, colour: tuple[int, int, int]) -> list[tuple[int, int, int, int]]:
-    """The bounding box of a colour's pixels, if it fills it."""
-    mask = (np.asarray(grid) == colour).all(axis=2)
+def cells(grid: Image.Image, color: tuple[int, int, int]) -> list[tuple[int, int, int, int]]:
+    """The bounding box of a color's pixels, if it fills it."""
+    mask = (np.asarray(grid) == color).all(axis=2)
     if not mask.any():
         return []
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -103,7 +103,7 @@ def test_several_adapters_share_one_base_column() -> None:
         image(BLUE, "a", 0, 1, adapter="two"),
     ]
     grid = make_grid(images)
-    boxes = [cells(grid, colour)[0] for colour in (RED, GREEN, BLUE)]
+    boxes = [cells(grid, color)[0] for color in (RED, GREEN, BLUE)]
     assert boxes == sorted(boxes)
     assert len({box[1] for box in boxes}) == 1
     assert not (np.asarray(grid) == BLANK).all(axis=2)[boxes[0][1] :].any()

@@ -12,17 +12,17 @@ from sdlora.data.scan import read_captions, scan_dataset
 from sdlora.sampling.targets import find_run_targets, find_targets
 
 
-def write_image(path: Path, colour: str, caption: str) -> None:
+def write_image(path: Path, color: str, caption: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (16, 16), colour).save(path)
+    Image.new("RGB", (16, 16), color).save(path)
     path.with_suffix(".txt").write_text(caption, encoding="utf-8")
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     folder = tmp_path / "images"
-    for number, colour in enumerate(("red", "green", "blue")):
-        write_image(folder / f"{number}.png", colour, f"a {colour} square")
+    for number, color in enumerate(("red", "green", "blue")):
+        write_image(folder / f"{number}.png", color, f"a {color} square")
     write_image(folder / "heldout" / "0.png", "black", "a red square")
     return folder
 

@@ -126,7 +126,7 @@ def test_caption_variants_are_encoded_once(make_images, tiny, make_trainer, tmp_
     assert list(two.run.trace()) == list(one.run.trace())
 
 
-def test_views_with_other_colours_are_encoded_once(make_images, tiny, make_trainer, tmp_path):
+def test_views_with_other_colors_are_encoded_once(make_images, tiny, make_trainer, tmp_path):
     """R-20, R-28: the plan counts them and their disk; a mask stays; steps draw all of them."""
     images = make_images(sizes=((64, 64),) * 3)
     Image.new("L", (64, 64), 130).save(images / "00.mask.png")
@@ -142,5 +142,5 @@ def test_views_with_other_colours_are_encoded_once(make_images, tiny, make_train
     assert not any(torch.equal(means[0], mean) for mean in means[1:])
     masks = [encodings.masks([(record, crop)]) for crop in crops]
     assert all(torch.equal(masks[0], mask) for mask in masks)
-    seen = {sample.crop.colours for step in range(8) for sample in trainer.plan.order.step(step)}
+    seen = {sample.crop.colors for step in range(8) for sample in trainer.plan.order.step(step)}
     assert len(seen) == 7
