@@ -5,11 +5,13 @@ B batch, C channels, H W image size, h w latent size, L tokens.
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +28,12 @@ from sdlora.lora.layers import carrier_layers
 from sdlora.models.base import Base
 from sdlora.models.info import BaseInfo
 from sdlora.models.weights import empty_base, empty_model
+from sdlora.reading import UnfitFileError, read_json
+from sdlora.writing import cache_folder, write_json
 
 META = torch.device("meta")
+MAX_BYTES = 2**20
+FILE_NAME = "costs.json"
 # Torch counts attention on GPUs only. Its backward pass needs twice the products of the forward pass.
 _ATTEND = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 CPU_ATTENTION: dict[Any, Callable[..., int]] = {
@@ -135,6 +141,12 @@ class DenoiserPass:
 @lru_cache(maxsize=64)
 def denoiser_cost(task: DenoiserPass) -> Cost:
     """Cost of a pass without weights, with gradients of the adapter."""
+    own = {name: value for name, value in vars(task).items() if name != "info"}
+    (cost,) = _remembered(task.info, own, lambda: [_measure_denoiser(task)])
+    return cost
+
+
+def _measure_denoiser(task: DenoiserPass) -> Cost:
     base = _build(task.info, task.dtype, task.checkpointing)
     adapter = _empty_adapter(base.denoiser, task.kind, dict(task.ranks), learns=task.learns)
     mount(base.denoiser, [(adapter, 1.0)] if adapter else [])
@@ -160,6 +172,11 @@ def _build(info: BaseInfo, dtype: torch.dtype, checkpointing: bool) -> Base:
 @lru_cache(maxsize=64)
 def vae_costs(info: BaseInfo, size: Size, dtype: torch.dtype) -> tuple[Cost, Cost]:
     """Cost of encoding, and of decoding, one image of a size in pixels with a VAE of a dtype."""
+    encode, decode = _remembered(info, {"vae": size, "dtype": dtype}, lambda: _measure_vae(info, size, dtype))
+    return encode, decode
+
+
+def _measure_vae(info: BaseInfo, size: Size, dtype: torch.dtype) -> list[Cost]:
     vae = empty_model("vae", info.vae_config)
     nn.Module.to(vae, dtype)
     latents = (1, info.latent_channels, size.height // info.vae_factor, size.width // info.vae_factor)
@@ -167,9 +184,28 @@ def vae_costs(info: BaseInfo, size: Size, dtype: torch.dtype) -> tuple[Cost, Cos
     noise = torch.empty(latents, dtype=dtype, device=META)
     weights = _weights(vae)
     with torch.no_grad():
-        return measure_cost(lambda: vae.encode(pixels), weights), measure_cost(
-            lambda: vae.decode(noise), weights
-        )
+        return [
+            measure_cost(lambda: vae.encode(pixels), weights),
+            measure_cost(lambda: vae.decode(noise), weights),
+        ]
+
+
+def _remembered(info: BaseInfo, task: Mapping[str, object], measure: Callable[[], list[Cost]]) -> list[Cost]:
+    """Costs from the cache if these versions have measured them before: measuring takes seconds."""
+    versions = [version(name) for name in ("sdlora", "torch", "diffusers")]
+    parts = (versions, info.fingerprint, info.num_text_states, task)
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()
+    file, known = cache_folder() / FILE_NAME, dict[str, Any]()
+    with suppress(OSError, UnfitFileError):
+        found = read_json(file, MAX_BYTES)
+        known = found if isinstance(found, dict) else {}
+    with suppress(KeyError, TypeError, ValueError):
+        return [Cost(int(num_bytes), int(flop)) for num_bytes, flop in known[key]]
+    costs = measure()
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {**known, key: costs})
+    return costs
 
 
 def text_peak(

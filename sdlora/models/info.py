@@ -77,13 +77,14 @@ class BaseInfo(BaseFiles):
 
     def __eq__(self, other: object) -> bool:
         """By digests, so that memory estimates, which are cached, are made once for a base."""
-        return isinstance(other, BaseInfo) and self._fingerprint == other._fingerprint
+        return isinstance(other, BaseInfo) and self.fingerprint == other.fingerprint
 
     def __hash__(self) -> int:
-        return hash(self._fingerprint)
+        return hash(self.fingerprint)
 
     @property
-    def _fingerprint(self) -> tuple[str, ...]:
+    def fingerprint(self) -> tuple[str, ...]:
+        """What tells bases apart: source, digests of their files, quantization and schedule."""
         parts = [f"{name} {part.digest}" for name, part in sorted(self.components.items())]
         settings = sorted(f"{name} {value}" for name, value in self.scheduler_config.items())
         return (self.source, *parts, self.text_digest, self.quantize, *settings)

@@ -20,6 +20,7 @@ from sdlora.config import BaseSection, load_config
 from sdlora.data.records import Size
 from sdlora.dtypes import Precision
 from sdlora.lora.attach import match_modules, match_targets, mount
+from sdlora.memory import activations
 from sdlora.memory.activations import META, DenoiserPass, denoiser_cost, measure_cost, vae_costs
 from sdlora.memory.cards import find_card
 from sdlora.memory.estimate import (
@@ -327,3 +328,32 @@ def test_decoding_a_picture_needs_more_than_encoding_it():
     assert large[1].num_bytes > large[0].num_bytes
     assert large[0].num_bytes == pytest.approx(4 * small[0].num_bytes, rel=0.1)
     assert large[0].flop == pytest.approx(4 * small[0].flop, rel=0.1)
+
+
+def test_costs_are_measured_once(monkeypatch, tmp_path):
+    """R-46: the next plan with this base reads them; a damaged file, or other versions, measure again."""
+    monkeypatch.setenv("SDLORA_CACHE", str(tmp_path))
+    info, size = inspect_base(BaseSection()), Size(64, 64)
+    task = DenoiserPass(info, (), Size(8, 8), torch.float32, 1, learns=False)
+    measured = []
+    monkeypatch.setattr(
+        activations, "measure_cost", lambda *given: measured.append(1) or measure_cost(*given)
+    )
+
+    def costs():
+        denoiser_cost.cache_clear()
+        vae_costs.cache_clear()
+        return denoiser_cost(task), *vae_costs(info, size, torch.float32)
+
+    first = costs()
+    assert len(measured) == 3
+    assert costs() == first
+    assert len(measured) == 3
+    (tmp_path / activations.FILE_NAME).write_text("[")
+    assert costs() == first
+    assert len(measured) == 6
+    monkeypatch.setattr(activations, "version", lambda name: "0")
+    assert costs() == first
+    assert len(measured) == 9
+    denoiser_cost.cache_clear()
+    vae_costs.cache_clear()
