@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
@@ -192,7 +192,10 @@ def _measure_vae(info: BaseInfo, size: Size, dtype: torch.dtype) -> list[Cost]:
 
 def _remembered(info: BaseInfo, task: Mapping[str, object], measure: Callable[[], list[Cost]]) -> list[Cost]:
     """Costs from the cache if these versions have measured them before: measuring takes seconds."""
-    versions = [version(name) for name in ("sdlora", "torch", "diffusers")]
+    try:
+        versions = [version(name) for name in ("sdlora", "torch", "diffusers")]
+    except PackageNotFoundError:  # a checkout that is not installed: nothing tells its versions apart
+        return measure()
     parts = (versions, info.fingerprint, info.num_text_states, task)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
     file, known = cache_folder() / FILE_NAME, dict[str, Any]()
