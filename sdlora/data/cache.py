@@ -17,13 +17,13 @@ from sdlora.data.buckets import Crop
 from sdlora.data.images import parse_color
 from sdlora.data.records import ImageRecord
 from sdlora.data.sources import ARCHIVES
-from sdlora.reading import UnfitFileError, read_bytes, read_header
+from sdlora.reading import UnfitFileError, read_bytes, read_header, read_json
 from sdlora.writing import cache_folder as cache_folder
-from sdlora.writing import write_file
+from sdlora.writing import write_file, write_json
 
 CACHE_VERSION = 2
 DIGEST = "sha256"
-MAX_BYTES = 2**28
+MAX_BYTES, MAX_NOTES_BYTES = 2**28, 2**20
 # Copies in memory: of what is used, and of what is only written or looked for.
 MAX_KEPT, MAX_KEPT_AHEAD = 2**31, 2**26
 DTYPES = {"F32", "F16", "BF16"}
@@ -32,6 +32,10 @@ LATENTS, TEXT, IMAGES, LOOKS = "latents", "text", "images", "looks"
 ENDINGS = {LATENTS: ".safetensors", TEXT: ".safetensors", IMAGES: ".png", LOOKS: ".npz"}
 """Kinds of entries: tensors, which this module reads and writes, the base's
 images (`sampling.store`), and measures of training images (`data.looks`). `data.sources` adds folders."""
+
+
+SPEEDS, COSTS = "speed.json", "costs.json"
+"""Notes: small objects by key, of what was measured on this machine and of what was computed."""
 
 
 def latent_key(record: ImageRecord, crop: Crop, *, vae_digest: str, background: str, dtype: str) -> str:
@@ -158,6 +162,22 @@ def _read_tensors(file: Path, shapes: TensorShapes | None = None) -> dict[str, t
     return tensors
 
 
+def read_notes(name: str) -> dict[str, Any]:
+    """All notes of a file; none if there is no file, or it cannot be read."""
+    with suppress(OSError, UnfitFileError):
+        found = read_json(cache_folder() / name, MAX_NOTES_BYTES)
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def add_note(name: str, key: str, value: Any) -> None:
+    """Adds a note to those of a file; errors while writing the cache are ignored."""
+    file = cache_folder() / name
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {**read_notes(name), key: value})
+
+
 def measure_cache(folder: Path) -> list[tuple[str, int, int]]:
     """Rows (kind, files, bytes)."""
     files = {kind: _entries(folder / kind, f"*{ending}") for kind, ending in ENDINGS.items()}
@@ -181,6 +201,8 @@ def clear_cache(folder: Path) -> int:
     freed = sum(file.stat().st_size for file in _entries(folder / ARCHIVES, "**/*"))
     if not (folder / ARCHIVES).is_symlink():
         shutil.rmtree(folder / ARCHIVES, ignore_errors=True)
+    if not (folder / COSTS).is_symlink():
+        (folder / COSTS).unlink(missing_ok=True)
     for kind, ending in ENDINGS.items():
         for file in _entries(folder / kind, f"*{ending}", f".*{ending}.*.tmp"):
             freed += file.stat().st_size

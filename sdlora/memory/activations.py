@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from sdlora.data.cache import COSTS, add_note, read_notes
 from sdlora.data.records import Size
 from sdlora.lora.adapter import KINDS, Adapter
 from sdlora.lora.attach import mount
@@ -28,12 +29,8 @@ from sdlora.lora.layers import carrier_layers
 from sdlora.models.base import Base
 from sdlora.models.info import BaseInfo
 from sdlora.models.weights import empty_base, empty_model
-from sdlora.reading import UnfitFileError, read_json
-from sdlora.writing import cache_folder, write_json
 
 META = torch.device("meta")
-MAX_BYTES = 2**20
-FILE_NAME = "costs.json"
 # Torch counts attention on GPUs only. Its backward pass needs twice the products of the forward pass.
 _ATTEND = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 CPU_ATTENTION: dict[Any, Callable[..., int]] = {
@@ -142,8 +139,7 @@ class DenoiserPass:
 def denoiser_cost(task: DenoiserPass) -> Cost:
     """Cost of a pass without weights, with gradients of the adapter."""
     own = {name: value for name, value in vars(task).items() if name != "info"}
-    (cost,) = _remembered(task.info, own, lambda: [_measure_denoiser(task)])
-    return cost
+    return _remembered(task.info, own, lambda: [_measure_denoiser(task)])[0]
 
 
 def _measure_denoiser(task: DenoiserPass) -> Cost:
@@ -196,18 +192,12 @@ def _remembered(info: BaseInfo, task: Mapping[str, object], measure: Callable[[]
         versions = [version(name) for name in ("sdlora", "torch", "diffusers")]
     except PackageNotFoundError:  # a checkout that is not installed: nothing tells its versions apart
         return measure()
-    parts = (versions, info.fingerprint, info.num_text_states, task)
-    key = hashlib.sha256(repr(parts).encode()).hexdigest()
-    file, known = cache_folder() / FILE_NAME, dict[str, Any]()
-    with suppress(OSError, UnfitFileError):
-        found = read_json(file, MAX_BYTES)
-        known = found if isinstance(found, dict) else {}
+    parts = repr((versions, info.fingerprint, info.num_text_states, task))
+    key = hashlib.sha256(parts.encode()).hexdigest()
     with suppress(KeyError, TypeError, ValueError):
-        return [Cost(int(num_bytes), int(flop)) for num_bytes, flop in known[key]]
+        return [Cost(int(num_bytes), int(flop)) for num_bytes, flop in read_notes(COSTS)[key]]
     costs = measure()
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {**known, key: costs})
+    add_note(COSTS, key, costs)
     return costs
 
 

@@ -8,22 +8,18 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from sdlora.data.cache import cache_folder
+from sdlora.data.cache import SPEEDS, add_note, read_notes
 from sdlora.dtypes import Precision
 from sdlora.memory.activations import denoiser_cost, vae_costs
 from sdlora.memory.cards import Card
 from sdlora.memory.estimate import MemoryInputs, passes_of
 from sdlora.memory.watch import Watch
-from sdlora.reading import UnfitFileError, read_json
-from sdlora.writing import write_json
 
 # Share of a card's published speed that is reached, seconds of a pass for its launches, and of a run for all
 # else. Two measurements on an A100 agree with the first two: SD 1.5 at 512 px, 31 steps a second
 # (fal-ai/stable-diffusion-benchmarks), and SDXL at 1024 px, 30 steps in 3.3 s (diffusers, "Accelerate
 # inference"), both with guidance and SDPA.
 SHARE, LAUNCH_SECONDS, REST_SECONDS = 0.4, 0.02, 30.0
-MAX_BYTES = 2**20
-FILE_NAME = "speed.json"
 
 
 class Work(NamedTuple):
@@ -115,8 +111,8 @@ def speed_of_card(card: Card) -> Speed | None:
 
 def read_speed(key: str) -> Speed | None:
     """The speed last measured under a key that names device and base; None if there is none."""
-    with suppress(OSError, UnfitFileError, AttributeError, KeyError, TypeError, ValueError):
-        known = read_json(cache_folder() / FILE_NAME, MAX_BYTES)[key]  # type: ignore[index]
+    with suppress(AttributeError, KeyError, TypeError, ValueError):
+        known = read_notes(SPEEDS)[key]
         rates = {str(stage): float(rate) for stage, rate in known["rates"].items()}
         rest = float(known["rest"])
         if rates and all(0 < rate < math.inf for rate in rates.values()) and 0 <= rest < math.inf:
@@ -126,14 +122,8 @@ def read_speed(key: str) -> Speed | None:
 
 def write_speed(key: str, speed: Speed) -> None:
     """Keeps a measured speed for the plans to come; errors while writing the cache are ignored."""
-    file, known = cache_folder() / FILE_NAME, {}
-    with suppress(OSError, UnfitFileError):
-        found = read_json(file, MAX_BYTES)
-        known = found if isinstance(found, dict) else {}
     rates = {stage: float(f"{rate:.3g}") for stage, rate in speed.rates.items()}
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {**known, key: {"rates": rates, "rest": round(speed.rest, 1)}})
+    add_note(SPEEDS, key, {"rates": rates, "rest": round(speed.rest, 1)})
 
 
 def as_time(seconds: float) -> str:

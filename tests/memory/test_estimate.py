@@ -17,6 +17,7 @@ from torch import nn
 from sdlora.builtin import card_table
 from sdlora.builtin.card_table import plan_preset
 from sdlora.config import BaseSection, load_config
+from sdlora.data.cache import COSTS, clear_cache
 from sdlora.data.records import Size
 from sdlora.dtypes import Precision
 from sdlora.lora.attach import match_modules, match_targets, mount
@@ -349,11 +350,15 @@ def test_costs_are_measured_once(monkeypatch, tmp_path):
     assert len(measured) == 3
     assert costs() == first
     assert len(measured) == 3
-    (tmp_path / activations.FILE_NAME).write_text("[")
+    (tmp_path / COSTS).write_text("[")
     assert costs() == first
     assert len(measured) == 6
-    monkeypatch.setattr(activations, "version", lambda name: "0")
+    clear_cache(tmp_path)
+    assert not (tmp_path / COSTS).exists()
     assert costs() == first
     assert len(measured) == 9
+    monkeypatch.setattr(activations, "version", lambda name: "0")
+    assert costs() == first
+    assert len(measured) == 12
     denoiser_cost.cache_clear()
     vae_costs.cache_clear()
