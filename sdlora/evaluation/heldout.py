@@ -127,7 +127,7 @@ def _denoise(
 # Where the signal has this share, the targets differ most, and a trained denoiser is still close to its own.
 SIGNAL = 0.6
 CLEARLY = 0.6
-# A part of an image shows it as well, in an eighth of the time of 512 px.
+# A part of an image shows it as well, in a third of the time of 512 px.
 MOST_CELLS = 32
 
 
