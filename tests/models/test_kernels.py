@@ -10,7 +10,6 @@ from torch import nn
 
 from sdlora.models import kernels
 from sdlora.models.kernels import ContiguousHeads, FrozenConvolution, use_cpu_kernels
-from sdlora.models.load import InPlaceBlock, compute_in_place
 
 WIDE = kernels.LEAST_CHANNELS
 LAYERS = {
@@ -41,13 +40,6 @@ def test_convolutions_equal_torch(name):
     for theirs, own in zip(*results, strict=True):
         assert float((own - theirs).norm() / theirs.norm()) < 1e-12
     assert [tensor.shape for tensor in kept] == [stock.weight.shape]
-
-
-def test_a_block_with_a_time_embedding_stays_as_it_is(make_unet):
-    """R-46: the blocks of a UNet are computed by diffusers."""
-    unet = make_unet()
-    compute_in_place(unet)
-    assert not any(isinstance(layer, InPlaceBlock) for layer in unet.modules())
 
 
 def test_a_whole_unet_agrees(make_unet, run):

@@ -324,3 +324,10 @@ def test_a_vae_in_place_is_the_same_to_the_bit(dtype: torch.dtype) -> None:
         assert torch.equal(ours.encode(x).latent_dist.mean, latents)
         assert torch.equal(ours.decode(latents).sample, stock.decode(latents).sample)
     assert torch.equal(x, before)
+
+
+def test_a_block_with_a_time_embedding_stays_as_it_is(make_unet: Callable[..., Any]) -> None:
+    """R-46: the blocks of a UNet are computed by diffusers."""
+    unet = make_unet()
+    compute_in_place(unet)
+    assert not any(isinstance(layer, InPlaceBlock) for layer in unet.modules())
