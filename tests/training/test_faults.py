@@ -195,14 +195,16 @@ def kill_at_random(bench, count, seed):
         assert bench.kill(Operations(*folders, die_before=number + 1, die_after=(number, delay)).watch)
 
 
-@pytest.mark.slow
-def test_killed_at_random(bench, sd15_folder, monkeypatch):
-    """R-03, R-23, R-24: twenty kills, as many resumes, no divergence; on a tiny base.
-
-    Without the loss curve and postflight, which take half of the time.
-    """
+def skip_the_end(monkeypatch):
+    """Leaves out the loss curve and postflight, which take half of a short run's time; the built-in base's have them."""
     monkeypatch.setattr(finish, "draw_loss_curve", lambda run: None)
     monkeypatch.setattr(finish, "postflight", lambda *rest: [])
+
+
+@pytest.mark.slow
+def test_killed_at_random(bench, sd15_folder, monkeypatch):
+    """R-03, R-23, R-24: twenty kills, as many resumes, no divergence; on a tiny base."""
+    skip_the_end(monkeypatch)
     changes = {"train__steps": 3, "train__sample_every": 3}
     kill_at_random(bench(base__source=str(sd15_folder), **{**SHORT, **changes}), 20, seed=0)
 
@@ -210,7 +212,7 @@ def test_killed_at_random(bench, sd15_folder, monkeypatch):
 @pytest.mark.slow
 def test_killed_at_random_on_the_builtin_base(bench):
     """R-03, R-23, R-24: as above; KILLS sets the number (`make kill-test`)."""
-    count = int(os.environ.get("KILLS", "120"))
+    count = int(os.environ.get("KILLS", "50"))
     runs = bench(**{**SHORT, "train__steps": 4, "train__save_every": 2})
     kill_at_random(runs, count, seed=int(os.environ.get("SEED", "1")))
     print(f"{count} runs were killed before their end; all were resumed and ended with the same bits")
@@ -290,8 +292,9 @@ class Tearing:
 
 
 @pytest.mark.slow
-def test_killed_before_every_operation(bench, sd15_folder, tmp_path):
+def test_killed_before_every_operation(bench, sd15_folder, tmp_path, monkeypatch):
     """R-23, R-24: killed before each operation, which is also after each one."""
+    skip_the_end(monkeypatch)
     runs = bench(base__source=str(sd15_folder), **SHORT)
     note, run = tmp_path / "count", RunFolder(tmp_path / "counted")
     assert runs.start(run, Operations(run.path, f"{run.path}-cache", note=note).watch).wait() == 0
