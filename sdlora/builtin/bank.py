@@ -25,10 +25,10 @@ from sdlora.errors import ModelError
 from sdlora.writing import to_lines, write_text
 
 ENCODE_BATCH = 32
-PLAIN_SHARE = 0.35  # of the images drawn: the drawing as it is
+PLAIN_SHARE = 0.3  # of the images drawn: the drawing as it is
 MOVED_SHARE = 0.05  # of the images drawn: shifted, scaled, turned or mirrored; more of them blur all shapes
 HELDOUT_SHARE = 0.03  # of the drawings of the other sets: never trained on, to see whether sets generalize
-NOTO_WEIGHT = 6.0  # against 1 of each other set: it is what a caption without a set means
+NOTO_WEIGHT = 4.0  # against 1 of each other set: it is what a caption without a set means
 
 
 def is_held_out(icon_set: str, concept: str) -> bool:

@@ -37,12 +37,23 @@ STYLES = (
     "poster",
     "grayscale",
     "chalk drawing",
+    "woodcut",
+    "stencil",
 )
-COLORLESS = ("line drawing", "bold line drawing", "ink drawing", "silhouette", "grayscale", "chalk drawing")
+COLORLESS = (
+    "line drawing",
+    "bold line drawing",
+    "ink drawing",
+    "silhouette",
+    "grayscale",
+    "chalk drawing",
+    "woodcut",
+    "stencil",
+)
 LETTERED = frozenset({"ambulance", "bus", "fire-engine", "racing-car", "soccer-ball", "taxi"})  # not mirrored
 RENDERED_PX = 2 * drawing_px(IMAGE_PX)  # styles are drawn at twice the size: their lines come out smooth
 FINE_PX, BOLD_PX = 5, 9  # of lines, at that size
-LINE_PX = {"thick outlines": BOLD_PX, "bold line drawing": BOLD_PX}
+LINE_PX = {"thick outlines": BOLD_PX, "bold line drawing": BOLD_PX, "woodcut": BOLD_PX}
 NUM_COLORS = 7
 POSTER_COLORS = 4
 EDGE_LEVEL = 40
@@ -95,7 +106,7 @@ def names_color(concept: str) -> bool:
 def draw_variant(rng: random.Random, icon_set: str, concept: str) -> Variant:
     """Draws each property by itself, so that their combinations are seen too."""
     glyph = icon_set == "emojione-mono"  # black on nothing: it has no other style and no color
-    style = rng.choice(STYLES) if rng.random() < 0.5 and not glyph else ""
+    style = rng.choice(STYLES) if rng.random() < 0.6 and not glyph else ""
     ground = rng.choice([name for name in GROUNDS if name != "white"]) if rng.random() < 0.35 else "white"
     color = ""
     if style not in COLORLESS and not glyph and not names_color(concept) and rng.random() < 0.35:
@@ -189,6 +200,8 @@ def restyle(drawing: Image.Image, style: str) -> Image.Image:
         return _with_alpha(smooth.quantize(POSTER_COLORS).convert("RGB"), soft)
     flat = colors.filter(ImageFilter.MedianFilter(7)).quantize(NUM_COLORS).convert("RGB")
     rim = _rim(alpha, LINE_PX.get(style, FINE_PX))
+    if style in ("woodcut", "stencil"):
+        return _cut(colors, flat, alpha, rim, everything=style == "stencil")
     if style == "ink drawing":
         dark = np.asarray(colors.convert("L")) < 120
         lines = np.maximum(rim, np.where(dark, np.asarray(alpha), 0)).astype(np.uint8)
@@ -199,6 +212,19 @@ def restyle(drawing: Image.Image, style: str) -> Image.Image:
     fill = flat if style in ("outlined", "thick outlines") else Image.new("RGB", drawing.size, "white")
     fill.paste(INK, mask=Image.fromarray(lines))
     return _with_alpha(fill, Image.fromarray(np.maximum(np.asarray(alpha), lines)))
+
+
+def _cut(
+    colors: Image.Image, flat: Image.Image, alpha: Image.Image, rim: np.ndarray, everything: bool
+) -> Image.Image:
+    """Black and white: what is darker than the drawing's mean, or everything, is black with white lines."""
+    light, shape = np.asarray(colors.convert("L")), np.asarray(alpha) > 0
+    dark = shape & (everything | (light < light[shape].mean())) if shape.any() else shape
+    lines = _inner_edges(flat, alpha, FINE_PX) > 127
+    black = np.where(dark, ~lines, lines) | (rim > 127)
+    image = Image.new("RGB", flat.size, "white")
+    image.paste(INK, mask=Image.fromarray(black))
+    return _with_alpha(image, Image.fromarray(np.maximum(np.asarray(alpha), rim)))
 
 
 def _rim(alpha: Image.Image, line_px: int) -> np.ndarray:

@@ -14,8 +14,8 @@ from tests.benchmarks.bases import BASES, write_base, write_weights
 from tests.benchmarks.step import gradient_difference, measure_step
 from tests.benchmarks.trainers import write_images
 
-# Other tests run beside this one and change a step by a third within a minute (the same code gave 0.85 to 1.15),
-# so the gate catches only a step that is clearly slower. README.md has the ratios of an idle machine.
+# Other tests run beside this one and change a step by a third within a minute (the same code gave 0.85 to
+# 1.15), so the gate catches only a step that is clearly slower. README.md has the ratios of an idle machine.
 ROUNDS, TRIES = 5, 3
 MOST = 1.15
 

@@ -60,6 +60,20 @@ def test_bold_lines_are_bolder() -> None:
     assert darkness(render(style="bold line drawing")) > 1.4 * darkness(render(style="line drawing"))
 
 
+def test_cut_styles_are_black_and_white() -> None:
+    """A woodcut is black where the drawing is dark, a stencil everywhere but on lines between colors."""
+    drawing = make_drawing((240, 220, 60))
+    ImageDraw.Draw(drawing).rectangle((60, 110, 100, 160), fill=(60, 40, 20, 255))
+    for style, light_is_black in (("woodcut", False), ("stencil", True)):
+        image = np.asarray(render_variant(drawing, Variant("noto", "owl", style=style))).astype(int)
+        side, middle = image[70, 26], image[76, 47]  # in the light ellipse, in the dark rectangle
+        assert (side.mean() < 60) == light_is_black
+        assert middle.mean() < 60
+        rows = image[76, 20:72].mean(axis=1)
+        assert (rows > 200).any()
+        assert abs(image - image.mean(axis=2, keepdims=True)).max() < 30
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_every_style_shows_something_else(style: str) -> None:
     """No style leaves the drawing as it is, or takes it away."""

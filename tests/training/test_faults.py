@@ -196,7 +196,7 @@ def kill_at_random(bench, count, seed):
 
 
 def skip_the_end(monkeypatch):
-    """Leaves out the loss curve and postflight, which take half of a short run's time; the built-in base's have them."""
+    """Leaves out the loss curve and postflight: half of a short run's time."""
     monkeypatch.setattr(finish, "draw_loss_curve", lambda run: None)
     monkeypatch.setattr(finish, "postflight", lambda *rest: [])
 
