@@ -134,6 +134,8 @@ class TokenCount(Protocol):
     def pieces(self) -> Sequence[str]: ...
     @property
     def lost(self) -> str: ...
+    @property
+    def is_known(self) -> bool: ...
 
 
 CountTokens = Callable[[str], TokenCount]
@@ -236,14 +238,14 @@ def _examine_tokens(
 
 
 def _examine_trigger(trigger: str, count_tokens: CountTokens, noticed: Noticed) -> None:
-    """A trigger of one word that the tokenizer knows whole, and words that it reads in fragments."""
+    """A trigger of one word that the tokenizer knows whole, and unknown words that it reads in fragments."""
     words = [word for word in trigger.split() if word.lower() != "style"]
-    pieces = {word: count_tokens(word).pieces for word in words}
-    if len(words) == 1 and len(pieces[words[0]]) == 1 and words[0].isalpha():
+    counts = {word: count_tokens(word) for word in words}
+    if len(words) == 1 and len(counts[words[0]].pieces) == 1 and words[0].isalpha():
         noticed["data.trigger-common"][words[0]] = ""
-    for word, parts in pieces.items():
-        if len(parts) > max(3, len(word) / FRAGMENT):
-            noticed["data.trigger-split"][word] = f"= {' + '.join(parts)}"
+    for word, count in counts.items():
+        if len(count.pieces) > max(3, len(word) / FRAGMENT) and not count.is_known:
+            noticed["data.trigger-split"][word] = f"= {' + '.join(count.pieces)}"
 
 
 def _kept(caption: str, lost: str) -> str:

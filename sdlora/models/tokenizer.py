@@ -92,12 +92,14 @@ class TokenCount:
         limit: Number of tokens that the base reads.
         pieces: The tokens that are read, as text; those of one letter together.
         lost: The words that are cut off, with a word cut in its middle; empty if all fit.
+        is_known: Whether it is a word that a small base was trained on.
     """
 
     used: int
     limit: int
     pieces: tuple[str, ...]
     lost: str
+    is_known: bool
 
 
 def load_tokenizer(info: BaseInfo, number: int = 0) -> CLIPTokenizer:
@@ -130,6 +132,7 @@ def count_tokens(tokenizer: CLIPTokenizer, info: BaseInfo, caption: str) -> Toke
         limit=limit,
         pieces=tuple(shown),
         lost=tokenizer.decode(ids[cut:]).strip() if len(ids) > limit else "",
+        is_known=caption.lower() in info.known_words,
     )
 
 

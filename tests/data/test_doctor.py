@@ -28,6 +28,7 @@ class Words:
     limit: int
     pieces: Sequence[str]
     lost: str
+    is_known: bool = False
 
 
 def count_words(caption: str) -> Words:
@@ -91,6 +92,19 @@ def test_tokens_cut_off_are_listed(tmp_path: Path, write_image) -> None:
     assert "'six seven eight'" in warning.message
     assert "6 tokens" in warning.message
     assert not any(key.startswith("error") for key in found)
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_known_trigger_may_be_read_in_fragments(tmp_path: Path, write_image, is_known: bool) -> None:
+    """A small base has learned words that its tokenizer splits."""
+    write_image("a.png", caption="a fox")
+    index, plan, section = prepare(tmp_path, trigger="woodcut")
+
+    def count(caption: str) -> Words:
+        return Words(5, 6, ["wo", "o", "d", "c", "ut"], "", is_known)
+
+    found = by_key(examine(index, plan, section, count))
+    assert ("warning data.trigger-split" in found) != is_known
 
 
 def test_trigger_that_is_cut_off_is_an_error(tmp_path: Path, write_image) -> None:
