@@ -488,7 +488,7 @@ class ObjectiveSection(_Tables):
         "use [800, 1000], or remove it",
     )
     layout_weight: Positive = _setting(
-        0.05, "weight of layout_range in the loss; a larger one keeps more of the base", "use about 0.05"
+        0.01, "weight of layout_range in the loss; a larger one keeps more of the base", "use about 0.01"
     )
     prediction_type: PredictionType | None = _setting(
         None, "prediction type: epsilon, v_prediction or sample; default: the base's"
@@ -551,7 +551,7 @@ class TrainSection(Section):
 
     steps: int | None = _setting(
         None,
-        "optimizer steps; default: 80 x images / global batch, from 100 to 3000 (200 on the built-in base)",
+        "optimizer steps; default: 80 x images / global batch, from 100 to 3000 (400 on the built-in base)",
         "use a number of optimizer steps, such as 400",
         ge=1,
         le=1_000_000,

@@ -25,7 +25,7 @@ from sdlora.training.train import train
 
 SEEDS = (0, 1, 2)  # of the trainings
 NUM_SAMPLES = 4  # of each caption
-STRENGTHS = (1.4, 1.0, 0.6)
+STRENGTHS = (1.0, 0.6)
 COLOR_BINS = 4
 EDGE_BINS = 8
 RESAMPLES = 1000
@@ -100,13 +100,13 @@ def recognised_shares(
 
 
 def sample_style(
-    pipeline: Any, drawings: Sequence[Drawing], strength: float, guidance: float, trigger: str = ""
+    pipeline: Any, drawings: Sequence[Drawing], strength: float, guidance: float, prompt: str = "{}"
 ) -> list[Image.Image]:
-    """Samples of every drawing's caption at a strength of the mounted adapter; 0 is the bare base."""
+    """Samples of every caption, put in a prompt, at a strength of the adapter; 0 is the bare base."""
     if strength:
         pipeline.set_adapters(["style"], [strength])
     images: list[Image.Image] = []
-    captions = [f"{trigger}, {drawing.caption}" if trigger else drawing.caption for drawing in drawings]
+    captions = [prompt.format(drawing.caption) for drawing in drawings]
     for number in range(NUM_SAMPLES):
         images += sample(pipeline, captions, 1000 * number, guidance)
     return images
@@ -125,6 +125,14 @@ def train_style(dataset: Path, config: Path | None, base: Path, seed: int, out: 
         overrides=overrides,
         quiet=True,
     )
+
+
+def prompt_of(data: dict[str, Any]) -> str:
+    """The place of a caption among a run's trigger words, from its settings of the section `data`."""
+    trigger = data["trigger"]
+    if not trigger:
+        return "{}"
+    return f"{trigger}, {{}}" if data["trigger_position"] == "start" else f"{{}}, {trigger}"
 
 
 def heldout_losses(run: Any) -> list[float]:
@@ -157,11 +165,11 @@ def measure_style(
             run = train_style(dataset, config, base, seed, Path(folder) / "run", trigger)
             losses.append(heldout_losses(run))
             settings = json.loads((run.path / "config.json").read_text(encoding="utf-8"))
-            guidance = settings["sample"]["guidance"]
+            guidance, prompt = settings["sample"]["guidance"], prompt_of(settings["data"])
             pipeline = load_pipeline(base, "cpu")
             pipeline.load_lora_weights(str(run.adapter), adapter_name="style")
         for strength in STRENGTHS:
-            images = sample_style(pipeline, heldout, strength, guidance or 3.0, trigger)
+            images = sample_style(pipeline, heldout, strength, guidance or 3.0, prompt)
             shares[strength].append(recognised_shares(judge, images, concepts))
             styles[strength].append(style_share(style_distance(images, real), bare, best))
             sheets.mkdir(parents=True, exist_ok=True)

@@ -40,16 +40,7 @@ STYLES = (
     "woodcut",
     "stencil",
 )
-COLORLESS = (
-    "line drawing",
-    "bold line drawing",
-    "ink drawing",
-    "silhouette",
-    "grayscale",
-    "chalk drawing",
-    "woodcut",
-    "stencil",
-)
+COLORLESS = frozenset(STYLES) - {"outlined", "thick outlines", "pale", "poster"}
 LETTERED = frozenset({"ambulance", "bus", "fire-engine", "racing-car", "soccer-ball", "taxi"})  # not mirrored
 RENDERED_PX = 2 * drawing_px(IMAGE_PX)  # styles are drawn at twice the size: their lines come out smooth
 FINE_PX, BOLD_PX = 5, 9  # of lines, at that size

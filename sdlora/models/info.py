@@ -49,8 +49,8 @@ BUILTIN_DEFAULTS = BaseDefaults(
     schedule="cosine",
     timestep_range=(0, 500),
     layout_range=(800, 1000),
-    max_steps=200,
-    strengths=(0.6, 1.0, 1.4),
+    max_steps=400,
+    strengths=(0.6, 0.8, 1.0),
     guidance=4.0,
 )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sdlora.builtin.measure_runs import RANKS, complete, measure_bits, measure_rank, rates_of
+from sdlora.builtin.measure_styles import prompt_of
 
 SCRIPTS = [file.stem for file in Path("sdlora/builtin").glob("*.py") if "def main(" in file.read_text()]
 
@@ -53,3 +54,12 @@ def test_scripts_describe_themselves(name, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert f"python -m sdlora.builtin.{name}" in printed
     assert module.__doc__.split()[0] in printed
+
+
+@pytest.mark.parametrize(
+    ("trigger", "position", "prompt"),
+    [(None, "start", "a fox"), ("inkwash", "start", "inkwash, a fox"), ("woodcut", "end", "a fox, woodcut")],
+)
+def test_prompts_have_the_trigger_where_captions_have_it(trigger, position, prompt):
+    data = {"trigger": trigger, "trigger_position": position}
+    assert prompt_of(data).format("a fox") == prompt

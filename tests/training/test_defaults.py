@@ -39,7 +39,7 @@ def make_index(count: int, heldout: int = 0, repeats: int = 1) -> DatasetIndex:
         (8, 1, {}, 1, 160),  # 80 × 8 / 4
         (8, 10, {}, 1, 160),  # whatever the repeats
         (10, 1, {"train.batch_size": 2, "train.accumulate": 2}, 2, 100),
-        (1000, 1, {}, 1, 200),  # never over the base's maximum
+        (1000, 1, {}, 1, 400),  # never over the base's maximum
         (20, 1, {"train.steps": 7}, 1, 7),
     ],
 )
