@@ -113,7 +113,8 @@ def test_a_style_is_measured(
         (part / f"{name}.txt").write_text(f"a {name}\n", encoding="utf-8")
 
     def train_style(*_: Any) -> Any:
-        (tmp_path / "config.json").write_text(json.dumps({"sample": {"guidance": 4.0}}), encoding="utf-8")
+        settings = {"sample": {"guidance": 4.0}, "data": {"trigger": None}}
+        (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
         events = [{"split": "heldout", "loss": loss} for loss in (0.4, 0.3)]
         return SimpleNamespace(path=tmp_path, adapter=tmp_path / "final", events=lambda _: events)
 
