@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event, Thread
 
 import psutil
 import torch
+
+from sdlora.models.kernels import give_back
 
 POLL_SECONDS = 0.01
 CPU = torch.device("cpu")
@@ -86,9 +87,3 @@ class Watch:
             torch.cuda.reset_peak_memory_stats(self._device)
         give_back()
         self._now, self._since = name, now
-
-
-def give_back() -> None:
-    """Returns freed memory to the system, which glibc would keep: a tenth of a run's peak on a CPU."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -24,7 +24,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from sdlora.errors import ModelError
 from sdlora.models.base import Condition, quiet
 from sdlora.models.info import BaseInfo
-from sdlora.models.kernels import use_cpu_kernels
+from sdlora.models.kernels import freed_memory_kept, use_cpu_kernels
 from sdlora.models.tokenizer import tokenize_chunks
 
 TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
@@ -162,7 +162,8 @@ class StableDiffusion:
         self.vae = self._loaded("vae", self.vae)
         try:
             self.vae.to(self.device)
-            return self._without_overflow(partial(self._decode, latents))[0]
+            with freed_memory_kept():
+                return self._without_overflow(partial(self._decode, latents))[0]
         finally:
             self.vae.to(home)
 

@@ -20,6 +20,7 @@ from sdlora.data.records import ImageRecord, count_of
 from sdlora.data.tensors import crop_to_time_ids, image_to_tensor, mask_to_tensor
 from sdlora.errors import DataError, ModelError
 from sdlora.models.base import Base, Condition
+from sdlora.models.kernels import freed_memory_kept
 from sdlora.report.terminal import Terminal
 from sdlora.training.adapter import text_digest
 from sdlora.training.distributed import barrier, work_in_rounds
@@ -58,7 +59,8 @@ class Encodings:
         self._encode(rest, accelerator, terminal)
 
     def _encode(self, items: Sequence[str | View], accelerator: Accelerator, terminal: Terminal) -> None:
-        with terminal.progress("encoding", len(items)) as meter, ThreadPoolExecutor(1) as pool:
+        meters = terminal.progress("encoding", len(items))
+        with meters as meter, ThreadPoolExecutor(1) as pool, freed_memory_kept():
             coming: dict[int, Future[Tensor]] = {}
 
             def encode(number: int) -> None:

@@ -20,8 +20,9 @@ from sdlora.evaluation.heldout import HeldoutItem, recognise_prediction
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mount
 from sdlora.lora.layers import Dropout, lora_layers
-from sdlora.memory.watch import Watch, give_back
+from sdlora.memory.watch import Watch
 from sdlora.models.base import Base, Condition
+from sdlora.models.kernels import give_back
 from sdlora.models.load import load_base
 from sdlora.report.terminal import Terminal
 from sdlora.sampling.images import SampledImage

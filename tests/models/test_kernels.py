@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import platform
+import resource
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 from sdlora.models import kernels
-from sdlora.models.kernels import ContiguousHeads, FrozenConvolution, use_cpu_kernels
+from sdlora.models.kernels import ContiguousHeads, FrozenConvolution, freed_memory_kept, use_cpu_kernels
 
 WIDE = kernels.LEAST_CHANNELS
 LAYERS = {
@@ -61,3 +64,20 @@ def test_kernels_that_disagree_are_not_used(make_unet, monkeypatch):
     monkeypatch.setattr(kernels.F, "conv2d", lambda x, weight, *rest: stock(x, weight * 1.01, *rest))
     assert not use_cpu_kernels(unet)
     assert not any(isinstance(layer, FrozenConvolution) for layer in unet.modules())
+
+
+def new_pages(context, times=8):
+    """Pages of new memory for a large tensor that is made and freed a few times, after as many times before."""
+    with context:
+        for number in range(2 * times):
+            if number == times:
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(40 * 2**20, dtype=torch.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no such thresholds")
+def test_a_large_tensor_takes_the_place_of_the_last_one():
+    """It takes no new memory; without, all of it is new."""
+    plain = new_pages(nullcontext())
+    assert new_pages(freed_memory_kept()) * 2 < plain
