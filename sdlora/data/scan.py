@@ -192,6 +192,8 @@ class _Scan:
                 noticed["data.captions-missing"] |= missing
                 above = (root.absolute().parent / name for name in METADATA_FILES)
                 noticed["data.captions-above"] |= {str(file): "" for file in above if file.is_file()}
+            else:
+                noticed["data.captions-trigger"] |= missing
         if not settings.trigger:
             marks = PLACEHOLDERS[: settings.rules]
             unset = {name: mark for mark in marks for name in written if mark in captions[name].text}

@@ -219,11 +219,11 @@ def test_no_caption_and_no_trigger_lists_the_files(tmp_path: Path, write_image, 
 
 
 def test_no_caption_with_a_trigger(tmp_path: Path, write_image, found) -> None:
-    """R-05: with a trigger and no captions at all, the trigger is the caption."""
+    """R-05: with a trigger and no captions at all, the trigger is the caption, and a notice advises more."""
     write_image("a.png")
     index = scan(tmp_path, trigger="sks style")
     assert captions(index) == {"a.png": ("sks style", "trigger")}
-    assert found(index) == {}
+    assert set(found(index)) == {"notice data.captions-trigger"}
 
 
 @pytest.mark.parametrize("trigger", [None, "sks"])
