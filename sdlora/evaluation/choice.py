@@ -13,7 +13,7 @@ from sdlora.report.summary import MIN_IMAGES
 
 TORN, MANY_COPIES = 0.5, 0.25
 # A user can raise the strength for more style, but cannot get a torn thing back.
-CONTENT_WEIGHT = 3
+CONTENT_WEIGHT = 2
 MIN_PROMPTS = 4
 
 
@@ -43,7 +43,7 @@ class Cell:
 
     @property
     def score(self) -> Draws:
-        """Style × content³, by which cells are compared: no threshold that noise would decide about."""
+        """Style × content², by which cells are compared: no threshold that noise would decide about."""
         content = self.content
         weights = content.value**CONTENT_WEIGHT, content.draws**CONTENT_WEIGHT
         return Draws(self.style.value * weights[0], self.style.draws * weights[1])
