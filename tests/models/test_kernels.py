@@ -67,7 +67,7 @@ def test_kernels_that_disagree_are_not_used(make_unet, monkeypatch):
 
 
 def new_pages(context, times=8):
-    """Pages of new memory for a large tensor that is made and freed a few times, after as many times before."""
+    """Pages of new memory for a large tensor that is made and freed a few times, once it has been before."""
     with context:
         for number in range(2 * times):
             if number == times:
