@@ -70,7 +70,7 @@ ALLOWED = {
         "formats/hub.py",
     },
     "multiprocessing": set(),
-    "ctypes": {"memory/watch.py"},  # glibc's malloc_trim
+    "ctypes": {"models/base.py"},  # glibc's malloc_trim and mallopt
 }
 # Scripts that made the built-in base, not in the wheel: arrays of their own, and a compiled network.
 # data/looks.py reads its own cache, without pickles.

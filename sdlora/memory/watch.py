@@ -12,7 +12,7 @@ from threading import Event, Thread
 import psutil
 import torch
 
-from sdlora.models.kernels import give_back
+from sdlora.models.base import give_back
 
 POLL_SECONDS = 0.01
 CPU = torch.device("cpu")

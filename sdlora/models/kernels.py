@@ -1,13 +1,10 @@
-"""For CPUs: faster equivalents of a frozen UNet's attention and convolutions in bf16, and memory used again.
+"""Faster equivalents of the frozen UNet's attention and convolutions on a CPU in bf16.
 
 B batch, C channels, O output channels, H W size, L tokens, D width.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -20,9 +17,6 @@ from torch import Tensor, nn
 MOST_POSITIONS = 16 * 16
 LEAST_CHANNELS = 1024
 TOLERANCE = 1e-3
-# Of glibc's malloc.h, with the sizes that glibc comes to by itself, and the largest it takes.
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-USUAL, LARGEST = {TRIM_THRESHOLD: 2**26, MMAP_THRESHOLD: 2**25}, 2**31 - 1
 
 
 class ContiguousHeads(AttnProcessor2_0):  # type: ignore[misc]
@@ -177,30 +171,3 @@ def _agrees(layer: nn.Conv2d) -> bool:
     return all(
         bool((ours - stock).norm() <= TOLERANCE * stock.norm()) for stock, ours in zip(*results, strict=True)
     )
-
-
-def give_back() -> None:
-    """Returns freed memory to the system, which glibc would keep: a tenth of a run's peak on a CPU."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-@contextmanager
-def freed_memory_kept() -> Iterator[None]:
-    """Lets tensors of the size of an image take the place of those that were freed.
-
-    Otherwise each of them is new memory, which the system fills with zeros first: a third of what the VAE
-    takes for an image of 512 px.
-    """
-    _set_thresholds(dict.fromkeys(USUAL, LARGEST))
-    try:
-        yield
-    finally:
-        _set_thresholds(USUAL)
-        give_back()
-
-
-def _set_thresholds(sizes: dict[int, int]) -> None:
-    with suppress(OSError, AttributeError):
-        for parameter, size in sizes.items():
-            ctypes.CDLL(None).mallopt(parameter, size)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdlora.errors import ModelError
-from sdlora.models.base import Condition, quiet
+from sdlora.models.base import Condition, freed_memory_kept, quiet
 from sdlora.models.info import BaseInfo
-from sdlora.models.kernels import freed_memory_kept, use_cpu_kernels
+from sdlora.models.kernels import use_cpu_kernels
 from sdlora.models.tokenizer import tokenize_chunks
 
 TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection

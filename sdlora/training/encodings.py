@@ -19,8 +19,7 @@ from sdlora.data.masks import crop_mask
 from sdlora.data.records import ImageRecord, count_of
 from sdlora.data.tensors import crop_to_time_ids, image_to_tensor, mask_to_tensor
 from sdlora.errors import DataError, ModelError
-from sdlora.models.base import Base, Condition
-from sdlora.models.kernels import freed_memory_kept
+from sdlora.models.base import Base, Condition, freed_memory_kept
 from sdlora.report.terminal import Terminal
 from sdlora.training.adapter import text_digest
 from sdlora.training.distributed import barrier, work_in_rounds

@@ -21,8 +21,7 @@ from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mount
 from sdlora.lora.layers import Dropout, lora_layers
 from sdlora.memory.watch import Watch
-from sdlora.models.base import Base, Condition
-from sdlora.models.kernels import give_back
+from sdlora.models.base import Base, Condition, give_back
 from sdlora.models.load import load_base
 from sdlora.report.terminal import Terminal
 from sdlora.sampling.images import SampledImage

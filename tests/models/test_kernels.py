@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from sdlora.models import kernels
-from sdlora.models.kernels import ContiguousHeads, FrozenConvolution, freed_memory_kept, use_cpu_kernels
+from sdlora.models.base import freed_memory_kept
+from sdlora.models.kernels import ContiguousHeads, FrozenConvolution, use_cpu_kernels
 
 WIDE = kernels.LEAST_CHANNELS
 LAYERS = {
