@@ -82,14 +82,6 @@ class Bank:
         chosen = [number for number in numbers[1:] if self.variants[number].is_moved == is_moved]
         return rng.choice(chosen or numbers[1:])
 
-    def held_out(self) -> list[int]:
-        """The numbers of the plain drawings that are held out."""
-        return [
-            number
-            for number, variant in enumerate(self.variants)
-            if variant.is_plain and is_held_out(variant.icon_set, variant.concept)
-        ]
-
     def latents(self, numbers: Sequence[int]) -> torch.Tensor:
         """Unscaled latents, (B, C, H, W), fp32."""
         rows = [self.shards[shard][row] for shard, row in (self.places[number] for number in numbers)]

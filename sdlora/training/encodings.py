@@ -58,8 +58,8 @@ class Encodings:
         self._encode(rest, accelerator, terminal)
 
     def _encode(self, items: Sequence[str | View], accelerator: Accelerator, terminal: Terminal) -> None:
-        meters = terminal.progress("encoding", len(items))
-        with meters as meter, ThreadPoolExecutor(1) as pool, freed_memory_kept():
+        progress = terminal.progress("encoding", len(items))
+        with progress as meter, ThreadPoolExecutor(1) as pool, freed_memory_kept():
             coming: dict[int, Future[Tensor]] = {}
 
             def encode(number: int) -> None:
