@@ -51,7 +51,7 @@ LIBRARIES = {
     "uvicorn": {"cli"},
 }
 # A feature that needs more lines raises this in the commit that adds it.
-MAX_MODULES, MAX_LINES = 146, 28_610
+MAX_MODULES, MAX_LINES = 147, 28_710
 WITHOUT_TORCH = {
     "errors",
     "reading",
@@ -159,7 +159,7 @@ def test_no_room_is_crowded():
     modules = [path for path in source_files() if path.stem != "__init__"]
     assert len(modules) <= MAX_MODULES
     for folder, count in Counter(unit_of(path) for path in modules if path.parent != PACKAGE).items():
-        assert count <= (19 if folder in ("data", "training", "models", "cli") else 12), folder
+        assert count <= (19 if folder in ("data", "training", "models", "cli", "evaluation") else 12), folder
 
 
 def test_the_package_is_small():

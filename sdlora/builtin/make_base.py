@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdlora.builtin.bank import Bank, load_vae
-from sdlora.builtin.captions import TEXT_LENGTH, draw_caption, known_words, make_tokenizer
+from sdlora.builtin.captions import TEXT_LENGTH, draw_caption, known_words, make_tokenizer, name_thing
 from sdlora.builtin.measure import SHEET_PROMPTS, make_sheet, sample
 from sdlora.builtin.script import BASE, Script
 from sdlora.builtin.state import (
@@ -377,6 +377,7 @@ def save_base(parts: Parts, folder: Path) -> None:
         parts.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))
         (partial / "text_encoder" / "model.safetensors").chmod(0o644)
         write_text(partial / "words.txt", "\n".join(known_words(parts.bank.concepts)) + "\n")
+        write_text(partial / "things.txt", "\n".join(map(name_thing, parts.bank.concepts)) + "\n")
 
     save_folder(folder, save, "unet", "vae")
 

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdlora.cli import app, options
+from sdlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+BUILTIN = "builtin"
 SHOWN, EVERY_SECONDS = 5, 10.0
 
 
@@ -23,7 +25,10 @@ def caption(
     images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images.")],
     model: Annotated[
         str | None,
-        typer.Option(help="A folder or hub id: BLIP, Florence-2 or Qwen2.5-VL. Default: BLIP, from the hub."),
+        typer.Option(
+            help="A folder or hub id: BLIP, Florence-2 or Qwen2.5-VL. Default: BLIP, from the hub. "
+            "builtin: without a model, the thing that the built-in base draws most like the image."
+        ),
     ] = None,
     skeleton: Annotated[
         bool, typer.Option("--skeleton", help="Make empty .txt files to fill in, without a model.")
@@ -48,7 +53,6 @@ def caption(
     """Write captions for images that have none; those that exist stay. Can be stopped and continued."""
     from sdlora.config import load_config
     from sdlora.data.captioning import find_uncaptioned, write_captions, write_skeletons
-    from sdlora.errors import ConfigError
 
     if tags and (model or prompt or skeleton):
         problem = "--tags cannot be used with --model, --prompt or --skeleton; use one of them"
@@ -81,7 +85,20 @@ def _load_tagger(source: Path, threshold: float, has_characters: bool) -> Callab
 
 
 def _load_captioner(model: str | None, prompt: str | None) -> Callable[[Image], str]:
+    if model == BUILTIN:
+        if prompt:
+            problem = "--prompt asks a captioning model; leave it out with --model builtin"
+            raise ConfigError(problem, key="option--prompt")
+        return _load_namer()
     from sdlora.models.captioner import DEFAULT, Captioner
     from sdlora.sampling.session import choose_device
 
     return Captioner(model or DEFAULT, prompt, choose_device())
+
+
+def _load_namer() -> Callable[[Image], str]:
+    from sdlora.evaluation.naming import Namer
+    from sdlora.report.terminal import Terminal
+
+    with Terminal().progress("drawing what the base knows", 1) as meter:
+        return Namer(BUILTIN, meter.show)

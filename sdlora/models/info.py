@@ -225,6 +225,12 @@ class BaseInfo(BaseFiles):
         file = self.path / "words.txt"
         return frozenset(file.read_text(encoding="utf-8").split()) if file.is_file() else frozenset()
 
+    @cached_property
+    def things(self) -> tuple[str, ...]:
+        """What a small base draws, from its `things.txt`, as `a red apple`; empty if it has none."""
+        file = self.path / "things.txt"
+        return tuple(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else ()
+
     def describe_unknown_words(self, prompts: Iterable[str], trigger: str | None) -> str | None:
         """A line about words of the prompts, without the trigger's, that the base was not trained on."""
         found = dict.fromkeys(word for prompt in prompts for word in WORD.findall(prompt.lower()))

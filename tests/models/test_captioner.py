@@ -104,3 +104,13 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     CLIPTextConfig().save_pretrained(tmp_path)
     with raises(ModelError, "option--model", shows="clip_text_model"):
         Captioner(str(tmp_path))
+
+
+def test_the_builtin_base_takes_no_prompt(sdlora, make_images):
+    root = make_images()
+    next(root.glob("*.txt")).unlink()
+    code, _, errors = sdlora("caption", str(root), "--model", "builtin", "--prompt", "what is it?")
+    assert code == 2
+    (line,) = errors
+    assert "--prompt" in line
+    assert "--model builtin" in line
