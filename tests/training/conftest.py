@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from tqdm import tqdm
 
 from sdlora.config import RunConfig, load_config
 from sdlora.formats.files import load_adapter
@@ -199,6 +202,9 @@ def _run_in_fork(function: Callable[[], Any], environment: dict[str, str], outpu
         # Background jobs of a shell ignore SIGINT, and so do their children.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         AcceleratorState._reset_state(reset_partial_state=True)
+        # tqdm's lock is the parent's too: a fork that is killed while it holds it would stop all others.
+        tqdm.set_lock(threading.RLock())
+        faulthandler.dump_traceback_later(HANG_SECONDS * 0.9, file=sys.stderr)
         try:
             function()
             code = 0
