@@ -169,6 +169,11 @@ MISTAKES = {
         ["--out {text}/x"],
     ),
     "a merge of this folder": (["merge-into-base", ".", "--out", "x"], "lora.missing", [". "]),
+    "a grid by the name of an image": (
+        ["sample", "--base", "builtin", "--prompt", "a cat", "--out", "x/grid.png"],
+        "option--out.image",
+        ["--out x/grid.png", "folder"],
+    ),
     "prompts from a device": (["sample", "--prompts", "/dev/zero"], "option--prompts", ["/dev/zero"]),
     "an empty base": (["sample", "--base", "", "--prompt", "x"], "base.source", ["''"]),
     "an extract of nothing": (

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sdlora.config import RunConfig, load_config
-from sdlora.data.images import load_image
+from sdlora.data.images import IMAGE_SUFFIXES, load_image
 from sdlora.dtypes import DTYPES, has_bf16
 from sdlora.errors import ConfigError
 from sdlora.lora.adapter import Adapter, check_base
@@ -209,6 +209,9 @@ class SamplePlan:
 def choose_folder(out: str | Path | None, name: str) -> Path:
     """The folder of a grid, by default `samples/NAME`; raises if it contains a grid, or is not writable."""
     folder = Path(out) if out is not None else next_free_folder(Path("samples") / name)
+    if folder.suffix.lower() in IMAGE_SUFFIXES and not folder.is_dir():
+        problem = f"--out {folder} is the name of an image; use a folder, which gets grid.png and each image"
+        raise ConfigError(problem, key="option--out.image")
     if (folder / "grid.png").exists():
         problem = f"--out {folder} already contains a grid; use another folder"
         raise ConfigError(problem, key="option--out.grid")
