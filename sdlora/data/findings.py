@@ -119,8 +119,8 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "save as UTF-8 if characters look wrong, or set data.caption_encoding",
         "data.caption-unmatched": "{count:caption file} without a matching image: {names}",
         "data.captions-trigger": "{count:image} with the trigger as the whole caption: {names}; a style is "
-        "learned better from captions that say what each image shows (see `sdlora caption`; with "
-        "--model builtin it needs no download)",
+        "learned better from captions that say what each image shows; `sdlora caption` writes them "
+        "(--model builtin: offline)",
         "data.captions-differ": "{count:image} with several captions: {names}",
     },
 }
