@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdlora.cli import app, options
-from sdlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,10 +52,14 @@ def caption(
     """Write captions for images that have none; those that exist stay. Can be stopped and continued."""
     from sdlora.config import load_config
     from sdlora.data.captioning import find_uncaptioned, write_captions, write_skeletons
+    from sdlora.errors import ConfigError
 
     if tags and (model or prompt or skeleton):
         problem = "--tags cannot be used with --model, --prompt or --skeleton; use one of them"
         raise ConfigError(problem, key="option--tags")
+    if model == BUILTIN and prompt:
+        problem = "--prompt asks a captioning model; leave it out with --model builtin"
+        raise ConfigError(problem, key="option--prompt")
     settings = load_config(None, {}, arguments={"data.trigger": trigger}).data
     missing, total = find_uncaptioned(images, settings)
     options.say(f"{total - len(missing)} of {total} images have a caption")
@@ -86,9 +89,6 @@ def _load_tagger(source: Path, threshold: float, has_characters: bool) -> Callab
 
 def _load_captioner(model: str | None, prompt: str | None) -> Callable[[Image], str]:
     if model == BUILTIN:
-        if prompt:
-            problem = "--prompt asks a captioning model; leave it out with --model builtin"
-            raise ConfigError(problem, key="option--prompt")
         return _load_namer()
     from sdlora.models.captioner import DEFAULT, Captioner
     from sdlora.sampling.session import choose_device

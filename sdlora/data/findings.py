@@ -120,7 +120,7 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "data.caption-unmatched": "{count:caption file} without a matching image: {names}",
         "data.captions-trigger": "{count:image} with the trigger as the whole caption: {names}; a style is "
         "learned better from captions that say what each image shows; `sdlora caption` writes them "
-        "(--model builtin: offline)",
+        "(for the built-in base, with --model builtin)",
         "data.captions-differ": "{count:image} with several captions: {names}",
     },
 }
