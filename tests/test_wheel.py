@@ -149,7 +149,9 @@ def test_the_first_hour_of_an_illustrator(installed, make_images, repository):
         call = [new for word in words for new in known.get(word, [word])]
         if words[1] == "doctor":
             call += ["--trigger", "inkwash style"]
-        call += {"caption": ["--skeleton"], "train": QUICK, "evaluate": ["--step", "final"]}.get(words[1], [])
+        call += {"caption": ["--model", "builtin"], "train": QUICK, "evaluate": ["--step", "final"]}.get(
+            words[1], []
+        )
         installed.call(*call)
         done.append(words[1])
     assert done == ["doctor", "caption", "train", "sample", "sample", "compare", "evaluate", "report"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ from PIL import Image, ImageOps
 from sdlora.builtin.captions import name_thing, read_concepts
 from sdlora.config import load_config
 from sdlora.data.captioning import find_uncaptioned, write_captions
+from sdlora.data.repairs import strip_style
 from sdlora.errors import ModelError
 from sdlora.evaluation.naming import Namer, center_ink
 from sdlora.models.folder import BUILTIN
 
-DRAWINGS = Path("datasets/openmoji")
+DRAWINGS = Path(__file__).resolve().parents[2] / "datasets" / "openmoji"
 THINGS = ("an accordion", "a broken heart", "a closed book", "a cloud", "a light bulb", "a wine glass")
 
 
@@ -31,8 +33,11 @@ def small(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def namer(small) -> Namer:
-    return Namer(str(small))
+def namer(small) -> Iterator[Namer]:
+    # What is made once for a module comes before the cache of each test.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDLORA_CACHE", str(small.parent / "cache"))
+        yield Namer(str(small))
 
 
 def drawing_of(thing: str) -> Image.Image:
@@ -69,6 +74,12 @@ def test_only_ink_counts():
     assert centered.width == centered.height
     assert ImageOps.invert(centered.convert("L")).getbbox() == (2, 7, 22, 17)
     assert center_ink(Image.new("RGB", (8, 8), "white")).getextrema() == ((255, 255),) * 3
+
+
+def test_no_name_is_taken_for_a_style():
+    """The whole name is written: nothing of it is left out as words of a style."""
+    things = (BUILTIN / "things.txt").read_text().splitlines()
+    assert [strip_style(thing) for thing in things] == things
 
 
 def test_the_base_says_what_it_draws():
