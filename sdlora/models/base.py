@@ -144,6 +144,9 @@ class Base(Protocol):
     def use_cpu_kernels(self) -> bool:
         """Computes attention and frozen convolutions faster, on a CPU in bf16; False if it cannot."""
 
+    def use_blocked_attention(self) -> bool:
+        """With the kernels of a CPU, computes attention's gradients in blocks; False if it cannot."""
+
     def enable_gradient_checkpointing(self, *, text: bool) -> None:
         """Recomputes activations in the backward pass, with `text` in text encoders as well."""
 

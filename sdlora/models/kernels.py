@@ -1,6 +1,6 @@
-"""Faster equivalents of the frozen UNet's attention and convolutions on a CPU in bf16.
+"""Faster equivalents of the frozen UNet's convolutions on a CPU in bf16.
 
-B batch, C channels, O output channels, H W size, L tokens, D width.
+B batch, C channels, O output channels, H W size.
 """
 
 from __future__ import annotations
@@ -12,44 +12,13 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
+from sdlora.models.attention import ContiguousHeads
+
 # With few positions and many channels, one matrix product of unfolded taps beats oneDNN's convolution, which
 # repacks its weights at every call.
 MOST_POSITIONS = 16 * 16
 LEAST_CHANNELS = 1024
 TOLERANCE = 1e-3
-
-
-class ContiguousHeads(AttnProcessor2_0):  # type: ignore[misc]
-    """Attention whose heads are contiguous in memory, which SDPA reads faster on a CPU."""
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **arguments: Any,
-    ) -> Tensor:
-        """Hidden states (B, L, D) to (B, L, D)."""
-        if attention_mask is not None:
-            answer: Tensor = super().__call__(
-                attn, hidden_states, encoder_hidden_states, attention_mask, **arguments
-            )
-            return answer
-        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = (
-            projection(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2).contiguous()
-            for projection, states in ((attn.to_q, hidden_states), (attn.to_k, source), (attn.to_v, source))
-        )
-        hidden = F.scaled_dot_product_attention(query, key, value)
-        projected: Tensor = attn.to_out[0](hidden.transpose(1, 2).flatten(2))
-        return projected
-
-    @staticmethod
-    def suits(attn: Any) -> bool:
-        """Whether a layer is plain attention, as in the UNets of Stable Diffusion."""
-        extras = (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.norm_cross)
-        return not any(extras) and not attn.residual_connection and attn.rescale_output_factor == 1
 
 
 class FrozenConvolution(nn.Conv2d):
@@ -140,7 +109,10 @@ def _unfold_and_multiply_back(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def use_cpu_kernels(unet: Any) -> bool:
-    """Puts both equivalents into a frozen UNet; changes nothing and returns False if they do not agree."""
+    """Puts these and those of attention into a frozen UNet.
+
+    Changes nothing and returns False if they do not agree with torch's.
+    """
     convolutions = [layer for layer in unet.modules() if FrozenConvolution.suits(layer)]
     # One of each way of computing; the largest would take a second each.
     ways = {

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdlora.errors import ModelError
+from sdlora.models.attention import use_blocked_attention
 from sdlora.models.base import Condition, freed_memory_kept, quiet
 from sdlora.models.info import BaseInfo
 from sdlora.models.kernels import use_cpu_kernels
@@ -101,6 +102,9 @@ class StableDiffusion:
     def use_cpu_kernels(self) -> bool:
         is_suited = self.device.type == "cpu" and self.dtype == torch.bfloat16
         return is_suited and use_cpu_kernels(self.denoiser)
+
+    def use_blocked_attention(self) -> bool:
+        return use_blocked_attention(self.denoiser)
 
     def enable_gradient_checkpointing(self, *, text: bool) -> None:
         # diffusers and transformers recompute in train mode only, which changes nothing else here.

@@ -76,11 +76,13 @@ def fill(
     dtype: torch.dtype,
     device: torch.device | str,
     scheme: Quantize,
+    layout: torch.memory_format = torch.preserve_format,
 ) -> list[str]:
     """Fills a network on the meta device with frozen weights, by the names in its state.
 
     A layer is quantized from the precision of the file, as soon as its weight is read; other weights get
-    `dtype`, integers keep theirs. A weight that is not finite is a ModelError that names the component.
+    `dtype`, integers keep theirs; weights of convolutions get `layout`. A weight that is not finite is a
+    ModelError that names the component.
 
     Returns:
         Names of the network's tensors that are missing, or have another shape.
@@ -90,7 +92,9 @@ def fill(
     for name, tensor in tensors:
         if shapes.get(name) != tensor.shape:
             continue
-        value = tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+        order = layout if tensor.ndim == 4 else torch.preserve_format
+        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        value = tensor.to(device, kept, memory_format=order)
         check_finite(part, name, value)
         path, _, own = name.rpartition(".")
         layer = module.get_submodule(path)

@@ -21,6 +21,7 @@ from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mount
 from sdlora.lora.layers import Dropout, lora_layers
 from sdlora.memory.watch import Watch
+from sdlora.models.attention import has_fast_products
 from sdlora.models.base import Base, Condition, give_back
 from sdlora.models.load import load_base
 from sdlora.report.terminal import Terminal
@@ -33,6 +34,7 @@ from sdlora.tree.lineage import Stack, path_to_stack
 
 NUM_CHECKED = 2
 CPU_KERNELS = "cpu_kernels"
+BLOCKED_ATTENTION = "blocked_attention"
 FUSED_LORA = "fused_lora"
 
 
@@ -137,7 +139,8 @@ def prepare(
 def use_kernels(base: Base, precision: Precision, before: Collection[str] | None = None) -> tuple[str, ...]:
     """Switches on the faster kernels that suit the run, or those of the run that is resumed (R-03).
 
-    Under autocast there are none; those of a CPU are for bf16. Returns their names, for the checkpoints.
+    Under autocast there are none; those of a CPU are for bf16, blocked attention for one with AMX. Returns
+    their names, for the checkpoints.
 
     Raises:
         RunError: If a kernel of the resumed run cannot be used here.
@@ -146,6 +149,9 @@ def use_kernels(base: Base, precision: Precision, before: Collection[str] | None
     used = []
     if is_stored and (before is None or CPU_KERNELS in before) and base.use_cpu_kernels():
         used.append(CPU_KERNELS)
+        is_wanted = has_fast_products() if before is None else BLOCKED_ATTENTION in before
+        if is_wanted and base.use_blocked_attention():
+            used.append(BLOCKED_ATTENTION)
     if is_stored and (before is None or FUSED_LORA in before):
         for layer in lora_layers(base.components).values():
             layer.is_fused = True

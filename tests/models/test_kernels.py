@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from sdlora.models import kernels
+from sdlora.models.attention import ContiguousHeads
 from sdlora.models.base import freed_memory_kept
-from sdlora.models.kernels import ContiguousHeads, FrozenConvolution, use_cpu_kernels
+from sdlora.models.kernels import FrozenConvolution, use_cpu_kernels
 
 WIDE = kernels.LEAST_CHANNELS
 LAYERS = {

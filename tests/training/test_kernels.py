@@ -9,12 +9,19 @@ from PIL import Image
 from sdlora.errors import RunError
 from sdlora.lora.layers import lora_layers
 from sdlora.sampling.session import sample
+from sdlora.training import prepare
 from sdlora.training.checkpoint import read_state, seal_state
-from sdlora.training.prepare import CPU_KERNELS, FUSED_LORA
+from sdlora.training.prepare import BLOCKED_ATTENTION, CPU_KERNELS, FUSED_LORA
 from sdlora.training.train import resume, train
 from tests.checks import raises
 
 BF16 = {"train.precision": "bf16", "train.steps": 4, "train.save_every": 2}
+
+
+@pytest.fixture(autouse=True)
+def without_amx(monkeypatch):
+    """As on a CPU without a unit for products, whatever this one has."""
+    monkeypatch.setattr(prepare, "has_fast_products", lambda: False)
 
 
 @pytest.fixture
@@ -46,6 +53,18 @@ def test_a_resumed_run_takes_the_same_kernels(config, tmp_path, check_same):
     assert read_state(straight.checkpoint(2))["identity"]["kernels"] == [CPU_KERNELS, FUSED_LORA]
     stopped = start(config, tmp_path / "stopped", **{"train.steps": 2})
     resume(stopped, ["train.steps=4"], quiet=True)
+    check_same(stopped, straight)
+
+
+def test_blocked_attention_is_for_fast_products(config, tmp_path, monkeypatch, check_same):
+    """R-03 R-46: chosen where products are fast, and taken again on a CPU where they are not."""
+    monkeypatch.setattr(prepare, "has_fast_products", lambda: True)
+    straight = start(config, tmp_path / "straight")
+    stopped = start(config, tmp_path / "stopped", **{"train.steps": 2})
+    monkeypatch.setattr(prepare, "has_fast_products", lambda: False)
+    resume(stopped, ["train.steps=4"], quiet=True)
+    for run in (straight, stopped):
+        assert list(run.events("prepared"))[-1]["kernels"] == [CPU_KERNELS, BLOCKED_ATTENTION, FUSED_LORA]
     check_same(stopped, straight)
 
 
