@@ -80,7 +80,7 @@ def test_a_plan_in_a_notebook(make_images):
     """R-42: the plan as an object, with a preset by its name; no weights are loaded, nothing is written."""
     overrides = {"data.trigger": "x style", "train.steps": 7}
     plan = sdlora.plan_run(sdlora.load_config(images=make_images(), preset="openmoji", overrides=overrides))
-    assert plan.config.train.evaluate_every == 100
+    assert plan.config.train.evaluate_every == 200
     shown = plan._repr_html_()
     assert shown.startswith("<div><b>plan")
     assert "7; batch size 4" in shown

@@ -25,8 +25,8 @@ from sdlora.notebook import show_html
 from sdlora.training.optimizer import describe_rates, num_warmup_steps
 from sdlora.training.preflight import (
     TRAINING_PASSES,
+    choose_validated,
     global_batch,
-    num_validated,
     sampling_share,
 )
 from sdlora.tree.lineage import PathEntry
@@ -189,7 +189,7 @@ class RunPlan:
         train, sample, share = self.config.train, self.config.sample, self.num_processes
         due, flop, left = step if due is None else due, self.flop, max(0, self.steps - step)
         images = self.images_seen * left / self.steps / share
-        predicted = num_validated(self.index) * NUM_BANDS / share
+        predicted = sum(map(len, choose_validated(self.index))) * NUM_BANDS / share
         predicted *= sum(one >= due for one in self.evaluate_steps)
         grids = sum(one >= due for one in self.sample_steps)
         columns = grids * len({*sample.strengths} - {0.0})

@@ -14,7 +14,7 @@ from sdlora.config import DataSection, RunConfig
 from sdlora.data.cache import cache_folder
 from sdlora.data.captions import caption_pipeline
 from sdlora.data.doctor import Checkup, check_images
-from sdlora.data.records import DatasetIndex, Finding
+from sdlora.data.records import DatasetIndex, Finding, ImageRecord
 from sdlora.diffusion.schedule import make_sampler, schedule_from_config
 from sdlora.errors import ConfigError
 from sdlora.models.info import BaseInfo, inspect_base, with_base_defaults
@@ -23,8 +23,9 @@ from sdlora.models.tokenizer import count_tokens, load_tokenizer
 T = TypeVar("T")
 SUBJECTS = ("a house", "a fish", "a sailboat", "a rocket")
 MIN_STEPS = 100
-NUM_SAVES = 10
-NUM_HELDOUT = 64
+NUM_SAVES, NUM_VALIDATIONS = 10, 5
+# Images of the validation loss: held-out ones, and of training, which are there to compare.
+NUM_HELDOUT, NUM_TRAINING = 64, 16
 SAMPLING_SHARE = 0.2
 # Grids of a run, and their sizes: prompts of each split, and seeds.
 NUM_GRIDS = (NUM_SAVES, 5, 2)
@@ -98,10 +99,9 @@ def resolve_config(config: RunConfig, info: BaseInfo, index: DatasetIndex, num_p
     batch = micro_batch * train.accumulate * num_processes
     epoch = len(index.records) / batch
     steps = train.steps or min(defaults.max_steps, max(MIN_STEPS, round(defaults.epochs * epoch)))
-    tenth = max(1, round(steps / NUM_SAVES))
     cadence = {
-        name: tenth if getattr(train, name) is None else getattr(train, name)
-        for name in ("save_every", "evaluate_every")
+        name: max(1, round(steps / number)) if getattr(train, name) is None else getattr(train, name)
+        for name, number in (("save_every", NUM_SAVES), ("evaluate_every", NUM_VALIDATIONS))
     }
     resolution = data.resolution or info.resolution
     for name, side in (
@@ -156,10 +156,11 @@ def sampling_share(config: RunConfig, images_seen: int) -> float:
     return sampling / (sampling + training)
 
 
-def num_validated(index: DatasetIndex) -> int:
-    """Images of both splits of the held-out loss."""
-    heldout, records = min(len(index.heldout), NUM_HELDOUT), len(index.records)
-    return heldout + min(records, heldout or min(NUM_HELDOUT, max(2, records // 10)))
+def choose_validated(index: DatasetIndex) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """Images of training, and held-out ones, that the validation loss is measured on."""
+    records, heldout = index.styled, spread(index.heldout, NUM_HELDOUT)
+    most = len(heldout) or max(2, len(records) // 10)
+    return spread(records, min(most, NUM_TRAINING)), heldout
 
 
 def global_batch(config: RunConfig, num_processes: int) -> int:

@@ -29,7 +29,7 @@ from sdlora.sampling.images import SampledImage
 from sdlora.training.adapter import make_adapter
 from sdlora.training.encodings import Encodings, View
 from sdlora.training.plan import RunPlan
-from sdlora.training.preflight import NUM_HELDOUT, spread
+from sdlora.training.preflight import choose_validated
 from sdlora.tree.lineage import Stack, path_to_stack
 
 NUM_CHECKED = 2
@@ -106,8 +106,7 @@ def prepare(
             _encode(plan, encodings, accelerator, terminal, text_stays=text_differs)
     prompts = dict.fromkeys([*config.sample.prompts, config.sample.negative_prompt])
     prompt_states = {} if text_differs else {prompt: encodings.condition(prompt) for prompt in prompts}
-    records, heldout = plan.index.styled, spread(plan.index.heldout, NUM_HELDOUT)
-    train = spread(records, len(heldout) or min(NUM_HELDOUT, max(2, len(records) // 10)))
+    train, heldout = choose_validated(plan.index)
     splits = {
         split: [HeldoutView(*view, encodings.posterior(*view)[0]) for view in _first_views(plan, chosen)]
         for split, chosen in (("train", train), ("heldout", heldout))
