@@ -27,7 +27,7 @@ class Cell:
         style: The way from the base (0) to real images of the set (1).
         content: How far it still shows what the base shows for the same prompt and seed: 1 as well, 0 not.
         diversity: Differences between images, over those between the base's.
-        copies: Share of images that are closer to a training image than any two training images are.
+        copies: Share of images that are copies of a training image; see `CopyCheck`.
         loss: Held-out loss; None without held-out images.
         loss_change: Its relative change from the base's; None below `MIN_IMAGES`.
     """
@@ -173,8 +173,8 @@ class Choice:
         worst = max(self.cells, key=lambda cell: cell.copies)
         if worst.copies >= MANY_COPIES:
             return (
-                f"{worst.copies:.0%} of the samples of {worst.name} are copies: closer to a training image "
-                "than any two training images are; use an earlier step, or train on more images"
+                f"{worst.copies:.0%} of the samples of {worst.name} are copies of training images; "
+                "use an earlier step, or train on more images"
             )
         if self.probe and self.probe.copies[0] >= MANY_COPIES * self.probe.copies[1]:
             copies, drawn = self.probe.copies

@@ -17,6 +17,8 @@ from sdlora.report.summary import MIN_IMAGES
 
 NUM_DRAWS, TAIL = 4000, 2.5
 SAME_IMAGE = 0.01
+# Share of the distance to any other image at which an image is a copy, a ratio as in arXiv 2301.13188.
+NEARER = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,17 +184,17 @@ def _spread(weights: Weights, rows: Rows) -> Rows:
 class CopyCheck:
     """Tells copies of training images, also mirrored or cut, from new images.
 
-    A copy is closer to a training image than the two training images that are most alike.
+    A copy is closer to a training image than the two training images that are most alike, and half as far
+    from it as from any other: simple shapes are near to several images.
     """
 
     def __init__(self, images: Sequence[Image.Image]) -> None:
         self.known = thumbnails([copy for image in images for copy in copies_of(image)])
         own = thumbnails(images)
         pairs = _distances(own, self.known).reshape(len(own), len(own), -1).min(axis=2)
-        np.fill_diagonal(pairs, np.inf)
         # Duplicates in the folder are no two images.
-        pairs[pairs < SAME_IMAGE] = np.inf
-        self.closest = float(pairs.min())
+        self.same = (pairs < SAME_IMAGE) | np.eye(len(own), dtype=bool)
+        self.closest = float(pairs[~self.same].min(initial=np.inf))
 
     def copied(self, images: Sequence[Image.Image], base: Sequence[Image.Image] = ()) -> Rows:
         """1 for each copy, else 0, (N,); an image to which the base's own is as close is none."""
@@ -202,8 +204,11 @@ class CopyCheck:
         return result * (1 - self._is_close(base)) if base else result
 
     def _is_close(self, images: Sequence[Image.Image]) -> Rows:
-        nearest = _distances(thumbnails(images), self.known).min(axis=1)
-        result: Rows = (nearest < self.closest).astype(np.float64)
+        distances = (
+            _distances(thumbnails(images), self.known).reshape(len(images), len(self.same), -1).min(axis=2)
+        )
+        others = np.where(self.same[distances.argmin(axis=1)], np.inf, distances).min(axis=1)
+        result: Rows = (distances.min(axis=1) < np.minimum(self.closest, NEARER * others)).astype(np.float64)
         return result
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
 from sdlora.evaluation.choice import Cell, Choice, Facts, Probe
-from sdlora.evaluation.features import DrawingFeatures
+from sdlora.evaluation.features import DrawingFeatures, thumbnails
 from sdlora.evaluation.scores import (
     CopyCheck,
     Draws,
     Reference,
     Weights,
+    _distances,
     content_kept,
     diversity,
     style_gain,
@@ -92,7 +94,7 @@ def test_a_lora_that_draws_one_thing_is_not_diverse(weights):
 
 
 def test_copies_are_found_mirrored_and_cut():
-    """R-13: closer to a training image than any two of them; a duplicate in the folder changes nothing."""
+    """R-13: near to one training image and far from the others; a duplicate in the folder changes nothing."""
     images = [draw(shape) for shape in range(7)]
     check = CopyCheck([*images, images[0].copy()])
     cut = images[3].crop((6, 6, 58, 58)).resize((64, 64))
@@ -100,6 +102,16 @@ def test_copies_are_found_mirrored_and_cut():
     assert check.copied([draw(2, filled=False), Image.new("RGB", (64, 64), "blue")]).tolist() == [0, 0]
     assert check.copied(images[:2], [images[0], draw(2, filled=False)]).tolist() == [0, 1]
     assert CopyCheck(images[:1]).copied(images).tolist() == [0] * 7
+
+
+def test_what_is_near_to_several_images_is_no_copy():
+    """R-13: a simple shape between two drawings is nearer to them than any two are, and copies neither."""
+    images = [draw(shape) for shape in range(7)]
+    between = [Image.blend(one, other, 0.5) for one, other in combinations(images, 2)]
+    check = CopyCheck(images)
+    distances = _distances(thumbnails(between), check.known).min(axis=1)
+    assert min(distances) < check.closest  # as a distance alone would call a copy
+    assert not check.copied(between).any()
 
 
 def score(value: float, spread: float = 0.01, seed: int = 0) -> Draws:
