@@ -73,10 +73,14 @@ def adapted_gradients(unet):
     return torch.cat([one.flatten() for one in torch.autograd.grad(output.float().square().mean(), weights)])
 
 
-def test_a_whole_unet_agrees(make_unet, monkeypatch):
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_a_whole_unet_agrees(make_unet, monkeypatch, checkpointing):
     """R-46: the gradient of all self-attention weights is that of torch's attention within rounding."""
     stock = make_unet().to(torch.bfloat16)
     assert use_cpu_kernels(stock)
+    if checkpointing:
+        stock.enable_gradient_checkpointing()
+        stock.train()
     ours = copy.deepcopy(stock)
     assert use_blocked_attention(ours)
     monkeypatch.setattr(attention, "LEAST_TOKENS", 6)  # as many as self-attention has here, at least
