@@ -137,23 +137,23 @@ def recognise_prediction(
 ) -> str | None:
     """Finds the one of `PREDICTIONS` whose target fits a denoiser's answers clearly better than the others.
 
-    The prediction type of the schedule is ignored. The middle of a few items is enough.
+    The prediction type of the schedule is ignored. The middle of a few items, all of one size, is enough.
     """
     timestep = int((schedule.alphas_cumprod.sqrt() - SIGNAL).abs().argmin())
-    errors = dict.fromkeys(PREDICTIONS, 0.0)
-    for item in items:
-        seeds = [derive_seed("prediction", item.key)]
-        part = replace(item, latents=_middle(item.latents))
-        answer, *known = _denoise(denoise, schedule, [part], seeds, timestep, device)
-        for kind in errors:
-            target = replace(schedule, prediction_type=kind).target(*known)
-            errors[kind] += float((answer - target).square().mean() / target.square().mean())
+    seeds = [derive_seed("prediction", item.key) for item in items]
+    height, width = (min(MOST_CELLS, *(item.latents.shape[dim] for item in items)) for dim in (1, 2))
+    parts = [replace(item, latents=_middle(item.latents, height, width)) for item in items]
+    answer, *known = _denoise(denoise, schedule, parts, seeds, timestep, device)
+    errors = {}
+    for kind in PREDICTIONS:
+        target = replace(schedule, prediction_type=kind).target(*known)
+        shares = (answer - target).square().mean(dim=(1, 2, 3)) / target.square().mean(dim=(1, 2, 3))
+        errors[kind] = float(shares.sum())
     best, second = sorted(errors, key=errors.__getitem__)[:2]
     return best if errors[best] < CLEARLY * min(errors[second], len(items)) else None
 
 
-def _middle(latents: Tensor) -> Tensor:
-    """The middle of latents (C, H, W), with at most `MOST_CELLS` a side."""
-    height, width = latents.shape[1:]
-    top, left = max(0, height - MOST_CELLS) // 2, max(0, width - MOST_CELLS) // 2
-    return latents[:, top : top + MOST_CELLS, left : left + MOST_CELLS]
+def _middle(latents: Tensor, height: int, width: int) -> Tensor:
+    """The middle (C, height, width) of latents (C, H, W)."""
+    top, left = (latents.shape[1] - height) // 2, (latents.shape[2] - width) // 2
+    return latents[:, top : top + height, left : left + width]

@@ -36,11 +36,10 @@ def items() -> list[HeldoutItem]:
 @pytest.mark.parametrize("configured", PREDICTIONS)
 def test_each_type_is_recognised(items: list[HeldoutItem], kind: str, configured: str) -> None:
     """R-32: from answers with an error like a trained UNet's, whatever the configuration says."""
-    latents = iter(items)
+    clean = torch.stack([item.latents for item in items])
     error = torch.Generator().manual_seed(1)
 
     def denoise(noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
-        clean = next(latents).latents[None]
         signal, sigma = SCHEDULE.signal_and_noise(timesteps)
         target = replace(SCHEDULE, prediction_type=kind).target(
             clean, (noisy - signal * clean) / sigma, timesteps
@@ -97,15 +96,15 @@ def test_a_wrong_configuration_is_a_warning(
 
 
 def test_the_middle_of_a_large_image_is_enough() -> None:
-    """R-46: the check before the first step does not cost a pass over the whole image."""
+    """R-46: the check before the first step is one small pass, whatever the sizes of the images."""
     seen = []
 
     def denoise(noisy: torch.Tensor, *_: object) -> torch.Tensor:
-        seen.append(noisy.shape[2:])
+        seen.append(noisy.shape)
         return torch.zeros_like(noisy)
 
     items = [
-        HeldoutItem("a", torch.zeros(4, *size), Condition(torch.zeros(3, 5))) for size in ((64, 96), (8, 8))
+        HeldoutItem("a", torch.zeros(4, *size), Condition(torch.zeros(3, 5))) for size in ((64, 96), (96, 24))
     ]
     recognise_prediction(denoise, SCHEDULE, items, CPU)
-    assert seen == [(32, 32), (8, 8)]
+    assert seen == [(2, 4, 32, 24)]
