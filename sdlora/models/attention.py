@@ -18,6 +18,8 @@ BLOCK = 4 * 2**20
 # With fewer, torch's own backward pass is as fast.
 LEAST_TOKENS = 1024
 TOLERANCE = 2e-2
+# bf16 keeps 8 bits of a number, so three of them keep one in fp32.
+_COLUMNS = 3
 
 
 class ContiguousHeads(AttnProcessor2_0):  # type: ignore[misc]
@@ -113,10 +115,6 @@ class _BlockedAttention(torch.autograd.Function):
                 query_sum += torch.addmm(unused, slopes.T, key[rows], beta=0, alpha=scale)
             of_query[head] = query_sum
         return of_query, of_key, of_value
-
-
-# bf16 has 8 bits of a number, so three columns have all of one in fp32.
-_COLUMNS = 3
 
 
 def _with_columns(x: Tensor, rest: Tensor) -> Tensor:
