@@ -36,7 +36,8 @@ SMEARS: dict[str, tuple[Row, int, str]] = {
     "bare trigger": ({"data.trigger": TRIGGER, "train.steps": 200}, 0, "captions are"),
     "rate x10": ({"train.learning_rate": 10.0, "train.steps": 200}, 0, "lower train.learning_rate"),
     "two images": ({"train.steps": 160}, 2, "too few to tell a style"),
-    "copies": ({"train.steps": 3000}, 12, "copies"),
+    # With the base's own range of timesteps, which leaves the layout alone, nothing is copied.
+    "copies": ({"train.steps": 3000, "objective.timestep_range": [0, 1000]}, 12, "copies"),
 }
 
 
