@@ -62,14 +62,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Probe:
-    """What only the chosen cell is asked.
+    """What only single cells are asked.
 
     Args:
         copies: Samples of training captions that are copies, and how many were drawn.
-        bleed: Style gain without the trigger; None without a trigger, or if prompts have nothing else.
+        name: The cell that they were drawn with, the strongest of the last step.
+        bleed: Style gain of the best cell without the trigger; None without a trigger, or if prompts have
+            nothing else.
     """
 
     copies: tuple[int, int]
+    name: str
     bleed: Draws | None = None
 
 
@@ -179,8 +182,8 @@ class Choice:
         if self.probe and self.probe.copies[0] >= MANY_COPIES * self.probe.copies[1]:
             copies, drawn = self.probe.copies
             return (
-                f"{copies} of {drawn} samples of training captions are copies of training images; "
-                "use an earlier step, or train on more images"
+                f"{copies} of {drawn} samples of training captions, {self.probe.name}, are copies of training "
+                "images; use an earlier step, or train on more images"
             )
         return ""
 

@@ -99,7 +99,7 @@ class Scoring:
         self.weights = Weights.draw(len(walk.prompts), len(walk.seeds))
 
     def choose(self, gallery: Gallery) -> Choice:
-        """Draws and scores all cells, and probes the best one."""
+        """Draws and scores all cells, and probes the best and the strongest of them."""
         walk = self.walk
         drawn = gallery.draw([None, *walk.cells], walk.rows)
         base = drawn[None]
@@ -123,7 +123,8 @@ class Scoring:
                 changes = [after - before for before, after in zip(loss.by_image, own.by_image, strict=True)]
                 cell = replace(cell, loss=own, loss_change=ratio_interval(changes, loss.by_image))
             cells.append(cell)
-        return Choice(cells, self._facts(), self._probe(gallery, top_cell(cells)))
+        strongest = max(cells[-len(walk.strengths) :], key=lambda cell: cell.strength)
+        return Choice(cells, self._facts(), self._probe(gallery, top_cell(cells), strongest))
 
     def _facts(self) -> Facts:
         context, info = self.context, self.context.base.info
@@ -138,22 +139,24 @@ class Scoring:
             learning_rate=(context.config.train.learning_rate, info.defaults.learning_rate),
         )
 
-    def _probe(self, gallery: Gallery, best: Cell) -> Probe:
-        """Draws the best cell for training captions, and for the prompts without the trigger."""
-        walk, cell = self.walk, (best.step, best.strength)
+    def _probe(self, gallery: Gallery, best: Cell, strongest: Cell) -> Probe:
+        """Draws the strongest cell of the last step for training captions, where copies are seen first, and
+        the best one for the prompts without the trigger."""
+        walk, cell = self.walk, (strongest.step, strongest.strength)
         captions = list(dict.fromkeys(record.caption for record in self.context.training if record.caption))
         asked = captions[:: 1 + len(captions) // NUM_PROBES]
         rows = [(caption, seed) for caption in asked for seed in walk.seeds[:1]]
         drawn = gallery.draw([None, cell], rows)
         copied = self.copies.copied(drawn[cell], drawn[None])
-        copies = (int(copied.sum()), len(copied))
+        found = Probe((int(copied.sum()), len(copied)), strongest.name)
         trigger = self.context.config.data.trigger
         bare = {prompt: remove_trigger(prompt, trigger) for prompt in walk.prompts} if trigger else {}
         asked = [text for prompt, text in bare.items() if text and text != prompt]
         if len(set(asked)) < 2:
-            return Probe(copies)
+            return found
+        cell = (best.step, best.strength)
         rows = [(text, seed) for text in dict.fromkeys(asked) for seed in walk.seeds]
         drawn = gallery.draw([None, cell], rows)
         weights = Weights.draw(len(set(asked)), len(walk.seeds))
         base, own = (self.reference.offsets(drawn[one]) for one in (None, cell))
-        return Probe(copies, style_gain(weights, self.reference, base, own))
+        return replace(found, bleed=style_gain(weights, self.reference, base, own))
