@@ -182,8 +182,8 @@ class Choice:
         if self.probe and self.probe.copies[0] >= MANY_COPIES * self.probe.copies[1]:
             copies, drawn = self.probe.copies
             return (
-                f"{copies} of {drawn} samples of training captions, {self.probe.name}, are copies of training "
-                "images; use an earlier step, or train on more images"
+                f"{copies} of {drawn} samples of training captions, {self.probe.name}, are copies of "
+                "training images; use an earlier step, or train on more images"
             )
         return ""
 
