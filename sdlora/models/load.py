@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sdlora.config import Quantize
 from sdlora.dtypes import VAE_DTYPES
 from sdlora.errors import ModelError
-from sdlora.models.base import Base, freed_memory_kept, quiet
+from sdlora.models.base import Base, quiet
 from sdlora.models.components import AGAIN, Component
 from sdlora.models.info import BaseInfo
 from sdlora.models.safety import find_checker
@@ -83,10 +83,8 @@ def load_component(
         is_on_cpu = torch.device(device).type == "cpu"
         is_suited = dtype == torch.bfloat16 and (is_on_cpu or part.name == "vae")
         layout = torch.channels_last if is_suited else torch.preserve_format
-        with freed_memory_kept():
-            missing = fill(
-                model, read_network(part), part, dtype=dtype, device=device, scheme=scheme, layout=layout
-            )
+        tensors = read_network(part)
+        missing = fill(model, tensors, part, dtype=dtype, device=device, scheme=scheme, layout=layout)
     if missing:
         raise ModelError(
             f"{part.path} lacks {len(missing)} weights of its {part.name} ({min(missing)} …); {AGAIN}",
