@@ -623,7 +623,7 @@ class TrainSection(Section):
     sample_every: Interval | None = _every(
         "sample grids", "none", "so that sampling takes at most a fifth of the time"
     )
-    evaluate_every: Interval | None = _every("validation (held-out) losses", "none", "a fifth of the steps")
+    evaluate_every: Interval | None = _every("validation (held-out) losses", "none")
     trackers: Texts = _setting([], "Accelerate trackers, such as tensorboard or wandb, besides events.jsonl")
     trace: bool = _setting(False, "log every sample of every step to trace.jsonl")
     timeout_seconds: Positive = _setting(

@@ -23,7 +23,7 @@ from sdlora.models.tokenizer import count_tokens, load_tokenizer
 T = TypeVar("T")
 SUBJECTS = ("a house", "a fish", "a sailboat", "a rocket")
 MIN_STEPS = 100
-NUM_SAVES, NUM_VALIDATIONS = 10, 5
+NUM_SAVES = 10
 # Images of the validation loss: held-out ones, and of training, which are there to compare.
 NUM_HELDOUT, NUM_TRAINING = 64, 16
 SAMPLING_SHARE = 0.2
@@ -99,9 +99,10 @@ def resolve_config(config: RunConfig, info: BaseInfo, index: DatasetIndex, num_p
     batch = micro_batch * train.accumulate * num_processes
     epoch = len(index.records) / batch
     steps = train.steps or min(defaults.max_steps, max(MIN_STEPS, round(defaults.epochs * epoch)))
+    tenth = max(1, round(steps / NUM_SAVES))
     cadence = {
-        name: max(1, round(steps / number)) if getattr(train, name) is None else getattr(train, name)
-        for name, number in (("save_every", NUM_SAVES), ("evaluate_every", NUM_VALIDATIONS))
+        name: tenth if getattr(train, name) is None else getattr(train, name)
+        for name in ("save_every", "evaluate_every")
     }
     resolution = data.resolution or info.resolution
     for name, side in (

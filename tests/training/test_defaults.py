@@ -44,13 +44,13 @@ def make_index(count: int, heldout: int = 0, repeats: int = 1) -> DatasetIndex:
     ],
 )
 def test_steps(count, repeats, overrides, num_processes, steps):
-    """R-16: clamp(80 × images / global batch, 100, the base's maximum); the cadences are shares of them."""
+    """R-16: clamp(80 × images / global batch, 100, the base's maximum); a tenth of them between saves."""
     config = resolve_config(
         load_config(None, overrides), INFO, make_index(count, repeats=repeats), num_processes
     )
     assert config.train.steps == steps
+    assert config.train.save_every == config.train.evaluate_every
     assert config.train.save_every == max(1, round(steps / 10))
-    assert config.train.evaluate_every == max(1, round(steps / 5))
 
 
 def test_nothing_is_left_open():
