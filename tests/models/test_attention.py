@@ -13,13 +13,13 @@ from sdlora.models.attention import attend_in_blocks, use_blocked_attention
 from sdlora.models.kernels import use_cpu_kernels
 
 
-def make(queries=96, keys=96, spread=1.0, offset=0.0, dtype=torch.bfloat16):
+def make(queries=96, keys=96, spread=1.0, offset=0.0):
     """Query, key, value and gradient of the result: scores spread as much, keys with something in common."""
     generator = torch.Generator().manual_seed(0)
     sizes = ((queries, spread), (keys, 1.0), (keys, 1.0), (queries, 1.0))
     made = [torch.randn(2, 2, count, 40, generator=generator) * size for count, size in sizes]
     made[1] += offset * torch.randn(40, generator=generator)
-    return [one.to(torch.bfloat16).to(dtype) for one in made]
+    return [one.to(torch.bfloat16) for one in made]
 
 
 def gradients(attend, query, key, value, gradient):

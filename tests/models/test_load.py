@@ -80,7 +80,8 @@ def test_a_vae_in_bf16_is_as_good(info: BaseInfo) -> None:
     """
     assert info.vae_config["force_upcast"]
     full, small = (load_base(info, dtype=DTYPES[name], device="cpu") for name in ("fp32", "bf16"))
-    assert small.vae.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    for layer in (small.vae.encoder.conv_in, small.denoiser.conv_in):
+        assert layer.weight.is_contiguous(memory_format=torch.channels_last)
     files = [OPENMOJI / f"{name}.png" for name in ("accordion", "airplane", "alien")]
     pixels = torch.stack([image_to_tensor(load_image(file).resize((128, 128))) for file in files])
     mean, std = full.encode_images(pixels)

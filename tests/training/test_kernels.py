@@ -8,6 +8,7 @@ from PIL import Image
 
 from sdlora.errors import RunError
 from sdlora.lora.layers import lora_layers
+from sdlora.models import attention
 from sdlora.sampling.session import sample
 from sdlora.training import prepare
 from sdlora.training.checkpoint import read_state, seal_state
@@ -59,12 +60,16 @@ def test_a_resumed_run_takes_the_same_kernels(config, tmp_path, check_same):
 def test_blocked_attention_is_for_fast_products(config, tmp_path, monkeypatch, check_same):
     """R-03 R-46: chosen where products are fast, and taken again on a CPU where they are not."""
     monkeypatch.setattr(prepare, "has_fast_products", lambda: True)
+    monkeypatch.setattr(attention, "LEAST_TOKENS", 16)  # the base has few
+    called, attend = [], attention.attend_in_blocks
+    monkeypatch.setattr(attention, "attend_in_blocks", lambda *given: called.append(1) or attend(*given))
     straight = start(config, tmp_path / "straight")
     stopped = start(config, tmp_path / "stopped", **{"train.steps": 2})
     monkeypatch.setattr(prepare, "has_fast_products", lambda: False)
     resume(stopped, ["train.steps=4"], quiet=True)
     for run in (straight, stopped):
         assert list(run.events("prepared"))[-1]["kernels"] == [CPU_KERNELS, BLOCKED_ATTENTION, FUSED_LORA]
+    assert called
     check_same(stopped, straight)
 
 
