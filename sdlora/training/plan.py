@@ -10,7 +10,7 @@ from typing import Any
 from sdlora.config import RunConfig
 from sdlora.data.batches import BatchOrder
 from sdlora.data.buckets import BucketPlan
-from sdlora.data.records import DatasetIndex, Finding, count_of
+from sdlora.data.records import DatasetIndex, Finding, ImageRecord, count_of
 from sdlora.diffusion.objective import Objective, describe_objective
 from sdlora.diffusion.schedule import schedule_from_config
 from sdlora.errors import ConfigError
@@ -103,6 +103,11 @@ class RunPlan:
         due = self.due_steps(self.config.train.evaluate_every)
         return [0, *due] if due else []
 
+    @cached_property
+    def validated(self) -> tuple[list[ImageRecord], list[ImageRecord]]:
+        """Images of training, and held-out ones, that the held-out loss is measured on."""
+        return choose_validated(self.index)
+
     def proof_step(self, start: int = 0) -> int:
         """The first step from `start` on whose update must change every module (R-09).
 
@@ -189,7 +194,7 @@ class RunPlan:
         train, sample, share = self.config.train, self.config.sample, self.num_processes
         due, flop, left = step if due is None else due, self.flop, max(0, self.steps - step)
         images = self.images_seen * left / self.steps / share
-        predicted = sum(map(len, choose_validated(self.index))) * NUM_BANDS / share
+        predicted = sum(map(len, self.validated)) * NUM_BANDS / share
         predicted *= sum(one >= due for one in self.evaluate_steps)
         grids = sum(one >= due for one in self.sample_steps)
         columns = grids * len({*sample.strengths} - {0.0})

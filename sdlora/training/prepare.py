@@ -29,7 +29,6 @@ from sdlora.sampling.images import SampledImage
 from sdlora.training.adapter import make_adapter
 from sdlora.training.encodings import Encodings, View
 from sdlora.training.plan import RunPlan
-from sdlora.training.preflight import choose_validated
 from sdlora.tree.lineage import Stack, path_to_stack
 
 NUM_CHECKED = 2
@@ -106,7 +105,7 @@ def prepare(
             _encode(plan, encodings, accelerator, terminal, text_stays=text_differs)
     prompts = dict.fromkeys([*config.sample.prompts, config.sample.negative_prompt])
     prompt_states = {} if text_differs else {prompt: encodings.condition(prompt) for prompt in prompts}
-    train, heldout = choose_validated(plan.index)
+    train, heldout = plan.validated
     splits = {
         split: [HeldoutView(*view, encodings.posterior(*view)[0]) for view in _first_views(plan, chosen)]
         for split, chosen in (("train", train), ("heldout", heldout))
