@@ -1,15 +1,18 @@
-"""Faster equivalents of the frozen UNet's convolutions on a CPU in bf16.
+"""Faster equivalents of a frozen UNet's layers on a CPU in bf16; those of attention are in `attention`.
 
-B batch, C channels, O output channels, H W size.
+B batch, C channels, O output channels, H W size, L tokens, D width.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from sdlora.models.attention import ContiguousHeads
@@ -42,6 +45,23 @@ class FrozenConvolution(nn.Conv2d):
             and not isinstance(layer.padding, str)
             and not layer.weight.requires_grad
         )
+
+
+class PointwiseConvolution(FrozenConvolution):
+    """A 1 x 1 convolution as one product, whose weight oneDNN does not repack."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        # As a matrix: of other shapes torch adds the bias to what it has rounded.
+        rows = F.linear(x.permute(0, 2, 3, 1).reshape(-1, channels), self.weight.flatten(1), self.bias)
+        return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def suits(layer: nn.Module) -> bool:
+        """Whether a layer is such a convolution, and frozen."""
+        if not isinstance(layer, nn.Conv2d) or not FrozenConvolution.suits(layer):
+            return False
+        return layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)
 
 
 class _FrozenConvolution(torch.autograd.Function):
@@ -108,34 +128,108 @@ def _unfold_and_multiply_back(gradient: Tensor, weight: Tensor) -> Tensor:
     return x
 
 
+class ContiguousGate(GEGLU):  # type: ignore[misc]
+    """A gated linear unit whose two halves are separate products of one frozen matrix.
+
+    As halves of one product they are not contiguous, and torch's GELU then takes two to three times as long.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Hidden states (B, L, D) to (B, L, width)."""
+        # Not an adapted or a quantized one.
+        if type(self.proj) is not nn.Linear:
+            answer: Tensor = super().forward(hidden_states)
+        else:
+            answer = _GatedProduct.apply(hidden_states, self.proj.weight, self.proj.bias)
+        return answer
+
+    @staticmethod
+    def suits(layer: nn.Module) -> bool:
+        """Whether a layer is a plain, frozen GEGLU."""
+        return type(layer) is GEGLU and not any(one.requires_grad for one in layer.parameters())
+
+
+class _GatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        biases = (None, None) if bias is None else bias.chunk(2)
+        hidden, gate = (F.linear(x, part, own) for part, own in zip(weight.chunk(2), biases, strict=True))
+        factor = F.gelu(gate)
+        ctx.save_for_backward(weight, hidden, gate, factor)
+        return hidden * factor
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, hidden, gate, factor = ctx.saved_tensors
+        # One product, and so one rounding, as in torch.
+        both = gradient.new_empty(*gradient.shape[:-1], len(weight))
+        of_hidden, of_gate = both.chunk(2, -1)
+        torch.mul(gradient, factor, out=of_hidden)
+        of_gate.copy_(torch.ops.aten.gelu_backward(gradient * hidden, gate))
+        return both @ weight, None, None
+
+
+class ChannelsLastTransformer(Transformer2DModel):  # type: ignore[misc]
+    """A transformer block that hands on its output in the layout in which it computes.
+
+    diffusers' copies it to NCHW, and the convolution behind it copies it back: to the bit the same.
+    """
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, **_: Any
+    ) -> Tensor:
+        if self.use_linear_projection:
+            hidden_states = self.proj_out(hidden_states)
+        hidden_states = hidden_states.view(batch_size, height, width, -1).permute(0, 3, 1, 2)
+        if not self.use_linear_projection:
+            hidden_states = self.proj_out(hidden_states)
+        return hidden_states + residual
+
+    @staticmethod
+    def suits(layer: nn.Module) -> bool:
+        """Whether a layer is a transformer block of images."""
+        return type(layer) is Transformer2DModel and bool(layer.is_input_continuous)
+
+
+KINDS = (FrozenConvolution, PointwiseConvolution, ContiguousGate, ChannelsLastTransformer)
+
+
 def use_cpu_kernels(unet: Any) -> bool:
     """Puts these and those of attention into a frozen UNet.
 
     Changes nothing and returns False if they do not agree with torch's.
     """
-    convolutions = [layer for layer in unet.modules() if FrozenConvolution.suits(layer)]
+    # A 1 x 1 convolution suits two of them; the later one is taken.
+    chosen = {layer: kind for kind in KINDS for layer in unet.modules() if kind.suits(layer)}
+    convolutions: list[Any] = [layer for layer in chosen if isinstance(layer, nn.Conv2d)]
+    gates = [layer for layer in chosen if isinstance(layer, GEGLU)]
     # One of each way of computing; the largest would take a second each.
     ways = {
         (layer.kernel_size, layer.stride, layer.padding, _is_wide(layer.weight)): layer
-        for layer in sorted(convolutions, key=lambda layer: -layer.weight.numel())
+        for layer in sorted(convolutions, key=lambda one: -one.weight.numel())
     }
-    if not all(map(_agrees, ways.values())):
+    narrowest = sorted(gates, key=lambda gate: gate.proj.in_features)[:1]
+    inputs: list[tuple[nn.Module, tuple[int, ...]]]
+    inputs = [(layer, (1, layer.in_channels, 8, 8)) for layer in ways.values()]
+    inputs += [(gate, (1, 64, gate.proj.in_features)) for gate in narrowest]
+    if not all(_agrees(layer, chosen[layer], shape) for layer, shape in inputs):
         return False
-    for layer in convolutions:
-        layer.to(memory_format=torch.channels_last)
-        layer.__class__ = FrozenConvolution
+    for layer, kind in chosen.items():
+        layer.__class__ = kind
+    for convolution in convolutions:
+        convolution.to(memory_format=torch.channels_last)
     for layer in unet.modules():
         if isinstance(getattr(layer, "processor", None), AttnProcessor2_0) and ContiguousHeads.suits(layer):
             layer.set_processor(ContiguousHeads())
     return True
 
 
-def _agrees(layer: nn.Conv2d) -> bool:
-    """Whether output and input gradient of a convolution are those of torch's own, on 8 x 8 positions."""
+def _agrees(layer: nn.Module, kind: type[nn.Module], shape: tuple[int, ...]) -> bool:
+    """Whether output and input gradient of a layer are those of torch's own, for an input of a shape."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, layer.in_channels, 8, 8, generator=generator).to(layer.weight.dtype)
+    x = torch.randn(shape, generator=generator).to(next(layer.parameters()).dtype)
     results = []
-    for compute in (layer.forward, lambda x: FrozenConvolution.forward(layer, x)):  # type: ignore[arg-type]
+    for compute in (layer.forward, partial(kind.forward, layer)):
         own = x.clone().requires_grad_()
         y = compute(own)
         (gradient,) = torch.autograd.grad(y, own, torch.ones_like(y))
