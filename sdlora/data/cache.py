@@ -34,8 +34,8 @@ ENDINGS = {LATENTS: ".safetensors", TEXT: ".safetensors", IMAGES: ".png", LOOKS:
 images (`sampling.store`), and measures of training images (`data.looks`). `data.sources` adds folders."""
 
 
-SPEEDS, COSTS = "speed.json", "costs.json"
-"""Notes: small objects by key, of what was measured on this machine and of what was computed."""
+SPEEDS, COSTS, CHECKED = "speed.json", "costs.json", "checked.json"
+"""Notes: small objects by key, of what was measured on this machine, computed, and found right of a base."""
 
 
 def latent_key(record: ImageRecord, crop: Crop, *, vae_digest: str, background: str, dtype: str) -> str:
@@ -201,8 +201,9 @@ def clear_cache(folder: Path) -> int:
     freed = sum(file.stat().st_size for file in _entries(folder / ARCHIVES, "**/*"))
     if not (folder / ARCHIVES).is_symlink():
         shutil.rmtree(folder / ARCHIVES, ignore_errors=True)
-    if not (folder / COSTS).is_symlink():
-        (folder / COSTS).unlink(missing_ok=True)
+    for notes in (folder / COSTS, folder / CHECKED):
+        if not notes.is_symlink():
+            notes.unlink(missing_ok=True)
     for kind, ending in ENDINGS.items():
         for file in _entries(folder / kind, f"*{ending}", f".*{ending}.*.tmp"):
             freed += file.stat().st_size

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sdlora.data.buckets import Crop
+from sdlora.data.cache import CHECKED, add_note, read_notes
 from sdlora.data.captions import without_trigger
 from sdlora.data.records import ImageRecord
 from sdlora.diffusion.objective import Objective
@@ -164,11 +165,18 @@ def use_kernels(base: Base, precision: Precision, before: Collection[str] | None
 
 
 def warn_if_prediction_differs(plan: RunPlan, prepared: Prepared) -> str | None:
-    """A warning if the base's predictions fit another type than its own, which fails silently (R-32)."""
+    """A warning if the base's predictions fit another type than its own, which fails silently (R-32).
+
+    That they fit is noted in the cache: the check takes as long as a step, and a base stays as it is.
+    """
     schedule, base = prepared.objective.schedule, prepared.base
+    if read_notes(CHECKED).get(plan.info.digest) == schedule.prediction_type:
+        return None
     items = prepared.heldout_items("train", NUM_CHECKED)
     found = recognise_prediction(base.denoise, schedule, items, base.device)
-    if found is None or found == schedule.prediction_type:
+    if found == schedule.prediction_type:
+        add_note(CHECKED, plan.info.digest, found)
+    if found in (None, schedule.prediction_type):
         return None
     return (
         f"objective.prediction_type = {schedule.prediction_type}, but the predictions of the base "
