@@ -18,7 +18,7 @@ REMOVED = {
 ELSEWHERE = {
     "accumulation_steps": "train.accumulate",
     "adam_weight_decay": "train.optimizer_args, such as {weight_decay = 0.01}",
-    "allow_tf32": _ALWAYS,
+    "allow_tf32": "not needed: products are in train.precision",
     "alpha_mask": "data.masks=alpha",
     "base_weights": "lora.parent",
     "bucket_no_upscale": "data.no_upscale",
@@ -168,7 +168,7 @@ ELSEWHERE = {
     "text_encoder_lr": "train.text_encoder_learning_rate",
     "timestep_distribution": "objective.timesteps",
     "timestep_sampling": "objective.timesteps; its sigmoid is logit_normal here",
-    "torch_compile": "not supported",
+    "torch_compile": "train.compile",
     "total_steps": "train.steps",
     "train_batch_size": "train.batch_size",
     "train_data_dir": "IMAGES, a folder",

@@ -615,6 +615,9 @@ class TrainSection(Section):
     gradient_checkpointing: bool | Literal["auto"] = _setting(
         "auto", "recompute activations to save memory, a third slower: auto (only if needed), true or false"
     )
+    compile: bool = _setting(
+        False, "compile transformer blocks with torch.compile; takes a minute or more at the start"
+    )
     max_skipped_steps: Count = _setting(
         10, "stop after this many consecutive non-finite steps", "use a number of steps such as 10"
     )

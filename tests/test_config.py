@@ -335,10 +335,11 @@ def test_the_keys_are_pinned():
         "pyramid_discount pyramid_noise timestep_bias timestep_mean timestep_range timestep_std "
         "timestep_weight timesteps unmasked_prior "
         "unmasked_weight",
-        "train": "accumulate batch_size ema_decay epochs evaluate_every grad_clip gradient_checkpointing "
-        "keep_checkpoints learning_rate learning_rates lora_plus_ratio max_skipped_steps "
-        "optimizer optimizer_args precision sample_every save_every schedule schedule_cycles "
-        "schedule_power seed steps text_encoder_learning_rate timeout_seconds trace trackers warmup",
+        "train": "accumulate batch_size compile ema_decay epochs evaluate_every grad_clip "
+        "gradient_checkpointing keep_checkpoints learning_rate learning_rates lora_plus_ratio "
+        "max_skipped_steps optimizer optimizer_args precision sample_every save_every schedule "
+        "schedule_cycles schedule_power seed steps text_encoder_learning_rate timeout_seconds trace "
+        "trackers warmup",
         "sample": "batch_size guidance negative_prompt prompts safety_checker scheduler seeds "
         "steps strengths",
         "export": "formats include_captions name precision",

@@ -147,6 +147,9 @@ class Base(Protocol):
     def use_blocked_attention(self) -> bool:
         """With the kernels of a CPU, computes attention's gradients in blocks; False if it cannot."""
 
+    def compile_blocks(self) -> str | None:
+        """Compiles the denoiser's transformer blocks when they first run; the reason if it cannot."""
+
     def enable_gradient_checkpointing(self, *, text: bool) -> None:
         """Recomputes activations in the backward pass, with `text` in text encoders as well."""
 

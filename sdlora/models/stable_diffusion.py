@@ -21,7 +21,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdlora.errors import ModelError
+from sdlora.errors import ModelError, first_line
 from sdlora.models.attention import use_blocked_attention
 from sdlora.models.base import Condition, freed_memory_kept, quiet
 from sdlora.models.info import BaseInfo
@@ -31,6 +31,7 @@ from sdlora.models.tokenizer import tokenize_chunks
 TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
 META = torch.device("meta")
+MOST_COMPILED = 64
 
 
 @dataclass(eq=False)
@@ -105,6 +106,17 @@ class StableDiffusion:
 
     def use_blocked_attention(self) -> bool:
         return use_blocked_attention(self.denoiser)
+
+    def compile_blocks(self) -> str | None:
+        try:
+            # Where there is no compiler for the device, this fails as well, and within seconds.
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=self.device))
+            self.denoiser.compile_repeated_blocks()
+        except (AttributeError, ImportError, OSError, RuntimeError) as error:
+            return first_line(error)
+        # Blocks of each width, with and without adapters and gradients, are compiled once each.
+        torch._dynamo.config.cache_size_limit = MOST_COMPILED
+        return None
 
     def enable_gradient_checkpointing(self, *, text: bool) -> None:
         # diffusers and transformers recompute in train mode only, which changes nothing else here.

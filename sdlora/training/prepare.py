@@ -35,6 +35,7 @@ from sdlora.tree.lineage import Stack, path_to_stack
 NUM_CHECKED = 2
 CPU_KERNELS = "cpu_kernels"
 BLOCKED_ATTENTION = "blocked_attention"
+COMPILED = "compiled_blocks"
 FUSED_LORA = "fused_lora"
 
 
@@ -130,16 +131,18 @@ def prepare(
         dropout=dropout,
         max_norm=config.lora.max_norm,
         parents=parents,
-        kernels=use_kernels(base, precision, kernels),
+        kernels=use_kernels(base, precision, terminal, compiles=config.train.compile, before=kernels),
         watch=watch,
     )
 
 
-def use_kernels(base: Base, precision: Precision, before: Collection[str] | None = None) -> tuple[str, ...]:
+def use_kernels(
+    base: Base, precision: Precision, terminal: Terminal, *, compiles: bool, before: Collection[str] | None
+) -> tuple[str, ...]:
     """Switches on the faster kernels that suit the run, or those of the run that is resumed (R-03).
 
-    Under autocast there are none; those of a CPU are for bf16, blocked attention for one with AMX. Returns
-    their names, for the checkpoints.
+    Under autocast there are none but compiled blocks; those of a CPU are for bf16, blocked attention for one
+    with AMX. Returns their names, for the checkpoints.
 
     Raises:
         RunError: If a kernel of the resumed run cannot be used here.
@@ -155,6 +158,11 @@ def use_kernels(base: Base, precision: Precision, before: Collection[str] | None
         for layer in lora_layers(base.components).values():
             layer.is_fused = True
         used.append(FUSED_LORA)
+    if compiles if before is None else COMPILED in before:
+        if problem := base.compile_blocks():
+            terminal.warn(f"train.compile = true has no effect: torch.compile fails here ({problem})")
+        else:
+            used.append(COMPILED)
     if missing := sorted(set(before or ()) - set(used)):
         raise RunError(
             f"the run computed with {', '.join(missing)}, which this device does not support; "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sdlora.errors import RunError
@@ -12,7 +15,7 @@ from sdlora.models import attention
 from sdlora.sampling.session import sample
 from sdlora.training import prepare
 from sdlora.training.checkpoint import read_state, seal_state
-from sdlora.training.prepare import BLOCKED_ATTENTION, CPU_KERNELS, FUSED_LORA
+from sdlora.training.prepare import BLOCKED_ATTENTION, COMPILED, CPU_KERNELS, FUSED_LORA
 from sdlora.training.train import resume, train
 from tests.checks import raises
 
@@ -71,6 +74,37 @@ def test_blocked_attention_is_for_fast_products(config, tmp_path, monkeypatch, c
         assert list(run.events("prepared"))[-1]["kernels"] == [CPU_KERNELS, BLOCKED_ATTENTION, FUSED_LORA]
     assert called
     check_same(stopped, straight)
+
+
+def test_where_nothing_compiles_a_run_goes_on(config, tmp_path, monkeypatch, capsys):
+    """R-16 R-46: one line says so, and the run is that of stock blocks; one that compiled is not resumed."""
+
+    def fail(*_, **__):
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    run = train(config.images, config=config, out=tmp_path / "run", overrides={"train.compile": True})
+    shown = capsys.readouterr()
+    [line] = [one for one in (shown.out + shown.err).splitlines() if "train.compile" in one]
+    assert "no compiler" in line
+    [prepared] = run.events("prepared")
+    assert COMPILED not in prepared["kernels"]
+    forget_kernels(run, 4, [*prepared["kernels"], COMPILED])
+    with raises(RunError, "kernels", shows=COMPILED):
+        resume(run, ["train.steps=6"], quiet=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_compute_the_same(config, tmp_path):
+    """R-46: losses as without, within what the order of sums leaves of fp32, and resumed the same way."""
+    fp32 = {"train.precision": "fp32", "train.learning_rate": 1e-2}
+    plain = start(config, tmp_path / "plain", **fp32)
+    compiled = start(config, tmp_path / "compiled", **fp32, **{"train.compile": True, "train.steps": 2})
+    resume(compiled, ["train.steps=4"], quiet=True)
+    assert [event["kernels"] for event in compiled.events("prepared")] == [[FUSED_LORA, COMPILED]] * 2
+    losses = [[event["loss"] for event in run.events("step")] for run in (plain, compiled)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_an_older_run_continues_without_kernels(config, tmp_path):
