@@ -184,6 +184,16 @@ def recognise(judge: Judge, images: Sequence[Image.Image], best: int = 5) -> lis
     return [[judge.concepts[number] for number in row] for row in numbers]
 
 
+@torch.no_grad()
+def probabilities(judge: Judge, images: Sequence[Image.Image], concepts: Sequence[str]) -> list[float]:
+    """How probable it is to the judge that each image shows its concept."""
+    judge.eval()
+    scores = torch.cat([judge(part.float() / 127.5 - 1) for part in to_input(images).split(BATCH)])
+    columns = torch.tensor([judge.concepts.index(concept) for concept in concepts])
+    found: list[float] = scores.softmax(dim=1).gather(1, columns[:, None])[:, 0].tolist()
+    return found
+
+
 def ceiling(judge: Judge, dataset: Path) -> tuple[float, list[str]]:
     """The share of a dataset's real held-out drawings that are recognised, and the names of the others."""
     files = sorted((dataset / "heldout").glob("*.png"))

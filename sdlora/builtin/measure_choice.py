@@ -1,7 +1,9 @@
 """Compares what `sdlora evaluate` recommends with a truth that it never saw: the judge, and other drawings.
 
-The truth of a cell is the share of its samples that the judge recognizes, times their way from the base's own
-images (0) to drawings of the set that the run never saw (1), by statistics of the judge's first layers.
+The truth of a cell is how probable the judge finds it that a sample shows its prompt, times the way from the
+base's own images (0) to drawings of the set that the run never saw (1), by statistics of the judge's first
+layers. A row also has the share by a coarser truth, where a sample counts if the prompt's thing is the most
+probable one (`counted`): torn things often pass, and of 16 samples one is 6 %.
 
 The best of many cells owes some of its truth to chance. `--again` draws new samples of the recommended and
 the best cell, for other prompts, and compares the two by those alone.
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdlora.builtin.judge import Judge, load_judge, open_rgb, recognise, to_input
+from sdlora.builtin.judge import Judge, load_judge, open_rgb, probabilities, recognise, to_input
 from sdlora.builtin.script import Script
 from sdlora.evaluation.context import open_context
 from sdlora.evaluation.scores import TAIL, Draws, Weights
@@ -54,7 +56,9 @@ def concept_of(prompt: str, trigger: str | None) -> str:
     return bare.split(" ", 1)[-1].replace(" ", "-")
 
 
-def read_truth(judge: Judge, run: RunFolder, unseen: Sequence[Image.Image]) -> dict[Cell, Draws]:
+def read_truth(
+    judge: Judge, run: RunFolder, unseen: Sequence[Image.Image], *, counts: bool = False
+) -> dict[Cell, Draws]:
     """The truth of each cell of an evaluated run, by the images that `evaluate` drew."""
     images: dict[Place, list[Image.Image]] = defaultdict(list)
     rows: dict[Row, None] = {}
@@ -62,7 +66,8 @@ def read_truth(judge: Judge, run: RunFolder, unseen: Sequence[Image.Image]) -> d
         rows[entry["prompt"], entry["seed"]] = None
         place = (entry["step"], entry["strength"]) if entry["strength"] else None
         images[place].append(open_rgb(run.path / entry["file"]))
-    return measure_truth(judge, images, list(rows), unseen, run.read_config().data.trigger)
+    trigger = run.read_config().data.trigger
+    return measure_truth(judge, images, list(rows), unseen, trigger, counts=counts)
 
 
 def draw_truth(
@@ -83,6 +88,8 @@ def measure_truth(
     rows: Sequence[Row],
     unseen: Sequence[Image.Image],
     trigger: str | None,
+    *,
+    counts: bool = False,
 ) -> dict[Cell, Draws]:
     """The truth of each cell, with paired bootstrap draws over prompts and seeds.
 
@@ -92,6 +99,7 @@ def measure_truth(
         rows: Prompts and seeds, prompt by prompt.
         unseen: Drawings of the set that the run never saw.
         trigger: What prompts begin with.
+        counts: Whether samples count by the most probable thing.
     """
     concepts = [concept_of(prompt, trigger) for prompt, _ in rows]
     weights = Weights.draw(len(set(concepts)), len(rows) // len(set(concepts)), NUM_DRAWS)
@@ -102,16 +110,19 @@ def measure_truth(
         if cell is None:
             continue
         way = np.linalg.norm(weights.rows @ line_statistics(judge, own) - goal, axis=1)
-        pairs = zip(recognise(judge, own, 1), concepts, strict=True)
-        hits = weights.rows @ np.array([float(names[0] == concept) for names, concept in pairs])
-        product = np.maximum(0, 1 - way / start) * hits
+        if counts:
+            found = np.array([names[0] for names in recognise(judge, own, 1)]) == np.array(concepts)
+        else:
+            found = np.array(probabilities(judge, own, concepts))
+        product = np.maximum(0, 1 - way / start) * (weights.rows @ found)
         truth[cell] = Draws(float(product[0]), product[1:])
     return truth
 
 
 def compare_choice(judge: Judge, run: RunFolder, unseen: Sequence[Path], num_seeds: int) -> dict[str, Any]:
     """A row of the table: what was chosen, the best by the truth, and whether the truth tells them apart."""
-    truth, config = read_truth(judge, run, [open_rgb(file) for file in unseen]), run.read_config()
+    drawings, config = [open_rgb(file) for file in unseen], run.read_config()
+    truth = read_truth(judge, run, drawings)
     best = max(truth, key=lambda cell: truth[cell].value)
     choice = _choice_of(run)
     chosen = choice["step"], choice["strength"]
@@ -126,6 +137,8 @@ def compare_choice(judge: Judge, run: RunFolder, unseen: Sequence[Path], num_see
     }
     if chosen in truth:
         row |= _compare(truth, chosen, best)
+        counted = read_truth(judge, run, drawings, counts=True)
+        row["counted"] = _compare(counted, chosen, max(counted, key=lambda cell: counted[cell].value))
         if num_seeds and chosen != best:
             again = draw_truth(judge, run, unseen, [chosen, best], num_seeds)
             row["again"] = _compare(again, chosen, best)
