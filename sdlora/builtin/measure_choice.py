@@ -131,6 +131,7 @@ def compare_choice(judge: Judge, run: RunFolder, unseen: Sequence[Path], num_see
         "images": Path(str(config.images)).name,
         "seed": config.train.seed,
         "learning_rate": config.train.learning_rate,
+        "steps": config.train.steps,
         "chosen": list(chosen) if chosen in truth else None,
         "best": list(best),
         "best_truth": round(truth[best].value, 3),
