@@ -78,6 +78,8 @@ SCRIPTS = {
     "builtin/bank.py": {"np.load", "np.save"},
     "builtin/make_base.py": {"np.load", "torch.compile"},
     "data/looks.py": {"np.load"},
+    # train.compile: the machine's own compiler, on the network's operations, and nothing of a file
+    "models/stable_diffusion.py": {"torch.compile"},
 }
 # What a user may name by a hub id is loaded from there; a folder stays on the disk.
 FROM_THE_HUB = {"models/captioner.py", "evaluation/features.py"}

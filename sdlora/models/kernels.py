@@ -180,7 +180,7 @@ class ChannelsLastTransformer(Transformer2DModel):  # type: ignore[misc]
     ) -> Tensor:
         if self.use_linear_projection:
             hidden_states = self.proj_out(hidden_states)
-        hidden_states = hidden_states.view(batch_size, height, width, -1).permute(0, 3, 1, 2)
+        hidden_states = hidden_states.reshape(batch_size, height, width, -1).permute(0, 3, 1, 2)
         if not self.use_linear_projection:
             hidden_states = self.proj_out(hidden_states)
         return hidden_states + residual

@@ -111,11 +111,11 @@ class StableDiffusion:
         try:
             # Where there is no compiler for the device, this fails as well, and within seconds.
             torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=self.device))
+            # Blocks of each width, with and without adapters and gradients, are compiled once each.
+            torch._dynamo.config.cache_size_limit = MOST_COMPILED
             self.denoiser.compile_repeated_blocks()
         except (AttributeError, ImportError, OSError, RuntimeError) as error:
             return first_line(error)
-        # Blocks of each width, with and without adapters and gradients, are compiled once each.
-        torch._dynamo.config.cache_size_limit = MOST_COMPILED
         return None
 
     def enable_gradient_checkpointing(self, *, text: bool) -> None:
