@@ -155,6 +155,8 @@ class _GatedProduct(torch.autograd.Function):
         biases = (None, None) if bias is None else bias.chunk(2)
         hidden, gate = (F.linear(x, part, own) for part, own in zip(weight.chunk(2), biases, strict=True))
         factor = F.gelu(gate)
+        if not ctx.needs_input_grad[0]:
+            return hidden.mul_(factor)
         ctx.save_for_backward(weight, hidden, gate, factor)
         return hidden * factor
 
