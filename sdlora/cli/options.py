@@ -56,7 +56,10 @@ Steps = Annotated[int | None, typer.Option(help="Sampling steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale (CFG).")]
 Features = Annotated[
     str | None,
-    typer.Option(help="A folder or Hub id of CLIP or DINOv2 to score by.", show_default="without weights"),
+    typer.Option(
+        help="A folder or Hub id of CLIP or DINOv2, or a file of CSD, to score by.",
+        show_default="without weights",
+    ),
 ]
 Size = Annotated[str | None, typer.Option(help="Image size in pixels, as WIDTHxHEIGHT.")]
 

@@ -246,7 +246,7 @@ def why_unranked(features: str, is_validated: bool, prompts: int) -> str:
     if not is_validated:
         return (
             f"the features {features!r} are for flat drawings on the built-in base; pass "
-            "--features with a folder or Hub id of CLIP or DINOv2"
+            "--features with a folder or Hub id of CLIP or DINOv2, or a file of CSD"
         )
     if prompts < MIN_PROMPTS:
         return f"{prompts} different prompts are too few; pass {MIN_PROMPTS} (--prompt)"

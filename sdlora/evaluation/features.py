@@ -5,7 +5,8 @@ N images, D and E numbers of each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,9 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from transformers import AutoImageProcessor, AutoModel
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModel, CLIPVisionConfig, CLIPVisionModel
 
 from sdlora.errors import ModelError, first_line
+from sdlora.formats.container import read_tensors
+from sdlora.reading import UnfitFileError, read_header
 
 Rows = NDArray[np.float64]
 DRAWING = "drawing"
@@ -23,6 +27,23 @@ SIDE_PX, INK = 128, 0.96
 CELLS, ANGLES = 8, 8
 THUMBNAIL_PX = 16
 BATCH_SIZE = 16
+STYLE_HEAD, CONTENT_HEAD = "last_layer_style", "last_layer_content"
+HEAD_WIDTH = 64
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# Parts of OpenAI's vision transformer, as transformers names them.
+CLIP_PARTS = {
+    "class_embedding": "embeddings.class_embedding",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_pre.": "pre_layrnorm.",
+    "ln_post.": "post_layernorm.",
+    "transformer.resblocks.": "encoder.layers.",
+    ".attn.": ".self_attn.",
+    ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
+}
 
 
 class Features(Protocol):
@@ -95,7 +116,7 @@ class ModelFeatures:
                 dtype=torch.float32,
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
-            remedy = "use a folder or Hub id of a CLIP or DINOv2 model with safetensors weights"
+            remedy = "use a folder or Hub id of a CLIP or DINOv2 model with safetensors weights, or CSD's"
             problem = f"--features {source} cannot be loaded ({first_line(error)}); {remedy}"
             raise ModelError(problem, key="option--features") from None
         # Of a model of images and texts, the part for images.
@@ -118,9 +139,81 @@ class ModelFeatures:
         return style.double().cpu().numpy(), answer.pooler_output.double().cpu().numpy()
 
 
+class StyleDescriptor(ModelFeatures):
+    """Contrastive style descriptors (CSD, arXiv 2404.01292): CLIP's vision transformer with two heads.
+
+    Style and content: the embedding of each head, of length 1.
+
+    Args:
+        file: Safetensors weights by the authors' names, such as `model.safetensors` of the Hub's
+            `yuxi-liu-wired/CSD`.
+        device: Where the model runs.
+
+    Raises:
+        ModelError: If it cannot be loaded.
+    """
+
+    def __init__(self, file: Path, device: torch.device | str = "cpu") -> None:
+        self.name, self.device = str(file), device
+        try:
+            tensors = {name: tensor.float() for name, tensor in read_tensors(file)[0].items()}
+            self.heads = [tensors[name].to(device) for name in (STYLE_HEAD, CONTENT_HEAD)]
+            self.model = _clip_of(tensors).eval().requires_grad_(False).to(device)
+        except (KeyError, RuntimeError, UnfitFileError) as error:
+            problem = f"--features {file} cannot be loaded ({first_line(error)}); use the weights of CSD"
+            raise ModelError(problem, key="option--features") from None
+        self.side = self.model.config.image_size
+
+    @torch.no_grad()
+    def _run(self, images: Sequence[Image.Image]) -> tuple[Rows, Rows]:
+        size = (self.side, self.side)
+        cropped = [ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BICUBIC) for image in images]
+        pixels = (np.stack([np.asarray(image) for image in cropped]) / 255 - CLIP_MEAN) / CLIP_STD
+        inputs = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().to(self.device)
+        pooled = self.model(inputs).pooler_output
+        style, content = (unit_rows((pooled @ head).double().cpu().numpy()) for head in self.heads)
+        return style, content
+
+
+def _clip_of(tensors: Mapping[str, Tensor]) -> Any:
+    """A vision transformer of transformers from the weights of OpenAI's, whose sizes say what it is."""
+    own = {
+        name.removeprefix("backbone."): one for name, one in tensors.items() if name.startswith("backbone.")
+    }
+    width, _, patch, _ = own["conv1.weight"].shape
+    cells = round((len(own["positional_embedding"]) - 1) ** 0.5)
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=len(own["transformer.resblocks.0.mlp.c_fc.weight"]),
+        num_hidden_layers=sum(name.endswith(".ln_1.weight") for name in own),
+        num_attention_heads=width // HEAD_WIDTH,
+        image_size=cells * patch,
+        patch_size=patch,
+        hidden_act="quick_gelu",
+    )
+    state: dict[str, Tensor] = {}
+    for name, tensor in own.items():
+        for part, known in CLIP_PARTS.items():
+            name = name.replace(part, known)
+        if "in_proj_" in name:
+            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
+                state[name.replace("in_proj_", f"{letter}_proj.")] = third
+        else:
+            state[name] = tensor
+    model = CLIPVisionModel(config)
+    getattr(model, "vision_model", model).load_state_dict(state)
+    return model
+
+
 def load_features(source: str | None, device: torch.device | str = "cpu") -> Features:
     """The features that `--features` names; by default those without weights."""
-    return DrawingFeatures() if source in (None, DRAWING) else ModelFeatures(str(source), device)
+    if source is None or source == DRAWING:
+        return DrawingFeatures()
+    file = Path(source) / "model.safetensors" if Path(source).is_dir() else Path(source)
+    with suppress(OSError, UnfitFileError):
+        if STYLE_HEAD in read_header(file).shapes:
+            return StyleDescriptor(file, device)
+    return ModelFeatures(source, device)
 
 
 def unit_rows(rows: Rows) -> Rows:
