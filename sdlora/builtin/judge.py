@@ -176,21 +176,22 @@ def train(concepts: Sequence[str], icons_folder: Path, datasets: Path, steps: in
 
 
 @torch.no_grad()
+def _scores(judge: Judge, images: Sequence[Image.Image]) -> Tensor:
+    """Logits of all concepts, (N, concepts)."""
+    judge.eval()
+    return torch.cat([judge(part.float() / 127.5 - 1) for part in to_input(images).split(BATCH)])
+
+
 def recognise(judge: Judge, images: Sequence[Image.Image], best: int = 5) -> list[list[str]]:
     """The concepts that each image shows most probably, the best first."""
-    judge.eval()
-    scores = [judge(part.float() / 127.5 - 1) for part in to_input(images).split(BATCH)]
-    numbers = torch.cat(scores).topk(min(best, len(judge.concepts)), dim=1).indices.tolist()
+    numbers = _scores(judge, images).topk(min(best, len(judge.concepts)), dim=1).indices.tolist()
     return [[judge.concepts[number] for number in row] for row in numbers]
 
 
-@torch.no_grad()
 def probabilities(judge: Judge, images: Sequence[Image.Image], concepts: Sequence[str]) -> list[float]:
     """How probable it is to the judge that each image shows its concept."""
-    judge.eval()
-    scores = torch.cat([judge(part.float() / 127.5 - 1) for part in to_input(images).split(BATCH)])
     columns = torch.tensor([judge.concepts.index(concept) for concept in concepts])
-    found: list[float] = scores.softmax(dim=1).gather(1, columns[:, None])[:, 0].tolist()
+    found: list[float] = _scores(judge, images).softmax(dim=1).gather(1, columns[:, None])[:, 0].tolist()
     return found
 
 
