@@ -5,8 +5,8 @@ base's own images (0) to drawings of the set that the run never saw (1), by stat
 layers. A row also has the share by a coarser truth, where a sample counts if the prompt's thing is the most
 probable one (`counted`): torn things often pass, and of 16 samples one is 6 %.
 
-The best of many cells owes some of its truth to chance. `--again` draws new samples of the recommended and
-the best cell, for other prompts, and compares the two by those alone.
+The best of many cells owes some of its truth to chance. `--again` draws new samples of every cell, for other
+prompts, and compares the recommended cell with the best one by those alone.
 """
 
 from __future__ import annotations
@@ -123,7 +123,6 @@ def compare_choice(judge: Judge, run: RunFolder, unseen: Sequence[Path], num_see
     """A row of the table: what was chosen, the best by the truth, and whether the truth tells them apart."""
     drawings, config = [open_rgb(file) for file in unseen], run.read_config()
     truth = read_truth(judge, run, drawings)
-    best = max(truth, key=lambda cell: truth[cell].value)
     choice = _choice_of(run)
     chosen = choice["step"], choice["strength"]
     row: dict[str, Any] = {
@@ -133,30 +132,32 @@ def compare_choice(judge: Judge, run: RunFolder, unseen: Sequence[Path], num_see
         "learning_rate": config.train.learning_rate,
         "steps": config.train.steps,
         "chosen": list(chosen) if chosen in truth else None,
+    }
+    row |= compare_with_best(truth, chosen)
+    if chosen in truth:
+        row["counted"] = compare_with_best(read_truth(judge, run, drawings, counts=True), chosen)
+        if num_seeds:
+            row["again"] = compare_with_best(draw_truth(judge, run, unseen, list(truth), num_seeds), chosen)
+    return row | {"reason": choice["reason"], "warnings": choice["warnings"]}
+
+
+def compare_with_best(truth: Mapping[Cell, Draws], chosen: Cell) -> dict[str, Any]:
+    """The best cell, and the share of its truth that the chosen one has, with its 95 % interval."""
+    best = max(truth, key=lambda cell: truth[cell].value)
+    result: dict[str, Any] = {
         "best": list(best),
         "best_truth": round(truth[best].value, 3),
+        "truth": {f"{step} at {strength:g}": round(one.value, 3) for (step, strength), one in truth.items()},
     }
     if chosen in truth:
-        row |= _compare(truth, chosen, best)
-        counted = read_truth(judge, run, drawings, counts=True)
-        row["counted"] = _compare(counted, chosen, max(counted, key=lambda cell: counted[cell].value))
-        if num_seeds and chosen != best:
-            again = draw_truth(judge, run, unseen, [chosen, best], num_seeds)
-            row["again"] = _compare(again, chosen, best)
-    row["reason"], row["warnings"] = choice["reason"], choice["warnings"]
-    row["truth"] = {f"{step} at {strength:g}": round(one.value, 3) for (step, strength), one in truth.items()}
-    return row
-
-
-def _compare(truth: Mapping[Cell, Draws], chosen: Cell, best: Cell) -> dict[str, Any]:
-    """The share of the best cell's truth that the chosen one has, its 95 % interval, and what it says."""
-    shares = truth[chosen].draws / np.maximum(truth[best].draws, 1e-9)
-    low, high = np.percentile(shares, [TAIL, 100 - TAIL])
-    return {
-        "share": round(truth[chosen].value / max(truth[best].value, 1e-9), 3),
-        "interval": [round(float(low), 3), round(float(high), 3)],
-        "is_worse": (truth[best] - truth[chosen]).interval.low > 0,
-    }
+        shares = truth[chosen].draws / np.maximum(truth[best].draws, 1e-9)
+        low, high = np.percentile(shares, [TAIL, 100 - TAIL])
+        result |= {
+            "share": round(truth[chosen].value / max(truth[best].value, 1e-9), 3),
+            "interval": [round(float(low), 3), round(float(high), 3)],
+            "is_worse": (truth[best] - truth[chosen]).interval.low > 0,
+        }
+    return result
 
 
 def _choice_of(run: RunFolder) -> dict[str, Any]:
