@@ -134,7 +134,11 @@ def parse_start(image: Path | None, denoise: float | None) -> tuple[Path, float]
     """`--image` with `--denoise`; None without an image."""
     if image is None and denoise is not None:
         raise ConfigError(f"--denoise {denoise:g} requires --image FILE; add it", key="option--denoise")
-    return None if image is None else (image, 0.6 if denoise is None else denoise)
+    if image is None:
+        return None
+    from sdlora.sampling.session import DENOISE
+
+    return image, DENOISE if denoise is None else denoise
 
 
 def parse_strengths(text: str | None) -> dict[str, float]:
