@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,6 @@ from tests.benchmarks.bases import argument_parser, bench_folder, write_base
 from tests.benchmarks.trainers import PLAIN, fill_up, keep_cache_in, make_trainer, plain_config, write_images
 
 SIDES_PX = {"sd15": 512, "quarter": 256}
-STEPS = 3  # of a sampled image
 PROMPTS = ("a boat on a lake", "a red house")
 
 
@@ -75,7 +75,7 @@ def measure_encoding(base: Path, images: Path, side_px: int, rounds: int) -> dic
     }
 
 
-def measure_grid(base: Path, images: Path, side_px: int, rounds: int) -> dict[str, Any]:
+def measure_grid(base: Path, images: Path, side_px: int, rounds: int, steps: int) -> dict[str, Any]:
     """Times a grid of two prompts, with and without an adapter, and a call of the pipeline for each image."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(base, images, Path(folder) / "run", **{"data.resolution": side_px})
@@ -89,7 +89,7 @@ def measure_grid(base: Path, images: Path, side_px: int, rounds: int) -> dict[st
             )
             pipeline.load_lora_weights(folder, weight_name="style.safetensors", adapter_name="style")
     pipeline.set_progress_bar_config(disable=True)
-    settings = SampleSettings(steps=STEPS, guidance=7.5, width=side_px, height=side_px)
+    settings = SampleSettings(steps=steps, guidance=7.5, width=side_px, height=side_px)
 
     def draw_ours() -> None:
         generate(ours, make_columns(adapter, [1.0]), PROMPTS, [0], settings)
@@ -100,7 +100,7 @@ def measure_grid(base: Path, images: Path, side_px: int, rounds: int) -> dict[st
             for prompt in PROMPTS:
                 pipeline(
                     prompt,
-                    num_inference_steps=STEPS,
+                    num_inference_steps=steps,
                     guidance_scale=7.5,
                     width=side_px,
                     height=side_px,
@@ -149,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--side", type=int, help="of the images, in px; default: the base's own")
     parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="of each image of the grid")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
@@ -158,7 +159,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     images = write_images(folder / f"images-{count}-{side}", count, side)
     keep_cache_in(folder / "cache")
     print(measure.describe_machine())
-    stages = {"encode": measure_encoding, "grid": measure_grid, "processes": measure_processes}
+    stages = {
+        "encode": measure_encoding,
+        "grid": partial(measure_grid, steps=given.steps),
+        "processes": measure_processes,
+    }
     for name, value in stages[given.stage](base, images, side, given.rounds).items():
         print(f"{name}: {value}")
 
