@@ -105,7 +105,9 @@ class Health:
     def restore(self, counters: Counters) -> None:
         """Continues from the counters of a checkpoint."""
         self.counters = counters
-        self.proof_step = self.plan.proof_step()
+        # In fp16 the first steps are skipped until the scale fits: the proof waits for the first update.
+        is_new = counters.skipped == counters.step
+        self.proof_step = self.plan.proof_step(counters.step if is_new else 0)
         self._keep_initial_values()
 
     @property
@@ -152,7 +154,6 @@ class Health:
 
     def _check_first_update(self, result: StepResult, initial: Sequence[Tensor]) -> None:
         if not result.updated:
-            # In fp16 the first steps are skipped until the scale fits.
             self.proof_step = self.plan.proof_step(result.step)
             return
         pairs = zip(self.adapter.modules.items(), initial, strict=True)

@@ -140,8 +140,8 @@ class Trainer:
         samples = self.plan.order.step(step)
         rate = learning_rate(step, self.plan.config.train, self.plan.steps)
         rates = runner.set_learning_rate(rate)
-        # Dropout could keep a small module from learning: it is off while each is proven to learn.
-        total, draws = runner.compute_gradients(step, samples, dropout=not self.health.is_proving)
+        runner.is_proving = self.health.is_proving
+        total, draws = runner.compute_gradients(step, samples)
         # The only values that the CPU waits for.
         loss, norm = torch.stack([total, runner.clip_gradients()]).tolist()
         updated = math.isfinite(loss) and math.isfinite(norm)

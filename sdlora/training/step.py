@@ -123,6 +123,9 @@ class StepRunner:
         self.parameters: list[Tensor] = list(tensors.values())
         self.layers = lora_layers(prepared.base.components)
         self.norms: NormReport | None = None
+        # The update that proves that each module learns (R-09) is without what could keep one from it:
+        # dropout, and the base's own prediction as the target, which a new adapter fits already.
+        self.is_proving = False
         self.groups = group_parameters(tensors, settings)
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(settings, self.groups))
         self.optimizer.train()
@@ -135,7 +138,7 @@ class StepRunner:
         return {own.name: rate * own.ratio for own in self.groups}
 
     def compute_gradients(
-        self, step: int, samples: Sequence[Sample], *, dropout: bool = True
+        self, step: int, samples: Sequence[Sample]
     ) -> tuple[Tensor, tuple[Draw, ...]]:
         """Computes the gradient of the mean loss over the samples of a step, on all processes.
 
@@ -150,7 +153,7 @@ class StepRunner:
             num_processes=self.accelerator.num_processes,
         )
         for micro_batch in filter(None, micro_batches):
-            loss, drawn = self.forward_backward(step, micro_batch, len(samples), dropout=dropout)
+            loss, drawn = self.forward_backward(step, micro_batch, len(samples))
             total += loss
             draws += drawn
         if self.accelerator.num_processes > 1:
@@ -158,13 +161,13 @@ class StepRunner:
         return total, tuple(draws)
 
     def forward_backward(
-        self, step: int, micro_batch: Sequence[Sample], count: int, *, dropout: bool = True
+        self, step: int, micro_batch: Sequence[Sample], count: int
     ) -> tuple[Tensor, list[Draw]]:
         """Forward and backward pass of a micro-batch of a step with `count` samples on all processes.
 
         Returns the micro-batch's share of the loss, and its draws.
         """
-        seeds = self._seeds("dropout", step, micro_batch) if dropout else []
+        seeds = [] if self.is_proving else self._seeds("dropout", step, micro_batch)
         with self.prepared.dropout.drawn(seeds):
             losses, drawn = self._losses(step, micro_batch)
             loss = losses.sum() / count
@@ -226,9 +229,10 @@ class StepRunner:
         encodings = self.prepared.encodings
         posteriors = [encodings.posterior(sample.record, sample.crop) for sample in samples]
         objective = self.prepared.objective
-        # An adapter that has not learned yet keeps the layout: the first step would prove nothing (R-09).
         return draw(
-            objective if step else objective.without_layout, posteriors, self._seeds("sample", step, samples)
+            objective.without_layout if self.is_proving else objective,
+            posteriors,
+            self._seeds("sample", step, samples),
         )
 
     def _denoiser(self, captions: Sequence[str], samples: Sequence[Sample]) -> Denoiser:

@@ -103,7 +103,7 @@ def record_gradients(trainer: Trainer) -> tuple[Inputs, dict[str, Tensor]]:
 
     base.denoise = recording  # type: ignore[method-assign]
     try:
-        trainer.runner.compute_gradients(0, trainer.plan.order.step(0), dropout=False)
+        trainer.runner.compute_gradients(0, trainer.plan.order.step(0))
     finally:
         del base.denoise  # the class's own is there again
     tensors = trainer.runner.adapter.named_tensors()

@@ -165,6 +165,15 @@ def test_a_later_update_is_proven(make_health):
         health.check(make_result(3, 0.5))
 
 
+def test_the_proof_goes_on_after_a_resume(make_health):
+    """R-03, R-09: the first steps were skipped, then the run was stopped; or the update has been proven."""
+    health = make_health(make_adapter(a=0.0), proof_step=0)
+    health.restore(Counters(step=3, skipped=3))
+    assert health.is_proving
+    health.restore(Counters(step=3, skipped=2))
+    assert not health.is_proving
+
+
 def test_a_single_token_is_excused():
     """R-09: queries and keys of self-attention over one token cannot learn; all others must."""
     names = ["mid.attn1.to_q", "mid.attn1.to_k"]
