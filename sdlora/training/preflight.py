@@ -174,7 +174,7 @@ def default_prompts(index: DatasetIndex, settings: DataSection, count: int) -> l
 
     Without captions, the trigger with things that any base can draw.
     """
-    if all(record.caption == settings.trigger for record in index.styled):
+    if all(record.caption == (settings.trigger or "") for record in index.styled):
         return [caption_pipeline(settings).plain(subject) for subject in SUBJECTS[: 2 * count]]
     prompts: list[str] = []
     for records in (index.styled, index.heldout):

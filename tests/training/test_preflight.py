@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import pytest
+
 from sdlora.config import load_config
 from sdlora.data.scan import read_dataset
 from sdlora.models.info import inspect_base
 from sdlora.training.planning import make_plan
-from sdlora.training.preflight import check_folder
+from sdlora.training.preflight import check_folder, default_prompts
+
+
+@pytest.mark.parametrize("trigger", ["ink style", None])
+def test_prompts_of_a_folder_without_captions(make_images, trigger):
+    """R-30: things that any base can draw, with the trigger if there is one."""
+    images = make_images()
+    for caption in images.glob("*.txt"):
+        caption.unlink()
+    changes = ["data.allow_missing_captions=true", *([f"data.trigger={trigger}"] if trigger else [])]
+    config = load_config(None, changes, images=images)
+    index, _ = read_dataset(config, resolution=128, min_step=8)
+    prompts = default_prompts(index, config.data, 2)
+    assert len(prompts) == 4
+    assert all(prompt.startswith(trigger or "") and prompt.strip() for prompt in prompts)
 
 
 def test_training_doctor_and_evaluation_see_the_same(make_images):
