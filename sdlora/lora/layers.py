@@ -46,7 +46,7 @@ class Dropout:
             self.seeds = before
 
     def of_module(self, name: str) -> Drop | None:
-        """The dropout of a module's values (B, ...); None without any."""
+        """The dropout of a module's values (B, ...), or (B K, ...) for captions in K parts; None without any."""
         if self.share == 0:
             return None
         key = name_seed(name)
@@ -54,10 +54,12 @@ class Dropout:
         def drop(values: Tensor) -> Tensor:
             if not self.seeds:
                 return values
-            assert len(values) == len(self.seeds), f"{name} sees {len(values)} of {len(self.seeds)} samples"
+            parts, rest = divmod(len(values), len(self.seeds))
+            assert rest == 0, f"{name} sees {len(values)} values of {len(self.seeds)} samples"
+            shape = (parts, *values.shape[1:])
             generators = (torch.Generator(values.device).manual_seed(seed ^ key) for seed in self.seeds)
-            noise = [torch.rand(values.shape[1:], generator=one, device=values.device) for one in generators]
-            keep = torch.stack(noise) >= self.share
+            noise = [torch.rand(shape, generator=one, device=values.device) for one in generators]
+            keep = torch.cat(noise) >= self.share
             return values * keep.to(values.dtype) / (1 - self.share)
 
         return drop

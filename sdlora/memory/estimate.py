@@ -283,7 +283,8 @@ def estimate_memory(inputs: MemoryInputs, device_info: DeviceInfo, *, checkpoint
         learn += info.num_parameters * precision.compute_dtype.itemsize
     encoders = {name: part for name, part in inputs.parts.items() if name != DENOISER}
     texts = {name: rank for name, rank in inputs.ranks.items() if name.startswith("text_encoder")}
-    learn += text_peak(encoders, texts, info.text_length, learning.batch_size, kind=config.lora.kind)
+    num_texts = learning.batch_size * info.prompt_chunks
+    learn += text_peak(encoders, texts, info.text_length, num_texts, kind=config.lora.kind)
     trained = count_parameters(inputs.parts, inputs.ranks, config.lora.kind)
     encode, decode = vae_costs(info, inputs.size, precision.vae_dtype)
     has_samples = bool(config.train.sample_every)

@@ -195,6 +195,17 @@ def test_dropout_keeps_the_mean():
     assert Dropout(0).of_module("some.module") is None
 
 
+def test_dropout_of_captions_in_parts():
+    """R-03: a text encoder sees the parts of a caption one after the other, each dropped from on its own."""
+    drop = (dropout := Dropout(0.5)).of_module("some.module")
+    values = torch.ones(4, 300)
+    with dropout.drawn([3, 4]):
+        dropped = drop(values)
+    with dropout.drawn([4]):
+        assert torch.equal(drop(values[2:]), dropped[2:])
+    assert not torch.equal(dropped[0], dropped[1])
+
+
 def test_dropout_knows_nothing_of_the_batch(make_unet, run, make_adapter):
     """R-03 R-04 R-17: no ambient randomness; checkpointing and smaller batches draw the same."""
     adapter, dropout = make_adapter(make_unet(), targets=["all"]), Dropout(0.3)

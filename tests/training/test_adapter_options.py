@@ -73,6 +73,8 @@ def test_dropout_resumes_exactly(make_images, small, make_trainer, snapshot, tmp
     """R-03 R-04: dropout depends on seed, step and sample alone, so a stopped run continues exactly."""
     images = make_images()
     options = {"lora__dropout": 0.2, "lora__max_norm": 0.01, "lora__text_encoder": text_encoder}
+    if text_encoder:
+        options["data__prompt_chunks"] = 2
     straight = make_trainer(small(images, **options), tmp_path / "straight")
     straight.train()
     first = make_trainer(small(images, train__save_every=2, **options), tmp_path / "stopped")
