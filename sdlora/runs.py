@@ -144,11 +144,16 @@ class RunFolder:
 
     @property
     def adapter(self) -> Path:
-        """The final adapter, if possible in diffusers' dialect; else the newest one; else a RunError."""
-        for dialect in ("diffusers", "kohya"):
-            if (final := self.final_adapter(dialect)).is_file():
-                return final
-        if steps := self.saved_steps():
+        """The final adapter, if possible in diffusers' dialect; else the newest one; else a RunError.
+
+        While a finished run is continued, its final adapter is that of an earlier step.
+        """
+        steps = self.saved_steps()
+        if not steps or any(self.events("done")):
+            for dialect in ("diffusers", "kohya"):
+                if (final := self.final_adapter(dialect)).is_file():
+                    return final
+        if steps:
             return self.step_adapter(steps[-1])
         remedy = f"continue it with `sdlora resume {self.path}`"
         raise RunError(f"run {self.path} has no saved adapter yet; {remedy}", key="run.no-adapter")
@@ -212,6 +217,15 @@ class RunFolder:
             with suppress(OSError):
                 folder.rename(leaving)
             shutil.rmtree(leaving, ignore_errors=True)
+
+    def remove_saved(self, last: int) -> None:
+        """Deletes the adapters and grids of steps after `last`: a run that continues otherwise has others."""
+        for step in self.saved_steps():
+            if step > last:
+                self.step_adapter(step).unlink(missing_ok=True)
+        for step in _steps(folder.name for folder in self.samples.glob("step-*")):
+            if step > last:
+                shutil.rmtree(self.sample_folder(step), ignore_errors=True)
 
     def remove_leftovers(self) -> None:
         """Deletes temporary files and folders of interrupted writes."""

@@ -150,6 +150,9 @@ def test_paths_and_steps(tmp_path):
     run.remove_checkpoints(keep=2, last=120)
     assert run.checkpoint_steps() == [110, 120]
     write_text(run.final_adapter(), "x")
+    # Of an earlier step, while the finished run is continued.
+    assert run.adapter.name == "step-000100.safetensors"
+    run.append("done", 130)
     assert run.adapter.name == "final.safetensors"
     assert run.final_adapter("kohya").name == "final.kohya.safetensors"
     assert run.sample_folder(7).name == "step-000007"

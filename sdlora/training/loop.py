@@ -96,7 +96,8 @@ class Trainer:
                 self.record(result, time.monotonic() - started)
                 self.show_progress(meter, self.step - first)
                 stopping, saving, sampling = self.poll()
-                self.evaluate_if_due()
+                if not stopping:  # what a signal postpones is done when the run is resumed
+                    self.evaluate_if_due()
                 self.save_if_due(stopping or saving, sampling)
                 if self.step in self.plan.save_steps:
                     meter.beat()
@@ -123,16 +124,19 @@ class Trainer:
             self.terminal.print(f"time left about {as_time(rest)}: {describe_times(seconds)}")
 
     def begin(self) -> None:
-        """Evaluates the base; or makes the grid that a signal after the checkpoint prevented."""
+        """Evaluates the base; or the validation loss and the grid of a checkpoint that a signal postponed."""
         if self.accelerator.is_main_process:
             self.run.take_requests()  # of a process before this one
-        if self.step == 0:
+        if self._lacks("heldout"):
             self.evaluate_if_due()
-            return
-        is_sampled = any(event["step"] == self.step for event in self.run.events("samples"))
-        is_missing = self.step in self.plan.sample_steps and not is_sampled
-        if all_reduce_count(self.accelerator, self.accelerator.is_main_process and is_missing):
+        if self.step in self.plan.sample_steps and self._lacks("samples"):
             self.sample()
+
+    def _lacks(self, event: str) -> bool:
+        """Whether the run has no such event of the current step."""
+        is_main = self.accelerator.is_main_process
+        lacks = is_main and not any(one["step"] == self.step for one in self.run.events(event))
+        return all_reduce_count(self.accelerator, lacks) > 0
 
     def train_step(self) -> StepResult:
         """One optimizer update."""
@@ -142,7 +146,7 @@ class Trainer:
         rates = runner.set_learning_rate(rate)
         runner.is_proving = self.health.is_proving
         total, draws = runner.compute_gradients(step, samples)
-        # The only values that the CPU waits for.
+        # The CPU waits for these, and in `Health` for whether all parameters are finite.
         loss, norm = torch.stack([total, runner.clip_gradients()]).tolist()
         updated = math.isfinite(loss) and math.isfinite(norm)
         runner.update(skip=not updated)

@@ -160,13 +160,14 @@ def use_kernels(
         used.append(FUSED_LORA)
     if compiles if before is None else COMPILED in before:
         if problem := base.compile_blocks():
-            terminal.warn(f"train.compile = true has no effect: torch.compile fails here ({problem})")
+            if before is None:
+                terminal.warn(f"train.compile = true has no effect: torch.compile fails here ({problem})")
         else:
             used.append(COMPILED)
     if missing := sorted(set(before or ()) - set(used)):
         raise RunError(
-            f"the run computed with {', '.join(missing)}, which this device does not support; "
-            "resume it on a device like the first",
+            f"the run computed with {', '.join(missing)}, which this device does not support; resume it on "
+            "a device like the first, or choose again: --allow-changed compute",
             key="kernels",
         )
     return tuple(used)

@@ -137,9 +137,7 @@ class StepRunner:
             group["lr"] = rate * own.ratio
         return {own.name: rate * own.ratio for own in self.groups}
 
-    def compute_gradients(
-        self, step: int, samples: Sequence[Sample]
-    ) -> tuple[Tensor, tuple[Draw, ...]]:
+    def compute_gradients(self, step: int, samples: Sequence[Sample]) -> tuple[Tensor, tuple[Draw, ...]]:
         """Computes the gradient of the mean loss over the samples of a step, on all processes.
 
         Returns the loss of the whole step, on the device, and the draws of this process.
@@ -279,6 +277,7 @@ class StepRunner:
 
     def update(self, *, skip: bool) -> None:
         """Updates the adapter, unless the step is skipped, and clears the gradients."""
+        self.norms = None
         # A gradient scaler skips by itself, and must see non-finite gradients to lower its scale.
         if not skip or self.accelerator.scaler is not None:
             self.optimizer.step()

@@ -27,7 +27,7 @@ from sdlora.training.logger import start_trackers
 from sdlora.training.loop import Trainer
 from sdlora.training.plan import RunPlan
 from sdlora.training.planning import check_disk, make_plan, print_plan
-from sdlora.training.prepare import prepare, warn_if_prediction_differs
+from sdlora.training.prepare import COMPILED, prepare, warn_if_prediction_differs
 from sdlora.training.resume import (
     Change,
     apply_overrides,
@@ -159,6 +159,10 @@ def resume(
             # Checkpoints of older versions have no field for them, and were computed without any.
             kernels = saved.pop("kernels", [])
             changes = check_fingerprint(run, step, saved, now, allow_changed)
+            if "compute" in allow_changed:
+                kernels = None
+            elif any(change.field == "train.compile" for change in changes):
+                kernels = [*set(kernels) - {COMPILED}, *([COMPILED] if plan.config.train.compile else [])]
         if step > plan.steps:
             problem = f"train.steps = {plan.steps} but {run.path} is already at step {step}"
             raise ConfigError(f"{problem}; set a larger one")
@@ -180,19 +184,27 @@ def _stay_finished(run: RunFolder, steps: int, accelerator: Accelerator, termina
 
 
 class Resumption(NamedTuple):
-    """A resumed run: the step of its checkpoint (0: none), allowed changes, `lora.init_from`, kernels."""
+    """A resumed run."""
 
     step: int
+    """Of its checkpoint; 0 without one."""
     changes: Sequence[Change]
+    """What was allowed to change."""
     init_from: str | None
     kernels: Sequence[str] | None
+    """Those to take again; None to choose."""
+
+    def config(self, plan: RunPlan) -> RunConfig:
+        """What is written to `config.json`."""
+        return with_absolute_paths(plan.config.replace(lora={"init_from": self.init_from}))
 
     def rewind(self, run: RunFolder, plan: RunPlan) -> None:
         """Removes what later steps left in the run folder: they will be done again."""
         run.remove_leftovers()
         run.remove_checkpoints(plan.config.train.keep_checkpoints, last=self.step)
-        config = plan.config.replace(lora={"init_from": self.init_from})
-        run.write_config(with_absolute_paths(config))
+        if self.changes:
+            run.remove_saved(self.step)
+        run.write_config(self.config(plan))
         run.cut_events(self.step)
         if not any(run.events("plan")):
             run.append("plan", 0, **plan.as_event())
@@ -294,7 +306,9 @@ def _run(
             if plan.config.train.batch_size == "auto":
                 trainer.fit_batch()
                 if accelerator.is_main_process:
-                    run.write_config(with_absolute_paths(trainer.plan.config))
+                    fitted = trainer.plan
+                    config = resumption.config(fitted) if resumption else with_absolute_paths(fitted.config)
+                    run.write_config(config)
             trainer.train()
             finish(trainer)
         return run

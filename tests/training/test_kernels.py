@@ -134,6 +134,18 @@ def test_missing_kernels_end_a_resume(config, tmp_path):
     with raises(RunError, "kernels", shows="some_gpu_kernel") as caught:
         resume(run, ["train.steps=4"], quiet=True)
     assert caught.value.exit_code == 2
+    resume(run, ["train.steps=4"], allow_changed=["compute"], quiet=True)
+    assert list(run.events("prepared"))[-1]["kernels"] == [CPU_KERNELS, FUSED_LORA]
+
+
+def test_compiled_blocks_may_be_switched_off(config, tmp_path):
+    """R-03: `--allow-changed train.compile` is heard."""
+    run = start(config, tmp_path / "run", **{"train.steps": 2, "train.compile": False})
+    state = read_state(run.checkpoint(2))
+    state["identity"] |= {"train.compile": True, "kernels": [CPU_KERNELS, FUSED_LORA, COMPILED]}
+    (run.checkpoint(2) / "state.json").write_text(seal_state(state))
+    resume(run, ["train.steps=4", "train.compile=false"], allow_changed=["train.compile"], quiet=True)
+    assert list(run.events("prepared"))[-1]["kernels"] == [CPU_KERNELS, FUSED_LORA]
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,17 @@ def test_saved_and_sampled_when_asked(make_images, quick, make_trainer, tmp_path
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+def test_a_signal_postpones_the_validation_loss(make_images, quick, make_trainer, tmp_path):
+    """R-03, R-23: a scheduler's grace period is for the checkpoint; the resumed run measures it first."""
+    keys = {"train__steps": 4, "train__evaluate_every": 2, "data__heldout": 0.3}
+    config = quick(make_images(sizes=SIZES), **keys)
+    stopped, _ = run_to_end(make_trainer, config, tmp_path / "stopped", [2])
+    losses = [(event["step"], event["split"]) for event in stopped.run.events("heldout")]
+    assert sorted(losses) == sorted(
+        {(step, split) for step in (0, 2, 4) for split in stopped.prepared.splits}
+    )
+
+
 @pytest.mark.slow
 def test_stopped_often_equals_straight(make_images, small, make_trainer, tmp_path, check_same):
     """R-03: all modules, 20 steps, stopped after each of them."""
@@ -304,6 +315,9 @@ def test_a_setting_that_is_allowed_to_change(make_images, quick, make_trainer, t
     """`--allow-changed` accepts a setting that affects a step; the run records it."""
     trainer = make_trainer(quick(make_images(), train__steps=2), tmp_path / "run")
     trainer.train()
+    # Of steps that will never be as they were.
+    shutil.copy(trainer.run.step_adapter(2), trainer.run.step_adapter(7))
+    trainer.run.sample_folder(7).mkdir(parents=True)
     change = ["train.learning_rate=0.5", "train.steps=3"]
     with raises(ConfigError, "train.learning_rate", shows="--allow-changed train.learning_rate"):
         resume(trainer.run.path, change, quiet=True)
@@ -313,6 +327,8 @@ def test_a_setting_that_is_allowed_to_change(make_images, quick, make_trainer, t
     assert [event["learning_rate"] for event in run.events("step")] == [5e-4, 1e-3, 0.5]
     [changed] = run.events("changed")
     assert (changed["before"], changed["now"]) == (1e-3, 0.5)
+    assert run.saved_steps() == [2, 3]
+    assert not run.sample_folder(7).exists()
 
 
 def test_retention(make_images, small, make_trainer, tmp_path):
@@ -443,3 +459,14 @@ def test_the_file_that_it_started_from_is_gone(make_images, quick, tmp_path, cap
     shutil.rmtree(run.checkpoints)
     with raises(AdapterError, "lora.missing", shows=("lora.init_from", str(start))):
         resume(run.path, {"train.steps": 3}, quiet=True)
+
+
+def test_the_file_that_it_started_from_stays_recorded(make_images, quick, tmp_path):
+    """R-03: also where a resumed run looks for a batch size, and writes its settings again."""
+    images = make_images()
+    first = train(images, out=tmp_path / "first", config=quick(images, train__steps=1), quiet=True)
+    start = str(first.adapter)
+    config = quick(images, train__steps=1, train__accumulate=2, lora__init_from=start)
+    run = train(images, out=tmp_path / "second", config=config, quiet=True)
+    resume(run.path, {"train.steps": 2, "train.batch_size": "auto"}, quiet=True)
+    assert run.read_config().lora.init_from == start
