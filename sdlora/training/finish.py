@@ -192,8 +192,7 @@ def report_failure(trainer: Trainer) -> Iterator[None]:
             raise
         raise failure from error
     finally:
-        for tracker in trainer.accelerator.trackers:
-            tracker.finish()
+        trainer.logger.finish_trackers(trainer.step)
 
 
 def _explain(error: SdloraError | OSError | torch.OutOfMemoryError, trainer: Trainer) -> SdloraError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib import import_module
 from itertools import chain
@@ -17,6 +17,7 @@ from accelerate.utils import ProjectConfiguration
 from PIL import Image
 
 from sdlora.config import RunConfig
+from sdlora.errors import ConfigError, one_line
 from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder
 from sdlora.training.distributed import all_gather
@@ -34,6 +35,7 @@ class MetricLogger:
         self.settings = config.train
         self.accelerator = accelerator
         self.terminal = terminal
+        self.failed: set[str] = set()
 
     def event(self, name: str, step: int, **values: object) -> None:
         """Adds an event to `events.jsonl`."""
@@ -51,21 +53,28 @@ class MetricLogger:
 
     def track(self, step: int, values: Mapping[str, float]) -> None:
         """Passes metrics to the trackers."""
-        if not self.settings.trackers:
-            return
-        try:
-            self.accelerator.log(dict(values), step=step)
-        except Exception as error:
-            self.warn(step, f"a tracker failed: {error}")
+        self._pass(step, lambda tracker: tracker.log(dict(values), step=step))
 
     def track_grid(self, step: int, grid: Path) -> None:
         """Passes a grid to the trackers that take images."""
+        if self.accelerator.trackers:
+            with Image.open(grid) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            self._pass(step, lambda tracker: _log_image(tracker, pixels, step))
+
+    def finish_trackers(self, step: int) -> None:
+        """Closes the trackers."""
+        self._pass(step, lambda tracker: tracker.finish())
+
+    def _pass(self, step: int, give: Callable[[Any], object]) -> None:
+        """Gives each tracker something; warns of one that fails once."""
         for tracker in self.accelerator.trackers:
             try:
-                with Image.open(grid) as image:
-                    _log_image(tracker, np.asarray(image.convert("RGB")), step)
+                give(tracker)
             except Exception as error:
-                self.warn(step, f"the tracker {tracker.name} failed: {error}")
+                if tracker.name not in self.failed:
+                    self.failed.add(tracker.name)
+                    self.warn(step, f"the tracker {tracker.name} failed: {one_line(str(error))}")
 
     def record(self, result: StepResult, counters: Counters, seconds: float) -> None:
         """Logs a step."""
@@ -118,7 +127,10 @@ def _log_image(tracker: Any, pixels: Any, step: int) -> None:
 
 
 def start_trackers(accelerator: Accelerator, folder: Path, config: RunConfig) -> None:
-    """Starts the trackers of `train.trackers`, which write into the folder and show the settings."""
+    """Starts the trackers of `train.trackers`, which write into the folder and show the settings.
+
+    Raises a ConfigError if one cannot be started, such as one that lacks a key.
+    """
     settings = {
         f"{section}.{key}": str(value)
         for section, keys in config.model_dump(mode="json").items()
@@ -127,7 +139,12 @@ def start_trackers(accelerator: Accelerator, folder: Path, config: RunConfig) ->
     }
     logs = str(folder / "tensorboard")
     accelerator.project_configuration = ProjectConfiguration(project_dir=str(folder), logging_dir=logs)
-    accelerator.init_trackers("sdlora", config=settings)
+    try:
+        accelerator.init_trackers("sdlora", config=settings)
+    except Exception as error:
+        names = ", ".join(config.train.trackers)
+        problem = f"train.trackers = {names} cannot be started: {one_line(str(error))}"
+        raise ConfigError(f"{problem}; correct that, or remove the setting") from error
 
 
 def _memory_mb(device: torch.device) -> float:

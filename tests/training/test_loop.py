@@ -19,9 +19,10 @@ import sdlora
 from sdlora.data.cache import cache_folder
 from sdlora.data.images import load_image
 from sdlora.data.tensors import image_to_tensor
-from sdlora.errors import TrainingDiverged
+from sdlora.errors import ConfigError, TrainingDiverged
 from sdlora.formats.files import load_adapter
 from sdlora.lora.layers import lora_layers
+from sdlora.training.finish import report_failure
 from sdlora.training.logger import start_trackers
 from sdlora.training.optimizer import learning_rate
 from sdlora.training.plan import describe_plan
@@ -464,7 +465,18 @@ def test_a_failing_tracker_cannot_stop_the_run(make_images, small, make_trainer,
     trainer.accelerator.trackers[0].writer = None
     trainer.train()
     assert trainer.step == 4
-    assert any("a tracker failed" in event["message"] for event in trainer.run.events("warning"))
+    warned = [event for event in trainer.run.events("warning") if "tensorboard" in event["message"]]
+    assert len(warned) == 1, "once, not at every step"
+    with report_failure(trainer):  # its end fails, too
+        pass
+
+
+def test_a_tracker_that_cannot_be_started(make_images, small, make_trainer, tmp_path, monkeypatch):
+    """R-45: one line with the setting."""
+    trainer = make_trainer(small(make_images(), train__trackers="tensorboard"), tmp_path / "run")
+    monkeypatch.setattr(trainer.accelerator, "init_trackers", lambda *_, **__: {}["WANDB_API_KEY"])
+    with raises(ConfigError, "train.trackers", shows="WANDB_API_KEY"):
+        start_trackers(trainer.accelerator, trainer.run.path, trainer.plan.config)
 
 
 def test_starting_from_a_file(make_images, small, make_trainer, tmp_path):
