@@ -19,11 +19,10 @@ from markupsafe import Markup
 from sdlora.config import RunConfig, load_config
 from sdlora.data.doctor import Checkup, check_images, contact_sheet
 from sdlora.errors import RunError, SdloraError
-from sdlora.evaluation.compare import describe_limits
 from sdlora.evaluation.tiles import embed, make_cards, read_choice
 from sdlora.models.info import inspect_base
 from sdlora.report.plots import draw_loss_curves
-from sdlora.report.summary import SPLITS, describe_state, losses_of
+from sdlora.report.summary import SPLITS, describe_limits, describe_state, losses_of, pipeline_code
 from sdlora.runs import RunFolder
 from sdlora.writing import write_text
 
@@ -232,17 +231,24 @@ def _usage(run: RunFolder, config: RunConfig) -> dict[str, str]:
     final, kohya = run.final_adapter("diffusers"), run.final_adapter("kohya")
     if step is not None and run.step_adapter(step).is_file():
         final = run.step_adapter(step)
-    base = "sdlora/builtin/base" if config.base.source == "builtin" else config.base.source
+    family = str(next(run.events("plan"), {}).get("family"))
     usage = {}
-    if final.is_file():
+    if config.lora.parent and final.is_file():
+        # Alone, it would be used without what it was trained on.
+        final = Path(f"{run.name}-merged.safetensors")
+        take = f"sdlora tree flatten {shlex.quote(str(run.path.parent))} {shlex.quote(run.name)} --out "
+        usage["Merge it with its parents first"] = (
+            f"{take}{shlex.quote(str(final))}\n"
+            f"{take}{shlex.quote(f'{run.name}-merged.kohya.safetensors')} --format kohya  # A1111, ComfyUI"
+        )
+    if usage or final.is_file():
         usage["diffusers"] = (
-            "from diffusers import DiffusionPipeline\n\n"
-            f"pipe = DiffusionPipeline.from_pretrained({base!r})\n"
+            "\n".join(pipeline_code(config.base.source, family)) + "\n"
             f"pipe.load_lora_weights({str(final)!r})\n"
             f"strength = {{'scale': {strength:g}}}\n"
             f"image = pipe({prompt!r}, cross_attention_kwargs=strength).images[0]"
         )
-    if kohya.is_file():
+    if kohya.is_file() and not config.lora.parent:
         name = config.export.name or run.name
         for_uis, source, end = (
             run.webui / f"{name}.safetensors",

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from sdlora.export.metadata import TrainingMetadata
+from sdlora.report.summary import pipeline_code
 from sdlora.writing import write_text
 
 # The pipeline's own argument, which counts from 0, fails where transformers has no `text_model`.
@@ -94,19 +95,12 @@ def _summary(facts: TrainingMetadata) -> str:
 
 def _usage(facts: TrainingMetadata, prompts: Sequence[str], weights: str) -> str:
     prompt = next(iter(prompts), facts.trigger or "a picture")
-    base, imports = _quote(facts.base_name), []
-    if facts.base_name == "builtin":
-        base = 'Path(sdlora.__file__).parent / "builtin" / "base"'
-        imports = ["from pathlib import Path", "", "import sdlora"]
     skip = facts.options.get("clip_skip", 1)
     call = f"pipe({_quote(prompt)})"
     if skip > 1:
         call = f'pipe(prompt_embeds=encode({_quote(prompt)}), negative_prompt_embeds=encode(""))'
     code = [
-        *imports,
-        "from diffusers import StableDiffusionPipeline",
-        "",
-        f"pipe = StableDiffusionPipeline.from_pretrained({base})",
+        *pipeline_code(facts.base_name, facts.family),
         f'pipe.load_lora_weights(".", weight_name={_quote(weights)})  # or this repository\'s name',
         *(_ENCODE.format(skip=skip).splitlines() if skip > 1 else ()),
         f"image = {call}.images[0]",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 
 from sdlora.errors import one_line
 from sdlora.runs import RunFolder
@@ -112,3 +113,41 @@ def _change(losses: Mapping[int, float], step: int) -> str:
     """Relative change of a loss since the first one."""
     first = min(losses)
     return f" ({losses[step] / losses[first] - 1:+.1%})" if step > first and losses[first] > 0 else ""
+
+
+def pipeline_code(source: str, family: str) -> list[str]:
+    """Lines of Python that load a base, a folder, a file or a Hub id, into a stock pipeline `pipe`."""
+    if source == "builtin":
+        folder = 'Path(sdlora.__file__).parent / "builtin" / "base"'
+        imports = ["from pathlib import Path", "", "import sdlora"]
+        return [
+            *imports,
+            "from diffusers import DiffusionPipeline",
+            "",
+            f"pipe = DiffusionPipeline.from_pretrained({folder})",
+        ]
+    name, method = "DiffusionPipeline", "from_pretrained"
+    if source.endswith((".safetensors", ".ckpt")):
+        name = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
+        method = "from_single_file"
+    quoted = json.dumps(source, ensure_ascii=False)
+    return [f"from diffusers import {name}", "", f"pipe = {name}.{method}({quoted})"]
+
+
+def describe_limits(runs: Sequence[RunFolder]) -> list[str]:
+    """What the losses of these runs cannot show."""
+    notes, plans = [], [next(run.events("plan"), {}) for run in runs]
+    for key, what in (("dataset_digest", "images"), ("base_digest", "bases")):
+        if len({plan.get(key) for plan in plans}) > 1:
+            notes.append(f"these runs have different {what}: their losses cannot be compared")
+    counts = [
+        event.get("images", 0)
+        for run in runs
+        for event in run.events("heldout")
+        if event["split"] == "heldout"
+    ]
+    if counts and min(counts) < MIN_IMAGES:
+        notes.append(
+            f"{min(counts)} held-out images are too few to rank runs by their loss; hold out {MIN_IMAGES}"
+        )
+    return notes

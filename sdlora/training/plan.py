@@ -257,6 +257,7 @@ class RunPlan:
             "exchange_bytes": self.exchange_bytes,
             "dataset_digest": self.index.digest,
             "base_digest": self.info.digest,
+            "family": self.info.family,
             "parents": [parent.ancestor.digest for parent in self.parents],
         }
 

@@ -96,6 +96,16 @@ def test_text_of_strangers_stays_text(sampled):
     assert "@import" not in style
 
 
+def test_a_child_is_merged_with_its_parents_first(run):
+    """R-38: loaded alone, it would lack what it was trained on."""
+    config = run.read_config()
+    run.write_config(config.replace(lora={"parent": "runs/root"}))
+    text = Page(write_report(run).read_text(encoding="utf-8")).text
+    assert "sdlora tree flatten" in text
+    assert "-merged.safetensors" in text
+    assert "models/Lora" not in text
+
+
 def test_a_run_whose_images_are_gone(run, sdlora):
     """What cannot be read is left out, and named; an unfinished run without grids has a page too."""
     config = run.read_config()

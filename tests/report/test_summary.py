@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from sdlora.config import load_config
-from sdlora.report.summary import describe_losses, describe_state, describe_step, doubt_losses
+from sdlora.report.summary import (
+    describe_losses,
+    describe_state,
+    describe_step,
+    doubt_losses,
+    pipeline_code,
+)
 from sdlora.runs import RunFolder
 from sdlora.writing import write_text
 
@@ -108,3 +116,23 @@ def test_a_layout_that_is_kept_is_no_overfitting(tmp_path):
     assert doubt_losses(run) is None
     run.append("heldout", 20, split="heldout", loss=0.1, by_band={"0-199": 0.6, "800-999": 0.1}, images=8)
     assert "rose again" in (doubt_losses(run) or "")
+
+
+def test_code_that_loads_the_builtin_base():
+    """R-38: it runs anywhere, not in a checkout alone."""
+    names: dict[str, Any] = {}
+    exec("\n".join(pipeline_code("builtin", "sd1")), names)
+    assert type(names["pipe"]).__name__ == "StableDiffusionPipeline"
+
+
+@pytest.mark.parametrize(
+    ("source", "family", "line"),
+    [
+        ("/models/base", "sdxl", 'pipe = DiffusionPipeline.from_pretrained("/models/base")'),
+        ("x.safetensors", "sdxl", 'pipe = StableDiffusionXLPipeline.from_single_file("x.safetensors")'),
+        ("x.safetensors", "sd2", 'pipe = StableDiffusionPipeline.from_single_file("x.safetensors")'),
+    ],
+)
+def test_code_suits_the_kind_of_base(source, family, line):
+    """R-38: a single file has a loader and a class of its own."""
+    assert pipeline_code(source, family)[-1] == line
