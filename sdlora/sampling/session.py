@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sdlora.config import RunConfig, load_config
+from sdlora.data.captions import trigger_pattern
 from sdlora.data.images import IMAGE_SUFFIXES, load_image
 from sdlora.dtypes import DTYPES, has_bf16
 from sdlora.errors import ConfigError
@@ -158,7 +159,8 @@ class SamplePlan:
         triggers = {column.trigger for column in self.columns if column.trigger}
         if len(triggers) < 2 or not self.trigger:
             return prompts
-        return [prompt.replace(self.trigger, "{trigger}") for prompt in prompts]
+        pattern = trigger_pattern(self.trigger)
+        return [pattern.sub("{trigger}", prompt) for prompt in prompts]
 
     def notes(self) -> list[str]:
         """Lines about words that the base does not know or read, and target images that are left out."""

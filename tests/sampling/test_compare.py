@@ -17,6 +17,7 @@ import sdlora
 from sdlora.config import load_config
 from sdlora.data.cache import cache_folder, measure_cache, trim_cache
 from sdlora.errors import AdapterError, ConfigError, RunError
+from sdlora.evaluation.compare import plan_comparison
 from sdlora.export.export import export_adapter
 from sdlora.formats.files import split_sum
 from sdlora.lora.adapter import Adapter
@@ -26,6 +27,7 @@ from sdlora.sampling import store
 from sdlora.sampling.generate import Cell, Column, make_sample
 from sdlora.sampling.grid import make_grid, make_pages
 from sdlora.sampling.images import SampledImage, SampleSettings
+from sdlora.sampling.session import SampleRequest
 from sdlora.sampling.store import ImageStore
 from tests.checks import raises
 from tests.lora_fixtures import create_adapter
@@ -95,6 +97,14 @@ def test_axes_of_one_grid(files: list[Path], tmp_path: Path) -> None:
     assert first.grids == more.grids == [out / "grid.png"]
     assert more.losses == []
     assert more._repr_png_() == (out / "grid.png").read_bytes()
+
+
+def test_only_the_trigger_differs(files: list[Path], tmp_path: Path) -> None:
+    """R-30: words that contain a trigger, or are in another case, stay as they were written."""
+    one, two = (make_run(tmp_path / name, *files, name, 0.01) for name in ("one", "two"))
+    request = SampleRequest(out=tmp_path / "out", settings={"prompts": ["bones and stone, ONE"]})
+    plan = plan_comparison([one.path, two.path], request).checked(request)
+    assert plan.prompts == ["bones and stone, {trigger}"]
 
 
 def test_a_damaged_image_is_drawn_again(files: list[Path], tmp_path: Path) -> None:
