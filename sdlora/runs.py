@@ -256,6 +256,17 @@ class RunFolder:
             raise RunError(problem, key="run.environment")
         return value
 
+    def read_evaluation(self) -> dict[str, Any]:
+        """What `sdlora evaluate` wrote; empty if there is nothing, or it cannot be read."""
+        with suppress(OSError, UnfitFileError):
+            values = read_json(self.evaluation_file, MAX_JSON_BYTES)
+            return values if isinstance(values, dict) else {}
+        return {}
+
+    def add_evaluation(self, **values: Any) -> None:
+        """Adds to `evaluation.json`; what else it has stays."""
+        write_json(self.evaluation_file, {**self.read_evaluation(), **values})
+
     @property
     def base_dtype(self) -> str:
         """Dtype of the run's base: `fp32`, `bf16` or `fp16`; raises a RunError if it is not recorded."""

@@ -230,3 +230,15 @@ def test_events_and_steps_that_are_none(tmp_path):
     write_text(run.step_adapter(7), "x")
     assert run.saved_steps() == [7]
     assert run.checkpoint_steps() == []
+
+
+@pytest.mark.parametrize("damaged", ["[1]", "{", None])
+def test_what_is_evaluated_adds_up(tmp_path, damaged):
+    """R-25: the recommendation outlives a new measurement; a damaged file is written again."""
+    run = RunFolder(tmp_path / "run")
+    if damaged:
+        write_text(run.evaluation_file, damaged)
+    assert run.read_evaluation() == {}
+    run.add_evaluation(choice={"step": 100})
+    run.add_evaluation(loss=0.5)
+    assert run.read_evaluation() == {"choice": {"step": 100}, "loss": 0.5}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from sdlora.errors import DataError, one_line
 
+T = TypeVar("T")
 Severity = Literal["error", "warning", "notice"]
 # For each kind of finding, the names it is about, with a detail each; `data.findings` words them.
 Noticed = defaultdict[str, dict[str, str]]
@@ -141,3 +142,10 @@ def raise_errors(findings: Iterable[Finding]) -> None:
         raised = DataError("\n".join(finding.message for finding in errors))
         raised.keys = tuple(finding.key for finding in errors)
         raise raised
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """Up to `count` of the items, evenly spaced; the first alone for 1."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / max(count - 1, 1))] for i in range(count)]

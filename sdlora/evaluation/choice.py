@@ -14,7 +14,7 @@ from sdlora.report.summary import MIN_IMAGES
 TORN, MANY_COPIES = 0.5, 0.25
 # A user can raise the strength for more style, but cannot get a torn thing back.
 CONTENT_WEIGHT = 2
-MIN_PROMPTS = 4
+MIN_PROMPTS, MAX_TRAINING = 4, 400
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Choice:
             return f"none: {self.missing}"
         if cell.content.value < TORN:
             most = max(self.cells, key=lambda one: one.content.value)
-            return f"none: every cell tears things; {most.name} keeps most of the content, {most.content}"
+            return f"none: too much content is lost everywhere; {most.name} keeps most of it, {most.content}"
         if cell.style.interval.low <= 0:
             return (
                 f"none: {cell.name}, the best by style and content, is not clearly nearer to the style than "
@@ -185,6 +185,8 @@ class Choice:
                 f"{copies} of {drawn} samples of training captions, {self.probe.name}, are copies of "
                 "training images; use an earlier step, or train on more images"
             )
+        if self.facts.training > MAX_TRAINING:
+            return f"copies were looked for among {MAX_TRAINING} of the {self.facts.training} training images"
         return ""
 
     def _about_content(self) -> str:
@@ -199,7 +201,7 @@ class Choice:
         if used >= 3 * usual or (first in torn and has_later):
             remedy = f"lower train.learning_rate ({used:g}; the base's default is {usual:g})"
         return (
-            f"{torn[-1].name} keeps {torn[-1].content} of the content: things are torn even at "
+            f"{torn[-1].name} keeps {torn[-1].content} of the content, and too much is lost even at "
             f"strength {weakest:g}; {remedy}"
         )
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sdlora.config import MAX_JSON_BYTES
-from sdlora.evaluation.choice import CONTENT_WEIGHT, Cell, Choice, Facts, Probe, top_cell
+from sdlora.data.records import spread
+from sdlora.evaluation.choice import CONTENT_WEIGHT, MAX_TRAINING, Cell, Choice, Facts, Probe, top_cell
 from sdlora.evaluation.context import EvaluationContext, load_cropped, open_context
 from sdlora.evaluation.evaluate import remove_trigger
 from sdlora.evaluation.features import DRAWING, Features, load_features
@@ -23,13 +23,11 @@ from sdlora.evaluation.scores import (
 )
 from sdlora.evaluation.walk import Gallery, Walk, plan_walk
 from sdlora.export.export import export_adapter
-from sdlora.reading import read_json
 from sdlora.report.plots import draw_choice
 from sdlora.report.summary import MIN_IMAGES
 from sdlora.runs import RunFolder
-from sdlora.writing import write_json
 
-MAX_TRAINING, NUM_PROBES = 400, 8
+NUM_PROBES = 8
 IMAGE_KEYS = ("step", "strength", "prompt", "seed", "file")
 
 
@@ -79,8 +77,7 @@ def choose(
         for place in (None, *walk.cells)
         for row in walk.rows
     ]
-    known = read_json(folder.evaluation_file, MAX_JSON_BYTES) if folder.evaluation_file.is_file() else {}
-    write_json(folder.evaluation_file, {**known, "choice": {**choice.to_json(), "images": images}})
+    folder.add_evaluation(choice={**choice.to_json(), "images": images})
     return choice
 
 
@@ -90,8 +87,7 @@ class Scoring:
     def __init__(self, context: EvaluationContext, walk: Walk, features: Features) -> None:
         self.context, self.walk, self.features = context, walk, features
         config, plan = context.config, context.plan
-        chosen = context.training[:: 1 + len(context.training) // MAX_TRAINING]
-        training = [load_cropped(record, config, plan) for record in chosen]
+        training = [load_cropped(record, config, plan) for record in spread(context.training, MAX_TRAINING)]
         self.copies = CopyCheck(training)
         is_enough = len(context.records) >= MIN_IMAGES
         heldout = [load_cropped(record, config, plan) for record in context.records]
@@ -104,7 +100,7 @@ class Scoring:
         drawn = gallery.draw([None, *walk.cells], walk.rows)
         base = drawn[None]
         offsets, shown = self.reference.offsets(base), self.features.content(base)
-        loss = self.context.loss(self.context.ancestors) if self.context.records else None
+        loss = self.context.loss(()) if self.context.records else None
         cells = []
         for step, strength in walk.cells:
             images = drawn[step, strength]
@@ -135,7 +131,7 @@ class Scoring:
             training=len(context.training),
             heldout=len(context.records),
             captions=sorted({caption for record in context.training for caption in record.captions}),
-            prompts=len(self.walk.prompts),
+            prompts=len(set(self.walk.prompts)),
             learning_rate=(context.config.train.learning_rate, info.defaults.learning_rate),
         )
 
@@ -144,8 +140,7 @@ class Scoring:
         the best one for the prompts without the trigger."""
         walk, cell = self.walk, (strongest.step, strongest.strength)
         captions = list(dict.fromkeys(record.caption for record in self.context.training if record.caption))
-        asked = captions[:: 1 + len(captions) // NUM_PROBES]
-        rows = [(caption, seed) for caption in asked for seed in walk.seeds[:1]]
+        rows = [(caption, seed) for caption in spread(captions, NUM_PROBES) for seed in walk.seeds[:1]]
         drawn = gallery.draw([None, cell], rows)
         copied = self.copies.copied(drawn[cell], drawn[None])
         found = Probe((int(copied.sum()), len(copied)), strongest.name)

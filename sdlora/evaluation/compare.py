@@ -7,16 +7,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sdlora.data.records import spread
 from sdlora.data.scan import read_dataset
 from sdlora.errors import ConfigError, SdloraError, first_line
-from sdlora.evaluation.choice import describe_few, why_unranked
-from sdlora.evaluation.choose import MAX_TRAINING
+from sdlora.evaluation.choice import MAX_TRAINING, describe_few, why_unranked
 from sdlora.evaluation.context import MAX_IMAGES, load_cropped
 from sdlora.evaluation.features import DRAWING, Features, load_features
 from sdlora.evaluation.scores import Interval, Reference, Weights, content_kept, style_gain
 from sdlora.report.plots import draw_loss_curves
-from sdlora.report.summary import MIN_IMAGES, SPLITS, losses_of
-from sdlora.runs import RunFolder
+from sdlora.report.summary import SPLITS, describe_limits, losses_of
 from sdlora.sampling.grid import AXES, make_pages, varying_axes
 from sdlora.sampling.images import SampledImage, write_png
 from sdlora.sampling.session import (
@@ -266,8 +265,7 @@ def _find_references(plan: SamplePlan, features: Features) -> tuple[dict[Path, R
             try:
                 index, buckets = read_dataset(config, resolution=info.resolution, min_step=info.min_step)
                 few = describe_few(len(index.heldout))
-                every = index.records[:: 1 + len(index.records) // MAX_TRAINING]
-                chosen = every if few else index.heldout[:MAX_IMAGES]
+                chosen = spread(index.records, MAX_TRAINING) if few else index.heldout[:MAX_IMAGES]
                 images = [load_cropped(record, config, buckets) for record in chosen]
             except SdloraError as error:
                 notes.append(f"no style score of {subject.run.name}: {first_line(error)}")
@@ -298,22 +296,3 @@ def _loss_row(subject: Subject) -> LossRow | None:
             if step != min(measured) and first > 0:
                 changes[split] = losses[split] / first - 1
     return LossRow(subject.name, step, losses, changes)
-
-
-def describe_limits(runs: Sequence[RunFolder]) -> list[str]:
-    """What the losses of these runs cannot show."""
-    notes, plans = [], [next(run.events("plan"), {}) for run in runs]
-    for key, what in (("dataset_digest", "images"), ("base_digest", "bases")):
-        if len({plan.get(key) for plan in plans}) > 1:
-            notes.append(f"these runs have different {what}: their losses cannot be compared")
-    counts = [
-        event.get("images", 0)
-        for run in runs
-        for event in run.events("heldout")
-        if event["split"] == "heldout"
-    ]
-    if counts and min(counts) < MIN_IMAGES:
-        notes.append(
-            f"{min(counts)} held-out images are too few to rank runs by their loss; hold out {MIN_IMAGES}"
-        )
-    return notes

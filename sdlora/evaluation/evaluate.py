@@ -21,7 +21,6 @@ from sdlora.models.load import full_base as use_full_base
 from sdlora.notebook import show_html
 from sdlora.report.summary import MIN_IMAGES
 from sdlora.runs import RunFolder
-from sdlora.writing import write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,8 +256,7 @@ def evaluate(
             used = replace(context, base=full).loss(context.style).loss
         gap = Gap(context.base.info.quantize, style_loss.loss, used, count)
     result = Evaluation(count, base_loss, style_loss, plain, styled, untriggered, gap)
-    values = {**result.to_json(), "adapter": context.run.adapter.name, "seed": seed}
-    write_json(context.run.evaluation_file, values)
+    context.run.add_evaluation(**result.to_json(), adapter=context.run.adapter.name, seed=seed)
     return result
 
 

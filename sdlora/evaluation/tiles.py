@@ -12,8 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from sdlora.config import MAX_JSON_BYTES
-from sdlora.reading import UnfitFileError, parse_json, read_json
+from sdlora.reading import UnfitFileError, parse_json
 from sdlora.runs import RunFolder
 from sdlora.sampling.targets import find_run_targets
 
@@ -124,11 +123,8 @@ def _read(values: Mapping[str, Any], step: int, file: Path) -> _Found:
 
 def read_choice(run: RunFolder) -> Mapping[str, Any]:
     """The recommendation in a run's `evaluation.json`; empty if there is none, or it cannot be read."""
-    with suppress(OSError, UnfitFileError):
-        values = read_json(run.evaluation_file, MAX_JSON_BYTES)
-        if isinstance(values, dict) and isinstance(choice := values.get("choice"), dict):
-            return choice
-    return {}
+    choice = run.read_evaluation().get("choice")
+    return choice if isinstance(choice, dict) else {}
 
 
 def _as_list(value: Any) -> list[Any]:

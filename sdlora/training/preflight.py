@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TypeVar
 
 from sdlora.config import DataSection, RunConfig
 from sdlora.data.cache import cache_folder
 from sdlora.data.captions import caption_pipeline
 from sdlora.data.doctor import Checkup, check_images
-from sdlora.data.records import DatasetIndex, Finding, ImageRecord
+from sdlora.data.records import DatasetIndex, Finding, ImageRecord, spread
 from sdlora.diffusion.schedule import make_sampler, schedule_from_config
 from sdlora.errors import ConfigError
 from sdlora.models.info import BaseInfo, inspect_base, with_base_defaults
 from sdlora.models.tokenizer import count_tokens, load_tokenizer
 
-T = TypeVar("T")
 SUBJECTS = ("a house", "a fish", "a sailboat", "a rocket")
 MIN_STEPS = 100
 NUM_SAVES = 10
@@ -181,10 +178,3 @@ def default_prompts(index: DatasetIndex, settings: DataSection, count: int) -> l
         captions = list(dict.fromkeys(record.caption for record in records if record.caption))
         prompts += spread(captions, count)
     return list(dict.fromkeys(prompts))
-
-
-def spread(items: Sequence[T], count: int) -> list[T]:
-    """Up to `count` of the items, evenly spaced; the first alone for 1."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / max(count - 1, 1))] for i in range(count)]

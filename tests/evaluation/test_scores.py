@@ -176,6 +176,7 @@ def test_no_style_or_torn_content_is_no_recommendation(cells):
         ([cell(100, 0.6, 0.5, 0.2)], {"learning_rate": (1e-2, 1e-3)}, None, "train.learning_rate"),
         ([cell(100, 0.6, 0.3, 0.9), cell(200, 0.6, 0.5, 0.2)], {}, None, "train.steps"),
         ([cell(100, 0.6, 0.5, 0.9, copies=0.5)], {}, None, "copies"),
+        ([cell(100, 0.6, 0.5, 0.9)], {"training": 401}, None, "400 of the 401"),
         (CELLS, {}, Probe((5, 8), "final at 1"), "5 of 8"),
     ],
 )
