@@ -46,7 +46,7 @@ class Dropout:
             self.seeds = before
 
     def of_module(self, name: str) -> Drop | None:
-        """The dropout of a module's values (B, ...), or (B K, ...) for captions in K parts; None without any."""
+        """The dropout of a module's values, (B, ...) or (B K, ...) of captions in K parts; None for none."""
         if self.share == 0:
             return None
         key = name_seed(name)

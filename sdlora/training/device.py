@@ -69,7 +69,8 @@ def choose_precision(
         problem = f"train.precision = {asked} (from the launcher) is not supported"
         raise ConfigError(f"{problem}; use bf16, fp16 or fp32")
     if asked == "fp16" and device.type == "cpu":
-        raise ConfigError("train.precision = fp16 requires a GPU (the device is cpu); use bf16 or fp32")
+        given = "base.dtype" if base == "fp16" and config.train.precision == "auto" else "train.precision"
+        raise ConfigError(f"{given} = fp16 requires a GPU (the device is cpu); use bf16 or fp32")
     if asked == "fp32" and base not in ("auto", "fp32"):
         raise ConfigError(
             f"train.precision = fp32 conflicts with base.dtype = {base}: autocast lowers precision, never "
@@ -167,10 +168,11 @@ def _version(package: str) -> str:
 
 
 def find_device(accelerator: Accelerator, precision: Precision) -> DeviceInfo:
-    """The device with the least free memory of all processes; processes share the memory of a CPU."""
+    """The device with the least free memory of all processes; those of a host share the memory of a CPU."""
     own = free_bytes(accelerator.device)
     least = min(all_gather(accelerator, -1 if own is None else own))
-    share = accelerator.num_processes if accelerator.device.type == "cpu" else 1
+    on_host = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    share = on_host if accelerator.device.type == "cpu" else 1
     device = accelerator.device
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     return DeviceInfo(

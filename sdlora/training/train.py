@@ -157,12 +157,9 @@ def resume(
         if step:
             saved, now = read_state(run.checkpoint(step))["identity"], run_fingerprint(plan, precision)
             # Checkpoints of older versions have no field for them, and were computed without any.
-            kernels = saved.pop("kernels", [])
+            used = saved.pop("kernels", [])
             changes = check_fingerprint(run, step, saved, now, allow_changed)
-            if "compute" in allow_changed:
-                kernels = None
-            elif any(change.field == "train.compile" for change in changes):
-                kernels = [*set(kernels) - {COMPILED}, *([COMPILED] if plan.config.train.compile else [])]
+            kernels = _kernels_after(used, changes, allow_changed)
         if step > plan.steps:
             problem = f"train.steps = {plan.steps} but {run.path} is already at step {step}"
             raise ConfigError(f"{problem}; set a larger one")
@@ -171,6 +168,17 @@ def resume(
         terminal.print(f"resuming from step {step}" if step else nothing)
         resumption = Resumption(step, changes, settings.lora.init_from, kernels)
         return _run(run, plan, accelerator, precision, terminal, resumption)
+
+
+def _kernels_after(
+    used: Sequence[str], changes: Sequence[Change], allow_changed: Collection[str]
+) -> Sequence[str] | None:
+    """The kernels that a resumed run takes again; None to choose."""
+    if "compute" in allow_changed:
+        return None
+    others = [kernel for kernel in used if kernel != COMPILED]
+    compiles = [change.now for change in changes if change.field == "train.compile"] or [COMPILED in used]
+    return [*others, COMPILED] if compiles[0] else others
 
 
 def _stay_finished(run: RunFolder, steps: int, accelerator: Accelerator, terminal: Terminal) -> RunFolder:

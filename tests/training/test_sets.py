@@ -142,7 +142,7 @@ def test_before_the_first_step_the_prior_is_met(images, quick, make_trainer, tmp
 
 
 def test_layout_timesteps_are_the_base_alone(images, quick, make_trainer, tmp_path):
-    """The step that proves learning has no layout; a new adapter keeps it exactly; later each sample's own caption is read."""
+    """The step of the proof has none; a new adapter keeps the layout; later each sample's caption is read."""
     keys = {
         "objective__layout_range": (500, 1000),
         "objective__timestep_range": (0, 1),
