@@ -103,7 +103,7 @@ def debiased_weight(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
-class DenoiserAlone(Protocol):
+class BaseDenoiser(Protocol):
     """A denoiser without the adapter."""
 
     def __call__(self, noisy: Tensor, timesteps: Tensor, chosen: Sequence[int] | None = None) -> Tensor:
@@ -180,7 +180,7 @@ def denoising_loss(
     objective: Objective,
     draws: Draws,
     masks: Tensor | None = None,
-    denoise_alone: DenoiserAlone | None = None,
+    denoise_base: BaseDenoiser | None = None,
     layout: list[int] | None = None,
 ) -> Tensor:
     """The weighted error of the denoiser's prediction, one value per sample, shape (B,).
@@ -192,22 +192,22 @@ def denoising_loss(
         objective: Schedule, loss and weights.
         draws: The random draws of the batch.
         masks: What counts, (B, 1, H, W) in [0, 1].
-        denoise_alone: `denoise` without the adapter, for `objective.layout_range` and
+        denoise_base: `denoise` without the adapter, for `objective.layout_range` and
             `objective.unmasked_prior`.
         layout: The samples whose target is the base's own prediction, from `layout_samples`.
     """
     schedule, settings = objective.schedule, objective.settings
     noisy = schedule.add_noise(draws.latents, draws.input_noise, draws.timesteps)
     target = schedule.target(draws.latents, draws.noise, draws.timesteps)
-    if layout and denoise_alone is not None:
+    if layout and denoise_base is not None:
         target = target.clone()  # it may be the noise
-        target[layout] = denoise_alone(noisy[layout], draws.timesteps[layout], layout).float()
+        target[layout] = denoise_base(noisy[layout], draws.timesteps[layout], layout).float()
     answer = denoise(noisy, draws.timesteps).float()
     losses = _losses(answer - target, objective, draws)
     if masks is not None:
         losses = losses * mask_weights(masks, settings.unmasked_weight)
-        if settings.unmasked_prior and denoise_alone is not None:
-            prior = _losses(answer - denoise_alone(noisy, draws.timesteps).float(), objective, draws)
+        if settings.unmasked_prior and denoise_base is not None:
+            prior = _losses(answer - denoise_base(noisy, draws.timesteps).float(), objective, draws)
             losses = losses + settings.unmasked_prior * (1 - masks) * prior
     means = _mean_of_samples(losses, objective, draws)
     if layout:
@@ -221,14 +221,14 @@ def layout_samples(draws: Draws, settings: ObjectiveSection) -> list[int]:
     return [number for number, one in enumerate(draws.timesteps.tolist()) if first <= one < end]
 
 
-def prior_loss(denoise: Denoiser, denoise_alone: DenoiserAlone, objective: Objective, draws: Draws) -> Tensor:
+def prior_loss(denoise: Denoiser, denoise_base: BaseDenoiser, objective: Objective, draws: Draws) -> Tensor:
     """The weighted distance of the prediction from that without the adapter, shape (B,).
 
     Prior prediction, as OneTrainer has it, and ai-toolkit's differential output preservation: what the base
     knows of captions without the trigger is kept without images that show it.
     """
     noisy = objective.schedule.add_noise(draws.latents, draws.input_noise, draws.timesteps)
-    error = denoise(noisy, draws.timesteps).float() - denoise_alone(noisy, draws.timesteps).float()
+    error = denoise(noisy, draws.timesteps).float() - denoise_base(noisy, draws.timesteps).float()
     return _mean_of_samples(_losses(error, objective, draws), objective, draws)
 
 

@@ -11,7 +11,7 @@ from sdlora.evaluation.heldout import HeldoutLoss
 from sdlora.evaluation.scores import Draws, Interval
 from sdlora.report.summary import MIN_IMAGES
 
-TORN, MANY_COPIES = 0.5, 0.25
+MIN_CONTENT, MANY_COPIES = 0.5, 0.25
 # A user can raise the strength for more style, but cannot get a torn thing back.
 CONTENT_WEIGHT = 2
 MIN_PROMPTS, MAX_TRAINING = 4, 400
@@ -111,10 +111,13 @@ class Choice:
 
     @property
     def best(self) -> Cell | None:
-        """The cell with the best score; None if it is torn, or not clearly nearer to the style than the base
-        is, or something is missing to say so."""
+        """The cell with the best score.
+
+        None if it keeps too little content, is not clearly nearer to the style than the base, or something
+        is missing to say so.
+        """
         cell = top_cell(self.cells)
-        is_good = cell.content.value >= TORN and cell.style.interval.low > 0
+        is_good = cell.content.value >= MIN_CONTENT and cell.style.interval.low > 0
         return cell if is_good and not self.missing else None
 
     @property
@@ -124,9 +127,9 @@ class Choice:
 
     @property
     def ties(self) -> list[Cell]:
-        """Cells that are not torn either, and whose score cannot be told from that of the best."""
+        """Cells that keep enough content too, and whose score cannot be told from that of the best."""
         best = top_cell(self.cells)
-        others = [cell for cell in self.cells if cell is not best and cell.content.value >= TORN]
+        others = [cell for cell in self.cells if cell is not best and cell.content.value >= MIN_CONTENT]
         return [cell for cell in others if (best.score - cell.score).interval.low <= 0]
 
     @property
@@ -135,7 +138,7 @@ class Choice:
         cell = top_cell(self.cells)
         if self.missing:
             return f"none: {self.missing}"
-        if cell.content.value < TORN:
+        if cell.content.value < MIN_CONTENT:
             most = max(self.cells, key=lambda one: one.content.value)
             return f"none: too much content is lost everywhere; {most.name} keeps most of it, {most.content}"
         if cell.style.interval.low <= 0:
@@ -191,17 +194,17 @@ class Choice:
 
     def _about_content(self) -> str:
         weakest = min(cell.strength for cell in self.cells)
-        torn = [cell for cell in self.cells if cell.content.interval.high < TORN]
-        if not any(cell.strength == weakest for cell in torn):
+        broken = [cell for cell in self.cells if cell.content.interval.high < MIN_CONTENT]
+        if not any(cell.strength == weakest for cell in broken):
             return ""
         first = next(cell for cell in self.cells if cell.strength == weakest)
         used, usual = self.facts.learning_rate
         remedy = "use an earlier step, or train for fewer train.steps"
         has_later = any(cell.step != first.step for cell in self.cells)
-        if used >= 3 * usual or (first in torn and has_later):
+        if used >= 3 * usual or (first in broken and has_later):
             remedy = f"lower train.learning_rate ({used:g}; the base's default is {usual:g})"
         return (
-            f"{torn[-1].name} keeps {torn[-1].content} of the content, and too much is lost even at "
+            f"{broken[-1].name} keeps {broken[-1].content} of the content, and too much is lost even at "
             f"strength {weakest:g}; {remedy}"
         )
 

@@ -12,7 +12,7 @@ from threading import Event, Thread
 import psutil
 import torch
 
-from sdlora.models.base import give_back
+from sdlora.models.base import release_memory
 
 POLL_SECONDS = 0.01
 CPU = torch.device("cpu")
@@ -85,5 +85,5 @@ class Watch:
                 usage.device = max(usage.device, torch.cuda.max_memory_allocated(self._device))
         if is_cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
-        give_back()
+        release_memory()
         self._now, self._since = name, now

@@ -136,7 +136,7 @@ class Base(Protocol):
         """Attention implementation of the denoiser, for the log (R-46)."""
 
     def load_denoiser(self) -> None:
-        """Loads the denoiser of a base that waits with it."""
+        """Loads the denoiser of a base that was loaded with `lazy`."""
 
     def text_encoders_to(self, device: torch.device | str) -> None:
         """Moves text encoders; `meta` frees their memory until they are needed again, as for the VAE."""
@@ -187,7 +187,7 @@ class Base(Protocol):
         """
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Returns freed memory to the system, which glibc would keep: a tenth of a run's peak on a CPU."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -205,7 +205,7 @@ def freed_memory_kept() -> Iterator[None]:
         yield
     finally:
         _set_thresholds(USUAL)
-        give_back()
+        release_memory()
 
 
 def _set_thresholds(sizes: dict[int, int]) -> None:

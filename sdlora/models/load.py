@@ -35,14 +35,14 @@ def load_base(
     dtype: torch.dtype,
     device: torch.device | str,
     vae_dtype: torch.dtype | None = None,
-    waits: bool = False,
+    lazy: bool = False,
 ) -> StableDiffusion:
     """Loads and freezes a base.
 
     `base.quantize` applies to the UNet alone: text encoders are on the device before it, never at a run's
     peak, and their full states are those that every user of the adapter has.
 
-    Text encoders are fp32, and the VAE by default as in `VAE_DTYPES`. With `waits`, each component is loaded
+    Text encoders are fp32, and the VAE by default as in `VAE_DTYPES`. With `lazy`, each component is loaded
     when it is first needed, so that not all are in memory. Raises a ModelError if weights are missing or not
     finite.
     """
@@ -53,7 +53,7 @@ def load_base(
         scheme = info.quantize if name == "unet" else "none"
         return load_component(info.components[name], dtypes[name], device, scheme)
 
-    parts = [empty_component(info.components[name], dtypes[name]) if waits else load(name) for name in dtypes]
+    parts = [empty_component(info.components[name], dtypes[name]) if lazy else load(name) for name in dtypes]
     denoiser, vae, *text_encoders = parts
     tokenizers = tuple(load_tokenizer(info, number) for number in range(len(info.tokenizers)))
     checker = find_checker(info, device) if info.names_safety_checker else None

@@ -23,7 +23,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from sdlora.errors import ModelError, first_line
 from sdlora.models.attention import use_blocked_attention
-from sdlora.models.base import Condition, freed_memory_kept, give_back, quiet
+from sdlora.models.base import Condition, freed_memory_kept, quiet, release_memory
 from sdlora.models.info import BaseInfo
 from sdlora.models.kernels import use_cpu_kernels
 from sdlora.models.tokenizer import tokenize_chunks
@@ -176,7 +176,7 @@ class StableDiffusion:
         # 1 or 2 % of a batch.
         home = self.vae.device
         # What denoising leaves would stay beside it.
-        give_back()
+        release_memory()
         self.vae = self._loaded("vae", self.vae)
         try:
             self.vae.to(self.device)

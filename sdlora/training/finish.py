@@ -49,13 +49,13 @@ def finish(trainer: Trainer) -> None:
             terminal.print(f"skipped   {counters.skipped} of {trainer.plan.steps} steps were not finite")
         if doubt := doubt_losses(run):
             terminal.warn(doubt)
-        tell_usage(trainer)
+        record_usage(trainer)
         trainer.event("done", loss_ema=counters.loss_ema, skipped=counters.skipped, doubt=doubt)
         _report(trainer)
     barrier(trainer.accelerator)
 
 
-def tell_usage(trainer: Trainer) -> None:
+def record_usage(trainer: Trainer) -> None:
     """Prints memory and time of the run beside what was planned, and keeps its speed for the next plan."""
     plan, watch = trainer.plan, trainer.prepared.watch
     peaks = {stage: watch.of(stage) for stage in watch.stages}

@@ -23,7 +23,7 @@ from sdlora.lora.attach import mount
 from sdlora.lora.layers import Dropout, lora_layers
 from sdlora.memory.watch import Watch
 from sdlora.models.attention import has_fast_products
-from sdlora.models.base import Base, Condition, give_back
+from sdlora.models.base import Base, Condition, release_memory
 from sdlora.models.load import load_base
 from sdlora.report.terminal import Terminal
 from sdlora.sampling.images import SampledImage
@@ -91,9 +91,9 @@ def prepare(
     """
     config, watch = plan.config, watch or Watch(accelerator.device)
     text_learns, device = config.lora.text_encoder, accelerator.device
-    waits = config.data.cache is not False
+    lazy = config.data.cache is not False
     base = load_base(
-        plan.info, dtype=precision.base_dtype, device=device, vae_dtype=precision.vae_dtype, waits=waits
+        plan.info, dtype=precision.base_dtype, device=device, vae_dtype=precision.vae_dtype, lazy=lazy
     )
     parents = path_to_stack(plan.parents)
     encodings = Encodings(base, plan)
@@ -102,7 +102,7 @@ def prepare(
     if text_differs:
         base.text_encoders_to(device)
         mount(base.components, parents)
-    if waits:
+    if lazy:
         with watch.stage("encoding"):
             _encode(plan, encodings, accelerator, terminal, text_stays=text_differs)
     prompts = dict.fromkeys([*config.sample.prompts, config.sample.negative_prompt])
@@ -214,7 +214,7 @@ def _encode(
     if not encodings.text_learns:
         encodings.prepare(captions, accelerator, terminal)
         base.text_encoders_to("cpu" if text_stays else "meta")
-        give_back()
+        release_memory()
     encodings.prepare([*views, *_first_views(plan, heldout)], accelerator, terminal)
     base.vae.to("meta")
     encodings.check_cache(terminal)

@@ -18,8 +18,8 @@ from sdlora.config import TrainSection
 from sdlora.data.batches import Sample, split_micro_batches
 from sdlora.data.captions import without_trigger
 from sdlora.diffusion.objective import (
+    BaseDenoiser,
     Denoiser,
-    DenoiserAlone,
     Draws,
     denoising_loss,
     draw,
@@ -188,7 +188,7 @@ class StepRunner:
             objective,
             drawn.to(device),
             None if masks is None else masks.to(device),
-            self._denoiser_alone(captions, samples),
+            self._base_denoiser(captions, samples),
             layout_samples(drawn, objective.settings),
         )
         weights = [self._weight(sample) for sample in samples]
@@ -215,7 +215,7 @@ class StepRunner:
         captions = [without_trigger(sample.caption, sample.record.trigger) for sample in samples]
         losses = prior_loss(
             self._denoiser(captions, samples),
-            self._denoiser_alone(captions, samples),
+            self._base_denoiser(captions, samples),
             objective,
             self._draw(step, samples).to(self.accelerator.device),
         )
@@ -238,17 +238,17 @@ class StepRunner:
         condition = self.prepared.encodings.conditions(captions, views).to(self.accelerator.device)
         return lambda noisy, timesteps: self.denoise(noisy, timesteps, condition)
 
-    def _denoiser_alone(self, captions: Sequence[str], samples: Sequence[Sample]) -> DenoiserAlone:
+    def _base_denoiser(self, captions: Sequence[str], samples: Sequence[Sample]) -> BaseDenoiser:
         """The same without the trained adapter, on the text encoders too, for some of the samples."""
 
         @torch.no_grad()
-        def denoise_alone(noisy: Tensor, timesteps: Tensor, chosen: Sequence[int] | None = None) -> Tensor:
+        def denoise_base(noisy: Tensor, timesteps: Tensor, chosen: Sequence[int] | None = None) -> Tensor:
             numbers = range(len(samples)) if chosen is None else chosen
             with unmounted(self.layers, self.adapter):
                 own = self._denoiser([captions[one] for one in numbers], [samples[one] for one in numbers])
                 return own(noisy, timesteps)
 
-        return denoise_alone
+        return denoise_base
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The base's prediction for noisy latents (B, C, H, W), timesteps (B,) and their condition."""

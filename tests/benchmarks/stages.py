@@ -47,7 +47,7 @@ def measure_encoding(base: Path, images: Path, side_px: int, rounds: int) -> dic
     config = plain_config(base, images, **{"data.resolution": side_px})
     accelerator, precision = make_accelerator(config)
     plan = make_plan(config)
-    ours = load_base(plan.info, dtype=precision.base_dtype, device=accelerator.device, waits=True)
+    ours = load_base(plan.info, dtype=precision.base_dtype, device=accelerator.device, lazy=True)
     with quiet():
         vae = AutoencoderKL.from_pretrained(base / "vae", local_files_only=True, **{DTYPE: torch.bfloat16})
     views = [(record, plan.buckets.crops[record.name][0]) for record in plan.index.records]

@@ -127,7 +127,7 @@ def test_layout_by_hand():
     assert 0 < int(layout.sum()) < 24
     seen = []
 
-    def denoise_alone(noisy, timesteps, chosen=None):
+    def denoise_base(noisy, timesteps, chosen=None):
         seen.append((len(noisy), timesteps.tolist(), chosen))
         return torch.full_like(noisy, 2.0)
 
@@ -135,7 +135,7 @@ def test_layout_by_hand():
     chosen = layout_samples(drawn, settings)
     assert chosen == layout.nonzero().flatten().tolist()
     loss = denoising_loss(
-        lambda noisy, _: torch.zeros_like(noisy), objective, drawn, None, denoise_alone, chosen
+        lambda noisy, _: torch.zeros_like(noisy), objective, drawn, None, denoise_base, chosen
     )
     expected = torch.where(layout, 0.2 * 2.0**2, noise.square().mean(dim=(1, 2, 3)))
     torch.testing.assert_close(loss, expected)

@@ -251,7 +251,7 @@ def devices_of(base: StableDiffusion) -> list[str]:
 
 def test_parts_are_loaded_where_they_are_needed(info: BaseInfo, base: StableDiffusion) -> None:
     """R-18, R-20: a base that waits takes no memory; each part is loaded when used, and can be freed."""
-    waiting = load_base(info, dtype=torch.float32, device="cpu", waits=True)
+    waiting = load_base(info, dtype=torch.float32, device="cpu", lazy=True)
     assert waiting.dtypes == base.dtypes
     assert devices_of(waiting) == ["meta"] * 3
     assert torch.equal(waiting.encode_captions(["a cat"]).hidden, base.encode_captions(["a cat"]).hidden)
