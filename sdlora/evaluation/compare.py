@@ -16,6 +16,7 @@ from sdlora.evaluation.features import DRAWING, Features, load_features
 from sdlora.evaluation.scores import Interval, Reference, Weights, content_kept, style_gain
 from sdlora.report.plots import draw_loss_curves
 from sdlora.report.summary import SPLITS, describe_limits, losses_of
+from sdlora.sampling.generate import Column
 from sdlora.sampling.grid import AXES, make_pages, varying_axes
 from sdlora.sampling.images import SampledImage, write_png
 from sdlora.sampling.session import (
@@ -195,8 +196,10 @@ def draw_comparison(
     scorer = load_features(features, choose_device()) if scores else None
     # From here on, the folder is continued.
     write_json(folder / RECORD, {"title": plan.title})
-    images = plan.draw(ImageStore(folder / IMAGES), progress)
-    scored, missing = score_columns(plan, images, scorer) if scorer else ([], [])
+    drawn = _with_bases(plan) if scorer else plan
+    samples = drawn.draw(ImageStore(folder / IMAGES), progress)
+    scored, missing = score_columns(drawn, samples, scorer) if scorer else ([], [])
+    images = [one for n, one in enumerate(samples) if n % len(drawn.columns) < len(plan.columns)]
     # At several settings, a column has several scores, which only the table can show.
     shown = scored if len(plan.settings) == 1 else []
     has_names = any(column.adapter for column in plan.columns)
@@ -220,6 +223,14 @@ def draw_comparison(
     return result
 
 
+def _with_bases(plan: SamplePlan) -> SamplePlan:
+    """The plan with another column of the base for each other trigger, to measure adapters against."""
+    triggers = {column.trigger for column in plan.columns if column.trigger} - {plan.trigger}
+    if not any("{trigger}" in prompt for prompt in plan.prompts):
+        return plan
+    return replace(plan, columns=[*plan.columns, *(Column(trigger=one) for one in sorted(triggers))])
+
+
 def score_columns(
     plan: SamplePlan, samples: Sequence[SampledImage], features: Features
 ) -> tuple[list[ScoreRow], list[str]]:
@@ -234,20 +245,26 @@ def score_columns(
     for place, settings in enumerate(plan.settings):
         text = ", ".join(AXES[axis](getattr(settings, axis)) for axis in axes)
         drawn = [samples[place * count + n :: count * len(plan.settings)] for n in range(count)]
-        base, *_ = images = [[sample.image for sample in own] for own in drawn]
-        shown = features.content(base)
-        offsets = {path: reference.offsets(base) for path, reference in references.items()}
+        images = [[sample.image for sample in own] for own in drawn]
+        # What the base draws for a trigger is what its adapters change.
+        bases = {
+            column.trigger or plan.trigger: number
+            for number, column in enumerate(plan.columns)
+            if not column.stack
+        }
+        shown = {number: features.content(images[number]) for number in bases.values()}
         for column, own, made in zip(plan.columns, drawn, images, strict=True):
+            number = bases.get(column.trigger or plan.trigger, 0)
             subject = next((one for one in plan.subjects if one.is_shown_in(column)), None)
             if subject is None:
                 continue
             name, style = column.adapter or subject.name or plan.name, None
-            if any(sample.blank for sample in (*drawn[0], *own)):
+            if any(sample.blank for sample in (*drawn[number], *own)):
                 notes.append(f"no scores of {name} at {column.strength:g}: an image is blank")
                 continue
-            kept = content_kept(features, shown, features.content(made), len(plan.prompts))
+            kept = content_kept(features, shown[number], features.content(made), len(plan.prompts))
             if subject.run and (reference := references.get(subject.run.path)):
-                before = offsets[subject.run.path]
+                before = reference.offsets(images[number])
                 style = style_gain(weights, reference, before, reference.offsets(made)).interval
             rows.append(ScoreRow(name, column.strength, text, style, weights.mean(kept).interval))
     return rows, list(dict.fromkeys(notes))

@@ -17,6 +17,7 @@ import sdlora
 from sdlora.config import load_config
 from sdlora.data.cache import cache_folder, measure_cache, trim_cache
 from sdlora.errors import AdapterError, ConfigError, RunError
+from sdlora.evaluation import compare
 from sdlora.evaluation.compare import plan_comparison
 from sdlora.export.export import export_adapter
 from sdlora.formats.files import split_sum
@@ -105,6 +106,20 @@ def test_only_the_trigger_differs(files: list[Path], tmp_path: Path) -> None:
     request = SampleRequest(out=tmp_path / "out", settings={"prompts": ["bones and stone, ONE"]})
     plan = plan_comparison([one.path, two.path], request).checked(request)
     assert plan.prompts == ["bones and stone, {trigger}"]
+
+
+def test_a_score_does_not_depend_on_its_neighbours(
+    runs: list[RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R-13: each adapter is measured against what the base draws for its own trigger."""
+    monkeypatch.setattr(compare, "why_unranked", lambda *_: "")
+    ask = {**QUICK, "prompts": ["{trigger}, a cat"], "strengths": [1.0], "scores": True}
+    found = [
+        {row.name: row.content for row in sdlora.compare(order, out=tmp_path / name, **ask).scores}
+        for name, order in (("ab", runs), ("ba", runs[::-1]), ("b", runs[1:]))
+    ]
+    assert found[0] == found[1]
+    assert found[0]["two"] == found[2].get("two", next(iter(found[2].values())))
 
 
 def test_a_damaged_image_is_drawn_again(files: list[Path], tmp_path: Path) -> None:
