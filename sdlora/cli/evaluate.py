@@ -46,8 +46,12 @@ def evaluate(
     from sdlora.errors import RunError
     from sdlora.evaluation.choose import choose
     from sdlora.evaluation.evaluate import evaluate as measure
+    from sdlora.evaluation.page import write_report
+    from sdlora.evaluation.walk import check_wanted
     from sdlora.report.terminal import Terminal
 
+    wanted = {"steps": saved, "strengths": chosen, "prompts": texts.get("prompts", [])}
+    check_wanted(folder, **wanted)
     terminal, lines = Terminal(quiet=as_json), []
     try:
         with terminal.progress("evaluating", 1) as meter:
@@ -62,11 +66,12 @@ def evaluate(
             features=features,
             export=export,
             progress=meter.show,
-            steps=saved,
-            strengths=chosen,
-            prompts=texts.get("prompts", []),
             seeds=texts.get("seeds", []),
+            **wanted,
         )
+    if folder.report.is_file():
+        # It was written when the run ended, and shows the recommendation.
+        write_report(folder)
     if as_json:
         typer.echo(folder.evaluation_file.read_text(encoding="utf-8"), nl=False)
     else:

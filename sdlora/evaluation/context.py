@@ -101,7 +101,7 @@ class EvaluationContext:
                 prompts,
                 [seed],
                 settings,
-                store=ImageStore(),
+                store=ImageStore(self.run.evaluation_images),
                 progress=lambda done, total: progress(sum(map(len, found)) + done),
             )
             for place, made in enumerate(found):

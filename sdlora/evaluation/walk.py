@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -16,8 +18,8 @@ from sdlora.formats.files import load_adapter
 from sdlora.lora.adapter import Adapter
 from sdlora.runs import RunFolder
 from sdlora.sampling.generate import Cell, Column, draw
-from sdlora.sampling.images import SampleSettings, check_prompts, resolve_settings
-from sdlora.sampling.store import ImageStore
+from sdlora.sampling.images import SampleSettings, check_prompts, resolve_settings, slug
+from sdlora.sampling.store import KEY_LENGTH, ImageStore
 
 NUM_STEPS, NUM_PROMPTS = 5, 8
 SEEDS, STRENGTHS = (0, 1), (0.5, 0.8, 1.0)
@@ -72,10 +74,8 @@ def plan_walk(
         RunError: If a step was not saved.
         ConfigError: If a strength is 0, which is the base, or a prompt cannot be used.
     """
+    check_wanted(run, steps=steps, strengths=strengths, prompts=prompts)
     config = run.read_config()
-    if 0 in strengths:
-        problem = "--strengths 0 is the base, which is always drawn; remove it"
-        raise ConfigError(problem, key="option--strengths")
     own = [strength for strength in config.sample.strengths if strength]
     chosen = sorted(set(strengths or (own if len(own) > 1 else STRENGTHS)))
     trigger = config.data.trigger
@@ -86,9 +86,25 @@ def plan_walk(
         filled = list(dict.fromkeys([*filled, *_evenly(told, NUM_PROMPTS)]))[:NUM_PROMPTS]
     check_prompts(filled)
     saved = list(dict.fromkeys(steps)) or _choose_steps(run)
-    for step in saved:
-        run.saved_adapter(step)
     return Walk(saved, chosen, filled, list(dict.fromkeys(seeds)) or list(SEEDS))
+
+
+def check_wanted(
+    run: RunFolder,
+    *,
+    steps: Sequence[int | str] = (),
+    strengths: Sequence[float] = (),
+    prompts: Sequence[str] = (),
+) -> None:
+    """Checks what is asked for before anything is drawn; raises as `plan_walk`."""
+    if 0 in strengths:
+        problem = "--strengths 0 is the base, which is always drawn; remove it"
+        raise ConfigError(problem, key="option--strengths")
+    data = run.read_config().data
+    if prompts:
+        check_prompts([data.fill_trigger(prompt) for prompt in prompts])
+    for step in steps:
+        run.saved_adapter(step)
 
 
 def _choose_steps(run: RunFolder) -> list[int | str]:
@@ -136,11 +152,18 @@ class Gallery:
         return {place: images[n * len(rows) : (n + 1) * len(rows)] for n, place in enumerate(places)}
 
     def file(self, place: Place, row: Row) -> str:
-        """The file of an image: relative to the run; the base's, which are kept in the cache, absolute."""
-        file = self.store.file(self.context.base, self._cell(place, row))
+        """The file of a drawn image, relative to the run: that of the base is a copy of the cache's."""
+        file, run = self.store.file(self.context.base, self._cell(place, row)), self.context.run
         assert file is not None
-        run = self.context.run.path
-        return (file.relative_to(run) if file.is_relative_to(run) else file).as_posix()
+        if place is None:
+            name = slug(f"{row[0][:40]}-{row[1]}-base")
+            copy = run.evaluation_images / f"{name}-{file.stem[:KEY_LENGTH]}.png"
+            if not copy.is_file():
+                # The cache may be full; the report shows no base then.
+                with suppress(OSError):
+                    shutil.copyfile(file, copy)
+            file = copy
+        return file.relative_to(run.path).as_posix()
 
     def _cell(self, place: Place, row: Row) -> Cell:
         if place not in self._columns:

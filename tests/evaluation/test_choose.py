@@ -22,8 +22,9 @@ from sdlora.config import load_config
 from sdlora.errors import ConfigError, ModelError, RunError
 from sdlora.evaluation.choice import Choice
 from sdlora.evaluation.choose import choose
+from sdlora.evaluation.evaluate import evaluate
 from sdlora.evaluation.features import ModelFeatures
-from sdlora.evaluation.walk import plan_walk
+from sdlora.evaluation.walk import check_wanted, plan_walk
 from sdlora.formats.files import load_adapter
 from sdlora.training.train import train
 from tests.checks import raises
@@ -78,11 +79,29 @@ def test_only_new_cells_are_drawn(run):
     assert len(written["cells"]) == 4
     assert set(written["cells"][0]["by_band"]) == {"0-199", "200-399", "400-599", "600-799", "800-999"}
     assert written["bleed"] is not None
-    assert (run.path / written["images"][0]["file"]).is_file()
+    for one in written["images"]:
+        file = run.path / one["file"]
+        assert file.is_file()
+        # The report shows the base beside each, and may be moved with the run.
+        assert file.resolve().is_relative_to(run.path.resolve())
     assert run.evaluation_curve.is_file()
     # The features without weights are not known to be right for this base.
     assert choice.best is None
     assert "--features" in choice.reason
+
+
+def test_held_out_samples_are_drawn_once(run):
+    """R-13: a second call draws only what is new; what is wrongly asked for is refused before any."""
+    with raises(RunError, "run.no-step", shows="99"):
+        check_wanted(run, steps=[99])
+    before = images_of(run)
+    evaluate(run)
+    first = images_of(run)
+    assert first > before
+    times = {file: file.stat().st_mtime_ns for file in run.evaluation_images.iterdir()}
+    evaluate(run)
+    assert images_of(run) == first
+    assert all(file.stat().st_mtime_ns == time for file, time in times.items())
 
 
 def test_what_is_chosen_by_default(run):
