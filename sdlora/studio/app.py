@@ -92,7 +92,8 @@ class Studio:
         run = self.library.run(request.path_params["name"])
         seen, progress = self.library.overview(run), self._follow(run)
         # Past this size, the log is read from its end.
-        log = read_end(run.log_file if run.log_file.is_file() and seen.state != "failed" else run.output_file)
+        is_told = run.log_file.is_file() and not (seen.problem and run.output_file.is_file())
+        log = read_end(run.log_file if is_told else run.output_file)
         grids = list_grids(run)
         wanted = request.query_params.get("grid", "")
         chosen = int(wanted) if wanted.isdecimal() and int(wanted) in grids else next(iter(grids), None)

@@ -198,14 +198,24 @@ def _judge(run: RunFolder, tail: Sequence[dict[str, Any]], steps: int) -> tuple[
     """State of a run, and its problem."""
     if find_process(run):
         return "running", ""
+    refusal = _find_refusal(run)
     if any(event["event"] == "done" and event["step"] >= steps for event in tail):
-        return "finished", ""
+        return "finished", refusal
     if tail and tail[-1]["event"] == "failed":
         return "failed", one_line(str(tail[-1].get("message")))
     if not run.exists:
         lines = read_end(run.output_file).splitlines()
         return "failed", one_line(lines[-1]) if lines else "it ended before its first step"
-    return "stopped", ""
+    return "stopped", refusal
+
+
+def _find_refusal(run: RunFolder) -> str:
+    """Why a process that the page has started ended at once, after all that the run tells itself."""
+    if _stamp(run.output_file) <= max(_stamp(run.events_file), _stamp(run.log_file)):
+        return ""
+    line = next(iter(read_end(run.output_file).splitlines()[-1:]), "")
+    is_refusal = line.startswith("sdlora: ") and not line.startswith("sdlora: stopped")
+    return one_line(line.removeprefix("sdlora: ")) if is_refusal else ""
 
 
 def read_end(file: Path, max_bytes: int = TAIL_BYTES) -> str:

@@ -24,6 +24,7 @@ from sdlora.studio.ratings import CHOICES, Sample, add_rating, choose_pair, coun
 MAX_PAIRS = 500
 MAX_SIDES = 4
 MAX_ADAPTERS = 4
+MAX_SEED = 2**63
 
 
 class Looks:
@@ -48,7 +49,9 @@ class Looks:
 
     def _side(self, text: str) -> tuple[RunFolder, int]:
         """The run and the step of its grid in `NAME@STEP`; the last grid without a step."""
-        name, _, step = text.rpartition("@") if "@" in text else (text, "", "")
+        name, _, step = text.rpartition("@")
+        if not step.isdecimal():
+            name, step = text, ""
         run = self.library.run(name)
         grids = list_grids(run)
         chosen = int(step) if step.isdecimal() else next(iter(grids), -1)
@@ -130,6 +133,8 @@ class Looks:
         if not (prompt := form.get("prompt", "").strip()):
             raise ConfigError("write a prompt", key="playground.prompt")
         seed = int(_number(form.get("seed", "0")))
+        if not 0 <= seed < MAX_SEED:
+            raise ConfigError(f"the seed must be from 0 to {MAX_SEED - 1}", key="playground.seed")
         question = {"prompt": prompt, "seed": seed, "adapters": adapters}
         with self._painting:
             answer = self._ask_painter(question)

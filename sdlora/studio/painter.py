@@ -18,6 +18,7 @@ import torch
 from sdlora.dtypes import has_bf16
 from sdlora.errors import ConfigError, SdloraError
 from sdlora.formats.files import load_adapter, resolve_adapter
+from sdlora.lora.adapter import Adapter
 from sdlora.models.base import Base
 from sdlora.models.info import inspect_base, with_base_defaults
 from sdlora.models.load import load_base
@@ -26,7 +27,7 @@ from sdlora.sampling.generate import Column, generate
 from sdlora.sampling.images import SampleSettings
 from sdlora.sampling.session import choose_device
 from sdlora.sampling.store import ImageStore
-from sdlora.tree.lineage import Stack, find_ancestors, path_to_stack
+from sdlora.tree.lineage import PathEntry, find_ancestors, path_to_stack
 
 
 class Painter:
@@ -44,7 +45,7 @@ class Painter:
         config = wanted[0][0].read_config()
         info = inspect_base(config.base, config.objective, config.data)
         config = with_base_defaults(config, info)
-        stack: Stack = ()
+        parents, own = dict[str, PathEntry](), list[tuple[Adapter, float]]()
         for run, step, strength in wanted:
             found = inspect_base(run.read_config().base)
             if found.digest != info.digest:
@@ -52,8 +53,11 @@ class Painter:
                 raise ConfigError(f"{problem}; choose runs of one base", key="playground.bases")
             file = resolve_adapter(run, step).file
             adapter = load_adapter(file)
-            below = path_to_stack(find_ancestors(file, adapter)) if adapter.parent else ()
-            stack = (*stack, *below, (adapter, strength))
+            if adapter.parent:
+                # Two children of one parent stand on it once.
+                parents |= {entry.ancestor.digest: entry for entry in find_ancestors(file, adapter)}
+            own.append((adapter, strength))
+        stack = (*path_to_stack(list(parents.values())), *own)
         digest = f"{info.digest} {info.text_digest}"
         if self._base is None or self._digest != digest:
             self._base, device = None, choose_device()

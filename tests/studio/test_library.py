@@ -57,6 +57,21 @@ def test_states(make_run, runs, sleeper):
     assert found["stopped"].grid is None
 
 
+@pytest.mark.parametrize("done", [4, 10])
+def test_a_resume_that_was_refused_says_why(make_run, runs, done):
+    """R-45: what the process printed before it ended is newer than all events."""
+    run = make_run("run", done=done)
+    for line, problem in (
+        ("sdlora: stopped at step 4 of 10", ""),
+        ("sdlora: image folder gone does not exist", "image folder gone does not exist"),
+    ):
+        run.output_file.write_text(f"resuming\n{line}\n", encoding="utf-8")
+        later = run.events_file.stat().st_mtime + 5
+        os.utime(run.output_file, (later, later))
+        [found] = Library(runs).list_runs()
+        assert found.problem == problem
+
+
 def test_a_killed_run_is_stopped(make_run, runs, sleeper):
     """R-23: killed, without a word in its events; and its number may belong to another process by then."""
     run, library = make_run(done=4), Library(runs)

@@ -64,6 +64,13 @@ def test_compare(client, make_run):
     assert page.get("/compare?side=two@7").status_code == 404
 
 
+def test_a_name_with_a_sign(client, make_run):
+    """What follows an @ is a step only if it is a number."""
+    make_run("ink@home", grid=10)
+    for side in ("ink@home", "ink@home@10"):
+        assert client().get("/compare", params={"left": side, "right": side}).status_code == 200
+
+
 def test_pairs_are_of_one_prompt(make_run):
     """Two strengths of one grid, or one strength of two; the base is not rated."""
     one, two = make_run("one", grid=10), make_run("two", grid=10)
@@ -109,7 +116,13 @@ def test_ratings_stay_with_the_run(client, make_run):
 
 
 @pytest.mark.parametrize(
-    "form", [{"prompt": "x", "run0": "nothing@final"}, {"prompt": ""}, {"prompt": "x", "seed": "high"}]
+    "form",
+    [
+        {"prompt": "x", "run0": "nothing@final"},
+        {"prompt": ""},
+        {"prompt": "x", "seed": "high"},
+        {"prompt": "x", "seed": "1e20"},
+    ],
 )
 def test_a_playground_without_a_run(client, form):
     answer = client().post("/paint", data=form, headers={"accept": "application/json"})

@@ -109,6 +109,7 @@ function edit(set) {
       button.append(tag.length > 40 ? `${tag.slice(0, 39)}… ` : `${tag} `, times);
       return button;
     }));
+    filter();
   };
   const filter = () => {
     const text = $("#find", set).value.toLowerCase(), tag = $("#tags [aria-pressed=true]", set)?.dataset.tag;
@@ -132,7 +133,9 @@ function edit(set) {
   addEventListener("pagehide", () => document.activeElement?.blur());
   $("#replace-all", set).addEventListener("click", () => {
     const text = $("#find", set).value, other = $("#replace", set).value;
-    const changed = text ? fields.filter(field => field.value.includes(text)).map(field => [field, field.value.replaceAll(text, other)]) : [];
+    // As the filter does: only what is shown, in any case.
+    const pattern = new RegExp(text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "gi");
+    const changed = text ? fields.filter(field => !field.closest(".card").hidden).map(field => [field, field.value.replace(pattern, () => other)]).filter(([field, value]) => value !== field.value) : [];
     if (changed.length) save(changed); else said.textContent = text ? `no caption contains “${text}”` : "write what to find";
   });
   const undo = () => send(`/undo/${folder}`, {}, "undone");
