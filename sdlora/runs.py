@@ -168,9 +168,14 @@ class RunFolder:
         return self.adapters / f"step-{step:06d}.safetensors"
 
     def saved_adapter(self, step: int | str) -> Path:
-        """An existing adapter of a step, or the final one for "final"."""
-        is_final = step == "final"
-        file = self.adapter if is_final else self.step_adapter(int(step))
+        """An existing adapter of a step, or the one for "final" or "best", which `evaluate` recommended."""
+        if step == "best":
+            if self.best_adapter.is_file():
+                return self.best_adapter
+            problem = f"--step best: run {self.path} has no adapters/best.safetensors"
+            raise RunError(f"{problem}; `sdlora evaluate {self.path} --export` writes it", key="run.no-step")
+        is_final, number = step == "final", str(step)
+        file = self.adapter if is_final else self.step_adapter(int(number) if number.isdecimal() else 0)
         if not file.is_file() or (is_final and file.stem.startswith("step-")):
             steps = ", ".join(map(str, self.saved_steps())) or "none"
             problem = f"--step {step}: run {self.path} has no adapter of that step; saved steps: {steps}"

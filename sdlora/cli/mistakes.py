@@ -192,6 +192,10 @@ def _guess_option(given: _Given, command: Any) -> str:
         return _write_option(name, options[name], value or given.value)
     if takes_settings and (setting := _setting_of(key)):
         return _write_setting(setting, given.value)
+    if key == "steps" and "step" in plain:
+        return "--steps are sampling steps, which this command takes from the run; --step is a saved step"
+    if key == "step" and "steps" in plain:
+        return "--step is a saved step, which this command cannot choose; --steps are sampling steps"
     if guess := difflib.get_close_matches(key, plain, 1, 0.8):
         return _write_option(plain[guess[0]], options[plain[guess[0]]], given.value)
     if (known := ELSEWHERE.get(key, "")).startswith(("`", "not ", "set ", "IMAGES")):

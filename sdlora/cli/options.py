@@ -111,13 +111,13 @@ def parse_numbers(text: str | None, kind: type[Number], option: str) -> list[Num
 
 
 def parse_steps(texts: list[str] | None) -> list[int | str]:
-    """Parses `50,100` and `final`, of one option or several, to [50, 100, "final"]."""
+    """Parses `50,100`, `final` and `best`, of one option or several, to [50, 100, "final", "best"]."""
     parts = [part.strip() for text in texts or () for part in text.split(",")]
     for part in parts:
-        if part != "final" and not (part.isdecimal() and len(part) < 10):
-            problem = f"--step {shorten(part)} must be a saved step or final, such as 50,100,final"
+        if part not in ("final", "best") and not (part.isdecimal() and len(part) < 10):
+            problem = f"--step {shorten(part)} must be a saved step, final or best, such as 50,100,final"
             raise ConfigError(f"{problem}; --steps sets the sampling steps", key="option--step")
-    return [part if part == "final" else int(part) for part in dict.fromkeys(parts)]
+    return [int(part) if part.isdecimal() else part for part in dict.fromkeys(parts)]
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

@@ -68,7 +68,10 @@ def doubt_losses(run: RunFolder) -> str | None:
     if len(losses) < 2:
         return None
     first, last, best = min(losses), max(losses), min(losses, key=lambda step: losses[step])
-    train, title = run.read_config().train, SPLITS[split]
+    config = run.read_config()
+    train, title = config.train, SPLITS[split]
+    if config.objective.layout_range:
+        title += " at the timesteps that are trained"  # not the losses of the log, which are of all
     if losses[best] > (1 - FALL) * losses[first]:
         return (
             f"the loss on {title} did not fall (step {first}: {losses[first]:.4f}, step {last}: "

@@ -359,6 +359,7 @@ def _file_config(
     data: dict[str, Any] = {
         name: int(text) for name, text in found.items() if re.fullmatch("[1-9][0-9]{0,3}", text)
     }
+    data["trigger"] = notes.get(TRIGGER) or None
     data["prompt_weights"] = notes.get("sdlora.prompt_weights") == "true"
     source = base_of(file, notes) if base is None else base
     return load_config().replace(base={"source": source}, sample=changes, data=data)
