@@ -196,7 +196,7 @@ def draw_comparison(
     scorer = load_features(features, choose_device()) if scores else None
     # From here on, the folder is continued.
     write_json(folder / RECORD, {"title": plan.title})
-    drawn = _with_bases(plan) if scorer else plan
+    drawn = with_bases(plan) if scorer else plan
     samples = drawn.draw(ImageStore(folder / IMAGES), progress)
     scored, missing = score_columns(drawn, samples, scorer) if scorer else ([], [])
     images = [one for n, one in enumerate(samples) if n % len(drawn.columns) < len(plan.columns)]
@@ -223,7 +223,7 @@ def draw_comparison(
     return result
 
 
-def _with_bases(plan: SamplePlan) -> SamplePlan:
+def with_bases(plan: SamplePlan) -> SamplePlan:
     """The plan with another column of the base for each other trigger, to measure adapters against."""
     triggers = {column.trigger for column in plan.columns if column.trigger} - {plan.trigger}
     if not any("{trigger}" in prompt for prompt in plan.prompts):

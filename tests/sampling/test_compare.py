@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,7 @@ import sdlora
 from sdlora.config import load_config
 from sdlora.data.cache import cache_folder, measure_cache, trim_cache
 from sdlora.errors import AdapterError, ConfigError, RunError
-from sdlora.evaluation import compare
-from sdlora.evaluation.compare import plan_comparison
+from sdlora.evaluation.compare import plan_comparison, score_columns, with_bases
 from sdlora.export.export import export_adapter
 from sdlora.formats.files import split_sum
 from sdlora.lora.adapter import Adapter
@@ -108,18 +108,35 @@ def test_only_the_trigger_differs(files: list[Path], tmp_path: Path) -> None:
     assert plan.prompts == ["bones and stone, {trigger}"]
 
 
-def test_a_score_does_not_depend_on_its_neighbours(
-    runs: list[RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Pixels:
+    """Features that need no model."""
+
+    name, content_scale = "pixels", (0.0, 1.0)
+
+    def style(self, images: Sequence[Image.Image]) -> Any:
+        return np.stack([np.asarray(image, dtype=float).ravel() for image in images])
+
+    content = style
+
+
+def test_a_score_does_not_depend_on_its_neighbours(runs: list[RunFolder], tmp_path: Path) -> None:
     """R-13: each adapter is measured against what the base draws for its own trigger."""
-    monkeypatch.setattr(compare, "why_unranked", lambda *_: "")
-    ask = {**QUICK, "prompts": ["{trigger}, a cat"], "strengths": [1.0], "scores": True}
-    found = [
-        {row.name: row.content for row in sdlora.compare(order, out=tmp_path / name, **ask).scores}
-        for name, order in (("ab", runs), ("ba", runs[::-1]), ("b", runs[1:]))
-    ]
-    assert found[0] == found[1]
-    assert found[0]["two"] == found[2].get("two", next(iter(found[2].values())))
+    prompts = [f"{{trigger}}, a {thing}" for thing in ("cat", "dog", "house", "tree")]
+    settings = {"prompts": prompts, "strengths": [1.0], "seeds": [0], "steps": 1}
+    request = SampleRequest(out=tmp_path / "out", size=(64, 64), settings=settings)
+    plan = plan_comparison(runs, request)
+    bases = [column for column in with_bases(plan).columns if not column.stack]
+    assert [column.trigger for column in bases] == [None, "twostyle"]
+    assert plan.trigger == "onestyle"
+    same = replace(plan, prompts=["a cat"])
+    assert with_bases(same) is same
+    scores = []
+    for order in (runs, runs[::-1]):
+        both = with_bases(plan_comparison(order, replace(request, out=tmp_path / order[0].name)))
+        rows, _ = score_columns(both, both.draw(ImageStore(tmp_path / "images")), Pixels())
+        scores.append({row.name: row.content for row in rows})
+    assert scores[0] == scores[1]
+    assert len({one.value for one in scores[0].values()}) == 2
 
 
 def test_a_damaged_image_is_drawn_again(files: list[Path], tmp_path: Path) -> None:
