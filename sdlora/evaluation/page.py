@@ -19,7 +19,7 @@ from markupsafe import Markup
 from sdlora.config import RunConfig, load_config
 from sdlora.data.doctor import Checkup, check_images, contact_sheet
 from sdlora.errors import RunError, SdloraError
-from sdlora.evaluation.tiles import embed, make_cards, read_choice
+from sdlora.evaluation.tiles import describe_ratings, embed, make_cards, read_choice
 from sdlora.models.info import inspect_base
 from sdlora.report.plots import draw_loss_curves
 from sdlora.report.summary import SPLITS, describe_limits, describe_state, losses_of, pipeline_code
@@ -82,6 +82,7 @@ def _describe_run(run: RunFolder, checkup: Checkup | None, *, has_cards: bool) -
         "name": run.name,
         "state": describe_state(run),
         "advice": str(choice.get("reason") or ""),
+        "ratings": describe_ratings(run),
         "warnings": list(map(str, warnings)) if isinstance(warnings, list) else [],
         "scores": embed(run.evaluation_curve) if choice and run.evaluation_curve.is_file() else None,
         "grids": [] if has_cards else [(step, embed(file)) for step, file in _grids(run)],

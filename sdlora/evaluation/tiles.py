@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from sdlora.reading import UnfitFileError, parse_json
+from sdlora.reading import UnfitFileError, parse_json, read_bytes
 from sdlora.runs import RunFolder
 from sdlora.sampling.targets import find_run_targets
 
@@ -20,6 +22,7 @@ MAX_TILES = 320
 # The side of a tile, by the number of tiles: together they stay below 5 MB.
 SIDES = ((60, 512), (160, 384), (MAX_TILES, 256))
 MAX_IMAGE_BYTES, MAX_SIDE_PX = 500_000, 2400
+MAX_RATINGS_BYTES, MIN_ANSWERS = 2**24, 5
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,34 @@ def read_choice(run: RunFolder) -> Mapping[str, Any]:
     """The recommendation in a run's `evaluation.json`; empty if there is none, or it cannot be read."""
     choice = run.read_evaluation().get("choice")
     return choice if isinstance(choice, dict) else {}
+
+
+def count_wins(run: RunFolder) -> list[dict[str, Any]]:
+    """How often each sample column was preferred, of how many answers."""
+    wins: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    with suppress(OSError, UnfitFileError):
+        for line in read_bytes(run.ratings_file, MAX_RATINGS_BYTES).splitlines():
+            with suppress(ValueError, KeyError, TypeError, AttributeError):
+                row = json.loads(line)
+                score = {"first": 1.0, "second": 0.0, "equal": 0.5}[row["choice"]]
+                for side, won in ((row["first"], score), (row["second"], 1 - score)):
+                    wins[side["run"], side["grid"], side["strength"]].append(won)
+    return [
+        {"run": name, "grid": step, "strength": strength, "wins": sum(won), "answers": len(won)}
+        for (name, step, strength), won in sorted(wins.items())
+    ]
+
+
+def describe_ratings(run: RunFolder) -> str:
+    """What people preferred in blind comparisons; empty with few answers."""
+    own = [row for row in count_wins(run) if row["run"] == run.name and row["answers"] >= MIN_ANSWERS]
+    if not own:
+        return ""
+    best = max(own, key=lambda row: (row["wins"] / row["answers"], row["answers"]))
+    return (
+        f"step {best['grid']} at {best['strength']:g} was preferred in {best['wins']:g} of {best['answers']} "
+        "blind comparisons"
+    )
 
 
 def _as_list(value: Any) -> list[Any]:

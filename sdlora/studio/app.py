@@ -22,7 +22,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from sdlora.errors import ConfigError, DataError, SdloraError
-from sdlora.evaluation.tiles import read_choice
+from sdlora.evaluation.tiles import describe_ratings, read_choice
 from sdlora.runs import RunFolder
 from sdlora.studio.captions import ImageFolder
 from sdlora.studio.guard import Guard
@@ -113,6 +113,7 @@ class Studio:
             checkpoint_bytes=sum(f.stat().st_size for f in run.checkpoints.rglob("*") if f.is_file()),
             saved=run.saved_steps(),
             choice=read_choice(run),
+            ratings=describe_ratings(run),
             has_scores=run.evaluation_curve.is_file(),
             config=read_object(run.config_file),
         )

@@ -15,11 +15,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from sdlora.errors import ConfigError, RunError
-from sdlora.evaluation.tiles import read_choice
+from sdlora.evaluation.tiles import count_wins, read_choice
 from sdlora.runs import RunFolder
 from sdlora.studio.library import Library, list_grids
 from sdlora.studio.pages import Form, Handler, go, render, send_png
-from sdlora.studio.ratings import CHOICES, Sample, add_rating, choose_pair, count_wins
+from sdlora.studio.ratings import CHOICES, Sample, add_rating, choose_pair, choose_tied
 
 MAX_PAIRS = 500
 MAX_SIDES = 4
@@ -78,7 +78,9 @@ class Looks:
     def rate(self, request: Request) -> Response:
         asked = [side for side in request.query_params.getlist("side") if side][:2]
         sides = list(dict.fromkeys(map(self._side, asked))) if asked else []
-        found = choose_pair(sides) if sides else None
+        tied = request.query_params.get("tied", "")
+        rated = self.library.run(tied) if tied else sides[0][0] if sides else None
+        found = choose_tied(rated) if tied and rated else choose_pair(sides) if sides else None
         pair = ""
         if found:
             self._pairs[pair := secrets.token_urlsafe(9)] = found
@@ -87,11 +89,11 @@ class Looks:
         return render(
             request,
             "rate.html",
-            asked=asked,
+            asked=asked or tied,
             pair=pair,
             prompt=found[0][2].prompt if found else "",
             choices=self._choices(),
-            wins=count_wins(sides[0][0]) if sides else [],
+            wins=count_wins(rated) if rated else [],
         )
 
     def pair(self, request: Request) -> Response:

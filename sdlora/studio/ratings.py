@@ -9,16 +9,16 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from sdlora.reading import UnfitFileError, read_bytes
+from sdlora.evaluation.tiles import find_images, read_choice
 from sdlora.runs import RunFolder
 from sdlora.writing import append_lines
 
-MAX_BYTES = 2**24
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, Image.DecompressionBombError)
 CHOICES = ("first", "second", "equal")
 
@@ -67,6 +67,27 @@ def choose_pair(sides: Sequence[tuple[RunFolder, int]]) -> tuple[tuple[RunFolder
     return tuple(random.sample(pair, 2))
 
 
+def choose_tied(run: RunFolder) -> tuple[tuple[RunFolder, int, Sample], ...] | None:
+    """Two samples of one prompt and seed, in random order: of the recommended cell and those like it."""
+    choice = read_choice(run)
+    ties, cells = choice.get("ties"), set[tuple[Any, Any]]()
+    for cell in (choice, *(ties if isinstance(ties, list) else ())):
+        if isinstance(cell, dict) and isinstance(step := cell.get("step"), int | str):
+            cells.add((run.step_of(run.adapter) if step == "final" else step, cell.get("strength")))
+    rows: dict[tuple[str, int], list[tuple[RunFolder, int, Sample]]] = defaultdict(list)
+    for one in find_images(run):
+        if (one.step, one.strength) in cells:
+            sample = Sample(one.file, one.prompt, one.seed, one.strength)
+            rows[one.prompt, one.seed].append((run, one.step, sample))
+    every = (pair for row in rows.values() for pair in combinations(row, 2))
+    pairs = [pair for pair in every if _cell(pair[0]) != _cell(pair[1])]
+    return tuple(random.sample(random.choice(pairs), 2)) if pairs else None
+
+
+def _cell(side: tuple[RunFolder, int, Sample]) -> tuple[int, float]:
+    return side[1], side[2].strength
+
+
 def describe(run: RunFolder, step: int, sample: Sample) -> dict[str, Any]:
     return {"run": run.name, "grid": step, "strength": sample.strength}
 
@@ -78,19 +99,3 @@ def add_rating(sides: Sequence[tuple[RunFolder, int, Sample]], choice: str) -> N
     row = {"step": sides[0][1], "time": round(time.time(), 3), "prompt": sample.prompt, "seed": sample.seed}
     for run in {side[0].path: side[0] for side in sides}.values():
         append_lines(run.ratings_file, [{**row, "first": first, "second": second, "choice": choice}])
-
-
-def count_wins(run: RunFolder) -> list[dict[str, Any]]:
-    """How often each sample column was preferred, of how many answers."""
-    wins: dict[tuple[Any, ...], list[float]] = defaultdict(list)
-    with suppress(OSError, UnfitFileError):
-        for line in read_bytes(run.ratings_file, MAX_BYTES).splitlines():
-            with suppress(ValueError, KeyError, TypeError, AttributeError):
-                row = json.loads(line)
-                score = {"first": 1.0, "second": 0.0, "equal": 0.5}[row["choice"]]
-                for side, won in ((row["first"], score), (row["second"], 1 - score)):
-                    wins[side["run"], side["grid"], side["strength"]].append(won)
-    return [
-        {"run": name, "grid": step, "strength": strength, "wins": sum(won), "answers": len(won)}
-        for (name, step, strength), won in sorted(wins.items())
-    ]

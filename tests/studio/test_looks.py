@@ -8,7 +8,8 @@ import re
 import pytest
 from PIL import Image
 
-from sdlora.studio.ratings import choose_pair, count_wins, read_samples
+from sdlora.evaluation.tiles import count_wins, describe_ratings
+from sdlora.studio.ratings import choose_pair, read_samples
 
 
 def test_run_page(client, make_run, make_images):
@@ -113,6 +114,29 @@ def test_ratings_stay_with_the_run(client, make_run):
     assert wins == {row["first"]["strength"]: 1.0, row["second"]["strength"]: 0.0}
     run.ratings_file.write_text("damaged\n[]\n{}\n" + run.ratings_file.read_text())
     assert len(count_wins(run)) == 2
+
+
+def test_an_eye_decides_between_cells_that_scores_cannot_tell_apart(client, make_run):
+    """R-13: the recommended cell and its ties are rated blind; the run's page tells what was preferred."""
+    run, page = make_run(grid=10), client()
+    choice = {"step": 10, "strength": 0.5, "reason": "x", "ties": [{"step": 10, "strength": 1.0}, 7]}
+    run.evaluation_file.write_text(json.dumps({"choice": choice}), encoding="utf-8")
+    assert "/rate?tied=style" in page.get("/run/style").text
+    for _ in range(5):
+        assert describe_ratings(run) == ""
+        pair = re.search(r'name="pair" value="(.+?)"', page.get("/rate?tied=style").text)[1]
+        sides = [page.get(f"/pair/{pair}/{side}").content for side in (0, 1)]
+        full = {file.read_bytes() for file in run.sample_folder(10).glob("*.png") if strength_of(file) == 1.0}
+        better = "first" if sides[0] in full else "second"
+        page.post("/rate?tied=style", data={"pair": pair, "choice": better}, follow_redirects=False)
+    assert "step 10 at 1 was preferred in 5 of 5" in page.get("/run/style").text
+    run.evaluation_file.write_text(json.dumps({"choice": {"step": [], "ties": [{}, {"step": {}}]}}), encoding="utf-8")
+    assert "pair" not in page.get("/rate?tied=style").text.partition("<main>")[2].partition("<form")[0]
+
+
+def strength_of(file):
+    notes = Image.open(file).info.get("sdlora")
+    return json.loads(notes)["strength"] if notes else None
 
 
 @pytest.mark.parametrize(
