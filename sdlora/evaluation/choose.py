@@ -69,7 +69,8 @@ def choose(
     choice = replace(choice, curve=curve)
     if export and choice.best:
         adapter = gallery.adapter(choice.best.step)
-        folded = replace(adapter, alpha=adapter.rank * choice.best.strength)
+        notes = {**adapter.notes, "sdlora.recommended": choice.best.name}
+        folded = replace(adapter, alpha=adapter.rank * choice.best.strength, notes=notes)
         report = export_adapter(folded, folder.best_adapter, precision=context.config.export.precision)
         choice = replace(choice, exported=report.path)
     images = [

@@ -194,6 +194,8 @@ def test_a_recommendation_is_exported_with_its_strength(run, monkeypatch):
     name = next(iter(final.modules))
     whole, half = (one.modules[name] for one in (final, best))
     assert half.up @ half.down == pytest.approx(0.5 * (whole.up @ whole.down), rel=1e-2, abs=1e-5)
+    assert best.notes["sdlora.recommended"] == choice.cells[0].name
+    assert run.saved_adapter("best") == run.best_adapter
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty"])
