@@ -68,6 +68,7 @@ for module in iter_modules(__path__):
     import_module(f"{__name__}.{module.name}")
 
 
+STOPPED = 130  # what Typer returns after Ctrl-C
 # Typer exports one of its usage errors; this is their common parent.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 
@@ -95,6 +96,8 @@ def main() -> None:
     debug = "--debug" in arguments
     try:
         code = _call([argument for argument in arguments if argument != "--debug"])
+        if code == STOPPED:
+            say("sdlora: stopped", err=True)
         raise SystemExit(code or 0)
     except USAGE_ERROR as error:
         if debug:
@@ -114,8 +117,9 @@ def main() -> None:
         for line in str(error).splitlines():
             say(f"sdlora: {line}", err=True)
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
+        # Typer turns the end of the input, where it asks something, into the second.
         if debug:
             raise
         say("sdlora: stopped", err=True)
-        raise SystemExit(130) from None
+        raise SystemExit(STOPPED) from None

@@ -55,22 +55,22 @@ def doctor(
     else:
         options.say("\n".join(checkup.lines()))
     if fix:
-        _fix(checkup, yes)
+        _fix(checkup, yes, quiet=as_json)
     if checkup.has_errors:
         raise typer.Exit(1)
 
 
-def _fix(checkup: Checkup, is_agreed: bool) -> None:
-    """Shows what would be done, and does it once that is agreed."""
+def _fix(checkup: Checkup, is_agreed: bool, *, quiet: bool) -> None:
+    """Shows what would be done, and does it once that is agreed; `quiet`: on stderr, beside JSON."""
     from sdlora.data.repairs import plan_repairs
 
     repairs = plan_repairs(checkup.index, checkup.findings)
     if not (lines := repairs.lines()):
-        options.say("nothing to fix")
+        options.say("nothing to fix", err=quiet)
         return
-    options.say("\n".join(lines))
-    if is_agreed or typer.confirm(f"{len(lines)} changes, which --undo takes back. Go on?"):
-        options.say(f"done; moved files and the old captions are in {repairs.apply()}")
+    options.say("\n".join(lines), err=quiet)
+    if is_agreed or typer.confirm(f"{len(lines)} changes, which --undo takes back. Go on?", err=quiet):
+        options.say(f"done; moved files and the old captions are in {repairs.apply()}", err=quiet)
 
 
 @app.command()

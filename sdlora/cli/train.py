@@ -118,5 +118,9 @@ def _print_result(run: RunFolder) -> None:
         name = config.export.name or run.name
         if (for_uis := run.webui / f"{name}.safetensors").is_file():
             prompt = webui_prompt(name, preferred_strength(config.sample.strengths), config.data.trigger)
-            options.say(f"for UIs   {for_uis} (A1111, Forge, ComfyUI); prompt: {prompt}")
+            place = "A1111, Forge, ComfyUI"
+            if config.base.source == "builtin":
+                # Nothing that they load has its shapes.
+                place += ": this one fits the built-in base alone, those of other bases work there"
+            options.say(f"for UIs   {for_uis} ({place}); prompt: {prompt}")
         options.say(f'load it   pipe.load_lora_weights("{run.adapter}")')

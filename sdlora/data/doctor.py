@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from sdlora.config import DataSection, RunConfig
 from sdlora.data.buckets import MERGE_LOSS, BucketPlan
 from sdlora.data.findings import CountTokens, examine, largest_first
-from sdlora.data.images import crop_image, load_image
+from sdlora.data.images import crop_image, label_font, load_image
 from sdlora.data.looks import cache_file, examine_looks, measure_records
 from sdlora.data.masks import shade_outside
 from sdlora.data.records import DatasetIndex, Finding, ImageRecord, count_of
@@ -112,7 +112,7 @@ def contact_sheet(index: DatasetIndex, plan: BucketPlan, settings: DataSection) 
     columns = max(1, min(SHEET_COLUMNS, len(records)))
     width, height = SHEET_CELL + 8, SHEET_CELL + 10 + SHEET_LINE * (2 + CAPTION_LINES)
     sheet = Image.new("RGB", (columns * width, max(1, -(-len(records) // columns)) * height), "white")
-    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    canvas, font = ImageDraw.Draw(sheet), label_font(11)
     for number, record in enumerate(records):
         crop = plan.crops[record.name][0]
         cell = crop_image(load_image(record.path, settings.background), crop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import math
 import threading
@@ -12,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageColor, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageColor, ImageEnhance, ImageFont, ImageOps, UnidentifiedImageError
 
 from sdlora.data.buckets import Crop
 from sdlora.data.records import ImageRecord, Size
@@ -268,3 +269,12 @@ def _convert_to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     except (ImageCms.PyCMSError, OSError, ValueError):
         return image
     return converted if converted is not None else image
+
+
+def label_font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """A font for labels: DejaVu Sans, which matplotlib brings; Pillow's own has no letter beyond ASCII."""
+    found = importlib.util.find_spec("matplotlib")
+    if found and found.origin:
+        with suppress(OSError):
+            return ImageFont.truetype(Path(found.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf", size)
+    return ImageFont.load_default(size)

@@ -142,9 +142,14 @@ class Choice:
             most = max(self.cells, key=lambda one: one.content.value)
             return f"none: too much content is lost everywhere; {most.name} keeps most of it, {most.content}"
         if cell.style.interval.low <= 0:
+            strength = max(one.strength for one in self.cells)
+            styles = [one.style.value for one in self.cells if one.strength == strength]
+            remedy = "train longer, or with a higher learning rate"
+            if styles[-1] < styles[0]:
+                remedy = "later steps are farther from it, so look at the samples beside real images"
             return (
                 f"none: {cell.name}, the best by style and content, is not clearly nearer to the style than "
-                "the base; train longer, or with a higher learning rate"
+                f"the base; {remedy}"
             )
         text = (
             f"{cell.name} has the best of both, {cell.style} of the style and {cell.content} of the content"

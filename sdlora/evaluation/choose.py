@@ -63,7 +63,7 @@ def choose(
     gallery = Gallery(context, progress)
     choice = scoring.choose(gallery)
     title = f"{folder.name}: {choice.best.name}" if choice.best else folder.name
-    best = choice.cells.index(top_cell(choice.cells))
+    best = choice.cells.index(choice.best) if choice.best else None
     cells = choice.to_json()["cells"]
     curve = draw_choice(folder.evaluation_curve, cells, best=best, weight=CONTENT_WEIGHT, title=title)
     choice = replace(choice, curve=curve)

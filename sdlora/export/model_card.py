@@ -101,7 +101,10 @@ def _usage(facts: TrainingMetadata, prompts: Sequence[str], weights: str) -> str
         call = f'pipe(prompt_embeds=encode({_quote(prompt)}), negative_prompt_embeds=encode(""))'
     code = [
         *pipeline_code(facts.base_name, facts.family),
-        f'pipe.load_lora_weights(".", weight_name={_quote(weights)})  # or this repository\'s name',
+        # Alone, a child would be used without what it was trained on.
+        'pipe.load_lora_weights("merged.safetensors")  # by `sdlora tree flatten`'
+        if facts.ancestors
+        else f'pipe.load_lora_weights(".", weight_name={_quote(weights)})  # or this repository\'s name',
         *(_ENCODE.format(skip=skip).splitlines() if skip > 1 else ()),
         f"image = {call}.images[0]",
     ]

@@ -171,8 +171,8 @@ class Memory:
         needs = f"needs {as_size(self.needs)} of {as_size(self.free + self.baseline)}"
         if self.fits:
             return f"{needs}: fits"
-        advice = " ".join(self.changes) or "data.resolution"
-        return f"{needs}: does not fit, first change: {advice}"
+        advice = f"set {' '.join(self.changes)}" if self.changes else "lower data.resolution"
+        return f"{needs}: does not fit; {advice}"
 
     def lines(self, quantize: Quantize) -> list[str]:
         """Lines of the printed plan, for a `base.quantize`."""
@@ -202,6 +202,7 @@ class Memory:
         """The numbers, for `events.jsonl`."""
         values = asdict(self)
         found = {"stages": self.stages, "peak": self.peak, "needs": self.needs, "fits": self.fits}
+        found["verdict"] = self.verdict
         return {DENOISER: values.pop("denoiser"), **values, **found}
 
 

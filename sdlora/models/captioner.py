@@ -55,7 +55,8 @@ class Captioner:
             )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             problem = (
-                f"--model {source} cannot be loaded: {first_line(error)}; use a local folder or a hub id"
+                f"--model {source} cannot be loaded: {first_line(error)}; use a local folder, a hub id that "
+                "can be reached, or --model builtin, which needs no network"
             )
             raise ModelError(problem, key="option--model") from None
         self.model: Any = model.to(device).eval()

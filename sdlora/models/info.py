@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.config import BaseSection, DataSection, ObjectiveSection, Quantize, RunConfig
-from sdlora.errors import ConfigError, ModelError
+from sdlora.errors import ConfigError, ModelError, join_names
 from sdlora.models.checks import FAMILIES, V_FAMILIES, Family, check_base
 from sdlora.models.components import BaseFiles, read_json
 from sdlora.models.folder import find_base, find_vae_folder, has_part, no_variant, read_component, read_folder
@@ -232,15 +232,15 @@ class BaseInfo(BaseFiles):
         return tuple(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else ()
 
     def describe_unknown_words(self, prompts: Iterable[str], trigger: str | None) -> str | None:
-        """A line about words of the prompts, without the trigger's, that the base was not trained on."""
+        """A line about words of prompts or captions, but the trigger's, that the base was not trained on."""
         found = dict.fromkeys(word for prompt in prompts for word in WORD.findall(prompt.lower()))
         own = {*WORD.findall((trigger or "").lower())}
-        unknown = [word for word in found if word not in self.known_words | own]
+        unknown = sorted(word for word in found if word not in self.known_words | own)
         if not self.known_words or not unknown:
             return None
         return (
-            f"the base {self.name} was not trained on some words of the prompts: {', '.join(unknown)}; "
-            f"{self.path / 'words.txt'} lists those it knows"
+            f"the base {self.name} was not trained on these words, and cannot draw what they name: "
+            f"{join_names(unknown, 8)}; {self.path / 'words.txt'} lists those it knows"
         )
 
     @property

@@ -93,7 +93,10 @@ def merge(
         }
         shapes = {(pair.down.shape[1:], pair.up.shape[0]) for pair in parts.values()}
         if len(shapes) > 1:
-            raise AdapterError(f"the sizes of {name} differ between the LoRAs", key="merge.sizes")
+            raise AdapterError(
+                f"the sizes of {name} differ: these LoRAs are of different bases; merge those of one base",
+                key="merge.sizes",
+            )
         keys = {number: f"{seed or 0}/dare/{number}/{name}" for number in parts}
         modules[name] = _join(method, parts, rank, density, keys)
     first = opened[0][0]

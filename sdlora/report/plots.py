@@ -146,14 +146,14 @@ def draw_rank_curve(
 
 
 def draw_choice(
-    path: Path, cells: Sequence[Mapping[str, Any]], *, best: int, weight: float, title: str = ""
+    path: Path, cells: Sequence[Mapping[str, Any]], *, best: int | None, weight: float, title: str = ""
 ) -> Path:
     """Plots content against style, and style by strength; a curve for each step, from the base on.
 
     Args:
         path: The PNG file.
         cells: With step, strength, and style and content as value, low and high.
-        best: Number of the cell to mark.
+        best: Number of the cell to mark, if any.
         weight: Power of content in the score, style × content^weight, by which cells are compared.
         title: Title of the plot.
     """
@@ -171,11 +171,14 @@ def draw_choice(
         right.plot([0, *strengths], [0, *style], "o-", **look)
         low, high = ([cell["style"][end] for cell in own] for end in ("low", "high"))
         right.fill_between(strengths, low, high, color=color, alpha=0.1)
-    x, y = cells[best]["style"], cells[best]["content"]
-    across, up = ([[abs(one["value"] - one["low"])], [abs(one["high"] - one["value"])]] for one in (x, y))
-    left.errorbar([x["value"]], [y["value"]], up, across, "*", color="tab:red", markersize=11, zorder=3)
     left.plot([0], [1], "s", color="0.4", label="base")
-    if (score := x["value"] * y["value"] ** weight) > 0:
+    score = 0.0
+    if best is not None:
+        x, y = cells[best]["style"], cells[best]["content"]
+        across, up = ([[abs(one["value"] - one["low"])], [abs(one["high"] - one["value"])]] for one in (x, y))
+        left.errorbar([x["value"]], [y["value"]], up, across, "*", color="tab:red", markersize=11, zorder=3)
+        score = x["value"] * y["value"] ** weight
+    if score > 0:
         styles = [score * (1 + number / 20) for number in range(20 * 20)]
         points = [(one, (score / one) ** (1 / weight)) for one in styles if one <= left.get_xlim()[1]]
         left.plot(*zip(*points, strict=True), "--", color="0.6", linewidth=1, label="as good")

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from sdlora.data.images import label_font
 from sdlora.sampling.images import SampledImage, SampleSettings, sampler_of
 from sdlora.sampling.targets import Targets
 
@@ -48,9 +49,7 @@ class Measures:
         self.margin = self.text + self.gutter
         self.prompts = max(132, min(340, round(width * 0.72)))
         self.left = self.margin + self.prompts + self.gap
-        self.font, self.title_font, self.small_font = map(
-            ImageFont.load_default, (self.text, self.title, self.small)
-        )
+        self.font, self.title_font, self.small_font = map(label_font, (self.text, self.title, self.small))
 
 
 def make_grid(

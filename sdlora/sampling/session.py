@@ -169,7 +169,7 @@ class SamplePlan:
         texts = [*sample.prompts, sample.negative_prompt]
         cut, bracketed = describe_cut_prompts(self.info, texts), describe_bracketed_prompts(self.info, texts)
         lines = [line for line in (unknown, cut, bracketed) if line]
-        if self.adapters and self.targets is None:
+        if self.subjects and self.targets is None:
             folder = self.config.images
             reason = f"cannot read {folder}" if folder else "only a run knows its image folder"
             lines.append(f"no target images beside the samples: {reason}")

@@ -61,9 +61,9 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
     config = epochs_to_steps(config, index, buckets, num_processes)
     config = resolve_config(config, info, index, num_processes)
     raise_errors(findings)
-    unknown = info.describe_unknown_words(config.sample.prompts, config.data.trigger)
     # What captions lose is a finding already.
     captions = {record.caption for record in (*index.records, *index.heldout)}
+    unknown = info.describe_unknown_words((*config.sample.prompts, *captions), config.data.trigger)
     sample = config.sample
     prompts = [text for text in (*sample.prompts, sample.negative_prompt) if text not in captions]
     cut, bracketed = describe_cut_prompts(info, prompts), describe_bracketed_prompts(info, prompts)

@@ -167,6 +167,14 @@ def test_no_style_or_torn_content_is_no_recommendation(cells):
     assert choice.reason.startswith("none")
 
 
+@pytest.mark.parametrize(("last", "shows"), [(-0.1, "train longer"), (-0.3, "later steps are farther")])
+def test_more_steps_are_no_remedy_where_they_lead_away(last, shows):
+    """R-13: what to change follows from how the scores change with the steps."""
+    choice = Choice([cell(100, 1.0, -0.2, 0.9), cell(200, 1.0, last, 0.9)], FACTS)
+    assert choice.best is None
+    assert shows in choice.reason
+
+
 @pytest.mark.parametrize(
     ("cells", "facts", "probe", "shows"),
     [

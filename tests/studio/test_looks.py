@@ -130,7 +130,9 @@ def test_an_eye_decides_between_cells_that_scores_cannot_tell_apart(client, make
         better = "first" if sides[0] in full else "second"
         page.post("/rate?tied=style", data={"pair": pair, "choice": better}, follow_redirects=False)
     assert "step 10 at 1 was preferred in 5 of 5" in page.get("/run/style").text
-    run.evaluation_file.write_text(json.dumps({"choice": {"step": [], "ties": [{}, {"step": {}}]}}), encoding="utf-8")
+    run.evaluation_file.write_text(
+        json.dumps({"choice": {"step": [], "ties": [{}, {"step": {}}]}}), encoding="utf-8"
+    )
     assert "pair" not in page.get("/rate?tied=style").text.partition("<main>")[2].partition("<form")[0]
 
 
