@@ -205,8 +205,11 @@ def examine_looks(index: DatasetIndex, looks: Looks) -> None:
 
 
 def find_marks(corners: NDArray[np.int8]) -> list[int]:
-    """Images with strokes in a corner, as letters have them, that are those of others too."""
-    found: set[int] = set()
+    """Images with strokes in a corner, as letters have them, that are those of others too.
+
+    In all four corners they are a pattern, such as a halftone ground, which belongs to the style.
+    """
+    places = Counter[int]()
     for place in range(4):
         corner = corners[:, place]
         strokes = np.where((corner > MARK_LEVELS) | (corner < -MARK_LEVELS), np.sign(corner), 0)
@@ -226,8 +229,8 @@ def find_marks(corners: NDArray[np.int8]) -> list[int]:
                 shared /= MARK_NEAREST * (MARK_NEAREST - 1)
                 own = np.take_along_axis(alike, nearest, axis=1).mean(axis=1)
                 is_marked |= np.minimum(shared, own) > MARK_SHARED
-            found |= set(active[start : start + BLOCK][is_marked].tolist())
-    return sorted(found)
+            places.update(active[start : start + BLOCK][is_marked].tolist())
+    return sorted(number for number, count in places.items() if count < len(corners[0]))
 
 
 def find_near_copies(thumbnails: NDArray[np.uint8]) -> Iterator[tuple[int, int, str]]:

@@ -63,7 +63,9 @@ def aside_folder(root: Path) -> Path:
 def plan_repairs(index: DatasetIndex, findings: Iterable[Finding]) -> Repairs:
     """Copies but one, with their caption files, and style words of caption files."""
     by_key = {finding.key: finding.names for finding in findings}
-    inside = [record for record in index.records if record.path == index.root / record.name]
+    # A held-out copy of a training image would be in the validation loss.
+    every = (*index.records, *index.heldout)
+    inside = [record for record in every if record.path == index.root / record.name]
     records = {record.name: record for record in inside}
     extra = [name for name in by_key.get("data.near-copies", ()) if name in records]
     seen: set[str] = set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
@@ -13,7 +14,7 @@ from sdlora.data import looks
 from sdlora.data.buckets import plan_buckets
 from sdlora.data.findings import examine
 from sdlora.data.images import load_image
-from sdlora.data.looks import cache_file, examine_looks, measure_records
+from sdlora.data.looks import cache_file, examine_looks, find_marks, measure, measure_records
 from sdlora.data.repairs import plan_repairs, strip_style, undo_repairs
 from sdlora.data.scan import scan_dataset
 from sdlora.errors import DataError
@@ -108,6 +109,41 @@ def test_repairs_are_shown_done_and_undone(planted: tuple[Path, Plan], tmp_path:
     assert {file.name: file.read_bytes() for file in root.iterdir()} == before
     with raises(DataError, "data.undo"):
         undo_repairs(root)
+
+
+def test_a_held_out_copy_goes_aside(planted: tuple[Path, Plan], tmp_path: Path) -> None:
+    """R-15: it would be in the validation loss."""
+    root = tmp_path / "images"
+    (root / "heldout").mkdir(parents=True)
+    for name in ("000.png", "heldout/copy.png"):
+        shutil.copy(planted[0] / "000.png", root / name)
+        (root / name).with_suffix(".txt").write_text("a house", encoding="utf-8")
+    section = DataSection()
+    index = scan_dataset(root, section)
+    assert len(index.heldout) == 1
+    repairs = plan_repairs(index, examine(index, plan_buckets(index.records, 64, section), section, None))
+    aside = repairs.apply()
+    assert not (root / "heldout" / "copy.png").exists()
+    assert (aside / "heldout" / "copy.png").is_file()
+
+
+def test_a_patterned_ground_is_no_mark() -> None:
+    """R-15: dots all over each image are its style; the same dots in one corner are a mark."""
+    rows, columns = np.indices((256, 256))
+    dots = np.where((rows % 12 < 5) & (columns % 12 < 5), 60, 230).astype(np.uint8)
+    images = []
+    for number in range(12):
+        random = np.random.default_rng(number)
+        plain = random.integers(120, 220, (8, 8)).astype(np.uint8).repeat(32, 0).repeat(32, 1)
+        marked = plain.copy()
+        marked[-48:, -96:] = dots[-48:, -96:]
+        ground = dots.copy()
+        ground[64:192, 64:192] = plain[64:192, 64:192]
+        images.append((marked, ground))
+    for number, expected in ((0, 12), (1, 0)):
+        shown = [Image.fromarray(pair[number]).convert("RGB") for pair in images]
+        corners = np.stack([measure(image)[1] for image in shown])
+        assert len(find_marks(corners)) == expected
 
 
 def test_style_words_go_and_things_stay() -> None:
