@@ -47,7 +47,7 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | int | float) else value
 
 
-def _also(**spellings: str) -> BeforeValidator:
+def _also(**spellings: str | None) -> BeforeValidator:
     """Accepts other spellings of a value: `_also(centre="center")` reads "centre" as "center"."""
     return BeforeValidator(lambda value: spellings.get(value, value) if isinstance(value, str) else value)
 
@@ -481,11 +481,11 @@ class ObjectiveSection(_Tables):
         "timesteps to train: the first, and one past the last; the built-in base has its own default",
         "use [0, 1000] for all",
     )
-    layout_range: tuple[int, int] | None = _setting(
+    layout_range: Annotated[tuple[int, int] | None, _also(none=None)] = _setting(
         None,
         "timesteps of high noise, where the layout is decided, at which to keep the base's own prediction, "
-        "such as [800, 1000]; default: none; the built-in base has its own default",
-        "use [800, 1000], or remove it",
+        "such as [800, 1000]; none: at all; the built-in base has its own default",
+        "use [800, 1000], or none",
     )
     layout_weight: Positive = _setting(
         0.01, "weight of layout_range in the loss; a larger one keeps more of the base", "use about 0.01"

@@ -376,3 +376,10 @@ def test_arguments_are_read_with_the_other_settings(tmp_path, overrides):
     assert "{trigger}" in config.sample.prompts[0]
     with raises(ConfigError, "sample.prompts"):
         load_config(file, overrides, images="x")
+
+
+def test_none_switches_a_default_of_the_base_off():
+    """R-30: the built-in base keeps its layout by default; a style of color is trained at all timesteps."""
+    objective = load_config(None, ["objective.layout_range=none"]).objective
+    assert objective.layout_range is None
+    assert "layout_range" in objective.model_fields_set
