@@ -116,7 +116,7 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
 def _loss_text(row: LossRow, split: str) -> str:
     if split not in row.losses:
         return "not measured"
-    change = f" ({row.changes[split]:+.1%})" if split in row.changes else ""
+    change = f" ({row.changes[split]:+.0%})" if split in row.changes else ""
     return f"{row.losses[split]:.4f}{change}"
 
 

@@ -122,7 +122,7 @@ def _losses(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
         for split in SPLITS:
             losses = losses_of(run, split)
             first, last = (losses[min(losses)], losses[max(losses)]) if losses else (0.0, 0.0)
-            change = f" ({last / first - 1:+.1%})" if len(losses) > 1 and first > 0 else ""
+            change = f" ({last / first - 1:+.0%})" if len(losses) > 1 and first > 0 else ""
             texts.append(f"{last:.4f}{change} at step {max(losses)}" if losses else "not measured")
         rows.append((run.name, texts))
     return rows

@@ -115,7 +115,7 @@ def describe_state(run: RunFolder) -> list[str]:
 def _change(losses: Mapping[int, float], step: int) -> str:
     """Relative change of a loss since the first one."""
     first = min(losses)
-    return f" ({losses[step] / losses[first] - 1:+.1%})" if step > first and losses[first] > 0 else ""
+    return f" ({losses[step] / losses[first] - 1:+.0%})" if step > first and losses[first] > 0 else ""
 
 
 def pipeline_code(source: str, family: str) -> list[str]:

@@ -192,7 +192,7 @@ def test_runs_and_steps(runs: list[RunFolder], tmp_path: Path) -> None:
         ("two, final", 20, {"heldout": pytest.approx(0.6)}),
     ]
     lines = result.lines()
-    assert lines[1].split() == ["one,", "step", "10", "10", "0.9000", "(-10.0%)"]
+    assert lines[1].split() == ["one,", "step", "10", "10", "0.9000", "(-10%)"]
     assert [line.split()[0] for line in lines[5:]] == ["note:", "note:", "curves", "grid"]
     assert result.curves
     assert result.curves.is_file()
