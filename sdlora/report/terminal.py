@@ -150,10 +150,11 @@ class Meter:
         known = task.fields["rest"]
         if known is None and rate:
             known = ((task.total or 0) - task.completed) / rate
-        rest = "unknown" if known is None else timedelta(seconds=round(known))
         done = f"{task.description} {task.completed:.0f}/{task.total or 0:.0f}"
-        note = f"{task.fields['note']}, " if task.fields["note"] else ""
-        self._print_beat(f"{done}: {note}{rate:.3g} a second, ETA {rest}")
+        # What was there already has no rate.
+        parts = [task.fields["note"], f"{rate:.3g} a second" if rate else ""]
+        parts += [f"ETA {timedelta(seconds=round(known))}"] if known is not None else []
+        self._print_beat(": ".join(filter(None, (done, ", ".join(filter(None, parts))))))
 
     def _beat_if_due(self) -> None:
         if self._bar is not None:
