@@ -6,12 +6,12 @@ layers. A row also has the share by a coarser truth, where a sample counts if th
 probable one (`counted`): torn things often pass, and of 16 samples one is 6 %.
 
 The best of many cells owes some of its truth to chance. `--again` draws new samples of every cell, for other
-prompts, and compares the recommended cell with the best one by those alone.
+prompts, and compares the recommended cell with the best one by those alone. It also tells which cell the same
+rule recommends by the new samples (`by_new`), and how near that one is to the best by new and by first ones.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 from argparse import Namespace
 from collections import defaultdict
@@ -25,9 +25,12 @@ from PIL import Image
 
 from sdlora.builtin.judge import Judge, load_judge, open_rgb, probabilities, recognise, to_input
 from sdlora.builtin.script import Script
+from sdlora.evaluation.choice import top_cell
+from sdlora.evaluation.choose import Scoring
 from sdlora.evaluation.context import open_context
+from sdlora.evaluation.features import load_features
 from sdlora.evaluation.scores import TAIL, Draws, Weights
-from sdlora.evaluation.walk import Gallery, Place, Row
+from sdlora.evaluation.walk import Gallery, Place, Row, Walk
 from sdlora.runs import RunFolder
 from sdlora.writing import write_json
 
@@ -70,16 +73,24 @@ def read_truth(
     return measure_truth(judge, images, list(rows), unseen, trigger, counts=counts)
 
 
-def draw_truth(
+def draw_again(
     judge: Judge, run: RunFolder, unseen: Sequence[Path], cells: Sequence[Cell], num_seeds: int
-) -> dict[Cell, Draws]:
-    """The truth of some cells by new samples, for captions of unseen drawings that are no prompts yet."""
+) -> tuple[dict[Cell, Draws], Cell]:
+    """The truth of all cells by new samples, for captions of unseen drawings that are no prompts yet.
+
+    And the cell that `evaluate` recommends by these samples.
+    """
     trigger, used = run.read_config().data.trigger, {entry["prompt"] for entry in _choice_of(run)["images"]}
     captions = [file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in unseen]
     prompts = [", ".join(filter(None, (trigger, caption))) for caption in captions]
-    rows = list(itertools.product([one for one in prompts if one not in used], range(num_seeds)))
-    drawn = Gallery(open_context(run, needs_heldout=False)).draw([None, *cells], rows)
-    return measure_truth(judge, drawn, rows, [open_rgb(file) for file in unseen], trigger)
+    steps, strengths = (list(dict.fromkeys(values)) for values in zip(*cells, strict=True))
+    walk = Walk(steps, strengths, [one for one in prompts if one not in used], range(num_seeds))
+    context = open_context(run, needs_heldout=False)
+    drawn = Gallery(context).draw([None, *walk.cells], walk.rows)
+    scored = Scoring(context, walk, load_features(None, context.base.device)).score(drawn)
+    best = top_cell(scored)
+    truth = measure_truth(judge, drawn, walk.rows, [open_rgb(file) for file in unseen], trigger)
+    return truth, (best.step, best.strength)
 
 
 def measure_truth(
@@ -137,7 +148,10 @@ def compare_choice(judge: Judge, run: RunFolder, unseen: Sequence[Path], num_see
     if chosen in truth:
         row["counted"] = compare_with_best(read_truth(judge, run, drawings, counts=True), chosen)
         if num_seeds:
-            row["again"] = compare_with_best(draw_truth(judge, run, unseen, list(truth), num_seeds), chosen)
+            again, picked = draw_again(judge, run, unseen, list(truth), num_seeds)
+            row["again"] = compare_with_best(again, chosen)
+            shares = [compare_with_best(one, picked)["share"] for one in (again, truth)]
+            row["by_new"] = {"chosen": list(picked), "share": shares[0], "share_of_first": shares[1]}
     return row | {"reason": choice["reason"], "warnings": choice["warnings"]}
 
 

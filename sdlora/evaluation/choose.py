@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from sdlora.data.records import spread
 from sdlora.evaluation.choice import CONTENT_WEIGHT, MAX_TRAINING, Cell, Choice, Facts, Probe, top_cell
 from sdlora.evaluation.context import EvaluationContext, load_cropped, open_context
 from sdlora.evaluation.evaluate import remove_trigger
 from sdlora.evaluation.features import DRAWING, Features, load_features
+from sdlora.evaluation.heldout import HeldoutLoss
 from sdlora.evaluation.scores import (
     CopyCheck,
     Reference,
@@ -21,7 +24,7 @@ from sdlora.evaluation.scores import (
     ratio_interval,
     style_gain,
 )
-from sdlora.evaluation.walk import Gallery, Walk, plan_walk
+from sdlora.evaluation.walk import Gallery, Place, Walk, plan_walk
 from sdlora.export.export import export_adapter
 from sdlora.report.plots import draw_choice
 from sdlora.report.summary import MIN_IMAGES
@@ -98,30 +101,38 @@ class Scoring:
     def choose(self, gallery: Gallery) -> Choice:
         """Draws and scores all cells, and probes the best and the strongest of them."""
         walk = self.walk
-        drawn = gallery.draw([None, *walk.cells], walk.rows)
-        base = drawn[None]
-        offsets, shown = self.reference.offsets(base), self.features.content(base)
-        loss = self.context.loss(()) if self.context.records else None
-        cells = []
-        for step, strength in walk.cells:
-            images = drawn[step, strength]
-            content = self.features.content(images)
-            cell = Cell(
-                step,
-                strength,
-                style_gain(self.weights, self.reference, offsets, self.reference.offsets(images)),
-                self.weights.mean(content_kept(self.features, shown, content, len(walk.prompts))),
-                diversity(self.weights, shown, content),
-                float(self.copies.copied(images, base).mean()),
-            )
-            if loss:
-                stack = (*self.context.ancestors, (gallery.adapter(step), strength))
-                own = self.context.loss(stack)
-                changes = [after - before for before, after in zip(loss.by_image, own.by_image, strict=True)]
-                cell = replace(cell, loss=own, loss_change=ratio_interval(changes, loss.by_image))
-            cells.append(cell)
+        cells = self.score(gallery.draw([None, *walk.cells], walk.rows))
+        if self.context.records:
+            before = self.context.loss(())
+            cells = [self._with_loss(cell, gallery, before) for cell in cells]
         strongest = max(cells[-len(walk.strengths) :], key=lambda cell: cell.strength)
         return Choice(cells, self._facts(), self._probe(gallery, top_cell(cells), strongest))
+
+    def score(self, drawn: Mapping[Place, Sequence[Image.Image]]) -> list[Cell]:
+        """The scores of all cells, by the images of each and of the base, in the order of the rows."""
+        base, count = drawn[None], len(self.walk.prompts)
+        offsets, shown = self.reference.offsets(base), self.features.content(base)
+        cells = []
+        for step, strength in self.walk.cells:
+            images = drawn[step, strength]
+            content = self.features.content(images)
+            cells.append(
+                Cell(
+                    step,
+                    strength,
+                    style_gain(self.weights, self.reference, offsets, self.reference.offsets(images)),
+                    self.weights.mean(content_kept(self.features, shown, content, count)),
+                    diversity(self.weights, shown, content),
+                    float(self.copies.copied(images, base).mean()),
+                )
+            )
+        return cells
+
+    def _with_loss(self, cell: Cell, gallery: Gallery, before: HeldoutLoss) -> Cell:
+        """The cell with its held-out loss, and the change from the base's."""
+        own = self.context.loss((*self.context.ancestors, (gallery.adapter(cell.step), cell.strength)))
+        changes = [after - first for first, after in zip(before.by_image, own.by_image, strict=True)]
+        return replace(cell, loss=own, loss_change=ratio_interval(changes, before.by_image))
 
     def _facts(self) -> Facts:
         context, info = self.context, self.context.base.info
