@@ -149,7 +149,8 @@ class RunFolder:
         While a finished run is continued, its final adapter is that of an earlier step.
         """
         steps = self.saved_steps()
-        if not steps or any(self.events("done")):
+        # Without events, such as in an archive of the files alone, nothing is being continued.
+        if not steps or any(self.events("done")) or not any(self.events("step")):
             for dialect in ("diffusers", "kohya"):
                 if (final := self.final_adapter(dialect)).is_file():
                     return final

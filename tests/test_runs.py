@@ -150,6 +150,8 @@ def test_paths_and_steps(tmp_path):
     run.remove_checkpoints(keep=2, last=120)
     assert run.checkpoint_steps() == [110, 120]
     write_text(run.final_adapter(), "x")
+    assert run.adapter.name == "final.safetensors"
+    run.append("step", 110)
     # Of an earlier step, while the finished run is continued.
     assert run.adapter.name == "step-000100.safetensors"
     run.append("done", 130)

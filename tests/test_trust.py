@@ -48,11 +48,12 @@ ALLOWED = {
     "subprocess": {"builtin/icons.py", "studio/launch.py", "studio/looks.py"},
     # the host's own name; the page listens before its address is printed
     "socket": {"training/distributed.py", "cli/studio.py"},
-    # models/info.py only asks whether bitsandbytes is there
+    # models/info.py only asks whether bitsandbytes is there, and data/images.py where matplotlib's fonts are
     "importlib": {
         "__init__.py",
         "cli/__init__.py",
         "memory/activations.py",  # versions of packages
+        "data/images.py",
         "models/info.py",
         "training/optimizer.py",
         "training/device.py",
