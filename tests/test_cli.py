@@ -537,6 +537,12 @@ def test_a_wrong_base_needs_no_torch(verb, tmp_path):
     assert refused.startswith(f"sdlora: {file} is incomplete")
 
 
+def test_an_image_that_is_not_there_needs_no_torch(tmp_path):
+    """R-35: nor does it need a base."""
+    arguments = ["sample", "--base", "builtin", "--prompt", "cat", "--image", "none.png"]
+    assert "none.png" in refused_without_torch(arguments, tmp_path)
+
+
 @pytest.mark.parametrize("base", ["builtin", "somebody/model"])
 def test_a_mistake_in_a_folder_needs_no_torch(base, make_images, tmp_path):
     """R-05, R-35: in a second, where torch and diffusers take ten; all mistakes of a folder at once."""

@@ -136,6 +136,8 @@ def parse_start(image: Path | None, denoise: float | None) -> tuple[Path, float]
         raise ConfigError(f"--denoise {denoise:g} requires --image FILE; add it", key="option--denoise")
     if image is None:
         return None
+    if not image.is_file():
+        raise ConfigError(f"--image {image} is not a file; name an image", key="option--image")
     from sdlora.sampling.session import DENOISE
 
     return image, DENOISE if denoise is None else denoise
