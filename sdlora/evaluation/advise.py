@@ -142,7 +142,7 @@ def advise_rank(
         run: The run folder; the file, `rank.json` and the curve `rank.png` are written into it.
         keep: The share of what was learned that is enough.
         ranks: Ranks to try; by default powers of two.
-        features: A folder or Hub id of a vision model, as for `choose`.
+        features: A vision model, as for `choose`.
         seed: Seed of the samples.
         progress: Called with (finished, total): the losses of each rank, then the images.
 

@@ -49,7 +49,7 @@ def choose(
 
     Args:
         run: The run folder.
-        features: A folder or Hub id of a vision model; by default `DrawingFeatures`.
+        features: A folder or Hub id of CLIP or DINOv2, or a file of CSD; by default `DrawingFeatures`.
         export: Writes the recommended adapter as `adapters/best.safetensors`, with its strength folded in.
         progress: Called with (finished, total) images.
         wanted: steps, strengths, prompts and seeds, as for `plan_walk`.

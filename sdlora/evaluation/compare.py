@@ -155,7 +155,7 @@ def compare(
         steps: Sampling steps, one number or several, as for guidance and scheduler.
         scores: Measures how near each column is to the images of its run, and what it keeps of the base's
             content, over all prompts and seeds.
-        features: A folder or Hub id of a vision model to score by; needed on any base but the built-in one.
+        features: A vision model to score by, as for `choose`; needed on any base but the built-in one.
         out: Output folder; by default `samples/compare-NAMES`.
     """
     settings = {"prompts": prompts, "seeds": seeds, "strengths": strengths}

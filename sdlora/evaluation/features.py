@@ -209,11 +209,12 @@ def load_features(source: str | None, device: torch.device | str = "cpu") -> Fea
     """The features that `--features` names; by default those without weights."""
     if source is None or source == DRAWING:
         return DrawingFeatures()
-    file = Path(source) / "model.safetensors" if Path(source).is_dir() else Path(source)
+    path = Path(source).expanduser()
+    file = path / "model.safetensors" if path.is_dir() else path
     with suppress(OSError, UnfitFileError):
         if STYLE_HEAD in read_header(file).shapes:
             return StyleDescriptor(file, device)
-    return ModelFeatures(source, device)
+    return ModelFeatures(path if path.exists() else source, device)
 
 
 def unit_rows(rows: Rows) -> Rows:

@@ -89,7 +89,7 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """A grid to draw; `checked` fills in the last five fields.
+    """A grid to draw; `checked` fills in `config` and what follows `subjects`.
 
     `adapters` are all that are mounted in a column, each with its file; `trigger` replaces `{trigger}` in
     prompts of columns without their own; `name` is that of the output folder, `adapter` that in the metadata

@@ -148,7 +148,7 @@ def start_trackers(accelerator: Accelerator, folder: Path, config: RunConfig) ->
 
 
 def _memory_mb(device: torch.device) -> float:
-    """Peak memory on CUDA, else the memory of the process."""
+    """Peak memory since the stage began on CUDA, else the memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return float(psutil.Process().memory_info().rss) / 1e6
