@@ -94,6 +94,25 @@ def doubt_losses(run: RunFolder) -> str | None:
     )
 
 
+def describe_rise(run: RunFolder) -> str | None:
+    """A line for a run that learns its images by heart: two losses in a row above the least one.
+
+    None else, and without enough held-out images to say so.
+    """
+    counts = [event.get("images", 0) for event in run.events("heldout") if event.get("split") == "heldout"]
+    losses = trained_losses(run, "heldout")
+    if not counts or min(counts) < MIN_IMAGES:
+        return None
+    best = min(losses, key=lambda step: losses[step])
+    later = [losses[step] for step in sorted(losses) if step > best]
+    if len(later) < 2 or min(later[-2:]) < (1 + RISE) * losses[best]:
+        return None
+    return (
+        f"the loss on held-out images rises since step {best} ({losses[best]:.4f}, now {later[-1]:.4f}): the "
+        "training images are learned by heart; Ctrl-C stops, and saved steps stay"
+    )
+
+
 def describe_state(run: RunFolder) -> list[str]:
     """State of a run, how to continue it, what went wrong, and its losses."""
     steps = run.read_config().train.steps or 0

@@ -21,7 +21,7 @@ from sdlora.evaluation.heldout import HeldoutLoss, Share, heldout_loss
 from sdlora.export.export import export_adapter
 from sdlora.export.metadata import run_metadata
 from sdlora.memory.work import Pace, as_time, describe_times
-from sdlora.report.summary import describe_step
+from sdlora.report.summary import describe_rise, describe_step
 from sdlora.report.terminal import Meter, Terminal
 from sdlora.runs import RunFolder
 from sdlora.training.checkpoint import load_state, newest_complete_step, save_state, training_metadata
@@ -58,6 +58,7 @@ class Trainer:
         self.logger = MetricLogger(run, plan.config, accelerator, terminal)
         self.health = Health(run, plan, prepared.adapter, self.warn)
         self.signals = StopSignals()
+        self.has_risen = False  # the loss on held-out images, which is said once
         self.pace = Pace(plan.speed, prepared.watch, plan.work_left())
 
     @property
@@ -182,6 +183,10 @@ class Trainer:
             self.logger.track(self.step, {f"{split}_loss": loss})
         # Logs and notebooks show no progress bar.
         self.terminal.print(describe_step(self.run, self.step, losses))
+        # At the end, more is said.
+        if self.step < self.plan.steps and not self.has_risen and (rise := describe_rise(self.run)):
+            self.has_risen = True
+            self.warn(rise)
 
     def evaluate(self, split: str) -> HeldoutLoss:
         """The held-out loss of the current weights."""

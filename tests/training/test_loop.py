@@ -20,6 +20,7 @@ from sdlora.data.cache import cache_folder
 from sdlora.data.images import load_image
 from sdlora.data.tensors import image_to_tensor
 from sdlora.errors import ConfigError, TrainingDiverged
+from sdlora.evaluation.heldout import HeldoutLoss
 from sdlora.formats.files import load_adapter
 from sdlora.lora.layers import lora_layers
 from sdlora.training.finish import report_failure
@@ -364,6 +365,22 @@ def test_heldout_loss_is_a_function_of_the_weights(make_images, small, make_trai
     assert trainer.evaluate("heldout") != first
     assert first.num_images == 2
     assert len(first.by_band) == 5
+
+
+def test_overfitting_is_said_while_it_happens(make_images, small, make_trainer, tmp_path, monkeypatch):
+    """R-12: once, after two losses in a row above the least one; not with few held-out images."""
+    losses = {0: 0.5, 1: 0.3, 2: 0.31, 3: 0.32, 4: 0.33, 5: 0.2}
+    config = small(make_images(), train__steps=5, train__evaluate_every=1, data__heldout=0.25)
+    for images, steps in ((8, [3]), (7, [])):
+        trainer = make_trainer(config, tmp_path / str(images))
+
+        def evaluate(split, trainer=trainer, images=images):
+            return HeldoutLoss(losses[trainer.step], {}, images)
+
+        monkeypatch.setattr(trainer, "evaluate", evaluate)
+        trainer.train()
+        found = [one for one in trainer.run.events("warning") if "held-out images rises" in one["message"]]
+        assert [event["step"] for event in found] == steps
 
 
 def test_the_objective_is_the_one_asked_for(make_images, small, make_trainer, tmp_path):
