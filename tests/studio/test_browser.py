@@ -130,6 +130,27 @@ def test_tags_filter(filled, open_page, tmp_path):
     assert page.locator(".card:visible").count() == 1
 
 
+def test_what_a_filter_hides_is_not_replaced(filled, open_page, tmp_path):
+    """R-13: the case does not matter, as it does not for what is found; a tag that is gone hides nothing."""
+    files = [tmp_path / "pictures" / f"{name}.txt" for name in ("00", "01", "02")]
+    for file, caption in zip(files, ("red, a Dot", "red, a dot", "blue, a dot"), strict=True):
+        file.write_text(caption)
+    page = open_page(f"{filled}/images")
+    page.get_by_role("link", name="pictures").click()
+    page.get_by_role("button", name="red 2").click()
+    page.get_by_label("Find").fill("dot")
+    page.get_by_label("Replace with").fill("$& ring")
+    page.get_by_role("button", name="Replace").click()
+    page.get_by_text("2 captions saved").wait_for()
+    assert [file.read_text().strip() for file in files] == ["red, a $& ring", "red, a $& ring", "blue, a dot"]
+    page.get_by_label("Find").fill("red, a")
+    page.get_by_label("Replace with").fill("one")
+    page.get_by_role("button", name="Replace").click()
+    page.wait_for_function("() => !document.querySelector('#tags [aria-pressed=true]')")
+    page.get_by_label("Find").fill("")
+    assert page.locator(".card:visible").count() == len(files)
+
+
 def test_grids_zoom_together(filled, open_page):
     page = open_page(f"{filled}/compare?side=style&side=other")
     page.locator(".pane").first.focus()
