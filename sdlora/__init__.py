@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sdlora.config import load_config as load_config
     from sdlora.errors import SdloraError as SdloraError
     from sdlora.evaluation.advise import advise_rank as advise_rank
+    from sdlora.evaluation.choose import choose as choose
     from sdlora.evaluation.compare import compare as compare
     from sdlora.evaluation.evaluate import evaluate as evaluate
     from sdlora.evaluation.page import write_report as write_report
@@ -38,6 +39,7 @@ _PUBLIC = {
     "RunFolder": "sdlora.runs",
     "SdloraError": "sdlora.errors",
     "advise_rank": "sdlora.evaluation.advise",
+    "choose": "sdlora.evaluation.choose",
     "compare": "sdlora.evaluation.compare",
     "evaluate": "sdlora.evaluation.evaluate",
     "export_adapter": "sdlora.export.export",

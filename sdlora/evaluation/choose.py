@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -37,10 +36,13 @@ IMAGE_KEYS = ("step", "strength", "prompt", "seed", "file")
 def choose(
     run: str | Path | RunFolder,
     *,
+    steps: Sequence[int | str] = (),
+    strengths: Sequence[float] = (),
+    prompts: Sequence[str] = (),
+    seeds: Sequence[int] = (),
     features: str | None = None,
     export: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    **wanted: Sequence[Any],
 ) -> Choice:
     """Draws a run's saved steps at several strengths, scores them, and recommends one.
 
@@ -49,10 +51,13 @@ def choose(
 
     Args:
         run: The run folder.
+        steps: Saved steps, or "final"; by default up to five, evenly spaced.
+        strengths: By default the run's, if it has several; else 0.5, 0.8 and 1.
+        prompts: By default the run's, and then captions, up to eight.
+        seeds: By default 0 and 1.
         features: A folder or Hub id of CLIP or DINOv2, or a file of CSD; by default `DrawingFeatures`.
         export: Writes the recommended adapter as `adapters/best.safetensors`, with its strength folded in.
         progress: Called with (finished, total) images.
-        wanted: steps, strengths, prompts and seeds, as for `plan_walk`.
 
     Raises:
         RunError: If a step was not saved.
@@ -61,7 +66,8 @@ def choose(
     """
     folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
     context = open_context(folder, needs_heldout=False)
-    walk = plan_walk(folder, [one.caption for one in (*context.records, *context.training)], **wanted)
+    captions = [one.caption for one in (*context.records, *context.training)]
+    walk = plan_walk(folder, captions, steps=steps, strengths=strengths, prompts=prompts, seeds=seeds)
     scoring = Scoring(context, walk, load_features(features, context.base.device))
     gallery = Gallery(context, progress)
     choice = scoring.choose(gallery)
