@@ -174,7 +174,7 @@ def test_functions_fit_a_screen():
 
 
 def test_few_functions_take_many_parameters():
-    """At most five outside cli/ take more than six; the public verbs are among them."""
+    """At most six outside cli/ take more than six; the public verbs are among them."""
     many = []
     for name, node in functions():
         given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
