@@ -49,6 +49,7 @@ from sdlora.tree.tree import AdapterTree
 from sdlora.writing import check_writable, next_free_folder
 
 DENOISE = 0.6
+MAX_TRIGGER = 1000
 
 
 @dataclass(frozen=True)
@@ -359,7 +360,9 @@ def _file_config(
     data: dict[str, Any] = {
         name: int(text) for name, text in found.items() if re.fullmatch("[1-9][0-9]{0,3}", text)
     }
-    data["trigger"] = notes.get(TRIGGER) or None
+    trigger = notes.get(TRIGGER, "").strip()
+    # What no run could have had is a stranger's text.
+    data["trigger"] = trigger if 0 < len(trigger) <= MAX_TRIGGER else None
     data["prompt_weights"] = notes.get("sdlora.prompt_weights") == "true"
     source = base_of(file, notes) if base is None else base
     return load_config().replace(base={"source": source}, sample=changes, data=data)

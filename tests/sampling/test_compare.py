@@ -20,7 +20,7 @@ from sdlora.data.cache import cache_folder, measure_cache, trim_cache
 from sdlora.errors import AdapterError, ConfigError, RunError
 from sdlora.evaluation.compare import plan_comparison, score_columns, with_bases
 from sdlora.export.export import export_adapter
-from sdlora.formats.files import split_sum
+from sdlora.formats.files import load_adapter, split_sum
 from sdlora.lora.adapter import Adapter
 from sdlora.models.stable_diffusion import StableDiffusion
 from sdlora.runs import RunFolder
@@ -106,6 +106,16 @@ def test_only_the_trigger_differs(files: list[Path], tmp_path: Path) -> None:
     request = SampleRequest(out=tmp_path / "out", settings={"prompts": ["bones and stone, ONE"]})
     plan = plan_comparison([one.path, two.path], request).checked(request)
     assert plan.prompts == ["bones and stone, {trigger}"]
+
+
+@pytest.mark.parametrize(("written", "trigger"), [(" ink ", "ink"), ("x" * 5000, None), ("  ", None)])
+def test_the_trigger_of_a_file(files: list[Path], tmp_path: Path, written: str, trigger: str | None) -> None:
+    """R-25, R-30: it fills `{trigger}`; what a stranger wrote there refuses no file."""
+    file = tmp_path / "stranger.safetensors"
+    metadata = {**LORA, "modelspec.trigger_phrase": written}
+    export_adapter(load_adapter(files[0]), file, metadata=metadata)
+    request = SampleRequest(out=tmp_path / "out", settings={"prompts": ["a cat"]})
+    assert plan_comparison([file], request).config.data.trigger == trigger
 
 
 class Pixels:
