@@ -253,6 +253,11 @@ def score_columns(
             if not column.stack
         }
         shown = {number: features.content(images[number]) for number in bases.values()}
+        offsets = {
+            (path, number): reference.offsets(images[number])
+            for path, reference in references.items()
+            for number in bases.values()
+        }
         for column, own, made in zip(plan.columns, drawn, images, strict=True):
             number = bases.get(column.trigger or plan.trigger, 0)
             subject = next((one for one in plan.subjects if one.is_shown_in(column)), None)
@@ -264,7 +269,7 @@ def score_columns(
                 continue
             kept = content_kept(features, shown[number], features.content(made), len(plan.prompts))
             if subject.run and (reference := references.get(subject.run.path)):
-                before = reference.offsets(images[number])
+                before = offsets[subject.run.path, number]
                 style = style_gain(weights, reference, before, reference.offsets(made)).interval
             rows.append(ScoreRow(name, column.strength, text, style, weights.mean(kept).interval))
     return rows, list(dict.fromkeys(notes))

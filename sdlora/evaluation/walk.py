@@ -74,7 +74,7 @@ def plan_walk(
         RunError: If a step was not saved.
         ConfigError: If a strength is 0, which is the base, or a prompt cannot be used.
     """
-    check_wanted(run, steps=steps, strengths=strengths, prompts=prompts)
+    check_wanted(run, steps=steps, strengths=strengths)
     config = run.read_config()
     own = [strength for strength in config.sample.strengths if strength]
     chosen = sorted(set(strengths or (own if len(own) > 1 else STRENGTHS)))

@@ -101,7 +101,7 @@ def describe_rise(run: RunFolder) -> str | None:
     """
     counts = [event.get("images", 0) for event in run.events("heldout") if event.get("split") == "heldout"]
     losses = trained_losses(run, "heldout")
-    if not counts or min(counts) < MIN_IMAGES:
+    if not losses or not counts or min(counts) < MIN_IMAGES:
         return None
     best = min(losses, key=lambda step: losses[step])
     later = [losses[step] for step in sorted(losses) if step > best]

@@ -54,7 +54,7 @@ class Painter:
             file = resolve_adapter(run, step).file
             adapter = load_adapter(file)
             if adapter.parent:
-                # Two children of one parent stand on it once.
+                # A parent that two of them share is mounted once.
                 parents |= {entry.ancestor.digest: entry for entry in find_ancestors(file, adapter)}
             own.append((adapter, strength))
         stack = (*path_to_stack(list(parents.values())), *own)

@@ -72,7 +72,8 @@ def choose_tied(run: RunFolder) -> tuple[tuple[RunFolder, int, Sample], ...] | N
     choice = read_choice(run)
     ties, cells = choice.get("ties"), set[tuple[Any, Any]]()
     for cell in (choice, *(ties if isinstance(ties, list) else ())):
-        if isinstance(cell, dict) and isinstance(step := cell.get("step"), int | str):
+        with suppress(AttributeError, TypeError):  # of a file that somebody has edited
+            step = cell.get("step")
             cells.add((run.step_of(run.adapter) if step == "final" else step, cell.get("strength")))
     rows: dict[tuple[str, int], list[tuple[RunFolder, int, Sample]]] = defaultdict(list)
     for one in find_images(run):
