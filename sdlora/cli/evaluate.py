@@ -69,13 +69,13 @@ def evaluate(
             seeds=texts.get("seeds", []),
             **wanted,
         )
-    if folder.report.is_file():
-        # It was written when the run ended, and shows the recommendation.
-        write_report(folder)
     if as_json:
         typer.echo(folder.evaluation_file.read_text(encoding="utf-8"), nl=False)
     else:
         options.say("\n".join([*lines, *choice.lines()]))
+    if folder.report.is_file():
+        # It was written when the run ended, and shows the recommendation.
+        write_report(folder)
 
 
 @app.command()
