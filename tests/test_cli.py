@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -629,3 +630,18 @@ def test_every_command_has_its_place_in_the_help():
     """A new command that no panel names would be missing from `sdlora --help`."""
     listed = [name for names in PANELS.values() for name in names]
     assert sorted(listed) == sorted(get_command(app).commands)
+
+
+def test_repairs_wait_for_an_answer(sdlora, make_images, monkeypatch):
+    """R-15: without one nothing is moved, and there is no traceback; beside JSON they go to stderr."""
+    images = make_images()
+    (images / "copy.png").write_bytes((images / "00.png").read_bytes())
+    (images / "copy.txt").write_text("a copy", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    code, _, errors = sdlora("doctor", images, "--fix")
+    assert (code, errors[-1]) == (130, "sdlora: stopped")
+    assert (images / "copy.png").is_file()
+    _, printed, errors = sdlora("doctor", images, "--fix", "--yes", "--json")
+    assert "findings" in json.loads(printed)
+    assert any("copy.png" in line for line in errors)
+    assert not (images / "copy.png").exists()

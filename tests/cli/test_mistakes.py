@@ -50,6 +50,8 @@ OPTIONS = {
     "sample run --prompt x --width 512": "--size WIDTHxHEIGHT",
     "sample run --prompt x --negative_prompt blurry": "--negative-prompt blurry",
     "sample run --prompt x --steps 10,20": "--steps 10,20 must be an integer",
+    "evaluate run --steps 20": "--step is a saved step",
+    "tree sample run --step 5": "--steps are sampling steps",
     "export run x.safetensors": "--out x.safetensors",
     "export run --dtype bf16 --out x.safetensors": "--precision bf16",
     "export run --format a1111 --out x.safetensors": "kohya",

@@ -23,6 +23,7 @@ from sdlora.data.buckets import Crop
 from sdlora.data.images import (
     UnreadableImageError,
     crop_image,
+    label_font,
     load_image,
     load_record,
     measure_file,
@@ -372,3 +373,10 @@ def test_colors_keep_black_white_and_hue() -> None:
         assert red > green == blue
         assert changed[2] != (200, 60, 60)
     assert vary_colors(image, replace(plain, colors=(1.2, 1.0, 1.0))).getpixel((3, 0))[0] > 128
+
+
+def test_labels_have_letters_beyond_ascii() -> None:
+    """R-13: names, captions and prompts of a person are read in grids and sheets, not boxes."""
+    font = label_font(20)
+    missing = bytes(font.getmask("\uffff"))
+    assert all(bytes(font.getmask(letter)) != missing for letter in "aößéłжΩ")
