@@ -57,10 +57,12 @@ class MetricLogger:
 
     def track_grid(self, step: int, grid: Path) -> None:
         """Passes a grid to the trackers that take images."""
-        if self.accelerator.trackers:
+
+        def give(tracker: Any) -> None:
             with Image.open(grid) as image:
-                pixels = np.asarray(image.convert("RGB"))
-            self._pass(step, lambda tracker: _log_image(tracker, pixels, step))
+                _log_image(tracker, np.asarray(image.convert("RGB")), step)
+
+        self._pass(step, give)
 
     def finish_trackers(self, step: int) -> None:
         """Closes the trackers."""

@@ -125,7 +125,7 @@ class Trainer:
             self.terminal.print(f"time left about {as_time(rest)}: {describe_times(seconds)}")
 
     def begin(self) -> None:
-        """Evaluates the base; or the validation loss and the grid of a checkpoint that a signal postponed."""
+        """Measures the loss of the base; of a checkpoint, what a signal postponed: its loss and its grid."""
         if self.accelerator.is_main_process:
             self.run.take_requests()  # of a process before this one
         if self._lacks("heldout"):
