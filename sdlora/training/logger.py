@@ -118,11 +118,17 @@ class MetricLogger:
 
 
 def _log_image(tracker: Any, pixels: Any, step: int) -> None:
-    """Logs an image, (H, W, 3) uint8; accelerate's `log_images` passes it on as each library takes it."""
+    """Logs an image, (H, W, 3) uint8, by accelerate's `log_images`, or as the library itself does it."""
     if tracker.name == "tensorboard":
         tracker.log_images({"samples": pixels[None]}, step=step, dataformats="NHWC")
     elif tracker.name == "trackio":
         tracker.log({"samples": import_module("trackio").Image(pixels)}, step=step)
+    elif tracker.name == "mlflow":
+        import_module("mlflow").log_image(pixels, key="samples", step=step)
+    elif tracker.name == "comet_ml":
+        tracker.tracker.log_image(pixels, name="samples", step=step)
+    elif tracker.name == "dvclive":
+        tracker.tracker.log_image(f"samples/step-{step:06d}.png", pixels)
     elif hasattr(tracker, "log_images"):
         is_one = tracker.name in ("aim", "clearml")
         tracker.log_images({"samples": pixels if is_one else [pixels]}, step=step)

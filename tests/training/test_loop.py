@@ -8,6 +8,7 @@ import random
 import re
 import socket
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -442,22 +443,49 @@ def test_trackers(make_images, small, tmp_path):
         assert tag in written
 
 
+# As seen with mlflow 3.17, comet_ml 3.58 and dvclive 3.49, which are not installed here.
 @pytest.mark.parametrize(
-    ("name", "method"),
-    [("wandb", "log_images"), ("clearml", "log_images"), ("trackio", "log"), ("mlflow", None)],
+    ("name", "shape"),
+    [
+        ("wandb", (1, 5, 9, 3)),
+        ("clearml", (5, 9, 3)),
+        ("trackio", (5, 9, 3)),
+        ("mlflow", (5, 9, 3)),
+        ("comet_ml", (5, 9, 3)),
+        ("dvclive", (5, 9, 3)),
+        ("unknown", None),
+    ],
 )
-def test_grids_go_to_every_tracker(make_images, small, make_trainer, tmp_path, monkeypatch, name, method):
+def test_grids_go_to_every_tracker(make_images, small, make_trainer, tmp_path, monkeypatch, name, shape):
     """R-45: as each library takes them, one that takes none is left out; a failure is a warning."""
     logger = make_trainer(small(make_images()), tmp_path / "run").logger
-    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Image=lambda pixels: pixels))
     grid, got = tmp_path / "grid.png", []
     Image.new("RGB", (9, 5), "red").save(grid)
-    methods = {method: lambda values, step: got.append((step, np.shape(values["samples"])))} if method else {}
+
+    def log(values, *, step):
+        got.append((step, np.shape(values["samples"])))
+
+    def log_named(pixels, *, step, **names):
+        assert set(names.values()) == {"samples"}
+        log({"samples": pixels}, step=step)
+
+    def log_file(file, pixels):
+        log({"samples": pixels}, step=int(Path(file).stem.removeprefix("step-")))
+
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Image=lambda pixels: pixels))
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(log_image=log_named))
+    methods = {
+        "wandb": {"log_images": log},
+        "clearml": {"log_images": log},
+        "trackio": {"log": log},
+        "comet_ml": {"tracker": SimpleNamespace(log_image=log_named)},
+        "dvclive": {"tracker": SimpleNamespace(log_image=log_file)},
+    }
     broken = SimpleNamespace(name="wandb", log_images=lambda *_, **__: 1 / 0)
-    monkeypatch.setattr(logger.accelerator, "trackers", [broken, SimpleNamespace(name=name, **methods)])
+    tracker = SimpleNamespace(name=name, **methods.get(name, {}))
+    monkeypatch.setattr(logger.accelerator, "trackers", [broken, tracker])
     logger.track_grid(3, grid)
-    shape = {"wandb": (1, 5, 9, 3), "clearml": (5, 9, 3), "trackio": (5, 9, 3)}
-    assert got == ([(3, shape[name])] if method else [])
+    assert got == ([(3, shape)] if shape else [])
     assert [event["step"] for event in logger.run.events("warning")] == [3]
 
 
