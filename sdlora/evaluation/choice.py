@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.evaluation.heldout import HeldoutLoss
-from sdlora.evaluation.scores import Draws, Interval
+from sdlora.evaluation.scores import Accuracy, Draws, Interval
 from sdlora.report.summary import MIN_IMAGES
 
 MIN_CONTENT, MANY_COPIES = 0.5, 0.25
@@ -28,6 +28,8 @@ class Cell:
         content: How far it still shows what the base shows for the same prompt and seed: 1 as well, 0 not.
         diversity: Differences between images, over those between the base's.
         copies: Share of images that are copies of a training image; see `CopyCheck`.
+        prompts_found: Share of images whose own prompt is the most like them of all; None if the features
+            read no text.
         loss: Held-out loss; None without held-out images.
         loss_change: Its relative change from the base's; None below `MIN_IMAGES`.
     """
@@ -38,6 +40,7 @@ class Cell:
     content: Draws
     diversity: Draws
     copies: float
+    prompts_found: Draws | None = None
     loss: HeldoutLoss | None = None
     loss_change: Interval | None = None
 
@@ -54,6 +57,8 @@ class Cell:
 
     def to_json(self) -> dict[str, Any]:
         scores = {name: asdict(getattr(self, name).interval) for name in ("style", "content", "diversity")}
+        if self.prompts_found:
+            scores["prompts_found"] = asdict(self.prompts_found.interval)
         loss = {"loss": self.loss.loss, "by_band": self.loss.by_band} if self.loss else {"loss": None}
         change = asdict(self.loss_change) if self.loss_change else None
         facts = {"step": self.step, "strength": self.strength, "copies": self.copies}
@@ -82,7 +87,8 @@ class Facts:
 
     Args:
         features: Name of the features.
-        is_validated: Whether they are known to be right for this base and these images.
+        is_validated: Whether they are meant for this base and these images.
+        accuracy: How often they are right on images whose style and content are known.
         training: Number of training images.
         heldout: Number of held-out images.
         captions: The training captions that differ.
@@ -92,6 +98,7 @@ class Facts:
 
     features: str
     is_validated: bool
+    accuracy: Accuracy
     training: int
     heldout: int
     captions: Sequence[str]
@@ -123,7 +130,8 @@ class Choice:
     @property
     def missing(self) -> str:
         """What is missing for a recommendation; empty if nothing is."""
-        return why_unranked(self.facts.features, self.facts.is_validated, self.facts.prompts)
+        facts = self.facts
+        return why_unranked(facts.features, facts.is_validated, facts.prompts, facts.accuracy)
 
     @property
     def ties(self) -> list[Cell]:
@@ -222,6 +230,7 @@ class Choice:
             "ties": [{"step": cell.step, "strength": cell.strength} for cell in self.ties] if best else [],
             "warnings": self.warnings,
             "features": self.facts.features,
+            "features_right": asdict(self.facts.accuracy),
             "bleed": asdict(probe.bleed.interval) if probe and probe.bleed else None,
             "copies_of_captions": list(probe.copies) if probe else None,
             "cells": [cell.to_json() for cell in self.cells],
@@ -232,13 +241,18 @@ class Choice:
             "scores            style: 0% the base, 100% real images; content and diversity: 100% as the base",
             "cell              style  content  diversity  copies  held-out loss",
         ]
+        has_texts = self.cells[0].prompts_found is not None
+        if has_texts:
+            lines[1] += "  prompts found"
         for cell in self.cells:
             mark = "*" if cell is self.best else " "
             loss = f"{cell.loss.loss:.3g}" if cell.loss else "-"
             scores = f"{cell.style!s:>5}  {cell.content!s:>7}  {cell.diversity!s:>9}"
-            lines.append(f"{mark} {cell.name:<14}  {scores}  {cell.copies:>6.0%}  {loss}")
+            found = f"{'':>{13 - len(loss)}}  {cell.prompts_found!s:>13}" if has_texts else ""
+            lines.append(f"{mark} {cell.name:<14}  {scores}  {cell.copies:>6.0%}  {loss}{found}")
         if self.probe and self.probe.bleed:
             lines.append(f"without trigger   {self.probe.bleed} of the way to the style")
+        lines.append(f"features          {self.facts.features}, right for {self.facts.accuracy}")
         lines += [f"warning           {text}" for text in self.warnings]
         lines.append(f"recommended       {self.reason}")
         if self.curve:
@@ -251,7 +265,7 @@ def top_cell(cells: Sequence[Cell]) -> Cell:
     return max(cells, key=lambda cell: (max(cell.score.value, 0), cell.content.value))
 
 
-def why_unranked(features: str, is_validated: bool, prompts: int) -> str:
+def why_unranked(features: str, is_validated: bool, prompts: int, accuracy: Accuracy | None = None) -> str:
     """What is missing to rank by scores; empty if nothing is. The arguments are as in `Facts`."""
     if not is_validated:
         return (
@@ -260,6 +274,8 @@ def why_unranked(features: str, is_validated: bool, prompts: int) -> str:
         )
     if prompts < MIN_PROMPTS:
         return f"{prompts} different prompts are too few; pass {MIN_PROMPTS} (--prompt)"
+    if accuracy and accuracy.problem:
+        return f"the features {features!r} {accuracy.problem}; pass others (--features)"
     return ""
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from sdlora.data.records import spread
@@ -15,7 +16,9 @@ from sdlora.evaluation.evaluate import remove_trigger
 from sdlora.evaluation.features import DRAWING, Features, load_features
 from sdlora.evaluation.heldout import HeldoutLoss
 from sdlora.evaluation.scores import (
+    Accuracy,
     CopyCheck,
+    Draws,
     Reference,
     Weights,
     content_kept,
@@ -117,7 +120,9 @@ class Scoring:
     def score(self, drawn: Mapping[Place, Sequence[Image.Image]]) -> list[Cell]:
         """The scores of all cells, by the images of each and of the base, in the order of the rows."""
         base, count = drawn[None], len(self.walk.prompts)
-        offsets, shown = self.reference.offsets(base), self.features.content(base)
+        style, shown = self.features.style(base), self.features.content(base)
+        offsets = self.reference.offsets(base, style)
+        self.accuracy = Accuracy.measure(self.reference.rows, style, shown, count)
         cells = []
         for step, strength in self.walk.cells:
             images = drawn[step, strength]
@@ -130,9 +135,21 @@ class Scoring:
                     self.weights.mean(content_kept(self.features, shown, content, count)),
                     diversity(self.weights, shown, content),
                     float(self.copies.copied(images, base).mean()),
+                    self._prompts_found(images),
                 )
             )
         return cells
+
+    def _prompts_found(self, images: Sequence[Image.Image]) -> Draws | None:
+        """The share of images whose own prompt is most like them (R-precision, as in arXiv 1711.10485)."""
+        prompts, trigger = self.walk.prompts, self.context.config.data.trigger
+        # A vision model does not know the trigger.
+        texts = [remove_trigger(prompt, trigger) or prompt for prompt in prompts] if trigger else prompts
+        likeness = self.features.likeness(images, texts)
+        if likeness is None:
+            return None
+        own = np.repeat(np.arange(len(prompts)), len(self.walk.seeds))
+        return self.weights.mean((likeness.argmax(axis=1) == own).astype(np.float64))
 
     def _with_loss(self, cell: Cell, gallery: Gallery, before: HeldoutLoss) -> Cell:
         """The cell with its held-out loss, and the change from the base's."""
@@ -146,6 +163,7 @@ class Scoring:
         return Facts(
             features=self.features.name,
             is_validated=is_model or info.is_builtin,
+            accuracy=self.accuracy,
             training=len(context.training),
             heldout=len(context.records),
             captions=sorted({caption for record in context.training for caption in record.captions}),

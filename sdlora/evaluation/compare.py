@@ -13,7 +13,7 @@ from sdlora.errors import ConfigError, SdloraError, first_line
 from sdlora.evaluation.choice import MAX_TRAINING, describe_few, why_unranked
 from sdlora.evaluation.context import MAX_IMAGES, load_cropped
 from sdlora.evaluation.features import DRAWING, Features, load_features
-from sdlora.evaluation.scores import Interval, Reference, Weights, content_kept, style_gain
+from sdlora.evaluation.scores import Accuracy, Interval, Reference, Weights, content_kept, style_gain
 from sdlora.report.plots import draw_loss_curves
 from sdlora.report.summary import SPLITS, describe_limits, losses_of
 from sdlora.sampling.generate import Column
@@ -253,11 +253,16 @@ def score_columns(
             if not column.stack
         }
         shown = {number: features.content(images[number]) for number in bases.values()}
+        styles = {number: features.style(images[number]) for number in bases.values()}
         offsets = {
-            (path, number): reference.offsets(images[number])
+            (path, number): reference.offsets(images[number], styles[number])
             for path, reference in references.items()
             for number in bases.values()
         }
+        for path, number in offsets:
+            known = references[path].rows, styles[number], shown[number]
+            if problem := Accuracy.measure(*known, len(plan.prompts)).problem:
+                notes.append(f"do not trust the scores of {path.name}: {features.name!r} {problem}")
         for column, own, made in zip(plan.columns, drawn, images, strict=True):
             number = bases.get(column.trigger or plan.trigger, 0)
             subject = next((one for one in plan.subjects if one.is_shown_in(column)), None)

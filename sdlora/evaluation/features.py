@@ -15,7 +15,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModel, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+)
 
 from sdlora.errors import ModelError, first_line
 from sdlora.formats.container import read_tensors
@@ -64,6 +71,9 @@ class Features(Protocol):
     def content(self, images: Sequence[Image.Image]) -> Rows:
         """What images show and where, (N, E), compared by cosine."""
 
+    def likeness(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Rows | None:
+        """The cosine of each image and each text, (N, T); None if the features read no text."""
+
 
 class DrawingFeatures:
     """Features without weights, for drawings on a plain ground.
@@ -84,12 +94,16 @@ class DrawingFeatures:
     def content(self, images: Sequence[Image.Image]) -> Rows:
         return np.stack([_gradients(_pixels(image, SIDE_PX // 2)) for image in images])
 
+    def likeness(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Rows | None:
+        return None
+
 
 class ModelFeatures:
     """A vision model of transformers, such as CLIP or DINOv2, from a local folder or the Hub.
 
     Style: mean and standard deviation of each channel over the patches of a middle layer (AdaIN's
-    statistics, arXiv 1703.06868). Content: the model's embedding of the image.
+    statistics, arXiv 1703.06868). Content: the model's embedding of the image. CLIP also reads texts, if its
+    tokenizer is there.
 
     Args:
         source: A folder, or a Hub id. Code that comes with a model is never run.
@@ -100,6 +114,7 @@ class ModelFeatures:
     """
 
     content_scale: tuple[float, float] | None = None
+    tokenizer: Any = None
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:
         self.name, self.device = str(source), device
@@ -119,14 +134,33 @@ class ModelFeatures:
             remedy = "use a folder or Hub id of a CLIP or DINOv2 model with safetensors weights, or CSD's"
             problem = f"--features {source} cannot be loaded ({first_line(error)}); {remedy}"
             raise ModelError(problem, key="option--features") from None
+        model.eval().requires_grad_(False).to(device)
         # Of a model of images and texts, the part for images.
-        self.model: Any = getattr(model, "vision_model", model).eval().requires_grad_(False).to(device)
+        self.model: Any = getattr(model, "vision_model", model)
+        if isinstance(model, CLIPModel):
+            self.both = model
+            # A folder may hold the part for images alone.
+            with suppress(OSError, ValueError):
+                self.tokenizer = AutoTokenizer.from_pretrained(
+                    source, trust_remote_code=False, local_files_only=is_local
+                )
 
     def style(self, images: Sequence[Image.Image]) -> Rows:
         return np.concatenate([self._run(part)[0] for part in _batches(images)])
 
     def content(self, images: Sequence[Image.Image]) -> Rows:
         return np.concatenate([self._run(part)[1] for part in _batches(images)])
+
+    @torch.no_grad()
+    def likeness(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Rows | None:
+        if self.tokenizer is None:
+            return None
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        pooled = self.both.text_model(**tokens.to(self.device)).pooler_output
+        weight = self.both.visual_projection.weight.double().cpu().numpy()
+        said = self.both.text_projection(pooled).double().cpu().numpy()
+        result: Rows = unit_rows(self.content(images) @ weight.T) @ unit_rows(said).T
+        return result
 
     @torch.no_grad()
     def _run(self, images: Sequence[Image.Image]) -> tuple[Rows, Rows]:

@@ -19,6 +19,7 @@ NUM_DRAWS, TAIL = 4000, 2.5
 SAME_IMAGE = 0.01
 # Share of the distance to any other image at which an image is a copy, a ratio as in arXiv 2301.13188.
 NEARER = 0.5
+MIN_STYLE_ACCURACY, MIN_CONTENT_ACCURACY = 0.75, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +124,66 @@ class Reference:
         count = len(images)
         self.noise = float(self.rows.var(axis=0, ddof=1).sum() / count) if count > 1 else 0.0
 
-    def offsets(self, images: Sequence[Image.Image]) -> Rows:
-        """Style of images less that of the set, (N, D)."""
-        style, total, count = self.features.style(images), self.rows.sum(axis=0), len(self.rows)
+    def offsets(self, images: Sequence[Image.Image], style: Rows | None = None) -> Rows:
+        """Style of images less that of the set, (N, D); `style` is what the features say, if it is known."""
+        style = self.features.style(images) if style is None else style
+        total, count = self.rows.sum(axis=0), len(self.rows)
         if not self.leave_one_out or count < 2:
             whole: Rows = style - total / count
             return whole
         nearest = _distances(thumbnails(images), self.thumbnails).argmin(axis=1)
         offsets: Rows = style - (total - self.rows[nearest]) / (count - 1)
         return offsets
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How often features are right where the truth is known, which a recommendation rests on.
+
+    Args:
+        style: Share of the set's real images and of the base's own that are nearer in style to the others of
+            their kind than to the other kind; 0.5 is chance.
+        content: Share of the base's images that are most like one of the same prompt, by another seed; None
+            with a single seed.
+    """
+
+    style: float
+    content: float | None
+
+    @classmethod
+    def measure(cls, real: Rows, style: Rows, content: Rows, num_prompts: int) -> Accuracy:
+        """By the style of the set's images, and style and content of the base's in the order of the rows."""
+        right = (_share_nearer(real, style) + _share_nearer(style, real)) / 2
+        num_seeds = len(content) // num_prompts
+        if num_seeds < 2:
+            return cls(right, None)
+        own = unit_rows(content - content.mean(axis=0))
+        likeness = own @ own.T
+        np.fill_diagonal(likeness, -np.inf)
+        prompts = np.arange(len(content)) // num_seeds
+        return cls(right, float((prompts[likeness.argmax(axis=1)] == prompts).mean()))
+
+    @property
+    def problem(self) -> str:
+        """What features that are too often wrong cannot tell; empty for others."""
+        if self.style < MIN_STYLE_ACCURACY:
+            return f"tell the set's images from the base's in only {self.style:.0%} of cases (chance: 50%)"
+        if self.content is not None and self.content < MIN_CONTENT_ACCURACY:
+            return f"are right about what the base's images show in only {self.content:.0%} of cases"
+        return ""
+
+    def __str__(self) -> str:
+        style = f"{self.style:.0%} of images by style"
+        return style if self.content is None else f"{style}, {self.content:.0%} by content"
+
+
+def _share_nearer(rows: Rows, others: Rows) -> float:
+    """The share of rows that are nearer to the mean of the other rows than to that of `others`."""
+    if len(rows) < 2:
+        return 0.5
+    rest = (rows.sum(axis=0) - rows) / (len(rows) - 1)
+    away = np.linalg.norm(rows - others.mean(axis=0), axis=1)
+    return float((np.linalg.norm(rows - rest, axis=1) < away).mean())
 
 
 def style_gain(weights: Weights, reference: Reference, base: Rows, cell: Rows) -> Draws:

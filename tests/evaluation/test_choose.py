@@ -13,6 +13,7 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    CLIPTokenizer,
     Dinov2Config,
     Dinov2Model,
 )
@@ -28,6 +29,7 @@ from sdlora.evaluation.walk import check_wanted, plan_walk
 from sdlora.formats.files import load_adapter
 from sdlora.training.train import train
 from tests.checks import raises
+from tests.conftest import WORDS
 from tests.evaluation.test_scores import draw
 
 KEYS = {
@@ -155,12 +157,42 @@ def test_a_vision_model_from_a_folder(vision_folder):
         assert abs(rows[0] - rows[1]).max() > 1e-6
 
 
-def test_a_vision_model_decides_on_any_base(run, vision_folder):
+def test_a_vision_model_decides_if_it_can_tell(run, vision_folder, monkeypatch):
+    """R-13: random weights are refused, by what they get wrong on the run's own images."""
     prompts = [f"dotty, a circle {number}" for number in range(4)]
     cells = {"steps": ["final"], "strengths": [0.5], "prompts": prompts, "seeds": [0, 1]}
     choice = choose(run, features=str(vision_folder), **cells)
     assert choice.facts.features == str(vision_folder)
+    assert "--features" in choice.missing
+    assert choice.best is None
+    assert choice.to_json()["features_right"] == asdict(choice.facts.accuracy)
+    monkeypatch.setattr("sdlora.evaluation.scores.MIN_STYLE_ACCURACY", 0.0)
+    monkeypatch.setattr("sdlora.evaluation.scores.MIN_CONTENT_ACCURACY", 0.0)
     assert choice.missing == ""
+
+
+def test_clip_reads_prompts(run, tmp_path):
+    """R-13: as transformers compares images and texts; each cell tells whose own prompt is the nearest."""
+    tokenizer = CLIPTokenizer.from_pretrained(WORDS)
+    tokenizer.save_pretrained(tmp_path)
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    text = {**small, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    vision = {**small, "patch_size": 8, "image_size": 32}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    model.save_pretrained(tmp_path)
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    processor.save_pretrained(tmp_path)
+    images, texts = [draw(number) for number in range(3)], ["a red circle", "a cat"]
+    pixels = processor(images=images, return_tensors="pt")
+    with torch.no_grad():
+        told = model(**tokenizer(texts, padding=True, return_tensors="pt"), **pixels).logits_per_image
+    likeness = ModelFeatures(tmp_path).likeness(images, texts)
+    assert likeness == pytest.approx((told / model.logit_scale.exp()).detach().numpy(), abs=1e-5)
+    choice = choose(run, features=str(tmp_path), steps=["final"], strengths=[0.5], seeds=[0])
+    [cell] = choice.to_json()["cells"]
+    assert 0 <= cell["prompts_found"]["value"] <= 1
+    assert any("prompts found" in line for line in choice.lines())
 
 
 @pytest.mark.parametrize("vision_folder", ["clip"], indirect=True)
@@ -175,7 +207,9 @@ def test_compare_scores_as_evaluate(run, vision_folder, tmp_path):
     assert one.style.value == pytest.approx(cell.style.value, abs=0.02)
     assert one.content.value == pytest.approx(cell.content.value, abs=0.02)
     assert (both.style, both.content is None) == (None, False)
-    assert "no style score of" in result.notes[-1]
+    assert any("no style score of" in note for note in result.notes)
+    # Random weights are not to be trusted.
+    assert any(str(features) in note for note in result.notes)
     written = json.loads((tmp_path / "out" / "compare.json").read_text())["scores"]
     assert written[0]["style"] == asdict(one.style)
     height = Image.open(result.grids[0]).height

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageOps
 from sdlora.evaluation.choice import Cell, Choice, Facts, Probe
 from sdlora.evaluation.features import DrawingFeatures, thumbnails
 from sdlora.evaluation.scores import (
+    Accuracy,
     CopyCheck,
     Draws,
     Reference,
@@ -114,6 +115,24 @@ def test_what_is_near_to_several_images_is_no_copy():
     assert not check.copied(between).any()
 
 
+def test_features_are_tried_on_what_is_known():
+    """R-13: two kinds and two prompts that features tell apart, and noise that they do not."""
+    random = np.random.default_rng(0)
+    kinds = [random.standard_normal((12, 4)) + place for place in (4, -4)]
+    things = np.repeat(random.standard_normal((6, 8)), 2, axis=0)
+    shown = things + 0.01 * random.standard_normal((12, 8))
+    good = Accuracy.measure(*kinds, shown, 6)
+    assert (good.style, good.content, good.problem) == (1.0, 1.0, "")
+    # With one seed, nothing is known of content.
+    assert Accuracy.measure(*kinds, shown, 12).content is None
+    noise = random.standard_normal((2, 200, 4))
+    poor = Accuracy.measure(*noise, random.standard_normal((200, 8)), 100)
+    assert poor.style == pytest.approx(0.5, abs=0.1)
+    assert poor.content == pytest.approx(1 / 199, abs=0.05)
+    assert "chance" in poor.problem
+    assert Accuracy(0.9, 0.1).problem
+
+
 def score(value: float, spread: float = 0.01, seed: int = 0) -> Draws:
     return Draws(value, value + spread * np.random.default_rng(seed).standard_normal(400))
 
@@ -123,7 +142,7 @@ def cell(step: int | str, strength: float, style: float, content: float, **chang
     return replace(one, **changes)
 
 
-FACTS = Facts("drawing", True, 60, 20, ["a cat", "a dog"], 8, (1e-3, 1e-3))
+FACTS = Facts("drawing", True, Accuracy(0.95, 0.8), 60, 20, ["a cat", "a dog"], 8, (1e-3, 1e-3))
 CELLS = [
     cell(100, 0.6, 0.2, 1.0),
     cell(100, 1.0, 0.4, 0.9),
@@ -149,7 +168,12 @@ def test_the_best_is_neither_the_base_nor_a_smear():
 
 @pytest.mark.parametrize(
     ("facts", "shows"),
-    [({"is_validated": False}, "--features"), ({"prompts": 2}, "--prompt")],
+    [
+        ({"is_validated": False}, "--features"),
+        ({"prompts": 2}, "--prompt"),
+        ({"accuracy": Accuracy(0.6, 0.8)}, "--features"),
+        ({"accuracy": Accuracy(0.95, 0.1)}, "--features"),
+    ],
 )
 def test_no_recommendation_without_what_it_needs(facts, shows):
     """R-13: it says what is missing instead."""
