@@ -45,7 +45,7 @@ MAY_BE_FALSE = {"trust_remote_code", "allow_pickle"}
 # Who may use what else could harm, and what for.
 ALLOWED = {
     # npm, to fetch drawings when the base is made anew; the page starts sdlora itself
-    "subprocess": {"builtin/icons.py", "studio/launch.py", "studio/looks.py"},
+    "subprocess": {"builtin/icons.py", "studio/launch.py", "studio/sample_pages.py"},
     # the host's own name; the page listens before its address is printed
     "socket": {"training/distributed.py", "cli/studio.py"},
     # models/info.py only asks whether bitsandbytes is there, and data/images.py where matplotlib's fonts are
@@ -74,11 +74,11 @@ ALLOWED = {
     "ctypes": {"models/base.py"},  # glibc's malloc_trim and mallopt
 }
 # Scripts that made the built-in base, not in the wheel: arrays of their own, and a compiled network.
-# data/looks.py reads its own cache, without pickles.
+# data/image_checks.py reads its own cache, without pickles.
 SCRIPTS = {
     "builtin/bank.py": {"np.load", "np.save"},
     "builtin/make_base.py": {"np.load", "torch.compile"},
-    "data/looks.py": {"np.load"},
+    "data/image_checks.py": {"np.load"},
     # train.compile: the machine's own compiler, on the network's operations, and nothing of a file
     "models/stable_diffusion.py": {"torch.compile"},
 }

@@ -29,8 +29,8 @@ from sdlora.evaluation.choice import top_cell
 from sdlora.evaluation.choose import Scoring
 from sdlora.evaluation.context import open_context
 from sdlora.evaluation.features import load_features
-from sdlora.evaluation.scores import TAIL, Draws, Weights
-from sdlora.evaluation.walk import Gallery, Place, Row, Walk
+from sdlora.evaluation.scores import TAIL, BootstrapWeights, Score
+from sdlora.evaluation.sweep import Row, SampleGallery, Sweep, SweepPoint
 from sdlora.runs import RunFolder
 from sdlora.writing import write_json
 
@@ -61,9 +61,9 @@ def concept_of(prompt: str, trigger: str | None) -> str:
 
 def read_truth(
     judge: Judge, run: RunFolder, unseen: Sequence[Image.Image], *, counts: bool = False
-) -> dict[Cell, Draws]:
+) -> dict[Cell, Score]:
     """The truth of each cell of an evaluated run, by the images that `evaluate` drew."""
-    images: dict[Place, list[Image.Image]] = defaultdict(list)
+    images: dict[SweepPoint, list[Image.Image]] = defaultdict(list)
     rows: dict[Row, None] = {}
     for entry in _choice_of(run)["images"]:
         rows[entry["prompt"], entry["seed"]] = None
@@ -75,7 +75,7 @@ def read_truth(
 
 def draw_again(
     judge: Judge, run: RunFolder, unseen: Sequence[Path], cells: Sequence[Cell], num_seeds: int
-) -> tuple[dict[Cell, Draws], Cell]:
+) -> tuple[dict[Cell, Score], Cell]:
     """The truth of all cells by new samples, for captions of unseen drawings that are no prompts yet.
 
     And the cell that `evaluate` recommends by these samples.
@@ -84,24 +84,24 @@ def draw_again(
     captions = [file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in unseen]
     prompts = [", ".join(filter(None, (trigger, caption))) for caption in captions]
     steps, strengths = (list(dict.fromkeys(values)) for values in zip(*cells, strict=True))
-    walk = Walk(steps, strengths, [one for one in prompts if one not in used], range(num_seeds))
+    sweep = Sweep(steps, strengths, [one for one in prompts if one not in used], range(num_seeds))
     context = open_context(run, needs_heldout=False)
-    drawn = Gallery(context).draw([None, *walk.cells], walk.rows)
-    scored = Scoring(context, walk, load_features(None, context.base.device)).score(drawn)
+    drawn = SampleGallery(context).draw([None, *sweep.cells], sweep.rows)
+    scored = Scoring(context, sweep, load_features(None, context.base.device)).score(drawn)
     best = top_cell(scored)
-    truth = measure_truth(judge, drawn, walk.rows, [open_rgb(file) for file in unseen], trigger)
+    truth = measure_truth(judge, drawn, sweep.rows, [open_rgb(file) for file in unseen], trigger)
     return truth, (best.step, best.strength)
 
 
 def measure_truth(
     judge: Judge,
-    images: Mapping[Place, Sequence[Image.Image]],
+    images: Mapping[SweepPoint, Sequence[Image.Image]],
     rows: Sequence[Row],
     unseen: Sequence[Image.Image],
     trigger: str | None,
     *,
     counts: bool = False,
-) -> dict[Cell, Draws]:
+) -> dict[Cell, Score]:
     """The truth of each cell, with paired bootstrap draws over prompts and seeds.
 
     Args:
@@ -113,7 +113,7 @@ def measure_truth(
         counts: Whether samples count by the most probable thing.
     """
     concepts = [concept_of(prompt, trigger) for prompt, _ in rows]
-    weights = Weights.draw(len(set(concepts)), len(rows) // len(set(concepts)), NUM_DRAWS)
+    weights = BootstrapWeights.draw(len(set(concepts)), len(rows) // len(set(concepts)), NUM_DRAWS)
     goal = line_statistics(judge, unseen).mean(axis=0)
     start = np.linalg.norm(weights.rows @ line_statistics(judge, images[None]) - goal, axis=1)
     truth = {}
@@ -126,7 +126,7 @@ def measure_truth(
         else:
             found = np.array(probabilities(judge, own, concepts))
         product = np.maximum(0, 1 - way / start) * (weights.rows @ found)
-        truth[cell] = Draws(float(product[0]), product[1:])
+        truth[cell] = Score(float(product[0]), product[1:])
     return truth
 
 
@@ -155,7 +155,7 @@ def compare_choice(judge: Judge, run: RunFolder, unseen: Sequence[Path], num_see
     return row | {"reason": choice["reason"], "warnings": choice["warnings"]}
 
 
-def compare_with_best(truth: Mapping[Cell, Draws], chosen: Cell) -> dict[str, Any]:
+def compare_with_best(truth: Mapping[Cell, Score], chosen: Cell) -> dict[str, Any]:
     """The best cell, and the share of its truth that the chosen one has, with its 95 % interval."""
     best = max(truth, key=lambda cell: truth[cell].value)
     result: dict[str, Any] = {

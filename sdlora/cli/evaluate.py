@@ -47,7 +47,7 @@ def evaluate(
     from sdlora.evaluation.choose import choose
     from sdlora.evaluation.evaluate import evaluate as measure
     from sdlora.evaluation.page import write_report
-    from sdlora.evaluation.walk import check_wanted
+    from sdlora.evaluation.sweep import check_wanted
     from sdlora.report.terminal import Terminal
 
     wanted = {"steps": saved, "strengths": chosen, "prompts": texts.get("prompts", [])}

@@ -30,8 +30,8 @@ DTYPES = {"F32", "F16", "BF16"}
 TensorShapes = dict[str, tuple[int, ...]]
 LATENTS, TEXT, IMAGES, LOOKS = "latents", "text", "images", "looks"
 ENDINGS = {LATENTS: ".safetensors", TEXT: ".safetensors", IMAGES: ".png", LOOKS: ".npz"}
-"""Kinds of entries: tensors, which this module reads and writes, the base's
-images (`sampling.store`), and measures of training images (`data.looks`). `data.sources` adds folders."""
+"""Kinds of entries: tensors, which this module reads and writes, the base's images (`sampling.store`), and
+measures of training images (`data.image_checks`). `data.sources` adds folders."""
 
 
 SPEEDS, COSTS, CHECKED = "speed.json", "costs.json", "checked.json"

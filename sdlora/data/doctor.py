@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw
 from sdlora.config import DataSection, RunConfig
 from sdlora.data.buckets import MERGE_LOSS, BucketPlan
 from sdlora.data.findings import CountTokens, examine, largest_first
+from sdlora.data.image_checks import cache_file, examine_images, measure_records
 from sdlora.data.images import crop_image, label_font, load_image
-from sdlora.data.looks import cache_file, examine_looks, measure_records
 from sdlora.data.masks import shade_outside
 from sdlora.data.records import DatasetIndex, Finding, ImageRecord, count_of
 from sdlora.data.scan import read_dataset
@@ -70,7 +70,7 @@ def check_images(
 ) -> Checkup:
     """Examines the image folder of a run, and draws a contact sheet if a path is given.
 
-    Given a cache folder, it looks at the images themselves too, which takes a while (`data.looks`).
+    Given a cache folder, it looks at the images themselves too, which takes a while (`data.image_checks`).
 
     Raises:
         DataError: If the folder is missing or has no image to train on.
@@ -85,7 +85,7 @@ def check_images(
     if cache is not None:
         file = cache_file(cache, index.root, config.data.background)
         records = [*index.records, *index.heldout]
-        examine_looks(index, measure_records(records, config.data.background, file))
+        examine_images(index, measure_records(records, config.data.background, file))
     findings = examine(index, buckets, config.data, count_tokens)
     if sheet is not None:
         drawing = contact_sheet(index, buckets, config.data)

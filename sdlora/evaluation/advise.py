@@ -15,7 +15,7 @@ from sdlora.evaluation.context import EvaluationContext, load_cropped, open_cont
 from sdlora.evaluation.evaluate import image_distances, mean_distance
 from sdlora.evaluation.features import DRAWING, Features, load_features
 from sdlora.evaluation.heldout import HeldoutLoss
-from sdlora.evaluation.scores import Draws, Interval, Reference, Weights, ratio_interval, style_gain
+from sdlora.evaluation.scores import BootstrapWeights, Interval, Reference, Score, ratio_interval, style_gain
 from sdlora.export.export import export_adapter
 from sdlora.lora.adapter import Adapter
 from sdlora.rank.resize import resize
@@ -246,11 +246,11 @@ def _measure(
 
 def _style_gains(
     context: EvaluationContext, features: Features, bare: list[Tensor], samples: Sequence[list[Tensor]]
-) -> list[Draws]:
+) -> list[Score]:
     """The style gain of the samples of each rank, as `evaluate` measures it."""
     drawings = [load_cropped(record, context.config, context.plan) for record in context.records]
     reference = Reference(features, drawings, leave_one_out=False)
-    weights = Weights.draw(len(bare), 1)
+    weights = BootstrapWeights.draw(len(bare), 1)
     pixels = [[((one + 1) * 127.5).round().clamp(0, 255).byte() for one in rows] for rows in (bare, *samples)]
     images = [[Image.fromarray(one.permute(1, 2, 0).numpy()) for one in rows] for rows in pixels]
     before, *after = map(reference.offsets, images)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.evaluation.heldout import HeldoutLoss
-from sdlora.evaluation.scores import Accuracy, Draws, Interval
+from sdlora.evaluation.scores import Accuracy, Interval, Score
 from sdlora.report.summary import MIN_IMAGES
 
 MIN_CONTENT, MANY_COPIES = 0.5, 0.25
@@ -36,20 +36,20 @@ class Cell:
 
     step: int | str
     strength: float
-    style: Draws
-    content: Draws
-    diversity: Draws
+    style: Score
+    content: Score
+    diversity: Score
     copies: float
-    prompts_found: Draws | None = None
+    prompts_found: Score | None = None
     loss: HeldoutLoss | None = None
     loss_change: Interval | None = None
 
     @property
-    def score(self) -> Draws:
+    def score(self) -> Score:
         """Style × content², by which cells are compared: no threshold that noise would decide about."""
         content = self.content
         weights = content.value**CONTENT_WEIGHT, content.draws**CONTENT_WEIGHT
-        return Draws(self.style.value * weights[0], self.style.draws * weights[1])
+        return Score(self.style.value * weights[0], self.style.draws * weights[1])
 
     @property
     def name(self) -> str:
@@ -66,7 +66,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Probe:
+class SpotChecks:
     """What only single cells are asked.
 
     Args:
@@ -78,11 +78,11 @@ class Probe:
 
     copies: tuple[int, int]
     name: str
-    bleed: Draws | None = None
+    bleed: Score | None = None
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunFacts:
     """What a verdict rests on, apart from the scores.
 
     Args:
@@ -111,8 +111,8 @@ class Choice:
     """The cells of a run, and the recommended one."""
 
     cells: Sequence[Cell]
-    facts: Facts
-    probe: Probe | None = None
+    facts: RunFacts
+    spot_checks: SpotChecks | None = None
     curve: Path | None = None
     exported: Path | None = None
 
@@ -195,10 +195,10 @@ class Choice:
                 f"{worst.copies:.0%} of the samples of {worst.name} are copies of training images; "
                 "use an earlier step, or train on more images"
             )
-        if self.probe and self.probe.copies[0] >= MANY_COPIES * self.probe.copies[1]:
-            copies, drawn = self.probe.copies
+        if self.spot_checks and self.spot_checks.copies[0] >= MANY_COPIES * self.spot_checks.copies[1]:
+            copies, drawn = self.spot_checks.copies
             return (
-                f"{copies} of {drawn} samples of training captions, {self.probe.name}, are copies of "
+                f"{copies} of {drawn} samples of training captions, {self.spot_checks.name}, are copies of "
                 "training images; use an earlier step, or train on more images"
             )
         if self.facts.training > MAX_TRAINING:
@@ -222,7 +222,7 @@ class Choice:
         )
 
     def to_json(self) -> dict[str, Any]:
-        probe, best = self.probe, self.best
+        spot_checks, best = self.spot_checks, self.best
         return {
             "step": best.step if best else None,
             "strength": best.strength if best else None,
@@ -231,8 +231,8 @@ class Choice:
             "warnings": self.warnings,
             "features": self.facts.features,
             "features_right": asdict(self.facts.accuracy),
-            "bleed": asdict(probe.bleed.interval) if probe and probe.bleed else None,
-            "copies_of_captions": list(probe.copies) if probe else None,
+            "bleed": asdict(spot_checks.bleed.interval) if spot_checks and spot_checks.bleed else None,
+            "copies_of_captions": list(spot_checks.copies) if spot_checks else None,
             "cells": [cell.to_json() for cell in self.cells],
         }
 
@@ -250,8 +250,8 @@ class Choice:
             scores = f"{cell.style!s:>5}  {cell.content!s:>7}  {cell.diversity!s:>9}"
             found = f"{'':>{13 - len(loss)}}  {cell.prompts_found!s:>13}" if has_texts else ""
             lines.append(f"{mark} {cell.name:<14}  {scores}  {cell.copies:>6.0%}  {loss}{found}")
-        if self.probe and self.probe.bleed:
-            lines.append(f"without trigger   {self.probe.bleed} of the way to the style")
+        if self.spot_checks and self.spot_checks.bleed:
+            lines.append(f"without trigger   {self.spot_checks.bleed} of the way to the style")
         lines.append(f"features          {self.facts.features}, right for {self.facts.accuracy}")
         lines += [f"warning           {text}" for text in self.warnings]
         lines.append(f"recommended       {self.reason}")
@@ -266,7 +266,7 @@ def top_cell(cells: Sequence[Cell]) -> Cell:
 
 
 def why_unranked(features: str, is_validated: bool, prompts: int, accuracy: Accuracy | None = None) -> str:
-    """What is missing to rank by scores; empty if nothing is. The arguments are as in `Facts`."""
+    """What is missing to rank by scores; empty if nothing is. The arguments are as in `RunFacts`."""
     if not is_validated:
         return (
             f"the features {features!r} are for flat drawings on the built-in base; pass "

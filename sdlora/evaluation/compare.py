@@ -13,7 +13,7 @@ from sdlora.errors import ConfigError, SdloraError, first_line
 from sdlora.evaluation.choice import MAX_TRAINING, describe_few, why_unranked
 from sdlora.evaluation.context import MAX_IMAGES, load_cropped
 from sdlora.evaluation.features import DRAWING, Features, load_features
-from sdlora.evaluation.scores import Accuracy, Interval, Reference, Weights, content_kept, style_gain
+from sdlora.evaluation.scores import Accuracy, BootstrapWeights, Interval, Reference, content_kept, style_gain
 from sdlora.report.plots import draw_loss_curves
 from sdlora.report.summary import SPLITS, describe_limits, losses_of
 from sdlora.sampling.generate import Column
@@ -239,7 +239,7 @@ def score_columns(
     if missing := why_unranked(features.name, is_validated, len(set(plan.prompts))):
         return [], [f"no scores: {missing}"]
     axes, count = varying_axes(plan.settings), len(plan.columns)
-    weights = Weights.draw(len(plan.prompts), len(plan.config.sample.seeds))
+    weights = BootstrapWeights.draw(len(plan.prompts), len(plan.config.sample.seeds))
     references, notes = _find_references(plan, features)
     rows = []
     for place, settings in enumerate(plan.settings):

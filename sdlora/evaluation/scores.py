@@ -48,7 +48,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Draws:
+class Score:
     """A score: its value, and that of each bootstrap draw, (B,); draws of all scores are paired."""
 
     value: float
@@ -62,12 +62,12 @@ class Draws:
     def __str__(self) -> str:
         return self.interval.percent
 
-    def __sub__(self, other: Draws) -> Draws:
-        return Draws(self.value - other.value, self.draws - other.draws)
+    def __sub__(self, other: Score) -> Score:
+        return Score(self.value - other.value, self.draws - other.draws)
 
 
 @dataclass(frozen=True)
-class Weights:
+class BootstrapWeights:
     """Weights of rows, that sum to 1: equal ones first, then those of each bootstrap draw, (1 + B, N).
 
     Prompts are drawn with replacement, and then the seeds of each.
@@ -77,7 +77,7 @@ class Weights:
     num_prompts: int
 
     @classmethod
-    def draw(cls, num_prompts: int, num_seeds: int, num_draws: int = NUM_DRAWS) -> Weights:
+    def draw(cls, num_prompts: int, num_seeds: int, num_draws: int = NUM_DRAWS) -> BootstrapWeights:
         random = np.random.default_rng(0)
         prompts = random.integers(num_prompts, size=(num_draws, num_prompts, 1))
         seeds = random.integers(num_seeds, size=(num_draws, num_prompts, num_seeds))
@@ -87,9 +87,9 @@ class Weights:
         np.add.at(counts, (np.broadcast_to(draws, seeds.shape), prompts * num_seeds + seeds), 1)
         return cls(counts / counts.sum(axis=1, keepdims=True), num_prompts)
 
-    def mean(self, values: Rows) -> Draws:
+    def mean(self, values: Rows) -> Score:
         means = self.rows @ values
-        return Draws(float(means[0]), means[1:])
+        return Score(float(means[0]), means[1:])
 
     def length(self, rows: Rows, noise: float = 0.0) -> Rows:
         """The length of the mean of rows (N, D), for each weighting, (1 + B,).
@@ -186,14 +186,14 @@ def _share_nearer(rows: Rows, others: Rows) -> float:
     return float((np.linalg.norm(rows - rest, axis=1) < away).mean())
 
 
-def style_gain(weights: Weights, reference: Reference, base: Rows, cell: Rows) -> Draws:
+def style_gain(weights: BootstrapWeights, reference: Reference, base: Rows, cell: Rows) -> Score:
     """The way from the base's own images (0) to real images of the set (1); below 0, it leads away.
 
     `base` and `cell` are offsets (N, D) of the same rows.
     """
     before, after = weights.length(base, reference.noise), weights.length(cell, reference.noise)
     gain = 1 - after / np.maximum(before, 1e-9)
-    return Draws(float(gain[0]), gain[1:])
+    return Score(float(gain[0]), gain[1:])
 
 
 def content_kept(features: Features, base: Rows, cell: Rows, num_prompts: int) -> Rows:
@@ -219,14 +219,14 @@ def _seed_likeness(unit: Rows, num_prompts: int) -> float:
     return max(float(pairs.mean()), 0.1)
 
 
-def diversity(weights: Weights, base: Rows, cell: Rows) -> Draws:
+def diversity(weights: BootstrapWeights, base: Rows, cell: Rows) -> Score:
     """The mean distance between rows by what they show, over that of the base's."""
     before, after = (_spread(weights, unit_rows(rows)) for rows in (base, cell))
     ratio = after / np.maximum(before, 1e-9)
-    return Draws(float(ratio[0]), ratio[1:])
+    return Score(float(ratio[0]), ratio[1:])
 
 
-def _spread(weights: Weights, rows: Rows) -> Rows:
+def _spread(weights: BootstrapWeights, rows: Rows) -> Rows:
     # The mean over pairs of 1 - cosine, without pairs of a row with itself.
     same = np.square(weights.rows).sum(axis=1)
     result: Rows = (1 - np.square(weights.rows @ rows).sum(axis=1)) / np.maximum(1 - same, 1e-9)

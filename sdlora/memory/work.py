@@ -13,7 +13,7 @@ from sdlora.dtypes import Precision
 from sdlora.memory.activations import denoiser_cost, vae_costs
 from sdlora.memory.cards import Card
 from sdlora.memory.estimate import MemoryInputs, passes_of
-from sdlora.memory.watch import Watch
+from sdlora.memory.monitor import StageMonitor
 
 # Share of a card's published speed that is reached, seconds of a pass for its launches, and of a run for all
 # else. Two measurements on an A100 agree with the first two: SD 1.5 at 512 px, 31 steps a second
@@ -72,10 +72,10 @@ class Speed:
         }
 
 
-class Pace:
+class SpeedMeter:
     """The speed of a run that is under way: what each stage has computed, and how long that took."""
 
-    def __init__(self, known: Speed | None, watch: Watch, work: Mapping[str, Work]) -> None:
+    def __init__(self, known: Speed | None, watch: StageMonitor, work: Mapping[str, Work]) -> None:
         self._known, self._watch = known, watch
         # Of a stage: work left and seconds taken when it was first looked at.
         self._began = {stage: (left.flop, 0.0) for stage, left in work.items()}

@@ -28,7 +28,6 @@ from sdlora.studio.captions import ImageFolder
 from sdlora.studio.guard import Guard
 from sdlora.studio.launch import Launcher, address_of, presets
 from sdlora.studio.library import Library, list_grids, read_end, read_object
-from sdlora.studio.looks import Looks
 from sdlora.studio.pages import (
     Form,
     draw_strip,
@@ -41,6 +40,7 @@ from sdlora.studio.pages import (
     show_error,
 )
 from sdlora.studio.progress import Progress
+from sdlora.studio.sample_pages import SamplePages
 
 MAX_FOLLOWED = 32
 LOG_LINES = 40
@@ -68,15 +68,23 @@ class Studio:
         self._followed: OrderedDict[Path, Progress] = OrderedDict()
 
     def routes(self) -> list[Route | Mount]:
-        looks = Looks(self.library)
+        samples = SamplePages(self.library)
         pages = {"/": self.runs, "/run/{name:path}": self.run, "/grid/{name:path}": self.grid}
         pages |= {"/scores/{name:path}": self.scores, "/strip/{name:path}": self.strip}
         pages |= {"/new": self.new, "/images": self.image_folders}
-        pages |= {"/images/{folder}": self.images, "/thumb/{folder}/{name:path}": self.thumb, **looks.pages()}
+        pages |= {
+            "/images/{folder}": self.images,
+            "/thumb/{folder}/{name:path}": self.thumb,
+            **samples.pages(),
+        }
         forms = {"/plan": self.plan, "/start": self.start, "/stop/{name:path}": self.stop}
         forms |= {f"/{what}/{{name:path}}": partial(self.ask, what) for what in ("save", "sample")}
         forms |= {"/resume/{name:path}": self.resume, "/prune/{name:path}": self.prune}
-        forms |= {"/captions/{folder}": self.write_captions, "/undo/{folder}": self.undo, **looks.forms()}
+        forms |= {
+            "/captions/{folder}": self.write_captions,
+            "/undo/{folder}": self.undo,
+            **samples.forms(),
+        }
         static = StaticFiles(directory=Path(__file__).parent / "static")
         return [
             *(Route(path, handler, methods=["GET"]) for path, handler in pages.items()),

@@ -20,7 +20,7 @@ from sdlora.errors import AdapterError, RunStopped
 from sdlora.evaluation.heldout import HeldoutLoss, Share, heldout_loss
 from sdlora.export.export import export_adapter
 from sdlora.export.metadata import run_metadata
-from sdlora.memory.work import Pace, as_time, describe_times
+from sdlora.memory.work import SpeedMeter, as_time, describe_times
 from sdlora.report.summary import describe_rise, describe_step
 from sdlora.report.terminal import Meter, Terminal
 from sdlora.runs import RunFolder
@@ -59,7 +59,7 @@ class Trainer:
         self.health = Health(run, plan, prepared.adapter, self.warn)
         self.signals = StopSignals()
         self.has_risen = False  # the loss on held-out images, which is said once
-        self.pace = Pace(plan.speed, prepared.watch, plan.work_left())
+        self.pace = SpeedMeter(plan.speed, prepared.watch, plan.work_left())
 
     @property
     def counters(self) -> Counters:

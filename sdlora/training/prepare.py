@@ -21,7 +21,7 @@ from sdlora.evaluation.heldout import HeldoutItem, recognise_prediction
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.attach import mount
 from sdlora.lora.layers import Dropout, lora_layers
-from sdlora.memory.watch import Watch
+from sdlora.memory.monitor import StageMonitor
 from sdlora.models.attention import has_fast_products
 from sdlora.models.base import Base, Condition, release_memory
 from sdlora.models.load import load_base
@@ -62,7 +62,7 @@ class Prepared:
     parents: Stack = ()  # frozen adapters below the trained one: (adapter, strength), the root first
     fixed_images: dict[int, SampledImage] = field(default_factory=dict)  # by cell: without this adapter
     kernels: Sequence[str] = ()  # the faster ones that compute a step
-    watch: Watch = field(default_factory=Watch)
+    watch: StageMonitor = field(default_factory=StageMonitor)
 
     @torch.no_grad()
     def heldout_items(self, split: str, most: int | None = None) -> list[HeldoutItem]:
@@ -83,13 +83,13 @@ def prepare(
     precision: Precision,
     terminal: Terminal,
     kernels: Sequence[str] | None = None,
-    watch: Watch | None = None,
+    watch: StageMonitor | None = None,
 ) -> Prepared:
     """Loads the base, encodes, frees the encoders' memory, and mounts a fresh adapter.
 
     `kernels` are those of a run that is resumed; `watch` notes what encoding takes.
     """
-    config, watch = plan.config, watch or Watch(accelerator.device)
+    config, watch = plan.config, watch or StageMonitor(accelerator.device)
     text_learns, device = config.lora.text_encoder, accelerator.device
     lazy = config.data.cache is not False
     base = load_base(

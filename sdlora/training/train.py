@@ -16,7 +16,7 @@ from sdlora.dtypes import Precision
 from sdlora.errors import ConfigError
 from sdlora.lora.layers import DENOISER
 from sdlora.memory.cards import check_device
-from sdlora.memory.watch import Watch
+from sdlora.memory.monitor import StageMonitor
 from sdlora.report.terminal import Terminal
 from sdlora.runs import RunFolder
 from sdlora.training.checkpoint import newest_complete_step, read_state
@@ -284,7 +284,7 @@ def _run(
     is_main = accelerator.is_main_process
     with run.occupied(is_main), terminal.keep(run.log_file if is_main else None):
         set_seed(plan.config.train.seed)
-        kernels, watch = resumption.kernels if resumption else None, Watch(accelerator.device)
+        kernels, watch = resumption.kernels if resumption else None, StageMonitor(accelerator.device)
         with report_failed_start(plan, run), watch.stage("loading"):
             prepared = prepare(plan, accelerator, precision, terminal, kernels, watch)
         attention, dtypes = prepared.base.attention_kernel, prepared.base.dtypes

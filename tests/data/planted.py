@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 from sdlora.config import DataSection, RunConfig
 from sdlora.data.buckets import plan_buckets
 from sdlora.data.findings import CountTokens, examine
+from sdlora.data.image_checks import examine_images, measure_records
 from sdlora.data.images import load_image
-from sdlora.data.looks import examine_looks, measure_records
 from sdlora.data.records import DatasetIndex, ImageRecord, Noticed, Size
 from sdlora.data.scan import scan_dataset
 from sdlora.data.style_words import examine_words
@@ -208,7 +208,7 @@ def look_at(root: Path, cache: Path | None = None, **settings: object) -> dict[s
     """What the doctor finds, by key."""
     section = DataSection(**{"heldout": 0, "allow_missing_captions": True, **settings})
     index = scan_dataset(root, section)
-    examine_looks(index, measure_records([*index.records, *index.heldout], "white", cache))
+    examine_images(index, measure_records([*index.records, *index.heldout], "white", cache))
     findings = examine(index, plan_buckets(index.records, 128, section, heldout=index.heldout), section, None)
     return {finding.key: set(finding.names) for finding in findings}
 

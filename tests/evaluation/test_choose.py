@@ -25,7 +25,7 @@ from sdlora.evaluation.choice import Choice
 from sdlora.evaluation.choose import choose
 from sdlora.evaluation.evaluate import evaluate
 from sdlora.evaluation.features import ModelFeatures
-from sdlora.evaluation.walk import check_wanted, plan_walk
+from sdlora.evaluation.sweep import check_wanted, plan_sweep
 from sdlora.formats.files import load_adapter
 from sdlora.training.train import train
 from tests.checks import raises
@@ -108,16 +108,16 @@ def test_held_out_samples_are_drawn_once(run):
 
 def test_what_is_chosen_by_default(run):
     """Up to five saved steps with the final one, several strengths, prompts topped up by captions."""
-    walk = plan_walk(run, [f"dotty, a circle {number}" for number in range(20)])
-    assert walk.steps == [1, 2, 3, "final"]
-    assert walk.strengths == [0.5, 0.8, 1.0]
-    assert walk.prompts[:2] == ["dotty, a circle", "dotty, a square"]
-    assert len(walk.prompts) == 8
-    assert len(set(walk.prompts)) == 8
+    sweep = plan_sweep(run, [f"dotty, a circle {number}" for number in range(20)])
+    assert sweep.steps == [1, 2, 3, "final"]
+    assert sweep.strengths == [0.5, 0.8, 1.0]
+    assert sweep.prompts[:2] == ["dotty, a circle", "dotty, a square"]
+    assert len(sweep.prompts) == 8
+    assert len(set(sweep.prompts)) == 8
     with raises(RunError, "run.no-step", shows="9"):
-        plan_walk(run, [], steps=[9])
+        plan_sweep(run, [], steps=[9])
     with raises(ConfigError, "option--strengths"):
-        plan_walk(run, [], strengths=[0.0, 1.0])
+        plan_sweep(run, [], strengths=[0.0, 1.0])
 
 
 @pytest.fixture(scope="module", params=["clip", "dinov2"])

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from sdlora.evaluation.choice import Cell, Choice, Facts, Probe
+from sdlora.evaluation.choice import Cell, Choice, RunFacts, SpotChecks
 from sdlora.evaluation.features import DrawingFeatures, thumbnails
 from sdlora.evaluation.scores import (
     Accuracy,
+    BootstrapWeights,
     CopyCheck,
-    Draws,
     Reference,
-    Weights,
+    Score,
     _distances,
     content_kept,
     diversity,
@@ -44,10 +44,10 @@ def rows(**how: bool) -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def weights():
-    return Weights.draw(PROMPTS, SEEDS, 400)
+    return BootstrapWeights.draw(PROMPTS, SEEDS, 400)
 
 
-def gain(weights: Weights, images: list[Image.Image], *, leave_one_out: bool = False) -> Draws:
+def gain(weights: BootstrapWeights, images: list[Image.Image], *, leave_one_out: bool = False) -> Score:
     """The style gain of images from filled drawings (the base) to outlines (the set)."""
     heldout = [draw(shape, filled=False) for shape in range(7)]
     reference = Reference(FEATURES, heldout, leave_one_out=leave_one_out)
@@ -133,8 +133,8 @@ def test_features_are_tried_on_what_is_known():
     assert Accuracy(0.9, 0.1).problem
 
 
-def score(value: float, spread: float = 0.01, seed: int = 0) -> Draws:
-    return Draws(value, value + spread * np.random.default_rng(seed).standard_normal(400))
+def score(value: float, spread: float = 0.01, seed: int = 0) -> Score:
+    return Score(value, value + spread * np.random.default_rng(seed).standard_normal(400))
 
 
 def cell(step: int | str, strength: float, style: float, content: float, **changes: object) -> Cell:
@@ -142,7 +142,7 @@ def cell(step: int | str, strength: float, style: float, content: float, **chang
     return replace(one, **changes)
 
 
-FACTS = Facts("drawing", True, Accuracy(0.95, 0.8), 60, 20, ["a cat", "a dog"], 8, (1e-3, 1e-3))
+FACTS = RunFacts("drawing", True, Accuracy(0.95, 0.8), 60, 20, ["a cat", "a dog"], 8, (1e-3, 1e-3))
 CELLS = [
     cell(100, 0.6, 0.2, 1.0),
     cell(100, 1.0, 0.4, 0.9),
@@ -209,7 +209,7 @@ def test_more_steps_are_no_remedy_where_they_lead_away(last, shows):
         ([cell(100, 0.6, 0.3, 0.9), cell(200, 0.6, 0.5, 0.2)], {}, None, "train.steps"),
         ([cell(100, 0.6, 0.5, 0.9, copies=0.5)], {}, None, "copies"),
         ([cell(100, 0.6, 0.5, 0.9)], {"training": 401}, None, "400 of the 401"),
-        (CELLS, {}, Probe((5, 8), "final at 1"), "5 of 8"),
+        (CELLS, {}, SpotChecks((5, 8), "final at 1"), "5 of 8"),
     ],
 )
 def test_a_smear_is_called_one(cells, facts, probe, shows):

@@ -14,11 +14,11 @@ import torch
 
 from sdlora.data.cache import cache_folder
 from sdlora.errors import ConfigError
-from sdlora.memory import watch as module
+from sdlora.memory import monitor as module
 from sdlora.memory.cards import CARDS, Card, check_device, find_card
 from sdlora.memory.estimate import as_size
-from sdlora.memory.watch import Watch
-from sdlora.memory.work import Pace, Speed, Work, as_time, read_speed, speed_of_card, write_speed
+from sdlora.memory.monitor import StageMonitor
+from sdlora.memory.work import Speed, SpeedMeter, Work, as_time, read_speed, speed_of_card, write_speed
 from tests.benchmarks.bases import write_base
 from tests.checks import raises
 
@@ -85,8 +85,8 @@ def test_the_first_step_does_not_count(monkeypatch):
     """R-45: 10 units in a first step of 60 s, then 10 a second; a stage not begun keeps what was known."""
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    watch = Watch()
-    pace = Pace(
+    watch = StageMonitor()
+    pace = SpeedMeter(
         Speed({"sampling": 5.0}, 3.0, ""), watch, {"training": Work(100, 10), "sampling": Work(50, 1)}
     )
 
@@ -102,13 +102,13 @@ def test_the_first_step_does_not_count(monkeypatch):
         assert speed.seconds(left(70)) == {"training": 7.0, "sampling": 10.0}
     pace.keep("here", left(70))
     assert read_speed("here").rates == {"sampling": 5.0, "training": 10.0}
-    assert Pace(None, Watch(), left(1)).speed(left(1)) is None
+    assert SpeedMeter(None, StageMonitor(), left(1)).speed(left(1)) is None
 
 
 def test_a_watch_sees_the_peak_of_each_stage():
     """R-18: also of a block that is gone by the end, or in a stage inside another; draws nothing."""
     before = torch.get_rng_state()
-    watch = Watch()
+    watch = StageMonitor()
     with watch.stage("outer"):
         block = torch.ones(40 * 2**20)
         with watch.stage("inner"):

@@ -27,7 +27,7 @@ class Usage:
     seconds: float = 0.0
 
 
-class Watch:
+class StageMonitor:
     """Watches one stage at a time, a hundred times a second; a stage inside another interrupts it."""
 
     def __init__(self, device: torch.device = CPU) -> None:

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image, ImageOps
 
 from sdlora.config import DataSection
-from sdlora.data import looks
+from sdlora.data import image_checks
 from sdlora.data.buckets import plan_buckets
 from sdlora.data.findings import examine
+from sdlora.data.image_checks import cache_file, examine_images, find_marks, measure, measure_records
 from sdlora.data.images import load_image
-from sdlora.data.looks import cache_file, examine_looks, find_marks, measure, measure_records
 from sdlora.data.repairs import plan_repairs, strip_style, undo_repairs
 from sdlora.data.scan import scan_dataset
 from sdlora.errors import DataError
@@ -39,7 +39,7 @@ def test_planted_faults_are_found(planted: tuple[Path, Plan], tmp_path: Path, mo
         shown = found.get(key, set())
         is_found = len(shown & expected) >= 0.75 * len(expected) and not shown - expected
         assert is_found, (key, sorted(expected - shown), sorted(shown - expected))
-    monkeypatch.setattr(looks, "measure", None)
+    monkeypatch.setattr(image_checks, "measure", None)
     assert look_at(root, cache) == found, "a second check measures nothing"
     cache.write_bytes(cache.read_bytes()[:-500])
     monkeypatch.undo()
@@ -97,7 +97,7 @@ def test_repairs_are_shown_done_and_undone(planted: tuple[Path, Plan], tmp_path:
     before = {file.name: file.read_bytes() for file in root.iterdir()}
     section = DataSection(heldout=0, allow_missing_captions=True)
     index = scan_dataset(root, section)
-    examine_looks(index, measure_records(index.records, "white", None))
+    examine_images(index, measure_records(index.records, "white", None))
     repairs = plan_repairs(index, examine(index, plan_buckets(index.records, 64, section), section, None))
     assert {file.name: file.read_bytes() for file in root.iterdir()} == before, "planning changes nothing"
     assert len(repairs.lines()) == 4

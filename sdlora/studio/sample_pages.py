@@ -27,7 +27,7 @@ MAX_ADAPTERS = 4
 MAX_SEED = 2**63
 
 
-class Looks:
+class SamplePages:
     """The pages, the pairs that are shown, and the process that draws."""
 
     def __init__(self, library: Library) -> None:

@@ -53,7 +53,7 @@ MARK_NEAREST, MARK_SHARED = 5, 0.3
 
 
 @dataclass(frozen=True)
-class Looks:
+class ImageMeasures:
     """Measures of all images, by digest.
 
     Attributes:
@@ -129,7 +129,7 @@ def _bar(pixels: Array) -> tuple[int, float]:
     return (first, span / len(edge)) if is_straight else (0, 0.0)
 
 
-def measure_records(records: Sequence[ImageRecord], background: str, cache: Path | None) -> Looks:
+def measure_records(records: Sequence[ImageRecord], background: str, cache: Path | None) -> ImageMeasures:
     """Measures the images that the cache does not have, several at a time, and writes it anew."""
     known = _read_cache(cache) if cache else {}
     missing = {record.digest: record for record in records if record.digest not in known}
@@ -141,20 +141,20 @@ def measure_records(records: Sequence[ImageRecord], background: str, cache: Path
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = zip(missing, pool.map(look, missing.values()), strict=True)
-        known |= {digest: looks for digest, looks in found if looks is not None}
+        known |= {digest: measures for digest, measures in found if measures is not None}
     digests = [digest for digest in dict.fromkeys(record.digest for record in records) if digest in known]
     parts = [known[digest] for digest in digests] or [measure(Image.new("RGB", (8, 8)))]
     columns: list[Any] = [np.stack([part[number] for part in parts])[: len(digests)] for number in range(3)]
-    looks = Looks(np.array(digests), *columns)
+    measures = ImageMeasures(np.array(digests), *columns)
     if cache and missing:
         with suppress(OSError):
-            write_file(cache, lambda path: path.write_bytes(_pack(looks)))
-    return looks
+            write_file(cache, lambda path: path.write_bytes(_pack(measures)))
+    return measures
 
 
-def _pack(looks: Looks) -> bytes:
+def _pack(measures: ImageMeasures) -> bytes:
     data = io.BytesIO()
-    np.savez(data, **vars(looks))
+    np.savez(data, **vars(measures))
     return data.getvalue()
 
 
@@ -173,15 +173,15 @@ def cache_file(folder: Path, root: Path, background: str) -> Path:
     return folder / "looks" / name[:2] / f"{name}.npz"
 
 
-def examine_looks(index: DatasetIndex, looks: Looks) -> None:
+def examine_images(index: DatasetIndex, measures: ImageMeasures) -> None:
     """Adds what the images show to the findings of an index."""
     known: dict[str, ImageRecord] = {}
     for record in (*index.records, *index.heldout):
         known.setdefault(record.digest, record)
-    shown = [known[digest].name for digest in looks.digests]
-    areas = [known[digest].size.area for digest in looks.digests]
+    shown = [known[digest].name for digest in measures.digests]
+    areas = [known[digest].size.area for digest in measures.digests]
     noticed = index.noticed
-    light, blur, border, ground = looks.figures.T
+    light, blur, border, ground = measures.figures.T
     usual = float(np.median(blur)) if len(blur) else 0.0
     grounds = ground[border == 0]
     for number, name in enumerate(shown):
@@ -194,11 +194,11 @@ def examine_looks(index: DatasetIndex, looks: Looks) -> None:
         alike = np.count_nonzero((np.abs(ground[number] - grounds) <= BORDER_LEVELS) & (grounds >= 0))
         if border[number] and alike < GROUND_SHARE * max(1, len(grounds)):
             noticed["data.image-bordered"][name] = f"{border[number]:.0%}"
-    for one, other, how in find_near_copies(looks.thumbnails):
+    for one, other, how in find_near_copies(measures.thumbnails):
         # The smaller one goes; of equal ones, the later.
         worse, better = (one, other) if areas[one] < areas[other] else (other, one)
         noticed["data.near-copies"][shown[worse]] = f"= {shown[better]}{how}"
-    for number in find_marks(looks.corners):
+    for number in find_marks(measures.corners):
         if border[number]:
             continue  # Frames are alike in their corners.
         noticed["data.image-marked"][shown[number]] = ""

@@ -26,12 +26,12 @@ SEEDS, STRENGTHS = (0, 1), (0.5, 0.8, 1.0)
 
 Row: TypeAlias = tuple[str, int]
 """A prompt and a seed."""
-Place: TypeAlias = tuple[int | str, float] | None
+SweepPoint: TypeAlias = tuple[int | str, float] | None
 """A saved step, or "final", at a strength; None is the base."""
 
 
 @dataclass(frozen=True)
-class Walk:
+class Sweep:
     """What is drawn: every saved step at every strength, for every prompt and seed.
 
     `steps` are saved steps, or "final".
@@ -51,7 +51,7 @@ class Walk:
         return list(itertools.product(self.steps, self.strengths))
 
 
-def plan_walk(
+def plan_sweep(
     run: RunFolder,
     captions: Sequence[str],
     *,
@@ -59,7 +59,7 @@ def plan_walk(
     strengths: Sequence[float] = (),
     prompts: Sequence[str] = (),
     seeds: Sequence[int] = (),
-) -> Walk:
+) -> Sweep:
     """What to draw; what is not given is chosen.
 
     Args:
@@ -86,7 +86,7 @@ def plan_walk(
         filled = list(dict.fromkeys([*filled, *_evenly(told, NUM_PROMPTS)]))[:NUM_PROMPTS]
     check_prompts(filled)
     saved = list(dict.fromkeys(steps)) or _choose_steps(run)
-    return Walk(saved, chosen, filled, list(dict.fromkeys(seeds)) or list(SEEDS))
+    return Sweep(saved, chosen, filled, list(dict.fromkeys(seeds)) or list(SEEDS))
 
 
 def check_wanted(
@@ -96,7 +96,7 @@ def check_wanted(
     strengths: Sequence[float] = (),
     prompts: Sequence[str] = (),
 ) -> None:
-    """Checks what is asked for before anything is drawn; raises as `plan_walk`."""
+    """Checks what is asked for before anything is drawn; raises as `plan_sweep`."""
     if 0 in strengths:
         problem = "--strengths 0 is the base, which is always drawn; remove it"
         raise ConfigError(problem, key="option--strengths")
@@ -122,7 +122,7 @@ def _evenly(values: Sequence[str], count: int) -> list[str]:
     return [unique[number * len(unique) // count] for number in range(min(count, len(unique)))]
 
 
-class Gallery:
+class SampleGallery:
     """Images that a run's adapters draw, kept in the run: one is drawn only if it is not there yet."""
 
     def __init__(
@@ -136,7 +136,7 @@ class Gallery:
         self.store = ImageStore(context.run.evaluation_images)
         self._adapters: dict[int | str, Adapter] = {}
         # Text states are encoded once for each.
-        self._columns: dict[Place, Column] = {}
+        self._columns: dict[SweepPoint, Column] = {}
 
     def adapter(self, step: int | str) -> Adapter:
         """The saved adapter of a step."""
@@ -144,14 +144,14 @@ class Gallery:
             self._adapters[step] = load_adapter(self.context.run.saved_adapter(step))
         return self._adapters[step]
 
-    def draw(self, places: Sequence[Place], rows: Sequence[Row]) -> dict[Place, list[Image.Image]]:
+    def draw(self, places: Sequence[SweepPoint], rows: Sequence[Row]) -> dict[SweepPoint, list[Image.Image]]:
         """Images of each place, in the order of the rows."""
         cells = [self._cell(place, row) for place in places for row in rows]
         made = draw(self.context.base, cells, store=self.store, progress=self.progress)
         images = [sample.image for sample in made]
         return {place: images[n * len(rows) : (n + 1) * len(rows)] for n, place in enumerate(places)}
 
-    def file(self, place: Place, row: Row) -> str:
+    def file(self, place: SweepPoint, row: Row) -> str:
         """The file of a drawn image, relative to the run: that of the base is a copy of the cache's."""
         file, run = self.store.file(self.context.base, self._cell(place, row)), self.context.run
         assert file is not None
@@ -165,12 +165,12 @@ class Gallery:
             file = copy
         return file.relative_to(run.path).as_posix()
 
-    def _cell(self, place: Place, row: Row) -> Cell:
+    def _cell(self, place: SweepPoint, row: Row) -> Cell:
         if place not in self._columns:
             self._columns[place] = self._column(place)
         return Cell(self._columns[place], *row, self.settings)
 
-    def _column(self, place: Place) -> Column:
+    def _column(self, place: SweepPoint) -> Column:
         if place is None:
             return Column()
         step, strength = place
