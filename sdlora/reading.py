@@ -205,4 +205,4 @@ def _identify(start: bytes, size: int) -> UnfitFileError:
 
 
 def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"

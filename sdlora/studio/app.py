@@ -246,7 +246,8 @@ class Studio:
 
     def undo(self, request: Request, form: Form) -> Response:
         folder = self._image_folder(request)
-        return JSONResponse({"captions": folder.undo(), "edits": folder.num_edits})
+        captions, kept = folder.undo()
+        return JSONResponse({"captions": captions, "edits": folder.num_edits, "kept": kept})
 
 
 @lru_cache(maxsize=16)

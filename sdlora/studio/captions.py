@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,7 +28,7 @@ from sdlora.data.images import load_image
 from sdlora.data.records import ImageRecord, Noticed, Size
 from sdlora.errors import DataError
 from sdlora.models.info import inspect_base, with_base_defaults
-from sdlora.reading import read_bytes
+from sdlora.reading import UnfitFileError, read_bytes
 from sdlora.writing import append_lines, write_file
 
 THUMBNAIL_PX = 240
@@ -90,7 +90,8 @@ class ImageFolder:
             The new captions, by image.
 
         Raises:
-            DataError: If a caption has changed since it was seen, is too long, or belongs to two images.
+            DataError: If a caption has changed since it was seen, is too long, belongs to two images, or a file
+                cannot be written.
         """
         with _lock:
             current, entry = self.captions(), {}
@@ -112,34 +113,48 @@ class ImageFolder:
                     [file.relative_to(self.path).as_posix(), _encode(before), _encode(after)]
                     for file, before, after in entry.values()
                 ]
-                append_lines(self.journal, [{"time": time.time(), "images": list(entry), "files": files}])
-            for file, _, after in entry.values():
-                _write(file, after)
+                self._journal({"images": list(entry), "files": files})
+                try:
+                    _write_all(list(entry.values()))
+                except DataError:
+                    self._journal({"undo": True})
+                    raise
             now = self.captions()
             return {name: now[name] for name in entry}
 
-    def undo(self) -> dict[str, str]:
-        """Restores the files of the last edit; raises a DataError if one has changed, or without any."""
+    def undo(self) -> tuple[dict[str, str], list[str]]:
+        """Restores the files of the last edit, but for those that another program has changed since.
+
+        Returns:
+            The captions of the edit's images, and the names of the files that stay as they are.
+
+        Raises:
+            DataError: If there is nothing to undo, or a file cannot be written.
+        """
         with _lock:
             edits = self._edits()
             if not edits:
                 raise DataError("there is nothing to undo", key="caption.no-edit")
             last = edits[-1]
             files = [(self.path / file, _decode(old), _decode(new)) for file, old, new in last["files"]]
-            for file, _, after in files:
-                if _read(file) != after:
-                    problem = f"{file.name} was changed by another program since; the edit stays"
-                    raise DataError(problem, key="caption.changed")
-            for file, before, _ in files:
-                _write(file, before)
-            append_lines(self.journal, [{"time": time.time(), "undo": True}])
+            changed = {file: _read(file) != after for file, _, after in files}
+            _write_all([(file, after, before) for file, before, after in files if not changed[file]])
+            self._journal({"undo": True})
             now = self.captions()
-            return {name: now[name] for name in last["images"] if name in now}
+            captions = {name: now[name] for name in last["images"] if name in now}
+            return captions, [file.name for file in changed if changed[file]]
 
     @property
     def num_edits(self) -> int:
         """Edits that can be undone."""
         return len(self._edits())
+
+    def _journal(self, entry: dict[str, Any]) -> None:
+        try:
+            append_lines(self.journal, [{"time": time.time(), **entry}])
+        except OSError as error:
+            problem = f"cannot write {self.journal} ({error.strerror}), so no caption was changed"
+            raise DataError(problem, key="caption.unwritable") from None
 
     def _image(self, name: str) -> Path:
         path = Path(os.path.realpath(self.path / name.replace("\0", "")))
@@ -175,7 +190,26 @@ class ImageFolder:
 
 
 def _read(file: Path) -> bytes | None:
-    return read_bytes(file, MAX_CAPTION_BYTES) if file.is_file() else None
+    if not file.exists():
+        return None
+    try:
+        return read_bytes(file, MAX_CAPTION_BYTES)
+    except (OSError, UnfitFileError) as error:
+        problem = f"{file.name} {error}; no caption was changed, repair or remove that file"
+        raise DataError(problem, key="caption.unreadable") from None
+
+
+def _write_all(changes: Sequence[tuple[Path, bytes | None, bytes | None]]) -> None:
+    """Writes files, given as (file, bytes before, bytes after), all or none."""
+    for number, (file, _, after) in enumerate(changes):
+        try:
+            _write(file, after)
+        except OSError as error:
+            for done, before, _ in changes[:number]:
+                with suppress(OSError):
+                    _write(done, before)
+            problem = f"cannot write {file.name} ({error.strerror}); no caption was changed"
+            raise DataError(problem, key="caption.unwritable") from None
 
 
 def _write(file: Path, data: bytes | None) -> None:

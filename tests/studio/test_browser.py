@@ -118,6 +118,23 @@ def test_captions_are_edited(filled, open_page, make_images, tmp_path):
     assert file.read_text() == "from an editor"
 
 
+def test_captions_wait_for_the_server(filled, open_page, tmp_path):
+    """R-05: what it did not hear of is sent with the next one."""
+    page = open_page(f"{filled}/images")
+    page.get_by_role("link", name="pictures").click()
+    first, second = (page.get_by_label(f"Caption of {name}.png") for name in ("00", "01"))
+    page.route("**/captions/*", lambda route: route.abort())
+    first.fill("a square")
+    first.press("Enter")
+    page.get_by_text("does not answer").wait_for()
+    page.unroute("**/captions/*")
+    second.fill("a ring")
+    second.press("Enter")
+    page.get_by_text("2 captions saved").wait_for()
+    texts = [(tmp_path / "pictures" / name).read_text() for name in ("00.txt", "01.txt")]
+    assert texts == ["a square\n", "a ring\n"]
+
+
 def test_tags_filter(filled, open_page, tmp_path):
     for name, caption in (("00", "red, a dot"), ("01", "red"), ("02", "blue")):
         (tmp_path / "pictures" / f"{name}.txt").write_text(caption)

@@ -9,6 +9,7 @@ import pytest
 from sdlora.config import DataSection
 from sdlora.data.scan import scan_dataset
 from sdlora.errors import DataError
+from sdlora.studio import captions
 from sdlora.studio.captions import ImageFolder
 from tests.checks import raises
 
@@ -28,8 +29,8 @@ def test_edit_and_undo(folder):
     assert records["00.png"].caption == "a red circle"
     folder.write({"00.png": ("a red circle", "a blue circle"), "01.png": ("a circle number 1", "a dot")})
     assert folder.num_edits == 2
-    assert folder.undo() == {"00.png": "a red circle", "01.png": "a circle number 1"}
-    assert folder.undo() == {"00.png": "a circle number 0"}
+    assert folder.undo() == ({"00.png": "a red circle", "01.png": "a circle number 1"}, [])
+    assert folder.undo() == ({"00.png": "a circle number 0"}, [])
     assert file.read_bytes() == original
     with raises(DataError, "caption.no-edit"):
         folder.undo()
@@ -57,11 +58,40 @@ def test_another_tab_loses_nothing(folder):
         folder.write({"00.png": ("a circle number 0", "x"), "01.png": ("a circle number 1", "y")})
     assert folder.captions()["00.png"] == "a circle number 0"
     assert folder.num_edits == 0
+    folder.write({"02.png": ("a circle number 2", "x")})
     folder.write({"01.png": ("from an editor", "y")})
     (folder.path / "01.txt").write_text("from an editor again")
-    with raises(DataError, "caption.changed", shows="01.txt"):
-        folder.undo()
+    assert folder.undo() == ({"01.png": "from an editor again"}, ["01.txt"])
     assert (folder.path / "01.txt").read_text() == "from an editor again"
+    # The edits before it can still be undone.
+    assert folder.undo() == ({"02.png": "a circle number 2"}, [])
+
+
+def test_a_file_that_cannot_be_written(folder, monkeypatch):
+    """R-05: none is written then, and no edit stands in the way of Undo."""
+    folder.write({"02.png": ("a circle number 2", "x")})
+    edit = {"00.png": ("a circle number 0", "one"), "01.png": ("a circle number 1", "two")}
+    with monkeypatch.context() as patch:
+        real = captions.write_file
+
+        def write(file, fill):
+            if file.name == "01.txt":
+                raise PermissionError(1, "Operation not permitted")
+            real(file, fill)
+
+        patch.setattr(captions, "write_file", write)
+        with raises(DataError, "caption.unwritable", shows="01.txt"):
+            folder.write(edit)
+    assert folder.captions()["00.png"] == "a circle number 0"
+    assert folder.undo() == ({"02.png": "a circle number 2"}, [])
+    (folder.path / "00.txt").write_bytes(b"x" * 150_000)
+    with raises(DataError, "caption.unreadable", shows="00.txt"):
+        folder.write({"00.png": ("", "one")})
+    with monkeypatch.context() as patch:
+        patch.setattr(captions, "append_lines", lambda *_: folder.path.read_bytes())
+        with raises(DataError, "caption.unwritable", shows="journal.jsonl"):
+            folder.write({"01.png": ("a circle number 1", "two")})
+    assert folder.captions()["01.png"] == "a circle number 1"
 
 
 def test_metadata_stays(folder):
@@ -114,5 +144,5 @@ def test_pages(client, make_images):
     refused = page.post(f"/captions/{name}", data=edit, headers={"accept": "application/json"})
     assert refused.status_code == 409
     assert "02.png" in refused.json()["error"]
-    assert page.post(f"/undo/{name}").json() == {"captions": {"02.png": ""}, "edits": 0}
+    assert page.post(f"/undo/{name}").json() == {"captions": {"02.png": ""}, "edits": 0, "kept": []}
     assert page.post(f"/captions/{name}", data={"changes": "{"}).status_code == 409

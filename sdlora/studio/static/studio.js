@@ -5,7 +5,8 @@ const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
 async function post(url, fields) {
   const body = new URLSearchParams(fields), keepalive = body.toString().length < 60000;  // Survives the page.
-  const answer = await fetch(url, { method: "POST", body, keepalive, headers: { accept: "application/json" } });
+  const request = { method: "POST", body, keepalive, headers: { accept: "application/json" } };
+  const answer = await fetch(url, request).catch(() => { throw Object.assign(new Error("The page's server does not answer."), { away: true }); });
   const type = answer.headers.get("content-type") || "";
   const value = type.includes("json") ? await answer.json() : { error: (await answer.text()).slice(0, 300) };
   if (!answer.ok) throw new Error(value.error);
@@ -80,6 +81,7 @@ if (train) {
 function edit(set) {
   const folder = set.dataset.folder, said = $("#said", set), fields = all(".card textarea", set);
   const name = field => field.closest(".card").dataset.name;
+  let kept = new Set();
   const show = ({ captions, edits }) => {
     for (const field of fields) if (name(field) in captions) {
       field.value = field.dataset.seen = captions[name(field)];
@@ -88,15 +90,21 @@ function edit(set) {
     $("#edits", set).textContent = edits || ""; $("#undo", set).disabled = !edits;
     count();
   };
-  const send = async (url, values, done) => {
-    try { show(await post(url, values)); said.textContent = done; }
-    catch (error) { said.textContent = error.message; return false; }
-    return true;
+  const send = async (url, values, tell) => {
+    try { const answer = await post(url, values); show(answer); said.textContent = tell(answer); }
+    catch (error) { said.textContent = error.message; return error; }
+    return null;
   };
   const save = async changed => {
+    // What the server did not hear of is sent again; what it refused waits for another text.
+    const now = new Set(changed.map(([field]) => field)), again = fields.filter(field => field.dataset.again && !now.has(field));
+    changed = [...changed, ...again.map(field => [field, field.value])];
     const changes = Object.fromEntries(changed.map(([field, text]) => [name(field), [field.dataset.seen, text]]));
-    const ok = await send(`/captions/${folder}`, { changes: JSON.stringify(changes) }, changed.length > 1 ? `${changed.length} captions saved` : "saved");
-    if (!ok) for (const [field] of changed) field.classList.add("unsaved");
+    const error = await send(`/captions/${folder}`, { changes: JSON.stringify(changes) }, () => changed.length > 1 ? `${changed.length} captions saved` : "saved");
+    for (const [field] of changed) {
+      field.classList.toggle("unsaved", error !== null); delete field.dataset.again;
+      if (error?.away) field.dataset.again = "1";
+    }
   };
   const count = () => {
     const counts = new Map();
@@ -114,7 +122,7 @@ function edit(set) {
   const filter = () => {
     const text = $("#find", set).value.toLowerCase(), tag = $("#tags [aria-pressed=true]", set)?.dataset.tag;
     for (const field of fields) {
-      const has = `${name(field)}\n${field.value}`.toLowerCase().includes(text);
+      const has = kept.has(field) || `${name(field)}\n${field.value}`.toLowerCase().includes(text);
       field.closest(".card").hidden = !has || (tag !== undefined && !field.value.split(/[,\n]/).some(part => part.trim() === tag));
     }
   };
@@ -125,20 +133,26 @@ function edit(set) {
     for (const other of all("button", $("#tags", set))) other.setAttribute("aria-pressed", String(on && other === button));
     filter();
   });
-  $("#find", set).addEventListener("input", filter);
+  $("#find", set).addEventListener("input", () => { kept.clear(); filter(); });
   for (const field of fields) {
-    field.addEventListener("change", () => { if (field.value !== field.dataset.seen) save([[field, field.value]]); });
+    field.addEventListener("blur", () => { if (field.value !== field.dataset.seen) save([[field, field.value]]); });
     field.addEventListener("keydown", event => { if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); field.blur(); } });
   }
   addEventListener("pagehide", () => document.activeElement?.blur());
+  addEventListener("beforeunload", event => { if (fields.some(field => field.classList.contains("unsaved"))) event.preventDefault(); });
   $("#replace-all", set).addEventListener("click", () => {
     const text = $("#find", set).value, other = $("#replace", set).value;
     // As the filter does: only what is shown, in any case.
     const pattern = new RegExp(text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "gi");
     const changed = text ? fields.filter(field => !field.closest(".card").hidden).map(field => [field, field.value.replace(pattern, () => other)]).filter(([field, value]) => value !== field.value) : [];
+    // They stay in sight, also where the filter would hide them now.
+    kept = new Set(changed.map(([field]) => field));
     if (changed.length) save(changed); else said.textContent = text ? `no caption contains “${text}”` : "write what to find";
   });
-  const undo = () => send(`/undo/${folder}`, {}, "undone");
+  const undo = () => send(`/undo/${folder}`, {}, ({ captions, kept }) => {
+    const names = Object.keys(captions), what = names.length > 3 ? `${names.length} captions` : names.join(", ");
+    return kept.length ? `${kept.join(", ")} stays: another program changed it since` : `undone: ${what}`;
+  });
   $("#undo", set).addEventListener("click", undo);
   count();
   document.addEventListener("keydown", event => {
