@@ -20,6 +20,7 @@ from sdlora.config import RunConfig, load_config
 from sdlora.data.doctor import Checkup, check_images, contact_sheet
 from sdlora.errors import RunError, SdloraError
 from sdlora.evaluation.tiles import describe_ratings, embed, make_cards, read_choice
+from sdlora.export.webui import preferred_strength
 from sdlora.models.info import inspect_base
 from sdlora.report.plots import draw_loss_curves
 from sdlora.report.summary import SPLITS, describe_limits, describe_state, losses_of, pipeline_code
@@ -99,11 +100,11 @@ def _describe_run(run: RunFolder, checkup: Checkup | None, *, has_cards: bool) -
 
 
 def _start(run: RunFolder) -> tuple[int | None, float]:
-    """Step and strength that are shown first: the recommended ones, else the last step, halfway up."""
-    choice, strengths = read_choice(run), sorted(filter(None, run.read_config().sample.strengths))
+    """Step and strength that are shown first: the recommended ones, else as for other programs."""
+    choice, strengths = read_choice(run), run.read_config().sample.strengths
     step, strength = choice.get("step"), choice.get("strength")
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not strength:
-        strength = strengths[len(strengths) // 2] if strengths else 1.0
+        strength = preferred_strength(strengths)
     return (step if isinstance(step, int) else None), float(strength)
 
 

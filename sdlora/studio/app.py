@@ -13,16 +13,18 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
-from urllib.parse import quote
+from typing import Any
+from urllib.parse import quote, urlencode
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from sdlora.errors import ConfigError, DataError, SdloraError
 from sdlora.evaluation.tiles import describe_ratings, read_choice
+from sdlora.export.webui import webui_prompt
 from sdlora.runs import RunFolder
 from sdlora.studio.captions import ImageFolder
 from sdlora.studio.guard import Guard
@@ -30,6 +32,7 @@ from sdlora.studio.launch import Launcher, address_of, presets
 from sdlora.studio.library import Library, list_grids, read_end, read_object
 from sdlora.studio.pages import (
     Form,
+    check_inside,
     draw_strip,
     encode_image,
     go,
@@ -44,6 +47,10 @@ from sdlora.studio.sample_pages import SamplePages
 
 MAX_FOLLOWED = 32
 LOG_LINES = 40
+REPORT_POLICY = (
+    "sandbox allow-scripts; default-src 'none'; img-src data:; "
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+)
 
 
 def create_app(folder: Path, images: Sequence[Path] = (), token: str | None = None) -> Starlette:
@@ -77,6 +84,7 @@ class Studio:
             "/thumb/{folder}/{name:path}": self.thumb,
             **samples.pages(),
         }
+        pages |= {"/report/{name:path}": self.report, "/lora/{name:path}": self.lora}
         forms = {"/plan": self.plan, "/start": self.start, "/stop/{name:path}": self.stop}
         forms |= {f"/{what}/{{name:path}}": partial(self.ask, what) for what in ("save", "sample")}
         forms |= {"/resume/{name:path}": self.resume, "/prune/{name:path}": self.prune}
@@ -110,6 +118,9 @@ class Studio:
             "run.html",
             run=seen,
             is_stopping=self.launcher.is_stopping(run),
+            asked=self.launcher.asked(run),
+            again=urlencode(self.launcher.form_of(run)) if seen.state != "running" else "",
+            lora=_describe_lora(run),
             progress=progress,
             eta=progress.eta_seconds(seen.steps) if seen.state == "running" and seen.step else None,
             grids=grids,
@@ -141,6 +152,18 @@ class Studio:
     def scores(self, request: Request) -> Response:
         run = self.library.run(request.path_params["name"])
         return send_png(request, run, run.evaluation_curve)
+
+    def report(self, request: Request) -> Response:
+        run = self.library.run(request.path_params["name"])
+        file = check_inside(run, run.report)
+        # One file with its own style and script, shut off from all else.
+        return FileResponse(file, media_type="text/html", headers={"content-security-policy": REPORT_POLICY})
+
+    def lora(self, request: Request) -> Response:
+        """The file for other programs, to download."""
+        run = self.library.run(request.path_params["name"])
+        file = next(iter(sorted(run.webui.glob("*.safetensors"))), run.webui / "nothing")
+        return FileResponse(check_inside(run, file), filename=file.name)
 
     def strip(self, request: Request) -> Response:
         run = self.library.run(request.path_params["name"])
@@ -248,6 +271,17 @@ class Studio:
         folder = self._image_folder(request)
         captions, kept = folder.undo()
         return JSONResponse({"captions": captions, "edits": folder.num_edits, "kept": kept})
+
+
+def _describe_lora(run: RunFolder) -> dict[str, Any]:
+    """The file for other programs, and what invokes it there; empty without one."""
+    file = next(iter(sorted(run.webui.glob("*.safetensors"))), None)
+    if file is None:
+        return {}
+    notes = read_object(file.with_suffix(".json"))
+    weights = [value for value in (notes.get("preferred weight"),) if isinstance(value, int | float)]
+    prompt = webui_prompt(file.stem, (weights or [1.0])[0], str(notes.get("activation text") or ""))
+    return {"file": file, "prompt": prompt, "has_report": run.report.is_file()}
 
 
 @lru_cache(maxsize=16)

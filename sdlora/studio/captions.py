@@ -90,7 +90,7 @@ class ImageFolder:
             The new captions, by image.
 
         Raises:
-            DataError: If a caption has changed since it was seen, is too long, belongs to two images, or a file
+            DataError: If a caption has changed since it was seen, is too long, belongs to two images, or
                 cannot be written.
         """
         with _lock:

@@ -20,7 +20,7 @@ from sdlora.errors import ConfigError, RunError
 from sdlora.presets import describe_preset, find_preset, list_presets
 from sdlora.reading import parse_json
 from sdlora.runs import RunFolder
-from sdlora.studio.library import Library, find_process, name_folder
+from sdlora.studio.library import Library, find_process, list_grids, name_folder, read_object
 from sdlora.writing import next_free_folder
 
 PLAN_SECONDS = 600
@@ -36,7 +36,7 @@ SECTIONS = ("base", "data", "lora", "objective", "train", "sample", "export")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A field of the form, made from the schema of the settings."""
+    """A field of the form, made from the schema of the settings; `items` is the kind of a list's elements."""
 
     key: str
     description: str
@@ -44,12 +44,28 @@ class Setting:
     choices: tuple[str, ...]
     is_text: bool
     section: str
+    items: str = ""
 
     def argument(self, value: str) -> str:
         """`section.key=value` for the command line."""
         if self.key == "sample.prompts":
             return f"{self.key}={json.dumps(value.splitlines(), ensure_ascii=False)}"
+        if self.items and not value.startswith("["):
+            parts = [part.strip() for part in value.split(",")]
+            texts = (
+                [json.dumps(part, ensure_ascii=False) for part in parts] if self.items == "string" else parts
+            )
+            return f"{self.key}=[{', '.join(texts)}]"
         return f"{self.key}={json.dumps(value, ensure_ascii=False) if self.is_text else value}"
+
+    def text(self, value: Any) -> str:
+        """A value as it is typed into the field; empty for the default."""
+        if value in (None, [], {}) or isinstance(value, dict):
+            return ""
+        if self.key == "sample.prompts":
+            return "\n".join(value)
+        shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        return "" if shown == self.default else shown
 
 
 def list_settings() -> list[Setting]:
@@ -75,7 +91,13 @@ def _setting(key: str, rules: Mapping[str, Any]) -> Setting:
         choices=("true", "false") if kinds == {"boolean"} else choices,
         is_text=kinds == {"string"},
         section=key.partition(".")[0],
+        items=next((_items(option) for option in options if option.get("type") == "array"), ""),
     )
+
+
+def _items(option: Mapping[str, Any]) -> str:
+    rules = option.get("items") or option.get("prefixItems", [{}])[0]
+    return str(rules.get("type", ""))
 
 
 def presets() -> dict[str, dict[str, Any]]:
@@ -104,6 +126,9 @@ class Launcher:
         # One plan at a time: each loads torch. And no run is started twice.
         self._planning, self._starting = threading.Lock(), threading.Lock()
         self._stopping: dict[Path, int] = {}
+        self._forms: dict[Path, dict[str, str]] = {}
+        # What was asked for, and how many grids and adapters there were then.
+        self._asked: dict[tuple[Path, str], int] = {}
 
     def arguments(self, form: Mapping[str, str]) -> list[str]:
         """The arguments of `sdlora train` for a form; raises a ConfigError for images that are not listed."""
@@ -142,11 +167,29 @@ class Launcher:
         with self._starting:
             run = RunFolder(next_free_folder(self.library.folder / (name or "run")))
             run.path.mkdir(parents=True)
+            self._forms[run.path] = dict(form)
             return self._launch(run, ["train", *arguments, "--out", str(run.path)])
+
+    def form_of(self, run: RunFolder) -> dict[str, str]:
+        """The form that starts a run again: as it was filled in, else from the settings of the run."""
+        if run.path in self._forms:
+            return self._forms[run.path]
+        config = read_object(run.config_file)
+        sections = {name: value for name, value in config.items() if isinstance(value, dict)}
+        values = {
+            key: setting.text(sections.get(setting.section, {}).get(key.partition(".")[2]))
+            for key, setting in self.settings.items()
+        }
+        images = config.get("images")
+        named = {"images": address_of(images) if isinstance(images, str) else "", "name": run.name}
+        return {key: value for key, value in {**named, **values}.items() if value}
 
     def resume(self, run: RunFolder, steps: str = "") -> RunFolder:
         """Continues a run, up to another step if one is given."""
-        more = [self.settings["train.steps"].argument(steps)] if steps.isdecimal() else []
+        done = self.library.overview(run).step
+        if steps and (not steps.isdecimal() or int(steps) <= done):
+            raise RunError(f"{run.name} is at step {done}: {steps!r:.20} is no later one", key="run.steps")
+        more = [self.settings["train.steps"].argument(steps)] if steps else []
         with self._starting:
             self._check_idle(run)
             return self._launch(run, ["resume", str(run.path), *more])
@@ -165,6 +208,15 @@ class Launcher:
         if find_process(run) is None:
             raise RunError(f"no process of this machine trains {run.name}", key="run.not-running")
         run.ask(request)
+        self._asked[run.path, request] = _count(run, request)
+
+    def asked(self, run: RunFolder) -> list[str]:
+        """What was asked of a run and is not there yet: "save" or "sample"."""
+        return [
+            what
+            for (path, what), count in self._asked.items()
+            if path == run.path and _count(run, what) == count
+        ]
 
     def is_stopping(self, run: RunFolder) -> bool:
         process = find_process(run)
@@ -194,6 +246,10 @@ class Launcher:
         self._children.append(child)
         run.name_process(child.pid)
         return run
+
+
+def _count(run: RunFolder, request: str) -> int:
+    return len(list_grids(run)) if request == "sample" else len(run.saved_steps())
 
 
 def address_of(images: str) -> str:

@@ -204,9 +204,18 @@ def _judge(run: RunFolder, tail: Sequence[dict[str, Any]], steps: int) -> tuple[
     if tail and tail[-1]["event"] == "failed":
         return "failed", one_line(str(tail[-1].get("message")))
     if not run.exists:
-        lines = read_end(run.output_file).splitlines()
-        return "failed", one_line(lines[-1]) if lines else "it ended before its first step"
-    return "stopped", refusal
+        last = one_line("".join(read_end(run.output_file).splitlines()[-1:])).removeprefix("sdlora: ")
+        is_refused = last and not last.startswith("stopped")
+        return ("failed", last) if is_refused else ("stopped", "it was stopped before its first step")
+    # What stops as it should saves first.
+    is_silent = tail and tail[-1]["event"] == "step" and "sdlora: stopped" not in read_end(run.output_file)
+    return "stopped", refusal or (_describe_kill(run) if is_silent else "")
+
+
+def _describe_kill(run: RunFolder) -> str:
+    saved = run.checkpoint_steps()
+    rest = f"Resume continues from step {saved[-1]}" if saved else "it has saved no checkpoint"
+    return f"its process ended without a word, as if killed or out of memory; {rest}"
 
 
 def _find_refusal(run: RunFolder) -> str:

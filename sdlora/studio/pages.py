@@ -95,11 +95,16 @@ def send_image(request: Request, data: bytes, kind: str = "image/webp", seconds:
 
 
 def send_png(request: Request, run: RunFolder, file: Path) -> Response:
-    """A PNG file of a run; no link leads out of it."""
+    """A PNG file of a run."""
+    return send_image(request, check_inside(run, file).read_bytes(), "image/png")
+
+
+def check_inside(run: RunFolder, file: Path) -> Path:
+    """A file of a run, of the ending it is named with; raises a RunError for a link out of it."""
     path = file.resolve()
-    if not path.is_relative_to(run.path) or path.suffix != ".png" or not path.is_file():
+    if not path.is_relative_to(run.path) or path.suffix != file.suffix or not path.is_file():
         raise RunError(f"{run.name} has no {file.name} there", key="run.missing")
-    return send_image(request, path.read_bytes(), "image/png")
+    return path
 
 
 def encode_image(image: Image.Image) -> bytes:

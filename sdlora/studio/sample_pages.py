@@ -50,7 +50,7 @@ class SamplePages:
     def _side(self, text: str) -> tuple[RunFolder, int]:
         """The run and the step of its grid in `NAME@STEP`; the last grid without a step."""
         name, _, step = text.rpartition("@")
-        if not step.isdecimal():
+        if not step.isdecimal() or any(run.name == text for run in self.library.list_runs()):
             name, step = text, ""
         run = self.library.run(name)
         grids = list_grids(run)
@@ -62,7 +62,7 @@ class SamplePages:
     def _choices(self) -> list[tuple[str, str]]:
         """Every grid of every run: its name in addresses, and for people."""
         return [
-            (f"{run.name}@{step}", f"{run.name}, step {step}")
+            (f"{run.name}@{step}", f"step {step} of {run.name}")
             for run in self.library.list_runs()
             for step in (list_grids(RunFolder(run.path)) if run.grid else ())
         ]

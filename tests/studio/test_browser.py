@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import time
 
@@ -86,6 +87,30 @@ def test_a_run_is_followed(make_run, serve, open_page):
     run.process_file.unlink()
     page.get_by_role("button", name="Resume").wait_for()
     assert "stopped" in page.locator("#state").inner_text()
+
+
+def test_a_run_that_is_gone_is_said_to_be(make_run, serve, open_page):
+    """R-45: what the page shows last is not taken for what is."""
+    run = make_run(done=2)
+    run.name_process(os.getpid())
+    page = open_page(f"{serve()}/run/{run.name}")
+    page.route("**/run/*", lambda route: route.abort())
+    page.get_by_text("does not answer").wait_for()
+    page.unroute("**/run/*")
+    page.get_by_text("does not answer").wait_for(state="detached")
+    shutil.rmtree(run.path)
+    page.get_by_text("no longer there").wait_for()
+
+
+def test_hidden_adapters_are_not_drawn(filled, open_page):
+    """R-13: one is hidden with that before it."""
+    page = open_page(f"{filled}/playground")
+    adapters = page.locator("#paint select")
+    for number in range(2):
+        adapters.nth(number).select_option("style@final")
+    adapters.nth(0).select_option("")
+    assert not adapters.nth(1).is_visible()
+    assert adapters.nth(1).is_disabled()
 
 
 def test_captions_are_edited(filled, open_page, make_images, tmp_path):

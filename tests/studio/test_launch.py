@@ -19,6 +19,7 @@ from sdlora.runs import RunFolder
 from sdlora.studio.launch import MAIN, Launcher, list_settings
 from sdlora.studio.library import Library, find_process, name_folder
 from tests.checks import HANG_SECONDS, raises
+from tests.studio.conftest import draw_grid
 
 
 @pytest.fixture
@@ -60,6 +61,8 @@ def test_a_form_becomes_a_command(launcher, tmp_path):
         "base.source": "--base",
         "train.seed": "",
         "name": "x",
+        "sample.strengths": "0.5, 1",
+        "train.trackers": "tensorboard, wandb",
     }
     folder, *rest = launcher.arguments(form)
     assert folder == str(images)
@@ -68,12 +71,46 @@ def test_a_form_becomes_a_command(launcher, tmp_path):
     assert (config.data.trigger, config.lora.rank, config.lora.targets) == ("1", 8, ["attn2"])
     assert (config.train.batch_size, config.data.flip, config.base.source) == ("auto", True, "--base")
     assert config.sample.prompts == ['a "big" fox', "zwei Füchse"]
+    # A list may be typed as on the command line.
+    assert (config.sample.strengths, config.train.trackers) == ([0.5, 1.0], ["tensorboard", "wandb"])
     assert "seed" not in config.given()["train"]
     for images in ("", str(tmp_path), "../x"):
         with raises(ConfigError, "images"):
             launcher.arguments({**form, "images": images})
     with raises(ConfigError, "option--preset"):
         launcher.arguments({**form, "preset": "../secret"})
+
+
+def test_a_form_comes_back(launcher, make_run, tmp_path):
+    """R-45: the settings of a run that are not the defaults fill a form, which makes the same settings."""
+    values = {
+        "data.trigger": "ink",
+        "lora.rank": 4,
+        "sample.prompts": ["a", "b"],
+        "sample.strengths": [0.5, 1.0],
+    }
+    run = RunFolder.create(
+        launcher.library.folder / "old", load_config(images=tmp_path / "pictures", overrides=values), {}
+    )
+    form = launcher.form_of(run)
+    assert form == {
+        "images": name_folder(tmp_path / "pictures"),
+        "name": "old",
+        "data.trigger": "ink",
+        "lora.rank": "4",
+        "sample.prompts": "a\nb",
+        "sample.strengths": "[0.5, 1.0]",
+    }
+    again = load_config(overrides=launcher.arguments(form)[1:])
+    assert again.given() == load_config(overrides=values).given()
+
+
+def test_no_run_is_continued_to_where_it_is(launcher, make_run):
+    """R-45: nor to what is no step."""
+    run = make_run()
+    for steps in ("10", "3", "x"):
+        with raises(RunError, "run.steps", shows=steps):
+            launcher.resume(run, steps)
 
 
 def test_a_wrong_setting_is_shown_before_the_start(client, make_images):
@@ -120,6 +157,12 @@ def test_stop_and_resume(launcher, make_run, client):
             assert client().post(f"/{request}/{run.name}", follow_redirects=False).status_code == 303
         assert run.take_requests() == {"save", "sample"}
         assert run.take_requests() == set()
+        text = client().get(f"/run/{run.name}").text
+        assert "A grid is drawn" not in text  # another server was asked
+        launcher.ask(run, "sample")
+        assert launcher.asked(run) == ["sample"]
+        draw_grid(run, 4)
+        assert launcher.asked(run) == []
         assert not launcher.is_stopping(run)
         launcher.stop(run)
         assert launcher.is_stopping(run)

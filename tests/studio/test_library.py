@@ -52,6 +52,8 @@ def test_states(make_run, runs, sleeper):
     }
     assert next(iter(found)) == "running"
     assert found["failed"].problem == "out of memory"
+    # Its last event is no save.
+    assert "killed" in found["stopped"].problem
     assert (found["continued"].step, found["continued"].steps, found["continued"].loss) == (5, 10, 0.25)
     assert found["finished"].grid is not None
     assert found["stopped"].grid is None

@@ -46,6 +46,29 @@ def test_the_recommendation_is_shown(client, make_run):
     } == {200}
 
 
+def test_a_finished_run_tells_how_to_use_it(client, make_run, tmp_path):
+    """R-45: the file for other programs with its prompt, and the report, shut off from all else."""
+    run, page = make_run(), client()
+    for place in ("lora", "report"):
+        assert page.get(f"/{place}/{run.name}").status_code == 404
+    run.webui.mkdir()
+    file = run.webui / "style.safetensors"
+    file.write_bytes(b"tensors")
+    file.with_suffix(".json").write_text('{"preferred weight": 0.8, "activation text": "inky"}')
+    run.report.write_text("<h1>style</h1>")
+    assert "&lt;lora:style:0.8&gt; inky" in page.get(f"/run/{run.name}").text
+    answer = page.get(f"/lora/{run.name}")
+    assert answer.content == b"tensors"
+    assert "style.safetensors" in answer.headers["content-disposition"]
+    report = page.get(f"/report/{run.name}")
+    assert report.text == "<h1>style</h1>"
+    assert "sandbox allow-scripts; default-src 'none'" in report.headers["content-security-policy"]
+    file.unlink()
+    (tmp_path / "secret.safetensors").write_bytes(b"")
+    file.symlink_to(tmp_path / "secret.safetensors")
+    assert page.get(f"/lora/{run.name}").status_code == 404
+
+
 def test_an_unchanged_page_is_not_sent_again(client, make_run):
     """Many tabs ask every second."""
     run = make_run(done=4)
@@ -66,8 +89,10 @@ def test_compare(client, make_run):
 
 
 def test_a_name_with_a_sign(client, make_run):
-    """What follows an @ is a step only if it is a number."""
+    """What follows an @ is a step only if it is a number, and no run has that name."""
     make_run("ink@home", grid=10)
+    make_run("ink@2", grid=10)
+    assert client().get("/compare", params={"side": "ink@2"}).status_code == 200
     for side in ("ink@home", "ink@home@10"):
         assert client().get("/compare", params={"left": side, "right": side}).status_code == 200
 

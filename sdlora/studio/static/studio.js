@@ -16,6 +16,7 @@ async function post(url, fields) {
 // The parts of the page that the server renders now replace those here, where they differ.
 async function refresh(etag) {
   const answer = await fetch(location.href, { headers: etag ? { "if-none-match": etag } : {}, cache: "no-store" });
+  tell(answer.status === 404 ? "This run is no longer there." : "");
   if (!answer.ok) return etag;
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
   for (const part of all("[data-part]")) {
@@ -28,17 +29,24 @@ async function refresh(etag) {
     if (log) $("pre", fresh).scrollTop = top;
   }
   const runs = $("#state .running") !== null;
-  if (ran && !runs) location.reload();  // A run that has ended has other parts.
+  if (ran !== runs) location.reload();  // A run that has ended, or begun again, has other parts.
   ran = runs;
   return answer.headers.get("etag");
 }
 let ran = $("#state .running") !== null;
+// What keeps the page from being fresh, above it; what it shows may no longer be so.
+function tell(text) {
+  const note = $("#away") || document.createElement("p");
+  note.id = "away"; note.className = "note error"; note.setAttribute("role", "alert"); note.textContent = text;
+  if (!text) note.remove(); else if (!note.isConnected) $("main").prepend(note);
+  document.body.classList.toggle("away", text !== "");
+}
 if ($("[data-live]")) {
   const every = Number($("[data-live]").dataset.live);
   if ($("#log pre")) $("#log pre").scrollTop = 1e9;
   let etag = null;
   const turn = async () => {
-    if (!document.hidden) { try { etag = await refresh(etag); } catch { /* the server is away: ask again */ } }
+    if (!document.hidden) { try { etag = await refresh(etag); } catch { tell("The page's server does not answer; below is what it said last."); } }
     setTimeout(turn, every);
   };
   setTimeout(turn, every);
@@ -59,19 +67,22 @@ if (train) {
   };
   train.elements.preset.addEventListener("change", choose);
   choose();
-  const stale = () => { if ($("#plan form")) $("#plan").replaceChildren(); };
+  let changes = 0;
+  const stale = () => { changes += 1; if ($("#plan form")) $("#plan").replaceChildren(); };
   train.addEventListener("input", stale);
   train.addEventListener("submit", async event => {
     event.preventDefault();
-    const button = $("#show-plan"), said = $("#planning");
+    const button = $("#show-plan"), said = $("#planning"), asked = changes;
     button.disabled = true; said.textContent = "Reading the images and the base …"; $("#plan").replaceChildren();
     try {
       const answer = await fetch("/plan", { method: "POST", body: new URLSearchParams(new FormData(train)) });
       const page = new DOMParser().parseFromString(await answer.text(), "text/html");
       const plan = $("#plan", page) || $("main", page);
-      $("#plan").replaceChildren(...[...plan.childNodes].map(node => document.adoptNode(node)));
-      $("#plan").scrollIntoView({ block: "nearest" });
-      said.textContent = "";
+      if (asked === changes) {
+        $("#plan").replaceChildren(...[...plan.childNodes].map(node => document.adoptNode(node)));
+        $("#plan").scrollIntoView({ block: "nearest" });
+      }
+      said.textContent = asked === changes ? "" : "The settings have changed since; show the plan again.";
     } catch (error) { said.textContent = "The page's server does not answer."; }
     button.disabled = false;
   });
@@ -215,11 +226,12 @@ if (paint) {
   const update = () => rows.forEach((row, number) => {
     $("output", row).textContent = Number($("input", row).value).toFixed(2);
     if (number) row.hidden = !$("select", rows[number - 1]).value || rows[number - 1].hidden;
+    for (const field of all("select, input", row)) field.disabled = row.hidden;  // What is not seen is not drawn.
   });
   const draw = async () => {
     if (paint.dataset.busy) { paint.dataset.again = "1"; return; }
     paint.dataset.busy = "1"; $("#painted").classList.add("waiting");
-    $("#painting").textContent = "Drawing … the first image waits for the base to load.";
+    $("#painting").textContent = $("#painted").hidden ? "Drawing … the first image waits for the base to load." : "Drawing …";
     try {
       const { images } = await post("/paint", new FormData(paint));
       all("img", $("#painted")).forEach((image, number) => { image.src = images[number]; });
