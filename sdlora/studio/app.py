@@ -107,6 +107,7 @@ class Studio:
     def run(self, request: Request) -> Response:
         run = self.library.run(request.path_params["name"])
         seen, progress = self.library.overview(run), self._follow(run)
+        config = read_object(run.config_file)
         # Past this size, the log is read from its end.
         is_told = run.log_file.is_file() and not (seen.problem and run.output_file.is_file())
         log = read_end(run.log_file if is_told else run.output_file)
@@ -121,6 +122,7 @@ class Studio:
             asked=self.launcher.asked(run),
             again=urlencode(self.launcher.form_of(run)) if seen.state != "running" else "",
             lora=_describe_lora(run),
+            is_builtin=isinstance(base := config.get("base"), dict) and base.get("source") == "builtin",
             progress=progress,
             eta=progress.eta_seconds(seen.steps) if seen.state == "running" and seen.step else None,
             grids=grids,
@@ -134,7 +136,7 @@ class Studio:
             choice=read_choice(run),
             ratings=describe_ratings(run),
             has_scores=run.evaluation_curve.is_file(),
-            config=read_object(run.config_file),
+            config=config,
         )
 
     def _follow(self, run: RunFolder) -> Progress:
