@@ -149,7 +149,7 @@ ELSEWHERE = {
     "sample_at_first": "not needed: the base is in the first column of each grid",
     "sample_every_n_epochs": f"train.sample_every: {_IN_STEPS}",
     "sample_every_n_steps": "train.sample_every",
-    "sample_prompts": "sample.prompts, a list; `sdlora sample RUN --prompts FILE` reads a file later",
+    "sample_prompts": "set sample.prompts=['a fox'], a list; `sdlora sample RUN --prompts FILE` reads a file",
     "sample_sampler": "sample.scheduler",
     "save_every_n_epochs": f"train.save_every: {_IN_STEPS}",
     "save_every_n_steps": "train.save_every",

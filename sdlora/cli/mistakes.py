@@ -190,6 +190,8 @@ def _guess_option(given: _Given, command: Any) -> str:
     name, _, value = OPTIONS.get(key, plain.get(key, "")).partition(" ")
     if name in options:
         return _write_option(name, options[name], value or given.value)
+    if takes_settings and (translated := _translate(key, given.value)):
+        return f"write {translated}"
     if takes_settings and (setting := _setting_of(key)):
         return _write_setting(setting, given.value)
     if key == "steps" and "step" in plain:
@@ -207,6 +209,14 @@ def _guess_option(given: _Given, command: Any) -> str:
     if guess := difflib.get_close_matches(key, plain, 1, 0.6):
         return _write_option(plain[guess[0]], options[plain[guess[0]]], given.value)
     return ""
+
+
+def _translate(key: str, value: str) -> str:
+    """An option of another trainer with its value, as it is written here; empty if nothing is known of it."""
+    from sdlora.translate.translate import translate_option
+
+    setting, _, value = translate_option(key, value).partition("=")
+    return f"{setting}={shlex.quote(shorten(value))}" if setting else ""
 
 
 def _write_option(name: str, param: Any, value: str) -> str:

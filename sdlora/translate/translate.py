@@ -86,6 +86,15 @@ class _Translation:
         self.sets.append(found)
         self.notes += [f"{note} (the set {shorten(name)})" for note in one.notes]
 
+    def note_repeats(self, folder: str) -> None:
+        """Names the repeats in the name of a folder that a dataset file of sd-scripts gives its own for."""
+        named, comment = read_repeats(Path(folder), ""), self.settings.get("data.repeats", (1, ""))[1]
+        if self.rules.get("image_dir") and named > 1:
+            rest = (
+                f"the name {Path(folder).name} alone makes it {named} times as many here; rename the folder"
+            )
+            self.notes.append(f"{comment or 'num_repeats'}: {rest}")
+
     def count_steps(self, epoch: int | None) -> None:
         """Converts epochs to steps, if the length of an epoch is known."""
         for setting, (value, comment) in list(self.settings.items()):
@@ -173,6 +182,7 @@ def translate(file: Path) -> str:
     if "lora.rank_pattern" in translation.settings:
         translation.settings["lora.targets"] = (["all"], "convolutions have a rank")
     folder, out = (str(translation.settings.pop(key, ("", ""))[0]) for key in (IMAGES, OUT))
+    translation.note_repeats(folder)
     epoch = _count_steps(file.parent / folder, translation) if folder else None
     translation.count_steps(epoch)
     translation.validate()
@@ -181,6 +191,30 @@ def translate(file: Path) -> str:
     command += ["--out", f"runs/{Path(out).stem}"] if out else []
     heading = f"# From {file.name} of {trainer.name}, by `sdlora settings --from`. Save it as my.toml, then:"
     return "\n".join(map(one_line, [heading, f"# {shlex.join(command)}", *translation.write()])) + "\n"
+
+
+def translate_option(name: str, value: str) -> str:
+    """`section.key=value` for an option of sd-scripts or diffusers' scripts; empty if nothing is known of it.
+
+    `value` is empty for a switch.
+    """
+    rule = {**TABLES["kohya"], **TABLES["options"]}.get(name, "")
+    if not isinstance(rule, str) or name == "sample_prompts":  # a file there
+        return ""
+    setting, _, converter = rule.partition(" ")
+    try:
+        result = CONVERTERS[converter](value or True) if converter else value
+        section, _, key = setting.partition(".")
+        validate_config({section: {key: result}})
+    except (ValueError, TypeError, KeyError, IndexError, ConfigError):
+        return ""
+    if result in EMPTY and result is not False:
+        return ""
+    with suppress(ValueError):
+        # 1e-4 stays as it was typed.
+        if not isinstance(result, bool | str) and float(value) == result:
+            result = value
+    return f"{setting}={result if isinstance(result, str) else _toml(result)}"
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -242,7 +276,9 @@ def _count_steps(folder: Path, translation: _Translation) -> int | None:
 def _toml(value: Any) -> str:
     """A value as TOML, whose escapes of text are those of JSON."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(str(key))} = {_toml(item)}" for key, item in value.items()) + "}"
+        keys = (key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key) for key in map(str, value))
+        pairs = zip(keys, map(_toml, value.values()), strict=True)
+        return "{" + ", ".join(f"{key} = {item}" for key, item in pairs) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return repr(value) if type(value) in (int, float) else json.dumps(value)

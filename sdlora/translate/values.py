@@ -168,7 +168,8 @@ def texts(value: Any) -> list[str]:
 CONVERTERS: dict[str, Converter] = {
     **{one.__name__: one for one in (number, whole, rate, epochs, steps_or_epochs, flag, area_side)},
     **{one.__name__: one for one in (largest_side, single, arguments, texts, optimizer)},
-    **{name: when(name) for name in ("int8", "random", "dora", "files", "alpha")},
+    **{name: when(name) for name in ("int8", "random", "center", "dora", "files", "alpha")},
+    "eight_bits": when("bitsandbytes.optim.AdamW8bit"),
     **{name: when([name]) for name in ("wandb", "tensorboard")},
     "count": lambda value: whole(value) or None,  # 0 is not given
     "times": lambda value: None if (found := whole(value)) == 1 else found,

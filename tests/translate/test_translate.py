@@ -11,7 +11,7 @@ import pytest
 
 from sdlora.config import load_config
 from sdlora.errors import ConfigError
-from sdlora.translate.translate import translate
+from sdlora.translate.translate import translate, translate_option
 from tests.checks import raises
 
 KOHYA = """
@@ -88,7 +88,7 @@ KOHYA_TABLE = {
     "objective.noise_offset": (0.05, "noise_offset"),
     "objective.min_snr_gamma": (5.0, "min_snr_gamma"),
     "objective.timestep_range": ([100, 1000], "min_timestep"),
-    "train.steps": (30, "max_train_epochs"),  # 4 images x 3 in steps of 4: 3 an epoch
+    "train.epochs": (10.0, "max_train_epochs"),
     "train.save_every": (6, "save_every_n_epochs"),
     "train.sample_every": (50, "sample_every_n_steps"),
     "train.batch_size": (2, "train_batch_size"),
@@ -153,6 +153,7 @@ GUI_TABLE = {
     "train.learning_rate": (0.5, "unet_lr"),
     "train.schedule": ("cosine", "lr_scheduler"),
     "train.warmup": (0.1, "lr_warmup_steps"),  # a percentage there
+    "train.epochs": (4.0, "max_train_epochs"),
 }
 DATASET = """
 [general]
@@ -380,7 +381,7 @@ ONETRAINER_TABLE = {
     "objective.timestep_mean": (-0.2, "noising_bias"),
     "objective.timestep_std": (1.5, "noising_weight"),
     "objective.timestep_range": ([0, 900], "max_noising_strength"),
-    "train.steps": (140, "epochs"),  # twice 12 samples, and 3 of another set, in steps of 4
+    "train.epochs": (20.0, "epochs"),
     "train.batch_size": (4, "batch_size"),
     "train.accumulate": (1, "gradient_accumulation_steps"),
     "train.learning_rate": (0.0002, "unet.learning_rate"),
@@ -399,7 +400,7 @@ ONETRAINER_TABLE = {
 }
 CASES = {
     "kohya.toml": (KOHYA, KOHYA_TABLE, ("caption_extension",)),
-    "gui.json": (json.dumps(GUI), GUI_TABLE, ("color_aug", "max_train_epochs = 4")),
+    "gui.json": (json.dumps(GUI), GUI_TABLE, ("color_aug",)),
     "dataset.toml": (DATASET, DATASET_TABLE, ("data.flip = true",)),
     "toolkit.yaml": (TOOLKIT, TOOLKIT_TABLE, ("save.max_step_saves_to_keep", "data.caption_dropout = 0.1")),
     "onetrainer.json": (
@@ -460,6 +461,50 @@ def test_repeats_that_are_none_are_not_given(tmp_path: Path) -> None:
         text, _, notes = translate(tmp_path / "one.json").partition("# Not translated:")
         assert "repeats" not in text
         assert ("balancing" in notes) == (number != 1)
+
+
+def test_repeats_are_not_multiplied_silently(tmp_path: Path) -> None:
+    """R-08: a dataset file's own repeats, and those in the name of the folder that it names."""
+    subset = '[[datasets.subsets]]\nimage_dir = "10_ink"\nnum_repeats = 3\n'
+    (tmp_path / "a.toml").write_text(f"[[datasets]]\nresolution = 512\n{subset}", encoding="utf-8")
+    text, _, notes = translate(tmp_path / "a.toml").partition("# Not translated:")
+    assert "repeats = 3" in text
+    assert "10_ink" in notes
+    assert "rename" in notes
+
+
+# Options of sd-scripts and diffusers' scripts, and what they are here.
+OPTIONS = {
+    "network_train_unet_only": "lora.text_encoder=false",
+    "conv_dim 4": "lora.rank_pattern={convolutions = 4}",
+    "optimizer_type AdamW8bit": "train.optimizer=bitsandbytes.optim.AdamW8bit",
+    "resolution 512,512": "data.resolution=512",
+    "loss_type l2": "objective.loss=mse",
+    "network_module networks.lora": 'lora.targets=["all-linear"]',
+    "optimizer_args weight_decay=0.1": "train.optimizer_args={weight_decay = 0.1}",
+    "log_with all": 'train.trackers=["tensorboard"]',
+    "center_crop": "data.crop=center",
+    "masked_loss": "data.masks=files",
+    "gradient_checkpointing": "train.gradient_checkpointing=true",
+    "fp8_base": "base.quantize=int8",
+    "sample_sampler euler_a": "sample.scheduler=EulerAncestralDiscreteScheduler",
+    "max_train_epochs 10": "train.epochs=10",
+    "unet_lr 1e-4": "train.learning_rate=1e-4",
+    "sample_prompts p.txt": "",
+    "loss_type odd": "",
+    "network_dim": "",
+    "quux": "",
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_is_translated_with_its_value(option: str) -> None:
+    """R-35: what is answered can be typed."""
+    name, _, value = option.partition(" ")
+    answer = translate_option(name, value)
+    assert answer == OPTIONS[option]
+    if answer:
+        load_config(overrides=[answer])
 
 
 def test_what_is_refused_here_becomes_a_comment(tmp_path: Path) -> None:
