@@ -752,8 +752,8 @@ class RunConfig(Section):
         prompt = next((text for text in self.sample.prompts if any(mark in text for mark in marks)), None)
         if prompt is not None and self.data.trigger is None:
             raise ValueError(
-                f"sample.prompts has a placeholder for the trigger in {prompt!r} but data.trigger is not "
-                "set; set data.trigger or remove the placeholder"
+                f"sample.prompts has a placeholder for the trigger in {prompt!r} but there is no "
+                "data.trigger; remove the placeholder, or train with a trigger (--trigger)"
             )
         if self.lora.kind == "dora" and self.base.quantize != "none":
             raise ValueError(

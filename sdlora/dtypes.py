@@ -6,7 +6,7 @@ import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VAE_DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
-"""The VAE's dtype beside a denoiser's: a VAE overflows in fp16 alone (R-22)."""
+"""The VAE's dtype beside a denoiser's: a VAE overflows in fp16 alone."""
 STORED = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -117,7 +117,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> Header:
-    """Reads the header of a safetensors file and checks that the file is complete (R-25).
+    """Reads the header of a safetensors file and checks that the file is complete.
 
     The library's own parser checks types, offsets and sizes first. It accepts duplicate names and control
     characters in names, which are refused here.

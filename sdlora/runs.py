@@ -301,7 +301,7 @@ class RunFolder:
                     self.process_file.unlink(missing_ok=True)
 
     def name_process(self, pid: int) -> None:
-        """Writes `process.json`; a full disk does not stop a run (R-45)."""
+        """Writes `process.json`; a full disk does not stop a run."""
         with suppress(OSError):
             write_json(self.process_file, {"pid": pid, "host": platform.node()})
 

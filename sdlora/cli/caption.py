@@ -64,7 +64,8 @@ def caption(
     missing, total = find_uncaptioned(images, settings)
     options.say(f"{total - len(missing)} of {total} images have a caption")
     if skeleton:
-        options.say(f"empty caption files made: {write_skeletons(images, missing)}; fill them in")
+        if missing:
+            options.say(f"empty caption files made: {write_skeletons(images, missing)}; fill them in")
         return
     if not missing:
         return

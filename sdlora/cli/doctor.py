@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,7 +70,16 @@ def _fix(checkup: Checkup, is_agreed: bool, *, quiet: bool) -> None:
         options.say("nothing to fix", err=quiet)
         return
     options.say("\n".join(lines), err=quiet)
-    if is_agreed or typer.confirm(f"{len(lines)} changes, which --undo takes back. Go on?", err=quiet):
+    try:
+        is_agreed = is_agreed or typer.confirm(
+            f"{len(lines)} changes, which --undo takes back. Go on?", err=quiet
+        )
+    except typer.Abort:
+        if sys.stdin.isatty():
+            raise
+        options.say("\nnothing done: there is nobody to ask, and --yes agrees", err=quiet)
+        return
+    if is_agreed:
         options.say(f"done; moved files and the old captions are in {repairs.apply()}", err=quiet)
 
 
@@ -105,7 +115,10 @@ def info(
 
 @app.command()
 def cache(clear: Annotated[bool, typer.Option("--clear", help="Delete all cached files.")] = False) -> None:
-    """Show the location and size of the cache: latents, text embeddings, images of the base."""
+    """Show the location and size of the cache.
+
+    It has latents, text states, images of the base, measures of images (looks), and unpacked archives.
+    """
     from sdlora.data.cache import cache_folder, clear_cache, measure_cache
 
     folder = cache_folder()

@@ -37,7 +37,10 @@ Preset = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Out = Annotated[Path, typer.Option(help="Output file.")]
-ImagesOut = Annotated[Path | None, typer.Option(help="Output folder for grid.png and the single images.")]
+ImagesOut = Annotated[
+    Path | None,
+    typer.Option(help="Output folder for grid.png and the single images.", show_default="samples/NAME"),
+]
 Dialect = Annotated[str, typer.Option(help="diffusers, or kohya (for A1111, Forge, ComfyUI).")]
 Precision = Annotated[str, typer.Option(help="fp16, bf16 or fp32.")]
 Force = Annotated[bool, typer.Option("--force", help="Accept a changed parent; ignore a missing one.")]
@@ -46,19 +49,22 @@ StepStrengths = Annotated[
 ]
 Prompt = Annotated[list[str] | None, typer.Option(help="A prompt; repeatable.")]
 Prompts = Annotated[Path | None, typer.Option(help="A text file with one prompt per line.")]
-Seeds = Annotated[str | None, typer.Option(help="Seeds, such as 0,1.")]
-Strengths = Annotated[str | None, typer.Option(help="LoRA strengths, one column each: 0.5,1.")]
+Seeds = Annotated[str | None, typer.Option(help="Seeds, such as 0,1.", show_default="the run's, or 0,1")]
+Strengths = Annotated[
+    str | None,
+    typer.Option(help="LoRA strengths, one column each: 0.5,1.", show_default="the run's, or 1"),
+]
 SavedSteps = Annotated[
     list[str] | None,
     typer.Option("--step", help="Saved steps of a run, beside each other: 50,100,final; repeatable."),
 ]
-Steps = Annotated[int | None, typer.Option(help="Sampling steps.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale (CFG).")]
+Steps = Annotated[int | None, typer.Option(help="Sampling steps.", show_default="the run's, or 25")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale (CFG).", show_default="the run's")]
 Features = Annotated[
     str | None,
     typer.Option(
         help="A folder or Hub id of CLIP or DINOv2, or a file of CSD, to score by.",
-        show_default="without weights",
+        show_default="none, which suits the built-in base alone",
     ),
 ]
 Size = Annotated[str | None, typer.Option(help="Image size in pixels, as WIDTHxHEIGHT.")]

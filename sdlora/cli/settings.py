@@ -56,6 +56,8 @@ def settings(
         typer.echo("\n".join(_describe_presets(width)))
         return
     wanted = [_plain(word.lstrip("-")) for word in words or []]
+    if (name := "_".join(wanted)) in ELSEWHERE:
+        wanted = [name]  # as the page of another trainer spells it
     lines = [f"{word} in sdlora: {ELSEWHERE[word]}" for word in wanted if word in ELSEWHERE]
     wanted += [ELSEWHERE[word].split(",")[0].split(":")[0] for word in wanted if word in ELSEWHERE]
     found = {name: keys for name, keys in _list(wanted).items() if keys}

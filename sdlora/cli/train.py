@@ -121,6 +121,6 @@ def _print_result(run: RunFolder) -> None:
             place = "A1111, Forge, ComfyUI"
             if config.base.source == "builtin":
                 # Nothing that they load has its shapes.
-                place += ": this one fits the built-in base alone, those of other bases work there"
+                place = f"for the built-in base alone; one of another base works in {place}"
             options.say(f"for UIs   {for_uis} ({place}); prompt: {prompt}")
         options.say(f'load it   pipe.load_lora_weights("{run.adapter}")')

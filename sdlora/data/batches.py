@@ -92,7 +92,7 @@ class BatchOrder:
         return list(zip(accumulate(counts, initial=0), steps, strict=False))
 
     def _draw(self, index: int, record: ImageRecord, size: Size) -> Sample:
-        """Crop and caption have separate generators, so that neither changes the other (R-04)."""
+        """Crop and caption have separate generators, so that neither changes the other."""
         crops = [crop for crop in self._plan.crops[record.name] if crop.size == size]
         crop = keyed_random(self._seed, "variant", index).choice(crops)
         return Sample(index, record, crop, self._captions.draw(record, seed=self._seed, index=index))

@@ -39,7 +39,7 @@ SPEEDS, COSTS, CHECKED = "speed.json", "costs.json", "checked.json"
 
 
 def latent_key(record: ImageRecord, crop: Crop, *, vae_digest: str, background: str, dtype: str) -> str:
-    """Key of the latents of a crop, and of its mask; contains everything that changes them (R-21)."""
+    """Key of the latents of a crop, and of its mask; contains everything that changes them."""
     box = [crop.resized.width, crop.resized.height, crop.left, crop.top, crop.size.width, crop.size.height]
     parts = [record.digest, vae_digest, box, crop.flipped, parse_color(background), dtype]
     parts += [record.mask.digest] if record.mask else []

@@ -126,7 +126,7 @@ class ReplacePlaceholder:
 
 @dataclass(frozen=True)
 class AddTrigger:
-    """Puts the trigger at the start or the end of a caption that lacks it (R-30)."""
+    """Puts the trigger at the start or the end of a caption that lacks it."""
 
     trigger: str
     position: str
@@ -186,7 +186,7 @@ class CaptionPipeline:
     def draw(self, record: ImageRecord, *, seed: int, index: int) -> str:
         """The caption of one sample: one of the image's variants, or empty.
 
-        Variant and dropout have separate generators, so that neither changes the other (R-04).
+        Variant and dropout have separate generators, so that neither changes the other.
         """
         if keyed_random(seed, "dropout", index).random() < self.dropout:
             return ""

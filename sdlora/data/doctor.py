@@ -94,7 +94,7 @@ def check_images(
 
 
 def summarise(index: DatasetIndex, plan: BucketPlan, count_tokens: CountTokens | None) -> list[str]:
-    """R-05, R-15: lines about images, captions, examples, buckets and the worst crops."""
+    """Lines about images, captions, examples, buckets and the worst crops."""
     return [*_summarise_images(index), *_summarise_examples(index, count_tokens), *_summarise_buckets(plan)]
 
 

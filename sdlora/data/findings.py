@@ -76,6 +76,7 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "new images, so crop them off",
         "data.image-marked": "{count:image} with the same mark in a corner, such as a watermark: {names}; it "
         "is drawn into new images, so remove or crop it",
+        "data.masks-missing": "data.masks=files, but no image has a mask beside it, such as {names}",
         "data.caption-empty": "{count:caption file} empty: {names}; these images have no caption for now, so "
         "fill them in",
         "data.caption-style": "{count:caption} naming a style or medium: {names}; the style is learned with "
@@ -185,7 +186,7 @@ def _word(severity: Severity, key: str, message: str, details: Mapping[str, str]
 def _examine_records(
     training: Sequence[ImageRecord], heldout: Iterable[ImageRecord], noticed: Noticed
 ) -> None:
-    """Shared stems (R-21), exact copies, held-out images that are trained on, unlikely repeats."""
+    """Shared stems, exact copies, held-out images that are trained on, unlikely repeats."""
     stems: dict[PurePosixPath, list[str]] = defaultdict(list)
     copies: dict[str, list[str]] = defaultdict(list)
     for record in training:
@@ -207,7 +208,7 @@ def _examine_records(
 
 
 def _examine_sizes(plan: BucketPlan, noticed: Noticed) -> None:
-    """R-15: resolutions that crop much, and the images that lose or are enlarged most."""
+    """Resolutions that crop much, and the images that lose or are enlarged most."""
     if (loss := worst_loss(plan.resolution, plan.step)) >= MAX_LOSS:
         detail = f"with buckets in steps of {plan.step} px can crop {loss:.0%}"
         noticed["data.resolution"][str(plan.resolution)] = detail
@@ -228,7 +229,7 @@ def largest_first(pairs: Iterable[tuple[float, str]]) -> list[tuple[float, str]]
 def _examine_tokens(
     records: Sequence[ImageRecord], trigger: str | None, count_tokens: CountTokens, noticed: Noticed
 ) -> None:
-    """R-28: which captions are cut, which words are lost, and whether the trigger survives."""
+    """Which captions are cut, which words are lost, and whether the trigger survives."""
     count_once = cache(count_tokens)
     for record in records:
         for caption in record.captions:

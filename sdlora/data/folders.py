@@ -170,7 +170,7 @@ def check_folder(root: Path) -> None:
 
 
 def no_images_error(root: Path, files: Sequence[str], noticed: Noticed) -> DataError:
-    """R-26: names the files that were found, why they are not used, and the nearest folder with images."""
+    """Names the files that were found, why they are not used, and the nearest folder with images."""
     suffixes = Counter(PurePosixPath(name).suffix.lower() or "without a suffix" for name in files)
     found = join_names(f"{number} {suffix}" for suffix, number in suffixes.most_common())
     message = f"no images to train on in {root}"

@@ -85,6 +85,10 @@ def scan_dataset(root: str | Path, settings: DataSection, seed: int = 0) -> Data
         styled = [record for record in training if not record.is_class]
         training, heldout = hold_out_share(styled, settings.heldout, seed)
         training += classes
+    if settings.masks == "files" and not any(record.mask for record in (*training, *heldout)):
+        scan.noticed["data.masks-missing"][str(PurePosixPath(training_names[0]).with_suffix(".mask.png"))] = (
+            ""
+        )
     # Once and with one caption each: the held-out loss must not depend on chance.
     heldout = [replace(record, repeats=1, variants=()) for record in heldout]
     by_name = attrgetter("name")
@@ -176,7 +180,7 @@ class _Scan:
     def _check_coverage(
         self, root: Path, names: Sequence[str], captions: Mapping[str, Caption], sets: Sets
     ) -> None:
-        """R-05: no captions without a trigger, and captions for some images only, are errors by default.
+        """No captions without a trigger, and captions for some images only, are errors by default.
 
         The images are those of one set; class images need no captions.
         """

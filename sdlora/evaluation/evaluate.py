@@ -92,7 +92,7 @@ class Untriggered:
         images: Number of these images.
         base: Mean distances of the base's samples.
         style: Mean distances with the adapter.
-        share: The decrease of the style distance without the trigger, over that with it (R-30); None for
+        share: The decrease of the style distance without the trigger, over that with it; None for
             fewer than `MIN_IMAGES` images, and if there is no clear decrease with it.
     """
 
@@ -144,7 +144,7 @@ class Evaluation:
 
     @property
     def bleed(self) -> float | None:
-        """The share of the decrease of the style distance that does not need the trigger (R-30)."""
+        """The share of the decrease of the style distance that does not need the trigger."""
         return self.untriggered.share.value if self.untriggered and self.untriggered.share else None
 
     @property
@@ -200,7 +200,7 @@ class Evaluation:
                 f"without trigger   style distance base {bare.base.style:.2g}, style {bare.style.style:.2g} "
                 f"on {bare.images} images{share}"
             )
-        lines.append(f"verdict           {self.verdict}")
+        lines.append(f"by the loss       {self.verdict}")
         return lines + ([f"gap               {self.gap}"] if self.gap else [])
 
 
@@ -220,7 +220,7 @@ def evaluate(
     Args:
         run: The run folder.
         seed: Seed of the samples.
-        full_base: Measures the loss on the full base too, after training on a quantized one (R-48).
+        full_base: Measures the loss on the full base too, after training on a quantized one.
         progress: Called with (finished, total) sampled images.
 
     Raises:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -43,7 +43,7 @@ class HeldoutLoss:
     loss: float
     by_band: dict[str, float]
     num_images: int
-    by_image: tuple[float, ...] = ()
+    by_image: tuple[float, ...] = field(default=(), repr=False)
 
 
 class Share(NamedTuple):

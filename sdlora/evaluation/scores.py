@@ -6,7 +6,7 @@ N rows (prompt, seed) prompt by prompt, P prompts, S seeds, B bootstrap draws, D
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, log10
 
 import numpy as np
@@ -52,7 +52,7 @@ class Score:
     """A score: its value, and that of each bootstrap draw, (B,); draws of all scores are paired."""
 
     value: float
-    draws: Rows
+    draws: Rows = field(repr=False)
 
     @property
     def interval(self) -> Interval:
@@ -73,7 +73,7 @@ class BootstrapWeights:
     Prompts are drawn with replacement, and then the seeds of each.
     """
 
-    rows: Rows
+    rows: Rows = field(repr=False)
     num_prompts: int
 
     @classmethod

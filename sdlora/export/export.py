@@ -32,7 +32,7 @@ class ExportReport:
 
     @property
     def precision(self) -> Precision:
-        """The precision of the file, which may be larger than asked (R-36)."""
+        """The precision of the file, which may be larger than asked."""
         return self.rounding.used
 
     def __str__(self) -> str:
@@ -55,7 +55,7 @@ def export_adapter(
     metadata: Mapping[str, str] | None = None,
     step: int | None = None,
 ) -> ExportReport:
-    """Writes an adapter for other programs: scale folded, rounded where that loses nothing (R-02, R-36).
+    """Writes an adapter for other programs: scale folded, rounded where that loses nothing.
 
     Args:
         adapter: As trained, or as read from any file; or a run, a LoRA file or a tree node. A run's is
@@ -67,7 +67,7 @@ def export_adapter(
         step: A saved step of a run; by default its final adapter.
 
     Raises:
-        AdapterError: If the adapter is not finite or changes nothing (R-06), is not a LoRA or the output
+        AdapterError: If the adapter is not finite or changes nothing, is not a LoRA or the output
             itself, or the file is not writable.
         RunError: If the run has no saved adapter yet.
     """

@@ -1,4 +1,4 @@
-"""The metadata of a LoRA file about its run, in the keys that other tools read (R-42).
+"""The metadata of a LoRA file about its run, in the keys that other tools read.
 
 `ss_*` is read by kohya's tools, A1111 and its forks and Civitai; `modelspec.*` by newer model managers;
 `sdlora.*` is our own. Rank, alpha, names and hash of the tensors are added when a file is written.

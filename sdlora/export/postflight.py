@@ -1,4 +1,4 @@
-"""Proof that a LoRA file works in diffusers, and has the trained effect there (R-01)."""
+"""Proof that a LoRA file works in diffusers, and has the trained effect there."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class _Outputs(NamedTuple):
 def postflight(
     paths: Sequence[str | Path], adapter: Adapter, model: Model, info: BaseInfo
 ) -> list[PostflightReport]:
-    """Loads each exported file into the base in memory and compares it with the adapter as trained (R-01).
+    """Loads each exported file into the base in memory and compares it with the adapter as trained.
 
     diffusers' own loader and PEFT read the files, around the very networks that were trained on, also
     quantized ones, so no second base is loaded. Afterwards the base's output is the same to the bit, and the

@@ -21,7 +21,7 @@ _READABLE = STORED.keys() - {"BOOL"}
 
 
 def read_lora_header(path: Path) -> Header:
-    """Reads the header of a LoRA file and checks that the file is complete (R-25, R-44).
+    """Reads the header of a LoRA file and checks that the file is complete.
 
     Raises an AdapterError if it is missing or damaged, or has sizes, dtypes or shapes that would cost much or
     fail later, before a tensor is read.

@@ -123,7 +123,7 @@ def save_adapter(
         metadata: About the run; by default the adapter's notes. Rank, alpha and hash are always added.
 
     Raises:
-        AdapterError: If a value is not finite, every `up` is zero (R-06), the name does not end in
+        AdapterError: If a value is not finite, every `up` is zero, the name does not end in
             .safetensors, or the file cannot be written.
         ConfigError: If the dialect is unknown.
     """
@@ -342,7 +342,7 @@ def _non_finite(adapter: Adapter) -> list[str]:
 
 
 def _check_values(path: Path, adapter: Adapter) -> None:
-    """Refuses values that only a failed training can have (R-06)."""
+    """Refuses values that only a failed training can have."""
     problem = ""
     if broken := _non_finite(adapter):
         share = f"{len(broken)} of {len(adapter.modules)} modules"

@@ -1,7 +1,6 @@
 """Adapters as the tensors of a file, in the dialects that other programs read. R rank.
 
-Files are always scale-folded: with `alpha == rank`, loaders that use alpha and those that ignore it agree
-(R-02).
+Files are always scale-folded: with `alpha == rank`, loaders that use alpha and those that ignore it agree.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ MAX_PADDED = 4 * 10**9
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """The cost of a smaller dtype, at the precision asked, as shares of norm and of elements (R-36)."""
+    """The cost of a smaller dtype, at the precision asked, as shares of norm and of elements."""
 
     asked: Precision
     used: Precision
@@ -55,7 +54,7 @@ def fold(adapter: Adapter) -> Adapter:
 
 
 def round_adapter(adapter: Adapter, precision: Precision = "fp16") -> tuple[Adapter, Rounding]:
-    """Folds and rounds an adapter, or keeps it in fp32 where rounding would lose too much (R-36).
+    """Folds and rounds an adapter, or keeps it in fp32 where rounding would lose too much.
 
     Raises a ConfigError if the precision is unknown.
     """

@@ -149,7 +149,7 @@ def _draw_down(shape: Sequence[int], init: Init, generator: torch.Generator) -> 
     """A down matrix of shape (R, in) or (R, in, kh, kw), fp32.
 
     `gaussian` has standard deviation 1 / R: the first AdamW steps move every element of `up` by the learning
-    rate, so that the change of the output, a sum over R terms, does not grow with the rank (R-33).
+    rate, so that the change of the output, a sum over R terms, does not grow with the rank.
     `orthogonal` has orthogonal rows of the same size (for R above the number of inputs, columns). `kaiming`
     is uniform in +-1 / sqrt(inputs) for every rank, as in the LoRA paper's code and PEFT's default.
     """
@@ -180,7 +180,7 @@ def low_rank_modules(adapter: Adapter, action: str) -> dict[str, LowRank]:
 
 
 def check_base(adapter: Adapter, *, family: str, name: str, digest: str = "", source: str = "") -> str | None:
-    """Compares an adapter's base with the base in use (R-41); `source` names the adapter in messages.
+    """Compares an adapter's base with the base in use; `source` names the adapter in messages.
 
     Returns a warning if it is another base of the same family, by the digest of its weights. Raises an
     AdapterError if it is another family.

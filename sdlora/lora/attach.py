@@ -196,7 +196,7 @@ def unmounted(layers: Mapping[str, LoraLayer], adapter: Adapter) -> Iterator[Non
 def mounted(model: Model, adapters: Sequence[tuple[Adapter, Scale]]) -> Iterator[None]:
     """Mounts adapters for a while; afterwards wrapped layers and stacks are as they were.
 
-    Meanwhile all layers are fused, whatever training chose: a run samples as any other program (R-10).
+    Meanwhile all layers are fused, whatever training chose: a run samples as any other program.
     """
     before = {name: (layer.stack, layer.is_fused) for name, layer in lora_layers(model).items()}
     try:

@@ -85,7 +85,7 @@ class AdapterModule(ABC):
     @property
     @abstractmethod
     def starting_at_zero(self) -> Tensor:
-        """The tensor that is zero in a fresh module; the first update must change it (R-09)."""
+        """The tensor that is zero in a fresh module; the first update must change it."""
 
     @abstractmethod
     def apply(self, x: Tensor, y: Tensor, layer: Layer, scale: Scale, drop: Drop | None) -> Tensor:

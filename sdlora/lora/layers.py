@@ -29,7 +29,7 @@ class Dropout:
     """Dropout of the values between down and up, as a function of sample and module alone.
 
     Neither the ambient generator nor the number of processes changes it, and gradient checkpointing repeats
-    it (R-03, R-04). It is only on inside `drawn`; values that stay grow by 1 / (1 - share).
+    it. It is only on inside `drawn`; values that stay grow by 1 / (1 - share).
     """
 
     def __init__(self, share: float) -> None:

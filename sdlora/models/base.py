@@ -125,7 +125,7 @@ class Base(Protocol):
 
     @property
     def dtypes(self) -> Mapping[str, str]:
-        """Effective dtype of each component, for the log (R-11)."""
+        """Effective dtype of each component, for the log."""
 
     @property
     def text_dtype(self) -> torch.dtype:
@@ -133,7 +133,7 @@ class Base(Protocol):
 
     @property
     def attention_kernel(self) -> str:
-        """Attention implementation of the denoiser, for the log (R-46)."""
+        """Attention implementation of the denoiser, for the log."""
 
     def load_denoiser(self) -> None:
         """Loads the denoiser of a base that was loaded with `lazy`."""
@@ -156,14 +156,14 @@ class Base(Protocol):
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation (B, C, h, w) of images (B, 3, H, W) in [-1, 1].
 
-        In the denoiser's units, in float32. Raises a ModelError if they are not finite even so (R-22).
+        In the denoiser's units, in float32. Raises a ModelError if they are not finite even so.
         """
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in about [-1, 1] of latents (B, C, h, w), in float32 on the CPU."""
 
     def encode_captions(self, captions: Sequence[str]) -> Condition:
-        """Text states of captions in float32, each encoded alone, without time ids (R-10, R-20)."""
+        """Text states of captions in float32, each encoded alone, without time ids."""
 
     def encode_batch(self, captions: Sequence[str]) -> Condition:
         """Text states of captions in one pass, with gradients if a text encoder is trained."""

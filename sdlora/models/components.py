@@ -121,7 +121,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> Header:
-    """Reads the header of a complete safetensors file (R-25); raises a ModelError for other files."""
+    """Reads the header of a complete safetensors file; raises a ModelError for other files."""
     with _reading(path):
         return reading.read_header(path)
 
@@ -173,7 +173,7 @@ def has_weights(folder: Path, stem: str, variant: str | None = None) -> bool:
 def find_weights(
     folder: Path, stem: str, key: str, variant: str | None = None
 ) -> tuple[list[Path], str | None]:
-    """The safetensors files of a component, in order, and the precision in their names (R-25, R-44).
+    """The safetensors files of a component, in order, and the precision in their names.
 
     A `variant`, `fp16` or `bf16`, is preferred to plain files, and those to any other. `stem` is
     `diffusion_pytorch_model` or `model`.

@@ -65,7 +65,7 @@ REASONS = {
 def find_base(source: str, key: str, revision: str | None = None, variant: str | None = None) -> Path:
     """The folder or file of a source; `key` is the setting with its value, for error messages.
 
-    The hub is asked only if no local path has the name (R-39).
+    The hub is asked only if no local path has the name.
     """
     path = BUILTIN if source == "builtin" else Path(source).expanduser()
     try:

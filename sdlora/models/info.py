@@ -168,7 +168,7 @@ class BaseInfo(BaseFiles):
 
     @property
     def prediction_type(self) -> str:
-        """The UNet's output: epsilon, v_prediction or sample (R-32)."""
+        """The UNet's output: epsilon, v_prediction or sample."""
         return str(self.scheduler_config.get("prediction_type") or "epsilon")
 
     @property
@@ -193,7 +193,7 @@ class BaseInfo(BaseFiles):
 
     @property
     def has_time_ids(self) -> bool:
-        """Whether the UNet reads the sizes of each image, as SDXL's does (R-31)."""
+        """Whether the UNet reads the sizes of each image, as SDXL's does."""
         return bool(self.denoiser_config.get("addition_embed_type") == "text_time")
 
     @property
@@ -280,7 +280,7 @@ def inspect_base(
         data: How text is read.
 
     Raises:
-        ModelError: If it is missing, incomplete, truncated, or of another kind (R-25, R-40, R-44).
+        ModelError: If it is missing, incomplete, truncated, or of another kind.
         ConfigError: If `base.quantize` needs a package that is not installed, or the text encoder does not
             have the layer of `data.clip_skip`.
     """

@@ -147,7 +147,7 @@ def load_fresh_pipeline(info: BaseInfo, text_encoders: Sequence[str], dtype: tor
     if unet.folder is None:
         parts["unet"] = load_component(unet, dtype)
     else:
-        # No pickles, and no network: a base that was found is on disk.
+        # No pickles, and no network: a base that was found is on disk.
         options: dict[str, Any] = {"variant": unet.variant, DTYPE: dtype}
         with quiet():
             parts["unet"] = UNet2DConditionModel.from_pretrained(

@@ -24,7 +24,7 @@ REMEDY = "download or copy the base again, or set sample.safety_checker=false"
 
 
 class SafetyChecker:
-    """The base's safety checker (R-47), read from disk on its first use, and on the device only in a call."""
+    """The base's safety checker, read from disk on its first use, and on the device only in a call."""
 
     def __init__(self, folder: Path, device: torch.device | str) -> None:
         self.folder = folder
@@ -70,7 +70,7 @@ class SafetyChecker:
 
 
 def find_checker(info: BaseInfo, device: torch.device | str) -> SafetyChecker | None:
-    """The safety checker that a base names, if its files are there; it is never downloaded (R-39)."""
+    """The safety checker that a base names, if its files are there; it is never downloaded."""
     return SafetyChecker(info.path, device) if _has_files(info) else None
 
 

@@ -197,7 +197,7 @@ def _refuse_others(file: _File, family: str) -> None:
 
 
 def _find_prediction(file: _File, family: str) -> tuple[str, tuple[str, ...]]:
-    """The prediction type, and a notice if it is an assumption (R-32)."""
+    """The prediction type, and a notice if it is an assumption."""
     if "v_pred" in file.header.shapes:
         return "v_prediction", ()
     for name in ("modelspec.prediction_type", "modelspec.architecture"):

@@ -147,7 +147,7 @@ class StableDiffusion:
         return mean, std
 
     def _without_overflow(self, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Runs the VAE, and once more in fp32 if it overflows in a smaller dtype (R-22)."""
+        """Runs the VAE, and once more in fp32 if it overflows in a smaller dtype."""
         results, stored = compute(), self.vae.dtype
         if stored == torch.float32 or _all_finite(*results):
             return results
@@ -172,7 +172,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        # The VAE is in memory, and on the UNet's device, only meanwhile (R-18). Reading it again takes
+        # The VAE is in memory, and on the UNet's device, only meanwhile. Reading it again takes
         # 1 or 2 % of a batch.
         home = self.vae.device
         # What denoising leaves would stay beside it.
@@ -192,7 +192,7 @@ class StableDiffusion:
         return (torch.cat([self._decode_image(image).float().cpu() for image in units.split(1)]),)
 
     def _decode_image(self, latents: Tensor) -> Tensor:
-        """In four overlapping tiles if there is not enough memory for the whole (R-18)."""
+        """In four overlapping tiles if there is not enough memory for the whole."""
         with suppress(torch.OutOfMemoryError):
             whole: Tensor = self.vae.decode(latents, return_dict=False)[0]
             return whole

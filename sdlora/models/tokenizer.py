@@ -110,7 +110,7 @@ def load_tokenizer(info: BaseInfo, number: int = 0) -> CLIPTokenizer:
 
 
 def count_tokens(tokenizer: CLIPTokenizer, info: BaseInfo, caption: str) -> TokenCount:
-    """Counts, splits and cuts a caption as the text encoder does (R-28)."""
+    """Counts, splits and cuts a caption as the text encoder does."""
     limit = info.token_limit
     caption = without_weights(caption) if info.prompt_weights else caption
     ids = tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False).input_ids
@@ -137,7 +137,7 @@ def count_tokens(tokenizer: CLIPTokenizer, info: BaseInfo, caption: str) -> Toke
 
 
 def describe_cut_prompts(info: BaseInfo, prompts: Iterable[str]) -> str | None:
-    """A line about the words of prompts that the base does not read; None if it reads all (R-28)."""
+    """A line about the words of prompts that the base does not read; None if it reads all."""
     tokenizer, lines = load_tokenizer(info), []
     for prompt in dict.fromkeys(prompts):
         if (count := count_tokens(tokenizer, info, prompt)).lost:

@@ -188,7 +188,7 @@ def empty_model(name: str, config: Mapping[str, Any]) -> Any:
 
 
 def empty_denoiser(info: BaseInfo) -> UNet2DConditionModel:
-    """The UNet on the meta device; raises a ModelError if its files have fewer parameters (R-25)."""
+    """The UNet on the meta device; raises a ModelError if its files have fewer parameters."""
     unet = empty_model("unet", info.denoiser_config)
     needed = sum(parameter.numel() for parameter in unet.parameters())
     if info.num_parameters < needed:

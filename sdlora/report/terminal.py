@@ -72,7 +72,7 @@ class Terminal:
             self._file, self._early = None, []
 
     def _log(self, *lines: str) -> None:
-        """Writes lines to the log file; a full disk does not stop a run (R-45)."""
+        """Writes lines to the log file; a full disk does not stop a run."""
         if self._file is None:
             self._early += lines
         elif lines:

@@ -157,8 +157,8 @@ def draw(
 ) -> list[SampledImage]:
     """Makes the image of each cell, but for those that the store has.
 
-    Adapters are mounted, never fused (R-38). Afterwards the base, what was mounted on it, gradients,
-    train mode and all random states are as they were (R-10).
+    Adapters are mounted, never fused. Afterwards the base, what was mounted on it, gradients,
+    train mode and all random states are as they were.
 
     Args:
         base: The base, whose mounted adapters are put aside meanwhile.

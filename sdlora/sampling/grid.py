@@ -267,7 +267,7 @@ class _Panel:
                 image.thumbnail((measures.width, measures.height), Image.Resampling.LANCZOS)
                 sheet.paste(image, (x, y))
                 continue
-            # An empty cell, with the reason if there is one.
+            # An empty cell, with the reason if there is one.
             pen.rectangle((x, y, x + right, foot - 1), EMPTY)
             reason = sample.blank if sample else ""
             lines = _wrap(reason, measures.font, measures.width - 4 * measures.gutter, 4)

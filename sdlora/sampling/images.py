@@ -259,7 +259,7 @@ def make_scheduler(info: BaseInfo, name: str | None = None) -> Any:
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-    """Raises a ConfigError with one line for each prompt that is empty or has a placeholder left (R-30)."""
+    """Raises a ConfigError with one line for each prompt that is empty or has a placeholder left."""
     problems = [] if prompts else ["sample.prompts is empty; set at least one prompt"]
     for prompt in prompts:
         left = PLACEHOLDER.search(prompt)

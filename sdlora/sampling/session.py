@@ -184,7 +184,7 @@ class SamplePlan:
         is_fast = device.type != "cpu" and has_bf16(device)
         dtype = self.dtype or (torch.bfloat16 if is_fast else torch.float32)
         base = load_base(self.info, dtype=dtype, device=device)
-        # As a run has them.
+        # As a run has them.
         base.use_cpu_kernels()
         fill, seeds = self.config.data.fill_trigger, self.config.sample.seeds
         cells = [

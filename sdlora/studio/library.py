@@ -207,12 +207,15 @@ def _judge(run: RunFolder, tail: Sequence[dict[str, Any]], steps: int) -> tuple[
         last = one_line("".join(read_end(run.output_file).splitlines()[-1:])).removeprefix("sdlora: ")
         is_refused = last and not last.startswith("stopped")
         return ("failed", last) if is_refused else ("stopped", "it was stopped before its first step")
-    # What stops as it should saves first.
+    return "stopped", refusal or _describe_kill(run, tail)
+
+
+def _describe_kill(run: RunFolder, tail: Sequence[dict[str, Any]]) -> str:
+    """That a process of this machine ended without the save with which it stops; empty if it did not."""
+    is_ours = read_object(run.process_file).get("host") == platform.node()
     is_silent = tail and tail[-1]["event"] == "step" and "sdlora: stopped" not in read_end(run.output_file)
-    return "stopped", refusal or (_describe_kill(run) if is_silent else "")
-
-
-def _describe_kill(run: RunFolder) -> str:
+    if not (is_ours and is_silent):
+        return ""
     saved = run.checkpoint_steps()
     rest = f"Resume continues from step {saved[-1]}" if saved else "it has saved no checkpoint"
     return f"its process ended without a word, as if killed or out of memory; {rest}"

@@ -1,4 +1,4 @@
-"""Accelerate's processes and device, and the one source of truth for precision (R-11)."""
+"""Accelerate's processes and device, and the one source of truth for precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Latents and text states of images and captions, from the cache or from the encoders (R-20).
+"""Latents and text states of images and captions, from the cache or from the encoders.
 
 C channels, H W latent size.
 """
@@ -34,7 +34,7 @@ class Encodings:
 
     Each image or caption is encoded alone, never in a batch, so that its bits do not depend on its neighbours
     and a cached run equals an uncached one. Text encoders that are trained encode captions at each use, with
-    gradients (R-34).
+    gradients.
     """
 
     def __init__(self, base: Base, plan: RunPlan) -> None:
@@ -163,7 +163,7 @@ class Encodings:
         return known
 
     def conditions(self, captions: Sequence[str], views: Sequence[View]) -> Condition:
-        """The condition of a batch: captions and, where the base reads them, sizes of images (R-31)."""
+        """The condition of a batch: captions and, where the base reads them, sizes of images."""
         if self.text_learns:
             together = self.base.encode_batch(captions)
         else:

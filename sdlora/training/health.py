@@ -1,4 +1,4 @@
-"""Health checks after each step: what no later step can repair stops the run (R-06, R-09)."""
+"""Health checks after each step: what no later step can repair stops the run."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Health:
 
     @property
     def is_proving(self) -> bool:
-        """Whether the next update must change every module (R-09)."""
+        """Whether the next update must change every module."""
         return self._initial is not None
 
     def check(self, result: StepResult) -> None:

@@ -1,4 +1,4 @@
-"""Events, trackers, warnings and the trace of a run. A failure to log never stops the run (R-45)."""
+"""Events, trackers, warnings and the trace of a run. A failure to log never stops the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizer, its parameter groups, and the learning rate as a pure function of the step (R-08)."""
+"""The optimizer, its parameter groups, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class RunPlan:
         return choose_validated(self.index)
 
     def proof_step(self, start: int = 0) -> int:
-        """The first step from `start` on whose update must change every module (R-09).
+        """The first step from `start` on whose update must change every module.
 
         With zeros as the states of an empty caption, cross-attention gets no gradient: then it is the first
         step with a caption.

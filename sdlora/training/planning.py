@@ -21,6 +21,7 @@ from sdlora.models.safety import missing_checker
 from sdlora.models.tokenizer import describe_bracketed_prompts, describe_cut_prompts
 from sdlora.models.weights import empty_components
 from sdlora.report.terminal import Terminal
+from sdlora.sampling.images import make_scheduler
 from sdlora.training.adapter import check_init_from, check_parents, find_parents, with_parents
 from sdlora.training.optimizer import check_optimizer, find_optimizer
 from sdlora.training.plan import RunPlan, describe_plan
@@ -53,6 +54,8 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
     info = inspect_base(config.base, config.objective, config.data)
     config = with_base_defaults(config, info)
     check_objective(config, info)
+    if config.sample.scheduler:
+        make_scheduler(info, config.sample.scheduler)  # before the training, not at its first grid
     checkup = check_for_base(config, info)
     index, buckets, findings = checkup.index, checkup.buckets, checkup.findings
     forced: list[str] = []

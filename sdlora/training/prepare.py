@@ -139,7 +139,7 @@ def prepare(
 def use_kernels(
     base: Base, precision: Precision, terminal: Terminal, *, compiles: bool, before: Collection[str] | None
 ) -> tuple[str, ...]:
-    """Switches on the faster kernels that suit the run, or those of the run that is resumed (R-03).
+    """Switches on the faster kernels that suit the run, or those of the run that is resumed.
 
     Under autocast there are none but compiled blocks; those of a CPU are for bf16, blocked attention for one
     with AMX. Returns their names, for the checkpoints.
@@ -174,7 +174,7 @@ def use_kernels(
 
 
 def warn_if_prediction_differs(plan: RunPlan, prepared: Prepared) -> str | None:
-    """A warning if the base's predictions fit another type than its own, which fails silently (R-32).
+    """A warning if the base's predictions fit another type than its own, which fails silently.
 
     That they fit is noted in the cache: the check takes as long as a step, and a base stays as it is.
     """

@@ -1,4 +1,4 @@
-"""The fingerprint of a run, and the settings that may change when it is resumed (R-03)."""
+"""The fingerprint of a run, and the settings that may change when it is resumed."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class StepRunner:
         self.parameters: list[Tensor] = list(tensors.values())
         self.layers = lora_layers(prepared.base.components)
         self.norms: NormReport | None = None
-        # The update that proves that each module learns is without what could keep one from it:
+        # The update that proves that each module learns is without what could keep one from it:
         # dropout, and the base's own prediction as the target, which a new adapter fits already.
         self.is_proving = False
         self.groups = group_parameters(tensors, settings)

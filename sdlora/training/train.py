@@ -25,7 +25,7 @@ from sdlora.training.distributed import barrier, broadcast, num_launched, propag
 from sdlora.training.finish import finish, finish_killed, report_failed_start, report_failure
 from sdlora.training.logger import start_trackers
 from sdlora.training.loop import Trainer
-from sdlora.training.plan import RunPlan
+from sdlora.training.plan import LABEL_WIDTH, RunPlan
 from sdlora.training.planning import check_disk, make_plan, print_plan
 from sdlora.training.prepare import COMPILED, prepare, warn_if_prediction_differs
 from sdlora.training.resume import (
@@ -77,7 +77,7 @@ def train(
     """
     direct = {"base.source": base, "data.trigger": trigger, "lora.parent": parent}
     settings = load_config(config, overrides, images=images, preset=preset, arguments=direct)
-    is_default_base = base is None and settings.base.source == "builtin"
+    is_default_base = "source" not in settings.given().get("base", {})
     if device is not None:
         check_device(device, dry_run=dry_run)
         _plan_elsewhere(settings, device, Terminal(quiet), is_default_base)
@@ -87,6 +87,9 @@ def train(
         run = _choose_folder(images, out, accelerator)
         plan = make_plan(settings, accelerator.num_processes, find_device(accelerator, precision))
         print_plan(plan, terminal, is_default_base=is_default_base)
+        terminal.print(
+            f"{'run':<{LABEL_WIDTH}}{run.path}{_describe_free(images, run) if out is None else ''}"
+        )
         check_same_plan(accelerator, plan)
         check_disk(plan, run.path)
         if dry_run:
@@ -246,8 +249,17 @@ def _plan_elsewhere(settings: RunConfig, device: str, terminal: Terminal, is_def
 
 
 def _default_folder(images: str | Path) -> Path:
+    return next_free_folder(_first_folder(images))
+
+
+def _first_folder(images: str | Path) -> Path:
     name = Path(os.path.realpath(images)).name
-    return next_free_folder(Path("runs") / (name.removesuffix(".zip") or name))
+    return Path("runs") / (name.removesuffix(".zip") or name)
+
+
+def _describe_free(images: str | Path, run: RunFolder) -> str:
+    first = _first_folder(images)
+    return "" if first == run.path else f", since {first} exists; `sdlora resume {first}` continues that one"
 
 
 def _choose_folder(images: str | Path, out: str | Path | None, accelerator: Accelerator) -> RunFolder:

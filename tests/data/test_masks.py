@@ -43,6 +43,7 @@ def test_masks_are_found_when_asked_for(tmp_path: Path, write_image) -> None:
     index = scan(tmp_path)
     assert [record.mask for record in index.records] == [None] * 3
     assert len(index.noticed["data.image-mask"]) == 3
+    assert not index.noticed["data.masks-missing"]
     index = scan(tmp_path, masks="files")
     assert [record.mask and record.mask.path.name for record in index.records] == [
         "a-masklabel.png",
@@ -50,9 +51,13 @@ def test_masks_are_found_when_asked_for(tmp_path: Path, write_image) -> None:
         None,
     ]
     assert [*index.noticed["data.image-mask"]] == ["gone-masklabel.png"]
+    assert not index.noticed["data.masks-missing"]
     kinds = [record.mask.is_alpha for record in scan(tmp_path, masks="both").records]
     assert kinds == [False, False, True]
     assert all(record.mask.is_alpha for record in scan(tmp_path, masks="alpha").records)
+    for name in ("a-masklabel.png", "b.mask.png"):
+        (tmp_path / name).unlink()
+    assert [*scan(tmp_path, masks="files").noticed["data.masks-missing"]] == ["a.mask.png"]
 
 
 def test_a_mask_must_fit(tmp_path: Path, write_image, found) -> None:
