@@ -227,6 +227,7 @@ def _digests(run: RunFolder) -> dict[str, str]:
 
 def _usage(run: RunFolder, config: RunConfig) -> dict[str, str]:
     """Code or prompts that use the file, by program."""
+    run = RunFolder(run.path.absolute())  # what is copied from here is pasted anywhere
     trigger = config.data.trigger or ""
     prompt = next(iter(config.sample.prompts), "a house").replace("{trigger}", trigger)
     step, strength = _start(run)

@@ -22,6 +22,7 @@ MAX_TILES = 320
 # The side of a tile, by the number of tiles: together they stay below 5 MB.
 SIDES = ((60, 512), (160, 384), (MAX_TILES, 256))
 MAX_IMAGE_BYTES, MAX_SIDE_PX = 500_000, 2400
+ANSWERED, SCORES = ("first", "second"), {"first": 1.0, "second": 0.0, "equal": 0.5}
 MAX_RATINGS_BYTES, MIN_ANSWERS = 2**24, 5
 
 
@@ -130,16 +131,25 @@ def read_choice(run: RunFolder) -> Mapping[str, Any]:
     return choice if isinstance(choice, dict) else {}
 
 
-def count_wins(run: RunFolder) -> list[dict[str, Any]]:
-    """How often each sample column was preferred, of how many answers."""
-    wins: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+def read_ratings(run: RunFolder) -> list[dict[str, Any]]:
+    """The answers of people to blind comparisons; damaged lines are left out."""
+    rows = []
     with suppress(OSError, UnfitFileError):
         for line in read_bytes(run.ratings_file, MAX_RATINGS_BYTES).splitlines():
             with suppress(ValueError, KeyError, TypeError, AttributeError):
                 row = json.loads(line)
-                score = {"first": 1.0, "second": 0.0, "equal": 0.5}[row["choice"]]
-                for side, won in ((row["first"], score), (row["second"], 1 - score)):
-                    wins[side["run"], side["grid"], side["strength"]].append(won)
+                sides = [(row[side]["run"], row[side]["grid"], row[side]["strength"]) for side in ANSWERED]
+                hash((row["prompt"], row["seed"], *sides))
+                rows.append({**row, "score": SCORES[row["choice"]]})
+    return rows
+
+
+def count_wins(run: RunFolder) -> list[dict[str, Any]]:
+    """How often each sample column was preferred, of how many answers."""
+    wins: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for row in read_ratings(run):
+        for side, won in ((row["first"], row["score"]), (row["second"], 1 - row["score"])):
+            wins[side["run"], side["grid"], side["strength"]].append(won)
     return [
         {"run": name, "grid": step, "strength": strength, "wins": sum(won), "answers": len(won)}
         for (name, step, strength), won in sorted(wins.items())

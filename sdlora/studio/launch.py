@@ -31,6 +31,11 @@ MAIN = (
     "train.sample_every", "train.seed", "sample.strengths", "sample.prompts",
 )
 # fmt: on
+# Their defaults are the base's own.
+OF_BASE = (
+    *("train.learning_rate", "train.batch_size", "train.schedule", "sample.strengths", "sample.guidance"),
+    *("objective.timestep_range", "objective.layout_range", "data.trigger_position"),
+)
 SECTIONS = ("base", "data", "lora", "objective", "train", "sample", "export")
 
 
@@ -83,7 +88,15 @@ def _setting(key: str, rules: Mapping[str, Any]) -> Setting:
     options = [option for option in rules.get("anyOf", [rules]) if option.get("type") != "null"]
     kinds, value = {option.get("type") for option in options}, rules.get("default")
     choices = tuple(map(str, options[0].get("enum", ()))) if len(options) == 1 else ()
-    shown = "" if value in (None, [], {}) else value if isinstance(value, str) else json.dumps(value)
+    shown = (
+        "the base's own"
+        if key in OF_BASE
+        else ""
+        if value in (None, [], {})
+        else value
+        if isinstance(value, str)
+        else json.dumps(value)
+    )
     return Setting(
         key=key,
         description=rules.get("description", ""),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from PIL import Image
 
@@ -33,6 +33,11 @@ class Sample:
     strength: float
 
 
+Side: TypeAlias = tuple[RunFolder, int, Sample]
+"""A sample, with its run and the step of its grid."""
+Pair: TypeAlias = tuple[Side, Side]
+
+
 def read_samples(run: RunFolder, step: int) -> list[Sample]:
     """The images of a grid, from the metadata in each; those without, or withheld, are left out."""
     found = []
@@ -44,48 +49,55 @@ def read_samples(run: RunFolder, step: int) -> list[Sample]:
     return found
 
 
-def choose_pair(sides: Sequence[tuple[RunFolder, int]]) -> tuple[tuple[RunFolder, int, Sample], ...] | None:
-    """Two samples of one prompt and seed, in random order: of two grids, or of two strengths of one."""
-    rows: dict[tuple[str, int], list[list[tuple[RunFolder, int, Sample]]]] = defaultdict(lambda: [[], []])
-    for number, (run, step) in enumerate(sides):
+def list_pairs(grids: Sequence[tuple[RunFolder, int]]) -> list[Pair]:
+    """Pairs of samples of one prompt and seed: of two grids, or of two strengths of one."""
+    rows: dict[tuple[str, int], list[list[Side]]] = defaultdict(lambda: [[], []])
+    for number, (run, step) in enumerate(grids):
         for sample in read_samples(run, step):
             if sample.strength:
                 rows[sample.prompt, sample.seed][number].append((run, step, sample))
-    if len(sides) == 2:
-        pairs = [
+    if len(grids) == 2:
+        return [
             (one, two)
             for first, second in rows.values()
             for one in first
             for two in second
             if one[2].strength == two[2].strength
         ]
-    else:
-        pairs = [(one, two) for first, _ in rows.values() for one in first for two in first if one != two]
-    if not pairs:
-        return None
-    pair = random.choice(pairs)
-    return tuple(random.sample(pair, 2))
+    return [pair for first, _ in rows.values() for pair in combinations(first, 2)]
 
 
-def choose_tied(run: RunFolder) -> tuple[tuple[RunFolder, int, Sample], ...] | None:
-    """Two samples of one prompt and seed, in random order: of the recommended cell and those like it."""
+def list_tied(run: RunFolder) -> list[Pair]:
+    """Pairs of samples of one prompt and seed: of the recommended cell and those like it."""
     choice = read_choice(run)
     ties, cells = choice.get("ties"), set[tuple[Any, Any]]()
     for cell in (choice, *(ties if isinstance(ties, list) else ())):
         with suppress(AttributeError, TypeError):  # of a file that somebody has edited
             step = cell.get("step")
             cells.add((run.step_of(run.adapter) if step == "final" else step, cell.get("strength")))
-    rows: dict[tuple[str, int], list[tuple[RunFolder, int, Sample]]] = defaultdict(list)
+    rows: dict[tuple[str, int], list[Side]] = defaultdict(list)
     for one in find_images(run):
         if (one.step, one.strength) in cells:
             sample = Sample(one.file, one.prompt, one.seed, one.strength)
             rows[one.prompt, one.seed].append((run, one.step, sample))
     every = (pair for row in rows.values() for pair in combinations(row, 2))
-    pairs = [pair for pair in every if _cell(pair[0]) != _cell(pair[1])]
-    return tuple(random.sample(random.choice(pairs), 2)) if pairs else None
+    return [pair for pair in every if _cell(pair[0]) != _cell(pair[1])]
 
 
-def _cell(side: tuple[RunFolder, int, Sample]) -> tuple[int, float]:
+def choose_pair(pairs: Sequence[Pair], answers: Sequence[Mapping[str, Any]]) -> tuple[Pair, int]:
+    """One of the pairs that were answered least, in random order, and how many have no answer yet."""
+    given = Counter(_name(row["prompt"], row["seed"], row["first"], row["second"]) for row in answers)
+    counts = [given[_name(one[2].prompt, one[2].seed, describe(*one), describe(*two))] for one, two in pairs]
+    least = [pair for pair, count in zip(pairs, counts, strict=True) if count == min(counts)]
+    first, second = random.sample(random.choice(least), 2)
+    return (first, second), counts.count(0)
+
+
+def _name(prompt: str, seed: int, *sides: Mapping[str, Any]) -> tuple[Any, ...]:
+    return prompt, seed, frozenset((side["run"], side["grid"], side["strength"]) for side in sides)
+
+
+def _cell(side: Side) -> tuple[int, float]:
     return side[1], side[2].strength
 
 
@@ -93,7 +105,7 @@ def describe(run: RunFolder, step: int, sample: Sample) -> dict[str, Any]:
     return {"run": run.name, "grid": step, "strength": sample.strength}
 
 
-def add_rating(sides: Sequence[tuple[RunFolder, int, Sample]], choice: str) -> None:
+def add_rating(sides: Pair, choice: str) -> None:
     """Writes an answer into each run, by the names of the two samples."""
     sample = sides[0][2]
     first, second = (describe(*side) for side in sides)

@@ -15,11 +15,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from sdlora.errors import ConfigError, RunError
-from sdlora.evaluation.tiles import count_wins, read_choice
+from sdlora.evaluation.tiles import count_wins, read_choice, read_ratings
 from sdlora.runs import RunFolder
 from sdlora.studio.library import Library, list_grids
 from sdlora.studio.pages import Form, Handler, go, render, send_png
-from sdlora.studio.ratings import CHOICES, Sample, add_rating, choose_pair, choose_tied
+from sdlora.studio.ratings import CHOICES, Pair, add_rating, choose_pair, list_pairs, list_tied
 
 MAX_PAIRS = 500
 MAX_SIDES = 4
@@ -32,7 +32,7 @@ class SamplePages:
 
     def __init__(self, library: Library) -> None:
         self.library = library
-        self._pairs: OrderedDict[str, tuple[tuple[RunFolder, int, Sample], ...]] = OrderedDict()
+        self._pairs: OrderedDict[str, Pair] = OrderedDict()
         self._painter: subprocess.Popen[str] | None = None
         self._painting = threading.Lock()
 
@@ -80,9 +80,10 @@ class SamplePages:
         sides = list(dict.fromkeys(map(self._side, asked))) if asked else []
         tied = request.query_params.get("tied", "")
         rated = self.library.run(tied) if tied else sides[0][0] if sides else None
-        found = choose_tied(rated) if tied and rated else choose_pair(sides) if sides else None
-        pair = ""
-        if found:
+        pairs = list_tied(rated) if tied and rated else list_pairs(sides)
+        pair, found, left = "", None, 0
+        if pairs and rated:
+            found, left = choose_pair(pairs, read_ratings(rated))
             self._pairs[pair := secrets.token_urlsafe(9)] = found
             while len(self._pairs) > MAX_PAIRS:
                 self._pairs.popitem(last=False)
@@ -90,6 +91,8 @@ class SamplePages:
             request,
             "rate.html",
             asked=asked or tied,
+            pairs=len(pairs),
+            left=left,
             pair=pair,
             prompt=found[0][2].prompt if found else "",
             choices=self._choices(),

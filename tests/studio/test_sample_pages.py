@@ -8,8 +8,8 @@ import re
 import pytest
 from PIL import Image
 
-from sdlora.evaluation.tiles import count_wins, describe_ratings
-from sdlora.studio.ratings import choose_pair, read_samples
+from sdlora.evaluation.tiles import count_wins, describe_ratings, read_ratings
+from sdlora.studio.ratings import add_rating, choose_pair, list_pairs, read_samples
 
 
 def test_run_page(client, make_run, make_images):
@@ -101,13 +101,26 @@ def test_pairs_are_of_one_prompt(make_run):
     """Two strengths of one grid, or one strength of two; the base is not rated."""
     one, two = make_run("one", grid=10), make_run("two", grid=10)
     for _ in range(20):
-        first, second = choose_pair([(one, 10)])
+        (first, second), _ = choose_pair(list_pairs([(one, 10)]), [])
         assert first[2].prompt == second[2].prompt
         assert {first[2].strength, second[2].strength} == {0.5, 1.0}
-        first, second = choose_pair([(one, 10), (two, 10)])
+        (first, second), _ = choose_pair(list_pairs([(one, 10), (two, 10)]), [])
         assert {first[0], second[0]} == {one, two}
         assert (first[2].prompt, first[2].strength) == (second[2].prompt, second[2].strength)
-    assert choose_pair([(one, 5)]) is None
+    assert list_pairs([(one, 5)]) == []
+
+
+def test_what_is_not_rated_comes_first(make_run):
+    """R-13: each pair once before any comes again."""
+    run = make_run(grid=10)
+    pairs = list_pairs([(run, 10)])
+    seen = []
+    for left in (2, 1, 0):
+        pair, found = choose_pair(pairs, read_ratings(run))
+        assert found == left
+        seen.append(pair[0][2].prompt)
+        add_rating(pair, "equal")
+    assert set(seen[:2]) == {"a fox", "a cat"}
 
 
 def test_withheld_samples_are_not_rated(make_run):
