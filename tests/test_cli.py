@@ -257,12 +257,14 @@ def test_default_names(sdlora, make_images):
     assert f"learning rate {BUILTIN_DEFAULTS.learning_rate:g}" in printed
     for step in range(3):
         assert f"\nstep {step} " in printed
-    assert "runs/style/webui/style.safetensors (A1111" in printed
+    assert "runs/style/webui/style.safetensors (" in printed
     assert "<lora:style:1>" in printed
     assert "pipe.load_lora_weights(" in printed
     code, printed, _ = sdlora("train", images, *QUICK, "train.learning_rate=2e-4")
     assert code == 0
     assert "learning rate 0.0002" in printed
+    # The plan says which folder, and why.
+    assert re.search(r"^run +runs/style-2, .*runs/style", printed, re.MULTILINE)
     assert files_below(Path("runs"))[0] == "style"
     assert (Path("runs") / "style-2" / "adapters" / "final.safetensors").is_file()
 

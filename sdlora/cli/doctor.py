@@ -75,10 +75,9 @@ def _fix(checkup: Checkup, is_agreed: bool, *, quiet: bool) -> None:
             f"{len(lines)} changes, which --undo takes back. Go on?", err=quiet
         )
     except typer.Abort:
-        if sys.stdin.isatty():
-            raise
-        options.say("\nnothing done: there is nobody to ask, and --yes agrees", err=quiet)
-        return
+        if not sys.stdin.isatty():
+            options.say("\nnothing is done without an answer; --yes is one", err=True)
+        raise
     if is_agreed:
         options.say(f"done; moved files and the old captions are in {repairs.apply()}", err=quiet)
 

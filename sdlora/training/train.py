@@ -87,9 +87,7 @@ def train(
         run = _choose_folder(images, out, accelerator)
         plan = make_plan(settings, accelerator.num_processes, find_device(accelerator, precision))
         print_plan(plan, terminal, is_default_base=is_default_base)
-        terminal.print(
-            f"{'run':<{LABEL_WIDTH}}{run.path}{_describe_free(images, run) if out is None else ''}"
-        )
+        terminal.print(f"{'run':<{LABEL_WIDTH}}{_describe_folder(run, images if out is None else None)}")
         check_same_plan(accelerator, plan)
         check_disk(plan, run.path)
         if dry_run:
@@ -257,9 +255,11 @@ def _first_folder(images: str | Path) -> Path:
     return Path("runs") / (name.removesuffix(".zip") or name)
 
 
-def _describe_free(images: str | Path, run: RunFolder) -> str:
-    first = _first_folder(images)
-    return "" if first == run.path else f", since {first} exists; `sdlora resume {first}` continues that one"
+def _describe_folder(run: RunFolder, images: str | Path | None) -> str:
+    """The folder of a run, and why it is not the first one that its images give it."""
+    first = run.path if images is None else _first_folder(images)
+    why = "" if first == run.path else f", since {first} exists; `sdlora resume {first}` continues that one"
+    return f"{run.path}{why}"
 
 
 def _choose_folder(images: str | Path, out: str | Path | None, accelerator: Accelerator) -> RunFolder:

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from sdlora.builtin.measure_choice import compare_with_best, concept_of
-from sdlora.evaluation.scores import Draws
+from sdlora.evaluation.scores import Score
 
 TRUTH = {
-    (100, 1.0): Draws(0.2, np.array([0.1, 0.3])),
-    (200, 0.6): Draws(0.4, np.array([0.4, 0.4])),
-    ("final", 0.8): Draws(0.3, np.array([0.5, 0.1])),
+    (100, 1.0): Score(0.2, np.array([0.1, 0.3])),
+    (200, 0.6): Score(0.4, np.array([0.4, 0.4])),
+    ("final", 0.8): Score(0.3, np.array([0.5, 0.1])),
 }
 
 
