@@ -95,12 +95,17 @@ def train(
             return run
         environment = describe_environment(accelerator, precision, base_quantize=settings.base.quantize)
         if accelerator.is_main_process:
-            RunFolder.create(run.path, with_absolute_paths(plan.config), environment)
-            run.append("plan", 0, **plan.as_event())
-            for finding in (one for one in plan.findings if one.severity == "warning"):
-                run.append("warning", 0, message=finding.message)
+            _write_plan(run, plan, environment)
         barrier(accelerator)
         return _run(run, plan, accelerator, precision, terminal)
+
+
+def _write_plan(run: RunFolder, plan: RunPlan, environment: dict[str, Any]) -> None:
+    """Makes the run folder, with the settings, and the plan and its warnings as first events."""
+    RunFolder.create(run.path, with_absolute_paths(plan.config), environment)
+    run.append("plan", 0, **plan.as_event())
+    for finding in (one for one in plan.findings if one.severity == "warning"):
+        run.append("warning", 0, message=finding.message)
 
 
 def plan_run(settings: RunConfig, device: str | None = None) -> RunPlan:
