@@ -21,6 +21,7 @@ from sdlora.presets import describe_preset, find_preset, list_presets
 from sdlora.reading import parse_json
 from sdlora.runs import RunFolder
 from sdlora.studio.library import Library, find_process, list_grids, name_folder, read_object
+from sdlora.translate.translate import to_toml
 from sdlora.writing import next_free_folder
 
 PLAN_SECONDS = 600
@@ -64,13 +65,20 @@ class Setting:
         return f"{self.key}={json.dumps(value, ensure_ascii=False) if self.is_text else value}"
 
     def text(self, value: Any) -> str:
-        """A value as it is typed into the field; empty for the default."""
-        if value in (None, [], {}) or isinstance(value, dict):
+        """A value of a run as it is typed into the field; empty for the default."""
+        if value in (None, [], {}):
             return ""
         if self.key == "sample.prompts":
-            return "\n".join(value)
-        shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+        shown = value if isinstance(value, str) else to_toml(_without_none(value))
         return "" if shown == self.default else shown
+
+
+def _without_none(value: Any) -> Any:
+    """A value without the settings that are not given, which TOML has no word for."""
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def list_settings() -> list[Setting]:
@@ -88,15 +96,9 @@ def _setting(key: str, rules: Mapping[str, Any]) -> Setting:
     options = [option for option in rules.get("anyOf", [rules]) if option.get("type") != "null"]
     kinds, value = {option.get("type") for option in options}, rules.get("default")
     choices = tuple(map(str, options[0].get("enum", ()))) if len(options) == 1 else ()
-    shown = (
-        "the base's own"
-        if key in OF_BASE
-        else ""
-        if value in (None, [], {})
-        else value
-        if isinstance(value, str)
-        else json.dumps(value)
-    )
+    shown = "" if value in (None, [], {}) else value if isinstance(value, str) else to_toml(value)
+    if key in OF_BASE:
+        shown = "the base's own"
     return Setting(
         key=key,
         description=rules.get("description", ""),
@@ -252,6 +254,7 @@ class Launcher:
 
     def _launch(self, run: RunFolder, arguments: Sequence[str]) -> RunFolder:
         command = [sys.executable, "-m", "sdlora", *arguments]
+        self._asked = {key: count for key, count in self._asked.items() if key[0] != run.path}
         with run.output_file.open("ab") as output:
             child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True

@@ -76,7 +76,7 @@ class _Translation:
             key = setting.partition(".")[2]
             if key not in SetSection.model_fields:
                 if self.settings.get(setting, (None, ""))[0] != value:
-                    one.notes.append(f"{setting} = {_toml(value)}: the same for all sets in sdlora")
+                    one.notes.append(f"{setting} = {to_toml(value)}: the same for all sets in sdlora")
             elif setting.startswith("sets.") or self.settings.get(setting, (None, ""))[0] != value:
                 found[key] = value
         for key, default in ((key, about.default) for key, about in SetSection.model_fields.items()):
@@ -123,7 +123,7 @@ class _Translation:
             except ConfigError as error:
                 wrong = {key for key in error.keys if key in self.settings}
                 if not wrong and self.sets and any(key.startswith("data.sets") for key in error.keys):
-                    self.notes.append(f"sets {_toml(self.sets)}: left out, since {error.problems[0]}")
+                    self.notes.append(f"sets {to_toml(self.sets)}: left out, since {error.problems[0]}")
                     self.sets = []
                     continue
                 if not wrong:
@@ -138,9 +138,9 @@ class _Translation:
         for section in RunConfig.model_fields:
             rows = [row for row in self.settings.items() if row[0].startswith(f"{section}.")]
             lines += ["", f"[{section}]"] if rows else []
-            lines += [f"{key.partition('.')[2]} = {_toml(value)}  # {why}" for key, (value, why) in rows]
+            lines += [f"{key.partition('.')[2]} = {to_toml(value)}  # {why}" for key, (value, why) in rows]
             for one in self.sets if section == "data" else ():
-                lines += ["", "[[data.sets]]", *(f"{key} = {_toml(value)}" for key, value in one.items())]
+                lines += ["", "[[data.sets]]", *(f"{key} = {to_toml(value)}" for key, value in one.items())]
         return [
             *lines,
             *(["", "# Not translated:"] if self.notes else []),
@@ -214,7 +214,7 @@ def translate_option(name: str, value: str) -> str:
         # 1e-4 stays as it was typed.
         if not isinstance(result, bool | str) and float(value) == result:
             result = value
-    return f"{setting}={result if isinstance(result, str) else _toml(result)}"
+    return f"{setting}={result if isinstance(result, str) else to_toml(result)}"
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -273,14 +273,14 @@ def _count_steps(folder: Path, translation: _Translation) -> int | None:
     return math.ceil(samples / batch)
 
 
-def _toml(value: Any) -> str:
+def to_toml(value: Any) -> str:
     """A value as TOML, whose escapes of text are those of JSON."""
     if isinstance(value, dict):
         keys = (key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key) for key in map(str, value))
-        pairs = zip(keys, map(_toml, value.values()), strict=True)
+        pairs = zip(keys, map(to_toml, value.values()), strict=True)
         return "{" + ", ".join(f"{key} = {item}" for key, item in pairs) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return "[" + ", ".join(map(to_toml, value)) + "]"
     return repr(value) if type(value) in (int, float) else json.dumps(value)
 
 

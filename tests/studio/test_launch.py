@@ -89,6 +89,8 @@ def test_a_form_comes_back(launcher, make_run, tmp_path):
         "sample.prompts": ["a", "b"],
         "sample.strengths": [0.5, 1.0],
     }
+    values["lora.rank_pattern"] = {"attn1": 8}
+    values["data.sets"] = [{"folder": "more", "repeats": 2, "trigger": 'a "b"'}]
     run = RunFolder.create(
         launcher.library.folder / "old", load_config(images=tmp_path / "pictures", overrides=values), {}
     )
