@@ -42,7 +42,7 @@ def describe_step(run: RunFolder, step: int, losses: Mapping[str, float]) -> str
     """The losses of a step, in one line, with their change since the start of the run."""
     changes = {split: _change({**losses_of(run, split), step: loss}, step) for split, loss in losses.items()}
     texts = [f"{SPLITS[split]} {loss:.4f}{changes[split]}" for split, loss in losses.items()]
-    return f"step {step:<5}loss: {', '.join(texts)}"
+    return f"step {step:<5}validation loss: {', '.join(texts)}"
 
 
 def describe_losses(run: RunFolder) -> list[str]:

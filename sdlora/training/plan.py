@@ -284,7 +284,7 @@ def describe_plan(plan: RunPlan) -> list[str]:
         f"{warmup} warm-up steps{f'; {rates}' if rates else ''}",
         "objective": describe_objective(plan.objective),
         "cadence": f"save at {_points(plan.save_steps)}; sample at {_points(plan.sample_steps)}{cost}; "
-        f"held-out loss at {_points(plan.evaluate_steps)}",
+        f"validation loss at {_points(plan.evaluate_steps)}",
         "disk": f"up to {plan.bytes_after(0) / 1e6:.0f} MB, without samples{_cache_size(plan)}",
     }
     if not train.ema_decay:

@@ -37,9 +37,9 @@ def make_run(tmp_path):
 def test_losses_on_the_way(make_run):
     """A line for each measurement, with the change since the first."""
     run = make_run(0.5)
-    assert describe_step(run, 0, {"heldout": 0.5}) == "step 0    loss: held-out images 0.5000"
+    assert describe_step(run, 0, {"heldout": 0.5}) == "step 0    validation loss: held-out images 0.5000"
     told = describe_step(run, 10, {"train": 0.2, "heldout": 0.4})
-    assert told == "step 10   loss: training images 0.2000, held-out images 0.4000 (-20%)"
+    assert told == "step 10   validation loss: training images 0.2000, held-out images 0.4000 (-20%)"
     assert describe_losses(run) == []
     run.append("heldout", 10, split="heldout", loss=0.4)
     assert describe_losses(run) == ["loss      held-out images: 0.5000 at step 0, 0.4000 at step 10 (-20%)"]
