@@ -24,7 +24,10 @@ def train(
     preset: options.Preset = None,
     config: options.Config = None,
     out: Annotated[
-        Path | None, typer.Option(help="The run folder.", show_default="runs/ and the name of IMAGES")
+        Path | None,
+        typer.Option(
+            help="The run folder.", show_default="runs/ and the name of IMAGES, with -2 if it is taken"
+        ),
     ] = None,
     trigger: Annotated[str | None, typer.Option(help="Trigger words for the style.")] = None,
     name: Annotated[

@@ -59,7 +59,7 @@ def train(
     Args:
         images: The folder, with captions beside the images.
         base: `builtin` (the default), a diffusers folder, a `.safetensors` file or a hub id.
-        out: The run folder; by default `runs/NAME`, named after the image folder.
+        out: The run folder; by default `runs/NAME` after the image folder, or `runs/NAME-2` if that is taken.
         trigger: Words that invoke the style; added to captions that lack them.
         parent: A LoRA file, run or node to train on top of, with its own parents.
         preset: Name of a preset to start from, such as `sd15`.
