@@ -140,6 +140,7 @@ class RunFolder:
 
     @property
     def name(self) -> str:
+        """The name of the folder."""
         return self.path.absolute().name
 
     @property
@@ -160,12 +161,14 @@ class RunFolder:
         raise RunError(f"run {self.path} has no saved adapter yet; {remedy}", key="run.no-adapter")
 
     def final_adapter(self, dialect: str = "diffusers") -> Path:
+        """The file of the last step, which is there once the run has ended."""
         return self.adapters / f"final{'' if dialect == 'diffusers' else f'.{dialect}'}.safetensors"
 
     def ranked_adapter(self, rank: int, dialect: str = "diffusers") -> Path:
         return self.adapters / f"rank-{rank}{self.final_adapter(dialect).name.removeprefix('final')}"
 
     def step_adapter(self, step: int) -> Path:
+        """The file of a saved step; `saved_steps` says which there are."""
         return self.adapters / f"step-{step:06d}.safetensors"
 
     def saved_adapter(self, step: int | str) -> Path:
@@ -184,6 +187,7 @@ class RunFolder:
         return file
 
     def checkpoint(self, step: int) -> Path:
+        """The folder from which a run is resumed at a step."""
         return self.checkpoints / f"step-{step:06d}"
 
     def checkpoint_adapter(self, step: int) -> Path:

@@ -69,6 +69,7 @@ class Adapter:
 
     @property
     def scale(self) -> float:
+        """alpha / rank: the factor of `up @ down`."""
         return self.alpha / self.rank
 
     def scale_of(self, name: str) -> float:
@@ -85,6 +86,7 @@ class Adapter:
         return sum(tensor.numel() for tensor in self.parameters())
 
     def parameters(self) -> list[Tensor]:
+        """What is trained, in the order of `named_tensors`."""
         return list(self.named_tensors().values())
 
     def named_tensors(self) -> dict[str, Tensor]:

@@ -102,6 +102,7 @@ class AdapterTree:
         return cls(root, nodes, problems)
 
     def node(self, name: str) -> Node:
+        """The node of a name; raises an AdapterError if there is none."""
         if name not in self.nodes:
             message = f"tree {self.folder} has no node {name}; choose from {', '.join(self.nodes)}"
             raise AdapterError(message, key="tree.no-node")
@@ -216,6 +217,7 @@ class AdapterTree:
         mount(model, stack)
 
     def unmount(self, pipe: Any) -> None:
+        """Takes all adapters off a pipeline, which draws as its base then."""
         detach(_components(pipe))
 
     def flatten(
