@@ -215,8 +215,8 @@ def _translate(key: str, value: str) -> str:
     """An option of another trainer with its value, as it is written here; empty if nothing is known of it."""
     from sdlora.translate.translate import translate_option
 
-    setting, _, value = translate_option(key, value).partition("=")
-    return f"{setting}={shlex.quote(shorten(value))}" if setting else ""
+    pairs = (one.partition("=") for one in translate_option(key, value))
+    return " ".join(f"{setting}={shlex.quote(shorten(text))}" for setting, _, text in pairs)
 
 
 def _write_option(name: str, param: Any, value: str) -> str:

@@ -157,7 +157,9 @@ class Scoring:
         if likeness is None:
             return None
         own = np.repeat(np.arange(len(prompts)), len(self.sweep.seeds))
-        return self.weights.mean((likeness.argmax(axis=1) == own).astype(np.float64))
+        # Prompts that differ by the trigger alone are one text.
+        found = likeness[np.arange(len(own)), own] >= likeness.max(axis=1)
+        return self.weights.mean(found.astype(np.float64))
 
     def _with_loss(self, cell: Cell, gallery: SampleGallery, before: HeldoutLoss) -> Cell:
         """The cell with its held-out loss, and the change from the base's."""

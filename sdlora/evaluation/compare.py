@@ -259,7 +259,7 @@ def score_columns(
             for path, reference in references.items()
             for number in bases.values()
         }
-        for path, number in offsets:
+        for path, number in offsets if len(set(plan.prompts)) == len(plan.prompts) else ():
             known = references[path].rows, styles[number], shown[number]
             if problem := Accuracy.measure(*known, len(plan.prompts)).problem:
                 notes.append(f"do not trust the scores of {path.name}: {features.name!r} {problem}")

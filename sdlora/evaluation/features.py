@@ -141,9 +141,12 @@ class ModelFeatures:
             self.both = model
             # A folder may hold the part for images alone.
             with suppress(OSError, ValueError):
-                self.tokenizer = AutoTokenizer.from_pretrained(
+                tokenizer = AutoTokenizer.from_pretrained(
                     source, trust_remote_code=False, local_files_only=is_local
                 )
+                # Without its files, transformers makes an empty one.
+                if tokenizer.vocab_size == model.config.text_config.vocab_size:
+                    self.tokenizer = tokenizer
 
     def style(self, images: Sequence[Image.Image]) -> Rows:
         return np.concatenate([self._run(part)[0] for part in _batches(images)])
@@ -155,7 +158,10 @@ class ModelFeatures:
     def likeness(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Rows | None:
         if self.tokenizer is None:
             return None
-        tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        most = self.both.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt"
+        )
         pooled = self.both.text_model(**tokens.to(self.device)).pooler_output
         weight = self.both.visual_projection.weight.double().cpu().numpy()
         said = self.both.text_projection(pooled).double().cpu().numpy()

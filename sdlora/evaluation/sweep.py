@@ -84,6 +84,7 @@ def plan_sweep(
         # The trigger alone shows no thing that could be kept.
         told = [caption for caption in captions if not trigger or remove_trigger(caption, trigger)]
         filled = list(dict.fromkeys([*filled, *_evenly(told, NUM_PROMPTS)]))[:NUM_PROMPTS]
+    filled = list(dict.fromkeys(filled))
     check_prompts(filled)
     saved = list(dict.fromkeys(steps)) or _choose_steps(run)
     return Sweep(saved, chosen, filled, list(dict.fromkeys(seeds)) or list(SEEDS))

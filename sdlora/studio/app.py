@@ -47,9 +47,10 @@ from sdlora.studio.sample_pages import SamplePages
 
 MAX_FOLLOWED = 32
 LOG_LINES = 40
+MAX_STRENGTH = 100
 REPORT_POLICY = (
     "sandbox allow-scripts; default-src 'none'; img-src data:; "
-    "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'"
 )
 
 
@@ -281,8 +282,10 @@ def _describe_lora(run: RunFolder) -> dict[str, Any]:
     if file is None:
         return {}
     notes = read_object(file.with_suffix(".json"))
-    weights = [value for value in (notes.get("preferred weight"),) if isinstance(value, int | float)]
-    prompt = webui_prompt(file.stem, (weights or [1.0])[0], str(notes.get("activation text") or ""))
+    weight = notes.get("preferred weight")
+    # Somebody may have edited the notes.
+    strength = float(weight) if isinstance(weight, int | float) and abs(weight) < MAX_STRENGTH else 1.0
+    prompt = webui_prompt(file.stem, strength, str(notes.get("activation text") or ""))
     return {"file": file, "prompt": prompt, "has_report": run.report.is_file()}
 
 

@@ -137,9 +137,14 @@ class ImageFolder:
                 raise DataError("there is nothing to undo", key="caption.no-edit")
             last = edits[-1]
             files = [(self.path / file, _decode(old), _decode(new)) for file, old, new in last["files"]]
-            changed = {file: _read(file) != after for file, _, after in files}
-            _write_all([(file, after, before) for file, before, after in files if not changed[file]])
-            self._journal({"undo": True})
+            changed = {file: not _has(file, after) for file, _, after in files}
+            restored = [(file, after, before) for file, before, after in files if not changed[file]]
+            _write_all(restored)
+            try:
+                self._journal({"undo": True})
+            except DataError:
+                _write_all([(file, before, after) for file, after, before in restored])
+                raise
             now = self.captions()
             captions = {name: now[name] for name in last["images"] if name in now}
             return captions, [file.name for file in changed if changed[file]]
@@ -197,6 +202,13 @@ def _read(file: Path) -> bytes | None:
     except (OSError, UnfitFileError) as error:
         problem = f"{file.name} {error}; no caption was changed, repair or remove that file"
         raise DataError(problem, key="caption.unreadable") from None
+
+
+def _has(file: Path, data: bytes | None) -> bool:
+    """Whether a file is as it was written; one that cannot be read is not."""
+    with suppress(DataError):
+        return _read(file) == data
+    return False
 
 
 def _write_all(changes: Sequence[tuple[Path, bytes | None, bytes | None]]) -> None:

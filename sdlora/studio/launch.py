@@ -25,6 +25,7 @@ from sdlora.translate.translate import to_toml
 from sdlora.writing import next_free_folder
 
 PLAN_SECONDS = 600
+MAX_DIGITS = 9
 # fmt: off
 MAIN = (
     "base.source", "data.trigger", "train.steps", "train.learning_rate", "train.batch_size", "lora.rank",
@@ -57,7 +58,7 @@ class Setting:
         if self.key == "sample.prompts":
             return f"{self.key}={json.dumps(value.splitlines(), ensure_ascii=False)}"
         if self.items and not value.startswith("["):
-            parts = [part.strip() for part in value.split(",")]
+            parts = [part.strip() for part in value.split(",") if part.strip()]
             texts = (
                 [json.dumps(part, ensure_ascii=False) for part in parts] if self.items == "string" else parts
             )
@@ -202,7 +203,7 @@ class Launcher:
     def resume(self, run: RunFolder, steps: str = "") -> RunFolder:
         """Continues a run, up to another step if one is given."""
         done = self.library.overview(run).step
-        if steps and (not steps.isdecimal() or int(steps) <= done):
+        if steps and (not steps.isdecimal() or len(steps) > MAX_DIGITS or int(steps) <= done):
             raise RunError(f"{run.name} is at step {done}: {steps!r:.20} is no later one", key="run.steps")
         more = [self.settings["train.steps"].argument(steps)] if steps else []
         with self._starting:
@@ -217,6 +218,10 @@ class Launcher:
         with suppress(psutil.Error):
             process.terminate()
             self._stopping[run.path] = process.pid
+            if not run.exists:
+                # Before it has begun it ends without a word.
+                with suppress(OSError), run.output_file.open("ab") as output:
+                    output.write(b"sdlora: stopped\n")
 
     def ask(self, run: RunFolder, request: str) -> None:
         """Asks the process of a run to "save" or "sample" now."""
@@ -229,7 +234,7 @@ class Launcher:
         """What was asked of a run and is not there yet: "save" or "sample"."""
         return [
             what
-            for (path, what), count in self._asked.items()
+            for (path, what), count in list(self._asked.items())
             if path == run.path and _count(run, what) == count
         ]
 

@@ -205,16 +205,16 @@ def _judge(run: RunFolder, tail: Sequence[dict[str, Any]], steps: int) -> tuple[
         return "failed", one_line(str(tail[-1].get("message")))
     if not run.exists:
         last = one_line("".join(read_end(run.output_file).splitlines()[-1:])).removeprefix("sdlora: ")
-        is_refused = last and not last.startswith("stopped")
-        return ("failed", last) if is_refused else ("stopped", "it was stopped before its first step")
-    return "stopped", refusal or _describe_kill(run, tail)
+        if last.startswith("stopped"):
+            return "stopped", "it was stopped before its first step"
+        return "failed", last or "it ended before its first step"
+    return "stopped", refusal or _describe_kill(run)
 
 
-def _describe_kill(run: RunFolder, tail: Sequence[dict[str, Any]]) -> str:
-    """That a process of this machine ended without the save with which it stops; empty if it did not."""
+def _describe_kill(run: RunFolder) -> str:
+    """That a process of this machine ended without removing its mark; empty if it did not."""
     is_ours = read_object(run.process_file).get("host") == platform.node()
-    is_silent = tail and tail[-1]["event"] == "step" and "sdlora: stopped" not in read_end(run.output_file)
-    if not (is_ours and is_silent):
+    if not is_ours or "sdlora: stopped" in read_end(run.output_file):
         return ""
     saved = run.checkpoint_steps()
     rest = f"Resume continues from step {saved[-1]}" if saved else "it has saved no checkpoint"

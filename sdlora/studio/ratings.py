@@ -88,7 +88,8 @@ def choose_pair(pairs: Sequence[Pair], answers: Sequence[Mapping[str, Any]]) -> 
     """One of the pairs that were answered least, in random order, and how many have no answer yet."""
     given = Counter(_name(row["prompt"], row["seed"], row["first"], row["second"]) for row in answers)
     counts = [given[_name(one[2].prompt, one[2].seed, describe(*one), describe(*two))] for one, two in pairs]
-    least = [pair for pair, count in zip(pairs, counts, strict=True) if count == min(counts)]
+    fewest = min(counts)
+    least = [pair for pair, count in zip(pairs, counts, strict=True) if count == fewest]
     first, second = random.sample(random.choice(least), 2)
     return (first, second), counts.count(0)
 

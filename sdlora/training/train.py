@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -263,8 +264,10 @@ def _first_folder(images: str | Path) -> Path:
 def _describe_folder(run: RunFolder, images: str | Path | None) -> str:
     """The folder of a run, and why it is not the first one that its images give it."""
     first = run.path if images is None else _first_folder(images)
-    why = "" if first == run.path else f", since {first} exists; `sdlora resume {first}` continues that one"
-    return f"{run.path}{why}"
+    if first == run.path:
+        return str(run.path)
+    resume = f"; `sdlora resume {shlex.quote(str(first))}` continues that one"
+    return f"{run.path}, since {first} exists{resume if RunFolder(first).exists else ''}"
 
 
 def _choose_folder(images: str | Path, out: str | Path | None, accelerator: Accelerator) -> RunFolder:

@@ -22,7 +22,7 @@ from sdlora.data.folders import is_image, list_usable, read_repeats
 from sdlora.errors import ConfigError, one_line, shorten
 from sdlora.reading import UnfitFileError, parse_json, parse_toml, read_bytes
 from sdlora.translate.trainers import KOHYA, ONETRAINER, SETS, TOOLKIT, Trainer, all_keys
-from sdlora.translate.values import CONVERTERS, Epochs
+from sdlora.translate.values import CONVERTERS, SWITCHES, Epochs
 
 TABLES = tomllib.loads((Path(__file__).parent / "keys.toml").read_text(encoding="utf-8"))
 IMAGES, OUT = "IMAGES", "--out"
@@ -193,28 +193,30 @@ def translate(file: Path) -> str:
     return "\n".join(map(one_line, [heading, f"# {shlex.join(command)}", *translation.write()])) + "\n"
 
 
-def translate_option(name: str, value: str) -> str:
+def translate_option(name: str, value: str) -> list[str]:
     """`section.key=value` for an option of sd-scripts or diffusers' scripts; empty if nothing is known of it.
 
     `value` is empty for a switch.
     """
     rule = {**TABLES["kohya"], **TABLES["options"]}.get(name, "")
-    if not isinstance(rule, str) or name == "sample_prompts":  # a file there
-        return ""
-    setting, _, converter = rule.partition(" ")
+    setting, _, converter = rule.partition(" ") if isinstance(rule, str) else ("", "", "")
+    if not setting or name == "sample_prompts" or not (value or converter in SWITCHES):  # a file there
+        return []
     try:
         result = CONVERTERS[converter](value or True) if converter else value
         section, _, key = setting.partition(".")
         validate_config({section: {key: result}})
     except (ValueError, TypeError, KeyError, IndexError, ConfigError):
-        return ""
+        return []
     if result in EMPTY and result is not False:
-        return ""
+        return []
     with suppress(ValueError):
         # 1e-4 stays as it was typed.
         if not isinstance(result, bool | str) and float(value) == result:
             result = value
-    return f"{setting}={result if isinstance(result, str) else to_toml(result)}"
+    # A rank of convolutions needs them among the targets.
+    first = ['lora.targets=["all"]'] if setting in ("lora.rank_pattern", "lora.alpha_pattern") else []
+    return [*first, f"{setting}={result if isinstance(result, str) else to_toml(result)}"]
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -276,12 +278,15 @@ def _count_steps(folder: Path, translation: _Translation) -> int | None:
 def to_toml(value: Any) -> str:
     """A value as TOML, whose escapes of text are those of JSON."""
     if isinstance(value, dict):
-        keys = (key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key) for key in map(str, value))
+        keys = (
+            key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key, ensure_ascii=False)
+            for key in map(str, value)
+        )
         pairs = zip(keys, map(to_toml, value.values()), strict=True)
         return "{" + ", ".join(f"{key} = {item}" for key, item in pairs) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(to_toml, value)) + "]"
-    return repr(value) if type(value) in (int, float) else json.dumps(value)
+    return repr(value) if type(value) in (int, float) else json.dumps(value, ensure_ascii=False)
 
 
 def _shown(key: str, value: Any) -> str:

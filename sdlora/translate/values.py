@@ -86,7 +86,7 @@ def number(value: Any) -> float:
 
 
 def whole(value: Any) -> int:
-    if (found := number(value)) != int(found):
+    if not math.isfinite(found := number(value)) or found != int(found):
         raise ValueError("not a whole number")
     return int(found)
 
@@ -111,7 +111,7 @@ def steps_or_epochs(value: tuple[Any, str]) -> int | Epochs | None:
 
 
 def flag(value: Any) -> bool:
-    return value.lower() not in ("off", "false", "no", "") if isinstance(value, str) else bool(value)
+    return value.lower() not in ("off", "false", "no", "0", "") if isinstance(value, str) else bool(value)
 
 
 def when(result: Any) -> Converter:
@@ -165,6 +165,7 @@ def texts(value: Any) -> list[str]:
     return [str(prompt) for prompt in prompts if str(prompt).strip()]
 
 
+SWITCHES = ("flag", "negated", "int8", "random", "center", "dora", "files", "alpha", "eight_bits")
 CONVERTERS: dict[str, Converter] = {
     **{one.__name__: one for one in (number, whole, rate, epochs, steps_or_epochs, flag, area_side)},
     **{one.__name__: one for one in (largest_side, single, arguments, texts, optimizer)},
@@ -172,13 +173,14 @@ CONVERTERS: dict[str, Converter] = {
     "eight_bits": when("bitsandbytes.optim.AdamW8bit"),
     **{name: when([name]) for name in ("wandb", "tensorboard")},
     "count": lambda value: whole(value) or None,  # 0 is not given
+    "amount": lambda value: number(value) or None,
     "times": lambda value: None if (found := whole(value)) == 1 else found,
     "chunks": lambda value: round(whole(value) / 75) or None,
     "skip": lambda value: whole(value) + 1 if value else None,
     "negated": lambda value: not flag(value),
     "text": lambda value: str(value) if value else None,
     "seeds": lambda value: [whole(value)],
-    "tracker": lambda value: ["tensorboard" if value == "all" else str(value)],
+    "tracker": lambda value: {"all": ["tensorboard"], "none": None}.get(str(value), [str(value)]),
     "convolutions_rank": lambda value: {"convolutions": whole(value)},
     "convolutions_alpha": lambda value: {"convolutions": number(value)},
     "quantized": lambda value: {"NFLOAT_4": "nf4", "INT_8": "int8", "FLOAT_8": "int8"}.get(str(value)),

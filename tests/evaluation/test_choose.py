@@ -189,10 +189,18 @@ def test_clip_reads_prompts(run, tmp_path):
         told = model(**tokenizer(texts, padding=True, return_tensors="pt"), **pixels).logits_per_image
     likeness = ModelFeatures(tmp_path).likeness(images, texts)
     assert likeness == pytest.approx((told / model.logit_scale.exp()).detach().numpy(), abs=1e-5)
+    # More words than it reads are cut, also where the tokenizer does not say how many it reads.
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / file).unlink(missing_ok=True)
+    assert ModelFeatures(tmp_path).likeness(images, ["a cat " * 100]).shape == (3, 1)
     choice = choose(run, features=str(tmp_path), steps=["final"], strengths=[0.5], seeds=[0])
     [cell] = choice.to_json()["cells"]
     assert 0 <= cell["prompts_found"]["value"] <= 1
     assert any("prompts found" in line for line in choice.lines())
+    # Without its files, transformers makes a tokenizer of two words.
+    for file in [*tmp_path.glob("tokenizer*"), *tmp_path.glob("vocab*"), *tmp_path.glob("merges*")]:
+        file.unlink()
+    assert ModelFeatures(tmp_path).likeness(images, texts) is None
 
 
 @pytest.mark.parametrize("vision_folder", ["clip"], indirect=True)

@@ -200,7 +200,7 @@ def test_more_steps_are_no_remedy_where_they_lead_away(last, shows):
 
 
 @pytest.mark.parametrize(
-    ("cells", "facts", "probe", "shows"),
+    ("cells", "facts", "checks", "shows"),
     [
         (CELLS, {"captions": ["ink style"]}, None, "ink style"),
         (CELLS, {"training": 2}, None, "2 training images"),
@@ -212,7 +212,7 @@ def test_more_steps_are_no_remedy_where_they_lead_away(last, shows):
         (CELLS, {}, SpotChecks((5, 8), "final at 1"), "5 of 8"),
     ],
 )
-def test_a_smear_is_called_one(cells, facts, probe, shows):
+def test_a_smear_is_called_one(cells, facts, checks, shows):
     """R-13: each cause has its warning, and only it."""
-    (warning,) = Choice(cells, replace(FACTS, **facts), probe).warnings
+    (warning,) = Choice(cells, replace(FACTS, **facts), checks).warnings
     assert shows in warning

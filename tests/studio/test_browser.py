@@ -158,6 +158,19 @@ def test_captions_wait_for_the_server(filled, open_page, tmp_path):
     page.get_by_text("2 captions saved").wait_for()
     texts = [(tmp_path / "pictures" / name).read_text() for name in ("00.txt", "01.txt")]
     assert texts == ["a square\n", "a ring\n"]
+    # A replacement as well.
+    page.route("**/captions/*", lambda route: route.abort())
+    page.get_by_label("Find").fill("square")
+    page.get_by_label("Replace with").fill("cube")
+    page.get_by_role("button", name="Replace").click()
+    page.get_by_text("does not answer").wait_for()
+    assert first.input_value() == "a cube"
+    page.unroute("**/captions/*")
+    page.get_by_label("Find").fill("")
+    second.fill("a wheel")
+    second.press("Enter")
+    page.get_by_text("2 captions saved").wait_for()
+    assert (tmp_path / "pictures" / "00.txt").read_text() == "a cube\n"
 
 
 def test_tags_filter(filled, open_page, tmp_path):

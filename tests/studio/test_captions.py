@@ -94,6 +94,20 @@ def test_a_file_that_cannot_be_written(folder, monkeypatch):
     assert folder.captions()["01.png"] == "a circle number 1"
 
 
+def test_undo_passes_over_what_cannot_be_read(folder, monkeypatch):
+    """R-05: a folder of that name, or a file too large, stays; a journal that fails leaves all as it was."""
+    folder.write({"00.png": ("a circle number 0", "one")})
+    folder.write({"01.png": ("a circle number 1", "two")})
+    (folder.path / "01.txt").write_bytes(b"x" * 150_000)
+    assert folder.undo()[1] == ["01.txt"]
+    with monkeypatch.context() as patch:
+        patch.setattr(captions, "append_lines", lambda *_: folder.path.read_bytes())
+        with raises(DataError, "caption.unwritable"):
+            folder.undo()
+    assert folder.captions()["00.png"] == "one"
+    assert folder.undo() == ({"00.png": "a circle number 0"}, [])
+
+
 def test_metadata_stays(folder):
     """A caption from a table is overruled by a file, and the table is not touched."""
     (folder.path / "03.txt").unlink()

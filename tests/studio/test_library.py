@@ -93,6 +93,15 @@ def test_a_killed_run_is_stopped(make_run, runs, sleeper):
     assert library.overview(run).problem == ""
 
 
+def test_a_run_that_has_not_begun(runs):
+    """R-23: killed while it loads, or stopped."""
+    run = RunFolder(runs / "new")
+    run.path.mkdir()
+    for text, state in (("", "failed"), ("sdlora: stopped\n", "stopped"), ("sdlora: no images\n", "failed")):
+        run.output_file.write_text(text, encoding="utf-8")
+        assert Library(runs).overview(run).state == state
+
+
 def test_a_later_process_of_the_same_number(make_run, sleeper):
     run = make_run(done=4)
     run.name_process(sleeper.pid)

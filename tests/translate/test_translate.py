@@ -11,7 +11,7 @@ import pytest
 
 from sdlora.config import load_config
 from sdlora.errors import ConfigError
-from sdlora.translate.translate import translate, translate_option
+from sdlora.translate.translate import to_toml, translate, translate_option
 from tests.checks import raises
 
 KOHYA = """
@@ -476,7 +476,7 @@ def test_repeats_are_not_multiplied_silently(tmp_path: Path) -> None:
 # Options of sd-scripts and diffusers' scripts, and what they are here.
 OPTIONS = {
     "network_train_unet_only": "lora.text_encoder=false",
-    "conv_dim 4": "lora.rank_pattern={convolutions = 4}",
+    "conv_dim 4": 'lora.targets=["all"] lora.rank_pattern={convolutions = 4}',
     "optimizer_type AdamW8bit": "train.optimizer=bitsandbytes.optim.AdamW8bit",
     "resolution 512,512": "data.resolution=512",
     "loss_type l2": "objective.loss=mse",
@@ -493,6 +493,10 @@ OPTIONS = {
     "sample_prompts p.txt": "",
     "loss_type odd": "",
     "network_dim": "",
+    "network_dim inf": "",
+    "base_weights": "",
+    "report_to none": "",
+    "flip_aug 0": "data.flip=false",
     "quux": "",
 }
 
@@ -502,9 +506,20 @@ def test_an_option_is_translated_with_its_value(option: str) -> None:
     """R-35: what is answered can be typed."""
     name, _, value = option.partition(" ")
     answer = translate_option(name, value)
-    assert answer == OPTIONS[option]
-    if answer:
-        load_config(overrides=[answer])
+    assert " ".join(answer) == OPTIONS[option]
+    load_config(overrides=answer)
+
+
+def test_text_stays_readable() -> None:
+    """TOML knows no surrogate pairs, which are how JSON may write an emoji."""
+    value = {"a b": ["ü", "\U0001f98a"]}
+    assert tomllib.loads(f"x = {to_toml(value)}")["x"] == value
+    assert "ü" in to_toml(value)
+
+
+def test_no_epochs_are_not_given(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("network_dim = 8\nmax_train_epochs = 0\n", encoding="utf-8")
+    assert "epochs" not in translate(tmp_path / "a.toml")
 
 
 def test_what_is_refused_here_becomes_a_comment(tmp_path: Path) -> None:

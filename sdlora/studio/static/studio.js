@@ -37,7 +37,8 @@ let ran = $("#state .running") !== null;
 // What keeps the page from being fresh, above it; what it shows may no longer be so.
 function tell(text) {
   const note = $("#away") || document.createElement("p");
-  note.id = "away"; note.className = "note error"; note.setAttribute("role", "alert"); note.textContent = text;
+  note.id = "away"; note.className = "note error"; note.setAttribute("role", "alert");
+  if (note.textContent !== text) note.textContent = text;  // It is read aloud when it changes.
   if (!text) note.remove(); else if (!note.isConnected) $("main").prepend(note);
   document.body.classList.toggle("away", text !== "");
 }
@@ -96,7 +97,7 @@ function edit(set) {
   const show = ({ captions, edits }) => {
     for (const field of fields) if (name(field) in captions) {
       field.value = field.dataset.seen = captions[name(field)];
-      field.classList.remove("unsaved"); field.classList.add("saved");
+      field.classList.remove("unsaved"); field.classList.add("saved"); delete field.dataset.again;
     }
     $("#edits", set).textContent = edits || ""; $("#undo", set).disabled = !edits;
     count();
@@ -110,11 +111,14 @@ function edit(set) {
     // What the server did not hear of is sent again; what it refused waits for another text.
     const now = new Set(changed.map(([field]) => field)), again = fields.filter(field => field.dataset.again && !now.has(field));
     changed = [...changed, ...again.map(field => [field, field.value])];
+    const before = new Map(changed.map(([field]) => [field, field.value]));
     const changes = Object.fromEntries(changed.map(([field, text]) => [name(field), [field.dataset.seen, text]]));
     const error = await send(`/captions/${folder}`, { changes: JSON.stringify(changes) }, () => changed.length > 1 ? `${changed.length} captions saved` : "saved");
-    for (const [field] of changed) {
+    for (const [field, text] of changed) {
       field.classList.toggle("unsaved", error !== null); delete field.dataset.again;
-      if (error?.away) field.dataset.again = "1";
+      if (!error?.away) continue;
+      field.dataset.again = "1";
+      if (field.value === before.get(field)) field.value = text;  // A replacement is not in the field yet.
     }
   };
   const count = () => {
@@ -134,7 +138,7 @@ function edit(set) {
     const text = $("#find", set).value.toLowerCase(), tag = $("#tags [aria-pressed=true]", set)?.dataset.tag;
     for (const field of fields) {
       const has = kept.has(field) || `${name(field)}\n${field.value}`.toLowerCase().includes(text);
-      field.closest(".card").hidden = !has || (tag !== undefined && !field.value.split(/[,\n]/).some(part => part.trim() === tag));
+      field.closest(".card").hidden = !has || (tag !== undefined && !kept.has(field) && !field.value.split(/[,\n]/).some(part => part.trim() === tag));
     }
   };
   $("#tags", set).addEventListener("click", event => {
@@ -146,7 +150,10 @@ function edit(set) {
   });
   $("#find", set).addEventListener("input", () => { kept.clear(); filter(); });
   for (const field of fields) {
-    field.addEventListener("blur", () => { if (field.value !== field.dataset.seen) save([[field, field.value]]); });
+    field.addEventListener("blur", () => {
+      if (field.value !== field.dataset.seen) save([[field, field.value]]);
+      else { field.classList.remove("unsaved"); delete field.dataset.again; }
+    });
     field.addEventListener("keydown", event => { if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); field.blur(); } });
   }
   addEventListener("pagehide", () => document.activeElement?.blur());
