@@ -86,9 +86,8 @@ def scan_dataset(root: str | Path, settings: DataSection, seed: int = 0) -> Data
         training, heldout = hold_out_share(styled, settings.heldout, seed)
         training += classes
     if settings.masks == "files" and not any(record.mask for record in (*training, *heldout)):
-        scan.noticed["data.masks-missing"][str(PurePosixPath(training_names[0]).with_suffix(".mask.png"))] = (
-            ""
-        )
+        example = PurePosixPath(training_names[0]).with_suffix(".mask.png")
+        scan.noticed["data.masks-missing"][str(example)] = ""
     # Once and with one caption each: the held-out loss must not depend on chance.
     heldout = [replace(record, repeats=1, variants=()) for record in heldout]
     by_name = attrgetter("name")

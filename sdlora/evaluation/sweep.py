@@ -79,12 +79,12 @@ def plan_sweep(
     own = [strength for strength in config.sample.strengths if strength]
     chosen = sorted(set(strengths or (own if len(own) > 1 else STRENGTHS)))
     trigger = config.data.trigger
-    filled = [config.data.fill_trigger(prompt, trigger) for prompt in prompts or config.sample.prompts]
+    given = (config.data.fill_trigger(prompt, trigger) for prompt in prompts or config.sample.prompts)
+    filled = list(dict.fromkeys(given))
     if not prompts:
         # The trigger alone shows no thing that could be kept.
         told = [caption for caption in captions if not trigger or remove_trigger(caption, trigger)]
         filled = list(dict.fromkeys([*filled, *_evenly(told, NUM_PROMPTS)]))[:NUM_PROMPTS]
-    filled = list(dict.fromkeys(filled))
     check_prompts(filled)
     saved = list(dict.fromkeys(steps)) or _choose_steps(run)
     return Sweep(saved, chosen, filled, list(dict.fromkeys(seeds)) or list(SEEDS))

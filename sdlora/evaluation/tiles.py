@@ -139,6 +139,7 @@ def read_ratings(run: RunFolder) -> list[dict[str, Any]]:
             with suppress(ValueError, KeyError, TypeError, AttributeError):
                 row = json.loads(line)
                 sides = [(row[side]["run"], row[side]["grid"], row[side]["strength"]) for side in ANSWERED]
+                # An answer names what it is about, and can be counted by it.
                 hash((row["prompt"], row["seed"], *sides))
                 rows.append({**row, "score": SCORES[row["choice"]]})
     return rows

@@ -204,7 +204,9 @@ class Launcher:
         """Continues a run, up to another step if one is given."""
         done = self.library.overview(run).step
         if steps and (not steps.isdecimal() or len(steps) > MAX_DIGITS or int(steps) <= done):
-            raise RunError(f"{run.name} is at step {done}: {steps!r:.20} is no later one", key="run.steps")
+            raise RunError(
+                f"{run.name} is already at step {done}; {steps!r:.20} is not a later step", key="run.steps"
+            )
         more = [self.settings["train.steps"].argument(steps)] if steps else []
         with self._starting:
             self._check_idle(run)

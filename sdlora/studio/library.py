@@ -204,7 +204,7 @@ def _judge(run: RunFolder, tail: Sequence[dict[str, Any]], steps: int) -> tuple[
     if tail and tail[-1]["event"] == "failed":
         return "failed", one_line(str(tail[-1].get("message")))
     if not run.exists:
-        last = one_line("".join(read_end(run.output_file).splitlines()[-1:])).removeprefix("sdlora: ")
+        last = _last_words(run).removeprefix("sdlora: ")
         if last.startswith("stopped"):
             return "stopped", "it was stopped before its first step"
         return "failed", last or "it ended before its first step"
@@ -225,9 +225,14 @@ def _find_refusal(run: RunFolder) -> str:
     """Why a process that the page has started ended at once, after all that the run tells itself."""
     if _stamp(run.output_file) <= max(_stamp(run.events_file), _stamp(run.log_file)):
         return ""
-    line = next(iter(read_end(run.output_file).splitlines()[-1:]), "")
+    line = _last_words(run)
     is_refusal = line.startswith("sdlora: ") and not line.startswith("sdlora: stopped")
-    return one_line(line.removeprefix("sdlora: ")) if is_refusal else ""
+    return line.removeprefix("sdlora: ") if is_refusal else ""
+
+
+def _last_words(run: RunFolder) -> str:
+    """The last line that the process of a run has printed; empty without any."""
+    return one_line("".join(read_end(run.output_file).splitlines()[-1:]))
 
 
 def read_end(file: Path, max_bytes: int = TAIL_BYTES) -> str:

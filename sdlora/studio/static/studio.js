@@ -102,8 +102,8 @@ function edit(set) {
     $("#edits", set).textContent = edits || ""; $("#undo", set).disabled = !edits;
     count();
   };
-  const send = async (url, values, tell) => {
-    try { const answer = await post(url, values); show(answer); said.textContent = tell(answer); }
+  const send = async (url, values, describe) => {
+    try { const answer = await post(url, values); show(answer); said.textContent = describe(answer); }
     catch (error) { said.textContent = error.message; return error; }
     return null;
   };
@@ -167,9 +167,9 @@ function edit(set) {
     kept = new Set(changed.map(([field]) => field));
     if (changed.length) save(changed); else said.textContent = text ? `no caption contains “${text}”` : "write what to find";
   });
-  const undo = () => send(`/undo/${folder}`, {}, ({ captions, kept }) => {
+  const undo = () => send(`/undo/${folder}`, {}, ({ captions, kept: stay }) => {
     const names = Object.keys(captions), what = names.length > 3 ? `${names.length} captions` : names.join(", ");
-    return kept.length ? `${kept.join(", ")} stays: another program changed it since` : `undone: ${what}`;
+    return stay.length ? `${stay.join(", ")} stays: another program changed it since` : `undone: ${what}`;
   });
   $("#undo", set).addEventListener("click", undo);
   count();
