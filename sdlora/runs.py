@@ -29,6 +29,10 @@ from sdlora.writing import (
 )
 
 DTYPES = ("fp32", "bf16", "fp16")
+# The clock of the file system and that of processes differ a little.
+CLOCK_SECONDS = 2.0
+# A process of another machine that has written nothing for so long is taken for dead.
+MOST_SILENT_SECONDS = 3600
 
 
 class RunFolder:
@@ -324,14 +328,48 @@ class RunFolder:
         return [(event["step"], event["loss"]) for event in self.events("step")]
 
     @property
+    def process(self) -> psutil.Process | None:
+        """The process that writes the run, if it runs on this machine."""
+        named = self._read_process()
+        if not isinstance(pid := named.get("pid"), int) or named.get("host") != platform.node():
+            return None
+        with suppress(psutil.Error, OSError, ValueError, OverflowError):
+            process = psutil.Process(pid)
+            # Another process may have got the number since.
+            is_older = process.create_time() < self.process_file.stat().st_mtime + CLOCK_SECONDS
+            if is_older and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        return None
+
+    @property
     def is_written(self) -> bool:
-        """Whether a process writes the run: one of this machine that exists, or one of another."""
+        """Whether a process writes the run: of this machine, or of another and not silent for long."""
+        host = self._read_process().get("host")
+        if host is None or host == platform.node():
+            return self.process is not None
+        newest = 0.0
+        for file in (self.process_file, self.events_file, self.log_file):
+            with suppress(OSError):
+                newest = max(newest, file.stat().st_mtime)
+        return time.time() - newest < MOST_SILENT_SECONDS
+
+    def check_unwritten(self) -> None:
+        """Raises a RunError if another process writes the run: two would undo each other's work."""
+        process = self.process
+        if process is None:
+            return
+        own = psutil.Process()
+        # A launcher may be named for the processes that it starts.
+        if process.pid not in (own.pid, *(parent.pid for parent in own.parents())):
+            problem = f"run {self.path} is being trained by process {process.pid}"
+            raise RunError(f"{problem}; wait for it, or stop it first: kill {process.pid}", key="run.written")
+
+    def _read_process(self) -> dict[str, Any]:
         try:
             named = read_json(self.process_file, MAX_JSON_BYTES)
         except (OSError, UnfitFileError):
-            return False
-        pid = named.get("pid") if isinstance(named, dict) else None
-        return isinstance(pid, int) and (named.get("host") != platform.node() or psutil.pid_exists(pid))
+            return {}
+        return named if isinstance(named, dict) else {}
 
     def follow(self, *names: str, seconds: float = 1.0) -> Iterator[dict[str, Any]]:
         """Events from the first on, and new ones as they are written, until no process writes the run.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import resource
 
+import psutil
 import pytest
 
 from sdlora.config import RunConfig
 from sdlora.errors import RunError
-from sdlora.runs import RunFolder
+from sdlora.runs import MOST_SILENT_SECONDS, RunFolder
 from sdlora.writing import check_writable, next_free_folder, write_file, write_json, write_text
 from tests.checks import raises
 
@@ -244,3 +246,31 @@ def test_what_is_evaluated_adds_up(tmp_path, damaged):
     run.add_evaluation(choice={"step": 100})
     run.add_evaluation(loss=0.5)
     assert run.read_evaluation() == {"choice": {"step": 100}, "loss": 0.5}
+
+
+def test_which_process_writes_a_run(tmp_path, sleeper):
+    """R-23: one of this machine, also after its number went to another; one of another, while it is heard."""
+    run = RunFolder(tmp_path)
+    assert not run.is_written
+    run.name_process(sleeper.pid)
+    assert run.is_written
+    with raises(RunError, "run.written", shows=(str(sleeper.pid), "kill")):
+        run.check_unwritten()
+    before = psutil.Process(sleeper.pid).create_time() - 60
+    os.utime(run.process_file, (before, before))
+    assert not run.is_written
+    run.check_unwritten()
+    write_json(run.process_file, {"pid": 1, "host": platform.node() + "2"})
+    assert run.is_written
+    run.check_unwritten()  # of another machine, it may be dead
+    for file in (run.process_file, run.events_file):
+        file.touch()
+        os.utime(file, (before - MOST_SILENT_SECONDS, before - MOST_SILENT_SECONDS))
+    assert not run.is_written
+
+
+def test_the_launcher_of_a_run_is_no_other_process(tmp_path):
+    run = RunFolder(tmp_path)
+    for pid in (os.getpid(), os.getppid()):
+        run.name_process(pid)
+        run.check_unwritten()

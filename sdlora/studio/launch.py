@@ -20,7 +20,7 @@ from sdlora.errors import ConfigError, RunError
 from sdlora.presets import describe_preset, find_preset, list_presets
 from sdlora.reading import parse_json
 from sdlora.runs import RunFolder
-from sdlora.studio.library import Library, find_process, list_grids, name_folder, read_object
+from sdlora.studio.library import Library, list_grids, name_folder, read_object
 from sdlora.translate.translate import to_toml
 from sdlora.writing import next_free_folder
 
@@ -171,7 +171,8 @@ class Launcher:
             except subprocess.TimeoutExpired:
                 raise ConfigError(f"no plan within {PLAN_SECONDS} s; try a smaller folder") from None
         if done.returncode:
-            lines = done.stderr.decode("utf-8", "replace").splitlines() or ["the plan failed without a word"]
+            printed = done.stderr.decode("utf-8", "replace").splitlines()
+            lines = printed or ["planning failed, and printed nothing"]
             raise ConfigError(*(line.removeprefix("sdlora: ") for line in lines[-40:]))
         plan: dict[str, Any] = parse_json(done.stdout[-MAX_JSON_BYTES:])
         return plan
@@ -214,20 +215,20 @@ class Launcher:
 
     def stop(self, run: RunFolder) -> None:
         """Asks the process of a run to save and end; the second time, to end at once."""
-        process = find_process(run)
+        process = run.process
         if process is None:
             raise RunError(f"no process of this machine trains {run.name}", key="run.not-running")
         with suppress(psutil.Error):
             process.terminate()
             self._stopping[run.path] = process.pid
             if not run.exists:
-                # Before it has begun it ends without a word.
+                # Before it has begun, it ends without a message.
                 with suppress(OSError), run.output_file.open("ab") as output:
                     output.write(b"sdlora: stopped\n")
 
     def ask(self, run: RunFolder, request: str) -> None:
         """Asks the process of a run to "save" or "sample" now."""
-        if find_process(run) is None:
+        if run.process is None:
             raise RunError(f"no process of this machine trains {run.name}", key="run.not-running")
         run.ask(request)
         self._asked[run.path, request] = _count(run, request)
@@ -241,7 +242,7 @@ class Launcher:
         ]
 
     def is_stopping(self, run: RunFolder) -> bool:
-        process = find_process(run)
+        process = run.process
         return process is not None and self._stopping.get(run.path) == process.pid
 
     def prune(self, run: RunFolder, keep: int = 1) -> None:
@@ -256,7 +257,7 @@ class Launcher:
 
     def _check_idle(self, run: RunFolder) -> None:
         self.reap()
-        if find_process(run):
+        if run.process:
             raise RunError(f"{run.name} is running; stop it first", key="run.running")
 
     def _launch(self, run: RunFolder, arguments: Sequence[str]) -> RunFolder:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from sdlora.config import MAX_JSON_BYTES
 from sdlora.errors import RunError, one_line
 from sdlora.reading import UnfitFileError, read_json
@@ -22,8 +20,6 @@ from sdlora.runs import RunFolder
 
 TAIL_BYTES = 2**12
 MAX_STEP = 10**9
-# The clock of the file system and that of processes differ a little.
-CLOCK_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,21 +136,6 @@ def name_folder(path: Path) -> str:
     return hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
 
 
-def find_process(run: RunFolder) -> psutil.Process | None:
-    """The process that writes a run, if it runs on this machine."""
-    named = read_object(run.process_file)
-    pid = named.get("pid")
-    if not isinstance(pid, int) or named.get("host") != platform.node():
-        return None
-    with suppress(psutil.Error, ValueError, OverflowError):
-        process = psutil.Process(pid)
-        # Another process may have got the number since.
-        is_older = process.create_time() < _stamp(run.process_file) / 1e9 + CLOCK_SECONDS
-        if is_older and process.status() != psutil.STATUS_ZOMBIE:
-            return process
-    return None
-
-
 def list_grids(run: RunFolder) -> dict[int, Path]:
     """The grids of a run by step, the last first."""
     with suppress(OSError):
@@ -196,7 +177,7 @@ def numbers(value: Any) -> list[float]:
 
 def _judge(run: RunFolder, tail: Sequence[dict[str, Any]], steps: int) -> tuple[str, str]:
     """State of a run, and its problem."""
-    if find_process(run):
+    if run.process:
         return "running", ""
     refusal = _find_refusal(run)
     if any(event["event"] == "done" and event["step"] >= steps for event in tail):
@@ -218,7 +199,7 @@ def _describe_kill(run: RunFolder) -> str:
         return ""
     saved = run.checkpoint_steps()
     rest = f"Resume continues from step {saved[-1]}" if saved else "it has saved no checkpoint"
-    return f"its process ended without a word, as if killed or out of memory; {rest}"
+    return f"its process was killed, by hand or for want of memory, or the machine was restarted; {rest}"
 
 
 def _find_refusal(run: RunFolder) -> str:

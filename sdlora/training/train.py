@@ -151,6 +151,8 @@ def resume(
         steps = changed.train.steps or 0
         if broadcast(accelerator, accelerator.is_main_process and run.is_finished(steps)):
             return _stay_finished(run, steps, accelerator, terminal)
+        if accelerator.is_main_process:
+            run.check_unwritten()
         # The main process reads the checkpoints, which are large, for all.
         newest = newest_complete_step(run, terminal) if accelerator.is_main_process else 0
         step = broadcast(accelerator, newest)

@@ -17,7 +17,7 @@ from sdlora.config import RunConfig, load_config
 from sdlora.errors import ConfigError, RunError
 from sdlora.runs import RunFolder
 from sdlora.studio.launch import MAIN, Launcher, list_settings
-from sdlora.studio.library import Library, find_process, name_folder
+from sdlora.studio.library import Library, name_folder
 from tests.checks import HANG_SECONDS, raises
 from tests.studio.conftest import draw_grid
 
@@ -132,7 +132,7 @@ def test_a_run_that_cannot_start_is_failed(launcher, runs, tmp_path):
     form = {"images": name_folder(tmp_path / "pictures"), "lora.rank": "0", "name": "../my run/../x"}
     run = launcher.start(form)
     assert run.path.parent == runs
-    wait(lambda: find_process(run) is None)
+    wait(lambda: run.process is None)
     seen = launcher.library.overview(run)
     assert (seen.state, seen.step) == ("failed", 0)
     assert "lora.rank = 0" in seen.problem
@@ -202,11 +202,11 @@ def test_a_run_from_form_to_file(client, make_images, runs, shared_cache):
     started = page.post("/start", data=hidden, follow_redirects=False)
     assert started.headers["location"] == "/run/pictures"
     run = RunFolder(runs / "pictures")
-    wait(lambda: find_process(run) is None)
+    wait(lambda: run.process is None)
     assert run.is_finished(2), run.output_file.read_text()
     assert "finished" in page.get("/run/pictures").text
     page.post("/resume/pictures", data={"steps": "3"})
-    wait(lambda: find_process(run) is None)
+    wait(lambda: run.process is None)
     assert run.is_finished(3), run.output_file.read_text()
     assert not run.process_file.exists()
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
-import sys
 import time
 
 import psutil
@@ -14,17 +12,8 @@ import pytest
 
 from sdlora.errors import RunError
 from sdlora.runs import RunFolder
-from sdlora.studio.library import Library, find_process, read_tail
+from sdlora.studio.library import Library, read_tail
 from tests.checks import HANG_SECONDS, counted, raises
-
-
-@pytest.fixture
-def sleeper():
-    """A process that does nothing."""
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
-    yield process
-    process.kill()
-    process.wait()
 
 
 def test_states(make_run, runs, sleeper):
@@ -86,9 +75,9 @@ def test_a_killed_run_is_stopped(make_run, runs, sleeper):
     assert library.overview(run).state == "stopped"
     assert "killed" in library.overview(run).problem
     run.name_process(psutil.Process().pid)
-    assert find_process(run)
+    assert run.process
     run.process_file.write_text(json.dumps({"pid": psutil.Process().pid, "host": platform.node() + "2"}))
-    assert find_process(run) is None
+    assert run.process is None
     # It may live on there.
     assert library.overview(run).problem == ""
 
@@ -107,7 +96,7 @@ def test_a_later_process_of_the_same_number(make_run, sleeper):
     run.name_process(sleeper.pid)
     before = psutil.Process(sleeper.pid).create_time() - 60
     os.utime(run.process_file, (before, before))
-    assert find_process(run) is None
+    assert run.process is None
 
 
 def test_damaged_runs_are_shown(make_run, runs, client):
@@ -169,7 +158,7 @@ def test_a_run_names_its_process(make_run):
     """`process.json` is there while a process writes the run, and gone after it, however it ends."""
     run = make_run(done=4)
     with run.occupied():
-        assert find_process(run)
+        assert run.process
     assert not run.process_file.exists()
     with pytest.raises(KeyboardInterrupt), run.occupied():
         raise KeyboardInterrupt
