@@ -83,7 +83,7 @@ class BucketPlan:
         """Share of the area of an image that its crop removes."""
         return self.crops[name][0].lost_share
 
-    def lonely(self) -> list[tuple[Size, int]]:
+    def small(self) -> list[tuple[Size, int]]:
         """(bucket, samples) of those that still have fewer than `least`."""
         return [(size, samples) for size, _, samples in self.table() if samples < self.least]
 
@@ -124,7 +124,7 @@ def plan_buckets(
             centers[record.name] = _center_crop(record.size, buckets, side)
             if settings.no_upscale and centers[record.name].resized.width > record.size.width:
                 centers[record.name] = _own_size_crop(record.size, own_step)
-        others = _merge_lonely(records, centers, settings)
+        others = _merge_small(records, centers, settings)
         moved += [(name, centers[name].size, crop.size) for name, crop in sorted(others.items())]
         centers |= others
         for record in records:
@@ -202,7 +202,7 @@ def _own_size_crop(size: Size, step: int) -> Crop:
     return Crop(resized, left, top, bucket)
 
 
-def _merge_lonely(
+def _merge_small(
     records: Sequence[ImageRecord], centers: Mapping[str, Crop], settings: DataSection
 ) -> dict[str, Crop]:
     """New crops for the images of buckets with fewer samples than `data.merge_buckets`, the loneliest first.
@@ -219,8 +219,8 @@ def _merge_lonely(
         return sum(record.repeats for record in members[bucket]), bucket
 
     stays: set[Size] = set()
-    while lonely := [size for size in members if size not in stays and samples(size)[0] < least]:
-        number, bucket = min(map(samples, lonely))
+    while small := [size for size in members if size not in stays and samples(size)[0] < least]:
+        number, bucket = min(map(samples, small))
         leaving = members.pop(bucket)
         enough = [size for size in members if samples(size)[0] + number >= least]
         new: dict[str, Crop] = {}

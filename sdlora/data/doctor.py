@@ -184,9 +184,9 @@ def _summarise_buckets(plan: BucketPlan) -> list[str]:
     if plan.moved:
         names = join_names(f"{name} {old} to {new}" for name, old, new in plan.moved)
         lines.append(f"data.merge_buckets = {plan.least} moved {count_of(len(plan.moved), 'image')}: {names}")
-    if lonely := [f"{size} ({samples})" for size, samples in plan.lonely()]:
+    if small := [f"{size} ({samples})" for size, samples in plan.small()]:
         kept = f"any other would crop more than {MERGE_LOSS:.0%}"
-        lines.append(f"still below {plan.least} samples: {join_names(lonely)}; {kept}")
+        lines.append(f"still below {plan.least} samples: {join_names(small)}; {kept}")
     if (views := sum(len(plan.crops[record.name]) for record in plan.records)) > len(plan.records):
         lines.append(f"views: {views} of {count_of(len(plan.records), 'image')}, each encoded once")
     lost = largest_first((plan.lost_share(record.name), record.name) for record in plan.records)

@@ -21,13 +21,13 @@ from sdlora.models.safety import missing_checker
 from sdlora.models.tokenizer import describe_bracketed_prompts, describe_cut_prompts
 from sdlora.models.weights import empty_components
 from sdlora.report.terminal import Terminal
-from sdlora.sampling.images import make_scheduler
 from sdlora.training.adapter import check_init_from, check_parents, find_parents, with_parents
 from sdlora.training.optimizer import check_optimizer, find_optimizer
 from sdlora.training.plan import RunPlan, describe_plan
 from sdlora.training.preflight import (
     check_for_base,
     check_objective,
+    check_sampling,
     global_batch,
     resolve_config,
 )
@@ -54,8 +54,6 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
     info = inspect_base(config.base, config.objective, config.data)
     config = with_base_defaults(config, info)
     check_objective(config, info)
-    if config.sample.scheduler:
-        make_scheduler(info, config.sample.scheduler)  # before the training, not at its first grid
     checkup = check_for_base(config, info)
     index, buckets, findings = checkup.index, checkup.buckets, checkup.findings
     forced: list[str] = []
@@ -63,6 +61,7 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
     config, about_rank = with_parents(config, parents)
     config = epochs_to_steps(config, index, buckets, num_processes)
     config = resolve_config(config, info, index, num_processes)
+    check_sampling(config, info)
     raise_errors(findings)
     # What captions lose is a finding already.
     captions = {record.caption for record in (*index.records, *index.heldout)}
@@ -108,13 +107,13 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
 
 
 def _short_steps(buckets: BucketPlan, config: RunConfig, num_processes: int) -> list[Finding]:
-    """A notice if images of lonely buckets weigh more than others, and `data.merge_buckets` is not used."""
+    """A notice if images of small buckets weigh more than others, and `data.merge_buckets` is not used."""
     batch, rows = global_batch(config, num_processes), buckets.table()
-    lonely = sum(samples for _, _, samples in rows if samples < batch)
-    if config.data.merge_buckets or not lonely or len(rows) == 1:
+    small = sum(samples for _, _, samples in rows if samples < batch)
+    if config.data.merge_buckets or not small or len(rows) == 1:
         return []
     text = (
-        f"{lonely} of {sum(samples for *_, samples in rows)} samples an epoch are in buckets of fewer than "
+        f"{small} of {sum(samples for *_, samples in rows)} samples an epoch are in buckets of fewer than "
         f"the global batch of {batch}: their steps are smaller, so that each counts for more; "
         f"data.merge_buckets={batch} moves those images to other buckets that are near"
     )

@@ -17,6 +17,13 @@ from sdlora.diffusion.schedule import make_sampler, schedule_from_config
 from sdlora.errors import ConfigError
 from sdlora.models.info import BaseInfo, inspect_base, with_base_defaults
 from sdlora.models.tokenizer import count_tokens, load_tokenizer
+from sdlora.sampling.images import (
+    PLACEHOLDER,
+    SampleSettings,
+    check_prompts,
+    make_scheduler,
+    resolve_settings,
+)
 
 SUBJECTS = ("a house", "a fish", "a sailboat", "a rocket")
 MIN_STEPS = 100
@@ -70,6 +77,10 @@ def check_objective(config: RunConfig, info: BaseInfo) -> None:
     if low >= (count := schedule.num_timesteps):
         problem = f"objective.timestep_range = [{low}, {high}] starts beyond the base's {count} timesteps"
         raise ConfigError(f"{problem}; lower it")
+    layout = config.objective.layout_range
+    if layout and layout[1] > count:
+        problem = f"objective.layout_range = [{layout[0]}, {layout[1]}] ends beyond"
+        raise ConfigError(f"{problem} the base's {count} timesteps; lower it")
     if schedule.prediction_type == "epsilon" and schedule.has_zero_snr and high >= count:
         remedy = f"exclude that timestep with objective.timestep_range=[{min(low, count - 2)}, {count - 1}]"
         if asked:
@@ -79,6 +90,16 @@ def check_objective(config: RunConfig, info: BaseInfo) -> None:
             f"base {info.name} (timestep {count - 1} is pure noise); {remedy}"
         )
     make_sampler(schedule, config.objective)
+
+
+def check_sampling(config: RunConfig, info: BaseInfo) -> None:
+    """Raises a ConfigError if the grids of a run could not be drawn: before it, not at the first of them."""
+    sample = config.sample
+    if config.train.sample_every:
+        resolve_settings(info, SampleSettings.of(sample, (info.resolution, info.resolution)))
+        check_prompts([config.data.fill_trigger(prompt) for prompt in sample.prompts])
+    elif sample.scheduler:
+        make_scheduler(info, sample.scheduler)
 
 
 def resolve_config(config: RunConfig, info: BaseInfo, index: DatasetIndex, num_processes: int) -> RunConfig:
@@ -172,9 +193,15 @@ def default_prompts(index: DatasetIndex, settings: DataSection, count: int) -> l
     Without captions, the trigger with things that any base can draw.
     """
     if all(record.caption == (settings.trigger or "") for record in index.styled):
-        return [caption_pipeline(settings).plain(subject) for subject in SUBJECTS[: 2 * count]]
+        return _subject_prompts(settings, 2 * count)
     prompts: list[str] = []
     for records in (index.styled, index.heldout):
         captions = list(dict.fromkeys(record.caption for record in records if record.caption))
-        prompts += spread(captions, count)
-    return list(dict.fromkeys(prompts))
+        # Braces may be meant, but are placeholders in a prompt.
+        prompts += spread([caption for caption in captions if not PLACEHOLDER.search(caption)], count)
+    return list(dict.fromkeys(prompts)) or _subject_prompts(settings, 2 * count)
+
+
+def _subject_prompts(settings: DataSection, count: int) -> list[str]:
+    """Prompts with things that any base can draw."""
+    return [caption_pipeline(settings).plain(subject) for subject in SUBJECTS[:count]]

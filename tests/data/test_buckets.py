@@ -175,15 +175,15 @@ def test_more_resolutions(make_records):
     assert sum(samples for _, _, samples in plan.table()) == order.samples_per_epoch == 10
 
 
-def test_lonely_buckets_merge(make_records):
-    """R-15: images of lonely buckets move to near ones if that crops little; the plan says which."""
+def test_small_buckets_merge(make_records):
+    """R-15: images of small buckets move to near ones if that crops little; the plan says which."""
     sizes = [(512, 512)] * 5 + [(640, 480)] * 4 + [(600, 480), (768, 512), (1600, 400)]
     records = make_records(*sizes, (480, 640), (470, 680), (450, 660))
     usual, plan = plan_buckets(records, 512, CENTRE), plan_buckets(records, 512, DataSection(merge_buckets=3))
-    assert (usual.moved, usual.lonely()) == ((), [])
+    assert (usual.moved, usual.small()) == ((), [])
     assert len(plan.table()) < len(usual.table())
     assert sum(images for _, images, _ in plan.table()) == len(records)
-    assert plan.lonely() == [(usual.bucket_of("011.png"), 1)], "nothing is near a panorama"
+    assert plan.small() == [(usual.bucket_of("011.png"), 1)], "nothing is near a panorama"
     assert {name for name, _, _ in plan.moved} >= {"010.png"}
     for name, old, new in plan.moved:
         assert (usual.bucket_of(name), plan.bucket_of(name)) == (old, new) != (new, new)

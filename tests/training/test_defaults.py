@@ -164,6 +164,8 @@ def test_prediction_types():
     check_objective(load_config(None, {**other, "objective.force_prediction_type": True}), INFO)
     with raises(ConfigError, "objective.timestep_range", shows=("[1000, 1200]", "1000 timesteps")):
         check_objective(load_config(None, {"objective.timestep_range": [1000, 1200]}), INFO)
+    with raises(ConfigError, "objective.layout_range", shows=("[1000, 1200]", "1000 timesteps")):
+        check_objective(load_config(None, {"objective.layout_range": [1000, 1200]}), INFO)
 
 
 def test_zero_terminal_snr():

@@ -50,7 +50,7 @@ def test_cut_prompts_and_variants_of_captions_are_in_the_plan(make_images, tiny)
     assert f"{plan.index.num_captions} captions" in disk
 
 
-def test_lonely_buckets_are_stated(make_images, tiny):
+def test_small_buckets_are_stated(make_images, tiny):
     """R-15, R-16: images whose steps are short, and where they go when asked."""
     images = make_images(sizes=((64, 64),) * 4 + ((64, 56),))
     settings = {"data__heldout": 0, "data__resolution": 128, "train__batch_size": 4}
@@ -128,3 +128,29 @@ def test_epochs_instead_of_steps(make_images, quick):
     assert describe_seen(count_seen(make_plan(config.replace(train={"epochs": 0.2})))).startswith(
         "6 images 0 times"
     )
+
+
+def test_grids_that_cannot_be_drawn_are_refused_before_the_training(make_images, tiny, sd15_folder):
+    """R-16: not at the first grid, after hours."""
+    images = make_images()
+    for settings, key in (
+        ({"sample__prompts": ["a {cat}"]}, "sample.prompts"),
+        ({"sample__steps": 2000}, "sample.steps"),
+        ({"sample__scheduler": "Nothing"}, "sample.scheduler"),
+    ):
+        with raises(ConfigError, key):
+            make_plan(tiny(images, train__sample_every=1, **settings))
+    # Nothing is drawn.
+    make_plan(tiny(images, train__sample_every=0, sample__steps=2000))
+
+
+def test_braces_in_captions_are_no_placeholders_of_prompts(make_images, tiny):
+    """R-28: they may be meant, and are trained as they are, but no prompt can have them."""
+    images = make_images()
+    files = sorted(images.rglob("*.txt"))
+    for file in files:
+        file.write_text("a {red|blue} thing", encoding="utf-8")
+    settings = {"train__sample_every": 1, "sample__prompts": []}
+    assert make_plan(tiny(images, **settings)).config.sample.prompts[0] == "a house"
+    files[0].write_text("a cat", encoding="utf-8")
+    assert make_plan(tiny(images, **settings)).config.sample.prompts == ["a cat"]
