@@ -107,11 +107,11 @@ class Health:
         self.counters = counters
         # In fp16 the first steps are skipped until the scale fits: the proof waits for the first update.
         is_new = counters.skipped == counters.step
-        self.proof_step = self.plan.proof_step(counters.step if is_new else 0)
+        self.first_update_step = self.plan.first_update_step(counters.step if is_new else 0)
         self._keep_initial_values()
 
     @property
-    def is_proving(self) -> bool:
+    def checks_first_update(self) -> bool:
         """Whether the next update must change every module."""
         return self._initial is not None
 
@@ -148,13 +148,13 @@ class Health:
     def _keep_initial_values(self) -> None:
         """Copies what the first update must change, if that comes next."""
         self._initial: list[Tensor] | None = None
-        if self.counters.step == self.proof_step:
+        if self.counters.step == self.first_update_step:
             modules = self.adapter.modules.values()
             self._initial = [module.starting_at_zero.detach().clone() for module in modules]
 
     def _check_first_update(self, result: StepResult, initial: Sequence[Tensor]) -> None:
         if not result.updated:
-            self.proof_step = self.plan.proof_step(result.step)
+            self.first_update_step = self.plan.first_update_step(result.step)
             return
         pairs = zip(self.adapter.modules.items(), initial, strict=True)
         dead = [name for (name, module), before in pairs if torch.equal(module.starting_at_zero, before)]

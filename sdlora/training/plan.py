@@ -108,13 +108,13 @@ class RunPlan:
         """Images of training, and held-out ones, that the held-out loss is measured on."""
         return choose_validated(self.index)
 
-    def proof_step(self, start: int = 0) -> int:
+    def first_update_step(self, start: int = 0) -> int:
         """The first step from `start` on whose update must change every module.
 
-        With zeros as the states of an empty caption, cross-attention gets no gradient: then it is the first
-        step with a caption.
+        It must have a caption where an empty one teaches nothing: with zeros as its text states,
+        cross-attention gets no gradient, and prior prediction keeps images without their caption as they are.
         """
-        if not self.info.zeroes_empty_prompt:
+        if not (self.info.zeroes_empty_prompt or self.config.objective.prior_weight):
             return start
         steps = range(start, self.steps)
         captioned = (n for n in steps if any(sample.caption for sample in self.order.step(n)))

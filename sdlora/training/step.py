@@ -125,7 +125,7 @@ class StepRunner:
         self.norms: NormReport | None = None
         # The update that proves that each module learns is without what could keep one from it:
         # dropout, and the base's own prediction as the target, which a new adapter fits already.
-        self.is_proving = False
+        self.checks_first_update = False
         self.groups = group_parameters(tensors, settings)
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(settings, self.groups))
         self.optimizer.train()
@@ -165,7 +165,7 @@ class StepRunner:
 
         Returns the micro-batch's share of the loss, and its draws.
         """
-        seeds = [] if self.is_proving else self._seeds("dropout", step, micro_batch)
+        seeds = [] if self.checks_first_update else self._seeds("dropout", step, micro_batch)
         with self.prepared.dropout.drawn(seeds):
             losses, drawn = self._losses(step, micro_batch)
             loss = losses.sum() / count
@@ -228,7 +228,7 @@ class StepRunner:
         posteriors = [encodings.posterior(sample.record, sample.crop) for sample in samples]
         objective = self.prepared.objective
         return draw(
-            objective.without_layout if self.is_proving else objective,
+            objective.without_layout if self.checks_first_update else objective,
             posteriors,
             self._seeds("sample", step, samples),
         )

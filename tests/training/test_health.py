@@ -43,11 +43,11 @@ def count(counters: Counters, *losses: float) -> None:
 def make_health(tmp_path):
     """Health checks of an adapter, of a run with a checkpoint at step 2, proven from step 100 on."""
 
-    def make(adapter: Adapter, proof_step: int = 100) -> Health:
+    def make(adapter: Adapter, first_update_step: int = 100) -> Health:
         run = RunFolder(tmp_path / "run")
         run.checkpoint(2).mkdir(parents=True, exist_ok=True)
         plan = SimpleNamespace(
-            proof_step=lambda start=0: max(start, proof_step),
+            first_update_step=lambda start=0: max(start, first_update_step),
             config=load_config(None, {"train.max_skipped_steps": 3}),
         )
         return Health(run, plan, adapter, warn=lambda message, **values: None)
@@ -132,9 +132,9 @@ def test_parameters_that_are_not_finite_stop(make_health):
 def test_dead_modules_are_named(make_health):
     """R-09: each up-matrix must change in the first update."""
     adapter = make_adapter(a=0.0, b=1.0)
-    health = make_health(adapter, proof_step=0)
+    health = make_health(adapter, first_update_step=0)
     health._has_single_token = lambda step: False
-    assert health.is_proving
+    assert health.checks_first_update
     adapter.modules["b"].up += 1
     with raises(TrainingDiverged, "dead-modules", shows=("1 modules", ": a;")):
         health.check(make_result(1, 0.5))
@@ -143,35 +143,35 @@ def test_dead_modules_are_named(make_health):
 def test_the_first_update_is_proven_once(make_health):
     """R-09: a skipped step proves nothing; after the first update a step may leave modules unchanged."""
     adapter = make_adapter(a=0.0)
-    health = make_health(adapter, proof_step=0)
+    health = make_health(adapter, first_update_step=0)
     health._has_single_token = lambda step: False
     health.check(make_result(1, math.nan))
-    assert health.is_proving
+    assert health.checks_first_update
     adapter.modules["a"].up += 1
     health.check(make_result(2, 0.5))
-    assert not health.is_proving
+    assert not health.checks_first_update
     health.check(make_result(3, 0.5))
 
 
 def test_a_later_update_is_proven(make_health):
     """R-09: the check waits for the first step with a caption."""
-    health = make_health(make_adapter(a=0.0), proof_step=2)
+    health = make_health(make_adapter(a=0.0), first_update_step=2)
     health._has_single_token = lambda step: False
     for step in (1, 2):
-        assert not health.is_proving
+        assert not health.checks_first_update
         health.check(make_result(step, 0.5))
-    assert health.is_proving
+    assert health.checks_first_update
     with raises(TrainingDiverged, "dead-modules", shows=": a;"):
         health.check(make_result(3, 0.5))
 
 
 def test_the_proof_goes_on_after_a_resume(make_health):
     """R-03, R-09: the first steps were skipped, then the run was stopped; or the update has been proven."""
-    health = make_health(make_adapter(a=0.0), proof_step=0)
+    health = make_health(make_adapter(a=0.0), first_update_step=0)
     health.restore(Counters(step=3, skipped=3))
-    assert health.is_proving
+    assert health.checks_first_update
     health.restore(Counters(step=3, skipped=2))
-    assert not health.is_proving
+    assert not health.checks_first_update
 
 
 def test_a_single_token_is_excused():

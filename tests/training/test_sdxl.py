@@ -160,7 +160,7 @@ def test_every_module_is_proven_at_the_first_caption(config, make_trainer, tmp_p
     """R-09: zeros for a dropped caption give cross-attention no gradient; the check waits for a caption."""
     dropped = config.replace(data={"caption_dropout": 0.6}, train={"batch_size": 1, "seed": 2})
     trainer = make_trainer(dropped, tmp_path / "run")
-    first = trainer.health.proof_step
+    first = trainer.health.first_update_step
     assert first == next(n for n in range(4) if trainer.plan.order.step(n)[0].caption) > 0
     cross = {name: pair for name, pair in trainer.runner.adapter.modules.items() if ".attn2." in name}
     for _ in range(first):
