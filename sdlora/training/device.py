@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import LoggerType
+from accelerate.utils import GradientAccumulationPlugin, LoggerType
 from accelerate.utils.memory import should_reduce_batch_size
 
 from sdlora.config import RunConfig
@@ -97,6 +97,8 @@ def make_accelerator(config: RunConfig) -> tuple[Accelerator, Precision]:
         mixed_precision={"fp32": "no"}.get(precision.compute, precision.compute),
         cpu=is_gloo,
         log_with=list(config.train.trackers) or None,
+        # The loop divides losses by itself; a variable of the environment must not do it again.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         # Trackers require a folder here; the run's is chosen later, by all processes together.
         project_dir=".",
     )

@@ -74,6 +74,7 @@ class Trainer:
         """Continues from the checkpoint of a step, or from the newest complete one; 0 is the start."""
         step = newest_complete_step(self.run, self.terminal) if step is None else step
         self.health.restore(load_state(self.run, step, self.runner) if step else Counters())
+        self.pace = SpeedMeter(self.plan.speed, self.prepared.watch, self.plan.work_left(self.step))
 
     def fit_batch(self) -> None:
         """Resolves `train.batch_size = auto`: the largest micro-batch that fits; the global batch is kept."""
@@ -145,7 +146,7 @@ class Trainer:
         samples = self.plan.order.step(step)
         rate = learning_rate(step, self.plan.config.train, self.plan.steps)
         rates = runner.set_learning_rate(rate)
-        runner.is_proving = self.health.is_proving
+        runner.checks_first_update = self.health.checks_first_update
         total, draws = runner.compute_gradients(step, samples)
         # The CPU waits for these, and in `Health` for whether all parameters are finite.
         loss, norm = torch.stack([total, runner.clip_gradients()]).tolist()

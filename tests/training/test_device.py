@@ -10,7 +10,7 @@ import torch
 from sdlora.config import load_config
 from sdlora.dtypes import Precision, has_bf16
 from sdlora.errors import ConfigError
-from sdlora.training.device import choose_precision
+from sdlora.training.device import choose_precision, make_accelerator
 from tests.checks import raises
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -48,3 +48,9 @@ def test_emulated_bf16_does_not_count(monkeypatch, major, compute):
     assert torch.cuda.is_bf16_supported()
     assert has_bf16(CUDA) == (compute == "bf16")
     assert choose_precision(load_config(), CUDA, {}).compute == compute
+
+
+def test_accelerate_divides_no_gradients(monkeypatch):
+    """R-12: the loop divides them; a variable of the environment made them smaller once more."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert make_accelerator(load_config())[0].gradient_accumulation_steps == 1

@@ -14,7 +14,15 @@ import torch
 from safetensors.torch import load_file
 
 from sdlora.errors import AdapterError, ConfigError, ModelError, RunError, RunStopped
-from sdlora.training.checkpoint import load_state, read_checkpoint, read_state, save_checkpoint, seal_state
+from sdlora.training.checkpoint import (
+    load_state,
+    read_checkpoint,
+    read_state,
+    save_checkpoint,
+    save_state,
+    seal_state,
+)
+from sdlora.training.health import Counters
 from sdlora.training.loop import Trainer
 from sdlora.training.planning import check_disk, make_plan
 from sdlora.training.step import Draw
@@ -130,6 +138,18 @@ def test_a_signal_postpones_the_validation_loss(make_images, quick, make_trainer
     assert sorted(losses) == sorted(
         {(step, split) for step in (0, 2, 4) for split in stopped.prepared.splits}
     )
+
+
+def test_a_resumed_run_has_not_done_what_came_before(make_images, quick, make_trainer, tmp_path):
+    """R-16: its speed is that of its own work, or the next plans would promise too much."""
+    keys = {"train__steps": 4, "train__save_every": 3, "train__sample_every": 1}
+    trainer = make_trainer(quick(make_images(), **keys), tmp_path / "run")
+    save_state(trainer.run, trainer.plan, trainer.runner, Counters(step=3))
+    trainer.resume(3)
+    with trainer.prepared.watch.stage("sampling"):
+        pass
+    speed = trainer.pace.speed(trainer.plan.work_left(3))
+    assert speed is None or "sampling" not in speed.rates
 
 
 @pytest.mark.slow
