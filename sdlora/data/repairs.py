@@ -87,6 +87,8 @@ def plan_repairs(index: DatasetIndex, findings: Iterable[Finding]) -> Repairs:
 
 def strip_style(text: str) -> str:
     """A caption without the words and tags that name a style; punctuation that is left over goes too."""
+    if "\n" in text:  # several captions, each in a line
+        return "\n".join(filter(None, map(strip_style, text.splitlines())))
     text = ",".join(part for part in text.split(",") if not STYLE_TAG.fullmatch(part.strip()))
     text = " ".join(STYLE.sub(" ", text).split())
     parts = (

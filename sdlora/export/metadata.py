@@ -52,7 +52,7 @@ class TrainingMetadata:
     targets: Sequence[str]
     steps: int
     images_seen: int
-    repeats: Mapping[int, int]
+    repeats: Mapping[int, int]  # without class images
     dataset_digest: str
     resolution: int
     batch_size: int
@@ -62,6 +62,7 @@ class TrainingMetadata:
     precision: str
     seed: int
     date: str
+    class_images: int = 0  # of an epoch; kohya's regularization images
     base_hashes: tuple[str, str] | None = None
     text_learning_rate: float | None = None
     ancestors: Sequence[Ancestor] = ()
@@ -101,7 +102,7 @@ def run_metadata(facts: TrainingMetadata) -> dict[str, str]:
         "ss_steps": facts.steps,
         "ss_max_train_steps": facts.steps,
         "ss_num_train_images": sum(repeats * count for repeats, count in facts.repeats.items()),
-        "ss_num_reg_images": 0,
+        "ss_num_reg_images": facts.class_images,
         "ss_total_batch_size": facts.batch_size,
         "ss_resolution": f"({facts.resolution}, {facts.resolution})",
         "ss_learning_rate": facts.learning_rate,

@@ -249,7 +249,8 @@ def training_metadata(run: RunFolder, plan: RunPlan, counters: Counters) -> Trai
     config, info = plan.config, plan.info
     environment = run.read_environment()
     started = next((event["time"] for event in run.events("plan")), 0.0)
-    captions = [record.caption for record in plan.index.records] if config.export.include_captions else None
+    styled, classes = plan.index.styled, [record for record in plan.index.records if record.is_class]
+    captions = [record.caption for record in styled] if config.export.include_captions else None
     return TrainingMetadata(
         title=plan.config.export.name or run.name,
         base_name=info.name,
@@ -265,7 +266,8 @@ def training_metadata(run: RunFolder, plan: RunPlan, counters: Counters) -> Trai
         targets=config.lora.targets,
         steps=counters.step,
         images_seen=counters.images_seen,
-        repeats=Counter(record.repeats for record in plan.index.records),
+        repeats=Counter(record.repeats for record in styled),
+        class_images=sum(record.repeats for record in classes),
         dataset_digest=plan.index.digest,
         resolution=config.data.resolution or info.resolution,
         batch_size=plan.global_batch,
@@ -286,7 +288,7 @@ def training_metadata(run: RunFolder, plan: RunPlan, counters: Counters) -> Trai
 
 
 def _base_hashes(path: Path) -> tuple[str, str] | None:
-    """Of a base in one file; None if it is out of reach by now, since a save must not fail for it."""
+    """kohya's hashes of a base in one file; None if that is gone by now: a save must not fail for it."""
     try:
         return kohya_hashes(path) if path.is_file() else None
     except OSError:

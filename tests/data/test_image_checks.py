@@ -149,5 +149,6 @@ def test_a_patterned_ground_is_no_mark() -> None:
 def test_style_words_go_and_things_stay() -> None:
     for text, left in STYLED.items():
         assert strip_style(text) == left
+    assert strip_style("a watercolor of a cat\na cat on a mat\nwatercolor") == "a cat\na cat on a mat"
     for thing in THINGS:
         assert strip_style(thing) == thing

@@ -68,6 +68,14 @@ def test_class_images(tmp_path: Path, write_image, found) -> None:
     }
 
 
+def test_class_images_alone_are_refused(tmp_path: Path, write_image) -> None:
+    """R-26: there is no style to learn."""
+    write_image("reg/1_cat/r.png")
+    settings = DataSection(trigger="ink", sets=[{"folder": "reg"}], heldout=0)
+    with raises(DataError, "data.only-classes"):
+        scan_dataset(tmp_path, settings)
+
+
 @pytest.mark.parametrize(
     ("one", "is_class"),
     [

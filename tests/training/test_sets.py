@@ -8,9 +8,12 @@ from PIL import Image
 
 from sdlora.diffusion.objective import draw
 from sdlora.errors import RunStopped
+from sdlora.export.metadata import run_metadata
 from sdlora.formats.files import load_adapter
 from sdlora.lora.attach import unmounted
 from sdlora.runs import RunFolder
+from sdlora.training.checkpoint import training_metadata
+from sdlora.training.planning import make_plan
 from sdlora.training.train import train
 
 SETTINGS = {
@@ -121,6 +124,17 @@ def test_a_step_by_hand(images, quick, make_trainer, tmp_path):
     assert found.item() == pytest.approx(expected / len(samples), rel=1e-4)
 
 
+def test_the_first_update_has_a_caption_with_a_prior(images, quick, tmp_path):
+    """R-09: a dropped caption weighs 0 then, and the prior of a fresh adapter is met: no module moves."""
+    keys = {**SETTINGS, "data__caption_dropout": 0.9, "train__batch_size": 1, "train__steps": 40}
+    plan = make_plan(quick(images, **keys))
+    captioned = [any(one.caption for one in plan.order.step(step)) for step in range(40)]
+    assert not all(captioned[:5]), "some step would move nothing"
+    assert plan.first_update_step() == captioned.index(True)
+    plan = make_plan(quick(images, **{**keys, "objective__prior_weight": 0}))
+    assert plan.first_update_step() == 0
+
+
 def test_before_the_first_step_the_prior_is_met(images, quick, make_trainer, tmp_path):
     """An adapter that changes nothing has no prior loss, and only masked images have masks."""
     keys = {**SETTINGS, "data__caption_dropout": 0, "objective__prior_weight": 0}
@@ -141,6 +155,15 @@ def test_before_the_first_step_the_prior_is_met(images, quick, make_trainer, tmp
     assert torch.equal(encodings.masks([views["00.png"], views["02.png"]]), masks)
 
 
+def test_class_images_are_not_counted_as_the_style(images, quick, make_trainer, tmp_path):
+    """R-42: in the metadata of a file, as kohya counts; and their captions are not published."""
+    trainer = make_trainer(quick(images, **SETTINGS, export__include_captions=True), tmp_path / "run")
+    facts = training_metadata(trainer.run, trainer.plan, trainer.counters)
+    assert len(facts.captions) == 4
+    texts = run_metadata(facts)
+    assert (texts["ss_num_train_images"], texts["ss_num_reg_images"]) == ("4", "2")
+
+
 def test_layout_timesteps_are_the_base_alone(images, quick, make_trainer, tmp_path):
     """The step of the proof has none; a new adapter keeps the layout; later each sample's caption is read."""
     keys = {
@@ -153,11 +176,11 @@ def test_layout_timesteps_are_the_base_alone(images, quick, make_trainer, tmp_pa
     samples = [sample for step in range(2) for sample in trainer.plan.order.step(step)]
     # It may be later than step 0: in fp16 the first ones can be skipped.
     for step in range(2):
-        runner.is_proving = True
+        runner.checks_first_update = True
         _, draws = runner.forward_backward(step, samples, len(samples))
         assert all(one.timestep < 500 for one in draws), "each module must be proven to learn (R-09)"
         runner.optimizer.zero_grad()
-    runner.is_proving = False
+    runner.checks_first_update = False
     loss, draws = runner.forward_backward(1, samples, len(samples))
     assert loss == 0
     assert all(one.timestep >= 500 for one in draws)
