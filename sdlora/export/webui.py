@@ -34,9 +34,10 @@ def write_webui_files(
     place.unlink(missing_ok=True)  # a rename between two links to one file does nothing
     write_file(place, lambda file: _link(run.final_adapter("kohya"), file))
     strength = preferred_strength(strengths)
-    # 00.png is the base; the strengths follow
+    # 00.png, or 000.png, is the base; the strengths follow.
     number = 1 + [one for one in dict.fromkeys(strengths) if one].index(strength) if any(strengths) else 0
-    thumbnails = sorted(run.samples.glob(f"step-*/{number:02}.png"))
+    samples = (file for file in run.samples.glob("step-*/*.png") if file.stem.isdecimal())
+    thumbnails = sorted(file for file in samples if int(file.stem) == number)
     if thumbnails:
         write_file(place.with_suffix(".png"), lambda file: shutil.copyfile(thumbnails[-1], file))
     version = next((name for start, name in VERSIONS.items() if kohya_version.startswith(start)), "Unknown")

@@ -44,7 +44,7 @@ CPU_ATTENTION: dict[Any, Callable[..., int]] = {
 
 
 class Cost(NamedTuple):
-    """Of a computation: the peak size in bytes of the tensors that it makes, and its arithmetic in FLOP.
+    """The peak size in bytes of the tensors that a computation makes, and its arithmetic in FLOP.
 
     Products, convolutions and attention are counted, as torch's own counter does.
     """

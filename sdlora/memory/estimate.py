@@ -236,9 +236,11 @@ def _find_changes(inputs: MemoryInputs, device_info: DeviceInfo) -> Iterator[str
         {"train.batch_size": 1, "train.accumulate": together} if config.train.micro_batch > 1 else {},
         {"sample.batch_size": 1} if config.sample.batch_size > 1 and config.train.sample_every else {},
         {} if config.train.gradient_checkpointing is True else {"train.gradient_checkpointing": True},
-        {"base.quantize": "int8"} if info.quantize == "none" else {},
-        {"base.quantize": "nf4"} if info.quantize != "nf4" and device_info.device.type != "mps" else {},
     ]
+    if config.lora.kind != "dora":  # whose norms are of whole weights
+        changes += [{"base.quantize": "int8"}] if info.quantize == "none" else []
+        has_nf4 = info.quantize != "nf4" and device_info.device.type != "mps"
+        changes += [{"base.quantize": "nf4"}] if has_nf4 else []
     changes = [change for change in changes if change]
     for change in (*changes, *accumulate(changes, or_)):
         sections: dict[str, dict[str, Any]] = defaultdict(dict)

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Usage:
-    """Of a stage: peak resident memory, peak of the tensors on a GPU (0 without one), and seconds."""
+    """Peak resident memory of a stage, peak of its tensors on a GPU (0 without one), and its seconds."""
 
     resident: int = 0
     device: int = 0

@@ -23,7 +23,7 @@ SHARE, LAUNCH_SECONDS, REST_SECONDS = 0.4, 0.02, 30.0
 
 
 class Work(NamedTuple):
-    """Of a stage: its arithmetic in FLOP, and the passes through a network that it is divided into."""
+    """The arithmetic of a stage in FLOP, and the passes through a network that it is divided into."""
 
     flop: float
     passes: float

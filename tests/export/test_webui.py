@@ -41,6 +41,16 @@ def test_the_three_files(finished):
     assert webui_prompt("ink", 1.0, "") == "<lora:ink:1>"
 
 
+def test_the_thumbnail_of_a_large_grid(finished):
+    """R-42: its images have more digits, and the newest step is taken."""
+    for step, content in ((100, b"newest"), (99, b"older")):
+        finished.sample_folder(step).mkdir(parents=True)
+        (finished.sample_folder(step) / "001.png").write_bytes(content)
+        (finished.sample_folder(step) / "grid.png").write_bytes(b"grid")
+    file = write_webui_files(finished, "sd_v1_v", [0.8], "inkwash style")
+    assert file.with_suffix(".png").read_bytes() == b"newest"
+
+
 def test_they_are_written_again(finished):
     """A resumed run replaces them, and leaves no temporary file."""
     for _ in range(2):

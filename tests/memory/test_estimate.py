@@ -206,6 +206,9 @@ def test_what_to_change_makes_the_run_fit():
     asked = work(**{"train__sample_every": 0, **changed})
     assert plan_memory(asked, DeviceInfo(FP32, CUDA, memory.free)).fits
     assert plan(10**6).verdict.endswith("data.resolution")
+    # Its norms are of whole weights.
+    memory = plan(10**6, lora__kind="dora", train__batch_size=16)
+    assert not any("quantize" in change for change in memory.changes)
 
 
 def test_the_plan_says_what_is_really_saved():
