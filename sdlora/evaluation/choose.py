@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sdlora.data.captions import without_trigger
 from sdlora.data.records import spread
 from sdlora.evaluation.choice import (
     CONTENT_WEIGHT,
@@ -20,7 +21,6 @@ from sdlora.evaluation.choice import (
     top_cell,
 )
 from sdlora.evaluation.context import EvaluationContext, load_cropped, open_context
-from sdlora.evaluation.evaluate import remove_trigger
 from sdlora.evaluation.features import DRAWING, Features, load_features
 from sdlora.evaluation.heldout import HeldoutLoss
 from sdlora.evaluation.scores import (
@@ -152,7 +152,7 @@ class Scoring:
         """The share of images whose own prompt is most like them (R-precision, as in arXiv 1711.10485)."""
         prompts, trigger = self.sweep.prompts, self.context.config.data.trigger
         # A vision model does not know the trigger.
-        texts = [remove_trigger(prompt, trigger) or prompt for prompt in prompts] if trigger else prompts
+        texts = [without_trigger(prompt, trigger) or prompt for prompt in prompts] if trigger else prompts
         likeness = self.features.likeness(images, texts)
         if likeness is None:
             return None
@@ -191,7 +191,7 @@ class Scoring:
         copied = self.copies.copied(drawn[cell], drawn[None])
         found = SpotChecks((int(copied.sum()), len(copied)), strongest.name)
         trigger = self.context.config.data.trigger
-        bare = {prompt: remove_trigger(prompt, trigger) for prompt in sweep.prompts} if trigger else {}
+        bare = {prompt: without_trigger(prompt, trigger) for prompt in sweep.prompts} if trigger else {}
         asked = [text for prompt, text in bare.items() if text and text != prompt]
         if len(set(asked)) < 2:
             return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdlora.data.captions import trigger_pattern
+from sdlora.data.captions import without_trigger
 from sdlora.errors import ConfigError
 from sdlora.evaluation.context import open_context
 from sdlora.evaluation.heldout import HeldoutLoss
@@ -276,11 +275,5 @@ def compare_untriggered(
 
 def remove_triggers(captions: Mapping[int, str], trigger: str) -> dict[int, str]:
     """The captions without the trigger, of those that contain something else."""
-    bare = {number: remove_trigger(caption, trigger) for number, caption in captions.items()}
+    bare = {number: without_trigger(caption, trigger) for number, caption in captions.items()}
     return {number: caption for number, caption in bare.items() if caption}
-
-
-def remove_trigger(caption: str, trigger: str) -> str:
-    """The caption without the trigger and the comma after it; "" if nothing is left."""
-    bare = trigger_pattern(trigger).sub("", caption)
-    return re.sub(r"\s*,(?:\s*,)*\s*", ", ", bare).strip(" ,")

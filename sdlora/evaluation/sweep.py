@@ -11,9 +11,9 @@ from typing import TypeAlias
 
 from PIL import Image
 
+from sdlora.data.captions import without_trigger
 from sdlora.errors import ConfigError
 from sdlora.evaluation.context import EvaluationContext
-from sdlora.evaluation.evaluate import remove_trigger
 from sdlora.formats.files import load_adapter
 from sdlora.lora.adapter import Adapter
 from sdlora.runs import RunFolder
@@ -83,7 +83,7 @@ def plan_sweep(
     filled = list(dict.fromkeys(given))
     if not prompts:
         # The trigger alone shows no thing that could be kept.
-        told = [caption for caption in captions if not trigger or remove_trigger(caption, trigger)]
+        told = [caption for caption in captions if not trigger or without_trigger(caption, trigger)]
         filled = list(dict.fromkeys([*filled, *_evenly(told, NUM_PROMPTS)]))[:NUM_PROMPTS]
     check_prompts(filled)
     saved = list(dict.fromkeys(steps)) or _choose_steps(run)

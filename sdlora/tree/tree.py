@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,15 +35,6 @@ from sdlora.tree.lineage import (
     short_digest,
 )
 from sdlora.tree.nodes import Node, find_files, find_saved_adapters, link_parents, path_to, read_node
-
-
-class SwitchPlan(NamedTuple):
-    """The way from one node to another: up to their lowest common ancestor, and down."""
-
-    pop: tuple[str, ...]
-    """Nodes to unmount, the lowest first."""
-    push: tuple[str, ...]
-    """Nodes to mount, the highest first."""
 
 
 class AdapterTree:
@@ -125,12 +116,6 @@ class AdapterTree:
         """The errors of all nodes of a path, which `force` ignores."""
         path = path_to(self.node(name).name, self.parents)
         return [self.errors[step] for step in path if step in self.errors]
-
-    def switch_plan(self, start: str | None, end: str | None) -> SwitchPlan:
-        """The nodes to unmount and to mount for a switch; None is the base."""
-        before, after = ([node.name for node in self.path(name)] if name else [] for name in (start, end))
-        shared = sum(1 for a, b in zip(before, after, strict=False) if a == b)
-        return SwitchPlan(tuple(reversed(before[shared:])), tuple(after[shared:]))
 
     def verify(self) -> list[str]:
         """Reads all tensors, which finds wrong digests in headers too; returns a line for each problem."""

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from sdlora.config import BaseSection
-from sdlora.data.captions import has_trigger
+from sdlora.data.captions import has_trigger, without_trigger
 from sdlora.data.tensors import image_to_tensor
 from sdlora.evaluation.evaluate import (
     Evaluation,
@@ -18,7 +18,6 @@ from sdlora.evaluation.evaluate import (
     compare_untriggered,
     image_distances,
     mean_distance,
-    remove_trigger,
     remove_triggers,
 )
 from sdlora.evaluation.heldout import HeldoutLoss
@@ -89,7 +88,7 @@ def test_style_distance_by_hand(base):
 def test_captions_without_the_trigger(caption, trigger, bare):
     """R-30: what bleed is measured with; a trigger need not begin and end with a letter."""
     assert has_trigger(caption, trigger) == (caption != bare)
-    assert remove_trigger(caption, trigger) == bare
+    assert without_trigger(caption, trigger) == bare
 
 
 def loss_of(*losses: float) -> HeldoutLoss:

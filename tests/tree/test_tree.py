@@ -20,7 +20,7 @@ from sdlora.lora.attach import mount
 from sdlora.lora.kinds import LowRank
 from sdlora.lora.layers import lora_layers
 from sdlora.tree.lineage import find_ancestors, lineage_to_notes, short_digest
-from sdlora.tree.tree import AdapterTree, SwitchPlan
+from sdlora.tree.tree import AdapterTree
 from tests.checks import counted, raises
 from tests.lora_fixtures import child_lineage
 
@@ -84,14 +84,6 @@ def test_structure(small):
         "ink/portraits",
         "ink/portraits/old",
     ]
-    assert tree.switch_plan("ink/portraits/old", "ink/portraits") == SwitchPlan(("ink/portraits/old",), ())
-    assert tree.switch_plan("ink/maps", "water") == SwitchPlan(("ink/maps", "ink"), ("water",))
-    assert tree.switch_plan("ink/portraits/old", "ink/maps") == SwitchPlan(
-        ("ink/portraits/old", "ink/portraits"), ("ink/maps",)
-    )
-    assert tree.switch_plan(None, "ink/maps") == SwitchPlan((), ("ink", "ink/maps"))
-    assert tree.switch_plan("water", None) == SwitchPlan(("water",), ())
-    assert tree.switch_plan("water", "water") == SwitchPlan((), ())
     assert tree.verify() == []
     assert tree.node("ink").images == "12"
     folders = {"3_a": {"n_repeats": 3, "img_count": 2}, "b": {"n_repeats": 1, "img_count": 4}}
