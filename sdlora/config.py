@@ -63,7 +63,7 @@ FileDtype = Annotated[
 Quantize = Literal["none", "int8", "nf4"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 Count = Annotated[int, Field(ge=1)]
-Interval = Annotated[int, Field(ge=0)]
+NotNegativeInt = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -156,7 +156,7 @@ class SetSection(Section):
     caption_suffix: str = _setting("", "as data.caption_suffix")
     shuffle_tags: bool = _setting(False, "as data.shuffle_tags")
     tag_dropout: Probability = _setting(0.0, "as data.tag_dropout")
-    keep_tags: Interval = _setting(0, "as data.keep_tags")
+    keep_tags: NotNegativeInt = _setting(0, "as data.keep_tags")
 
     @property
     def is_class(self) -> bool:
@@ -201,15 +201,15 @@ class DataSection(Section):
         ge=1,
         le=64,
     )
-    merge_buckets: Interval = _setting(
+    merge_buckets: NotNegativeInt = _setting(
         0,
-        "samples an epoch that a bucket should have, such as the global batch: images of smaller ones move "
-        "to the nearest other bucket if that crops at most 15 % of them; 0: off",
+        "least samples of a bucket in an epoch, such as the global batch; images of smaller buckets move to "
+        "the nearest other one if that crops at most 15 % of them; 0: off",
         "use the global batch, or 0",
     )
     color_jitter: NotNegative = _off(
-        "most change of brightness, contrast and saturation in the fixed views of an image, of which the "
-        "first keeps its colors; hues, which are the style's, stay, and so do black and white",
+        "largest random change of brightness, contrast and saturation; hues, black and white stay, and so "
+        "does the first of the fixed views of each image",
         "0.1 to 0.3",
         le=0.5,
     )
@@ -221,9 +221,12 @@ class DataSection(Section):
     caption_suffix: str = _setting("", "words behind each caption")
     shuffle_tags: bool = _setting(False, "shuffle the tags of captions, which commas separate")
     tag_dropout: Probability = _off("probability of leaving out each tag; one stays", "about 0.1")
-    keep_tags: Interval = _setting(0, "first tags of a caption that stay in place", "use a number such as 1")
+    keep_tags: NotNegativeInt = _setting(
+        0, "first tags of a caption that stay in place", "use a number such as 1"
+    )
     keep_separator: str = _setting(
-        "", "text such as ||| in captions: the tags before it stay in place, and those behind a second one"
+        "",
+        "separator such as ||| in captions: tags before the first, and behind a second, stay in place",
     )
     wildcards: bool = _setting(
         False, "choose one of {a|b} in captions; prompts and validation images take the first"
@@ -325,7 +328,9 @@ class DataSection(Section):
                 "use one such as cp932 (Japanese), gb18030 (Chinese) or cp1251 (Cyrillic)"
             )
         if not isinstance(self.heldout, str) and not 0 <= self.heldout < 1:
-            raise ValueError(f"data.heldout = {self.heldout:g} must be below 1; use 0.1, 0, or a folder")
+            raise ValueError(
+                f"data.heldout = {self.heldout:g} must be at least 0 and below 1; use 0.1, 0, or a folder"
+            )
         return self
 
     def of_set(self, one: SetSection | None) -> DataSection:
@@ -621,12 +626,12 @@ class TrainSection(Section):
     max_skipped_steps: Count = _setting(
         10, "stop after this many consecutive non-finite steps", "use a number of steps such as 10"
     )
-    save_every: Interval | None = _every("saves of adapter and checkpoint", "only at the end")
+    save_every: NotNegativeInt | None = _every("saves of adapter and checkpoint", "only at the end")
     keep_checkpoints: Count = _setting(2, "checkpoints to keep; adapters are all kept", "keep at least 1")
-    sample_every: Interval | None = _every(
+    sample_every: NotNegativeInt | None = _every(
         "sample grids", "none", "so that sampling takes at most a fifth of the time"
     )
-    evaluate_every: Interval | None = _every("validation (held-out) losses", "none")
+    evaluate_every: NotNegativeInt | None = _every("validation (held-out) losses", "none")
     trackers: Texts = _setting([], "Accelerate trackers, such as tensorboard or wandb, besides events.jsonl")
     trace: bool = _setting(False, "log every sample of every step to trace.jsonl")
     timeout_seconds: Positive = _setting(

@@ -76,7 +76,7 @@ def _fix(checkup: Checkup, is_agreed: bool, *, quiet: bool) -> None:
         )
     except typer.Abort:
         if not sys.stdin.isatty():
-            options.say("\nnothing is done without an answer; --yes is one", err=True)
+            options.say("\nnothing was changed, since nobody could answer; --yes agrees", err=True)
         raise
     if is_agreed:
         options.say(f"done; moved files and the old captions are in {repairs.apply()}", err=quiet)

@@ -80,7 +80,8 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "data.caption-empty": "{count:caption file} empty: {names}; these images have no caption for now, so "
         "fill them in",
         "data.caption-style": "{count:caption} naming a style or medium: {names}; the style is learned with "
-        "those words then, not with the trigger, so describe the content alone: --fix removes them",
+        "those words then, not with the trigger, so describe the content alone: --fix removes them from "
+        "caption files",
         "data.caption-constant": "{count:word} in nearly every caption: {names}; the style is learned with "
         "them, so prompts need them too; remove them, or use them as the trigger",
         "data.caption-same": "{count:caption} the same as others: {names}; what images have in common cannot "
