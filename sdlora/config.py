@@ -5,11 +5,12 @@ Read from TOML files and `section.key=value` overrides, validated strictly.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -115,6 +116,16 @@ class Section(BaseModel):
             paths = {key: os.fspath(path) for key, path in values.items() if isinstance(path, os.PathLike)}
             return {**values, **paths}
         return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if conflicts := list(self._conflicts()):
+            raise ValueError("\n".join(conflicts))
+        return self
+
+    def _conflicts(self) -> Iterator[str]:
+        """A line for each combination of settings that cannot be meant."""
+        yield from ()
 
 
 class BaseSection(Section):
@@ -293,15 +304,14 @@ class DataSection(Section):
         2, "rules for reading a folder: 2, or 1 as in earlier versions, whose runs keep it", "omit it"
     )
 
-    @model_validator(mode="after")
-    def _check(self) -> DataSection:
+    def _conflicts(self) -> Iterator[str]:
         if self.color_jitter and self.crop_variants == 1:
-            raise ValueError(
+            yield (
                 f"data.color_jitter = {self.color_jitter:g} has no effect on the first view of an image; "
                 "set a larger data.crop_variants than 1, or remove it"
             )
         if self.crop == "center" and not self.color_jitter and (self.crop_variants or 1) > 1:
-            raise ValueError(
+            yield (
                 f"data.crop_variants = {self.crop_variants} requires data.crop = random "
                 "(there is only one center crop); set data.crop=random or remove data.crop_variants"
             )
@@ -311,27 +321,24 @@ class DataSection(Section):
         idle |= {} if self.varies_tags or self.wildcards else {"caption_variants": self.caption_variants}
         for name, value in idle.items():
             if value:
-                raise ValueError(
+                yield (
                     f"data.{name} = {value} has no effect while tags stay as they are; set "
                     "data.shuffle_tags=true or data.tag_dropout=0.1, or remove it"
                 )
         if one := next(
             (one for one in self.sets if one.keep_tags and not self.of_set(one).varies_tags), None
         ):
-            raise ValueError(
+            yield (
                 f"data.sets has keep_tags = {one.keep_tags} for {shorten(one.folder)}, which has no effect "
                 "while its tags stay as they are; set shuffle_tags or tag_dropout there, or remove it"
             )
         if self.caption_encoding is not None and not _is_encoding(self.caption_encoding):
-            raise ValueError(
+            yield (
                 f"data.caption_encoding = {shorten(self.caption_encoding)} is not an encoding of text; "
                 "use one such as cp932 (Japanese), gb18030 (Chinese) or cp1251 (Cyrillic)"
             )
         if not isinstance(self.heldout, str) and not 0 <= self.heldout < 1:
-            raise ValueError(
-                f"data.heldout = {self.heldout:g} must be at least 0 and below 1; use 0.1, 0, or a folder"
-            )
-        return self
+            yield (f"data.heldout = {self.heldout:g} must be at least 0 and below 1; use 0.1, 0, or a folder")
 
     def of_set(self, one: SetSection | None) -> DataSection:
         """The settings of the images of a set; its own ones win, and class images have no trigger."""
@@ -409,11 +416,9 @@ class LoraSection(Section):
     dropout: Probability = _off("dropout between the down and up matrices", "about 0.1")
     max_norm: NotNegative = _off("maximum norm of each module's update, such as 1", "about 1")
 
-    @model_validator(mode="after")
-    def _check(self) -> LoraSection:
+    def _conflicts(self) -> Iterator[str]:
         if self.force_parent and self.parent is None:
-            raise ValueError("lora.force_parent = true has no effect alone; set lora.parent or remove it")
-        return self
+            yield "lora.force_parent = true has no effect alone; set lora.parent or remove it"
 
     @property
     def trained_alpha(self) -> float:
@@ -500,49 +505,46 @@ class ObjectiveSection(_Tables):
     )
     force_prediction_type: bool = _setting(False, "use prediction_type even if the base has another")
 
-    @model_validator(mode="after")
-    def _check(self) -> ObjectiveSection:
+    def _conflicts(self) -> Iterator[str]:
         low, high = self.timestep_range
         if not 0 <= low < high:
-            raise ValueError(
+            yield (
                 f"objective.timestep_range = [{low}, {high}] must be a first timestep and a larger end; "
                 "use [0, 1000] for all"
             )
-        self._check_idle("layout_weight", self.layout_range is not None, "objective.layout_range=[800,1000]")
+        has_layout = self.layout_range is not None
+        yield from self._idle("layout_weight", has_layout, "objective.layout_range=[800,1000]")
         if self.layout_range and not high <= self.layout_range[0] < self.layout_range[1]:
             first, end = self.layout_range
-            raise ValueError(
+            yield (
                 f"objective.layout_range = [{first}, {end}] must begin at or above the end of "
                 f"objective.timestep_range = [{low}, {high}], and end above its beginning; use [0, 500] and "
                 "[800, 1000]"
             )
         if self.force_prediction_type and self.prediction_type is None:
-            raise ValueError(
-                "objective.force_prediction_type = true requires objective.prediction_type; set it"
-            )
+            yield ("objective.force_prediction_type = true requires objective.prediction_type; set it")
         if self.min_snr_gamma and self.debiased:
-            raise ValueError(
+            yield (
                 f"objective.min_snr_gamma = {self.min_snr_gamma:g} and objective.debiased = true both weight "
                 "the loss by timestep; keep one of them"
             )
         if self.noise_offset and self.pyramid_noise:
-            raise ValueError(
+            yield (
                 f"objective.noise_offset = {self.noise_offset:g} and objective.pyramid_noise = "
                 f"{self.pyramid_noise} both amplify low frequencies; keep one of them"
             )
-        self._check_idle("pyramid_discount", self.pyramid_noise > 0, "objective.pyramid_noise=6")
+        yield from self._idle("pyramid_discount", self.pyramid_noise > 0, "objective.pyramid_noise=6")
         for setting, entries in (("loss", LOSSES), ("timesteps", TIMESTEPS)):
             used = entries[getattr(self, setting)].parameters.keys()
             for owner, entry in entries.items():
                 for name in entry.parameters.keys() - used:
-                    self._check_idle(name, False, f"objective.{setting}={owner}")
-        return self
+                    yield from self._idle(name, False, f"objective.{setting}={owner}")
 
-    def _check_idle(self, name: str, is_used: bool, remedy: str) -> None:
-        """Refuses a setting that has no effect because of another."""
+    def _idle(self, name: str, is_used: bool, remedy: str) -> Iterator[str]:
+        """A line for a setting that has no effect because of another."""
         value = getattr(self, name)
         if not is_used and value != type(self).model_fields[name].default:
-            raise ValueError(f"objective.{name} = {value} has no effect alone; set {remedy} or remove it")
+            yield f"objective.{name} = {value} has no effect alone; set {remedy} or remove it"
 
     def parameters(self, entry: Entry) -> dict[str, Any]:
         """The parameters of a loss or timestep distribution: as given, else its own defaults."""
@@ -638,30 +640,24 @@ class TrainSection(Section):
         600.0, "how long a process waits for the others", "use seconds such as 600"
     )
 
-    @model_validator(mode="after")
-    def _check(self) -> TrainSection:
+    def _conflicts(self) -> Iterator[str]:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError(
+            yield (
                 f"train.epochs = {self.epochs:g} and train.steps = {self.steps} both say how long to train; "
                 "keep one of them"
             )
-        return self
+        for key, schedule in (("cycles", "cosine_with_restarts"), ("power", "polynomial")):
+            value = getattr(self, f"schedule_{key}")
+            if value != 1 and self.schedule != schedule:
+                yield (
+                    f"train.schedule_{key} = {value:g} has no effect while train.schedule = {self.schedule}; "
+                    f"set train.schedule={schedule} or remove it"
+                )
 
     @property
     def micro_batch(self) -> int:
         """Samples in one forward and backward pass; 1 until the size that `auto` finds is known."""
         return self.batch_size if isinstance(self.batch_size, int) else 1
-
-    @model_validator(mode="after")
-    def _check_schedule(self) -> TrainSection:
-        for key, schedule in (("cycles", "cosine_with_restarts"), ("power", "polynomial")):
-            value = getattr(self, f"schedule_{key}")
-            if value != 1 and self.schedule != schedule:
-                raise ValueError(
-                    f"train.schedule_{key} = {value:g} has no effect while train.schedule = {self.schedule}; "
-                    f"set train.schedule={schedule} or remove it"
-                )
-        return self
 
     @property
     def text_encoder_rate(self) -> float:
@@ -704,16 +700,14 @@ class SampleSection(Section):
     )
     batch_size: Count = _setting(4, "images per batch", "use 1 to 8")
 
-    @model_validator(mode="after")
-    def _check(self) -> SampleSection:
+    def _conflicts(self) -> Iterator[str]:
         if any(not prompt.strip() for prompt in self.prompts):
-            raise ValueError("sample.prompts has an empty prompt; describe what the image should show")
+            yield "sample.prompts has an empty prompt; describe what the image should show"
         if file := next((prompt for prompt in self.prompts if re.fullmatch(r"\S+\.txt", prompt)), None):
-            raise ValueError(
+            yield (
                 f"sample.prompts has the file name {shorten(file)}; list the prompts themselves "
                 "(`sdlora sample RUN --prompts FILE` reads a file)"
             )
-        return self
 
 
 class ExportSection(Section):
@@ -751,32 +745,31 @@ class RunConfig(Section):
     sample: SampleSection = SampleSection()
     export: ExportSection = ExportSection()
 
-    @model_validator(mode="after")
-    def _check(self) -> RunConfig:
+    def _conflicts(self) -> Iterator[str]:
         marks = PLACEHOLDERS[: self.data.rules]
         prompt = next((text for text in self.sample.prompts if any(mark in text for mark in marks)), None)
         if prompt is not None and self.data.trigger is None:
-            raise ValueError(
+            yield (
                 f"sample.prompts has a placeholder for the trigger in {prompt!r} but there is no "
                 "data.trigger; remove the placeholder, or train with a trigger (--trigger)"
             )
         if self.lora.kind == "dora" and self.base.quantize != "none":
-            raise ValueError(
+            yield (
                 f"lora.kind = dora does not go with base.quantize = {self.base.quantize}: PEFT needs the "
                 "norms of the base weights, which are packed; set base.quantize=none or lora.kind=lora"
             )
         if self.lora.kind == "dora" and self.lora.parent is not None:
-            raise ValueError(
+            yield (
                 "lora.kind = dora does not go with lora.parent: a DoRA scales what lies below it, so the "
                 "two do not add up; set lora.kind=lora or remove lora.parent"
             )
         if self.lora.text_encoder and self.data.cache is True:
-            raise ValueError(
+            yield (
                 "data.cache = true conflicts with lora.text_encoder = true: text embeddings change while "
                 "their encoder trains; set data.cache=auto (latents stay cached) or lora.text_encoder=false"
             )
         if self.lora.text_encoder and self.data.clip_skip > 2:
-            raise ValueError(
+            yield (
                 f"data.clip_skip = {self.data.clip_skip} does not go with lora.text_encoder = true: several "
                 "layers would not learn; set data.clip_skip=2 or lora.text_encoder=false"
             )
@@ -784,22 +777,21 @@ class RunConfig(Section):
         for name in ("unmasked_weight", "unmasked_prior"):
             value = getattr(objective, name)
             if self.data.masks == "none" and value != type(objective).model_fields[name].default:
-                raise ValueError(
+                yield (
                     f"objective.{name} = {value:g} has no effect without masks; set data.masks=files, or "
                     "remove it"
                 )
         if objective.prior_weight and not self.data.triggers:
-            raise ValueError(
+            yield (
                 f"objective.prior_weight = {objective.prior_weight:g} keeps captions without the trigger as "
                 "the base has them, but data.trigger is not set; set it"
             )
         rate = self.train.text_encoder_learning_rate
         if rate is not None and not self.lora.text_encoder:
-            raise ValueError(
+            yield (
                 f"train.text_encoder_learning_rate = {rate:g} has no effect while lora.text_encoder = false; "
                 "set lora.text_encoder=true or remove it"
             )
-        return self
 
     def given(self) -> dict[str, Any]:
         """The settings that were given; defaults, which may depend on other settings, are left out."""
@@ -962,7 +954,8 @@ def validate_config(values: Mapping[str, Any], problems: Iterable[str] = ()) -> 
     except ValidationError as error:
         # A union reports each of its branches; one line per key is enough.
         mistakes = error.errors()[: 4 * MAX_PROBLEMS]
-        for line in dict.fromkeys(describe_error(dict(item), RunConfig) for item in mistakes):
+        found = (describe_error(dict(item), RunConfig).split("\n") for item in mistakes)
+        for line in dict.fromkeys(itertools.chain.from_iterable(found)):
             key = line.split(" ", 1)[0]
             if not any(other.startswith(f"{key} ") for other in lines):
                 lines.append(line)

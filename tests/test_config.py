@@ -383,3 +383,28 @@ def test_none_switches_a_default_of_the_base_off():
     objective = load_config(None, ["objective.layout_range=none"]).objective
     assert objective.layout_range is None
     assert "layout_range" in objective.model_fields_set
+
+
+def test_conflicts_are_told_all_at_once():
+    """R-35: each in a line of its own, also several of one section."""
+    conflicts = {
+        "train.steps": 10,
+        "train.epochs": 2,
+        "train.schedule_power": 2.0,
+        "data.keep_tags": 1,
+        "data.heldout": -0.1,
+        "objective.layout_weight": 0.5,
+        "objective.min_snr_gamma": 5,
+        "objective.debiased": True,
+    }
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, conflicts)
+    told = [line.split(" ", 1)[0] for line in caught.value.problems]
+    assert sorted(told) == [
+        "data.heldout",
+        "data.keep_tags",
+        "objective.layout_weight",
+        "objective.min_snr_gamma",
+        "train.epochs",
+        "train.schedule_power",
+    ]
