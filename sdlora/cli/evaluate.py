@@ -46,12 +46,15 @@ def evaluate(
     from sdlora.errors import RunError
     from sdlora.evaluation.choose import choose
     from sdlora.evaluation.evaluate import evaluate as measure
+    from sdlora.evaluation.features import load_features
     from sdlora.evaluation.page import write_report
     from sdlora.evaluation.sweep import check_wanted
     from sdlora.report.terminal import Terminal
+    from sdlora.sampling.session import choose_device
 
     wanted = {"steps": saved, "strengths": chosen, "prompts": texts.get("prompts", [])}
     check_wanted(folder, **wanted)
+    scorer = load_features(features, choose_device())
     terminal, lines = Terminal(quiet=as_json), []
     try:
         with terminal.progress("evaluating", 1) as meter:
@@ -63,7 +66,7 @@ def evaluate(
     with terminal.progress("sampling", 1) as meter:
         choice = choose(
             run,
-            features=features,
+            features=scorer,
             export=export,
             progress=meter.show,
             seeds=texts.get("seeds", []),

@@ -23,6 +23,7 @@ from sdlora.rank.spectrum import spectrum
 from sdlora.report.plots import draw_rank_curve
 from sdlora.report.summary import MIN_IMAGES
 from sdlora.runs import RunFolder
+from sdlora.sampling.session import choose_device
 from sdlora.writing import write_json
 
 MAX_SAMPLES = 8
@@ -155,12 +156,12 @@ def advise_rank(
     if any(rank < 1 for rank in ranks):
         shown = ",".join(map(str, ranks))
         raise ConfigError(f"--ranks {shown} must be at least 1 each; use 1,2,4,8", key="option--ranks")
+    scorer = load_features(features, choose_device())  # before what takes longer
     context = open_context(run)
     whole = context.adapter.rank
     adapters = {rank: resize(context.adapter, rank=rank)[0] for rank in candidate_ranks(whole, ranks)}
     adapters[whole] = context.adapter
     without = context.loss(context.ancestors)
-    scorer = load_features(features, context.base.device)
     is_known = scorer.name != DRAWING or context.base.info.is_builtin
     tell = progress or (lambda finished, total: None)
     candidates = _measure(context, adapters, without, scorer if is_known else None, seed, tell)

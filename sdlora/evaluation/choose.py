@@ -39,6 +39,7 @@ from sdlora.export.export import export_adapter
 from sdlora.report.plots import draw_choice
 from sdlora.report.summary import MIN_IMAGES
 from sdlora.runs import RunFolder
+from sdlora.sampling.session import choose_device
 
 NUM_SPOT_CHECKS = 8
 IMAGE_KEYS = ("step", "strength", "prompt", "seed", "file")
@@ -51,7 +52,7 @@ def choose(
     strengths: Sequence[float] = (),
     prompts: Sequence[str] = (),
     seeds: Sequence[int] = (),
-    features: str | None = None,
+    features: str | Features | None = None,
     export: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Choice:
@@ -66,7 +67,8 @@ def choose(
         strengths: By default the run's, if it has several; else 0.5, 0.8 and 1.
         prompts: By default the run's, and then captions, up to eight.
         seeds: By default 0 and 1.
-        features: A folder or Hub id of CLIP or DINOv2, or a file of CSD; by default `DrawingFeatures`.
+        features: A folder or Hub id of CLIP or DINOv2, or a file of CSD, or what `load_features` made of
+            it; by default `DrawingFeatures`.
         export: Writes the recommended adapter as `adapters/best.safetensors`, with its strength folded in.
         progress: Called with (finished, total) images.
 
@@ -76,10 +78,11 @@ def choose(
         ModelError: If the features cannot be loaded.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
+    features = load_features(features, choose_device())  # before what takes longer
     context = open_context(folder, needs_heldout=False)
     captions = [one.caption for one in (*context.records, *context.training)]
     sweep = plan_sweep(folder, captions, steps=steps, strengths=strengths, prompts=prompts, seeds=seeds)
-    scoring = Scoring(context, sweep, load_features(features, context.base.device))
+    scoring = Scoring(context, sweep, features)
     gallery = SampleGallery(context, progress)
     choice = scoring.choose(gallery)
     title = f"{folder.name}: {choice.best.name}" if choice.best else folder.name

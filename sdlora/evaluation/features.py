@@ -245,8 +245,10 @@ def _clip_of(tensors: Mapping[str, Tensor]) -> Any:
     return model
 
 
-def load_features(source: str | None, device: torch.device | str = "cpu") -> Features:
-    """The features that `--features` names; by default those without weights."""
+def load_features(source: str | Features | None, device: torch.device | str = "cpu") -> Features:
+    """The features that `--features` names, or those that are given; by default the ones without weights."""
+    if not isinstance(source, str | None):
+        return source
     if source is None or source == DRAWING:
         return DrawingFeatures()
     path = Path(source).expanduser()

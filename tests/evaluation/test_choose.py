@@ -247,3 +247,11 @@ def test_features_that_cannot_be_loaded(tmp_path, kind):
         folder.mkdir()
     with raises(ModelError, "option--features", shows=str(folder)):
         ModelFeatures(folder)
+
+
+def test_features_are_loaded_before_the_base(run, sdlora, tmp_path):
+    """R-35: a mistake in `--features` does not cost the losses of a large base."""
+    run.evaluation_file.unlink(missing_ok=True)
+    assert sdlora("evaluate", run.path, "--features", tmp_path / "gone")[0] == 2
+    assert sdlora.keys == ("option--features",)
+    assert not run.evaluation_file.exists()
