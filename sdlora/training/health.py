@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,39 +18,6 @@ from sdlora.training.step import StepResult
 
 MAX_ZERO_LOSSES = 5
 LOSS_EMA_DECAY = 0.98
-# An outlier's logarithm lies this many standard deviations above the mean of about the last 100 values.
-OUTLIER_DEVIATIONS, MIN_DEVIATION = 6.0, 0.1
-STATS_DECAY, MIN_COUNT = 0.99, 30
-
-
-@dataclass
-class RunningStats:
-    """Running mean and variance of the logarithm of a loss or a norm, which vary by factors."""
-
-    count: int = 0
-    mean: float = 0.0
-    variance: float = 0.0
-
-    @property
-    def limit(self) -> float:
-        """Logarithms above it are outliers."""
-        if self.count < MIN_COUNT:
-            return math.inf
-        return self.mean + OUTLIER_DEVIATIONS * max(math.sqrt(self.variance), MIN_DEVIATION)
-
-    def update(self, value: float) -> bool:
-        """Adds a value; returns whether it is an outlier among those before."""
-        if not (value > 0 and math.isfinite(value)):
-            return False
-        logarithm = math.log(value)
-        is_outlier = logarithm > self.limit
-        self.count += 1
-        weight = max(1 / self.count, 1 - STATS_DECAY)
-        # An outlier may move the distribution, but not widen it at once.
-        delta = min(logarithm, self.limit) - self.mean
-        self.mean += weight * delta
-        self.variance = (1 - weight) * (self.variance + weight * delta**2)
-        return is_outlier
 
 
 @dataclass
@@ -63,40 +30,28 @@ class Counters:
     skipped: int = 0  # steps without an update, since loss or gradient were not finite
     skipped_in_row: int = 0
     zeros_in_row: int = 0  # latest steps with a loss of exactly 0
-    losses: RunningStats = field(default_factory=RunningStats)
-    norms: RunningStats = field(default_factory=RunningStats)  # of the gradients
 
     @classmethod
     def restore(cls, values: Mapping[str, Any]) -> Counters:
-        """The inverse of `dataclasses.asdict`."""
-        stats = {name: RunningStats(**values[name]) for name in ("losses", "norms")}
-        return cls(**{**values, **stats})
+        """The inverse of `dataclasses.asdict`; checkpoints of older versions have more."""
+        return cls(**{one.name: values[one.name] for one in fields(cls)})
 
-    def count(self, result: StepResult) -> list[str]:
-        """Counts a step; returns its outliers, one text each."""
+    def count(self, result: StepResult) -> None:
+        """Counts a step."""
         self.step = result.step
         self.images_seen += len(result.images)
-        outliers = []
-        for name, value, stats in (
-            ("loss", result.loss, self.losses),
-            ("gradient norm", result.grad_norm, self.norms),
-        ):
-            usual = stats.mean
-            if stats.update(value):
-                outliers.append(f"{name} {value:.3g} (usually {math.exp(usual):.3g})")
+        self.skipped_in_row = 0 if result.updated else self.skipped_in_row + 1
+        self.skipped += not result.updated
         if math.isfinite(result.loss):
             # A plain mean at first: else the loss of the first step alone would dominate for long.
-            weight = max(1 / max(self.losses.count, 1), 1 - LOSS_EMA_DECAY)
+            weight = max(1 / max(self.step - self.skipped, 1), 1 - LOSS_EMA_DECAY)
             previous = result.loss if self.loss_ema is None else self.loss_ema
             self.loss_ema = previous + weight * (result.loss - previous)
         self.zeros_in_row = self.zeros_in_row + 1 if result.loss == 0 else 0
-        self.skipped_in_row = 0 if result.updated else self.skipped_in_row + 1
-        self.skipped += not result.updated
-        return outliers
 
 
 class Health:
-    """Checks every step once it is done; `warn` takes a message, and `images` if it is about some."""
+    """Checks every step once it is done; `warn` takes a message."""
 
     def __init__(self, run: RunFolder, plan: RunPlan, adapter: Adapter, warn: Callable[..., None]) -> None:
         self.run, self.plan, self.adapter, self.warn = run, plan, adapter, warn
@@ -117,11 +72,9 @@ class Health:
 
     def check(self, result: StepResult) -> None:
         """Counts a step and checks its numbers; raises TrainingDiverged if the run cannot recover."""
-        outliers = self.counters.count(result)
+        self.counters.count(result)
         self._check_counters(result)
         self._check_parameters(result)
-        if outliers:
-            self.warn(f"step {result.step} is an outlier: {', '.join(outliers)}", images=result.images)
         if self._initial is not None:
             self._check_first_update(result, self._initial)
         self._keep_initial_values()
