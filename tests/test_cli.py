@@ -175,6 +175,11 @@ MISTAKES = {
         "option--out.image",
         ["--out x/grid.png", "folder"],
     ),
+    "samples among somebody's images": (
+        ["sample", "--base", "builtin", "--prompt", "a cat", "--out", "{images}"],
+        "option--out.grid",
+        ["--out {images}", "images, such as"],
+    ),
     "prompts from a device": (["sample", "--prompts", "/dev/zero"], "option--prompts", ["/dev/zero"]),
     "an empty base": (["sample", "--base", "", "--prompt", "x"], "base.source", ["''"]),
     "an extract of nothing": (

@@ -13,6 +13,7 @@ import torch
 
 from sdlora.config import RunConfig, load_config
 from sdlora.data.captions import trigger_pattern
+from sdlora.data.folders import is_image
 from sdlora.data.images import IMAGE_SUFFIXES, load_image
 from sdlora.dtypes import DTYPES, has_bf16
 from sdlora.errors import ConfigError
@@ -215,9 +216,12 @@ def choose_folder(out: str | Path | None, name: str) -> Path:
     if folder.suffix.lower() in IMAGE_SUFFIXES and not folder.is_dir():
         problem = f"--out {folder} is the name of an image; use a folder, which gets grid.png and each image"
         raise ConfigError(problem, key="option--out.image")
-    if (folder / "grid.png").exists():
-        problem = f"--out {folder} already contains a grid; use another folder"
-        raise ConfigError(problem, key="option--out.grid")
+    there = [path.name for path in folder.iterdir() if is_image(path.name)] if folder.is_dir() else []
+    if there:
+        what = "a grid" if "grid.png" in there else f"images, such as {min(there)}"
+        raise ConfigError(
+            f"--out {folder} already contains {what}; use another folder", key="option--out.grid"
+        )
     check_writable(folder)
     return folder
 
