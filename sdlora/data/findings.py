@@ -105,6 +105,7 @@ MESSAGES: dict[Severity, dict[str, str]] = {
         "data.image-frames": "{count:image} with several frames, using the first: {names}",
         "data.image-hidden": "ignored {count:image} in hidden files or folders: {names}",
         "data.image-system": "ignored {count:image} in folders of the system or of network storage: {names}",
+        "data.image-run": "ignored {count:image} that a run inside the folder has written: {names}",
         "data.image-project": "ignored {count:image} outside img/, which has the images of a kohya project: "
         "{names}; pass another folder to use them",
         "data.regularization": "ignored {count:regularization image} in reg/: {names}; to train on them as "
@@ -157,7 +158,7 @@ def examine(
         noticed["data.image-skipped"] = noticed.pop("data.image-unreadable")
     _examine_records(index.records, index.heldout, noticed)
     _examine_sizes(plan, noticed)
-    examine_words(index.records, settings.trigger, noticed)
+    examine_words(index.records, noticed)
     if count_tokens is not None:
         if settings.trigger:
             _examine_trigger(settings.trigger, count_tokens, noticed)

@@ -96,6 +96,13 @@ def list_usable(root: Path, noticed: Noticed, settings: DataSection) -> list[str
     )
     # Folders that the user named are never another tool's.
     asked = tuple(f"{PurePosixPath(one.folder)}/" for one in settings.sets)
+    kept = set(files)
+    runs = tuple(
+        f"{place}/"
+        for name in files
+        if name.endswith("/environment.json")
+        and f"{(place := PurePosixPath(name).parent)}/config.json" in kept
+    )
     usable = []
     for name in files:
         top, folders = name.partition("/")[0], PurePosixPath(name).parts[:-1]
@@ -106,6 +113,8 @@ def list_usable(root: Path, noticed: Noticed, settings: DataSection) -> list[str
             key = "data.regularization"
         elif is_project and top not in ("img", HELDOUT) and not name.startswith(asked):
             key = "data.image-project"
+        elif name.startswith(runs):
+            key = "data.image-run"
         elif mask and is_image(name) and (mask[2] != ".mask" or mask[1] in stems):
             key = "data.image-mask"
         elif _repeats_below(name) == 0:

@@ -85,7 +85,7 @@ def scan_dataset(root: str | Path, settings: DataSection, seed: int = 0) -> Data
         styled = [record for record in training if not record.is_class]
         training, heldout = hold_out_share(styled, settings.heldout, seed)
         training += classes
-    if all(record.is_class for record in training):
+    if training and all(record.is_class for record in training):
         problem = f"{root} has class images only, which show no style"
         raise DataError(f"{problem}; add images of the style, or correct data.sets", key="data.only-classes")
     if settings.masks == "files" and not any(record.mask for record in (*training, *heldout)):

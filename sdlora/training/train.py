@@ -275,6 +275,9 @@ def _describe_folder(run: RunFolder, images: str | Path | None) -> str:
 def _choose_folder(images: str | Path, out: str | Path | None, accelerator: Accelerator) -> RunFolder:
     """The run folder, chosen and checked by the main process."""
     run = RunFolder(_default_folder(images) if out is None else out)
+    if os.path.realpath(run.path) == os.path.realpath(images):
+        problem = f"--out {run.path} is the image folder; a run would write its own images into it"
+        raise ConfigError(f"{problem}; use another folder", key="option--out.images")
     if accelerator.is_main_process:
         run.check_free()
         check_writable(run.path)

@@ -51,6 +51,17 @@ def test_a_whole_kohya_project(tmp_path: Path, write_image, found) -> None:
     ]
 
 
+def test_a_run_inside_the_images(tmp_path: Path, write_image, found) -> None:
+    """R-26: its grids and samples are no images to train on."""
+    write_image("p0.png")
+    for name in ("config.json", "environment.json"):
+        (write_image("runs/ink/samples/step-000010/grid.png").parents[2] / name).write_text("{}")
+    write_image("ink/config.json.png")
+    index = scan(tmp_path)
+    assert repeats(index) == {"p0.png": 1, "ink/config.json.png": 1}
+    assert found(index)["notice data.image-run"].names == ("runs/ink/samples/step-000010/grid.png",)
+
+
 def test_regularization_beside_the_images(tmp_path: Path, write_image, found) -> None:
     """R-26: `reg/` is left out beside numbered folders too, but a folder of that name alone is not."""
     write_image("10_ink/p.png")

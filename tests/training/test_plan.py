@@ -154,3 +154,12 @@ def test_braces_in_captions_are_no_placeholders_of_prompts(make_images, tiny):
     assert make_plan(tiny(images, **settings)).config.sample.prompts[0] == "a house"
     files[0].write_text("a cat", encoding="utf-8")
     assert make_plan(tiny(images, **settings)).config.sample.prompts == ["a cat"]
+
+
+def test_the_image_folder_is_no_run_folder(make_images, tiny, tmp_path):
+    """R-26: the run's own images would be trained on by the next run."""
+    images = make_images()
+    (tmp_path / "link").symlink_to(images)
+    for out in (images, tmp_path / "link"):
+        with raises(ConfigError, "option--out.images"):
+            train(images, config=tiny(images), out=out, dry_run=True, quiet=True)
