@@ -9,7 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from sdlora.data.captions import trigger_pattern
+from sdlora.data.captions import without_trigger
 from sdlora.data.records import ImageRecord, Noticed
 from sdlora.errors import shorten
 
@@ -45,12 +45,15 @@ WORD = re.compile(r"[^\W\d_]{2,}")
 FEW, SAME_SHARE, SUBJECT_SHARE, CONSTANT_SHARE = 8, 0.1, 0.4, 0.9
 
 
-def examine_words(records: Sequence[ImageRecord], trigger: str | None, noticed: Noticed) -> None:
+def examine_words(records: Sequence[ImageRecord], noticed: Noticed) -> None:
     """Captions that are the same, that name the style, or of which most have a word."""
-    pattern = trigger_pattern(trigger) if trigger else None
-    written = [record for record in records if record.caption_source != "trigger"]
-    texts = {one.name: pattern.sub(" ", one.caption) if pattern else one.caption for one in written}
-    texts = {name: " ".join(text.split()).strip(" ,") for name, text in texts.items()}
+    # Class images show no style, and may well have one caption.
+    written = [one for one in records if one.caption_source != "trigger" and not one.is_class]
+    texts = {
+        one.name: without_trigger(one.caption, one.trigger) if one.trigger else " ".join(one.caption.split())
+        for one in written
+    }
+    texts = {name: text.strip(" ,") for name, text in texts.items()}
     texts = {name: text for name, text in texts.items() if text}
     for name, text in texts.items():
         tags = map(STYLE_TAG.fullmatch, text.split(", ")) if "," in text else ()

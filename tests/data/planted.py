@@ -255,7 +255,7 @@ def find_words(captions: Sequence[str]) -> set[str]:
     noticed: Noticed = defaultdict(dict)
     size, path = Size(8, 8), Path("a.png")
     records = [ImageRecord(path, str(n), "", size, text, ".txt") for n, text in enumerate(captions)]
-    examine_words(records, None, noticed)
+    examine_words(records, noticed)
     return {key for key, names in noticed.items() if names}
 
 

@@ -94,7 +94,7 @@ def test_tags_that_name_a_style() -> None:
         ImageRecord(Path(name), name, name, Size(8, 8), text, ".txt") for name, text in captions.items()
     ]
     noticed: Noticed = defaultdict(dict)
-    examine_words(records, None, noticed)
+    examine_words(records, noticed)
     assert noticed["data.caption-style"] == {"a": "'lineart'"}
 
 
