@@ -11,7 +11,7 @@ import torch
 
 from sdlora.data.doctor import Checkup, summarise
 from sdlora.data.records import count_of
-from sdlora.errors import DataError, ProcessLost, RunError, RunStopped, SdloraError, one_line
+from sdlora.errors import DataError, ProcessLost, RunError, RunStopped, SdloraError, first_line, one_line
 from sdlora.evaluation.page import write_report
 from sdlora.export.export import export_adapter
 from sdlora.export.metadata import run_metadata
@@ -66,10 +66,11 @@ def record_usage(trainer: Trainer) -> None:
     planned = {stage: size + beside for stage, size in plan.memory.stages.items()}
     seconds = {stage: round(usage.seconds, 1) for stage, usage in watch.stages.items()}
     whole = watch.total_seconds
+    stages = f": {describe_times(seconds)}".rstrip(": ")
     ahead = f"; planned {as_time(sum(plan.seconds.values()))}" if plan.seconds else ""
     trainer.terminal.print(
         f"memory    at most {as_size(peak)}, in {highest}; planned {as_size(max(planned.values()))}",
-        f"time      {as_time(whole)}: {describe_times(seconds)}{ahead}",
+        f"time      {as_time(whole)}{stages}{ahead}",
     )
     resident = {stage: usage.resident for stage, usage in watch.stages.items()}
     trainer.event(
@@ -191,6 +192,9 @@ def report_failure(trainer: Trainer) -> Iterator[None]:
         if failure is error:
             raise
         raise failure from error
+    except Exception as error:  # a mistake of a program, perhaps of the optimizer's
+        trainer.event("failed", message=f"{type(error).__name__}: {first_line(error)}")
+        raise
     finally:
         trainer.logger.finish_trackers(trainer.step)
 

@@ -123,7 +123,7 @@ class Trainer:
         rest = sum(seconds.values()) + speed.rest if speed and num_before else None
         meter.advance(note=f"loss {self.counters.loss_ema or math.nan:.4f}", rest=rest)
         if num_before == 2 and rest is not None:
-            self.terminal.print(f"time left about {as_time(rest)}: {describe_times(seconds)}")
+            self.terminal.print(f"time left about {as_time(rest)}: {describe_times(seconds)}".rstrip(": "))
 
     def begin(self) -> None:
         """Measures the loss of the base; of a checkpoint, what a signal postponed: its loss and its grid."""

@@ -142,7 +142,11 @@ def build_optimizer(settings: TrainSection, groups: Sequence[ParameterGroup]) ->
             [{"params": group.parameters, "lr": rate * group.ratio} for group in groups], lr=rate, **arguments
         )
     except (TypeError, ValueError) as error:
-        problem = f"train.optimizer_args = {settings.optimizer_args!r} is rejected by {settings.optimizer}"
+        problem = f"{name} cannot be used"
+        if settings.optimizer_args:
+            problem = (
+                f"train.optimizer_args = {settings.optimizer_args!r} is rejected by {settings.optimizer}"
+            )
         raise ConfigError(f"{problem}: {error}") from None
     assert isinstance(optimizer, torch.optim.Optimizer)
     if settings.ema_decay and hasattr(optimizer, "eval"):
@@ -160,8 +164,13 @@ def build_optimizer(settings: TrainSection, groups: Sequence[ParameterGroup]) ->
 
 def check_optimizer(settings: TrainSection, modules: Sequence[str], parts: Sequence[str]) -> None:
     """Builds the optimizer with one number for each tensor, to find mistakes before weights are loaded."""
-    named = {f"{name}.{part}": torch.zeros(1) for name in modules for part in parts}
-    build_optimizer(settings, group_parameters(named, settings))
+    # Most tensors are matrices, and some optimizers take nothing else.
+    named = {f"{name}.{part}": torch.zeros(1, 1) for name in modules for part in parts}
+    optimizer = build_optimizer(settings, group_parameters(named, settings))
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure and closure.default is inspect.Parameter.empty:
+        problem = f"train.optimizer = {settings.optimizer} computes the loss several times in a step"
+        raise ConfigError(f"{problem}, which training does not support; use adamw")
 
 
 def find_optimizer(settings: TrainSection) -> tuple[type, dict[str, Any]]:

@@ -11,6 +11,7 @@ from sdlora.errors import TrainingDiverged
 from sdlora.report.summary import describe_state
 from sdlora.runs import RunFolder
 from sdlora.training import step as runner
+from sdlora.training.finish import report_failure
 from sdlora.training.train import train
 from tests.checks import raises
 
@@ -139,6 +140,15 @@ def test_a_loss_of_zero_stops(make, monkeypatch):
     monkeypatch.setattr(runner, "denoising_loss", lambda *rest: 0 * up.sum() + torch.zeros(1))
     with raises(TrainingDiverged, "zero-loss", shows=("5 steps", "step 6")):
         trainer.train()
+
+
+def test_a_mistake_of_a_program_is_an_event(make):
+    """R-45: `sdlora info` says later why the run ended; the error itself is not hidden."""
+    trainer = make(train__optimizer="torch.optim.SparseAdam")
+    with pytest.raises(RuntimeError), report_failure(trainer):
+        trainer.train()
+    [failed] = trainer.run.events("failed")
+    assert failed["message"].startswith("RuntimeError: ")
 
 
 @pytest.mark.slow

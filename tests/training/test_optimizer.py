@@ -127,6 +127,7 @@ def test_any_optimizer_by_import_path():
         ({"optimizer": "torch.optim.Adamx"}, "train.optimizer", "torch.optim has no Adamx"),
         ({"optimizer": "nowhere.Lion"}, "train.optimizer", "pip install nowhere"),
         ({"optimizer": "torch.nn.Linear"}, "train.optimizer", "torch.optim.Optimizer"),
+        ({"optimizer": "torch.optim.LBFGS"}, "train.optimizer", "several times"),
         ({"optimizer_args": {"lr": 1}}, "train.optimizer_args", "train.learning_rate"),
         ({"optimizer_args": {"betaz": 1}}, "train.optimizer_args", "betaz"),
     ],
@@ -135,6 +136,11 @@ def test_wrong_optimizers(values, key, shows):
     """One line that names the setting."""
     with raises(ConfigError, key, shows=shows):
         check_optimizer(settings(**values), ["mid_block.to_q"], ["down", "up"])
+
+
+def test_an_optimizer_of_matrices():
+    """R-35: Muon takes nothing else, and most adapters are nothing else."""
+    check_optimizer(settings(optimizer="torch.optim.Muon"), ["mid_block.to_q"], ["down", "up"])
 
 
 def test_an_optimizer_that_finds_its_own_rate(monkeypatch):
