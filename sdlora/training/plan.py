@@ -32,6 +32,8 @@ from sdlora.training.preflight import (
 from sdlora.tree.lineage import PathEntry
 
 LABEL_WIDTH = 10
+# Of a module in the header of a file, and of a checkpoint's other values.
+HEADER_BYTES, STATE_BYTES = 400, 200_000
 
 
 @dataclass(frozen=True)
@@ -155,14 +157,18 @@ class RunPlan:
 
     def bytes_after(self, step: int) -> int:
         """Bytes written after a step: adapters, and checkpoints with weights, two moments and the EMA."""
+        # fp16 that would lose too much becomes fp32.
+        largest = 2 if self.config.export.precision == "bf16" else 4
+        header = HEADER_BYTES * len(self.layout.ranks)
         final = {"diffusers": self.num_trainable, "kohya": self.num_padded}
-        exports = self._value_bytes * sum(final[name] for name in self.config.export.formats)
+        exports = sum(largest * final[name] + header for name in self.config.export.formats)
         adapters = sum(due > step for due in {*self.save_steps, *self.sample_steps})
         # One more than are kept, until the newest is complete; a resumed run has that one already.
         states = min(self.config.train.keep_checkpoints, sum(due > step for due in self.save_steps))
         states += step == 0
         state_bytes = (16 if self.config.train.ema_decay else 12) * self.num_trainable
-        return adapters * self.adapter_bytes + exports + states * state_bytes
+        saved = largest * self.num_trainable + header
+        return adapters * saved + exports + states * (state_bytes + 3 * header + STATE_BYTES)
 
     @property
     def speed_key(self) -> str:
