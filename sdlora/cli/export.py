@@ -102,10 +102,13 @@ def merge_into_base(
     from sdlora.dtypes import DTYPES
     from sdlora.export.merge_into_base import merge_into_base as write
     from sdlora.report.terminal import Terminal
+    from sdlora.runs import RunFolder
     from sdlora.sampling.session import base_of
     from sdlora.tree.lineage import load_path
 
     options.find_adapters(source)
+    if base is None and (run := RunFolder(source)).exists:
+        base = run.read_config().base.source
     warn = Terminal().warn
     *below, top = load_path(source, force=force, warn=warn)
     stack = [*((step.adapter, step.ancestor.strength) for step in below), (top.adapter, strength)]

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from sdlora.config import RunConfig, load_config
 from sdlora.data.doctor import Checkup, check_images, contact_sheet
-from sdlora.errors import RunError, SdloraError
+from sdlora.errors import ConfigError, RunError, SdloraError
 from sdlora.evaluation.tiles import describe_ratings, embed, make_cards, read_choice
 from sdlora.export.webui import preferred_strength
 from sdlora.models.info import inspect_base
@@ -50,6 +50,8 @@ def write_report(
     """
     given = [runs] if isinstance(runs, str | PathLike) else runs
     folders = [run if isinstance(run, RunFolder) else RunFolder.open(run) for run in given]
+    if not folders:
+        raise ConfigError("a report needs at least one run; pass some", key="report.empty")
     single = folders[0] if len(folders) == 1 else None
     path = Path(out) if out else single.report if single else Path("report.html")
     cards = make_cards(folders)

@@ -102,7 +102,8 @@ def resize(
     else:
         ranks = _ranks_by_rule(values, rule, value, base_norms)
     if not any(ranks.values()):
-        problem = f"{rule} = {value:g} would drop every module; use a smaller value, or a larger size_mb"
+        remedy = "a larger value" if rule in ("energy", "size_mb") else "a smaller value"
+        problem = f"{rule} = {value:g} would drop every module; use {remedy}"
         raise AdapterError(problem, key="resize.nothing-left")
     modules = {
         name: decompose(pair, adapter.scale_of(name)).truncate(ranks[name])
