@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -136,9 +136,12 @@ def count_of(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def raise_errors(findings: Iterable[Finding]) -> None:
+def raise_errors(findings: Sequence[Finding]) -> None:
     """Raises one DataError for all findings that are errors, with a line and a key for each."""
     if errors := [finding for finding in findings if finding.severity == "error"]:
+        if any(finding.key.startswith("data.captions-") for finding in errors):
+            # They may be in a table whose name is not known.
+            errors += [finding for finding in findings if finding.key == "data.table-name"]
         raised = DataError("\n".join(finding.message for finding in errors))
         raised.keys = tuple(finding.key for finding in errors)
         raise raised

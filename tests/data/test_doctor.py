@@ -216,3 +216,8 @@ def test_checkup_is_what_the_doctor_prints(tmp_path: Path, write_image) -> None:
         check_images(config, resolution=128, min_step=8, sheet=tmp_path / "images" / "sheet.png")
     with raises(DataError, "data.captions-partial", shows="b.png"):
         raise_errors(bad.findings)
+    # A table that was not read may have them.
+    (tmp_path / "images" / "metadata.json").write_text("{}")
+    bad = check_images(config, resolution=128, min_step=8)
+    with raises(DataError, "data.table-name", shows=("b.png", "metadata.json")):
+        raise_errors(bad.findings)
