@@ -29,8 +29,8 @@ from sdlora.writing import (
 )
 
 DTYPES = ("fp32", "bf16", "fp16")
-# The clock of the file system and that of processes differ a little.
-CLOCK_SECONDS = 2.0
+# A clock that is set moves the time at which a process seems to have been started.
+CLOCK_SECONDS = 60.0
 # A process of another machine that has written nothing for so long is taken for dead.
 MOST_SILENT_SECONDS = 3600
 
@@ -310,8 +310,9 @@ class RunFolder:
 
     def name_process(self, pid: int) -> None:
         """Writes `process.json`; a full disk does not stop a run."""
-        with suppress(OSError):
-            write_json(self.process_file, {"pid": pid, "host": platform.node()})
+        with suppress(OSError, psutil.Error):
+            started = psutil.Process(pid).create_time()
+            write_json(self.process_file, {"pid": pid, "host": platform.node(), "started": started})
 
     def append_trace(self, rows: Sequence[Mapping[str, Any]]) -> None:
         append_lines(self.trace_file, rows)
@@ -333,11 +334,11 @@ class RunFolder:
         named = self._read_process()
         if not isinstance(pid := named.get("pid"), int) or named.get("host") != platform.node():
             return None
-        with suppress(psutil.Error, OSError, ValueError, OverflowError):
+        with suppress(psutil.Error, TypeError, ValueError, OverflowError):
             process = psutil.Process(pid)
-            # Another process may have got the number since.
-            is_older = process.create_time() < self.process_file.stat().st_mtime + CLOCK_SECONDS
-            if is_older and process.status() != psutil.STATUS_ZOMBIE:
+            # Another process may have got the number since. The clock of a network disk is not asked.
+            is_same = abs(process.create_time() - float(named.get("started", 0))) < CLOCK_SECONDS
+            if is_same and process.status() != psutil.STATUS_ZOMBIE:
                 return process
         return None
 

@@ -307,6 +307,8 @@ def _run(
     resumption: Resumption | None = None,
 ) -> RunFolder:
     is_main = accelerator.is_main_process
+    if is_main:
+        run.check_unwritten()  # again: the plan may have taken long
     with run.occupied(is_main), terminal.keep(run.log_file if is_main else None):
         set_seed(plan.config.train.seed)
         kernels, watch = resumption.kernels if resumption else None, StageMonitor(accelerator.device)

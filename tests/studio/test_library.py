@@ -13,6 +13,7 @@ import pytest
 from sdlora.errors import RunError
 from sdlora.runs import RunFolder
 from sdlora.studio.library import Library, read_tail
+from sdlora.writing import write_json
 from tests.checks import HANG_SECONDS, counted, raises
 
 
@@ -94,8 +95,8 @@ def test_a_run_that_has_not_begun(runs):
 def test_a_later_process_of_the_same_number(make_run, sleeper):
     run = make_run(done=4)
     run.name_process(sleeper.pid)
-    before = psutil.Process(sleeper.pid).create_time() - 60
-    os.utime(run.process_file, (before, before))
+    before = psutil.Process(sleeper.pid).create_time() - 3600
+    write_json(run.process_file, {"pid": sleeper.pid, "host": platform.node(), "started": before})
     assert run.process is None
 
 
