@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
@@ -202,7 +203,7 @@ def _measure(
 ) -> list[Candidate]:
     """Measures adapters by rank, the whole one last; `without` is the loss without any."""
     stacks = {rank: (*context.ancestors, (adapter, 1.0)) for rank, adapter in adapters.items()}
-    captions = {number: record.caption for number, record in enumerate(context.records[:MAX_SAMPLES])}
+    captions = dict(islice(context.captions.items(), MAX_SAMPLES))
     total = len(stacks) + (len(stacks) + 1) * len(captions)
     losses: list[HeldoutLoss] = []
     for number, stack in enumerate(stacks.values(), 1):

@@ -29,7 +29,7 @@ from sdlora.models.info import inspect_base
 from sdlora.models.load import load_base
 from sdlora.runs import RunFolder
 from sdlora.sampling.generate import Column, generate
-from sdlora.sampling.images import SampleSettings
+from sdlora.sampling.images import SampleSettings, as_prompt
 from sdlora.sampling.session import choose_device
 from sdlora.sampling.store import ImageStore
 from sdlora.tree.lineage import Stack, find_ancestors, path_to_stack
@@ -58,6 +58,11 @@ class EvaluationContext:
     def style(self) -> Stack:
         """The adapter on top of its ancestors."""
         return (*self.ancestors, (self.adapter, 1.0))
+
+    @property
+    def captions(self) -> dict[int, str]:
+        """The held-out captions as prompts, by the number of their image."""
+        return {number: as_prompt(record.caption) for number, record in enumerate(self.records)}
 
     def loss(self, stack: Stack) -> HeldoutLoss:
         """The held-out loss with a stack mounted; with an empty one, that of the base."""

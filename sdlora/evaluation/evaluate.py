@@ -232,7 +232,7 @@ def evaluate(
         raise ConfigError(problem, key="option--full-base")
     context = open_context(folder)
     base_loss, style_loss = context.loss(()), context.loss(context.style)
-    captions = {number: record.caption for number, record in enumerate(context.records)}
+    captions = context.captions
     trigger = context.config.data.trigger
     bare = remove_triggers(captions, trigger) if trigger else {}
     count, total = len(captions), 2 * (len(captions) + len(bare))

@@ -5,6 +5,7 @@ N images, D and E numbers of each.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -247,7 +248,7 @@ def _clip_of(tensors: Mapping[str, Tensor]) -> Any:
 
 def load_features(source: str | Features | None, device: torch.device | str = "cpu") -> Features:
     """The features that `--features` names, or those that are given; by default the ones without weights."""
-    if not isinstance(source, str | None):
+    if source is not None and not isinstance(source, str | os.PathLike):
         return source
     if source is None or source == DRAWING:
         return DrawingFeatures()

@@ -18,7 +18,7 @@ from sdlora.formats.files import load_adapter
 from sdlora.lora.adapter import Adapter
 from sdlora.runs import RunFolder
 from sdlora.sampling.generate import Cell, Column, draw
-from sdlora.sampling.images import SampleSettings, check_prompts, resolve_settings, slug
+from sdlora.sampling.images import SampleSettings, as_prompt, check_prompts, resolve_settings, slug
 from sdlora.sampling.store import KEY_LENGTH, ImageStore
 
 NUM_STEPS, NUM_PROMPTS = 5, 8
@@ -83,8 +83,9 @@ def plan_sweep(
     filled = list(dict.fromkeys(given))
     if not prompts:
         # The trigger alone shows no thing that could be kept.
-        told = [caption for caption in captions if not trigger or without_trigger(caption, trigger)]
-        filled = list(dict.fromkeys([*filled, *_evenly(told, NUM_PROMPTS)]))[:NUM_PROMPTS]
+        texts = map(as_prompt, captions)
+        showing = [text for text in texts if not trigger or without_trigger(text, trigger)]
+        filled = list(dict.fromkeys([*filled, *_evenly(showing, NUM_PROMPTS)]))[:NUM_PROMPTS]
     check_prompts(filled)
     saved = list(dict.fromkeys(steps)) or _choose_steps(run)
     return Sweep(saved, chosen, filled, list(dict.fromkeys(seeds)) or list(SEEDS))

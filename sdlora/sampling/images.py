@@ -258,6 +258,11 @@ def make_scheduler(info: BaseInfo, name: str | None = None) -> Any:
         ) from None
 
 
+def as_prompt(caption: str) -> str:
+    """A caption without its braces, which would be placeholders in a prompt."""
+    return PLACEHOLDER.sub(lambda found: found[0].strip("{}"), caption)
+
+
 def check_prompts(prompts: Sequence[str]) -> None:
     """Raises a ConfigError with one line for each prompt that is empty or has a placeholder left."""
     problems = [] if prompts else ["sample.prompts is empty; set at least one prompt"]

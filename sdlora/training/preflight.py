@@ -18,8 +18,8 @@ from sdlora.errors import ConfigError
 from sdlora.models.info import BaseInfo, inspect_base, with_base_defaults
 from sdlora.models.tokenizer import count_tokens, load_tokenizer
 from sdlora.sampling.images import (
-    PLACEHOLDER,
     SampleSettings,
+    as_prompt,
     check_prompts,
     make_scheduler,
     resolve_settings,
@@ -193,15 +193,9 @@ def default_prompts(index: DatasetIndex, settings: DataSection, count: int) -> l
     Without captions, the trigger with things that any base can draw.
     """
     if all(record.caption == (settings.trigger or "") for record in index.styled):
-        return _subject_prompts(settings, 2 * count)
+        return [caption_pipeline(settings).plain(subject) for subject in SUBJECTS[: 2 * count]]
     prompts: list[str] = []
     for records in (index.styled, index.heldout):
-        captions = list(dict.fromkeys(record.caption for record in records if record.caption))
-        # Braces may be meant, but are placeholders in a prompt.
-        prompts += spread([caption for caption in captions if not PLACEHOLDER.search(caption)], count)
-    return list(dict.fromkeys(prompts)) or _subject_prompts(settings, 2 * count)
-
-
-def _subject_prompts(settings: DataSection, count: int) -> list[str]:
-    """Prompts with things that any base can draw."""
-    return [caption_pipeline(settings).plain(subject) for subject in SUBJECTS[:count]]
+        captions = list(dict.fromkeys(as_prompt(record.caption) for record in records if record.caption))
+        prompts += spread(captions, count)
+    return list(dict.fromkeys(prompts))
