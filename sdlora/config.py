@@ -5,7 +5,6 @@ Read from TOML files and `section.key=value` overrides, validated strictly.
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -240,7 +239,7 @@ class DataSection(Section):
         "separator such as ||| in captions: tags before the first, and behind a second, stay in place",
     )
     wildcards: bool = _setting(
-        False, "choose one of {a|b} in captions; prompts and validation images take the first"
+        False, "choose one of {a|b} in captions; default prompts and validation images take the first"
     )
     several_captions: bool = _setting(
         False, "each line of a caption file, or item of a list in metadata, is a caption of its own"
@@ -536,9 +535,10 @@ class ObjectiveSection(_Tables):
         yield from self._idle("pyramid_discount", self.pyramid_noise > 0, "objective.pyramid_noise=6")
         for setting, entries in (("loss", LOSSES), ("timesteps", TIMESTEPS)):
             used = entries[getattr(self, setting)].parameters.keys()
-            for owner, entry in entries.items():
-                for name in entry.parameters.keys() - used:
-                    yield from self._idle(name, False, f"objective.{setting}={owner}")
+            # The first of several that have it is named.
+            rows = [(name, owner) for owner, entry in entries.items() for name in entry.parameters]
+            for name, owner in dict(reversed(rows)).items():
+                yield from self._idle(name, name in used, f"objective.{setting}={owner}")
 
     def _idle(self, name: str, is_used: bool, remedy: str) -> Iterator[str]:
         """A line for a setting that has no effect because of another."""
@@ -954,11 +954,11 @@ def validate_config(values: Mapping[str, Any], problems: Iterable[str] = ()) -> 
     except ValidationError as error:
         # A union reports each of its branches; one line per key is enough.
         mistakes = error.errors()[: 4 * MAX_PROBLEMS]
-        found = (describe_error(dict(item), RunConfig).split("\n") for item in mistakes)
-        for line in dict.fromkeys(itertools.chain.from_iterable(found)):
-            key = line.split(" ", 1)[0]
-            if not any(other.startswith(f"{key} ") for other in lines):
-                lines.append(line)
+        for item in mistakes:
+            for line in describe_error(dict(item), RunConfig).split("\n"):
+                told = line if item["type"] == "value_error" else line.split(" ", 1)[0] + " "
+                if not any(other.startswith(told) for other in lines):
+                    lines.append(line)
         raise ConfigError(*lines) from None
     if lines:
         raise ConfigError(*lines)

@@ -393,6 +393,7 @@ def test_conflicts_are_told_all_at_once():
         "train.schedule_power": 2.0,
         "data.keep_tags": 1,
         "data.heldout": -0.1,
+        "sample.prompts": ["", "x.txt"],
         "objective.layout_weight": 0.5,
         "objective.min_snr_gamma": 5,
         "objective.debiased": True,
@@ -405,6 +406,8 @@ def test_conflicts_are_told_all_at_once():
         "data.keep_tags",
         "objective.layout_weight",
         "objective.min_snr_gamma",
+        "sample.prompts",
+        "sample.prompts",
         "train.epochs",
         "train.schedule_power",
     ]
