@@ -123,9 +123,17 @@ def _explain(model: Model, layers: Sequence[str], target: str) -> str:
 
 def count_parameters(model: Model, ranks: Mapping[str, int], kind: str = "lora") -> int:
     """Elements that an adapter with these ranks has, by module; works on the meta device."""
+    return sum(map(prod, tensor_shapes(model, ranks, kind).values()))
+
+
+def tensor_shapes(model: Model, ranks: Mapping[str, int], kind: str = "lora") -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of such an adapter, by `MODULE.PART`."""
     layers = carrier_layers(model)
-    shapes = (KINDS[kind].shapes(layers[name], rank) for name, rank in ranks.items())
-    return sum(prod(shape) for own in shapes for shape in own.values())
+    return {
+        f"{name}.{part}": shape
+        for name, rank in ranks.items()
+        for part, shape in KINDS[kind].shapes(layers[name], rank).items()
+    }
 
 
 def mount(model: Model, adapters: Sequence[tuple[Adapter, Scale]], dropout: Dropout | None = None) -> None:

@@ -147,7 +147,7 @@ def build_optimizer(settings: TrainSection, groups: Sequence[ParameterGroup]) ->
             problem = (
                 f"train.optimizer_args = {settings.optimizer_args!r} is rejected by {settings.optimizer}"
             )
-        raise ConfigError(f"{problem}: {error}") from None
+        raise ConfigError(f"{problem} ({error}); change train.optimizer_args, or use adamw") from None
     assert isinstance(optimizer, torch.optim.Optimizer)
     if settings.ema_decay and hasattr(optimizer, "eval"):
         problem = f"train.ema_decay = {settings.ema_decay:g} conflicts with {name}"
@@ -162,10 +162,12 @@ def build_optimizer(settings: TrainSection, groups: Sequence[ParameterGroup]) ->
     return optimizer
 
 
-def check_optimizer(settings: TrainSection, modules: Sequence[str], parts: Sequence[str]) -> None:
-    """Builds the optimizer with one number for each tensor, to find mistakes before weights are loaded."""
-    # Most tensors are matrices, and some optimizers take nothing else.
-    named = {f"{name}.{part}": torch.zeros(1, 1) for name in modules for part in parts}
+def check_optimizer(settings: TrainSection, num_dims: Mapping[str, int]) -> None:
+    """Builds the optimizer with one number for each tensor, to find mistakes before weights are loaded.
+
+    `num_dims` are the tensors' numbers of dimensions: some optimizers take matrices alone.
+    """
+    named = {name: torch.zeros([1] * count) for name, count in num_dims.items()}
     optimizer = build_optimizer(settings, group_parameters(named, settings))
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure and closure.default is inspect.Parameter.empty:

@@ -12,8 +12,7 @@ from sdlora.data.buckets import BucketPlan
 from sdlora.data.cache import TensorCache, cache_folder, latent_key
 from sdlora.data.records import DatasetIndex, Finding, raise_errors
 from sdlora.errors import RunError
-from sdlora.lora.adapter import KINDS
-from sdlora.lora.attach import match_modules, plan_layout
+from sdlora.lora.attach import match_modules, plan_layout, tensor_shapes
 from sdlora.memory.estimate import ANY_DEVICE, DeviceInfo, MemoryInputs, plan_memory
 from sdlora.memory.work import flop_of
 from sdlora.models.info import BaseInfo, inspect_base, with_base_defaults
@@ -75,7 +74,8 @@ def make_plan(config: RunConfig, num_processes: int = 1, device_info: DeviceInfo
     findings += [Finding("warning", line) for line in (*forced, *check_parents(parents, info, parts))]
     findings += _short_steps(buckets, config, num_processes)
     layout = plan_layout(config.lora, match_modules(parts, config.lora.targets))
-    check_optimizer(config.train, list(layout.ranks), KINDS[layout.kind].parts())
+    shapes = tensor_shapes(parts, layout.ranks, layout.kind)
+    check_optimizer(config.train, {name: len(shape) for name, shape in shapes.items()})
     sizes = (crop.size for crops in buckets.crops.values() for crop in crops)
     largest = max(sizes, key=lambda size: size.area)
     num_frozen = sum(step.adapter.num_parameters for step in parents)

@@ -120,6 +120,9 @@ def test_any_optimizer_by_import_path():
     assert type(build_optimizer(settings(), groups_of(1.0))) is torch.optim.AdamW
 
 
+MATRICES = {"mid_block.to_q.down": 2, "mid_block.to_q.up": 2}
+
+
 @pytest.mark.parametrize(
     ("values", "key", "shows"),
     [
@@ -135,12 +138,15 @@ def test_any_optimizer_by_import_path():
 def test_wrong_optimizers(values, key, shows):
     """One line that names the setting."""
     with raises(ConfigError, key, shows=shows):
-        check_optimizer(settings(**values), ["mid_block.to_q"], ["down", "up"])
+        check_optimizer(settings(**values), MATRICES)
 
 
 def test_an_optimizer_of_matrices():
     """R-35: Muon takes nothing else, and most adapters are nothing else."""
-    check_optimizer(settings(optimizer="torch.optim.Muon"), ["mid_block.to_q"], ["down", "up"])
+    asked = settings(optimizer="torch.optim.Muon")
+    check_optimizer(asked, MATRICES)
+    with raises(ConfigError, "train.optimizer", shows=("Muon", "adamw")):
+        check_optimizer(asked, {**MATRICES, "mid_block.to_q.magnitude": 1})
 
 
 def test_an_optimizer_that_finds_its_own_rate(monkeypatch):
@@ -154,6 +160,6 @@ def test_an_optimizer_that_finds_its_own_rate(monkeypatch):
 
     monkeypatch.setattr(torch.optim, "OneRate", OneRate, raising=False)
     asked = settings(optimizer="torch.optim.OneRate")
-    check_optimizer(asked, ["mid_block.to_q"], ["down", "up"])
+    check_optimizer(asked, MATRICES)
     with raises(ConfigError, "train.optimizer", shows=("OneRate", "train.lora_plus_ratio")):
-        check_optimizer(asked.model_copy(update={"lora_plus_ratio": 2.0}), ["mid_block.to_q"], ["down", "up"])
+        check_optimizer(asked.model_copy(update={"lora_plus_ratio": 2.0}), MATRICES)
