@@ -51,7 +51,7 @@ LIBRARIES = {
     "uvicorn": {"cli"},
 }
 # A feature that needs more lines raises this in the commit that adds it.
-MAX_MODULES, MAX_LINES = 148, 29_970
+MAX_MODULES, MAX_LINES = 148, 29_980
 WITHOUT_TORCH = {
     "errors",
     "reading",

@@ -91,7 +91,7 @@ def extract(
 def merge_into_base(
     source: options.Source,
     out: Annotated[Path, typer.Option(help="Output folder, or file if the base is a file.")],
-    base: Annotated[str | None, options.base_option("the one named in the file")] = None,
+    base: Annotated[str | None, options.base_option("the run's, or the one named in the file")] = None,
     strength: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; default: that of the base.")] = None,
     force: options.Force = False,

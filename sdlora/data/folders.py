@@ -113,7 +113,7 @@ def list_usable(root: Path, noticed: Noticed, settings: DataSection) -> list[str
             key = "data.regularization"
         elif is_project and top not in ("img", HELDOUT) and not name.startswith(asked):
             key = "data.image-project"
-        elif name.startswith(runs):
+        elif name.startswith(runs) and not name.startswith(asked):
             key = "data.image-run"
         elif mask and is_image(name) and (mask[2] != ".mask" or mask[1] in stems):
             key = "data.image-mask"
@@ -190,6 +190,7 @@ def no_images_error(root: Path, files: Sequence[str], noticed: Noticed) -> DataE
         ("data.file-unreadable", ""),
         ("data.image-hidden", "is hidden; move it to a visible folder"),
         ("data.image-system", "is in a folder of the system; move it to another folder"),
+        ("data.image-run", "was written by a run inside the folder; pass another folder"),
         ("data.repeats-zero", "is in a folder with zero repeats; rename the folder"),
         ("data.image-mask", "is a mask; pass the folder with the images"),
     ):

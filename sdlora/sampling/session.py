@@ -205,18 +205,22 @@ class SamplePlan:
     def make(self, progress: Callable[[int, int], None] | None = None) -> Path:
         """Draws the grid and returns its path; `progress` gets (finished, total) images."""
         folder = choose_folder(self.out, self.name)
+        if self.config.images and folder.resolve().is_relative_to(Path(self.config.images).resolve()):
+            problem = f"--out {folder} is in the image folder {self.config.images}; use another folder"
+            raise ConfigError(problem, key="option--out.images")
         images = self.draw(ImageStore(), progress)
         grid = make_grid(self.in_rows(images), title=self.title, targets=self.targets)
         return save_images(folder, images, grid, {"base": self.info.name, "adapter": self.adapter})
 
 
 def choose_folder(out: str | Path | None, name: str) -> Path:
-    """The folder of a grid, by default `samples/NAME`; raises if it contains a grid, or is not writable."""
+    """The folder of a grid, by default `samples/NAME`; raises if it contains images, or is not writable."""
     folder = Path(out) if out is not None else next_free_folder(Path("samples") / name)
     if folder.suffix.lower() in IMAGE_SUFFIXES and not folder.is_dir():
         problem = f"--out {folder} is the name of an image; use a folder, which gets grid.png and each image"
         raise ConfigError(problem, key="option--out.image")
-    there = [path.name for path in folder.iterdir() if is_image(path.name)] if folder.is_dir() else []
+    entries = folder.iterdir() if folder.is_dir() else ()
+    there = [path.name for path in entries if is_image(path.name) and not path.name.startswith(".")]
     if there:
         what = "a grid" if "grid.png" in there else f"images, such as {min(there)}"
         raise ConfigError(

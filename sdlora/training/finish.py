@@ -156,7 +156,7 @@ def export_final(trainer: Trainer) -> None:
 MAX_SEEN = 10_000
 OUT_OF_MEMORY_REMEDIES = (
     "resume with train.gradient_checkpointing=true or a smaller train.batch_size (the global batch is kept), "
-    "or start a new run with base.quantize=int8, a smaller data.resolution or a smaller lora.rank"
+    "or start a new run with base.quantize=int8 (but for DoRA), a smaller data.resolution or lora.rank"
 )
 
 
@@ -169,7 +169,7 @@ def report_failed_start(plan: RunPlan, run: RunFolder) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         size, device = as_size(plan.memory.stages["encoding"]), plan.device_info.device.type
         problem = f"out of memory while loading the base and encoding the images ({device}, about {size})"
-        remedy = "start a new run with base.quantize=int8 or a smaller data.resolution"
+        remedy = "start a new run with base.quantize=int8 (but for DoRA) or a smaller data.resolution"
         retry = f"free some memory and run `sdlora resume {run.path}`"
         raise RunError(f"{problem}; {retry}, or {remedy}", key="out-of-memory", exit_code=1) from error
 

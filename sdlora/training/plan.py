@@ -33,7 +33,7 @@ from sdlora.tree.lineage import PathEntry
 
 LABEL_WIDTH = 10
 # Of a module in the header of a file, and of a checkpoint's other values.
-HEADER_BYTES, STATE_BYTES = 400, 200_000
+HEADER_BYTES, STATE_BYTES = 500, 200_000
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def test_class_images(tmp_path: Path, write_image, found) -> None:
     assert (len(index.styled), len(index.heldout)) == (16, 4)
     assert not any(record.name.startswith("reg") for record in index.heldout)
     assert "notice data.regularization" not in found(index)
-    assert "warning data.caption-same" not in found(index), "class images may have one caption"
+    assert "notice data.caption-same" not in found(index), "class images may have one caption"
     assert "error" not in " ".join(found(index))
     assert not {path for path, _ in read_captions(tmp_path, settings)} & {
         one.path for one in classes.values()

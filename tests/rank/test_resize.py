@@ -144,7 +144,7 @@ def test_mistakes(rule, key, values, make_pair):
 def test_nothing_left_is_refused(make_pair):
     """An adapter without modules is never made."""
     adapter = Adapter({"a": make_pair([1.0, 1.0])}, 2, 2.0)
-    with raises(AdapterError, "resize.nothing-left", shows=("size_mb = 1e-05", "larger")):
+    with raises(AdapterError, "resize.nothing-left", shows=("size_mb = 1e-05", "use a larger value")):
         resize(adapter, size_mb=1e-5)
 
 
