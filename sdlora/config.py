@@ -337,7 +337,7 @@ class DataSection(Section):
                 "use one such as cp932 (Japanese), gb18030 (Chinese) or cp1251 (Cyrillic)"
             )
         if not isinstance(self.heldout, str) and not 0 <= self.heldout < 1:
-            yield (f"data.heldout = {self.heldout:g} must be at least 0 and below 1; use 0.1, 0, or a folder")
+            yield f"data.heldout = {self.heldout:g} must be at least 0 and below 1; use 0.1, 0, or a folder"
 
     def of_set(self, one: SetSection | None) -> DataSection:
         """The settings of the images of a set; its own ones win, and class images have no trigger."""
@@ -521,7 +521,7 @@ class ObjectiveSection(_Tables):
                 "[800, 1000]"
             )
         if self.force_prediction_type and self.prediction_type is None:
-            yield ("objective.force_prediction_type = true requires objective.prediction_type; set it")
+            yield "objective.force_prediction_type = true requires objective.prediction_type; set it"
         if self.min_snr_gamma and self.debiased:
             yield (
                 f"objective.min_snr_gamma = {self.min_snr_gamma:g} and objective.debiased = true both weight "
@@ -956,8 +956,8 @@ def validate_config(values: Mapping[str, Any], problems: Iterable[str] = ()) -> 
         mistakes = error.errors()[: 4 * MAX_PROBLEMS]
         for item in mistakes:
             for line in describe_error(dict(item), RunConfig).split("\n"):
-                told = line if item["type"] == "value_error" else line.split(" ", 1)[0] + " "
-                if not any(other.startswith(told) for other in lines):
+                start = line if item["type"] == "value_error" else line.split(" ", 1)[0] + " "
+                if not any(other.startswith(start) for other in lines):
                     lines.append(line)
         raise ConfigError(*lines) from None
     if lines:
