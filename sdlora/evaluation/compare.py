@@ -178,7 +178,7 @@ def plan_comparison(sources: Source | Sequence[Source], request: SampleRequest) 
         raise ConfigError("compare needs at least one run or LoRA; pass some", key="compare.empty")
     out = Path(request.out) if request.out else Path("samples") / f"compare-{plan.name}"
     if not (out / RECORD).is_file():
-        out = choose_folder(request.out, f"compare-{plan.name}")
+        out = choose_folder(request.out, f"compare-{plan.name}", plan.config.images)
     check_writable(out)
     return plan.checked(replace(request, out=out), resumes=True)
 

@@ -120,7 +120,7 @@ class SamplePlan:
         """
         config, info, warn = self.config, self.info, request.warn
         if not resumes:
-            choose_folder(request.out, self.name)
+            choose_folder(request.out, self.name, config.images)
         if not config.sample.prompts:
             raise ConfigError("sample.prompts is empty; pass --prompt TEXT, or a run folder with prompts")
         notes = [
@@ -204,17 +204,17 @@ class SamplePlan:
 
     def make(self, progress: Callable[[int, int], None] | None = None) -> Path:
         """Draws the grid and returns its path; `progress` gets (finished, total) images."""
-        folder = choose_folder(self.out, self.name)
-        if self.config.images and folder.resolve().is_relative_to(Path(self.config.images).resolve()):
-            problem = f"--out {folder} is in the image folder {self.config.images}; use another folder"
-            raise ConfigError(problem, key="option--out.images")
+        folder = choose_folder(self.out, self.name, self.config.images)
         images = self.draw(ImageStore(), progress)
         grid = make_grid(self.in_rows(images), title=self.title, targets=self.targets)
         return save_images(folder, images, grid, {"base": self.info.name, "adapter": self.adapter})
 
 
-def choose_folder(out: str | Path | None, name: str) -> Path:
-    """The folder of a grid, by default `samples/NAME`; raises if it contains images, or is not writable."""
+def choose_folder(out: str | Path | None, name: str, images: str = "") -> Path:
+    """The folder of a grid, by default `samples/NAME`.
+
+    Raises an error if it contains images, lies in the image folder `images`, or is not writable.
+    """
     folder = Path(out) if out is not None else next_free_folder(Path("samples") / name)
     if folder.suffix.lower() in IMAGE_SUFFIXES and not folder.is_dir():
         problem = f"--out {folder} is the name of an image; use a folder, which gets grid.png and each image"
@@ -226,6 +226,9 @@ def choose_folder(out: str | Path | None, name: str) -> Path:
         raise ConfigError(
             f"--out {folder} already contains {what}; use another folder", key="option--out.grid"
         )
+    if images and folder.resolve().is_relative_to(Path(images).resolve()):
+        problem = f"--out {folder} is in the image folder {images}; use another folder"
+        raise ConfigError(problem, key="option--out.images")
     check_writable(folder)
     return folder
 

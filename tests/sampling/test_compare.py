@@ -142,7 +142,7 @@ def test_a_score_does_not_depend_on_its_neighbours(runs: list[RunFolder], tmp_pa
     assert with_bases(same) is same
     scores = []
     for order in (runs, runs[::-1]):
-        both = with_bases(plan_comparison(order, replace(request, out=tmp_path / order[0].name)))
+        both = with_bases(plan_comparison(order, replace(request, out=tmp_path / f"out-{order[0].name}")))
         rows, _ = score_columns(both, both.draw(ImageStore(tmp_path / "images")), Pixels())
         scores.append({row.name: row.content for row in rows})
     assert scores[0] == scores[1]
@@ -259,6 +259,11 @@ def test_compare_command(sdlora: Any, runs: list[RunFolder], tmp_path: Path) -> 
     (mine / "grid.png").write_bytes(b"mine")
     assert sdlora("compare", runs[0].path, *quick, "--out", mine)[0] == 2
     assert (mine / "grid.png").read_bytes() == b"mine"
+    inside = Path(runs[0].read_config().images) / "new"
+    for verb in ("sample", "compare"):
+        assert sdlora(verb, runs[0].path, *quick, "--out", inside)[0] == 2
+        assert sdlora.keys == ("option--out.images",)
+        assert not inside.exists()
 
 
 def test_settings_are_rows_and_large_grids_have_pages() -> None:
